@@ -1,0 +1,55 @@
+"""What can go wrong, one class per way out.
+
+Every message is a single sentence that names the thing and, after a semicolon, what to do about it.
+A door (the command, a server) prints the message and nothing else.
+"""
+
+
+class OneVisionError(Exception):
+    """Anything this package refuses to do. ``code`` is stable, for programs; the message is for people."""
+
+    code = "bad_request"
+
+
+class RequestError(OneVisionError):
+    """A request that cannot be served as it stands (an empty prompt, a number out of range)."""
+
+
+class ModelNotFoundError(OneVisionError):
+    """No such model: not a folder, not on the Hub, or no network to look it up."""
+
+    code = "model_not_found"
+
+
+class CheckpointError(OneVisionError):
+    """The model's folder is there but cannot be used (a missing shard, a wrong shape)."""
+
+    code = "bad_model"
+
+
+class ConfigError(CheckpointError):
+    """A configuration file names something this package does not do."""
+
+
+class MediaError(OneVisionError):
+    """An image or a video that cannot be read."""
+
+    code = "unsupported_media"
+
+
+class TooLargeError(MediaError):
+    """An image or a video beyond the size limits."""
+
+    code = "too_large"
+
+
+class ContextOverflowError(OneVisionError):
+    """The prompt does not fit into the model's context."""
+
+    code = "context_overflow"
+
+
+class CancelledError(OneVisionError):
+    """The work was cancelled before it had a result."""
+
+    code = "cancelled"
