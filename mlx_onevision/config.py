@@ -1,0 +1,520 @@
+"""What a checkpoint's JSON files say, as frozen dataclasses whose fields are the files' own keys.
+
+A key that changes what the network computes is honoured, or refused by name. Keys that the
+reference implementation reads but that do nothing at inference are listed in ``INERT``; keys that
+it does not know at all have no effect there either, and are reported by name in the log.
+
+Missing fields take the defaults of the reference's *classes* (not those of the published
+checkpoints): a ``vision_config`` that is present but partial is completed with SigLIP-base values,
+one that is absent altogether is SigLIP-so400m.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_onevision import lmms_lab
+from mlx_onevision.errors import ConfigError
+from mlx_onevision.fields import Json, Reader
+from mlx_onevision.quantization import Quantization
+
+logger = logging.getLogger("mlx_onevision")
+
+ACTIVATIONS = frozenset(
+    """
+    gelu gelu_python gelu_pytorch_tanh gelu_python_tanh gelu_new gelu_accurate gelu_fast quick_gelu
+    silu swish relu relu2 relu6 mish sigmoid tanh linear
+    """.split()
+)
+DTYPES = ("float16", "bfloat16", "float32")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# Read by the reference, without effect on what it computes at inference.
+INERT = frozenset(
+    """
+    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
+    decoder_start_token_id eos_token_id id2label ignore_index initializer_factor initializer_range
+    is_decoder is_encoder_decoder label2id max_window_layers model_type name_or_path _name_or_path
+    output_attentions output_hidden_states pad_token_id problem_type projection_size return_dict
+    rope_scaling rope_theta sliding_window tie_encoder_decoder torchscript transformers_version
+    use_bfloat16 use_cache use_image_newline_parameter use_sliding_window vision_use_head
+    _attn_implementation_autoset _attn_implementation attn_implementation
+    """.split()
+)
+# Generation settings that old releases wrote into every configuration; those in force stand in
+# generation_config.json.
+INERT_GENERATION = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix
+    pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
+    typical_p cross_attention_hidden_size add_cross_attention
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP tower. ``image_size`` and ``patch_size`` are edge lengths in pixels."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one edge of a tile; the pixels that do not fill a patch are dropped."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_dict(cls, values: Json | None) -> "VisionConfig":
+        if values is None:
+            return cls(1152, 4304, 26, 16, 3, 384, 14)
+        _require_type(values, "vision_config", "siglip_vision_model")
+        _report_unknown(values, cls, "vision_config")
+        read = Reader(values, "vision_config")
+        config = cls(
+            hidden_size=read.integer("hidden_size", cls.hidden_size, 32768),
+            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
+            num_hidden_layers=read.integer("num_hidden_layers", cls.num_hidden_layers, 256),
+            num_attention_heads=read.integer("num_attention_heads", cls.num_attention_heads, 1024),
+            num_channels=read.integer("num_channels", cls.num_channels, 3),
+            image_size=read.square("image_size", cls.image_size, 4096),
+            patch_size=read.square("patch_size", cls.patch_size, 1024),
+            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
+            layer_norm_eps=read.positive("layer_norm_eps", cls.layer_norm_eps),
+        )
+        if config.num_channels != 3:
+            raise ConfigError(
+                f"vision_config.num_channels is {config.num_channels}; only 3 (RGB) is supported."
+            )
+        if config.hidden_size % config.num_attention_heads:
+            raise ConfigError(
+                f"vision_config.hidden_size {config.hidden_size} does not divide into "
+                f"{config.num_attention_heads} attention heads."
+            )
+        if config.patches_per_side < 1:
+            raise ConfigError(
+                f"vision_config.patch_size {config.patch_size} exceeds its image_size."
+            )
+        return config
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions: ``rope_type`` and the numbers that its formula takes."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    parameters: Mapping[str, float | bool] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, text: Json) -> "RopeConfig":
+        """Reads ``rope_parameters`` (new files) or ``rope_theta`` with ``rope_scaling`` (old
+        ones).
+        """
+        given = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"text_config's rope settings are {given!r}, not an object.")
+        rope = {"rope_type": given.get("type", "default"), **given}
+        rope.pop("type", None)
+        kind = rope.pop("rope_type")
+        if kind not in ROPE_TYPES:
+            raise ConfigError(
+                f"text_config asks for rope_type {kind!r}; supported are {', '.join(ROPE_TYPES)}."
+            )
+        theta = Reader(
+            {"rope_theta": rope.pop("rope_theta", text.get("rope_theta"))}, "text_config"
+        )
+        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError("text_config asks for partial_rotary_factor, which is not supported.")
+        known = {
+            "default": (),
+            "linear": ("factor",),
+            "llama3": (
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            ),
+            "yarn": (
+                "factor",
+                "beta_fast",
+                "beta_slow",
+                "attention_factor",
+                "mscale",
+                "mscale_all_dim",
+                "truncate",
+                "original_max_position_embeddings",
+            ),
+        }[kind]
+        parameters: dict[str, float | bool] = {}
+        for key, value in rope.items():
+            if value is None:
+                continue
+            if not isinstance(value, bool | int | float) or not math.isfinite(value):
+                raise ConfigError(f"text_config's rope setting {key} is {value!r}, not a number.")
+            if key in known:
+                parameters[key] = value
+            elif kind != "default":
+                raise ConfigError(f"text_config's rope setting {key} is not known for {kind!r}.")
+        if "factor" in known and parameters.get("factor", 0) <= 0:
+            raise ConfigError(f"rope_type {kind!r} needs a positive factor in text_config.")
+        if kind == "llama3":
+            for key in known:
+                if parameters.get(key, 0) <= 0:
+                    raise ConfigError(f"rope_type 'llama3' needs a positive {key} in text_config.")
+        return cls(theta.positive("rope_theta", cls.rope_theta), kind, parameters)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The Qwen2 decoder. ``layer_types`` names each layer's attention, full or sliding."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    layer_types: tuple[str, ...] = ("full_attention",) * 32
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Json | None) -> "TextConfig":
+        values = values or {}
+        _require_type(values, "text_config", "qwen2")
+        _report_unknown(values, cls, "text_config", ("rope_parameters", "dtype", "torch_dtype"))
+        read = Reader(values, "text_config")
+        layers = read.integer("num_hidden_layers", cls.num_hidden_layers, 256)
+        heads = read.integer("num_attention_heads", cls.num_attention_heads, 1024)
+        # A null here means "as many as query heads"; an absent key means the class default.
+        kv_heads = (
+            heads
+            if "num_key_value_heads" in values and values["num_key_value_heads"] is None
+            else read.integer("num_key_value_heads", cls.num_key_value_heads, 1024)
+        )
+        hidden = read.integer("hidden_size", cls.hidden_size, 32768)
+        if heads % kv_heads:
+            raise ConfigError(
+                f"text_config has {heads} attention heads, not a multiple of {kv_heads} for keys."
+            )
+        head_dim = read.integer("head_dim", hidden // heads, 1024)
+        if head_dim % 2:
+            raise ConfigError(
+                f"text_config's head_dim is {head_dim}; rotary positions need an even one."
+            )
+        window = None
+        if (
+            read.flag("use_sliding_window", False)
+            and values.get("sliding_window", 4096) is not None
+        ):
+            window = read.integer("sliding_window", 4096, 2**31 - 1)
+        first_sliding = read.integer("max_window_layers", 28, 2**31 - 1, least=0)
+        kinds = values.get("layer_types")
+        if kinds is None:
+            kinds = [
+                "sliding_attention"
+                if window is not None and i >= first_sliding
+                else "full_attention"
+                for i in range(layers)
+            ]
+        if not isinstance(kinds, Sequence) or len(kinds) != layers:
+            raise ConfigError(f"text_config.layer_types does not name {layers} layers.")
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ConfigError(
+                    f"text_config.layer_types names {kind!r}, which is not supported."
+                )
+            if kind == "sliding_attention" and window is None:
+                raise ConfigError(
+                    "text_config.layer_types asks for sliding attention without a window."
+                )
+        return cls(
+            vocab_size=read.integer("vocab_size", cls.vocab_size, 2_000_000),
+            hidden_size=hidden,
+            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
+            max_position_embeddings=read.integer(
+                "max_position_embeddings", cls.max_position_embeddings, 2**31 - 1
+            ),
+            rms_norm_eps=read.positive("rms_norm_eps", cls.rms_norm_eps),
+            rope=RopeConfig.from_dict(values),
+            layer_types=tuple(kinds),
+            sliding_window=window,
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
+        )
+
+
+DEFAULT_PINPOINTS = tuple(
+    (height, width)
+    for height in (384, 768, 1152, 1536, 1920, 2304)
+    for width in (384, 768, 1152, 1536, 1920, 2304)
+)
+
+
+@dataclass(frozen=True)
+class OneVisionConfig:
+    """A checkpoint's config.json. ``image_grid_pinpoints`` are (height, width) pairs in pixels."""
+
+    text_config: TextConfig = TextConfig()
+    vision_config: VisionConfig = VisionConfig(1152, 4304, 26, 16, 3, 384, 14)
+    image_token_index: int = 151646
+    video_token_index: int = 151647
+    projector_hidden_act: str = "gelu"
+    vision_feature_layer: int | tuple[int, ...] = -1
+    vision_aspect_ratio: str = "anyres_max_9"
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = DEFAULT_PINPOINTS
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+    dtype: str | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def max_tiles(self) -> int:
+        """The 9 of ``anyres_max_9``: a tiled image keeps at most about this many tiles' worth of
+        tokens.
+        """
+        return int(self.vision_aspect_ratio.removeprefix("anyres_max_"))
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.vision_config.patches_per_side**2
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The selected hidden states, counted from the embeddings: 1 is the output of the first
+        layer.
+        """
+        chosen = self.vision_feature_layer
+        total = self.vision_config.num_hidden_layers + 1
+        return tuple(
+            layer % total for layer in (chosen if isinstance(chosen, tuple) else (chosen,))
+        )
+
+    @classmethod
+    def from_dict(cls, values: Json) -> "OneVisionConfig":
+        """From a whole config.json, of the Hub's layout or of the original lmms-lab one.
+
+        Raises:
+            ConfigError: naming the field, when it asks for something that is not supported.
+        """
+        if lmms_lab.is_original(values):
+            values = lmms_lab.to_hub(values)
+        _require_type(values, "config.json", "llava_onevision")
+        _report_unknown(
+            values,
+            cls,
+            "config.json",
+            """image_token_id video_token_id vision_feature_select_strategy torch_dtype
+            quantization_config""".split(),
+        )
+        text = TextConfig.from_dict(_section(values, "text_config"))
+        vision = VisionConfig.from_dict(_section(values, "vision_config"))
+        read = Reader(values, "config.json")
+        strategy = values.get("vision_feature_select_strategy", "full")
+        if strategy != "full":
+            raise ConfigError(
+                f"vision_feature_select_strategy is {strategy!r}; it would drop a patch of every "
+                "tile (SigLIP has no class token), so only 'full' is supported."
+            )
+        aspect = values.get("vision_aspect_ratio", cls.vision_aspect_ratio)
+        number = aspect.removeprefix("anyres_max_") if isinstance(aspect, str) else ""
+        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 1024):
+            raise ConfigError(
+                f"vision_aspect_ratio is {aspect!r}; only 'anyres_max_N' is supported."
+            )
+        config = cls(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=_either(read, "image_token_id", "image_token_index", 151646),
+            video_token_index=_either(read, "video_token_id", "video_token_index", 151647),
+            projector_hidden_act=read.choice("projector_hidden_act", "gelu", ACTIVATIONS),
+            vision_feature_layer=_feature_layer(values, vision.num_hidden_layers),
+            vision_aspect_ratio=aspect,
+            image_grid_pinpoints=read_pinpoints(
+                values.get("image_grid_pinpoints"), vision.image_size, "config.json"
+            ),
+            multimodal_projector_bias=read.flag("multimodal_projector_bias", True),
+            tie_word_embeddings=read.flag("tie_word_embeddings", False) or text.tie_word_embeddings,
+            dtype=_dtype(values),
+            quantization=Quantization.from_dict(values),
+        )
+        for name in ("image_token_index", "video_token_index"):
+            if getattr(config, name) >= text.vocab_size:
+                raise ConfigError(
+                    f"{name} {getattr(config, name)} is outside a vocabulary of {text.vocab_size}."
+                )
+        return config
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How pictures become pixel values (preprocessor_config.json). ``size`` is a tile's edge in
+    pixels.
+    """
+
+    size: int = 384
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = DEFAULT_PINPOINTS
+
+    @classmethod
+    def from_dict(cls, values: Json | None, config: OneVisionConfig) -> "ImageConfig":
+        """From preprocessor_config.json (None: a checkpoint without one, as the lmms-lab originals
+        are).
+
+        Raises:
+            ConfigError: for a step that the file switches off or changes, and for a tile size or
+            grid list
+                that differs from the model's, because token counts and features would then
+                disagree.
+        """
+        size = config.vision_config.image_size
+        if values is None:
+            return cls(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
+        where = "preprocessor_config.json"
+        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"):
+            if values.get(step) is False and step != "do_pad":
+                raise ConfigError(f"{where} switches {step} off, which is not supported.")
+        if values.get("do_center_crop"):
+            raise ConfigError(f"{where} asks for do_center_crop, which is not supported.")
+        if values.get("resample", 3) != 3:
+            raise ConfigError(
+                f"{where} asks for resample {values['resample']}; only 3 (bicubic) is supported."
+            )
+        given = values.get("size", size)
+        edges = list(given.values()) if isinstance(given, Mapping) else [given]
+        if any(edge != size for edge in edges):
+            raise ConfigError(
+                f"{where} has tiles of {given}, config.json of {size} pixels; they must agree."
+            )
+        pinpoints = config.image_grid_pinpoints
+        if values.get("image_grid_pinpoints") is not None:
+            pinpoints = read_pinpoints(values["image_grid_pinpoints"], size, where)
+            if pinpoints != config.image_grid_pinpoints:
+                raise ConfigError(f"{where} and config.json list different image_grid_pinpoints.")
+        # A file without mean and std gets the reference class's values, which are CLIP's.
+        mean = values.get("image_mean") or (0.48145466, 0.4578275, 0.40821073)
+        std = values.get("image_std") or (0.26862954, 0.26130258, 0.27577711)
+        return cls(
+            size=size,
+            image_mean=_three(mean, f"{where} image_mean", positive=False),
+            image_std=_three(std, f"{where} image_std", positive=True),
+            rescale_factor=Reader(values, where).positive("rescale_factor", 1 / 255),
+            image_grid_pinpoints=pinpoints,
+        )
+
+
+def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], ...]:
+    """Grid resolutions as (height, width) pairs in pixels; None is the reference's list of 36.
+
+    Raises:
+        ConfigError: if it is not a list of at most 128 pairs of whole multiples of ``tile``.
+    """
+    if given is None:
+        given = DEFAULT_PINPOINTS
+    if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= 128:
+        raise ConfigError(f"{where}: image_grid_pinpoints is not a list of 1 to 128 pairs.")
+    pairs = []
+    for pair in given:
+        if (
+            not isinstance(pair, Sequence)
+            or len(pair) != 2
+            or not all(type(edge) is int and 0 < edge <= 128 * tile for edge in pair)
+            or any(edge % tile for edge in pair)
+        ):
+            raise ConfigError(
+                f"{where}: image_grid_pinpoints entry {pair!r} is not a (height, width) pair "
+                f"of multiples of {tile}."
+            )
+        pairs.append((pair[0], pair[1]))
+    return tuple(pairs)
+
+
+def _section(values: Json, key: str) -> Json | None:
+    section = values.get(key)
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"config.json: {key} is not an object.")
+    return section
+
+
+def _either(read: Reader, new: str, old: str, default: int) -> int:
+    return read.integer(
+        new if read.values.get(new) is not None else old, default, 2_000_000, least=0
+    )
+
+
+def _feature_layer(values: Json, layers: int) -> int | tuple[int, ...]:
+    given = values.get("vision_feature_layer", -1)
+    chosen = given if isinstance(given, list | tuple) else [given]
+    for layer in chosen:
+        if type(layer) is not int or not -layers <= layer <= layers or layer == 0:
+            raise ConfigError(
+                f"vision_feature_layer is {given!r}; it must name layers 1 to {layers}, "
+                f"or -1 to -{layers}."
+            )
+    if not chosen:
+        raise ConfigError("vision_feature_layer is an empty list.")
+    return tuple(chosen) if isinstance(given, list | tuple) else given
+
+
+def _dtype(values: Json) -> str | None:
+    for section in (values, values.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if section.get(key) is not None:
+                name = str(section[key]).removeprefix("torch.")
+                if name not in DTYPES:
+                    raise ConfigError(
+                        f"config.json: {key} is {name!r}; supported are {', '.join(DTYPES)}."
+                    )
+                return name
+    return None
+
+
+def _three(given: Any, where: str, *, positive: bool) -> tuple[float, float, float]:
+    numbers = given if isinstance(given, Sequence) and not isinstance(given, str) else [given] * 3
+    if len(numbers) != 3 or not all(
+        isinstance(n, int | float) and math.isfinite(n) and (n > 0 or not positive) for n in numbers
+    ):
+        raise ConfigError(f"{where} is {given!r}, not three numbers.")
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+
+def _require_type(values: Json, where: str, expected: str) -> None:
+    found = values.get("model_type", expected)
+    if found != expected:
+        raise ConfigError(f"{where} has model_type {found!r}; only {expected!r} is supported.")
+
+
+def _report_unknown(values: Json, cls: type, where: str, more: Sequence[str] = ()) -> None:
+    known = set(cls.__dataclass_fields__) | INERT | INERT_GENERATION | set(more)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        logger.warning(
+            "%s has keys that LLaVA-OneVision does not define (no effect, as in the reference): %s",
+            where,
+            ", ".join(unknown),
+        )
