@@ -1,0 +1,74 @@
+# Every target starts from nothing: it makes its own virtual environment, installs, and runs.
+# A stamp inside the environment makes the second run start at once.
+
+ifeq ($(shell uname -s),Darwin)
+PACKAGE := .
+else
+PACKAGE := .[cpu]
+# MLX's CPU backend has a slow BLAS of its own; OpenBLAS, where it is installed, makes tests faster.
+BLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib*/libopenblas.so.0))
+FAST := $(if $(BLAS),LD_PRELOAD=$(BLAS))
+endif
+
+# PYTHON=... picks the interpreter; otherwise the first one that is new enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
+
+ifdef UV
+venv = uv venv --quiet --allow-existing $(2) --python '$(or $(PYTHON),>=3.11)' $(1)
+install = uv pip install --quiet --python $(1)/bin/python
+else
+venv = $(or $(PYTHON),$(error Python 3.11 or newer is needed)) -m venv $(1) && $(call pip,$(1)) --upgrade pip
+install = $(call pip,$(1))
+endif
+pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format parity clean
+
+QUESTION := mlx-onevision generate --image examples/shapes.png --prompt "What is in the image?"
+
+demo: .venv/.package
+	@echo '$$ $(QUESTION)'
+	@.venv/bin/$(QUESTION)
+
+test: .venv/.dev
+	$(FAST) .venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/lint-imports
+
+format: .venv/.dev
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+# Live, stage by stage, against transformers; the only target that installs torch.
+parity: .venv-parity/.parity
+	$(FAST) .venv-parity/bin/python -m pytest tests/parity $(ARGS)
+
+.venv/.package: pyproject.toml
+	@echo 'Making .venv'
+	@$(call venv,.venv)
+	@$(call install,.venv) --editable '$(PACKAGE)'
+	@touch $@
+
+.venv/.dev: pyproject.toml
+	@echo 'Making .venv with the development tools'
+	@$(call venv,.venv)
+	@$(call install,.venv) --editable '$(PACKAGE)' --group dev
+	@touch .venv/.package $@
+
+# pip, not uv, so that a CPU build of torch that pip is set up to find is taken. torchvision comes
+# without its dependencies: beside that torch its own pins do not hold.
+.venv-parity/.parity: pyproject.toml
+	@echo 'Making .venv-parity with torch and transformers'
+	@$(call venv,.venv-parity,--seed)
+	@$(call pip,.venv-parity) --editable '$(PACKAGE)' --group parity
+	@$(call pip,.venv-parity) --no-deps torchvision==0.28.0
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-parity build dist *.egg-info

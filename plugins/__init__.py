@@ -1,0 +1,1 @@
+"""What host applications plug into: the plugin contract's home, as ``mlx_onevision.plugins``."""
