@@ -1,0 +1,199 @@
+"""Which grid of tiles an image gets, and which of its tokens the language model sees: integers only.
+
+Algorithmically follows transformers' ``select_best_resolution``, ``get_patch_output_size``,
+``unpad_image`` and ``pack_image_features``. But there, the processor counts the tokens and the model
+packs them by two pieces of code that have to agree; here both ask :func:`plan_packing`.
+
+Every size is (height, width). All quotients are float64 and every comparison is as strict as the
+reference's: some hundred sizes sit exactly on an edge, where ``H * (w / W)`` and ``H * w / W`` differ.
+The functions in the plural take and return int64 arrays, one entry an image, so that a test can
+try every size there is; the ones in the singular are the same code on arrays of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Size = tuple[int, int]
+Integers = NDArray[np.int64]
+
+# A grid's tokens are thinned out once they exceed max_tiles tiles by this factor, per axis.
+_THIN_BEYOND = 1.1
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tokens of one tiled image become the rows that the language model reads.
+
+    The tiles' tokens are stitched into one grid, the rows and columns that came from padding are cut
+    off, the rest is thinned out if it is too much, and each row gets a newline at its end. The base
+    tile's tokens go in front, whole and without a newline.
+    """
+
+    grid: Size
+    """Rows and columns of tiles, without the base tile."""
+    patches: int
+    """Tokens along one side of a tile."""
+    box: tuple[int, int, int, int]
+    """(top, bottom, left, right): the half-open ranges kept of the stitched token grid."""
+    shape: Size
+    """Rows and columns of tokens after thinning, without the newlines."""
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of this image, the base tile included."""
+        return 1 + self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the packed image: base tile, token grid, one newline a grid row."""
+        return packed_tokens(self.patches, self.shape[0], self.shape[1])
+
+    @property
+    def interpolated(self) -> bool:
+        """Whether the kept box is thinned out (bilinearly) to ``shape``."""
+        top, bottom, left, right = self.box
+        return self.shape != (bottom - top, right - left)
+
+
+@dataclass(frozen=True)
+class Packings:
+    """:class:`Packing` for many images at once; each field is an int64 array, one entry an image."""
+
+    grid_rows: Integers
+    grid_cols: Integers
+    top: Integers
+    left: Integers
+    kept_rows: Integers
+    kept_cols: Integers
+    rows: Integers
+    cols: Integers
+
+
+def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint that keeps the most of an image's pixels and, among equals, wastes the least.
+
+    A tie after that goes to the pinpoint that is listed first.
+    """
+    best = best_resolutions([size[0]], [size[1]], pinpoints)
+    return pinpoints[int(best[0])]
+
+
+def best_resolutions(heights: ArrayLike, widths: ArrayLike, pinpoints: Sequence[Size]) -> Integers:
+    """Index into ``pinpoints`` for each image: :func:`select_best_resolution` for arrays (n,)."""
+    if not pinpoints:
+        raise ValueError("image_grid_pinpoints must not be empty")
+    high = np.asarray(heights, np.int64)
+    wide = np.asarray(widths, np.int64)
+    if min(high.min(initial=1), wide.min(initial=1)) < 1:
+        raise ValueError("an image must have at least one pixel each way")
+    grid = np.asarray(pinpoints, np.int64)[:, :, None]  # (pinpoints, 2, 1)
+    scale = np.minimum(grid[:, 1] / wide, grid[:, 0] / high)
+    # int() of the reference truncates, as does this cast.
+    kept = (wide * scale).astype(np.int64) * (high * scale).astype(np.int64)
+    kept = np.minimum(kept, wide * high)
+    area = grid[:, 0] * grid[:, 1]
+    # Most kept, then least wasted. Between equals in `kept`, waste orders as area does; argmax
+    # takes the first of the best.
+    return np.argmax(kept * (area.max() + 1) - area, axis=0)
+
+
+def fitted_size(size: Size, resolution: Size) -> Size:
+    """Size of an image of ``size`` when fitted into ``resolution``, its aspect ratio kept.
+
+    Rounds up, where the token geometry rounds down: the two are different formulas on purpose.
+    """
+    (high, wide), (room_high, room_wide) = size, resolution
+    scale_wide, scale_high = room_wide / wide, room_high / high
+    if scale_wide < scale_high:
+        return min(ceil(high * scale_wide), room_high), room_wide
+    return room_high, min(ceil(wide * scale_high), room_wide)
+
+
+def plan_packing(
+    size: Size, pinpoints: Sequence[Size], image_size: int, patches: int, max_tiles: int
+) -> Packing:
+    """The packing of one tiled image.
+
+    size : the image's own (height, width) in pixels, before any resize.
+    image_size, patches : side of a tile in pixels and in tokens (384 and 27).
+    max_tiles : the 9 of ``anyres_max_9``.
+    """
+    many = plan_packings([size[0]], [size[1]], pinpoints, image_size, patches, max_tiles)
+    top, left = int(many.top[0]), int(many.left[0])
+    return Packing(
+        grid=(int(many.grid_rows[0]), int(many.grid_cols[0])),
+        patches=patches,
+        box=(top, top + int(many.kept_rows[0]), left, left + int(many.kept_cols[0])),
+        shape=(int(many.rows[0]), int(many.cols[0])),
+    )
+
+
+def plan_packings(
+    heights: ArrayLike,
+    widths: ArrayLike,
+    pinpoints: Sequence[Size],
+    image_size: int,
+    patches: int,
+    max_tiles: int,
+) -> Packings:
+    """:func:`plan_packing` for arrays of heights and widths (n,)."""
+    high = np.asarray(heights, np.int64)
+    wide = np.asarray(widths, np.int64)
+    best = best_resolutions(high, wide, pinpoints)
+    grid = np.asarray(pinpoints, np.int64)[best] // image_size
+    grid_rows, grid_cols = grid[:, 0], grid[:, 1]
+    rows, cols = grid_rows * patches, grid_cols * patches
+
+    # Only one axis was padded. An exact fit counts as padded left and right (by nothing, mostly).
+    padded_above = wide / high > cols / rows
+    top = np.where(padded_above, (rows - _whole(high * (cols / wide))) // 2, 0)
+    left = np.where(padded_above, 0, (cols - _whole(wide * (rows / high))) // 2)
+    kept_rows, kept_cols = rows - 2 * top, cols - 2 * left
+
+    ratio = np.sqrt(kept_rows * kept_cols / (max_tiles * patches**2))
+    thin = ratio > _THIN_BEYOND
+    return Packings(
+        grid_rows=grid_rows,
+        grid_cols=grid_cols,
+        top=top,
+        left=left,
+        kept_rows=kept_rows,
+        kept_cols=kept_cols,
+        rows=np.where(thin, kept_rows // ratio, kept_rows).astype(np.int64),
+        cols=np.where(thin, kept_cols // ratio, kept_cols).astype(np.int64),
+    )
+
+
+def packed_tokens(patches: int, rows: int, cols: int) -> int:
+    """Rows of a packed image whose token grid is (rows, cols): base tile, grid, newlines."""
+    return patches**2 + rows * cols + rows
+
+
+def single_tile_tokens(patches: int) -> int:
+    """Rows of an untiled image: its one tile and one newline."""
+    return patches**2 + 1
+
+
+def video_side(patches: int) -> int:
+    """Tokens along one side of a pooled video frame."""
+    return (patches + 1) // 2
+
+
+def video_tokens(frames: int, patches: int) -> int:
+    """Rows of a video: its pooled frames and one newline at the very end."""
+    return frames * video_side(patches) ** 2 + 1
+
+
+def _whole(lengths: NDArray[np.float64]) -> Integers:
+    """``int(round(length, 7))``: down to a whole number, unless a hair below the next one.
+
+    numpy's round agrees with Python's here: a length is n / side for whole n, so it is either within
+    rounding of a whole number or at least 1 / side away from it, and no side reaches 10 million.
+    """
+    return np.round(lengths, 7).astype(np.int64)
