@@ -19,6 +19,7 @@ from mlx_onevision import lmms_lab
 from mlx_onevision.errors import ConfigError
 from mlx_onevision.fields import Json, Reader
 from mlx_onevision.quantization import Quantization
+from mlx_onevision.rope import RopeConfig
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -29,7 +30,6 @@ ACTIVATIONS = frozenset(
     """.split()
 )
 DTYPES = ("float16", "bfloat16", "float32")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Read by the reference, without effect on what it computes at inference.
 INERT = frozenset(
@@ -112,73 +112,6 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions: ``rope_type`` and the numbers that its formula takes."""
-
-    rope_theta: float = 10000.0
-    rope_type: str = "default"
-    parameters: Mapping[str, float | bool] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, text: Json) -> "RopeConfig":
-        """Reads ``rope_parameters`` (new files) or ``rope_theta`` with ``rope_scaling`` (old
-        ones).
-        """
-        given = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"text_config's rope settings are {given!r}, not an object.")
-        rope = {"rope_type": given.get("type", "default"), **given}
-        rope.pop("type", None)
-        kind = rope.pop("rope_type")
-        if kind not in ROPE_TYPES:
-            raise ConfigError(
-                f"text_config asks for rope_type {kind!r}; supported are {', '.join(ROPE_TYPES)}."
-            )
-        theta = Reader(
-            {"rope_theta": rope.pop("rope_theta", text.get("rope_theta"))}, "text_config"
-        )
-        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("text_config asks for partial_rotary_factor, which is not supported.")
-        known = {
-            "default": (),
-            "linear": ("factor",),
-            "llama3": (
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            ),
-            "yarn": (
-                "factor",
-                "beta_fast",
-                "beta_slow",
-                "attention_factor",
-                "mscale",
-                "mscale_all_dim",
-                "truncate",
-                "original_max_position_embeddings",
-            ),
-        }[kind]
-        parameters: dict[str, float | bool] = {}
-        for key, value in rope.items():
-            if value is None:
-                continue
-            if not isinstance(value, bool | int | float) or not math.isfinite(value):
-                raise ConfigError(f"text_config's rope setting {key} is {value!r}, not a number.")
-            if key in known:
-                parameters[key] = value
-            elif kind != "default":
-                raise ConfigError(f"text_config's rope setting {key} is not known for {kind!r}.")
-        if "factor" in known and parameters.get("factor", 0) <= 0:
-            raise ConfigError(f"rope_type {kind!r} needs a positive factor in text_config.")
-        if kind == "llama3":
-            for key in known:
-                if parameters.get(key, 0) <= 0:
-                    raise ConfigError(f"rope_type 'llama3' needs a positive {key} in text_config.")
-        return cls(theta.positive("rope_theta", cls.rope_theta), kind, parameters)
-
-
-@dataclass(frozen=True)
 class TextConfig:
     """The Qwen2 decoder. ``layer_types`` names each layer's attention, full or sliding."""
 
@@ -192,7 +125,7 @@ class TextConfig:
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     layer_types: tuple[str, ...] = ("full_attention",) * 32
     sliding_window: int | None = None
     tie_word_embeddings: bool = False

@@ -1,0 +1,85 @@
+"""How the next token is chosen: the numbers, checked, and mlx-lm's functions for them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_onevision.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy: the most likely token, ties to the lower id.
+
+    temperature : 0 and up; divides the logits.
+    top_p : in (0, 1]; the smallest set of tokens with this much probability.
+    top_k : the k most likely tokens; 0 for all.
+    min_p : in [0, 1]; tokens at least this likely, relative to the most likely one.
+    repetition_penalty : above 0; divides positive logits of tokens that the prompt or the answer
+        holds, and multiplies negative ones. 1 changes nothing.
+    seed : makes a sampled answer repeatable.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for a number out of range."""
+        _check("temperature", self.temperature, 0 <= self.temperature, "0 or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        _check(
+            "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty, "above 0"
+        )
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise RequestError(f"top_k must be a whole number, 0 or more, not {self.top_k!r}.")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**64):
+            raise RequestError(
+                f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}."
+            )
+
+    def sampler(self) -> Callable[[Any], Any]:
+        """mlx-lm's sampler: log-probabilities (B, vocab) to ids (B,)."""
+        from mlx_lm.sample_utils import make_sampler
+
+        return make_sampler(
+            temp=self.temperature,
+            top_p=0.0 if self.top_p == 1 else self.top_p,
+            min_p=self.min_p,
+            top_k=self.top_k,
+        )
+
+    def logits_processors(
+        self, vocab_size: int, stand_in: int, before: Sequence[int] = ()
+    ) -> list[Callable[[Any, Any], Any]]:
+        """mlx-lm's logits processors.
+
+        They index logits by the prompt's ids, where a virtual id would read beyond the end. Such an
+        id is shown to them as ``stand_in``: the placeholder that the reference has in its place.
+
+        before : the ids of the prompt that come from a cache and that mlx-lm therefore never sees.
+        """
+        if self.repetition_penalty == 1:
+            return []
+        import mlx.core as mx
+        from mlx_lm.sample_utils import make_repetition_penalty
+
+        # The whole prompt and answer, as in the reference; mlx-lm's own default is the last 20.
+        penalize = make_repetition_penalty(self.repetition_penalty, context_size=1 << 30)
+        cached = mx.array(list(before), mx.int32)
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            tokens = mx.concatenate([cached, tokens.astype(mx.int32)])
+            return penalize(mx.where(tokens < vocab_size, tokens, stand_in), logits)
+
+        return [process]
+
+
+def _check(name: str, value: float, holds: bool, allowed: str) -> None:
+    if isinstance(value, bool) or not math.isfinite(value) or not holds:
+        raise RequestError(f"{name} must be {allowed}, not {value!r}.")
