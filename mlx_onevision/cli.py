@@ -1,0 +1,221 @@
+"""The ``mlx-onevision`` command.
+
+Results go to stdout and nothing else does; notices, progress and errors go to stderr. An error is
+one sentence, never a traceback. Exit codes: 0; 1, it could not be done; 2, wrong usage; 130, Ctrl-C.
+
+``--help`` and ``--version`` load click and nothing heavier: commands import the library.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from mlx_onevision.errors import OneVisionError, RequestError
+
+if TYPE_CHECKING:
+    from mlx_onevision.generation import Usage
+
+INTERRUPTED = 130
+DEBUG = "mlx_onevision.debug"
+
+
+class ErrorsAsSentences(click.Group):
+    """A group whose commands end in one line on stderr and an exit code, whatever they raise."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn what it raises into ``error: ...`` and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own: usage (2), --help (0), a reader that closed the pipe (1, silent)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            fail(ctx, error)
+
+
+def fail(ctx: click.Context, error: Exception) -> NoReturn:
+    """Print ``error`` as one sentence (after its traceback with ``--debug``) and exit with 1."""
+    if ctx.meta.get(DEBUG):
+        traceback.print_exception(error)
+    click.echo(f"error: {' '.join(sentence(error).split())}", err=True)
+    ctx.exit(1)
+
+
+def sentence(error: Exception) -> str:
+    """What to tell a person about ``error``."""
+    if isinstance(error, OneVisionError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller image, fewer --max-tokens or a smaller model needs less"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    detail = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"a defect ({detail}); please report it with what the same command prints with --debug"
+
+
+def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[DEBUG] = value
+
+
+def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--debug``, which the group reads when the command has failed."""
+    option = click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_remember_debug,
+        help="Show the traceback of an error.",
+    )
+    return option(command)
+
+
+@click.group(cls=ErrorsAsSentences, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mlx-onevision", message="%(prog)s %(version)s")
+def cli() -> None:
+    """LLaVA-OneVision in MLX: ask a model about images."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
+
+
+@cli.command(short_help="Answer one prompt.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
+)
+@click.option("--image", "images", multiple=True, metavar="FILE", help="An image: a file or a URL.")
+@click.option(
+    "--prompt", required=True, metavar="TEXT", help="The question; - reads it from stdin."
+)
+@click.option("--system", metavar="TEXT", help="The system message.")
+@click.option("--max-tokens", default=256, show_default=True, help="The longest answer, in tokens.")
+@click.option("--temperature", type=float, help="0 is greedy. Default: the model's own.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total mass.")
+@click.option("--top-k", type=int, help="Sample from this many likeliest tokens.")
+@click.option("--min-p", type=float, help="Drop tokens below this part of the likeliest's chance.")
+@click.option("--repetition-penalty", type=float, help="Above 1 makes repeated tokens less likely.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT.")
+@click.option(
+    "--stream/--no-stream", default=None, help="Print as it comes. Default: on a terminal."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--verbose", is_flag=True, help="Print counts, seconds and peak memory to stderr.")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Compute in this type. Default: the checkpoint's.",
+)
+@debug_option
+def generate(
+    model: str | None,
+    images: tuple[str, ...],
+    prompt: str,
+    system: str | None,
+    max_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+    stream: bool | None,
+    as_json: bool,
+    verbose: bool,
+    revision: str | None,
+    dtype: str | None,
+) -> None:
+    """Answer one prompt, about an image or about none.
+
+    \b
+    mlx-onevision generate --image photo.jpg --prompt "What is this?"
+    mlx-onevision generate --model 7b --image photo.jpg --prompt - < question.txt
+    """
+    if as_json and stream:
+        raise click.UsageError(
+            "--json prints one object when the answer is complete; drop --stream."
+        )
+    question = read_prompt(prompt)
+    if model is None:
+        click.echo(
+            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
+        )
+    live = not as_json and (sys.stdout.isatty() if stream is None else stream)
+
+    from mlx_onevision.api import load
+
+    loaded = load(model or "demo", revision=revision, dtype=dtype)
+    try:
+        answer = loaded.stream(
+            question,
+            images=list(images) or None,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+        )
+        try:
+            for delta in answer:
+                if live:
+                    click.echo(delta, nl=False)
+            result = answer.result()
+        except BaseException:  # Ctrl-C, or a reader that closed the pipe: nobody waits any more
+            answer.cancel()
+            raise
+    finally:
+        loaded.close()
+    if as_json:
+        click.echo(json.dumps({**asdict(result), "model": loaded.name}))
+    else:
+        click.echo("" if live else result.text)
+    if verbose:
+        click.echo(report(result.usage), err=True)
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or all of stdin for ``-``; RequestError where it is not text."""
+    try:
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode("utf-8").rstrip("\r\n")
+        prompt.encode("utf-8")  # an argument that is not UTF-8 arrives with lone surrogates
+    except UnicodeError:
+        raise RequestError("the prompt is not UTF-8 text; save it as UTF-8") from None
+    return prompt
+
+
+def report(usage: Usage) -> str:
+    """``--verbose``: tokens, seconds, tokens a second, peak memory (GB = 1e9 bytes)."""
+    rows = [
+        f"prompt   {usage.prompt_tokens} tokens"
+        f" ({usage.image_tokens} of images, {usage.cached_tokens} cached)",
+        f"prepare  {usage.prepare_seconds:.3f} s",
+        f"encode   {usage.encode_seconds:.3f} s",
+        f"prefill  {usage.prefill_seconds:.3f} s, {usage.prompt_tokens_per_second:.1f} tok/s",
+        f"answer   {usage.completion_tokens} tokens in {usage.decode_seconds:.3f} s,"
+        f" {usage.tokens_per_second:.1f} tok/s",
+        f"memory   {usage.peak_memory_bytes / 1e9:.3f} GB at the peak",
+    ]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="mlx-onevision")
