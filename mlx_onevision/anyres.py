@@ -1,11 +1,12 @@
-"""Which grid of tiles an image gets, and which of its tokens the language model sees: integers only.
+"""Which grid of tiles an image gets, and which of its tokens the language model reads.
 
 Algorithmically follows transformers' ``select_best_resolution``, ``get_patch_output_size``,
-``unpad_image`` and ``pack_image_features``. But there, the processor counts the tokens and the model
-packs them by two pieces of code that have to agree; here both ask :func:`plan_packing`.
+``unpad_image`` and ``pack_image_features``. But there, the processor counts the tokens and the
+model packs them by two pieces of code that have to agree; here both ask :func:`plan_packing`.
 
 Every size is (height, width). All quotients are float64 and every comparison is as strict as the
-reference's: some hundred sizes sit exactly on an edge, where ``H * (w / W)`` and ``H * w / W`` differ.
+reference's: some hundred sizes sit exactly on an edge, where ``H * (w / W)`` and ``H * w / W``
+differ.
 The functions in the plural take and return int64 arrays, one entry an image, so that a test can
 try every size there is; the ones in the singular are the same code on arrays of one.
 """
@@ -30,9 +31,9 @@ _THIN_BEYOND = 1.1
 class Packing:
     """How the tokens of one tiled image become the rows that the language model reads.
 
-    The tiles' tokens are stitched into one grid, the rows and columns that came from padding are cut
-    off, the rest is thinned out if it is too much, and each row gets a newline at its end. The base
-    tile's tokens go in front, whole and without a newline.
+    The tiles' tokens are stitched into one grid, the rows or columns that came from padding are
+    cut off, the rest is thinned out if it is too much, and each row gets a newline at its end. The
+    base tile's tokens go in front, whole and without a newline.
     """
 
     grid: Size
@@ -63,7 +64,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Packings:
-    """:class:`Packing` for many images at once; each field is an int64 array, one entry an image."""
+    """:class:`Packing` of many images; each field is an int64 array, one entry an image."""
 
     grid_rows: Integers
     grid_cols: Integers
@@ -193,7 +194,7 @@ def video_tokens(frames: int, patches: int) -> int:
 def _whole(lengths: NDArray[np.float64]) -> Integers:
     """``int(round(length, 7))``: down to a whole number, unless a hair below the next one.
 
-    numpy's round agrees with Python's here: a length is n / side for whole n, so it is either within
-    rounding of a whole number or at least 1 / side away from it, and no side reaches 10 million.
+    numpy's round agrees with Python's here: a length is n / side for whole n, so it is either
+    within rounding of a whole number or at least 1 / side away, and no side reaches 10 million.
     """
     return np.round(lengths, 7).astype(np.int64)

@@ -1,0 +1,179 @@
+"""Bicubic resizing of 8-bit pictures, to the bit as torchvision or Pillow do it, in numpy.
+
+Both make two passes, one an axis, in integers: weights are rounded to some fractional bits, and
+each pass rounds and clamps to 0..255. Float bicubic is up to 13 levels away from that, and the
+reference's pixels are made this way. Neither library is called here: torch is not a dependency,
+and what Pillow does depends on its release.
+
+The integer sums are computed as matrix products in floating point, which numpy hands to BLAS. A
+float holds whole numbers exactly up to 2**24, a double up to 2**53: where no partial sum can pass
+that (checked for each axis), every product and every sum is exact in any order, and so the result
+is the integer one. The weights' scale, 2**-bits, changes no digit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Kernel = Literal["torchvision", "pillow"]
+Reals = NDArray[np.float64]
+
+_REACH = 2.0  # of the cubic, in pixels of the coarser picture
+_PILLOW_BITS = 22
+_TORCH_MOST_BITS = 22
+_TORCH_WEIGHT_END = 1 << 15  # torch's weights fit int16
+_FLOAT_END = 1 << 24  # whole numbers below are exact as floats
+_BLOCK_OUTPUTS = 16  # outputs of one product: more hold more zeros, fewer starve BLAS
+_BLOCK_TAPS = 1024  # inputs of one product, about
+_BAND_VALUES = 1 << 19  # pixel values in flight between uint8 and uint8: they stay in the cache
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Outputs ``start:stop`` of an axis, made of its inputs ``first:last``."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    matrix: NDArray[Any]
+    """(outputs, inputs): weights, whole multiples of 2**-bits. float32 if that is exact."""
+
+
+def resize(image: Pixels, size: tuple[int, int], kernel: Kernel = "torchvision") -> Pixels:
+    """``image`` (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C).
+
+    An antialiased bicubic (Keys' cubic, a = -0.5). ``torchvision`` goes across, then down.
+    ``pillow`` has finer weights, and goes down first where that saves work (Pillow 13's rule).
+    An image that has the size already is returned as it is, not copied.
+    """
+    (high, wide), (to_high, to_wide) = image.shape[:2], size
+    if min(high, wide, to_high, to_wide) < 1:
+        raise ValueError(f"cannot resize {high}x{wide} to {to_high}x{to_wide}")
+    if kernel == "pillow" and wide != to_wide and high - to_high > max(0, 2 * (wide - to_wide)):
+        return _across(_down(image, to_high, kernel), to_wide, kernel)
+    return _down(_across(image, to_wide, kernel), to_high, kernel)
+
+
+def _across(image: Pixels, to_wide: int, kernel: Kernel) -> Pixels:
+    """The pass along rows: (H, W, C) to (H, to_wide, C)."""
+    high, wide, channels = image.shape
+    if wide == to_wide:
+        return image
+    blocks = _blocks(wide, to_wide, kernel)
+    out = np.empty((high, to_wide, channels), np.uint8)
+    band = max(1, _BAND_VALUES // (max(wide, to_wide) * channels))
+    for top in range(0, high, band):
+        rows = image[top : top + band]
+        # One picture row per channel, so that a row of weights meets neighbours in memory.
+        planes = np.empty((len(rows), channels, wide), blocks[0].matrix.dtype)
+        planes[...] = rows.transpose(0, 2, 1)
+        flat = planes.reshape(-1, wide)
+        sums = np.empty((len(flat), to_wide), flat.dtype)
+        for block in blocks:
+            np.matmul(
+                flat[:, block.first : block.last],
+                block.matrix.T,
+                out=sums[:, block.start : block.stop],
+            )
+        levels = _levels(sums).reshape(len(rows), channels, to_wide)
+        np.copyto(out[top : top + band], levels.transpose(0, 2, 1), casting="unsafe")
+    return out
+
+
+def _down(image: Pixels, to_high: int, kernel: Kernel) -> Pixels:
+    """The pass along columns: (H, W, C) to (to_high, W, C)."""
+    high, wide, channels = image.shape
+    if high == to_high:
+        return image
+    blocks = _blocks(high, to_high, kernel)
+    flat = image.reshape(high, wide * channels)
+    out = np.empty((to_high, wide * channels), np.uint8)
+    for block in blocks:
+        band = max(1, _BAND_VALUES // (block.last - block.first))
+        for left in range(0, wide * channels, band):
+            values = flat[block.first : block.last, left : left + band]
+            sums = block.matrix @ values.astype(block.matrix.dtype)
+            target = out[block.start : block.stop, left : left + band]
+            np.copyto(target, _levels(sums), casting="unsafe")
+    return out.reshape(to_high, wide, channels)
+
+
+def _levels(sums: NDArray[Any]) -> NDArray[Any]:
+    """Sums to rounded levels in 0..255, but for the fraction, which a cast to uint8 drops."""
+    sums += 0.5
+    return np.clip(sums, 0, 255, out=sums)
+
+
+@lru_cache(maxsize=16)  # the frames of a video share theirs
+def _blocks(size: int, to_size: int, kernel: Kernel) -> tuple[_Block, ...]:
+    """The products that take an axis of ``size`` pixels to ``to_size``."""
+    width = int(min(_BLOCK_OUTPUTS, max(1, _BLOCK_TAPS * to_size // size)))
+    parts = [
+        (start, *_weights(size, to_size, start, min(start + width, to_size), kernel))
+        for start in range(0, to_size, width)
+    ]
+    bits = _bits(max(float(weights.max()) for *_, weights in parts), kernel)
+    one = float(1 << bits)
+    whole = [np.trunc(weights * one + np.copysign(0.5, weights)) for *_, weights in parts]
+    most = max(float(np.abs(weights).sum(axis=0).max()) for weights in whole)
+    dtype = np.float32 if 255 * most + one / 2 < _FLOAT_END else np.float64
+    blocks = []
+    for (start, first, _), weights in zip(parts, whole, strict=True):
+        taps, outputs = weights.shape
+        begin = int(first[0])
+        matrix = np.zeros((outputs, int(first[-1]) + taps - begin))
+        matrix[np.arange(outputs), first - begin + np.arange(taps)[:, None]] = weights / one
+        last = min(size, begin + matrix.shape[1])
+        matrix = np.ascontiguousarray(matrix[:, : last - begin], dtype)
+        blocks.append(_Block(start, start + outputs, begin, last, matrix))
+    return tuple(blocks)
+
+
+def _weights(
+    size: int, to_size: int, start: int, stop: int, kernel: Kernel
+) -> tuple[NDArray[np.int64], Reals]:
+    """(first inputs (outputs,), weights (taps, outputs)) of outputs ``start:stop``, unrounded.
+
+    Every operation is in the libraries' order, because a last bit can move a weight. Past the
+    last input of an output the weights are 0.
+    """
+    scale = size / to_size
+    stretch = max(scale, 1.0)
+    reach = _REACH * stretch
+    centre = scale * (np.arange(start, stop) + 0.5)
+    first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + reach + 0.5).astype(np.int64), size)
+    step = np.arange(int((last - first).max()))[:, None]
+    if kernel == "torchvision":
+        distance = step + (first - centre) + 0.5
+    else:
+        distance = (step + first) - centre + 0.5
+    weights = np.where(step < last - first, _cubic(distance * (1.0 / stretch)), 0.0)
+    # cumsum adds one after the other, as the libraries do; sum would not.
+    return first, weights / np.cumsum(weights, axis=0)[-1]
+
+
+def _cubic(x: Reals) -> Reals:
+    """Keys' cubic with a = -0.5."""
+    a = -0.5
+    x = np.abs(x)
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * a
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+def _bits(most: float, kernel: Kernel) -> int:
+    """Fractional bits of an axis's weights, of which ``most`` is the largest."""
+    if kernel == "pillow":
+        return _PILLOW_BITS
+    bits = 0
+    while bits < _TORCH_MOST_BITS and int(0.5 + most * (1 << (bits + 1))) < _TORCH_WEIGHT_END:
+        bits += 1
+    return bits
