@@ -6,7 +6,9 @@ A door (the command, a server) prints the message and nothing else.
 
 
 class OneVisionError(Exception):
-    """Anything this package refuses to do. ``code`` is stable, for programs; the message is for people."""
+    """Anything this package refuses to do. ``code`` is stable, for programs; the message is for
+    people.
+    """
 
     code = "bad_request"
 
@@ -53,3 +55,9 @@ class CancelledError(OneVisionError):
     """The work was cancelled before it had a result."""
 
     code = "cancelled"
+
+
+class OutOfMemoryError(OneVisionError):
+    """The device has too little memory left for the request."""
+
+    code = "out_of_memory"

@@ -161,6 +161,11 @@ class OneVision(nn.Module):
 
     # From ids to embeddings.
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type that the language model computes in."""
+        return self.language_model.norm.weight.dtype
+
     def embed(self, ids: mx.array) -> mx.array:
         """Embeddings, shape = (B, L, hidden_size): the table's for words, the bank's for media.
 
@@ -168,33 +173,33 @@ class OneVision(nn.Module):
             ValueError: for an id that is neither in the vocabulary nor in the bank.
         """
         if self._decoding and ids.shape[1] == 1:
-            return self.language_model.embed_tokens(ids)
+            return self._words(ids)
         host = np.array(ids)
         if (host < self.config.text_config.vocab_size).all():
-            return self.language_model.embed_tokens(ids)
+            return self._words(ids)
         return mx.stack([self._embed_row(row) for row in host])
+
+    def _words(self, ids: mx.array) -> mx.array:
+        return self.language_model.embed_tokens(ids).astype(self.dtype)
 
     def _embed_row(self, ids: np.ndarray) -> mx.array:
         vocab_size = self.config.text_config.vocab_size
         pieces = []
         start = 0
         while start < len(ids):
-            virtual = ids[start] >= vocab_size
-            # As far as ids go on being words, or being the next rows of the same medium.
             run = ids[start:]
-            goes_on = run == run[0] + np.arange(len(run)) if virtual else run < vocab_size
-            length = len(run) if goes_on.all() else int(np.argmin(goes_on))
-            if virtual:
-                first = int(run[0])
-                length = min(length, self.bank.last_of(first) - first)
-                pieces.append(self.bank.look_up(first, first + length))
+            if run[0] < vocab_size:
+                same = run < vocab_size
+            else:  # the next rows of the same medium
+                same = run == run[0] + np.arange(len(run))
+                same &= run < self.bank.last_of(int(run[0]))
+            length = len(run) if same.all() else int(np.argmin(same))
+            if run[0] < vocab_size:
+                pieces.append(self._words(mx.array(run[:length])))
             else:
-                pieces.append(self.language_model.embed_tokens(mx.array(run[:length])))
+                first = int(run[0])
+                pieces.append(self.bank.look_up(first, first + length).astype(self.dtype))
             start += length
-        dtype = pieces[0].dtype
-        for piece in pieces:
-            if piece.dtype != dtype:
-                raise TypeError(f"feature rows are {piece.dtype}, embeddings {dtype}")
         return mx.concatenate(pieces)
 
     @contextmanager

@@ -1,0 +1,130 @@
+"""Requests to a loaded model, from any thread: tokens stream back, and can be cancelled.
+
+Everything that touches an MLX array happens on the inference thread (see :mod:`worker` and
+:mod:`runner`); what crosses over is ids, numpy arrays and plain numbers.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mlx_onevision.checkpoint import load_checkpoint
+from mlx_onevision.errors import CancelledError, ContextOverflowError, OutOfMemoryError
+from mlx_onevision.processor import Inputs
+from mlx_onevision.runner import Counters, Runner
+from mlx_onevision.sampling import Sampling
+from mlx_onevision.worker import Worker
+
+
+class TokenStream:
+    """Generated token ids as they come. Iterate it, cancel it, read ``counters`` when it has
+    ended.
+    """
+
+    def __init__(self, closing: threading.Event) -> None:
+        self.counters = Counters()
+        self._closing = closing
+        self._items: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._interrupted = False
+
+    def cancel(self) -> None:
+        """Stops before the next token, prefill chunk or group of tiles; iteration then ends."""
+        self._cancelled.set()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a cancellation, not the model or the token limit, ended it."""
+        return self._interrupted
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            item = self._items.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    # The inference thread's side.
+
+    def check(self, *_: object) -> None:
+        if self._cancelled.is_set() or self._closing.is_set():
+            self._interrupted = True
+            raise CancelledError("the request was cancelled")
+
+    def put(self, item: int | BaseException | None) -> None:
+        self._items.put(item)
+
+
+class Engine:
+    """A loaded model on its thread. Requests run in the order they came.
+
+    folder : a checkpoint's files.
+    dtype : cast the weights to this type; None keeps the checkpoint's.
+
+    Raises what loading raises.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None = None) -> None:
+        self._worker = Worker(lambda: Runner(load_checkpoint(folder, dtype=dtype)))
+        # Plain data, anyone's to read.
+        self.config = self._worker.call(lambda runner: runner.checkpoint.config)
+        self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
+
+    def generate(self, inputs: Inputs, sampling: Sampling, max_tokens: int) -> TokenStream:
+        """Starts a request and returns its tokens as they come; an end-of-text token is the last.
+
+        Raises:
+            ContextOverflowError: when the prompt leaves no room for an answer.
+        """
+        length, limit = len(inputs.input_ids), self.config.text_config.max_position_embeddings
+        if length >= limit:
+            raise ContextOverflowError(
+                f"the prompt has {length} tokens, but the model's context holds {limit}; "
+                "use fewer or smaller media or a shorter text"
+            )
+        stream = TokenStream(self._worker.closing)
+        self._worker.post(
+            lambda runner: _run(runner, inputs, sampling, min(max_tokens, limit - length), stream)
+        )
+        return stream
+
+    def logits(self, inputs: Inputs) -> np.ndarray:
+        """Logits of every position of a prompt, float32 (L, vocab_size)."""
+        try:
+            return self._worker.call(lambda runner: runner.logits(inputs))
+        except RuntimeError as error:
+            raise _in_our_words(error) from error
+
+    def close(self) -> None:
+        """Cancels what is under way and frees the model, on its thread."""
+        self._worker.close()
+
+
+def _run(
+    runner: Runner, inputs: Inputs, sampling: Sampling, max_tokens: int, stream: TokenStream
+) -> None:
+    end: BaseException | None = None
+    try:
+        stream.check()
+        runner.generate(inputs, sampling, max_tokens, stream.counters, stream.put, stream.check)
+    except CancelledError:
+        pass
+    except BaseException as error:
+        end = _in_our_words(error)
+    stream.put(end)
+
+
+def _in_our_words(error: BaseException) -> BaseException:
+    """An allocation that MLX could not make, as our own error; anything else as it is."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("allocate" in text or "out of memory" in text.lower()):
+        return OutOfMemoryError(
+            f"the device ran out of memory ({text.splitlines()[0][:200]}); "
+            "use a quantized model, fewer or smaller media, or close other programs"
+        )
+    return error

@@ -1,0 +1,196 @@
+"""One request on the inference thread: encode, read the prompt, generate, keep what the next one
+needs.
+
+Text generation is mlx-lm's, unmodified; it is imported here and only when a request needs it.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_onevision import memory
+from mlx_onevision.checkpoint import Checkpoint
+from mlx_onevision.errors import CancelledError
+from mlx_onevision.model import OneVision
+from mlx_onevision.prefix import PrefixCache
+from mlx_onevision.processor import Inputs, Medium
+from mlx_onevision.sampling import Sampling
+
+
+@dataclass
+class Counters:
+    """What one request took. Seconds are wall time on the inference thread; bytes are MLX's."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were there already."""
+    encoded_media: int = 0
+    """Images and videos that went through the tower; the others came from the feature bank."""
+    completion_tokens: int = 0
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory: int = 0
+
+
+class Runner:
+    """The model and what is kept between requests. Lives on the inference thread."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.model: OneVision = checkpoint.model
+        self.prefix = PrefixCache(self.model)
+        leaves: list[tuple[str, Any]] = tree_flatten(self.model.parameters())
+        weights = sum(leaf.nbytes for _, leaf in leaves)
+        working_set = _working_set()
+        itemsize = self.model.vision_tower.dtype.size
+        scratch = memory.scratch_bytes(working_set, weights)
+        self.model.budget = memory.plan(self.model.config, scratch, itemsize)
+        if mx.metal.is_available():
+            mx.set_wired_limit(working_set)
+
+    def generate(
+        self,
+        inputs: Inputs,
+        sampling: Sampling,
+        max_tokens: int,
+        counters: Counters,
+        deliver: Callable[[int], None],
+        check: Callable[..., None],
+    ) -> None:
+        """Hands each token to ``deliver`` as it comes, an end-of-text token included.
+
+        counters : filled in as the request goes on.
+        check : called between tokens, prefill chunks and groups of tiles; ends the request by
+            raising CancelledError. What was read until then stays in the cache.
+        """
+        model = self.model
+        mx.reset_peak_memory()
+        ids, keys = self._virtual_ids(inputs)
+        counters.prompt_tokens = len(ids)
+        with model.bank.in_use(keys):
+            matched = self.prefix.match(ids)
+            started = time.perf_counter()
+
+            def launched() -> None:
+                # The device works on tiles meanwhile: this import takes more than a second.
+                import mlx_lm.generate  # noqa: F401
+
+                check()
+
+            counters.encoded_media = self._encode(inputs, ids, matched, launched)
+            from mlx_lm.generate import generate_step
+
+            counters.encode_seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            cache, counters.cached_tokens = self.prefix.take(ids)
+            produced: list[int] = []
+            try:
+                if sampling.seed is not None:
+                    mx.random.seed(sampling.seed)
+                steps = generate_step(
+                    mx.array(ids[counters.cached_tokens :], mx.int32),
+                    model,
+                    max_tokens=max_tokens,
+                    sampler=sampling.sampler(),
+                    logits_processors=sampling.logits_processors(
+                        model.config.text_config.vocab_size,
+                        model.config.image_token_index,
+                        ids[: counters.cached_tokens],
+                    ),
+                    prompt_cache=cache,
+                    prefill_step_size=model.budget.chunk,
+                    prompt_progress_callback=check,
+                )
+                first, _ = next(steps)
+                counters.prefill_seconds = time.perf_counter() - started
+                started = time.perf_counter()
+                with model.decoding():
+                    produced.append(int(first))
+                    deliver(produced[-1])
+                    while not self._ended(produced):
+                        following = next(steps, None)
+                        if following is None:
+                            break
+                        check()
+                        produced.append(int(following[0]))
+                        deliver(produced[-1])
+                counters.decode_seconds = time.perf_counter() - started
+            except CancelledError:
+                self.prefix.put_back(ids + produced, keys, cache)
+                raise
+            except BaseException:
+                self.prefix.clear()  # its layers may not agree on how far they got
+                raise
+            finally:
+                counters.completion_tokens = len(produced)
+                counters.peak_memory = mx.get_peak_memory()
+            self.prefix.put_back(ids + produced, keys, cache)
+
+    def logits(self, inputs: Inputs) -> np.ndarray:
+        ids, keys = self._virtual_ids(inputs)
+        with self.model.bank.in_use(keys):
+            self._encode(inputs, ids, 0, lambda: None)
+            return np.array(self.model(mx.array(ids, mx.int32)[None])[0])
+
+    def _ended(self, produced: Sequence[int]) -> bool:
+        return produced[-1] in self.checkpoint.generation_defaults.eos_token_ids
+
+    def _virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
+        """The prompt with every placeholder replaced by its medium's virtual ids, and their
+        keys.
+        """
+        ids: list[int] = inputs.input_ids.tolist()
+        placeholders = (self.model.config.image_token_index, self.model.config.video_token_index)
+        position = 0
+        for medium in inputs.media:
+            while ids[position] not in placeholders:
+                position += 1
+            virtual = self.model.bank.reserve(medium.key, medium.tokens)
+            ids[position : position + medium.tokens] = virtual
+            position += medium.tokens
+        return ids, [medium.key for medium in inputs.media]
+
+    def _encode(
+        self, inputs: Inputs, ids: Sequence[int], matched: int, check: Callable[..., None]
+    ) -> int:
+        """Puts the rows of all media that reach beyond ``matched`` into the bank; what the cache
+        holds whole needs none. Returns how many went through the tower.
+        """
+        bank = self.model.bank
+        rest = set(ids[matched:])
+        encoded = 0
+        for medium in inputs.media:
+            needed = bank.reserve(medium.key, medium.tokens)[-1] in rest
+            if needed and medium.key not in bank:
+                bank.store(medium.key, self._rows(medium, check))
+                encoded += 1
+        return encoded
+
+    def _rows(self, medium: Medium, check: Callable[..., None]) -> mx.array:
+        model = self.model
+        features = model.encode_tiles(medium.tiles, medium.normalization, check)
+        if medium.kind == "video":
+            rows = model.pack_video(features)
+        elif medium.packing is not None:
+            rows = model.pack_image(features, medium.packing)
+        else:
+            rows = model.pack_tile(features)
+        rows = rows.astype(model.dtype)
+        mx.eval(rows)
+        return rows
+
+
+def _working_set() -> int:
+    """Bytes of memory that the device should use: Metal's own advice, else the machine's memory."""
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
+        if key in info:
+            return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
