@@ -1,7 +1,7 @@
 """The ``mlx-onevision`` command.
 
 Results go to stdout and nothing else does; notices, progress and errors go to stderr. An error is
-one sentence, never a traceback. Exit codes: 0; 1, it could not be done; 2, wrong usage; 130, Ctrl-C.
+one sentence, never a traceback. Exit codes: 0, 1 (not done), 2 (wrong usage), 130 (Ctrl-C).
 
 ``--help`` and ``--version`` load click and nothing heavier: commands import the library.
 """
