@@ -159,6 +159,7 @@ def plan_packings(
 
     ratio = np.sqrt(kept_rows * kept_cols / (max_tiles * patches**2))
     thin = ratio > _THIN_BEYOND
+    ratio = np.where(thin, ratio, 1.0)  # a strip can keep no tokens at all: no 0 // 0 for it
     return Packings(
         grid_rows=grid_rows,
         grid_cols=grid_cols,

@@ -137,15 +137,18 @@ class FeatureBank:
                 del self._entries[key]
 
     def _free_range(self, length: int) -> int:
-        first = self._next
-        taken = sorted(
-            (entry.first, entry.first + entry.length) for entry in self._entries.values()
-        )
-        for _ in range(2):
-            for start, stop in taken:
-                if start < first + length and first < stop:
-                    first = stop
-            if first + length - 1 <= LAST_ID:
-                return first
-            first = self.vocab_size  # begin again at the bottom, in the gaps that eviction left
-        raise RuntimeError("the feature bank has no virtual ids left")
+        """The first of ``length`` ids that nothing holds: after the last range given out, else
+        from the bottom, in the gaps that eviction left, else where something idle is made to go.
+        """
+        while True:
+            for first in (self._next, self.vocab_size):
+                for entry in sorted(self._entries.values(), key=lambda entry: entry.first):
+                    if entry.first < first + length and first < entry.ids.stop:
+                        first = entry.ids.stop
+                if first + length - 1 <= LAST_ID:
+                    return first
+            idle = (k for k, e in self._entries.items() if e.requests == 0 and e.prompts == 0)
+            oldest = next(idle, None)
+            if oldest is None:
+                raise RuntimeError("the feature bank has no virtual ids left")
+            del self._entries[oldest]

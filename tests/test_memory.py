@@ -1,0 +1,40 @@
+"""The memory budget, tried for machines and checkpoints that are not here."""
+
+from itertools import pairwise
+
+import pytest
+
+from mlx_onevision.config import OneVisionConfig, TextConfig
+from mlx_onevision.memory import CHUNKS, MEGABYTE, Budget, plan, scratch_bytes
+
+SEVEN_B = OneVisionConfig(
+    text_config=TextConfig(
+        vocab_size=152128,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        layer_types=("full_attention",) * 28,
+    )
+)
+
+
+def test_more_memory_never_means_smaller_steps() -> None:
+    budgets = [plan(SEVEN_B, size * MEGABYTE, 2) for size in (1, 64, 256, 1024, 4096, 16384)]
+    for smaller, larger in pairwise(budgets):
+        assert smaller.chunk <= larger.chunk
+        assert smaller.tile_group <= larger.tile_group
+    assert budgets[0] == Budget(tile_group=1, chunk=CHUNKS[-1], interval=1)
+    assert budgets[-1] == Budget(tile_group=40, chunk=CHUNKS[0], interval=4)
+
+
+def test_half_precision_goes_further() -> None:
+    assert plan(SEVEN_B, 512 * MEGABYTE, 2).chunk > plan(SEVEN_B, 512 * MEGABYTE, 4).chunk
+
+
+@pytest.mark.parametrize("gigabytes", [8, 16, 24, 64, 512])
+@pytest.mark.parametrize("weights", [1, 5, 15, 140])
+def test_scratch_stays_in_bounds(gigabytes: int, weights: int) -> None:
+    scratch = scratch_bytes(gigabytes << 30, weights << 30)
+    assert 192 * MEGABYTE <= scratch <= 3072 * MEGABYTE
