@@ -1,0 +1,101 @@
+"""Bytes of a medium that is not a file: behind an http(s) URL, or written out as base64."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from pathlib import Path
+
+from mlx_onevision.errors import MediaError, TooLargeError
+
+MAX_DOWNLOAD = 256 << 20  # bytes
+TIMEOUT = 30.0  # seconds without a sign of life
+DEADLINE = 120.0  # seconds for a whole download
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+_LONGEST_PATH = 4096  # bytes, of the systems this runs on
+
+
+def is_url(text: str) -> bool:
+    """Whether ``text`` is an http(s) URL. MediaError for an address of any other kind."""
+    address = _ADDRESS.match(text)
+    if address and address[1].lower() not in ("http", "https"):
+        raise MediaError(f"cannot read '{text}': of addresses, only http and https are read.")
+    return address is not None
+
+
+def data_uri(text: str) -> bytes:
+    """The bytes of ``data:…;base64,…``."""
+    head, _, data = text.partition(",")
+    if not head.endswith(";base64"):
+        raise MediaError(f"'{_short(text)}' is not a base64 data URI.")
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise MediaError(f"the data URI '{_short(text)}' is not valid base64.") from None
+
+
+def bare_base64(text: str) -> bytes | None:
+    """The bytes of ``text`` if it reads as base64 and names no file, else None."""
+    if not _BASE64.fullmatch(text):
+        return None
+    if len(text) <= _LONGEST_PATH and Path(text).exists():
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
+    """The body behind an http(s) URL, of at most ``most`` bytes.
+
+    Redirects are followed, to http(s) only.
+
+    Raises:
+        MediaError: no network, no such host, an error status, an answer that does not end.
+        TooLargeError: more than ``most`` bytes.
+    """
+    from http.client import HTTPException
+    from time import monotonic
+    from urllib import request
+    from urllib.error import HTTPError
+
+    # urllib's own opener would follow a redirect to ftp as well.
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler,
+        request.HTTPHandler,
+        request.HTTPSHandler,
+        request.HTTPRedirectHandler,
+        request.HTTPErrorProcessor,
+        request.HTTPDefaultErrorHandler,
+    ):
+        opener.add_handler(handler())
+    too_large = f"'{url}' is larger than {most >> 20:,} MB, the most that is downloaded."
+    deadline = monotonic() + DEADLINE
+    body = bytearray()
+    try:
+        asked = request.Request(url, headers={"User-Agent": "mlx-onevision"})
+        with opener.open(asked, timeout=TIMEOUT) as answer:
+            if int(answer.headers.get("Content-Length") or 0) > most:
+                raise TooLargeError(too_large)
+            while chunk := answer.read1(1 << 20):
+                body += chunk
+                if len(body) > most:
+                    raise TooLargeError(too_large)
+                if monotonic() > deadline:
+                    raise TimeoutError(f"not done after {DEADLINE:.0f} seconds")
+    except HTTPError as error:
+        raise MediaError(f"cannot read '{url}': the server answers {error.code}.") from error
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        raise MediaError(f"cannot read '{url}': {text}.") from error
+    return bytes(body)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]}…"
