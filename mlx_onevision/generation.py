@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mlx_onevision.detokenizer import Detokenizer, StopStrings
 from mlx_onevision.engine import Engine
 from mlx_onevision.errors import RequestError
 from mlx_onevision.processor import Inputs
 from mlx_onevision.sampling import Sampling
-from mlx_onevision.text import Detokenizer, StopStrings, Tokenizer
+from mlx_onevision.text import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
