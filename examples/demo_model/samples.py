@@ -1,0 +1,312 @@
+"""Training samples as arrays: what a picture shows, and several questions about it at once.
+
+A sample is one conversation prefix (its media) and a buffer of questions that all stand right
+behind it. They share the prefix and do not see each other (`group`), and each is numbered as if it
+were alone (`place`), so that a picture is encoded once and still every question is a conversation
+of its own. Now and then two of them form one conversation of two turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.demo_model import questions as q
+from examples.demo_model.packing import NO_ROWS, Rows, image_rows, images_rows, plan, tile_windows
+from examples.demo_model.packing import frame_window, square_window, video_rows
+from examples.demo_model.words import Words
+from examples.demo_model.world import CORNERS, Scene, Size
+from examples.demo_model.world import sample_scene, sample_size, sample_video
+
+PREFIX = 3  # <|im_start|> user, space
+SLOTS = 205  # rows of media at most: 198 of an image, 193 of a video of 48 frames
+TEXT = 144  # length of the question buffer
+LENGTH = PREFIX + SLOTS + TEXT
+FRAMES = 48
+FEATURES = 19  # numbers that describe one shape to the renderer
+SHAPES = 4
+
+LABELS = (
+    *q.IMAGE_KINDS,
+    *q.EXTRA_KINDS,
+    *q.MULTI_KINDS,
+    *(f"images: {kind}" for kind in (*q.IMAGE_KINDS, "exists")),
+    *q.VIDEO_KINDS,
+    *(f"video: {kind}" for kind in ("list", "count", "colour", "shape")),
+    "second turn",
+)
+LABEL = {name: index for index, name in enumerate(LABELS)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of a batch that have the same number of tile slots."""
+
+    name: str
+    media: str  # "image", "images" or "video"
+    tiles: int
+    count: int  # samples a batch
+    exact: int  # of them drawn with Pillow and cut by the package itself
+
+    @property
+    def pictures(self) -> int:
+        return 4 if self.media == "images" else 1
+
+
+GROUPS = (
+    Group("small", "image", 10, 72, 16),
+    Group("middle", "image", 19, 112, 28),
+    Group("large", "image", 37, 128, 32),
+    Group("several", "images", 4, 96, 24),
+    Group("short", "video", 8, 64, 16),
+    Group("long", "video", FRAMES, 40, 8),
+)
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Every packing that training uses, stacked, so that a batch names them by number."""
+
+    sizes: list[Size]  # of the images, in the order of their numbers
+    groups: dict[str, range]  # group name -> numbers of its images
+    index: NDArray[np.int16]  # (n, SLOTS, 4)
+    weight: NDArray[np.float32]  # (n, SLOTS, 4)
+    newline: NDArray[np.bool_]  # (n, SLOTS)
+    rows: NDArray[np.int16]  # (n,)
+    windows: NDArray[np.float32]  # (images, 37, 5)
+    first_images: int  # number of the packing of no image; then one image, two...
+    first_video: int  # number of the packing of a video of no frames; then one frame, two...
+
+
+def image_group(size: Size) -> Group:
+    """The group of an image alone."""
+    tiles = plan(size).tiles
+    return next(g for g in GROUPS if g.media == "image" and g.tiles >= tiles)
+
+
+def make_layouts(seed: int, images: int = 1000) -> Layouts:
+    """`images` sizes for each image group, and every number of images and of frames."""
+    rng = Random(seed)
+    names = [g.name for g in GROUPS if g.media == "image"]
+    found: dict[str, list[Size]] = {name: [] for name in names}
+    while any(len(sizes) < images for sizes in found.values()):
+        size = sample_size(rng)
+        sizes = found[image_group(size).name]
+        if len(sizes) < images:
+            sizes.append(size)
+    sizes = [size for name in names for size in found[name]]
+    groups = {name: range(i * images, (i + 1) * images) for i, name in enumerate(names)}
+    windows = np.zeros((len(sizes), 37, 5), np.float32)
+    rows: list[Rows] = []
+    for number, size in enumerate(sizes):
+        packing = plan(size)
+        cut = tile_windows(size, packing)
+        windows[number, : len(cut)] = cut
+        rows.append(image_rows(packing))
+    first_images = len(rows)
+    rows += [images_rows(n) for n in range(5)]
+    first_video = len(rows)
+    rows += [NO_ROWS, *(video_rows(n) for n in range(1, FRAMES + 1))]
+    return Layouts(
+        sizes,
+        groups,
+        *stack_rows(rows),
+        windows=windows,
+        first_images=first_images,
+        first_video=first_video,
+    )
+
+
+def stack_rows(
+    rows: Sequence[Rows],
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.bool_], NDArray[np.int16]]:
+    """`index`, `weight`, `newline` and `rows` of :class:`Layouts`."""
+    index = np.zeros((len(rows), SLOTS, 4), np.int16)
+    weight = np.zeros((len(rows), SLOTS, 4), np.float32)
+    newline = np.zeros((len(rows), SLOTS), bool)
+    for number, part in enumerate(rows):
+        count = len(part.index)
+        index[number, :count] = part.index
+        weight[number, :count] = part.weight
+        newline[number, :count] = part.newline
+    return index, weight, newline, np.asarray([len(part.index) for part in rows], np.int16)
+
+
+@dataclass(frozen=True)
+class Medium:
+    """The pictures of one sample: one, several, or a video with the times of its frames."""
+
+    scenes: tuple[Scene, ...]
+    times: tuple[float, ...] = ()
+
+    @property
+    def video(self) -> bool:
+        return bool(self.times)
+
+
+def sample_medium(
+    rng: Random, group: Group, size: Size | None, most: int, largest: int = 1200
+) -> Medium:
+    """Pictures for one sample of a group.
+
+    size : of an image alone; `largest` is the longest side of others, `most` the most shapes.
+    """
+    if group.media == "image":
+        assert size is not None
+        count = rng.choices((1, 2, 3, 4)[:most], (3, 5, 6, 6)[:most])[0]
+        return Medium((sample_scene(rng, size, count),))
+    if group.media == "images":
+        number = 0 if rng.random() < 0.03 else rng.randint(2, 4)
+        counts = rng.choices((1, 2, 3)[:most], (5, 4, 2)[:most], k=number)
+        sizes = [sample_size(rng, 64, largest, 2.0) for _ in counts]
+        scenes = (sample_scene(rng, s, c, 0.18) for s, c in zip(sizes, counts, strict=True))
+        return Medium(tuple(scenes))
+    count = rng.choices((1, 2, 3)[:most], (5, 4, 2)[:most])[0]
+    scene = sample_video(rng, sample_size(rng, 64, largest, 16 / 9), count)
+    low, high = (2, 8) if group.tiles <= 8 else (9, group.tiles)
+    return Medium((scene,), frame_times(rng, rng.randint(low, high)))
+
+
+def frame_times(rng: Random, frames: int) -> tuple[float, ...]:
+    """When the frames of a video were taken, from 0 to 1, evenly or nearly so."""
+    ease = rng.uniform(0.8, 1.25) if rng.random() < 0.3 else 1.0
+    return tuple((index / (frames - 1)) ** ease for index in range(frames))
+
+
+def ask(rng: Random, medium: Medium) -> list[tuple[str, str, str]]:
+    """Questions (label, question, answer) about a medium, the most telling first."""
+    found: list[tuple[str, q.Turn | None]] = []
+    if medium.video:
+        scene = medium.scenes[0]
+        found += [("", q.ask_video(rng, scene, "motion")) for _ in range(3)]
+        kinds = rng.sample(("list", "count", "colour", "shape"), 3)
+        found += [("video: ", q.ask_video(rng, scene, kind)) for kind in kinds]
+    elif not medium.scenes:
+        found += [("", q.ask_no_image(rng)) for _ in range(2)]
+    elif len(medium.scenes) == 1:
+        scene = medium.scenes[0]
+        kinds = [*q.IMAGE_KINDS, *rng.sample(("exists", "absent", "number"), 1)]
+        kinds += rng.sample(("colour", "shape", "where", "where"), 2)
+        found += [("", q.ask_picture(rng, scene, kind)) for kind in kinds]
+    else:
+        scenes = medium.scenes
+        found += [("", q.ask_images(rng, scenes, "which image")) for _ in range(3)]
+        if sum(len(scene.shapes) for scene in scenes) <= 6 and rng.random() < 0.5:
+            found.append(("", q.ask_images(rng, scenes, "each image")))
+        if rng.random() < 0.2:
+            found.append(("", q.ask_images(rng, scenes, "images")))
+        kinds = rng.sample((*q.IMAGE_KINDS, "exists"), 5)
+        found += [("images: ", q.ask_images(rng, scenes, kind)) for kind in kinds]
+    return [(head + turn[0], q.vary(rng, turn[1]), turn[2]) for head, turn in found if turn]
+
+
+@dataclass
+class Buffers:
+    """Question buffers of n samples."""
+
+    ids: NDArray[np.int16]  # (n, TEXT)
+    group: NDArray[np.uint8]  # (n, TEXT), from 1; 0 is unused
+    place: NDArray[np.uint8]  # (n, TEXT), position behind the media
+    target: NDArray[np.int16]  # (n, TEXT), the answer's token that comes next, or -1
+    label: NDArray[np.uint8]  # (n, TEXT), what the target's question is counted as
+
+    @classmethod
+    def empty(cls, count: int) -> Buffers:
+        shape = (count, TEXT)
+        return cls(
+            np.zeros(shape, np.int16),
+            np.zeros(shape, np.uint8),
+            np.zeros(shape, np.uint8),
+            np.full(shape, -1, np.int16),
+            np.zeros(shape, np.uint8),
+        )
+
+    def fill(self, row: int, turns: Sequence[tuple[str, str, str]], words: Words, rng: Random) -> None:
+        """Put the questions into a row, as many as there is room for."""
+        start, number, index = 0, 1, 0
+        chained = len(turns) > 1 and rng.random() < 0.08
+        while index < len(turns):
+            label, question, answer = turns[index]
+            history: tuple[int, ...] = ()
+            if chained and index == 0:
+                history = (*words.encode("\n" + question), *words.replied, *words.encode(answer))
+                history += words.next[:-1]  # the newline begins the next question
+                label, question, answer = "second turn", *turns[1][1:]
+                index += 1
+            prompt = (*history, *words.encode("\n" + question), *words.reply)
+            reply = (*words.encode(answer), *words.end)
+            ids = prompt + reply
+            stop = start + len(ids)
+            index += 1
+            if stop > TEXT:
+                continue
+            self.ids[row, start:stop] = ids
+            self.group[row, start:stop] = number
+            self.place[row, start:stop] = np.arange(len(ids))
+            first = start + len(prompt) - 1
+            self.target[row, first : stop - 1] = reply
+            self.label[row, first : stop - 1] = LABEL[label]
+            start, number = stop, number + 1
+
+
+def scene_numbers(scene: Scene) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(SHAPES, FEATURES) and (11,): the scene in pixels, as `rendering.py` reads it."""
+    high, wide = scene.size
+    unit = min(scene.size)
+    shapes = np.zeros((SHAPES, FEATURES), np.float32)
+    for row, shape in zip(shapes, scene.shapes, strict=False):
+        points = CORNERS[shape.kind][0]
+        half = math.pi / points
+        ex, ey = shape.inner * math.cos(half) - 1, shape.inner * math.sin(half)
+        length = math.hypot(ex, ey)
+        x, y, radius = shape.at(1.0)
+        row[:] = (
+            *(shape.x * wide, shape.y * high, shape.radius * unit),
+            *(x * wide, y * high, radius * unit),
+            *(math.cos(shape.angle), math.sin(shape.angle), half, ex / length, ey / length),
+            *(shape.stretch, *shape.rgb, 1.0),
+            *(float(shape.kind == "circle"), 0.0, 0.0),
+        )
+        row[17] = list(CORNERS).index(shape.kind) + 1
+        row[18] = _COLOUR_INDEX[shape.colour] + 1
+    back = scene.background
+    return shapes, np.asarray(
+        (*back.first, *back.second, *back.direction, back.noise, wide, high), np.float32
+    )
+
+
+_COLOUR_INDEX = {
+    name: index
+    for index, name in enumerate(
+        ("red", "green", "blue", "yellow", "orange", "purple", "black", "white")
+    )
+}
+
+
+def layout_number(layouts: Layouts, group: Group, medium: Medium, image: int = 0) -> int:
+    """The number of the packing of a medium; `image` is the one of its size."""
+    if group.media == "image":
+        return image
+    if group.media == "images":
+        return layouts.first_images + len(medium.scenes)
+    return layouts.first_video + len(medium.times)
+
+
+def medium_rows(medium: Medium) -> Rows:
+    """The packing of any medium."""
+    if medium.video:
+        return video_rows(len(medium.times))
+    if len(medium.scenes) == 1:
+        return image_rows(plan(medium.scenes[0].size))
+    return images_rows(len(medium.scenes))
+
+
+def medium_window(medium: Medium, index: int) -> NDArray[np.float32]:
+    """(5,): the window of one picture of several, or of a video's frames."""
+    scene = medium.scenes[index]
+    return (frame_window(scene.size) if medium.video else square_window(scene.size))[0]

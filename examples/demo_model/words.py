@@ -1,0 +1,83 @@
+"""The demo model's tokenizer: Qwen2's kind of byte-level BPE, trained on the demo world's sentences.
+
+All 256 bytes are in the vocabulary, so any text encodes; the world's own words are single tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from random import Random
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import pre_tokenizers, trainers
+
+from examples.demo_model import questions
+from examples.demo_model.world import sample_scene, sample_video
+
+END_OF_TEXT, START, END, IMAGE, VIDEO = SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<image>",
+    "<video>",
+)
+VOCABULARY = 576  # embedding rows; a few more than there are tokens, as in the published models
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def sentences(count: int, seed: int) -> Iterator[str]:
+    """Questions and answers of the demo world."""
+    rng = Random(seed)
+    yield from ("user", "assistant", "system") * 50
+    for index in range(count):
+        scenes = [sample_scene(rng, (256, 256), rng.randint(1, 3)) for _ in range(rng.randint(2, 4))]
+        video = sample_video(rng, (240, 320), rng.randint(1, 2))
+        turns = [questions.ask_picture(rng, scenes[0], kind) for kind in questions.ASKERS]
+        turns += [questions.ask_images(rng, scenes, kind) for kind in questions.MULTI_KINDS]
+        turns += [questions.ask_images(rng, scenes, "colour"), questions.ask_no_image(rng)]
+        turns += [questions.ask_video(rng, video, kind) for kind in ("motion", "list", "count")]
+        for turn in turns:
+            if turn is not None:
+                yield from (questions.vary(rng, turn[1]), turn[2])
+
+
+def build_tokenizer(count: int = 3000, seed: int = 0) -> Tokenizer:
+    """The tokenizer; the same one every time."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(sentences(count, seed), trainer)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
+    return tokenizer
+
+
+class Words:
+    """Token ids of the pieces that a conversation is made of, remembered."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.encode = lru_cache(maxsize=60_000)(self._encode)
+        self.prefix = self.encode(f"{START}user ")
+        self.reply = self.encode(f"{END}{START}assistant\n")
+        self.replied = self.encode(f"{END}{START}assistant \n")
+        self.next = self.encode(f"{END}{START}user \n")
+        self.end = self.encode(END)
+        self.newline = self.encode("\n")
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text).ids)
