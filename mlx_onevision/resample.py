@@ -31,7 +31,7 @@ _TORCH_WEIGHT_END = 1 << 15  # torch's weights fit int16
 _FLOAT_END = 1 << 24  # whole numbers below are exact as floats
 _BLOCK_OUTPUTS = 16  # outputs of one product: more hold more zeros, fewer starve BLAS
 _BLOCK_TAPS = 1024  # inputs of one product, about
-_BAND_VALUES = 1 << 19  # pixel values in flight between uint8 and uint8: they stay in the cache
+_BAND_VALUES = 1 << 20  # pixel values in flight, as floats: a few megabytes
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,16 @@ class _Block:
     last: int
     matrix: NDArray[Any]
     """(outputs, inputs): weights, whole multiples of 2**-bits. float32 if that is exact."""
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One pass over levels from which 128 was taken."""
+
+    blocks: tuple[_Block, ...]
+    offset: NDArray[Any]
+    """(outputs,): what the 128 would have added, and half a level, so that truncating rounds."""
+    dtype: type[np.float32] | type[np.float64]
 
 
 def resize(image: Pixels, size: tuple[int, int], kernel: Kernel = "torchvision") -> Pixels:
@@ -66,24 +76,27 @@ def _across(image: Pixels, to_wide: int, kernel: Kernel) -> Pixels:
     high, wide, channels = image.shape
     if wide == to_wide:
         return image
-    blocks = _blocks(wide, to_wide, kernel)
+    axis = _axis(wide, to_wide, kernel)
     out = np.empty((high, to_wide, channels), np.uint8)
-    band = max(1, _BAND_VALUES // (max(wide, to_wide) * channels))
+    band = min(high, max(1, _BAND_VALUES // (max(wide, to_wide) * channels)))
+    # A row of memory per channel, so that a row of weights meets neighbouring pixels. The arrays
+    # are the same for every band: fresh ones would cost as much as the arithmetic.
+    planes = np.empty((band, channels, wide), axis.dtype)
+    sums = np.empty((band, channels, to_wide), axis.dtype)
     for top in range(0, high, band):
         rows = image[top : top + band]
-        # One picture row per channel, so that a row of weights meets neighbours in memory.
-        planes = np.empty((len(rows), channels, wide), blocks[0].matrix.dtype)
-        planes[...] = rows.transpose(0, 2, 1)
-        flat = planes.reshape(-1, wide)
-        sums = np.empty((len(flat), to_wide), flat.dtype)
-        for block in blocks:
+        values, results = planes[: len(rows)], sums[: len(rows)]
+        values[...] = _centred(rows).transpose(0, 2, 1)
+        flat_values, flat_results = values.reshape(-1, wide), results.reshape(-1, to_wide)
+        for block in axis.blocks:
             np.matmul(
-                flat[:, block.first : block.last],
+                flat_values[:, block.first : block.last],
                 block.matrix.T,
-                out=sums[:, block.start : block.stop],
+                out=flat_results[:, block.start : block.stop],
             )
-        levels = _levels(sums).reshape(len(rows), channels, to_wide)
-        np.copyto(out[top : top + band], levels.transpose(0, 2, 1), casting="unsafe")
+        results += axis.offset
+        np.clip(results, 0, 255, out=results)
+        np.copyto(out[top : top + band], results.transpose(0, 2, 1), casting="unsafe")
     return out
 
 
@@ -92,27 +105,32 @@ def _down(image: Pixels, to_high: int, kernel: Kernel) -> Pixels:
     high, wide, channels = image.shape
     if high == to_high:
         return image
-    blocks = _blocks(high, to_high, kernel)
+    axis = _axis(high, to_high, kernel)
     flat = image.reshape(high, wide * channels)
     out = np.empty((to_high, wide * channels), np.uint8)
-    for block in blocks:
-        band = max(1, _BAND_VALUES // (block.last - block.first))
+    longest = max(block.last - block.first for block in axis.blocks)
+    band = min(wide * channels, max(1, _BAND_VALUES // longest))
+    planes = np.empty((longest, band), axis.dtype)
+    for block in axis.blocks:
         for left in range(0, wide * channels, band):
-            values = flat[block.first : block.last, left : left + band]
-            sums = block.matrix @ values.astype(block.matrix.dtype)
+            source = flat[block.first : block.last, left : left + band]
+            values = planes[: source.shape[0], : source.shape[1]]
+            values[...] = _centred(source)
+            results = block.matrix @ values
+            results += axis.offset[block.start : block.stop, None]
+            np.clip(results, 0, 255, out=results)
             target = out[block.start : block.stop, left : left + band]
-            np.copyto(target, _levels(sums), casting="unsafe")
+            np.copyto(target, results, casting="unsafe")
     return out.reshape(to_high, wide, channels)
 
 
-def _levels(sums: NDArray[Any]) -> NDArray[Any]:
-    """Sums to rounded levels in 0..255, but for the fraction, which a cast to uint8 drops."""
-    sums += 0.5
-    return np.clip(sums, 0, 255, out=sums)
+def _centred(levels: Pixels) -> NDArray[np.int8]:
+    """Levels less 128: half the magnitude to sum up, and ``offset`` has the rest."""
+    return (levels ^ np.uint8(128)).view(np.int8)
 
 
 @lru_cache(maxsize=16)  # the frames of a video share theirs
-def _blocks(size: int, to_size: int, kernel: Kernel) -> tuple[_Block, ...]:
+def _axis(size: int, to_size: int, kernel: Kernel) -> _Axis:
     """The products that take an axis of ``size`` pixels to ``to_size``."""
     width = int(min(_BLOCK_OUTPUTS, max(1, _BLOCK_TAPS * to_size // size)))
     parts = [
@@ -123,7 +141,8 @@ def _blocks(size: int, to_size: int, kernel: Kernel) -> tuple[_Block, ...]:
     one = float(1 << bits)
     whole = [np.trunc(weights * one + np.copysign(0.5, weights)) for *_, weights in parts]
     most = max(float(np.abs(weights).sum(axis=0).max()) for weights in whole)
-    dtype = np.float32 if 255 * most + one / 2 < _FLOAT_END else np.float64
+    # Sums are exact below 2**24; with the offset, in the range that is not clipped, below 2**8.
+    dtype = np.float32 if 128 * most < _FLOAT_END and 256 * one <= _FLOAT_END else np.float64
     blocks = []
     for (start, first, _), weights in zip(parts, whole, strict=True):
         taps, outputs = weights.shape
@@ -133,7 +152,8 @@ def _blocks(size: int, to_size: int, kernel: Kernel) -> tuple[_Block, ...]:
         last = min(size, begin + matrix.shape[1])
         matrix = np.ascontiguousarray(matrix[:, : last - begin], dtype)
         blocks.append(_Block(start, start + outputs, begin, last, matrix))
-    return tuple(blocks)
+    offset = np.concatenate([(128 * weights.sum(axis=0) + one / 2) / one for weights in whole])
+    return _Axis(tuple(blocks), offset.astype(dtype), dtype)
 
 
 def _weights(
