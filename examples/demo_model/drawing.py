@@ -68,7 +68,9 @@ def _draw(image: Image.Image, shape: Shape, size: Size, time: float, smooth: boo
         # Pillow's pixel centres are whole numbers, ours lie half a pixel on.
         points = [(x - 0.5, y - 0.5) for x, y in corners]
         draw = ImageDraw.Draw(image)
-        draw.ellipse(points, fill=colour) if shape.kind == "circle" else draw.polygon(points, colour)
+        draw.ellipse(points, fill=colour) if shape.kind == "circle" else draw.polygon(
+            points, colour
+        )
         return
     left = math.floor(min(x for x, _ in corners)) - 1
     top = math.floor(min(y for _, y in corners)) - 1

@@ -1,6 +1,6 @@
 """Write a trained demo model as a checkpoint folder, in the layout of the published ones.
 
-    PYTHONPATH=. python -m examples.demo_model.export run/best.pt mlx_onevision/demo
+PYTHONPATH=. python -m examples.demo_model.export run/best.pt mlx_onevision/demo
 """
 
 from __future__ import annotations

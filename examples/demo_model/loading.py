@@ -196,9 +196,9 @@ class Loader:
 
     def next(self, rng: Random) -> tuple[list[Batch], list[Batch]]:
         """For each group, a part to draw and an exact one: new ones, or old ones once more."""
-        drawn = self._fresh.popleft() if self._fresh else rng.choice(list(self._batches))
+        drawn = self._fresh.popleft() if self._fresh else _any(rng, self._batches)
         exact = [
-            fresh.popleft() if fresh else rng.choice(list(old))
+            fresh.popleft() if fresh else _any(rng, old)
             for fresh, old in zip(self._fresh_cuts, self._cuts, strict=True)
         ]
         return [_used(part) for part in drawn], [_used(part) for part in exact]
@@ -209,8 +209,34 @@ class Loader:
 
 
 def to_device(part: Arrays, device: torch.device) -> Batch:
-    """Copies of the arrays on the device."""
-    return {name: torch.tensor(array, device=device) for name, array in part.items()}
+    """Copies of the arrays on the device, which get there as one piece."""
+    starts, end = [], 0
+    for array in part.values():
+        starts.append(end)
+        end += -(-array.nbytes // 16) * 16
+    piece = np.empty(end, np.uint8)
+    for start, array in zip(starts, part.values(), strict=True):
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        piece[start : start + array.nbytes] = flat
+    whole = torch.from_numpy(piece).to(device)
+    return {
+        name: whole[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+        for start, (name, array) in zip(starts, part.items(), strict=True)
+    }
+
+
+_DTYPES = {
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+    "int16": torch.int16,
+    "int64": torch.int64,
+    "float32": torch.float32,
+}
+
+
+def _any(rng: Random, kept: deque[Any]) -> Any:
+    # Another thread appends meanwhile, so nothing may iterate here.
+    return kept[rng.randrange(len(kept))]
 
 
 @contextmanager
@@ -226,7 +252,7 @@ def _aside(device: torch.device) -> Iterator[None]:
 
 def _used(batch: Batch) -> Batch:
     """Tell the allocator that the main stream reads what another one has copied."""
-    for tensor in batch.values():
-        if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    tensor = batch["ids"]  # all share one piece of memory
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return batch

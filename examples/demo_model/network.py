@@ -74,16 +74,14 @@ class Tower(nn.Module):
         self.embeddings.patch_embedding = nn.Conv2d(3, shape.vision, PATCH, PATCH)
         self.embeddings.position_embedding = nn.Embedding(TOKENS, shape.vision)
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            [TowerLayer(shape) for _ in range(shape.vision_layers)]
-        )
+        self.encoder.layers = nn.ModuleList([TowerLayer(shape) for _ in range(shape.vision_layers)])
         self.post_layernorm = nn.LayerNorm(shape.vision, eps=1e-6)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Pixel values (n, TOKENS, 3 * PATCH * PATCH) to features (n, TOKENS, vision)."""
         conv = self.embeddings.patch_embedding
         x = F.linear(patches, conv.weight.flatten(1), conv.bias)
-        x = x + self.embeddings.position_embedding.weight
+        x = x + self.embeddings.position_embedding.weight.to(x.dtype)
         for layer in self.encoder.layers:
             x = layer(x)
         return x

@@ -150,7 +150,7 @@ def article(noun: str) -> str:
 
 
 def listing(shapes: Sequence[Shape]) -> str:
-    """"a red circle, a blue star and a green square"."""
+    """ "a red circle, a blue star and a green square"."""
     names = [article(shape.name) for shape in shapes]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 

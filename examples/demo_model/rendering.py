@@ -94,4 +94,3 @@ def _cover(shape: Tensor, x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
     polygon = ey * (length * torch.cos(angle) - radius) - ex * (length * torch.sin(angle))
     distance = torch.where(part[16] > 0.5, length - radius, polygon)
     return torch.clamp(0.5 - distance / soft, 0, 1) * part[15]
-

@@ -17,11 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.demo_model import questions as q
-from examples.demo_model.packing import NO_ROWS, Rows, image_rows, images_rows, plan, tile_windows
-from examples.demo_model.packing import frame_window, square_window, video_rows
+from examples.demo_model.packing import (
+    NO_ROWS,
+    Rows,
+    frame_window,
+    image_rows,
+    images_rows,
+    plan,
+    square_window,
+    tile_windows,
+    video_rows,
+)
 from examples.demo_model.words import Words
-from examples.demo_model.world import CORNERS, Scene, Size
-from examples.demo_model.world import sample_scene, sample_size, sample_video
+from examples.demo_model.world import CORNERS, Scene, Size, sample_scene, sample_size, sample_video
 
 PREFIX = 3  # <|im_start|> user, space
 SLOTS = 205  # rows of media at most: 198 of an image, 193 of a video of 48 frames
@@ -226,7 +234,9 @@ class Buffers:
             np.zeros(shape, np.uint8),
         )
 
-    def fill(self, row: int, turns: Sequence[tuple[str, str, str]], words: Words, rng: Random) -> None:
+    def fill(
+        self, row: int, turns: Sequence[tuple[str, str, str]], words: Words, rng: Random
+    ) -> None:
         """Put the questions into a row, as many as there is room for."""
         start, number, index = 0, 1, 0
         chained = len(turns) > 1 and rng.random() < 0.08

@@ -42,11 +42,12 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=1200, help="training time in all; sets the schedule")
     add("--stop-after", type=float, default=math.inf, help="end this call after so many seconds")
     add("--seed", type=int, default=0)
-    add("--rate", type=float, default=2e-3)
+    add("--rate", type=float, default=3e-3)
     add("--workers", type=int, default=15)
     add("--images", type=int, default=1000, help="image sizes for each group of the drawn tiles")
     add("--log-every", type=int, default=100, help="steps")
     add("--judge-every", type=float, default=60, help="seconds")
+    add("--profile", action="store_true", help="log where the time of some early steps goes")
     add("--plain", action="store_true", help="do not compile")
     return parser.parse_args()
 
@@ -72,7 +73,7 @@ class Run:
         held = Random(f"held out {args.seed}")
         self.held = [
             [exact_part(group, group.exact, self.words, held, 4) for group in GROUPS]
-            for _ in range(1 if args.plain else 6)
+            for _ in range(1 if args.plain else 4)
         ]
         none = [drawn_part(group, 1, layouts, self.words, held, 4) for group in GROUPS]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,9 +111,7 @@ class Run:
         batch = learning.join(drawn, exact, self.layouts, self.compiled)
         text = batch.texts
         with self.autocast():
-            loss, wrong, features = learning.forward(
-                self.model, batch, self.prefix, self.compiled
-            )
+            loss, wrong, features = learning.forward(self.model, batch, self.prefix, self.compiled)
             seen = self.head(features, batch.kind, batch.colour)
         there = text["target"] >= 0
         totals = learning.by_label(loss, text["label"], there)
@@ -145,8 +144,10 @@ class Run:
             with self.autocast():
                 _, wrong, _ = learning.forward(self.average, batch, self.prefix)
             keep = torch.cat(
-                [torch.arange(e + d, device=self.device) < e
-                 for e, d in zip(batch.exact, batch.drawn, strict=True)]
+                [
+                    torch.arange(e + d, device=self.device) < e
+                    for e, d in zip(batch.exact, batch.drawn, strict=True)
+                ]
             )
             text = {name: value[keep] for name, value in batch.texts.items()}
             sums += torch.stack(learning.answers(wrong[keep], text))
@@ -227,8 +228,22 @@ class Run:
                 judged = time.time()
             if done:
                 break
+            if self.args.profile and self.step_number == 300:
+                self.profile(progress)
             self.step(progress)
         self.loader.close()
+
+    def profile(self, progress: float) -> None:
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=kinds) as profile:
+            begun = time.time()
+            for _ in range(5):
+                self.step(progress)
+            issued = time.time() - begun
+            torch.cuda.synchronize()
+        self.log(f"5 steps: issued in {issued:.3f} s, done in {time.time() - begun:.3f} s")
+        table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=28)
+        (self.args.out / "profile.txt").write_text(table)
 
 
 def _write(state: dict[str, Any], path: Path) -> None:

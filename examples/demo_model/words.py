@@ -9,8 +9,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from random import Random
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from examples.demo_model import questions
 from examples.demo_model.world import sample_scene, sample_video
@@ -34,7 +42,9 @@ def sentences(count: int, seed: int) -> Iterator[str]:
     rng = Random(seed)
     yield from ("user", "assistant", "system") * 50
     for index in range(count):
-        scenes = [sample_scene(rng, (256, 256), rng.randint(1, 3)) for _ in range(rng.randint(2, 4))]
+        scenes = [
+            sample_scene(rng, (256, 256), rng.randint(1, 3)) for _ in range(rng.randint(2, 4))
+        ]
         video = sample_video(rng, (240, 320), rng.randint(1, 2))
         turns = [questions.ask_picture(rng, scenes[0], kind) for kind in questions.ASKERS]
         turns += [questions.ask_images(rng, scenes, kind) for kind in questions.MULTI_KINDS]

@@ -29,7 +29,12 @@ COLOURS: dict[str, tuple[RGB, ...]] = {
     "white": ((255, 255, 255), (246, 246, 246)),
 }
 # Points of the outline and ratio of its inner to its outer radius; a circle has no corners.
-CORNERS = {"circle": (1, 0.0), "square": (4, math.sqrt(0.5)), "triangle": (3, 0.5), "star": (5, 0.4)}
+CORNERS = {
+    "circle": (1, 0.0),
+    "square": (4, math.sqrt(0.5)),
+    "triangle": (3, 0.5),
+    "star": (5, 0.4),
+}
 
 CONTRAST = 110.0  # least RGB distance between a shape and what lies behind it
 ORDER_GAP = 0.08  # least distance in x between two centres, so that left to right is never a tie
@@ -147,7 +152,11 @@ def _backdrop(rng: Random) -> RGB:
         level = float(rng.randint(0, 235))
         return level, level, level
     low, high = ((190, 255), (60, 200), (0, 70))[rng.choices((0, 1, 2), (5, 3, 2))[0]]
-    return float(rng.randint(low, high)), float(rng.randint(low, high)), float(rng.randint(low, high))
+    return (
+        float(rng.randint(low, high)),
+        float(rng.randint(low, high)),
+        float(rng.randint(low, high)),
+    )
 
 
 def sample_background(rng: Random) -> Background:
@@ -277,7 +286,9 @@ def _moved(rng: Random, shape: Shape, ux: float, uy: float) -> Shape:
     start, stop = (low, high) if motion in ("left to right", "down") else (high, low)
     if across:
         y = min(max(y, my + 0.05), 0.95 - my)
-        return replace(shape, x=start, y=y, radius=radius, end=(stop, y + drift, radius), motion=motion)
+        return replace(
+            shape, x=start, y=y, radius=radius, end=(stop, y + drift, radius), motion=motion
+        )
     x = min(max(x, mx + 0.05), 0.95 - mx)
     return replace(shape, x=x, y=start, radius=radius, end=(x + drift, stop, radius), motion=motion)
 
