@@ -12,7 +12,8 @@ from mlx_onevision.config import OneVisionConfig
 from mlx_onevision.engine import Engine
 from mlx_onevision.generation import Generation, Stream
 from mlx_onevision.image import ImageSource
-from mlx_onevision.processor import Inputs, Processor, normalise_messages
+from mlx_onevision.messages import normalise_messages
+from mlx_onevision.processor import Inputs, Processor
 from mlx_onevision.sampling import Sampling
 
 Messages = Sequence[Mapping[str, Any]]

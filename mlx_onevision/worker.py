@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
+import mlx.core as mx
+
 from mlx_onevision.errors import OneVisionError
 
 Owned = TypeVar("Owned")
@@ -35,7 +37,7 @@ class Worker(Generic[Owned]):
         # closed.
         self._thread = threading.Thread(
             target=_work,
-            args=(build, built, self._jobs, self.closing),
+            args=(build, built, self._jobs),
             name="mlx-onevision",
             daemon=True,
         )
@@ -74,7 +76,19 @@ def _work(
     build: Callable[[], Owned],
     built: Future[None],
     jobs: "queue.SimpleQueue[Callable[[Owned], None] | None]",
-    closing: threading.Event,
+) -> None:
+    try:
+        _run(build, built, jobs)
+    finally:
+        # Here and now: a thread that ends with streams of its own aborts the process at its exit.
+        mx.clear_cache()
+        mx.clear_streams()
+
+
+def _run(
+    build: Callable[[], Owned],
+    built: Future[None],
+    jobs: "queue.SimpleQueue[Callable[[Owned], None] | None]",
 ) -> None:
     try:
         owned = build()
