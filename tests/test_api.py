@@ -1,0 +1,248 @@
+"""The library on a small random checkpoint: answers, streams, caches, cancellation, threads."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write
+
+import mlx_onevision
+from mlx_onevision.api import Model, load
+from mlx_onevision.errors import ContextOverflowError, MediaError, OneVisionError, RequestError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Model]:
+    model = load(folder)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def cold(folder: Path) -> Iterator[Model]:
+    model = load(folder)
+    yield model
+    model.close()
+
+
+def picture(seed: int, height: int = 150, width: int = 200) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def asking(text: str, image: np.ndarray | None = None) -> list[dict[str, Any]]:
+    media = [] if image is None else [{"type": "image", "image": image}]
+    return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+
+
+LONG = "one two three four five six seven eight nine ten " * 4
+
+
+def test_greedy_is_the_argmax_of_the_logits(model: Model) -> None:
+    messages = asking("what is in this image", picture(0))
+    answer = model.generate(messages=messages, max_tokens=6)
+    inputs = model.prepare(messages)
+    expected = []
+    for _ in range(6):
+        expected.append(int(model.logits(inputs)[-1].argmax()))
+        ids = np.append(inputs.input_ids, expected[-1]).astype(np.int32)
+        inputs = type(inputs)(ids, inputs.media, inputs.prompt)
+    assert list(answer.tokens) == expected
+    assert answer.finish_reason == "length"
+
+
+def test_a_prompt_and_a_conversation_are_the_same_thing(model: Model) -> None:
+    one = model.generate("what is it", images=[picture(0)], max_tokens=4)
+    other = model.generate(messages=asking("what is it", picture(0)), max_tokens=4)
+    assert one.tokens == other.tokens
+    assert one.usage.prompt_tokens == len(model.prepare(asking("what is it", picture(0))).input_ids)
+
+
+def test_the_stream_joined_is_the_text(model: Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 2.0, "seed": 3}
+    stream = model.stream("hello", **options)
+    pieces = list(stream)
+    assert len(pieces) > 10
+    assert "".join(pieces) == stream.result().text == model.generate("hello", **options).text
+
+
+def test_a_seed_repeats_an_answer(model: Model) -> None:
+    def answer(seed: int) -> tuple[int, ...]:
+        return model.generate("hello", max_tokens=12, temperature=2.0, seed=seed).tokens
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+def test_stop_strings_end_the_text_and_are_not_in_it(model: Model) -> None:
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 2.0, "seed": 3}
+    whole = model.generate("hello", **options).text
+    stop = whole[20:24]
+    cut = model.generate("hello", **options, stop=stop)
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.usage.completion_tokens == len(cut.tokens) < 60
+
+
+def test_the_same_picture_is_encoded_once_and_read_once(cold: Model) -> None:
+    image = picture(1)
+    first = cold.generate(messages=asking(LONG, image), max_tokens=5)
+    assert (first.usage.encoded_media, first.usage.cached_tokens) == (1, 0)
+    talk = [
+        *asking(LONG, image),
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "and now"},
+    ]
+    second = cold.generate(messages=talk, max_tokens=5)
+    assert second.usage.encoded_media == 0
+    # All of the first prompt but for its last tokens, which the template ends differently.
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens - 5
+
+
+def test_a_warm_answer_is_the_cold_one(folder: Path, cold: Model) -> None:
+    cold.generate(messages=asking(LONG, picture(1)), max_tokens=5)
+    for question in (asking(LONG + "six", picture(1)), asking(LONG, picture(2)), asking(LONG)):
+        fresh = load(folder)
+        expected = fresh.generate(messages=question, max_tokens=16, repetition_penalty=1.3).tokens
+        fresh.close()
+        warm = cold.generate(messages=question, max_tokens=16, repetition_penalty=1.3)
+        assert warm.tokens == expected
+
+
+def test_another_picture_of_the_same_size_starts_afresh(cold: Model) -> None:
+    one = cold.generate(messages=asking(LONG, picture(1)), max_tokens=5)
+    other = cold.generate(messages=asking(LONG, picture(2)), max_tokens=5)
+    assert one.usage.prompt_tokens == other.usage.prompt_tokens
+    assert other.usage.cached_tokens == 0
+    assert other.usage.encoded_media == 1
+
+
+def test_cancelling_ends_the_answer_and_the_next_one_is_right(cold: Model) -> None:
+    expected = cold.generate("hello", max_tokens=8).tokens
+    stream = cold.stream("hello", max_tokens=4000, temperature=2.0, seed=1)
+    next(stream)
+    stream.cancel()
+    result = stream.result()
+    assert result.finish_reason == "cancelled"
+    assert len(result.tokens) < 4000
+    assert cold.generate("hello", max_tokens=8).tokens == expected
+
+
+def test_a_request_can_be_cancelled_while_it_waits(cold: Model) -> None:
+    busy = cold.stream("hello", max_tokens=4000, temperature=2.0, seed=1)
+    waiting = cold.stream("hello", max_tokens=4000)
+    waiting.cancel()
+    busy.cancel()
+    result = waiting.result()
+    assert (result.finish_reason, result.tokens, result.text) == ("cancelled", (), "")
+
+
+def test_closing_cancels_what_is_under_way(folder: Path) -> None:
+    model = load(folder)
+    stream = model.stream("hello", max_tokens=4000, temperature=2.0, seed=1)
+    next(stream)
+    model.close()
+    assert stream.result().finish_reason == "cancelled"
+    with pytest.raises(OneVisionError, match="closed"):
+        model.generate("hello")
+
+
+def test_every_thread_gets_its_own_answer(model: Model) -> None:
+    questions = [f"question {n}" for n in range(6)]
+    expected = [model.generate(question, max_tokens=6).tokens for question in questions]
+    answers: dict[int, tuple[int, ...]] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = model.generate(questions[number], max_tokens=6).tokens
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[number] for number in range(6)] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -3}, "max_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"stop": ""}, "stop"),
+        ({"prompt": "  "}, "empty"),
+        ({"messages": []}, "either a prompt or messages"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(
+    model: Model, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(RequestError, match=named):
+        model.generate(**{"prompt": "hello", **options})
+
+
+def test_a_bad_picture_is_refused_before_the_model_is_asked(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"nothing\.png"):
+        model.generate("hello", images=[tmp_path / "nothing.png"])
+
+
+def test_a_prompt_beyond_the_context_says_both_numbers(folder: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    small = tmp_path / "small"
+    shutil.copytree(folder, small)
+    values = json.loads((small / "config.json").read_text())
+    values["text_config"]["max_position_embeddings"] = 40
+    (small / "config.json").write_text(json.dumps(values))
+    model = load(small)
+    with pytest.raises(ContextOverflowError, match=r"\d+ tokens.* 40"):
+        model.generate(LONG)
+    # An answer ends where the context does.
+    used = model.generate("hello", max_tokens=4000).usage
+    assert used.prompt_tokens + used.completion_tokens == 40
+    model.close()
+
+
+def test_rendering_and_preparing(model: Model) -> None:
+    text = model.render(asking("what <image> is it", picture(0)))
+    assert text.startswith("<|im_start|>user <image>\nwhat <image> is it")
+    inputs = model.prepare(asking("what is it", picture(0)))
+    (medium,) = inputs.media
+    placeholders = (inputs.input_ids == model.config.image_token_index).sum()
+    assert placeholders == medium.tokens
+    assert medium.pixel_values.dtype == np.float32
+    assert model.logits(inputs).shape == (
+        len(inputs.input_ids),
+        model.config.text_config.vocab_size,
+    )
+
+
+def test_the_process_ends_cleanly(folder: Path) -> None:
+    """MLX takes the process down when the inference thread leaves its streams behind."""
+    program = (
+        "from mlx_onevision import load\n"
+        f"model = load({str(folder)!r})\n"
+        "stream = model.stream('hello', max_tokens=4000, temperature=1.0)\n"
+        "next(stream)\n"
+    )
+    for ending in ("model.close()\n", "", "raise SystemExit(3)\n"):
+        run = subprocess.run([sys.executable, "-c", program + ending], capture_output=True)
+        assert (run.returncode, run.stderr) == (3 if "Exit" in ending else 0, b"")
+
+
+def test_public_names() -> None:
+    for name in mlx_onevision.__all__:
+        assert getattr(mlx_onevision, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        mlx_onevision.nothing  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
