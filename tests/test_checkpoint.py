@@ -1,53 +1,18 @@
 """Folders to models: every layout is the same network, and what is off names itself."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from checkpoints import LAYOUTS, Sizes, arrays, layout_name, quantize, write, write_weights
+from checkpoints import LAYOUTS, Sizes, arrays, layout_name, write, write_weights
+from loaded import dtypes, edit, features, logits, refusal
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import load_checkpoint
-from mlx_onevision.defaults import GenerationDefaults
-from mlx_onevision.errors import CheckpointError, ConfigError, ModelNotFoundError, RequestError
-from mlx_onevision.model import OneVision
-
-IDS = [[1, 7, 200, 319, 5, 90, 2, 33]]
-
-
-def logits(model: OneVision) -> np.ndarray:
-    return np.array(model(mx.array(IDS)))
-
-
-def features(model: OneVision, edge: int = 28) -> np.ndarray:
-    """The projected features of a fixed tile: they depend on every vision weight."""
-    pixels = mx.arange(edge * edge * 3).reshape(1, edge, edge, 3) % 255 / 127.5 - 1
-    return np.array(model.multi_modal_projector(model.vision_features(pixels)).astype(mx.float32))
-
-
-def edit(folder: Path, file: str = "config.json", **values: Any) -> Path:
-    """Changes fields of a JSON file."""
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    return folder
-
-
-def dtypes(model: OneVision) -> set[mx.Dtype]:
-    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    return {value.dtype for value in parameters.values()}
-
-
-def refusal(folder: Path, kind: type[Exception] = CheckpointError) -> str:
-    with pytest.raises(kind) as refused:
-        load_checkpoint(folder)
-    message = str(refused.value)
-    assert len(message) < 400 and "\n" not in message
-    return message
+from mlx_onevision.errors import ConfigError, ModelNotFoundError, RequestError
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -157,118 +122,6 @@ def test_either_flag_ties(tmp_path: Path) -> None:
     assert load_checkpoint(edit(folder, tie_word_embeddings=True)).config.tie_word_embeddings
 
 
-def dequantized(folder: Path, target: Path) -> Path:
-    """The same folder with every packed matrix unpacked again, in float32, by MLX alone."""
-    target.mkdir()
-    settings = json.loads((folder / "config.json").read_text())
-    default = settings.pop("quantization")
-    del settings["quantization_config"]
-    (target / "config.json").write_text(json.dumps(settings))
-    loaded: Any = mx.load(str(folder / "model.safetensors"))
-    plain = {}
-    for name, value in loaded.items():
-        path = name.removesuffix(".weight")
-        if f"{path}.scales" in loaded and name.endswith(".weight"):
-            way = default.get(path, default)
-            value = mx.dequantize(
-                value,
-                loaded[f"{path}.scales"],
-                loaded.get(f"{path}.biases"),
-                **{key: way[key] for key in ("group_size", "bits", "mode")},
-            ).astype(mx.float32)
-        elif name.endswith((".scales", ".biases")):
-            continue
-        plain[name] = value
-    mx.save_safetensors(str(target / "model.safetensors"), plain)
-    return target
-
-
-PACKINGS = [
-    {"bits": 4, "group_size": 64},
-    {"bits": 8, "group_size": 32},
-    {"bits": 3, "group_size": 32},
-    {"mode": "mxfp4", "bits": 4, "group_size": 32},
-    {"mode": "nvfp4", "bits": 4, "group_size": 16},
-    {"mode": "mxfp8", "bits": 8, "group_size": 32},
-]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("way", PACKINGS, ids=str)
-def test_quantized_folders(tmp_path: Path, way: dict[str, Any], tied: bool) -> None:
-    """Language model, projector and tower packed, against the same weights unpacked beforehand."""
-    parts = ("language_model", "multi_modal_projector", "vision_tower")
-    source = write(tmp_path / "source", "mlx-vlm", tied=tied)
-    folder = quantize(source, tmp_path / "packed", parts=parts, **way)
-    checkpoint = load_checkpoint(folder)
-    model = checkpoint.model
-    layer = model.language_model.layers[1].mlp.down_proj
-    assert isinstance(layer, nn.QuantizedLinear)
-    assert (layer.bits, layer.group_size) == (way["bits"], way["group_size"])
-    assert isinstance(model.language_model.embed_tokens, nn.QuantizedEmbedding)
-    assert isinstance(model.vision_tower.embeddings.position_embedding, nn.Embedding)
-    plain = load_checkpoint(dequantized(folder, tmp_path / "plain")).model
-    assert np.abs(logits(model) - logits(plain)).max() < 1e-4
-    assert np.abs(features(model) - features(plain)).max() < 1e-4
-
-
-def test_modules_may_be_packed_differently_or_not_at_all(tmp_path: Path) -> None:
-    """Entries are in the file's names, and map to ours."""
-    modules: dict[str, Any] = {
-        "language_model.model.layers.0.mlp.up_proj": {"bits": 8, "group_size": 64},
-        "language_model.model.layers.1.mlp.up_proj": False,
-        "language_model.lm_head": {"mode": "mxfp4", "bits": 4, "group_size": 32},
-    }
-    source = write(tmp_path / "source", "mlx-vlm", tied=False)
-    modules["language_model.model.layers.0.mlp.up_proj"]["mode"] = "affine"
-    folder = quantize(source, tmp_path / "packed", modules=modules)
-    model = load_checkpoint(folder).model
-    first, second = (layer.mlp.up_proj for layer in model.language_model.layers)
-    assert (first.bits, first.group_size) == (8, 64)
-    assert isinstance(second, nn.Linear) and not isinstance(second, nn.QuantizedLinear)
-    assert model.lm_head.mode == "mxfp4"
-    assert model.language_model.layers[0].mlp.gate_proj.bits == 4
-    plain = load_checkpoint(dequantized(folder, tmp_path / "plain")).model
-    assert np.abs(logits(model) - logits(plain)).max() < 1e-4
-
-
-@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_packed_embeddings_come_in_the_model_s_type(tmp_path: Path, dtype: str, mode: str) -> None:
-    source = write(tmp_path / "source", "mlx-vlm", dtype=dtype)
-    parts = ("language_model", "vision_tower")
-    folder = quantize(source, tmp_path / "packed", parts=parts, mode=mode)
-    model = load_checkpoint(folder).model
-    assert model.embed(mx.array(IDS)).dtype == getattr(mx, dtype)
-    pixels = mx.zeros((1, 28, 28, 3))
-    assert model.vision_features(pixels).dtype == getattr(mx, dtype)
-    cast = load_checkpoint(folder, "float32").model
-    assert cast.embed(mx.array(IDS)).dtype == mx.float32
-    packed, unpacked = (np.array(m.embed(mx.array(IDS)).astype(mx.float32)) for m in (model, cast))
-    assert np.allclose(packed, unpacked, rtol=2**-7, atol=1e-3)
-
-
-def test_a_tied_head_may_be_packed_twice(tmp_path: Path) -> None:
-    weights = arrays()
-    weights["lm_head.weight"] = weights["language_model.embed_tokens.weight"]
-    folder = quantize(write(tmp_path / "a", "mlx-vlm", weights=weights), tmp_path / "b")
-    assert load_checkpoint(folder).config.tie_word_embeddings
-
-
-def test_a_padded_tower_is_the_same_one(tmp_path: Path) -> None:
-    """Zero columns up to a width that packs: how a 4,304-wide MLP is quantised as a 4,352-wide."""
-    weights = arrays()
-    for name, value in weights.items():
-        if "fc1" in name:
-            weights[name] = np.concatenate([value, np.zeros((32, *value.shape[1:]), np.float32)])
-        elif name.endswith("fc2.weight"):
-            weights[name] = np.pad(value, ((0, 0), (0, 32)))
-    wide = dataclasses.replace(Sizes(), vision_intermediate=160)
-    padded = load_checkpoint(write(tmp_path / "padded", sizes=wide, weights=weights)).model
-    plain = load_checkpoint(write(tmp_path / "plain")).model
-    assert np.abs(features(padded) - features(plain)).max() < 1e-6
-
-
 def test_no_such_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere", ModelNotFoundError).endswith("nowhere is not a folder.")
 
@@ -292,12 +145,6 @@ def test_a_config_that_is_no_json_object(tmp_path: Path, text: str | bytes) -> N
     path = write(tmp_path) / "config.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert refusal(tmp_path).startswith("config.json is not ")
-
-
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "awq", "compressed-tensors"])
-def test_other_quantizations_are_named(tmp_path: Path, method: str) -> None:
-    folder = edit(write(tmp_path), quantization_config={"quant_method": method, "bits": 4})
-    assert method in refusal(folder, ConfigError)
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
@@ -360,24 +207,6 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
     assert f"{name} in model.safetensors is I32; it must be F16 or BF16 or F32" in refusal(tmp_path)
 
 
-def test_packed_weights_and_a_config_that_disagrees(tmp_path: Path) -> None:
-    folder = quantize(write(tmp_path / "a", "mlx-vlm"), tmp_path / "b")
-    edit(folder, quantization=None, quantization_config=None)
-    assert "quantized, but config.json does not say how" in refusal(folder)
-    way = {"group_size": 32, "bits": 4, "mode": "affine"}
-    path = "language_model.model.layers.0.mlp.up_proj"
-    edit(folder, quantization={**way, path: False})
-    assert "up_proj is not quantized, but it is" in refusal(folder)
-    edit(folder, quantization={**way, "bits": 8})
-    assert "has the shape" in refusal(folder)
-    edit(folder, quantization={**way, "group_size": 128})
-    assert "does not divide into groups of 128" in refusal(folder)
-    edit(folder, quantization={**way, "mode": "mxfp4", "group_size": 64})
-    assert "MLX cannot read this quantization" in refusal(folder)
-    edit(folder, quantization={**way, "mode": "mxfp4"})
-    assert "biases" in refusal(folder)
-
-
 def test_patches_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, sizes=Sizes(image_size=6, patch_size=3))
     assert "at a patch size of 3 its axes cannot be told apart" in refusal(folder)
@@ -417,59 +246,3 @@ def test_stale_shards_are_left_alone(tmp_path: Path) -> None:
     write_weights(folder, {"stale": np.zeros(3, np.float32)})
     (folder / "model.safetensors").rename(folder / "model-00003-of-00003.safetensors")
     load_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"eos_token_id": 7}, GenerationDefaults((7,))),
-        ({"eos_token_id": [7, 9, 7]}, GenerationDefaults((7, 9))),
-        ({}, GenerationDefaults()),
-        (
-            {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0},
-            GenerationDefaults((), True, 0.7, 0.8, 20),
-        ),
-        (
-            {"repetition_penalty": 1.05, "max_new_tokens": 64, "temperature": None},
-            GenerationDefaults(repetition_penalty=1.05, max_new_tokens=64),
-        ),
-        (None, GenerationDefaults((2,))),  # from config.json, as there is no such file
-    ],
-)
-def test_generation_defaults(
-    tmp_path: Path, values: dict[str, Any] | None, expected: GenerationDefaults
-) -> None:
-    path = write(tmp_path) / "generation_config.json"
-    path.unlink()
-    if values is not None:
-        path.write_text(json.dumps(values))
-    assert load_checkpoint(tmp_path).generation_defaults == expected
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"eos_token_id": "7"},
-        {"eos_token_id": [True]},
-        {"temperature": -1},
-        {"temperature": "hot"},
-        {"top_p": 1.5},
-        {"top_k": -1},
-        {"do_sample": "yes"},
-        {"repetition_penalty": 0},
-        {"max_new_tokens": 0},
-    ],
-)
-def test_generation_defaults_out_of_range(tmp_path: Path, values: dict[str, Any]) -> None:
-    path = write(tmp_path) / "generation_config.json"
-    path.write_text(json.dumps(values))
-    assert next(iter(values)) in refusal(tmp_path, ConfigError)
-
-
-def test_settings_that_are_not_done_are_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = write(tmp_path) / "generation_config.json"
-    path.write_text(json.dumps({"num_beams": 4, "min_length": 0}))
-    load_checkpoint(tmp_path)
-    assert caplog.messages == ["generation_config.json asks for num_beams, which is not done here."]

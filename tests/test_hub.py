@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fakehub import FakeHub
+from hub_names import FILES, HOSTILE, UNWANTED
 from huggingface_hub import constants
 
 from mlx_onevision.errors import ModelNotFoundError, RequestError
@@ -18,73 +19,8 @@ from mlx_onevision.hub import ALIASES, resolve
 NAME = "org/name"
 CHUNK = 1 << 12
 WEIGHTS = bytes(range(256)) * 256  # 64 KiB, 16 chunks
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "README.md",
-    "LICENSE",
-)
 # Contents differ from file to file: the cache keeps equal ones once.
 WANTED = {name: name.encode() for name in FILES} | {"model.safetensors": WEIGHTS}
-UNWANTED = (
-    "modeling_evil.py",
-    "pytorch_model.bin",
-    "model.pt",
-    "model.onnx",
-    "model.gguf",
-    "training_args.bin",
-    "onnx/model.safetensors",
-    "onnx/decoder_model.onnx",
-    "video_processor/preprocessor_config.json",
-    ".gitattributes",
-    ".config.json",
-    "archive.zip",
-)
-HOSTILE = (
-    "../config.json",
-    "../../config.json",
-    "a/../../config.json",
-    "..",
-    ".",
-    "../model.safetensors",
-    "/tmp/model.safetensors",
-    "/etc/config.json",
-    "//host/share/config.json",
-    "\\\\host\\share\\config.json",
-    "..\\config.json",
-    "..\\..\\model.safetensors",
-    "C:\\config.json",
-    "C:config.json",
-    "C:/model.safetensors",
-    "D:model.safetensors",
-    "config.json\0.safetensors",
-    "a\0b.safetensors",
-    "~/config.json",
-    "./config.json",
-    "config.json/",
-    "config.json/..",
-    "%2e%2e/config.json",
-    "..%2fmodel.safetensors/x",
-    "blobs/../../../model.safetensors",
-    "refs/main",
-    "snapshots/main/config.json",
-    "model.safetensors/config.json",
-    "n" * 300 + "/config.json",
-    "\u202econfig.json/x",
-)
 
 
 @pytest.fixture
