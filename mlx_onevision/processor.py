@@ -1,0 +1,218 @@
+"""A conversation in, what the model reads out: ids, with a placeholder for every media row.
+
+The ids are the reference's (transformers' ``apply_chat_template(tokenize=True)``), as long as no
+text holds a special string; those stay text here. As there, one image in a conversation is cut
+into tiles, and two or more become one tile each.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.anyres import Packing, Size, plan_packing, single_tile_tokens
+from mlx_onevision.config import ImageConfig, OneVisionConfig
+from mlx_onevision.errors import ConfigError, RequestError
+from mlx_onevision.folder import read_json
+from mlx_onevision.image import (
+    load_image,
+    normalization_table,
+    pad_to_square_tile,
+    pixel_values,
+    tile_image,
+)
+from mlx_onevision.messages import Message, normalise_messages, sources
+from mlx_onevision.template import ChatTemplate
+from mlx_onevision.text import Tokenizer
+
+Tiling = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True, eq=False)
+class Medium:
+    """One image or video as the tower takes it, and how many rows of the prompt it will fill."""
+
+    kind: Literal["image", "video"]
+    tiles: NDArray[np.uint8]
+    """(n, S, S, 3): tiles of an image, the base tile first, or frames of a video."""
+    size: Size | None
+    """(height, width) of an image in pixels, before it was resized."""
+    packing: Packing | None
+    """How a tiled image is packed; None for an image of one tile and for a video."""
+    tokens: int
+    config: ImageConfig
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for equal rows of one model: a hash of the pixels and of all that shapes them."""
+        shape = (self.kind, self.size, self.packing, self.tokens, self.tiles.shape)
+        pixels = (self.config.image_mean, self.config.image_std, self.config.rescale_factor)
+        digest = blake2b(repr((shape, pixels)).encode(), digest_size=20)
+        digest.update(np.ascontiguousarray(self.tiles).data)
+        return digest.hexdigest()
+
+    @property
+    def normalization(self) -> NDArray[np.float32]:
+        """(256, 3): the pixel value of each code in each channel."""
+        return normalization_table(self.config)
+
+    @property
+    def pixel_values(self) -> NDArray[np.float32]:
+        """(n, 3, S, S): the tiles as the reference's processor returns them, without padding."""
+        return pixel_values(self.tiles, self.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A prompt, ready for the model."""
+
+    input_ids: NDArray[np.int32]
+    """(L,): one placeholder id for each row of each medium, text ids between them."""
+    media: tuple[Medium, ...]
+    """In the order of their placeholders."""
+    prompt: str
+    """The text that the chat template made, each medium one placeholder."""
+
+
+class Processor:
+    """The tokenizer, the chat template and the image settings of a checkpoint."""
+
+    def __init__(
+        self,
+        config: OneVisionConfig,
+        image_config: ImageConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+    ) -> None:
+        """Raises ConfigError when the tokenizer has another id for a placeholder than config."""
+        self.config = config
+        self.image_config = image_config
+        self.tokenizer = tokenizer
+        self.template = template
+        self._placeholders = {
+            "<image>": config.image_token_index,
+            "<video>": config.video_token_index,
+        }
+        for token, index in self._placeholders.items():
+            known, taken = tokenizer.token_to_id(token), tokenizer.id_to_token(index)
+            # The original checkpoints' tokenizers know no placeholder: theirs is not a token.
+            if known not in (index, None) or taken not in (token, None):
+                raise ConfigError(
+                    f"config.json has id {index} for {token}; the tokenizer has {known} for it and "
+                    f"{taken!r} for {index}."
+                )
+        self._specials = {**tokenizer.specials, **self._placeholders}
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: OneVisionConfig) -> "Processor":
+        """From a checkpoint's files.
+
+        Raises:
+            CheckpointError: for a file that cannot be read.
+            ConfigError: for a setting that is not supported, or differs from config.json.
+        """
+        settings = read_json(folder / "processor_config.json") or {}
+        _check(settings, config)
+        images = settings.get("image_processor") or read_json(folder / "preprocessor_config.json")
+        if images is not None and not isinstance(images, Mapping):
+            raise ConfigError("processor_config.json has an image_processor that is no object.")
+        return cls(
+            config,
+            ImageConfig.from_dict(images, config),
+            Tokenizer.from_folder(folder),
+            ChatTemplate.from_folder(folder),
+        )
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt text of a conversation, the user's words verbatim, media as placeholders."""
+        pieces = self.template.pieces(normalise_messages(messages=messages), self._specials)
+        return "".join(piece.text for piece in pieces)
+
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        images: Iterable[Any] | None = None,
+        tiling: Tiling = "auto",
+    ) -> Inputs:
+        """Ids and pixels of a conversation.
+
+        messages, images : as in :func:`~mlx_onevision.messages.normalise_messages`.
+        tiling : "auto" tiles an image that is alone in the conversation; "always" and "never" say
+            so for every image.
+
+        Raises:
+            RequestError: for a conversation that cannot be, or whose media the template leaves out.
+            MediaError: for an image that cannot be read.
+        """
+        if tiling not in ("auto", "always", "never"):
+            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
+        conversation = normalise_messages(messages=messages, images=images)
+        if sources(conversation, "video"):
+            raise RequestError("video is not supported yet; give some of its frames as images")
+        return self._tokenize(conversation, self._images(conversation, tiling))
+
+    def _images(self, conversation: Sequence[Message], tiling: Tiling) -> list[Medium]:
+        given = sources(conversation, "image")
+        tiled = tiling == "always" or (tiling == "auto" and len(given) == 1)
+        return [self._image(source, tiled) for source in given]
+
+    def _image(self, source: Any, tiled: bool) -> Medium:
+        pixels = load_image(source)
+        size = (pixels.shape[0], pixels.shape[1])
+        patches = self.config.vision_config.patches_per_side
+        if not tiled:
+            tile = pad_to_square_tile(pixels, self.image_config)
+            tokens = single_tile_tokens(patches)
+            return Medium("image", tile, size, None, tokens, self.image_config)
+        packing = plan_packing(
+            size,
+            self.image_config.image_grid_pinpoints,
+            self.image_config.size,
+            patches,
+            self.config.max_tiles,
+        )
+        tiles = tile_image(pixels, self.image_config)
+        return Medium("image", tiles, size, packing, packing.tokens, self.image_config)
+
+    def _tokenize(self, conversation: Sequence[Message], images: Sequence[Medium]) -> Inputs:
+        pieces = self.template.pieces(conversation, self._specials)
+        waiting = {"<image>": list(images), "<video>": []}
+        for token, media in waiting.items():
+            written = sum(piece.control and piece.text == token for piece in pieces)
+            if written != len(media):
+                raise RequestError(
+                    f"the chat template writes {written} {token} for {len(media)} of them"
+                )
+        ids: list[int] = []
+        placed: list[Medium] = []
+        for piece in pieces:
+            if not piece.control:
+                ids += self.tokenizer.encode(piece.text)
+            elif piece.text in waiting:
+                placed.append(waiting[piece.text].pop(0))
+                ids += [self._specials[piece.text]] * placed[-1].tokens
+            else:
+                ids.append(self._specials[piece.text])
+        prompt = "".join(piece.text for piece in pieces)
+        return Inputs(np.array(ids, np.int32), tuple(placed), prompt)
+
+
+def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
+    """processor_config.json against config.json, since counts and features must agree."""
+    expected = {
+        "num_image_tokens": config.tokens_per_tile,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": config.vision_aspect_ratio,
+        "image_token": "<image>",
+        "video_token": "<video>",
+    }
+    for name, value in expected.items():
+        found = settings.get(name)
+        if found is not None and found != value:
+            raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}.")

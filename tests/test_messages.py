@@ -1,0 +1,150 @@
+"""Every way to write a conversation, and what is refused."""
+
+import base64
+from typing import Any
+
+import pytest
+
+from mlx_onevision.errors import MediaError, OneVisionError, RequestError
+from mlx_onevision.messages import normalise_messages, sources
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def image(source: object) -> dict[str, Any]:
+    return {"type": "image", "image": source}
+
+
+def user(*blocks: object) -> dict[str, Any]:
+    return {"role": "user", "content": list(blocks)}
+
+
+BARE = {"type": "image"}
+
+
+def test_a_prompt_is_one_user_turn() -> None:
+    assert normalise_messages("Hi <image>") == [user(text("Hi <image>"))]
+
+
+def test_a_plain_string_is_text() -> None:
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    assert normalise_messages(messages=messages) == [
+        {"role": "system", "content": [text("S")]},
+        user(text("Q")),
+    ]
+
+
+def test_the_system_message_comes_first() -> None:
+    assert normalise_messages("Q", system="S")[0] == {"role": "system", "content": [text("S")]}
+
+
+def test_images_of_a_prompt_stand_before_its_words() -> None:
+    expected = [user(image("a"), image("b"), text("Q"))]
+    assert normalise_messages("Q", images=["a", "b"]) == expected
+
+
+def test_images_fill_the_blocks_that_wait_for_them() -> None:
+    messages = [user(BARE, text("1")), user(text("2"), {"type": "image", "image": None})]
+    expected = [user(image("a"), text("1")), user(text("2"), image("b"))]
+    assert normalise_messages(messages=messages, images=["a", "b"]) == expected
+
+
+def test_images_without_a_block_go_to_the_first_user_turn() -> None:
+    messages = [{"role": "system", "content": "S"}, user(image("own"), text("Q")), user(text("R"))]
+    conversation = normalise_messages(messages=messages, images=iter(["a"]))
+    assert conversation[1] == user(image("a"), image("own"), text("Q"))
+    assert sources(conversation, "image") == ["a", "own"]
+
+
+@pytest.mark.parametrize("key", ["image", "url", "path"])
+def test_every_key_of_the_reference_names_a_source(key: str) -> None:
+    assert normalise_messages(messages=[user({"type": "image", key: "x"})]) == [user(image("x"))]
+
+
+def test_openai_blocks_are_images() -> None:
+    for address in ("http://x/y.png", {"url": "http://x/y.png", "detail": "low"}):
+        block = {"type": "image_url", "image_url": address}
+        assert normalise_messages(messages=[user(block)]) == [user(image("http://x/y.png"))]
+
+
+@pytest.mark.parametrize("head", ["", "data:image/png;base64,", "DATA:;base64,"])
+def test_base64_is_decoded(head: str) -> None:
+    encoded = base64.b64encode(b"pixels!").decode()
+    data = f"{head}{encoded[:4]}\n {encoded[4:]}\n"
+    block = {"type": "image", "base64": data}
+    assert normalise_messages(messages=[user(block)]) == [user(image(b"pixels!"))]
+
+
+def test_one_form_comes_back_equal_and_the_callers_is_left_alone() -> None:
+    block = {"type": "image", "path": "x"}
+    messages = [user(block, text("Q")), {"role": "assistant", "content": "A", "tool_calls": None}]
+    once = normalise_messages(messages=messages)
+    assert normalise_messages(messages=once) == once
+    assert messages[0] == user({"type": "image", "path": "x"}, text("Q"))
+    normalise_messages(messages=once, images=["y"])
+    assert len(once[0]["content"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "either a prompt or messages"),
+        ({"prompt": "Q", "messages": [user(text("Q"))]}, "either"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": " \n"}, "empty"),
+        ({"prompt": "", "images": ["a"]}, "empty"),
+        ({"prompt": 3}, "int"),
+        ({"prompt": "\udcff"}, "surrogate"),
+        ({"messages": []}, "empty"),
+        ({"messages": [user()]}, "empty"),
+        ({"messages": [user(text(" "))]}, "empty"),
+        ({"messages": "Q"}, "list"),
+        ({"messages": {"role": "user"}}, "list"),
+        ({"messages": ["Q"]}, "message 1"),
+        ({"messages": [{"content": "Q"}]}, "no role"),
+        ({"messages": [{"role": "user", "content": None}]}, "no content"),
+        ({"messages": [user(text("Q")), {"role": "tool", "content": "x"}]}, "message 2.*'tool'"),
+        ({"messages": [{"role": "user", "content": "Q", "name": "Ann"}]}, "'name'"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content of message 1"),
+        ({"messages": [user("Q")]}, "with a type"),
+        ({"messages": [user({"text": "Q"})]}, "with a type"),
+        ({"messages": [user({"type": "audio", "audio": "a"})]}, "'audio'"),
+        ({"messages": [user({"type": "text"})]}, "text"),
+        ({"messages": [user({"type": "text", "text": 3})]}, "int"),
+        ({"messages": [user({"type": "text", "text": "Q", "cache": 1})]}, "'cache'"),
+        ({"messages": [user({"type": "image", "file": "a"})]}, "'file'"),
+        ({"messages": [user({"type": "image", "url": "a", "path": "b"})]}, "url and path"),
+        ({"messages": [user({"type": "image_url", "image_url": {}})]}, "url"),
+        ({"messages": [user({"type": "image", "base64": 3})]}, "base64"),
+        ({"messages": [user(BARE, BARE, text("Q"))], "images": ["a"]}, "2 image.*1 image"),
+        ({"messages": [user(BARE, text("Q"))]}, "1 image.*0 image"),
+        ({"messages": [user({"type": "video"}, text("Q"))]}, "1 video.*0 video"),
+        ({"messages": [{"role": "system", "content": "S"}], "images": ["a"]}, "user message"),
+        ({"messages": [{"role": "system", "content": "S"}], "system": "T"}, "two system"),
+        ({"prompt": "Q", "system": 3}, "system"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(RequestError, match=named) as caught:
+        normalise_messages(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_base64_is_the_images_fault() -> None:
+    with pytest.raises(MediaError, match="message 1"):
+        normalise_messages(messages=[user({"type": "image", "base64": "a!b"})])
+
+
+@pytest.mark.parametrize("junk", [None, 0, "", b"x", [], {}, [[]], [None], [{}], object()])
+def test_junk_never_ends_in_anything_but_our_own_error(junk: Any) -> None:
+    blocks = (
+        {"type": junk},
+        {"type": "text", "text": junk},
+        {"type": "image_url", "image_url": junk},
+    )
+    messages = (junk, [junk], [{"role": junk, "content": junk}], [user(junk)])
+    for given in (*messages, *([user(block)] for block in blocks)):
+        with pytest.raises(OneVisionError):
+            normalise_messages(messages=given)
