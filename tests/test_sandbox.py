@@ -153,7 +153,7 @@ def test_python_is_out_of_reach(source: str, capsys: pytest.CaptureFixture[str])
         ("{{ [1, 2, 3][::-1] }} {{ 'abc'[1:] }} {{ messages[0].role }}", "[3, 2, 1] bc user"),
         ("{{ 'b' in ['a', 'b'] }} {{ 'x' is string }} {{ y is defined }}", "True True False"),
         (
-            "{% for m in messages | selectattr('role', 'eq', 'user') %}{{ loop.first }}{% endfor %}",
+            "{% for m in messages | rejectattr('role', 'eq', 'x') %}{{ loop.first }}{% endfor %}",
             "True",
         ),
         (
