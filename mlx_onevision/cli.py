@@ -13,7 +13,6 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -37,6 +36,7 @@ class ErrorsAsSentences(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own: usage (2), --help (0), a reader that closed the pipe (1, silent)
         except KeyboardInterrupt:
+            click.echo(err=True)  # the answer may stand half way through a line
             ctx.exit(INTERRUPTED)
         except Exception as error:
             fail(ctx, error)
@@ -46,7 +46,8 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     """Print ``error`` as one sentence (after its traceback with ``--debug``) and exit with 1."""
     if ctx.meta.get(DEBUG):
         traceback.print_exception(error)
-    click.echo(f"error: {' '.join(sentence(error).split())}", err=True)
+    line = " ".join(sentence(error).split()).removesuffix(".")
+    click.echo(f"error: {line}", err=True)
     ctx.exit(1)
 
 
@@ -157,11 +158,11 @@ def generate(
 
     from mlx_onevision.api import load
 
-    loaded = load(model or "demo", revision=revision, dtype=dtype)
+    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
     try:
         answer = loaded.stream(
             question,
-            images=list(images) or None,
+            images=images,
             system=system,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -183,7 +184,7 @@ def generate(
     finally:
         loaded.close()
     if as_json:
-        click.echo(json.dumps({**asdict(result), "model": loaded.name}))
+        click.echo(json.dumps({**result.to_dict(), "model": loaded.name}))
     else:
         click.echo("" if live else result.text)
     if verbose:
@@ -205,7 +206,7 @@ def report(usage: Usage) -> str:
     """``--verbose``: tokens, seconds, tokens a second, peak memory (GB = 1e9 bytes)."""
     rows = [
         f"prompt   {usage.prompt_tokens} tokens"
-        f" ({usage.image_tokens} of images, {usage.cached_tokens} cached)",
+        f" ({usage.media_tokens} of images, {usage.cached_tokens} cached)",
         f"prepare  {usage.prepare_seconds:.3f} s",
         f"encode   {usage.encode_seconds:.3f} s",
         f"prefill  {usage.prefill_seconds:.3f} s, {usage.prompt_tokens_per_second:.1f} tok/s",
