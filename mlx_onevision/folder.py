@@ -18,11 +18,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error})") from None
+        raise CheckpointError(f"{path.name} cannot be read ({error}).") from None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not JSON ({error})") from None
+        raise CheckpointError(f"{path.name} is not JSON ({error}).") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} does not hold a JSON object")
+        raise CheckpointError(f"{path.name} does not hold a JSON object.")
     return value

@@ -129,9 +129,11 @@ class Processor:
         )
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt text of a conversation, the user's words verbatim, media as placeholders."""
-        pieces = self.template.pieces(normalise_messages(messages=messages), self._specials)
-        return "".join(piece.text for piece in pieces)
+        """The prompt text of a conversation, the user's words verbatim, media as placeholders.
+
+        Needs no sources: ``{"type": "image"}`` and ``{"type": "video"}`` will do.
+        """
+        return self.template.render(normalise_messages(messages=messages, unfilled=True))
 
     def prepare(
         self,
@@ -151,10 +153,10 @@ class Processor:
             MediaError: for an image that cannot be read.
         """
         if tiling not in ("auto", "always", "never"):
-            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
+            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never.")
         conversation = normalise_messages(messages=messages, images=images)
         if sources(conversation, "video"):
-            raise RequestError("video is not supported yet; give some of its frames as images")
+            raise RequestError("video is not supported yet; give some of its frames as images.")
         return self._tokenize(conversation, self._images(conversation, tiling))
 
     def _images(self, conversation: Sequence[Message], tiling: Tiling) -> list[Medium]:
@@ -187,7 +189,7 @@ class Processor:
             written = sum(piece.control and piece.text == token for piece in pieces)
             if written != len(media):
                 raise RequestError(
-                    f"the chat template writes {written} {token} for {len(media)} of them"
+                    f"the chat template writes {written} {token} for {len(media)} of them."
                 )
         ids: list[int] = []
         placed: list[Medium] = []

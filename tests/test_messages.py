@@ -1,8 +1,10 @@
 """Every way to write a conversation, and what is refused."""
 
 import base64
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_onevision.errors import MediaError, OneVisionError, RequestError
@@ -124,6 +126,10 @@ def test_one_form_comes_back_equal_and_the_callers_is_left_alone() -> None:
         ({"messages": [{"role": "system", "content": "S"}], "images": ["a"]}, "user message"),
         ({"messages": [{"role": "system", "content": "S"}], "system": "T"}, "two system"),
         ({"prompt": "Q", "system": 3}, "system"),
+        ({"prompt": "Q", "images": "a.png"}, "list of images"),
+        ({"prompt": "Q", "images": Path("a.png")}, "list of images"),
+        ({"prompt": "Q", "images": np.zeros((2, 2, 3))}, "list of images"),
+        ({"prompt": "Q", "images": 3}, "list of images"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(arguments: dict[str, Any], named: str) -> None:

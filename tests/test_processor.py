@@ -118,6 +118,13 @@ def test_pixel_values_are_the_references(processor: Processor) -> None:
     np.testing.assert_array_equal(medium.normalization[medium.tiles[..., 0], 0], values[:, 0])
 
 
+def test_rendering_needs_no_sources(processor: Processor) -> None:
+    content = [{"type": "text", "text": "<image>?"}, {"type": "video"}, {"type": "image"}]
+    assert processor.render([{"role": "user", "content": content}]) == (
+        "<|im_start|>user\n<image>\n<video>\n<image>?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 def test_keys_are_equal_for_equal_rows_only(processor: Processor) -> None:
     def keys(*pictures: Any, tiling: Any = "auto") -> list[str]:
         return [
