@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
-from pathlib import Path
 
 from mlx_onevision.errors import MediaError, TooLargeError
 
@@ -15,14 +15,20 @@ DEADLINE = 120.0  # seconds for a whole download
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
-_LONGEST_PATH = 4096  # bytes, of the systems this runs on
+
+
+def quoted(text: str) -> str:
+    """``text`` as a sentence can name it: in quotes, on one line, its middle left out if long."""
+    if len(text) > 160:
+        text = f"{text[:90]}…{text[-60:]}"
+    return f"'{text}'" if text.isprintable() else repr(text)
 
 
 def is_url(text: str) -> bool:
     """Whether ``text`` is an http(s) URL. MediaError for an address of any other kind."""
     address = _ADDRESS.match(text)
     if address and address[1].lower() not in ("http", "https"):
-        raise MediaError(f"cannot read '{text}': of addresses, only http and https are read.")
+        raise MediaError(f"cannot read {quoted(text)}: of addresses, only http and https are read.")
     return address is not None
 
 
@@ -30,18 +36,16 @@ def data_uri(text: str) -> bytes:
     """The bytes of ``data:…;base64,…``."""
     head, _, data = text.partition(",")
     if not head.endswith(";base64"):
-        raise MediaError(f"'{_short(text)}' is not a base64 data URI.")
+        raise MediaError(f"{quoted(text)} is not a base64 data URI.")
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise MediaError(f"the data URI '{_short(text)}' is not valid base64.") from None
+        raise MediaError(f"the data URI {quoted(text)} is not valid base64.") from None
 
 
 def bare_base64(text: str) -> bytes | None:
     """The bytes of ``text`` if it reads as base64 and names no file, else None."""
-    if not _BASE64.fullmatch(text):
-        return None
-    if len(text) <= _LONGEST_PATH and Path(text).exists():
+    if not _BASE64.fullmatch(text) or os.path.exists(text):
         return None
     try:
         return base64.b64decode("".join(text.split()), validate=True)
@@ -74,13 +78,14 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
         request.HTTPDefaultErrorHandler,
     ):
         opener.add_handler(handler())
-    too_large = f"'{url}' is larger than {most >> 20:,} MB, the most that is downloaded."
+    too_large = f"{quoted(url)} is larger than {most >> 20:,} MB, the most that is downloaded."
     deadline = monotonic() + DEADLINE
     body = bytearray()
     try:
         asked = request.Request(url, headers={"User-Agent": "mlx-onevision"})
         with opener.open(asked, timeout=TIMEOUT) as answer:
-            if int(answer.headers.get("Content-Length") or 0) > most:
+            promised = int(answer.headers.get("Content-Length") or 0)
+            if promised > most:
                 raise TooLargeError(too_large)
             while chunk := answer.read1(1 << 20):
                 body += chunk
@@ -88,14 +93,13 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
                     raise TooLargeError(too_large)
                 if monotonic() > deadline:
                     raise TimeoutError(f"not done after {DEADLINE:.0f} seconds")
+            if len(body) < promised:
+                raise ConnectionError(f"it broke off after {len(body):,} of {promised:,} bytes")
     except HTTPError as error:
-        raise MediaError(f"cannot read '{url}': the server answers {error.code}.") from error
+        error.close()
+        raise MediaError(f"cannot read {quoted(url)}: the server answers {error.code}.") from error
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        raise MediaError(f"cannot read '{url}': {text}.") from error
+        raise MediaError(f"cannot read {quoted(url)}: {text}.") from error
     return bytes(body)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:40]}…"

@@ -30,13 +30,15 @@ from numpy.typing import NDArray
 from mlx_onevision.anyres import fitted_size, select_best_resolution
 from mlx_onevision.config import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
-from mlx_onevision.fetch import bare_base64, data_uri, download, is_url
+from mlx_onevision.fetch import bare_base64, data_uri, download, is_url, quoted
 from mlx_onevision.resample import Pixels, resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image | NDArray[Any]"
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image | NDArray[Any]"
+)
 
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses a file as a decompression bomb
 MAX_SIDE = 1_000_000  # a strip one pixel high may not need a gigabyte of weights
@@ -154,21 +156,21 @@ def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
 def _from_text(text: str, max_pixels: int) -> Pixels:
     """A string is a URL, a data URI, a path, or, if it can be nothing else, base64."""
     if is_url(text):
-        return _from_bytes(download(text), f"'{text}'", max_pixels)
+        return _from_bytes(download(text), quoted(text), max_pixels)
     if text.startswith("data:"):
         return _from_bytes(data_uri(text), "the image in the data URI", max_pixels)
     data = bare_base64(text)
     if data is not None:
-        return _from_bytes(data, "the image given as base64", max_pixels)
+        name = f"{quoted(text)} (read as base64, for there is no such file)"
+        return _from_bytes(data, name, max_pixels)
     if not text or "\0" in text:
-        raise MediaError(f"{text!r} is not the path of an image.")
+        raise MediaError(f"{quoted(text)} is not the path of an image.")
     return _from_path(Path(text), max_pixels)
 
 
 def _from_path(path: Path, max_pixels: int) -> Pixels:
-    if str(path).startswith("~"):
-        path = path.expanduser()
-    name = f"'{path}'"
+    path = Path(os.path.expanduser(path))
+    name = quoted(str(path))
     try:
         if path.is_dir():
             raise MediaError(f"{name} is a folder, not an image.")
@@ -210,7 +212,10 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     with image:
         _check_size(name, image.height, image.width, max_pixels)
         try:
+            image.load()
             turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
+            # Of no use once it is dropped, but Pillow would warn that it is.
+            image.info.pop("transparency", None)
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             return np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
         except (MemoryError, RecursionError):
@@ -248,8 +253,11 @@ def _from_object(image: Image, max_pixels: int) -> Pixels:
 
 def _from_array(source: object, max_pixels: int) -> Pixels:
     """An array's route: uint8, 1, 3 or 4 channels first or last; the fourth laid on white."""
-    array = np.asarray(source)
-    if array.dtype == object or array.dtype.kind in "USV" or array.ndim == 0:
+    try:
+        array = np.asarray(source)
+    except (TypeError, ValueError):
+        array = np.array(None)
+    if array.ndim == 0 or array.dtype.kind not in "biuf":
         kind = type(source).__name__
         raise MediaError(f"a {kind} is not an image; give a path, URL, bytes, PIL image or array.")
     name = f"the array of shape {array.shape}"

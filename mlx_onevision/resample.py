@@ -31,7 +31,10 @@ _TORCH_WEIGHT_END = 1 << 15  # torch's weights fit int16
 _FLOAT_END = 1 << 24  # whole numbers below are exact as floats
 _BLOCK_OUTPUTS = 16  # outputs of one product: more hold more zeros, fewer starve BLAS
 _BLOCK_TAPS = 1024  # inputs of one product, about
-_BAND_VALUES = 1 << 20  # pixel values in flight, as floats: a few megabytes
+# Multiplications in one product. OpenBLAS spreads more than this over threads, which then wait for
+# each other: no gain on an idle machine, and six times slower on a busy one.
+_PRODUCT = 1 << 18
+_VALUES = 1 << 20  # levels held as floats at a time
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class _Axis:
     offset: NDArray[Any]
     """(outputs,): what the 128 would have added, and half a level, so that truncating rounds."""
     dtype: type[np.float32] | type[np.float64]
+
+    @property
+    def longest(self) -> int:
+        """The most inputs that a block has."""
+        return max(block.last - block.first for block in self.blocks)
+
+    @property
+    def band(self) -> int:
+        """Lines to put through a block in one product."""
+        return max(1, _PRODUCT // (self.blocks[0].matrix.shape[0] * self.longest))
 
 
 def resize(image: Pixels, size: tuple[int, int], kernel: Kernel = "torchvision") -> Pixels:
@@ -78,7 +91,8 @@ def _across(image: Pixels, to_wide: int, kernel: Kernel) -> Pixels:
         return image
     axis = _axis(wide, to_wide, kernel)
     out = np.empty((high, to_wide, channels), np.uint8)
-    band = min(high, max(1, _BAND_VALUES // (max(wide, to_wide) * channels)))
+    lines = min(axis.band, _VALUES // max(wide, to_wide))
+    band = min(high, max(1, lines // channels))
     # A row of memory per channel, so that a row of weights meets neighbouring pixels. The arrays
     # are the same for every band: fresh ones would cost as much as the arithmetic.
     planes = np.empty((band, channels, wide), axis.dtype)
@@ -108,9 +122,8 @@ def _down(image: Pixels, to_high: int, kernel: Kernel) -> Pixels:
     axis = _axis(high, to_high, kernel)
     flat = image.reshape(high, wide * channels)
     out = np.empty((to_high, wide * channels), np.uint8)
-    longest = max(block.last - block.first for block in axis.blocks)
-    band = min(wide * channels, max(1, _BAND_VALUES // longest))
-    planes = np.empty((longest, band), axis.dtype)
+    band = min(wide * channels, axis.band)
+    planes = np.empty((axis.longest, band), axis.dtype)
     for block in axis.blocks:
         for left in range(0, wide * channels, band):
             source = flat[block.first : block.last, left : left + band]
