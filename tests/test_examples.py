@@ -1,0 +1,66 @@
+"""The example programs, run as they stand on a small random checkpoint."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import write
+from PIL import Image, ImageChops, ImageStat
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHAPES = EXAMPLES / "shapes.png"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_ask(folder: Path) -> None:
+    done = run("ask.py", SHAPES, "What is in this image?", folder)
+    assert done.stdout.strip() and done.stderr == ""
+
+
+def test_conversation(folder: Path) -> None:
+    done = run("conversation.py", SHAPES, folder)
+    assert [line for line in done.stdout.splitlines() if line.startswith("? ")] == [
+        "? How many shapes are there?",
+        "? Where is the star?",
+        "? Which colour is the circle?",
+    ]
+    counts = [line for line in done.stdout.splitlines() if "were in the cache)" in line]
+    cached = [int(line.split("(")[1].split()[0]) for line in counts]
+    assert cached[0] == 0 < cached[1] < cached[2]
+
+
+def test_caption_folder(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(SHAPES, tmp_path / "b.png")
+    Image.new("RGB", (80, 50), "red").save(tmp_path / "c.jpg")
+    (tmp_path / "a.txt").write_text("not a picture")
+    done = run("caption_folder.py", tmp_path, folder)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["file"] for row in rows] == ["b.png", "c.jpg"]
+    assert all(row["text"] for row in rows)
+    assert "a.txt" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_picture_is_the_one_that_its_program_draws(tmp_path: Path) -> None:
+    run("draw_shapes.py", tmp_path / "drawn.png")
+    with Image.open(SHAPES) as kept, Image.open(tmp_path / "drawn.png") as drawn:
+        assert kept.size == drawn.size
+        apart = ImageStat.Stat(ImageChops.difference(kept, drawn))
+        assert max(apart.mean) < 0.05  # of 255: a few edge pixels, between versions of Pillow
