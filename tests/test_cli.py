@@ -454,10 +454,3 @@ def test_the_version_is_the_packages() -> None:
 
     result = CliRunner().invoke(cli, ["--version"], prog_name="mlx-onevision")
     assert result.stdout == f"mlx-onevision {version('mlx-onevision')}\n"
-
-
-def test_the_readme_names_every_option() -> None:
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
-    command = cli.commands["generate"]
-    options = {option for param in command.params for option in param.opts}
-    assert {option for option in options if f"`{option}" not in readme} == set()

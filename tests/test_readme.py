@@ -1,0 +1,70 @@
+"""The README holds: its Python runs, its first answer is the demo model's, its options exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import write
+
+from mlx_onevision import hub
+from mlx_onevision.cli import cli
+
+ROOT = Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_its_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All blocks as one program, with a random model in the demo model's place."""
+    monkeypatch.setattr(hub, "EMBEDDED", write(tmp_path / "demo"))
+    monkeypatch.chdir(ROOT)
+    program = blocks("python")
+    assert len(program) == 3
+    names: dict[str, object] = {}
+    for block in program:
+        exec(compile(block, "README.md", "exec"), names)
+        assert capsys.readouterr().out.strip()
+
+
+def test_its_first_answer_is_the_demo_models() -> None:
+    command, answer = blocks("console")[0].splitlines()
+    words = shlex.split(command.removeprefix("$ "))
+    assert words[0] == "mlx-onevision"
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_onevision", *words[1:]],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, answer + "\n"), done.stderr
+    makefile = ROOT.joinpath("Makefile").read_text(encoding="utf-8")
+    assert command.removeprefix("$ ") in makefile
+
+
+def test_it_names_every_option_and_no_other() -> None:
+    command = cli.commands["generate"]
+    options = {o for param in command.params for o in (*param.opts, *param.secondary_opts)}
+    table = README.partition("| option |")[2].partition("\n## ")[0]
+    named = {word for cell in re.findall(r"`(--.*?)`", table) for word in cell.split()[:1]}
+    assert named == options - {"--help", "-h"}
+
+
+def test_it_names_every_alias() -> None:
+    for size, repository in hub.ALIASES.items():
+        assert f"| `{size}` | [{repository}](" in README
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README):
+        path = target[0] or target[1]
+        assert path.startswith("https://") or (ROOT / path).exists(), path
