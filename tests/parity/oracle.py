@@ -1,0 +1,150 @@
+"""The reference: transformers on a checkpoint folder, with what each stage computed.
+
+The default processors are used (the torchvision-backed ones), conversations go through
+``apply_chat_template(tokenize=True)``, and everything runs in float32 on the CPU.
+"""
+
+# pyright: reportMissingImports=false
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from parity.torchvision_ops import torchvision  # before transformers
+
+import transformers  # isort: skip
+from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration  # isort: skip
+
+VERSIONS = {module.__name__: module.__version__ for module in (torch, torchvision, transformers)}
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass
+class Stages:
+    """What the reference computed for one conversation, in the order in which it does.
+
+    ids : int64 (L,), placeholders expanded
+    tiles : float32 (tiles, 3, S, S), of all images, padding tiles left out
+    sizes : (height, width) of each image
+    tower : float32 (tiles, patches, width), the selected hidden states
+    projected : float32 (tiles, patches, D)
+    packed : float32 (rows, D) for each image, newlines included
+    logits : float32 (L, vocabulary)
+    tokens : greedy continuation, the end token included where it came
+    margins : for each of ``tokens``, by how much the best logit led the second
+    """
+
+    ids: np.ndarray
+    tiles: np.ndarray
+    sizes: list[tuple[int, int]]
+    tower: np.ndarray
+    projected: np.ndarray
+    packed: list[np.ndarray]
+    logits: np.ndarray
+    tokens: list[int]
+    margins: list[float] = field(default_factory=list)
+
+
+class Oracle:
+    """A checkpoint folder, run by transformers.
+
+    Raises:
+        AssertionError: if transformers did not find every tensor that it wanted in the folder; it
+            would have drawn the missing ones at random.
+    """
+
+    def __init__(self, folder: Path, weights: Path | None = None) -> None:
+        """``weights`` is another folder to take the network from, for example the dequantised
+        twin of a quantised ``folder``.
+        """
+        self.processor = AutoProcessor.from_pretrained(folder)
+        assert "Pil" not in type(self.processor.image_processor).__name__
+        build: Any = LlavaOnevisionForConditionalGeneration.from_pretrained
+        model, report = build(weights or folder, dtype=torch.float32, output_loading_info=True)
+        assert not report["missing_keys"], report["missing_keys"]
+        assert not report["mismatched_keys"], report["mismatched_keys"]
+        self.model = model.eval()
+
+    def render(self, messages: Messages) -> str:
+        """The prompt text, placeholders not expanded."""
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def prepare(self, messages: Messages) -> dict[str, torch.Tensor]:
+        """The processor's outputs for one conversation."""
+        return self.processor.apply_chat_template(
+            [messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    @torch.inference_mode()
+    def run(self, messages: Messages, tokens: int = 0) -> Stages:
+        """Every stage for one conversation, and so many greedy tokens."""
+        inputs = self.prepare(messages)
+        length = inputs["input_ids"].shape[1]
+        with _Capture(self.model.model) as seen:
+            logits = self.model(**inputs).logits[0]
+        generated, margins = [], []
+        if tokens:
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            generated = output.sequences[0, length:].tolist()
+            best = [step[0].float().topk(2).values for step in output.logits]
+            margins = [float(first - second) for first, second in best]
+        nothing = torch.zeros(0)
+        return Stages(
+            ids=inputs["input_ids"][0].numpy(),
+            tiles=seen.get("tiles", nothing).numpy(),
+            sizes=[(h, w) for h, w in inputs.get("image_sizes", nothing).tolist()],
+            tower=seen.get("tower", nothing).numpy(),
+            projected=seen.get("projected", nothing).numpy(),
+            packed=[rows.numpy() for rows in seen.get("packed", [])],
+            logits=logits.numpy(),
+            tokens=generated,
+            margins=margins,
+        )
+
+
+class _Capture:
+    """Collects what goes in and out of the reference's vision stages while it is entered."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.seen: dict[str, Any] = {}
+
+    def __enter__(self) -> dict[str, Any]:
+        def tower(module: Any, args: Any, kwargs: Any) -> None:
+            self.seen["tiles"] = args[0] if args else kwargs["pixel_values"]
+
+        def projector(module: Any, args: Any, output: Any) -> None:
+            self.seen["tower"], self.seen["projected"] = args[0], output
+
+        pack = self.model.pack_image_features
+
+        def packing(*args: Any, **kwargs: Any) -> Any:
+            packed, lengths = pack(*args, **kwargs)
+            self.seen["packed"] = packed
+            return packed, lengths
+
+        self.hooks = [
+            self.model.vision_tower.register_forward_pre_hook(tower, with_kwargs=True),
+            self.model.multi_modal_projector.register_forward_hook(projector),
+        ]
+        self.model.pack_image_features = packing
+        return self.seen
+
+    def __exit__(self, *exception: object) -> None:
+        del self.model.pack_image_features  # the class's own again
+        for hook in self.hooks:
+            hook.remove()

@@ -1,0 +1,58 @@
+"""This package's side of a comparison, stage by stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_onevision import load
+from mlx_onevision.checkpoint import load_checkpoint
+from mlx_onevision.model import normalize
+from mlx_onevision.processor import Inputs
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass
+class Vision:
+    """The stages from tiles to rows, all images of a prompt together; see ``oracle.Stages``."""
+
+    tower: np.ndarray
+    projected: np.ndarray
+    packed: list[np.ndarray]
+
+
+class Ours:
+    """A folder as a user loads it (``model``), and its bare network for what goes on inside."""
+
+    def __init__(self, folder: Path, dtype: str | None = None) -> None:
+        self.model = load(folder, dtype=dtype)
+        self.network = load_checkpoint(folder, dtype=dtype).model
+
+    def vision(self, inputs: Inputs) -> Vision:
+        """What the network makes of a prepared prompt's images."""
+        network = self.network
+        towers, projections, packed = [], [], []
+        for medium in inputs.media:
+            tower = network.vision_features(normalize(medium.tiles, medium.normalization))
+            towers.append(np.array(tower))
+            projections.append(np.array(network.multi_modal_projector(tower)))
+            features = network.encode_tiles(medium.tiles, medium.normalization)
+            rows = (
+                network.pack_tile(features)
+                if medium.packing is None
+                else network.pack_image(features, medium.packing)
+            )
+            packed.append(np.array(rows))
+        return Vision(np.concatenate(towers), np.concatenate(projections), packed)
+
+    def tokens(self, messages: Messages, count: int, **sampling: Any) -> list[int]:
+        """``count`` generated tokens, fewer where the end token comes; it is the last one then."""
+        return list(self.model.generate(messages=messages, max_tokens=count, **sampling).tokens)
+
+    def close(self) -> None:
+        self.model.close()
+        mx.clear_cache()

@@ -1,0 +1,111 @@
+"""Conversations beyond one image and one question."""
+
+import numpy as np
+import pytest
+from parity.cases import SIZES, ask, picture
+from parity.checkpoints import Tiny
+from parity.compare import assert_same, assert_same_tokens
+from parity.pairs import Checkpoints
+
+KINDS = [Tiny(template=template) for template in ("space", "newline")]
+
+
+def said(role: str, *content: object) -> dict:
+    """One message; texts as strings, images as pictures."""
+    parts: list[dict] = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        for part in content
+    ]
+    return {"role": role, "content": parts}
+
+
+CONVERSATIONS = {
+    "text only": [said("user", "How many words are in this sentence?")],
+    "no text": [said("user", picture((61, 241)))],
+    "system": [said("system", "Answer in one word."), *ask(picture((127, 509)))],
+    "several texts": [said("user", "First,", picture((55, 57)), "what is it?", " And why?")],
+    "two turns": [
+        said("user", picture((480, 640)), "What is this?"),
+        said("assistant", "A red circle."),
+        said("user", "And where is it?"),
+    ],
+    "image in the second turn": [
+        said("user", "I will show you something."),
+        said("assistant", "Please do."),
+        said("user", picture((331, 997)), "What is this?"),
+    ],
+    "other scripts": [said("user", picture((28, 28)), "¿Qué es? 这是什么？ 🦊 e\u0301  \n\n\tfoo")],
+    "placeholders last": [said("user", "Look:", picture((100, 100)))],
+    # From here on each image is one square tile.
+    "two images": ask(picture((480, 640)), picture((1, 37)), text="Which is larger?"),
+    "the same image twice": ask(picture((61, 241)), picture((61, 241))),
+    "five images": ask(*(picture(size) for size in SIZES[:5])),
+    "images in two turns": [
+        said("user", picture((127, 509)), "What is this?"),
+        said("assistant", "A blue square."),
+        said("user", picture((997, 331)), "And this?"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_conversation(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
+    ours, oracle = checkpoints.pair(tiny)
+    assert_same(ours, oracle, CONVERSATIONS[name], tokens=32)
+
+
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_turn_after_turn(checkpoints: Checkpoints, tiny: Tiny) -> None:
+    """A conversation that goes on reuses what was read; its answers stay the reference's."""
+    ours, oracle = checkpoints.pair(tiny)
+    messages = [said("user", picture((337, 511)), "What is in this picture?")]
+    for question in ("Where is the square?", "How many are there?", "Which colour?"):
+        theirs = oracle.run(messages, tokens=16)
+        answer = ours.model.generate(messages=messages, max_tokens=16)
+        assert_same_tokens(list(answer.tokens), theirs)
+        messages = [*messages, said("assistant", "It is red."), said("user", question)]
+    assert answer.usage.cached_tokens > 150
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repetition_penalty(checkpoints: Checkpoints, penalty: float) -> None:
+    """It counts prompt and answer, and of an image only that there is one."""
+    ours, oracle = checkpoints.pair(KINDS[0])
+    messages = ask(picture((333, 334)))
+    inputs = oracle.prepare(messages)
+    output = oracle.model.generate(
+        **inputs, max_new_tokens=32, do_sample=False, repetition_penalty=penalty
+    )
+    expected = output[0, inputs["input_ids"].shape[1] :].tolist()
+    assert ours.tokens(messages, 32, repetition_penalty=penalty) == expected
+
+
+@pytest.mark.parametrize("template", ["space", "newline"])
+def test_ends_where_the_reference_ends(checkpoints: Checkpoints, template: str) -> None:
+    """generation_config.json may name several tokens that end an answer."""
+    messages = ask(picture((337, 511)))
+    endless = checkpoints.oracle(checkpoints.hub(Tiny(template=template))).run(messages, tokens=32)
+    ends = [endless.tokens[20], endless.tokens[9]]
+    settings = {"bos_token_id": 572, "pad_token_id": 572, "eos_token_id": ends}
+    ours, oracle = checkpoints.pair(
+        Tiny(template=template, files={"generation_config.json": settings})
+    )
+    theirs = assert_same(ours, oracle, messages, tokens=32)
+    assert theirs.tokens[-1] in ends and len(theirs.tokens) <= 10
+    answer = ours.model.generate(messages=messages, max_tokens=32)
+    assert answer.finish_reason == "stop"
+
+
+def test_ids_past_the_tokenizer(checkpoints: Checkpoints) -> None:
+    """The embedding has more rows than the tokenizer has words; such an id decodes to nothing."""
+    tiny = Tiny(spare_rows=3000)
+    ours, oracle = checkpoints.pair(tiny)
+    theirs = assert_same(ours, oracle, ask(picture((56, 56))), tokens=32)
+    length = len(oracle.processor.tokenizer)
+    assert np.mean([token >= length for token in theirs.tokens]) > 0.3
+    text = ours.model.generate(messages=ask(picture((56, 56))), max_tokens=32).text
+    kept = [token for token in theirs.tokens if token < length]
+    assert text == oracle.processor.tokenizer.decode(kept, skip_special_tokens=True)
