@@ -118,3 +118,12 @@ def ask(*images: Image.Image, text: str = "What is in this image?") -> list[dict
     """One user turn with these images and a question."""
     content: list[dict] = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def recorded_conversations() -> dict[str, list[dict]]:
+    """What tests/reference/model holds the reference's results for."""
+    sizes = [(1, 1), (5000, 1), (30, 900), (337, 511), (333, 334), (328, 205)]
+    conversations = {f"{height}x{width}": ask(picture((height, width))) for height, width in sizes}
+    conversations["two images"] = ask(picture((480, 640)), picture((61, 241)), text="Which is it?")
+    conversations["text"] = ask(text="How many words are in this sentence?")
+    return conversations
