@@ -141,11 +141,11 @@ class Model:
         """The prompt text that the chat template makes of a conversation, placeholders
         unexpanded.
         """
-        return self._processor.render(normalise_messages(messages=messages))
+        return self._processor.render(messages)
 
     def prepare(self, messages: Messages) -> Inputs:
         """Token ids (L,) as the reference makes them, and the pixel tiles of each medium."""
-        return self._processor.prepare(normalise_messages(messages=messages))
+        return self._processor.prepare(messages)
 
     def logits(self, inputs: Inputs) -> np.ndarray:
         """Logits of every position of a prepared prompt, float32 (L, vocab_size)."""
