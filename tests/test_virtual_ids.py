@@ -60,7 +60,7 @@ def step_by_step(model: OneVision, ids: Sequence[int], **options: Any) -> list[i
     """mlx-lm's generate_step, the way of a lone request."""
     from mlx_lm.generate import generate_step
 
-    steps = generate_step(mx.array(ids), model, max_tokens=TOKENS, **options)
+    steps = generate_step(mx.array(list(ids)), model, max_tokens=TOKENS, **options)
     return [int(token) for token, _ in steps]
 
 
