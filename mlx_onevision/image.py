@@ -31,7 +31,7 @@ from mlx_onevision.anyres import fitted_size, select_best_resolution
 from mlx_onevision.config import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.fetch import bare_base64, data_uri, download, is_url, quoted
-from mlx_onevision.resample import Pixels, resize
+from mlx_onevision.resample import Pixels, resize, resize_on_square
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,8 +41,10 @@ ImageSource: TypeAlias = (
 )
 
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses a file as a decompression bomb
-MAX_SIDE = 1_000_000  # a strip one pixel high may not need a gigabyte of weights
+MAX_SIDE = 200_000  # beyond, a picture one pixel high would take gigabytes to resize
 
+# What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
+_KINDS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000", "QOI", "AVIF")
 _HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 # EXIF orientation to the PIL.Image.Transpose that undoes it, by name.
 _UPRIGHT = {
@@ -104,15 +106,8 @@ def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
 
 def pad_to_square_tile(image: Pixels, config: ImageConfig) -> Pixels:
     """The one tile of an image among several: uint8 (1, S, S, 3), padded with the mean colour."""
-    high, wide = _size(image)
-    if high != wide:
-        side = max(high, wide)
-        top, left = (side - high) // 2, (side - wide) // 2
-        square = np.empty((side, side, 3), np.uint8)
-        square[...] = [int(mean * 255) for mean in config.image_mean]
-        square[top : top + high, left : left + wide] = image
-        image = square
-    return resize(image, (config.size, config.size))[None]
+    fill = [int(mean * 255) for mean in config.image_mean]
+    return resize_on_square(image, config.size, fill)[None]
 
 
 @lru_cache(maxsize=8)
@@ -194,16 +189,18 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     file.seek(0)
     if not head:
         raise MediaError(f"{name} is empty (0 bytes).")
+    kinds = _KINDS
     if _HEIC.match(head):
         _learn_heic(name)
+        kinds = ("HEIF",)
     try:
         with warnings.catch_warnings():
             # Pillow warns from half of the limit on; ours is checked below, before any decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(file, formats=kinds)
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"{name} has too many pixels: {_reason(error)}.") from error
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, KeyError) as error:  # KeyError: Pillow built without a kind
         raise MediaError(f"{name} is not an image of a kind that can be read.") from error
     except (MemoryError, RecursionError):
         raise
@@ -220,6 +217,8 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
             return np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
         except (MemoryError, RecursionError):
             raise
+        except Image.DecompressionBombError as error:
+            raise TooLargeError(f"{name} has too many pixels: {_reason(error)}.") from error
         except Exception as error:
             raise MediaError(f"{name} is damaged: {_reason(error)}.") from error
 

@@ -13,7 +13,8 @@ is the integer one. The weights' scale, 2**-bits, changes no digit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -84,12 +85,56 @@ def resize(image: Pixels, size: tuple[int, int], kernel: Kernel = "torchvision")
     return _down(_across(image, to_wide, kernel), to_high, kernel)
 
 
+def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
+    """``image`` (H, W, C) centred on a square of colour ``fill``, and that resized by torchvision's
+    kernel: uint8 (size, size, C).
+
+    The square itself, 1.2 GB for a panorama 20,000 pixels wide, is never made: rows of ``fill`` are
+    all alike, and so are the outputs that see nothing but ``fill``.
+    """
+    high, wide, channels = image.shape
+    side = max(high, wide)
+    top, left = (side - high) // 2, (side - wide) // 2
+    rows = np.empty((side, size, channels), np.uint8)
+    rows[...] = _across(np.full((1, side, channels), fill, np.uint8), size, "torchvision")
+    inner = rows[top : top + high]
+    if side == size:
+        inner[:, left : left + wide] = image
+    elif side == wide:
+        inner[...] = _across(image, size, "torchvision")
+    else:
+        axis = _axis(side, size, "torchvision")
+        near = [b for b in axis.blocks if b.first < left + wide and b.last > left]
+        start, stop, first, last = near[0].start, near[-1].stop, near[0].first, near[-1].last
+        blocks = [
+            replace(
+                block,
+                start=block.start - start,
+                stop=block.stop - start,
+                first=block.first - first,
+                last=block.last - first,
+            )
+            for block in near
+        ]
+        part = _Axis(tuple(blocks), axis.offset[start:stop], axis.dtype)
+        band = max(1, _VALUES // (last - first))
+        for row in range(0, high, band):
+            pixels = image[row : row + band]
+            strip = np.empty((len(pixels), last - first, channels), np.uint8)
+            strip[...] = fill
+            strip[:, left - first : left - first + wide] = pixels
+            inner[row : row + band, start:stop] = _along_rows(strip, part)
+    return _down(rows, size, "torchvision")
+
+
 def _across(image: Pixels, to_wide: int, kernel: Kernel) -> Pixels:
     """The pass along rows: (H, W, C) to (H, to_wide, C)."""
-    high, wide, channels = image.shape
-    if wide == to_wide:
-        return image
-    axis = _axis(wide, to_wide, kernel)
+    wide = image.shape[1]
+    return image if wide == to_wide else _along_rows(image, _axis(wide, to_wide, kernel))
+
+
+def _along_rows(image: Pixels, axis: _Axis) -> Pixels:
+    (high, wide, channels), to_wide = image.shape, len(axis.offset)
     out = np.empty((high, to_wide, channels), np.uint8)
     lines = min(axis.band, _VALUES // max(wide, to_wide))
     band = min(high, max(1, lines // channels))

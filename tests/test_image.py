@@ -244,6 +244,13 @@ def test_kinds_beyond_torchvisions() -> None:
     assert np.array_equal(load_image(file.getvalue()), np.rot90(noise(6, 7, 3)))
 
 
+def test_only_pictures_are_opened() -> None:
+    """Pillow hands an EPS to Ghostscript; this package does not hand it to Pillow."""
+    file = BytesIO()
+    Image.fromarray(noise(6, 7, 3)).save(file, "EPS")
+    refuse(file.getvalue(), "is not an image of a kind that can be read")
+
+
 def test_a_broken_orientation_is_no_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 17

@@ -14,7 +14,7 @@ from PIL import Image
 from recorded_pixels import names, recorded
 
 from mlx_onevision import resample
-from mlx_onevision.resample import Kernel, resize
+from mlx_onevision.resample import Kernel, resize, resize_on_square
 
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
@@ -181,6 +181,33 @@ def test_views_are_taken_as_they_look() -> None:
     for view in (image.transpose(1, 2, 0), image.transpose(2, 1, 0)[::-1, ::2]):
         for to_size in ((20, 90), (20, view.shape[1]), (view.shape[0], 9)):
             assert np.array_equal(resize(view, to_size), resize(view.copy(), to_size))
+
+
+def test_a_square_that_is_never_made() -> None:
+    """The same as making it, for strips, near-squares and sizes that need no resizing."""
+    chance = random.Random(2)
+    for case in range(150):
+        high, wide = (int(10 ** chance.uniform(0, 2.8)) for _ in range(2))
+        size, fill = chance.choice([8, 56, 384, high, wide]), [7 * case % 256, 127, 0]
+        image = noise(high, wide, 3, seed=case)
+        side = max(high, wide)
+        square = np.empty((side, side, 3), np.uint8)
+        square[...] = fill
+        top, left = (side - high) // 2, (side - wide) // 2
+        square[top : top + high, left : left + wide] = image
+        made = resize_on_square(image, size, fill)
+        assert np.array_equal(made, resize(square, (size, size))), (high, wide, size)
+
+
+@pytest.mark.parametrize("size", [(9_000, 300), (300, 9_000)])
+def test_a_long_strip_in_a_square_takes_little_memory(size: tuple[int, int]) -> None:
+    """Not the 243 MB of a square of its length."""
+    image = noise(*size, 3)
+    tracemalloc.start()
+    resize_on_square(image, 384, [127] * 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60e6
 
 
 def test_memory_beyond_the_result_stays_small() -> None:
