@@ -37,6 +37,9 @@ _BLOCK_TAPS = 1024  # inputs of one product, about
 _PRODUCT = 1 << 18
 _VALUES = 1 << 20  # levels held as floats at a time
 
+# Apple's BLAS raises floating-point flags on sound products, of which numpy then warns.
+_quiet = np.errstate(divide="ignore", over="ignore", invalid="ignore")
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -133,6 +136,7 @@ def _across(image: Pixels, to_wide: int, kernel: Kernel) -> Pixels:
     return image if wide == to_wide else _along_rows(image, _axis(wide, to_wide, kernel))
 
 
+@_quiet
 def _along_rows(image: Pixels, axis: _Axis) -> Pixels:
     (high, wide, channels), to_wide = image.shape, len(axis.offset)
     out = np.empty((high, to_wide, channels), np.uint8)
@@ -159,6 +163,7 @@ def _along_rows(image: Pixels, axis: _Axis) -> Pixels:
     return out
 
 
+@_quiet
 def _down(image: Pixels, to_high: int, kernel: Kernel) -> Pixels:
     """The pass along columns: (H, W, C) to (to_high, W, C)."""
     high, wide, channels = image.shape
