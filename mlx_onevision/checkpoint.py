@@ -18,10 +18,11 @@ from mlx.utils import tree_flatten
 from mlx_onevision.config import DTYPES, OneVisionConfig
 from mlx_onevision.defaults import GenerationDefaults
 from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError
+from mlx_onevision.folder import read_json
 from mlx_onevision.header import short
 from mlx_onevision.model import OneVision
 from mlx_onevision.quantization import ModuleQuantization
-from mlx_onevision.weights import Tensor, canonical_name, read_json, read_weights, same_bytes
+from mlx_onevision.weights import Tensor, canonical_name, read_weights, same_bytes
 
 # safetensors' words for the types that weights may have, and MLX's.
 FLOATS: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -63,10 +64,7 @@ def load_checkpoint(folder: Path, dtype: str | None = None) -> Checkpoint:
         raise ModelNotFoundError(f"{folder} is not a folder.")
     values = read_config(folder)
     config = OneVisionConfig.from_dict(values)
-    generation = folder / "generation_config.json"
-    defaults = GenerationDefaults.from_dict(
-        read_json(generation) if generation.is_file() else None, values
-    )
+    defaults = GenerationDefaults.from_dict(read_json(folder / "generation_config.json"), values)
     tensors = read_weights(folder)
     config = dataclasses.replace(
         config, tie_word_embeddings=_settle_head(tensors, config.tie_word_embeddings)
@@ -76,7 +74,7 @@ def load_checkpoint(folder: Path, dtype: str | None = None) -> Checkpoint:
     _check(model, tensors)
     cast = dtype or _one_dtype(tensors.values(), config.dtype)
     model.load_weights(_arrays(tensors, cast))
-    _type_tables(model)
+    _unpack_positions(model)
     model.eval()
     return Checkpoint(model, config, defaults, folder)
 
@@ -87,10 +85,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if there is none.
     """
-    path = folder / "config.json"
-    if not path.is_file():
+    values = read_json(folder / "config.json")
+    if values is None:
         raise CheckpointError(f"{folder} has no config.json, so it is not a model's folder.")
-    return read_json(path)
+    return values
 
 
 def _settle_head(tensors: dict[str, Tensor], tied: bool) -> bool:
@@ -217,30 +215,8 @@ def _arrays(tensors: Mapping[str, Tensor], cast: str | None) -> list[tuple[str, 
     return arrays
 
 
-class TypedEmbedding(nn.QuantizedEmbedding):
-    """A packed table whose rows have the type that the rest of the model computes in.
-
-    The modes without floating-point scales do not record one, and MLX unpacks them as bfloat16.
-    """
-
-    def __init__(self, table: nn.QuantizedEmbedding, dtype: mx.Dtype) -> None:
-        nn.Module.__init__(self)
-        self.group_size, self.bits, self.mode = table.group_size, table.bits, table.mode
-        self.num_embeddings, self.dims = table.num_embeddings, table.dims
-        self.weight, self.scales, self.biases = table.weight, table.scales, table.biases
-        self.dtype = dtype
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x).astype(self.dtype)
-
-
-def _type_tables(model: OneVision) -> None:
-    """Lets packed embeddings come out in the model's type."""
-    language = model.language_model
-    if isinstance(language.embed_tokens, nn.QuantizedEmbedding):
-        table = TypedEmbedding(language.embed_tokens, language.norm.weight.dtype)
-        language.update_modules({"embed_tokens": table})
-    # The tower adds its position table whole, so that keeping it packed would gain nothing.
+def _unpack_positions(model: OneVision) -> None:
+    """The tower adds its position table whole, so keeping that packed would gain nothing."""
     tower = model.vision_tower
     positions = tower.embeddings.position_embedding
     if isinstance(positions, nn.QuantizedEmbedding):

@@ -9,7 +9,6 @@ checkpoints): a ``vision_config`` that is present but partial is completed with 
 one that is absent altogether is SigLIP-so400m.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,188 +16,12 @@ from typing import Any
 
 from mlx_onevision import lmms_lab
 from mlx_onevision.errors import ConfigError
-from mlx_onevision.fields import Json, Reader
+from mlx_onevision.fields import ACTIVATIONS, Json, Reader, report_unknown, require_type
 from mlx_onevision.quantization import Quantization
-from mlx_onevision.rope import RopeConfig
+from mlx_onevision.text_config import TextConfig
+from mlx_onevision.vision_config import VisionConfig
 
-logger = logging.getLogger("mlx_onevision")
-
-ACTIVATIONS = frozenset(
-    """
-    gelu gelu_python gelu_pytorch_tanh gelu_python_tanh gelu_new gelu_accurate gelu_fast quick_gelu
-    silu swish relu relu2 relu6 mish sigmoid tanh linear
-    """.split()
-)
 DTYPES = ("float16", "bfloat16", "float32")
-
-# Read by the reference, without effect on what it computes at inference.
-INERT = frozenset(
-    """
-    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
-    decoder_start_token_id eos_token_id id2label ignore_index initializer_factor initializer_range
-    is_decoder is_encoder_decoder label2id max_window_layers model_type name_or_path _name_or_path
-    output_attentions output_hidden_states pad_token_id problem_type projection_size return_dict
-    rope_scaling rope_theta sliding_window tie_encoder_decoder torchscript transformers_version
-    use_bfloat16 use_cache use_image_newline_parameter use_sliding_window vision_use_head
-    _attn_implementation_autoset _attn_implementation attn_implementation
-    """.split()
-)
-# Generation settings that old releases wrote into every configuration; those in force stand in
-# generation_config.json.
-INERT_GENERATION = frozenset(
-    """
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix
-    pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
-    typical_p cross_attention_hidden_size add_cross_attention
-    """.split()
-)
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The SigLIP tower. ``image_size`` and ``patch_size`` are edge lengths in pixels."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 16
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
-
-    @property
-    def patches_per_side(self) -> int:
-        """Patches along one edge of a tile; the pixels that do not fill a patch are dropped."""
-        return self.image_size // self.patch_size
-
-    @classmethod
-    def from_dict(cls, values: Json | None) -> "VisionConfig":
-        if values is None:
-            return cls(1152, 4304, 26, 16, 3, 384, 14)
-        _require_type(values, "vision_config", "siglip_vision_model")
-        _report_unknown(values, cls, "vision_config")
-        read = Reader(values, "vision_config")
-        config = cls(
-            hidden_size=read.integer("hidden_size", cls.hidden_size, 32768),
-            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
-            num_hidden_layers=read.integer("num_hidden_layers", cls.num_hidden_layers, 256),
-            num_attention_heads=read.integer("num_attention_heads", cls.num_attention_heads, 1024),
-            num_channels=read.integer("num_channels", cls.num_channels, 3),
-            image_size=read.square("image_size", cls.image_size, 4096),
-            patch_size=read.square("patch_size", cls.patch_size, 1024),
-            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
-            layer_norm_eps=read.positive("layer_norm_eps", cls.layer_norm_eps),
-        )
-        if config.num_channels != 3:
-            raise ConfigError(
-                f"vision_config.num_channels is {config.num_channels}; only 3 (RGB) is supported."
-            )
-        if config.hidden_size % config.num_attention_heads:
-            raise ConfigError(
-                f"vision_config.hidden_size {config.hidden_size} does not divide into "
-                f"{config.num_attention_heads} attention heads."
-            )
-        if config.patches_per_side < 1:
-            raise ConfigError(
-                f"vision_config.patch_size {config.patch_size} exceeds its image_size."
-            )
-        return config
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The Qwen2 decoder. ``layer_types`` names each layer's attention, full or sliding."""
-
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    intermediate_size: int = 22016
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-6
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    layer_types: tuple[str, ...] = ("full_attention",) * 32
-    sliding_window: int | None = None
-    tie_word_embeddings: bool = False
-
-    @classmethod
-    def from_dict(cls, values: Json | None) -> "TextConfig":
-        values = values or {}
-        _require_type(values, "text_config", "qwen2")
-        _report_unknown(values, cls, "text_config", ("rope_parameters", "dtype", "torch_dtype"))
-        read = Reader(values, "text_config")
-        layers = read.integer("num_hidden_layers", cls.num_hidden_layers, 256)
-        heads = read.integer("num_attention_heads", cls.num_attention_heads, 1024)
-        # A null here means "as many as query heads"; an absent key means the class default.
-        kv_heads = (
-            heads
-            if "num_key_value_heads" in values and values["num_key_value_heads"] is None
-            else read.integer("num_key_value_heads", cls.num_key_value_heads, 1024)
-        )
-        hidden = read.integer("hidden_size", cls.hidden_size, 32768)
-        if heads % kv_heads:
-            raise ConfigError(
-                f"text_config has {heads} attention heads, not a multiple of {kv_heads} for keys."
-            )
-        head_dim = read.integer("head_dim", hidden // heads, 1024)
-        if head_dim % 2:
-            raise ConfigError(
-                f"text_config's head_dim is {head_dim}; rotary positions need an even one."
-            )
-        window = None
-        if (
-            read.flag("use_sliding_window", False)
-            and values.get("sliding_window", 4096) is not None
-        ):
-            window = read.integer("sliding_window", 4096, 2**31 - 1)
-        first_sliding = read.integer("max_window_layers", 28, 2**31 - 1, least=0)
-        kinds = values.get("layer_types")
-        if kinds is None:
-            kinds = [
-                "sliding_attention"
-                if window is not None and i >= first_sliding
-                else "full_attention"
-                for i in range(layers)
-            ]
-        if not isinstance(kinds, Sequence) or len(kinds) != layers:
-            raise ConfigError(f"text_config.layer_types does not name {layers} layers.")
-        for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise ConfigError(
-                    f"text_config.layer_types names {kind!r}, which is not supported."
-                )
-            if kind == "sliding_attention" and window is None:
-                raise ConfigError(
-                    "text_config.layer_types asks for sliding attention without a window."
-                )
-        return cls(
-            vocab_size=read.integer("vocab_size", cls.vocab_size, 2_000_000),
-            hidden_size=hidden,
-            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
-            max_position_embeddings=read.integer(
-                "max_position_embeddings", cls.max_position_embeddings, 2**31 - 1
-            ),
-            rms_norm_eps=read.positive("rms_norm_eps", cls.rms_norm_eps),
-            rope=RopeConfig.from_dict(values),
-            layer_types=tuple(kinds),
-            sliding_window=window,
-            tie_word_embeddings=read.flag("tie_word_embeddings", False),
-        )
-
 
 DEFAULT_PINPOINTS = tuple(
     (height, width)
@@ -211,8 +34,8 @@ DEFAULT_PINPOINTS = tuple(
 class OneVisionConfig:
     """A checkpoint's config.json. ``image_grid_pinpoints`` are (height, width) pairs in pixels."""
 
-    text_config: TextConfig = TextConfig()
-    vision_config: VisionConfig = VisionConfig(1152, 4304, 26, 16, 3, 384, 14)
+    text_config: TextConfig = field(default_factory=TextConfig)
+    vision_config: VisionConfig = field(default_factory=lambda: VisionConfig.from_dict(None))
     image_token_index: int = 151646
     video_token_index: int = 151647
     projector_hidden_act: str = "gelu"
@@ -255,8 +78,8 @@ class OneVisionConfig:
         """
         if lmms_lab.is_original(values):
             values = lmms_lab.to_hub(values)
-        _require_type(values, "config.json", "llava_onevision")
-        _report_unknown(
+        require_type(values, "config.json", "llava_onevision")
+        report_unknown(
             values,
             cls,
             "config.json",
@@ -434,20 +257,3 @@ def _three(given: Any, where: str, *, positive: bool) -> tuple[float, float, flo
     ):
         raise ConfigError(f"{where} is {given!r}, not three numbers.")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
-
-
-def _require_type(values: Json, where: str, expected: str) -> None:
-    found = values.get("model_type", expected)
-    if found != expected:
-        raise ConfigError(f"{where} has model_type {found!r}; only {expected!r} is supported.")
-
-
-def _report_unknown(values: Json, cls: type, where: str, more: Sequence[str] = ()) -> None:
-    known = set(cls.__dataclass_fields__) | INERT | INERT_GENERATION | set(more)
-    unknown = sorted(set(values) - known)
-    if unknown:
-        logger.warning(
-            "%s has keys that LLaVA-OneVision does not define (no effect, as in the reference): %s",
-            where,
-            ", ".join(unknown),
-        )

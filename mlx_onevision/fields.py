@@ -1,12 +1,50 @@
-"""Typed, ranged reading of JSON fields: a value that is off is an error that names its field."""
+"""Typed, ranged reading of JSON fields: a value that is off is an error that names its field, and
+so is a model of another kind; a key that nobody reads is reported by name.
+"""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_onevision.errors import ConfigError
 
+logger = logging.getLogger("mlx_onevision")
+
 Json = Mapping[str, Any]
+
+ACTIVATIONS = frozenset(
+    """
+    gelu gelu_python gelu_pytorch_tanh gelu_python_tanh gelu_new gelu_accurate gelu_fast quick_gelu
+    silu swish relu relu2 relu6 mish sigmoid tanh linear
+    """.split()
+)
+
+# Read by the reference, without effect on what it computes at inference.
+INERT = frozenset(
+    """
+    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
+    decoder_start_token_id eos_token_id id2label ignore_index initializer_factor initializer_range
+    is_decoder is_encoder_decoder label2id max_window_layers model_type name_or_path _name_or_path
+    output_attentions output_hidden_states pad_token_id problem_type projection_size return_dict
+    rope_scaling rope_theta sliding_window tie_encoder_decoder torchscript transformers_version
+    use_bfloat16 use_cache use_image_newline_parameter use_sliding_window vision_use_head
+    _attn_implementation_autoset _attn_implementation attn_implementation
+    """.split()
+)
+# Generation settings that old releases wrote into every configuration; those in force stand in
+# generation_config.json.
+INERT_GENERATION = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix
+    pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
+    typical_p cross_attention_hidden_size add_cross_attention
+    """.split()
+)
 
 
 class Reader:
@@ -55,3 +93,20 @@ class Reader:
                 f"{self.where}: {key} is {value!r}; supported are {', '.join(sorted(choices))}."
             )
         return value
+
+
+def require_type(values: Json, where: str, expected: str) -> None:
+    found = values.get("model_type", expected)
+    if found != expected:
+        raise ConfigError(f"{where} has model_type {found!r}; only {expected!r} is supported.")
+
+
+def report_unknown(values: Json, cls: type, where: str, more: Sequence[str] = ()) -> None:
+    known = set(cls.__dataclass_fields__) | INERT | INERT_GENERATION | set(more)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        logger.warning(
+            "%s has keys that LLaVA-OneVision does not define (no effect, as in the reference): %s",
+            where,
+            ", ".join(unknown),
+        )

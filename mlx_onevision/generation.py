@@ -19,8 +19,9 @@ class Usage:
     """What an answer took.
 
     Tokens: of the prompt (with media), how many of these were in the cache already, how many stand
-    for images and videos, and of the answer. Seconds of wall time: pictures to tiles to ids, tiles
-    to features, reading the prompt up to the first token, and the tokens after that.
+    for images and videos, and of the answer. Seconds of wall time: pictures to tiles to ids, loading
+    mlx-lm (once a process, while tiles are encoded), tiles to features beyond that, reading the
+    prompt up to the first token, and the tokens after that.
     """
 
     prompt_tokens: int
@@ -29,6 +30,7 @@ class Usage:
     encoded_media: int
     completion_tokens: int
     prepare_seconds: float
+    import_seconds: float
     encode_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -131,12 +133,13 @@ class Stream:
                         yield piece
                     if self._stop.found:
                         finish = "stop"
-                        self._source.cancel()
-                        kept = len(self._tokens)
+                        break
         finally:
             self._source.cancel()
         if self._stop.found:
-            del self._tokens[kept:]
+            # The counters are complete once the engine has noticed.
+            for _ in self._source:
+                pass
         else:
             piece = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
             if piece:
@@ -156,6 +159,7 @@ class Stream:
                 encoded_media=counters.encoded_media,
                 completion_tokens=len(self._tokens),
                 prepare_seconds=self._prepare_seconds,
+                import_seconds=counters.import_seconds,
                 encode_seconds=counters.encode_seconds,
                 prefill_seconds=counters.prefill_seconds,
                 decode_seconds=counters.decode_seconds,

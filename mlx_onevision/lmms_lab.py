@@ -80,7 +80,7 @@ def to_hub(values: Mapping[str, Any]) -> dict[str, Any]:
             )
     vision = values.get("vision_config")
     if vision is None:
-        name = values.get("mm_vision_tower")
+        name = str(values.get("mm_vision_tower"))
         if name not in TOWERS:
             raise ConfigError(
                 f"config.json: mm_vision_tower is {name!r}; supported is {', '.join(TOWERS)}."

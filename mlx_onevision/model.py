@@ -42,7 +42,7 @@ class OneVision(nn.Module):
     memory.
     """
 
-    def __init__(self, config: OneVisionConfig, bank_bytes: int = 1 << 30) -> None:
+    def __init__(self, config: OneVisionConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config.vision_config)
@@ -53,14 +53,14 @@ class OneVision(nn.Module):
             self.lm_head = nn.Linear(
                 config.text_config.hidden_size, config.text_config.vocab_size, bias=False
             )
-        self.bank = FeatureBank(config.text_config.vocab_size, bank_bytes)
+        self.bank = FeatureBank(config.text_config.vocab_size, capacity=1 << 30)
         self.budget = Budget(tile_group=8, chunk=2048, interval=1)
         self._decoding = False
 
     # What mlx-lm asks of a model.
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> Sequence[nn.Module]:
         return self.language_model.layers
 
     def __call__(

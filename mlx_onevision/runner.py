@@ -6,7 +6,7 @@ Text generation is mlx-lm's, unmodified; it is imported here and only when a req
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ from mlx_onevision.prefix import PrefixCache
 from mlx_onevision.processor import Inputs, Medium
 from mlx_onevision.sampling import Sampling
 
+# Encoded media are kept up to this share of the memory that the device should use, and no more than
+# about twenty large images of the largest model take.
+BANK_SHARE = 32
+MOST_BANK_BYTES = 1 << 31
+
 
 @dataclass
 class Counters:
@@ -33,6 +38,8 @@ class Counters:
     encoded_media: int = 0
     """Images and videos that went through the tower; the others came from the feature bank."""
     completion_tokens: int = 0
+    import_seconds: float = 0.0
+    """Loading mlx-lm, which the first request of a process waits for."""
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -46,9 +53,9 @@ class Runner:
         self.checkpoint = checkpoint
         self.model: OneVision = checkpoint.model
         self.prefix = PrefixCache(self.model)
-        leaves: list[tuple[str, Any]] = tree_flatten(self.model.parameters())
-        weights = sum(leaf.nbytes for _, leaf in leaves)
+        weights = sum(leaf.nbytes for leaf in dict(tree_flatten(self.model.parameters())).values())
         working_set = _working_set()
+        self.model.bank.capacity = min(working_set // BANK_SHARE, MOST_BANK_BYTES)
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(working_set, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
@@ -70,58 +77,20 @@ class Runner:
         check : called between tokens, prefill chunks and groups of tiles; ends the request by
             raising CancelledError. What was read until then stays in the cache.
         """
-        model = self.model
         mx.reset_peak_memory()
         ids, keys = self._virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with model.bank.in_use(keys):
-            matched = self.prefix.match(ids)
-            started = time.perf_counter()
-
-            def launched() -> None:
-                # The device works on tiles meanwhile: this import takes more than a second.
-                import mlx_lm.generate  # noqa: F401
-
-                check()
-
-            counters.encoded_media = self._encode(inputs, ids, matched, launched)
-            from mlx_lm.generate import generate_step
-
-            counters.encode_seconds = time.perf_counter() - started
-            started = time.perf_counter()
+        with self.model.bank.in_use(keys):
+            self._fill_bank(inputs, ids, counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
             try:
-                if sampling.seed is not None:
-                    mx.random.seed(sampling.seed)
-                steps = generate_step(
-                    mx.array(ids[counters.cached_tokens :], mx.int32),
-                    model,
-                    max_tokens=max_tokens,
-                    sampler=sampling.sampler(),
-                    logits_processors=sampling.logits_processors(
-                        model.config.text_config.vocab_size,
-                        model.config.image_token_index,
-                        ids[: counters.cached_tokens],
-                    ),
-                    prompt_cache=cache,
-                    prefill_step_size=model.budget.chunk,
-                    prompt_progress_callback=check,
-                )
-                first, _ = next(steps)
-                counters.prefill_seconds = time.perf_counter() - started
-                started = time.perf_counter()
-                with model.decoding():
-                    produced.append(int(first))
-                    deliver(produced[-1])
-                    while not self._ended(produced):
-                        following = next(steps, None)
-                        if following is None:
-                            break
-                        check()
-                        produced.append(int(following[0]))
-                        deliver(produced[-1])
-                counters.decode_seconds = time.perf_counter() - started
+                for token in self._tokens(ids, cache, sampling, max_tokens, counters, check):
+                    produced.append(token)
+                    deliver(token)
+                    if token in self.checkpoint.generation_defaults.eos_token_ids:
+                        break
+                    check()
             except CancelledError:
                 self.prefix.put_back(ids + produced, keys, cache)
                 raise
@@ -133,14 +102,64 @@ class Runner:
                 counters.peak_memory = mx.get_peak_memory()
             self.prefix.put_back(ids + produced, keys, cache)
 
+    def _fill_bank(
+        self, inputs: Inputs, ids: Sequence[int], counters: Counters, check: Callable[..., None]
+    ) -> None:
+        """Encodes what the cache does not hold, and loads mlx-lm meanwhile."""
+        started = time.perf_counter()
+
+        def launched() -> None:
+            # The device works on tiles now, and the import takes more than a second.
+            counters.import_seconds += _import_mlx_lm()
+            check()
+
+        matched = self.prefix.match(ids)
+        counters.encoded_media = self._encode(inputs, ids, matched, launched)
+        counters.import_seconds += _import_mlx_lm()
+        counters.encode_seconds = time.perf_counter() - started - counters.import_seconds
+
+    def _tokens(
+        self,
+        ids: list[int],
+        cache: list[Any],
+        sampling: Sampling,
+        max_tokens: int,
+        counters: Counters,
+        check: Callable[..., None],
+    ) -> Iterator[int]:
+        from mlx_lm.generate import generate_step
+
+        text, matched = self.model.config.text_config, counters.cached_tokens
+        placeholder = self.model.config.image_token_index
+        if sampling.seed is not None:
+            mx.random.seed(sampling.seed)
+        started = time.perf_counter()
+        steps = generate_step(
+            mx.array(ids[matched:], mx.int32),
+            self.model,
+            max_tokens=max_tokens,
+            sampler=sampling.sampler(),
+            logits_processors=sampling.logits_processors(
+                text.vocab_size, placeholder, ids[:matched]
+            ),
+            prompt_cache=cache,
+            prefill_step_size=self.model.budget.chunk,
+            prompt_progress_callback=check,
+        )
+        token, _ = next(steps)
+        counters.prefill_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        yield int(token)
+        with self.model.decoding():
+            for token, _ in steps:
+                counters.decode_seconds = time.perf_counter() - started
+                yield int(token)
+
     def logits(self, inputs: Inputs) -> np.ndarray:
         ids, keys = self._virtual_ids(inputs)
         with self.model.bank.in_use(keys):
             self._encode(inputs, ids, 0, lambda: None)
             return np.array(self.model(mx.array(ids, mx.int32)[None])[0])
-
-    def _ended(self, produced: Sequence[int]) -> bool:
-        return produced[-1] in self.checkpoint.generation_defaults.eos_token_ids
 
     def _virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
         """The prompt with every placeholder replaced by its medium's virtual ids, and their
@@ -185,6 +204,14 @@ class Runner:
         rows = rows.astype(model.dtype)
         mx.eval(rows)
         return rows
+
+
+def _import_mlx_lm() -> float:
+    """Seconds that it took; next to nothing after the first time."""
+    started = time.perf_counter()
+    import mlx_lm.generate  # noqa: F401
+
+    return time.perf_counter() - started
 
 
 def _working_set() -> int:

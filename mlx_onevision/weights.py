@@ -5,21 +5,19 @@ transformers 4.52 and 5, the original lmms-lab one, and mlx-vlm's. ``canonical_n
 to the module tree of ``mlx_onevision.model``. Nothing here reads tensor data but ``same_bytes``.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 from mlx_onevision.errors import CheckpointError
+from mlx_onevision.folder import read_json
 from mlx_onevision.header import read_header, short
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-MAX_JSON_BYTES = 100_000_000
 
 # In the files, never used: the tower's features are taken before post_layernorm and the head.
 UNUSED = re.compile(
@@ -65,29 +63,6 @@ def canonical_name(name: str) -> str | None:
         if f"{name}.".startswith(prefix):
             name = (replacement + f"{name}."[len(prefix) :]).removesuffix(".")
     return None if UNUSED.fullmatch(name) else name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(name)
-
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes.")
-        values = json.loads(path.read_text("utf-8"), parse_constant=constant)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path.name} is not valid JSON.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object.")
-    return values
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -144,10 +119,10 @@ def same_bytes(one: Tensor, other: Tensor, chunk: int = 1 << 22) -> bool:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     """The index's map from tensor to file name, or None where the folder has none."""
-    path = folder / INDEX
-    if not path.is_file():
+    values = read_json(folder / INDEX)
+    if values is None:
         return None
-    index = read_json(path).get("weight_map")
+    index = values.get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{INDEX} has no weight_map.")
     for source, name in index.items():
