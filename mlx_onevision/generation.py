@@ -18,8 +18,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Usage:
     """What an answer took.
 
-    Tokens: of the prompt (with media), how many of these were in the cache already, how many stand
-    for images and videos, and of the answer. Seconds of wall time: pictures to tiles to ids, loading
+    Tokens: of the prompt, how many of these were in the cache already, how many of them stand for
+    images and videos, and of the answer. Seconds of wall time: pictures to tiles to ids, loading
     mlx-lm (once a process, while tiles are encoded), tiles to features beyond that, reading the
     prompt up to the first token, and the tokens after that.
     """
