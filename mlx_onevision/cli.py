@@ -208,6 +208,7 @@ def report(usage: Usage) -> str:
         f"prompt   {usage.prompt_tokens} tokens"
         f" ({usage.media_tokens} of images, {usage.cached_tokens} cached)",
         f"prepare  {usage.prepare_seconds:.3f} s",
+        f"import   {usage.import_seconds:.3f} s",
         f"encode   {usage.encode_seconds:.3f} s",
         f"prefill  {usage.prefill_seconds:.3f} s, {usage.prompt_tokens_per_second:.1f} tok/s",
         f"answer   {usage.completion_tokens} tokens in {usage.decode_seconds:.3f} s,"

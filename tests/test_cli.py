@@ -29,6 +29,7 @@ USAGE = Usage(
     encoded_media=1,
     completion_tokens=5,
     prepare_seconds=0.5,
+    import_seconds=1.0,
     encode_seconds=0.25,
     prefill_seconds=0.125,
     decode_seconds=2.0,
@@ -220,6 +221,7 @@ def test_verbose_says_what_it_took_on_stderr(monkeypatch: pytest.MonkeyPatch) ->
     assert result.stderr.splitlines() == [
         "prompt   40 tokens (30 of images, 8 cached)",
         "prepare  0.500 s",
+        "import   1.000 s",
         "encode   0.250 s",
         "prefill  0.125 s, 256.0 tok/s",
         "answer   5 tokens in 2.000 s, 2.0 tok/s",
