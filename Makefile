@@ -47,7 +47,7 @@ format: .venv/.dev
 
 # Live, stage by stage, against transformers; the only target that installs torch.
 parity: .venv-parity/.parity
-	$(FAST) .venv-parity/bin/python -m pytest tests/parity $(ARGS)
+	$(FAST) .venv-parity/bin/python -m pytest $(or $(ARGS),tests/parity)
 
 .venv/.package: pyproject.toml
 	@echo 'Making .venv'
