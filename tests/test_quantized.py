@@ -88,7 +88,10 @@ def test_a_tied_head_may_be_packed_twice(tmp_path: Path) -> None:
 
 
 def test_a_padded_tower_is_the_same_one(tmp_path: Path) -> None:
-    """Zero columns up to a width that packs: how a 4,304-wide MLP is quantised as a 4,352-wide."""
+    """Zero columns up to a width that packs: how a 4,304-wide MLP is quantised as a 4,352-wide.
+
+    The zeros add nothing, but a matrix product of another width may sum in another order.
+    """
     weights = arrays()
     for name, value in weights.items():
         if "fc1" in name:
@@ -98,7 +101,8 @@ def test_a_padded_tower_is_the_same_one(tmp_path: Path) -> None:
     wide = dataclasses.replace(Sizes(), vision_intermediate=160)
     padded = load_checkpoint(write(tmp_path / "padded", sizes=wide, weights=weights)).model
     plain = load_checkpoint(write(tmp_path / "plain")).model
-    assert np.abs(features(padded) - features(plain)).max() < 1e-6
+    difference = np.abs(features(padded) - features(plain)).max()
+    assert difference < 32 * np.finfo(np.float32).eps * np.abs(features(plain)).max()
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "awq", "compressed-tensors"])
