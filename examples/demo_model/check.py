@@ -3,7 +3,8 @@
     PYTHONPATH=. python -m examples.demo_model.check FOLDER
 
 FOLDER is a float32 export. The same drawings go through transformers' own processor and model, one
-question at a time, and through the trainer's batched, packed form. Needs transformers and torchvision.
+question at a time, and through the trainer's batched, packed form. Needs transformers and
+torchvision.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ with contextlib.suppress(ImportError):
     import tvshim  # noqa: F401  what some machines need in front of torchvision
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
-from examples.demo_model import learning, samples
+from examples.demo_model import layouts, learning, samples
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.loading import drawn_part, to_device
 from examples.demo_model.network import OneVision, Shape
 from examples.demo_model.samples import GROUPS, Buffers, Medium
+from examples.demo_model.scenes import sample_size
 from examples.demo_model.tiling import CONFIG
 from examples.demo_model.words import VOCABULARY, Words, build_tokenizer
-from examples.demo_model.world import sample_size
 from mlx_onevision.image import pad_to_square_tile, tile_image
 from mlx_onevision.resample import resize
 
@@ -51,17 +52,17 @@ def main(folder: Path) -> None:
     model = OneVision(Shape(VOCABULARY))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     words = Words(build_tokenizer())
-    layouts = samples.make_layouts(0, 4)
+    numbered = layouts.make_layouts(0, 4)
     device = torch.device("cpu")
-    packings = learning.DeviceLayouts.of(layouts, device)
+    packings = learning.DeviceLayouts.of(numbered, device)
     rng = Random(5)
-    blank = [to_device(drawn_part(g, 1, layouts, words, rng, 4), device) for g in GROUPS]
+    blank = [to_device(drawn_part(g, 1, numbered, words, rng, 4), device) for g in GROUPS]
     worst = 0.0
     for _ in range(3):
         exact, cases = [], []
         for group in GROUPS:
             size = sample_size(rng)
-            while group.media == "image" and samples.image_group(size) is not group:
+            while group.media == "image" and layouts.image_group(size) is not group:
                 size = sample_size(rng)
             medium = samples.sample_medium(rng, group, size, 4, largest=360)
             while group.media == "images" and not medium.scenes:
@@ -75,7 +76,7 @@ def main(folder: Path) -> None:
             tiles = np.zeros((1, group.tiles, CONFIG.size, CONFIG.size, 3), np.uint8)
             exactly = cut(medium, pictures)
             tiles[0, : len(exactly)] = exactly
-            index, weight, newline, rows = samples.stack_rows([samples.medium_rows(medium)])
+            index, weight, newline, rows = layouts.stack_rows([layouts.medium_rows(medium)])
             buffers = Buffers.empty(1)
             turns = samples.ask(rng, medium)
             buffers.fill(0, turns, words, rng)

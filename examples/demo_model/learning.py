@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.demo_model import rendering
+from examples.demo_model.layouts import Layouts
 from examples.demo_model.loading import Batch
 from examples.demo_model.network import OneVision
 from examples.demo_model.packing import TOKENS
-from examples.demo_model.samples import GROUPS, LABELS, SLOTS, Layouts
+from examples.demo_model.samples import GROUPS, LABELS, SLOTS
 
 _MOST = 16  # questions a buffer holds at most
 TEXTS = ("ids", "group", "place", "target", "label")
@@ -20,7 +21,7 @@ TEXTS = ("ids", "group", "place", "target", "label")
 
 @dataclass(frozen=True)
 class DeviceLayouts:
-    """`samples.Layouts` as tensors."""
+    """`layouts.Layouts` as tensors."""
 
     index: Tensor
     weight: Tensor

@@ -22,12 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from examples.demo_model import layouts as packings
 from examples.demo_model import samples
+from examples.demo_model.layouts import Layouts
 from examples.demo_model.packing import TILE
-from examples.demo_model.samples import GROUPS, Buffers, Group, Layouts, Medium
+from examples.demo_model.samples import GROUPS, Buffers, Group, Medium
+from examples.demo_model.scenes import sample_size
 from examples.demo_model.tiling import exact_tiles
 from examples.demo_model.words import Words
-from examples.demo_model.world import Size, sample_size
+from examples.demo_model.world import Size
 
 Arrays = dict[str, NDArray[Any]]
 Batch = dict[str, torch.Tensor]
@@ -63,12 +66,12 @@ def drawn_part(
         size = layouts.sizes[image] if group.media == "image" else None
         medium = samples.sample_medium(rng, group, size, most)
         media.append(medium)
-        layout[row] = samples.layout_number(layouts, group, medium, image)
+        layout[row] = packings.layout_number(layouts, group, medium, image)
         for index, scene in enumerate(medium.scenes):
             numbers, back[row, index] = samples.scene_numbers(scene)
             shapes[row, index, : len(scene.shapes)] = numbers[: len(scene.shapes)]
             if group.media != "image":
-                window[row, index] = samples.medium_window(medium, index)
+                window[row, index] = packings.medium_window(medium, index)
         times[row, : len(medium.times)] = medium.times
     part = {"shapes": shapes, "back": back, "window": window, "times": times, "layout": layout}
     return part | _texts(media, words, rng)
@@ -84,14 +87,14 @@ def exact_part(group: Group, count: int, words: Words, rng: Random, most: int) -
         if group.media == "image":
             # Large pictures take long to draw, so they are fewer.
             size = sample_size(rng, high=rng.choice((500, 900, 900, 2000)))
-            if samples.image_group(size) is not group:
+            if packings.image_group(size) is not group:
                 continue
         medium = samples.sample_medium(rng, group, size, most, largest=360)
         cut = exact_tiles(medium, rng)
         tiles[len(media), : len(cut)] = cut
         media.append(medium)
-        rows.append(samples.medium_rows(medium))
-    index, weight, newline, length = samples.stack_rows(rows)
+        rows.append(packings.medium_rows(medium))
+    index, weight, newline, length = packings.stack_rows(rows)
     part = {"index": index, "weight": weight, "newline": newline, "rows": length, "tiles": tiles}
     return part | _texts(media, words, rng)
 

@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows: (n, 4) indices into the sample's tile tokens, their weights, and the newlines."""
+    """Packed rows: (n, 4) indices into the sample's tile tokens, weights, and newlines."""
 
     index: NDArray[np.int16]
     weight: Floats
@@ -116,7 +116,7 @@ def video_rows(frames: int) -> Rows:
 def tile_windows(size: Size, packing: Packing) -> Floats:
     """(tiles, 5): x0, dx, y0, dy, fill; tile pixel (u, v) looks at (x0 + dx*u, y0 + dy*v).
 
-    u, v are pixel centres (0.5 is the first); what lies outside of the picture has the level `fill`.
+    u, v are pixel centres (0.5 is the first); outside of the picture the level is `fill`.
     """
     high, wide = size
     rows, cols = packing.grid

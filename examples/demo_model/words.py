@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: Qwen2's kind of byte-level BPE, trained on the demo world's sentences.
+"""The demo model's tokenizer: Qwen2's kind of byte-level BPE, trained on the world's sentences.
 
 All 256 bytes are in the vocabulary, so any text encodes; the world's own words are single tokens.
 """
@@ -21,7 +21,8 @@ from tokenizers import (
 )
 
 from examples.demo_model import questions
-from examples.demo_model.world import sample_scene, sample_video
+from examples.demo_model.phrases import vary
+from examples.demo_model.scenes import sample_scene, sample_video
 
 END_OF_TEXT, START, END, IMAGE, VIDEO = SPECIAL = (
     "<|endoftext|>",
@@ -41,7 +42,7 @@ def sentences(count: int, seed: int) -> Iterator[str]:
     """Questions and answers of the demo world."""
     rng = Random(seed)
     yield from ("user", "assistant", "system") * 50
-    for index in range(count):
+    for _ in range(count):
         scenes = [
             sample_scene(rng, (256, 256), rng.randint(1, 3)) for _ in range(rng.randint(2, 4))
         ]
@@ -52,20 +53,20 @@ def sentences(count: int, seed: int) -> Iterator[str]:
         turns += [questions.ask_video(rng, video, kind) for kind in ("motion", "list", "count")]
         for turn in turns:
             if turn is not None:
-                yield from (questions.vary(rng, turn[1]), turn[2])
+                yield from (vary(rng, turn[1]), turn[2])
 
 
 def build_tokenizer(count: int = 3000, seed: int = 0) -> Tokenizer:
     """The tokenizer; the same one every time."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL),
         show_progress=False,
