@@ -12,7 +12,7 @@ from mlx_onevision.config import OneVisionConfig
 MEGABYTE = 1 << 20
 CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 INTERVALS = (4, 2, 1)
-TILE_GROUPS = (40, 20, 10, 5, 2, 1)
+TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
 
 # Live values at the peak of a layer, measured against the plain count of its activations.
 OVERHEAD = 1.6
@@ -24,10 +24,11 @@ class Budget:
 
     tile_group : tiles that go through the tower together.
     chunk : prompt tokens that go through the language model together.
-    interval : layers between two evaluations.
+    tower_interval, interval : layers between two evaluations, there and here.
     """
 
     tile_group: int
+    tower_interval: int
     chunk: int
     interval: int
 
@@ -53,9 +54,15 @@ def plan(config: OneVisionConfig, scratch: int, itemsize: int) -> Budget:
     )
     heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
     token = (3 * text.hidden_size + 3 * text.intermediate_size + heads) * itemsize * OVERHEAD
-    tile_group = next((n for n in TILE_GROUPS if n * tile <= scratch), 1)
+    tile_group = next((n for n in TILE_GROUPS if n * tile <= scratch), TILE_GROUPS[-1])
     chunk = next((n for n in CHUNKS if n * token <= scratch), CHUNKS[-1])
-    interval = next(
-        (n for n in INTERVALS if n * max(tile_group * tile, chunk * token) <= scratch), 1
+    return Budget(
+        tile_group=tile_group,
+        tower_interval=_interval(scratch, tile_group * tile),
+        chunk=chunk,
+        interval=_interval(scratch, chunk * token),
     )
-    return Budget(tile_group, chunk, interval)
+
+
+def _interval(scratch: int, layer: float) -> int:
+    return next((n for n in INTERVALS if n * layer <= scratch), INTERVALS[-1])

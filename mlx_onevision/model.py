@@ -54,7 +54,7 @@ class OneVision(nn.Module):
                 config.text_config.hidden_size, config.text_config.vocab_size, bias=False
             )
         self.bank = FeatureBank(config.text_config.vocab_size, capacity=1 << 30)
-        self.budget = Budget(tile_group=8, chunk=2048, interval=1)
+        self.budget = Budget(tile_group=5, tower_interval=1, chunk=2048, interval=1)
         self._decoding = False
 
     # What mlx-lm asks of a model.
@@ -114,7 +114,7 @@ class OneVision(nn.Module):
 
     def vision_features(self, pixels: mx.array) -> mx.array:
         """The tower's selected hidden states, shape = (tiles, patches, tower width * layers)."""
-        return self.vision_tower(pixels, self.config.feature_layers, self.budget.interval)
+        return self.vision_tower(pixels, self.config.feature_layers, self.budget.tower_interval)
 
     def pack_image(self, features: mx.array, packing: Packing) -> mx.array:
         """One tiled image's rows: the base tile's, then the tile grid's with a newline a row.

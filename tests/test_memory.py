@@ -25,8 +25,8 @@ def test_more_memory_never_means_smaller_steps() -> None:
     for smaller, larger in pairwise(budgets):
         assert smaller.chunk <= larger.chunk
         assert smaller.tile_group <= larger.tile_group
-    assert budgets[0] == Budget(tile_group=1, chunk=CHUNKS[-1], interval=1)
-    assert budgets[-1] == Budget(tile_group=40, chunk=CHUNKS[0], interval=4)
+    assert budgets[0] == Budget(1, 1, CHUNKS[-1], 1)
+    assert budgets[-1] == Budget(10, 4, CHUNKS[0], 4)
 
 
 def test_half_precision_goes_further() -> None:

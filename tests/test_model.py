@@ -118,9 +118,9 @@ def test_tile_groups_and_evaluation_points_change_nothing() -> None:
     model = tiny()
     tiles = np.random.default_rng(3).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8)
     table = np.linspace(-1, 1, 256 * 3, dtype=np.float32).reshape(256, 3)
-    model.budget = Budget(tile_group=40, chunk=8192, interval=0)
+    model.budget = Budget(tile_group=10, tower_interval=0, chunk=8192, interval=0)
     whole = model.encode_tiles(tiles, table)
-    model.budget = Budget(tile_group=2, chunk=256, interval=1)
+    model.budget = Budget(tile_group=2, tower_interval=1, chunk=256, interval=1)
     np.testing.assert_allclose(
         np.array(model.encode_tiles(tiles, table)), np.array(whole), atol=1e-5
     )
@@ -165,7 +165,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_logits(text: dict[str, object], 
     model = tiny(**text)
     ids = mx.random.randint(0, 48, (1, 20 if chunk < 20 else 400))
     whole = np.array(model(ids))
-    model.budget = Budget(tile_group=1, chunk=256, interval=1)
+    model.budget = Budget(tile_group=1, tower_interval=1, chunk=256, interval=1)
     cache = make_prompt_cache(model)
     pieces = [
         np.array(model(ids[:, start : start + chunk], cache=cache))
