@@ -13,8 +13,9 @@ from mlx_onevision.engine import Engine
 from mlx_onevision.generation import Generation, Stream
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
-from mlx_onevision.processor import Inputs, Processor
+from mlx_onevision.processor import Inputs, Processor, Tiling
 from mlx_onevision.sampling import Sampling
+from mlx_onevision.video import VideoSource
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -53,6 +54,7 @@ class Model:
         prompt: str | None = None,
         *,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         messages: Messages | None = None,
         system: str | None = None,
         max_tokens: int = 256,
@@ -63,11 +65,17 @@ class Model:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        tiling: Tiling = "auto",
     ) -> Generation:
-        """Answers one prompt about pictures, or one conversation; see :meth:`stream`."""
+        """Answers one prompt about pictures and videos, or one conversation; see :meth:`stream`."""
         return self.stream(
             prompt,
             images=images,
+            videos=videos,
             messages=messages,
             system=system,
             max_tokens=max_tokens,
@@ -78,6 +86,11 @@ class Model:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            num_frames=num_frames,
+            fps=fps,
+            start=start,
+            end=end,
+            tiling=tiling,
         ).result()
 
     def stream(
@@ -85,6 +98,7 @@ class Model:
         prompt: str | None = None,
         *,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         messages: Messages | None = None,
         system: str | None = None,
         max_tokens: int = 256,
@@ -95,25 +109,35 @@ class Model:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        tiling: Tiling = "auto",
     ) -> Stream:
         """Starts an answer and returns it as a stream of text.
 
-        prompt, images, system : the question, the pictures that it is about (paths, URLs, bytes,
-        PIL
-            images or uint8 arrays), and instructions that stand before it.
+        prompt, images, videos, system : the question, what it is about (images: paths, URLs, bytes,
+            PIL images or uint8 arrays; videos: paths, URLs, bytes, lists of frames or uint8 arrays
+            (T, H, W, C)), and instructions that stand before it.
         messages : a whole conversation instead, as a list of {"role", "content"}; content is text
-        or
-            a list of {"type": "text" | "image", ...} as the reference takes them.
+            or a list of {"type": "text" | "image" | "video", ...} as the reference takes them.
+            Blocks without a source take theirs from ``images`` and ``videos``.
         max_tokens : the answer's length at most; the context may end it earlier.
         temperature, top_p, top_k, min_p, repetition_penalty, seed : see :class:`sampling.Sampling`.
             None takes what the checkpoint's generation_config.json says, which for the published
             ones is greedy.
         stop : a text, or texts, at which the answer ends; they are not part of it.
+        num_frames, fps, start, end : which frames of each video, see
+            :class:`frames.FrameOptions`. Of a file it is 32, evenly spread, unless they say
+            otherwise, or fewer where the context holds fewer.
+        tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
+            "never" say so for every image.
 
         Raises:
             RequestError: for an empty prompt or a number out of range.
-            MediaError: for a picture that cannot be read.
-            ContextOverflowError: for a prompt beyond the model's context.
+            MediaError: for a picture or a video that cannot be read.
+            ContextOverflowError: for a prompt, or more frames, beyond the model's context.
         """
         sampling = self._sampling(
             temperature=temperature,
@@ -125,7 +149,15 @@ class Model:
         )
         started = time.perf_counter()
         inputs = self._processor.prepare(
-            normalise_messages(prompt=prompt, images=images, messages=messages, system=system)
+            normalise_messages(
+                prompt=prompt, images=images, videos=videos, messages=messages, system=system
+            ),
+            num_frames=num_frames,
+            fps=fps,
+            start=start,
+            end=end,
+            tiling=tiling,
+            answer=max_tokens,
         )
         return Stream(
             self._engine,
@@ -143,9 +175,13 @@ class Model:
         """
         return self._processor.render(messages)
 
-    def prepare(self, messages: Messages) -> Inputs:
-        """Token ids (L,) as the reference makes them, and the pixel tiles of each medium."""
-        return self._processor.prepare(messages)
+    def prepare(self, messages: Messages, **options: Any) -> Inputs:
+        """Token ids (L,) as the reference makes them, and the pixel tiles of each medium.
+
+        options : ``images``, ``videos``, ``tiling``, ``num_frames``, ``fps``, ``start``, ``end``;
+            see :meth:`processor.Processor.prepare`.
+        """
+        return self._processor.prepare(messages, **options)
 
     def logits(self, inputs: Inputs) -> np.ndarray:
         """Logits of every position of a prepared prompt, float32 (L, vocab_size)."""

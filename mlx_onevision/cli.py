@@ -13,7 +13,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -83,7 +83,7 @@ def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(cls=ErrorsAsSentences, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mlx-onevision", message="%(prog)s %(version)s")
 def cli() -> None:
-    """LLaVA-OneVision in MLX: ask a model about images."""
+    """LLaVA-OneVision in MLX: ask a model about images and videos."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
@@ -96,6 +96,19 @@ def cli() -> None:
     help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
 )
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image: a file or a URL.")
+@click.option("--video", "videos", multiple=True, metavar="FILE", help="A video: a file or a URL.")
+@click.option(
+    "--frames", type=int, metavar="N", help="N frames of a video, evenly spread. Default: 32."
+)
+@click.option("--fps", type=float, metavar="F", help="F frames of each second of a video instead.")
+@click.option("--start", type=float, metavar="S", help="Begin S seconds into a video.")
+@click.option("--end", type=float, metavar="S", help="End S seconds into a video.")
+@click.option(
+    "--tiling",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    help="Cut images into tiles. Default: an image that is alone.",
+)
 @click.option(
     "--prompt", required=True, metavar="TEXT", help="The question; - reads it from stdin."
 )
@@ -123,6 +136,12 @@ def cli() -> None:
 def generate(
     model: str | None,
     images: tuple[str, ...],
+    videos: tuple[str, ...],
+    frames: int | None,
+    fps: float | None,
+    start: float | None,
+    end: float | None,
+    tiling: Literal["auto", "always", "never"],
     prompt: str,
     system: str | None,
     max_tokens: int,
@@ -139,10 +158,11 @@ def generate(
     revision: str | None,
     dtype: str | None,
 ) -> None:
-    """Answer one prompt, about an image or about none.
+    """Answer one prompt, about images, videos or neither.
 
     \b
     mlx-onevision generate --image photo.jpg --prompt "What is this?"
+    mlx-onevision generate --video clip.mp4 --frames 16 --prompt "What happens?"
     mlx-onevision generate --model 7b --image photo.jpg --prompt - < question.txt
     """
     if as_json and stream:
@@ -163,6 +183,12 @@ def generate(
         answer = loaded.stream(
             question,
             images=images,
+            videos=videos,
+            num_frames=frames,
+            fps=fps,
+            start=start,
+            end=end,
+            tiling=tiling,
             system=system,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -206,7 +232,7 @@ def report(usage: Usage) -> str:
     """``--verbose``: tokens, seconds, tokens a second, peak memory (GB = 1e9 bytes)."""
     rows = [
         f"prompt   {usage.prompt_tokens} tokens"
-        f" ({usage.media_tokens} of images, {usage.cached_tokens} cached)",
+        f" ({usage.media_tokens} of images and videos, {usage.cached_tokens} cached)",
         f"prepare  {usage.prepare_seconds:.3f} s",
         f"import   {usage.import_seconds:.3f} s",
         f"encode   {usage.encode_seconds:.3f} s",

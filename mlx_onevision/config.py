@@ -138,9 +138,11 @@ class ImageConfig:
     image_grid_pinpoints: tuple[tuple[int, int], ...] = DEFAULT_PINPOINTS
 
     @classmethod
-    def from_dict(cls, values: Json | None, config: OneVisionConfig) -> "ImageConfig":
+    def from_dict(
+        cls, values: Json | None, config: OneVisionConfig, where: str = "preprocessor_config.json"
+    ) -> "ImageConfig":
         """From preprocessor_config.json (None: a checkpoint without one, as the lmms-lab originals
-        are).
+        are). ``where`` names it in errors.
 
         Raises:
             ConfigError: for a step that the file switches off or changes, and for a tile size or
@@ -151,7 +153,6 @@ class ImageConfig:
         size = config.vision_config.image_size
         if values is None:
             return cls(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
-        where = "preprocessor_config.json"
         for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"):
             if values.get(step) is False and step != "do_pad":
                 raise ConfigError(f"{where} switches {step} off, which is not supported")

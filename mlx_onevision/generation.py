@@ -54,17 +54,19 @@ class Generation:
     tokens : the generated ids, with the end-of-text token where there is one, as in the reference.
     finish_reason : ``stop`` (the model ended, or a stop string came), ``length`` (max_tokens or the
         context was used up) or ``cancelled``.
+    notes : what of the videos was not used as it was asked for, a sentence each.
     """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; rates included."""
         values = asdict(self)
-        values["tokens"] = list(self.tokens)
+        values |= {"tokens": list(self.tokens), "notes": list(self.notes)}
         for rate in ("prompt_tokens_per_second", "tokens_per_second"):
             values["usage"][rate] = getattr(self.usage, rate)
         return values
@@ -94,6 +96,7 @@ class Stream:
         self._pieces: list[str] = []
         self._result: Generation | None = None
         self._prepare_seconds = prepare_seconds
+        self._notes = inputs.notes
         self._media_tokens = sum(medium.tokens for medium in inputs.media)
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(stop)
@@ -165,6 +168,7 @@ class Stream:
                 decode_seconds=counters.decode_seconds,
                 peak_memory_bytes=counters.peak_memory,
             ),
+            notes=self._notes,
         )
 
 

@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any
 
 from mlx_onevision.errors import MediaError, RequestError
+from mlx_onevision.frames import FrameOptions
 
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "base64")
@@ -19,7 +20,8 @@ VIDEO_KEYS = ("video", "url", "path")
 
 Message = dict[str, Any]
 """``{"role": str, "content": [block, ...]}`` with blocks ``{"type": "text", "text": str}``,
-``{"type": "image", "image": source}`` and ``{"type": "video", "video": source}``."""
+``{"type": "image", "image": source}`` and ``{"type": "video", "video": source}``; the last may
+also say which frames, as ``num_frames``, ``fps``, ``start`` and ``end`` (see :mod:`frames`)."""
 
 
 def normalise_messages(
@@ -27,20 +29,22 @@ def normalise_messages(
     *,
     messages: Sequence[Mapping[str, Any]] | None = None,
     images: Iterable[Any] | None = None,
+    videos: Iterable[Any] | None = None,
     system: str | None = None,
     unfilled: bool = False,
 ) -> list[Message]:
     """A conversation in its one form; one that has it already comes back equal.
 
     prompt : the one user turn, instead of ``messages``.
-    images : fill the image blocks without a source (``{"type": "image"}``) in order; where there is
-        no such block, they go to the front of the first user turn.
+    images, videos : fill the blocks of their kind without a source (``{"type": "image"}``) in
+        order; where there is no such block, they go to the front of the first user turn, images
+        before videos, as a chat template writes them.
     system : a system message, in front.
     unfilled : whether blocks may be left without a source; rendering needs none.
 
     Raises:
         RequestError: for an empty prompt, an unknown role, block or key, and for more or fewer
-            images than blocks wait for one.
+            images or videos than blocks wait for one.
         MediaError: for base64 that is none.
     """
     if (prompt is None) == (messages is None):
@@ -60,11 +64,17 @@ def normalise_messages(
         if conversation and conversation[0]["role"] == "system":
             raise RequestError("there are two system messages: in messages, and beside them")
         conversation.insert(0, {"role": "system", "content": [_text(system, "system")]})
-    if images is not None or not unfilled:
-        _place(conversation, _listed(images))
+    for kind, given in (("video", videos), ("image", images)):
+        if given is not None or not unfilled:
+            _place(conversation, kind, _listed(given, kind))
     if not any(_says_something(block) for message in conversation for block in message["content"]):
         raise RequestError("the conversation is empty; ask something")
     return conversation
+
+
+def video_blocks(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The video blocks of a conversation, in order."""
+    return [b for message in messages for b in message["content"] if b["type"] == "video"]
 
 
 def sources(messages: Sequence[Message], kind: str) -> list[Any]:
@@ -114,15 +124,18 @@ def _block(block: Any, where: str) -> dict[str, Any]:
         raise RequestError(
             f"{where} has a block of type {kind!r}; known are text, image, image_url and video"
         )
-    _only(given, keys, kind, where)
+    options = FrameOptions.names() if kind == "video" else ()
+    _only(given, (*keys, *options), kind, where)
+    chosen = {name: given.pop(name) for name in options if name in given}
+    FrameOptions(**chosen)  # refused here rather than after some decoding
     if len(given) > 1:
         named = " and ".join(key for key in keys if key in given)
         raise RequestError(f"{where} has one {kind} block with two sources: {named}")
 
     if not given:
-        return {"type": kind}
+        return {"type": kind, **chosen}
     ((key, source),) = given.items()
-    return {"type": kind, kind: _decoded(source, where) if key == "base64" else source}
+    return {"type": kind, kind: _decoded(source, where) if key == "base64" else source, **chosen}
 
 
 def _only(given: Mapping[str, Any], known: Sequence[str], kind: str, where: str) -> None:
@@ -154,39 +167,37 @@ def _decoded(data: Any, where: str) -> Any:
         raise MediaError(f"{where} has base64 that cannot be decoded ({error})") from None
 
 
-def _listed(images: Iterable[Any] | None) -> list[Any]:
-    """A string or an array is iterable, too, but it is one image."""
-    if images is None:
+def _listed(media: Iterable[Any] | None, kind: str) -> list[Any]:
+    """A string or an array is iterable, too, but it is one image or video."""
+    if media is None:
         return []
-    one = isinstance(images, str | bytes | PathLike) or hasattr(images, "shape")
-    if one or not isinstance(images, Iterable):
-        raise RequestError(f"images is one {type(images).__name__}; give a list of images")
-    return list(images)
+    one = isinstance(media, str | bytes | PathLike) or hasattr(media, "shape")
+    if one or not isinstance(media, Iterable):
+        raise RequestError(f"{kind}s is one {type(media).__name__}; give a list of {kind}s")
+    return list(media)
 
 
-def _place(conversation: list[Message], images: list[Any]) -> None:
-    """Gives each waiting image block its picture, or puts the pictures into the first user turn."""
-    for kind in ("video", "image"):
-        waiting = [
-            block
-            for message in conversation
-            for block in message["content"]
-            if block["type"] == kind and kind not in block
-        ]
-        if kind == "image" and images and not waiting:
-            turn = next((m for m in conversation if m["role"] == "user"), None)
-            if turn is None:
-                raise RequestError("images need a user message to stand in")
-            turn["content"][:0] = [{"type": "image", "image": image} for image in images]
-            return
-        given = images if kind == "image" else []
-        if len(waiting) != len(given):
-            raise RequestError(
-                f"the messages hold {len(waiting)} {kind} block(s) without a source, "
-                f"but {len(given)} {kind}(s) came with them"
-            )
-        for block, source in zip(waiting, given, strict=True):
-            block[kind] = source
+def _place(conversation: list[Message], kind: str, media: list[Any]) -> None:
+    """Gives each waiting block its source, or puts the media into the first user turn."""
+    waiting = [
+        block
+        for message in conversation
+        for block in message["content"]
+        if block["type"] == kind and kind not in block
+    ]
+    if media and not waiting:
+        turn = next((m for m in conversation if m["role"] == "user"), None)
+        if turn is None:
+            raise RequestError(f"{kind}s need a user message to stand in")
+        turn["content"][:0] = [{"type": kind, kind: source} for source in media]
+        return
+    if len(waiting) != len(media):
+        raise RequestError(
+            f"the messages hold {len(waiting)} {kind} block(s) without a source, "
+            f"but {len(media)} {kind}(s) came with them"
+        )
+    for block, source in zip(waiting, media, strict=True):
+        block[kind] = source
 
 
 def _says_something(block: Mapping[str, Any]) -> bool:

@@ -94,6 +94,7 @@ class OneVision(nn.Module):
         tiles: np.ndarray,
         normalization: np.ndarray,
         launched: Callable[[], None] = lambda: None,
+        finish: Callable[[mx.array], mx.array] = lambda group: group,
     ) -> mx.array:
         """Projected features of tiles, shape = (tiles, patches, hidden_size).
 
@@ -101,11 +102,12 @@ class OneVision(nn.Module):
         normalization : float32 (256, 3), the pixel value of each code in each channel.
         launched : called whenever a group of tiles has been sent to the device and before it is
             waited for; what it raises ends the encoding.
+        finish : what becomes of each group at once; :func:`pool_frames` keeps a quarter of it.
         """
         groups = []
         for start in range(0, len(tiles), self.budget.tile_group):
             pixels = normalize(tiles[start : start + self.budget.tile_group], normalization)
-            group = self.multi_modal_projector(self.vision_features(pixels))
+            group = finish(self.multi_modal_projector(self.vision_features(pixels)))
             mx.async_eval(group)
             launched()
             mx.eval(group)
@@ -147,14 +149,11 @@ class OneVision(nn.Module):
 
         Returns an mx.array, shape = (frames * side * side + 1, D).
         """
-        _, patches, D = features.shape
-        n = round(patches**0.5)
-        side = video_side(n)
-        pooled = [
-            interpolate(frame.reshape(n, n, D), side, side).reshape(side * side, D)
-            for frame in features
-        ]
-        return self._with_newline(mx.concatenate(pooled))
+        return self.pack_pooled(pool_frames(features))
+
+    def pack_pooled(self, features: mx.array) -> mx.array:
+        """The same, of frames that :func:`pool_frames` has pooled, shape = (frames, side², D)."""
+        return self._with_newline(features.reshape(-1, features.shape[-1]))
 
     def _with_newline(self, rows: mx.array) -> mx.array:
         return mx.concatenate([rows, self.image_newline.astype(rows.dtype)[None]])
@@ -225,17 +224,27 @@ def normalize(tiles: np.ndarray, normalization: np.ndarray) -> mx.array:
 def interpolate(grid: mx.array, rows: int, cols: int) -> mx.array:
     """Bilinear, as torch's ``interpolate(align_corners=False, antialias=False)``.
 
-    grid : mx.array, shape = (H, W, D). Computed in float32, whatever its type.
+    grid : mx.array, shape = (..., H, W, D). Computed in float32, whatever its type.
 
-    Returns an mx.array, shape = (rows, cols, D), of the type of ``grid``.
+    Returns an mx.array, shape = (..., rows, cols, D), of the type of ``grid``.
     """
     dtype = grid.dtype
-    left, right, x = _neighbours(grid.shape[1], cols)
-    x = x[None, :, None]
-    grid = (1 - x) * grid[:, left].astype(mx.float32) + x * grid[:, right].astype(mx.float32)
-    upper, lower, y = _neighbours(grid.shape[0], rows)
+    left, right, x = _neighbours(grid.shape[-2], cols)
+    x = x[:, None]
+    first, second = mx.take(grid, left, axis=-2), mx.take(grid, right, axis=-2)
+    grid = (1 - x) * first.astype(mx.float32) + x * second.astype(mx.float32)
+    upper, lower, y = _neighbours(grid.shape[-3], rows)
     y = y[:, None, None]
-    return ((1 - y) * grid[upper] + y * grid[lower]).astype(dtype)
+    first, second = mx.take(grid, upper, axis=-3), mx.take(grid, lower, axis=-3)
+    return ((1 - y) * first + y * second).astype(dtype)
+
+
+def pool_frames(features: mx.array) -> mx.array:
+    """Frames (n, patches, D) pooled to half their side: (n, side * side, D)."""
+    frames, patches, D = features.shape
+    n = round(patches**0.5)
+    side = video_side(n)
+    return interpolate(features.reshape(frames, n, n, D), side, side).reshape(frames, -1, D)
 
 
 def _neighbours(length: int, wanted: int) -> tuple[mx.array, mx.array, mx.array]:

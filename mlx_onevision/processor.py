@@ -5,7 +5,7 @@ text holds a special string; those stay text here. As there, one image in a conv
 into tiles, and two or more become one tile each.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -15,7 +15,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.anyres import Packing, Size, plan_packing, single_tile_tokens
+from mlx_onevision.anyres import (
+    Packing,
+    Size,
+    plan_packing,
+    single_tile_tokens,
+    video_tokens,
+)
+from mlx_onevision.clips import Space, load_clips
 from mlx_onevision.config import ImageConfig, OneVisionConfig
 from mlx_onevision.errors import ConfigError, RequestError
 from mlx_onevision.folder import read_json
@@ -26,9 +33,11 @@ from mlx_onevision.image import (
     pixel_values,
     tile_image,
 )
-from mlx_onevision.messages import Message, normalise_messages, sources
-from mlx_onevision.template import ChatTemplate
+from mlx_onevision.messages import Message, normalise_messages, sources, video_blocks
+from mlx_onevision.template import ChatTemplate, Piece
 from mlx_onevision.text import Tokenizer
+from mlx_onevision.video import Clip
+from mlx_onevision.video_config import VideoConfig
 
 Tiling = Literal["auto", "always", "never"]
 
@@ -46,6 +55,8 @@ class Medium:
     """How a tiled image is packed; None for an image of one tile and for a video."""
     tokens: int
     config: ImageConfig
+    clip: Clip | None = None
+    """Which frames of a video these are."""
 
     @cached_property
     def key(self) -> str:
@@ -78,6 +89,11 @@ class Inputs:
     prompt: str
     """The text that the chat template made, each medium one placeholder."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the videos is not there as it was asked for, a sentence each."""
+        return tuple(note for medium in self.media if medium.clip for note in medium.clip.notes)
+
 
 class Processor:
     """The tokenizer, the chat template and the image settings of a checkpoint."""
@@ -88,10 +104,12 @@ class Processor:
         image_config: ImageConfig,
         tokenizer: Tokenizer,
         template: ChatTemplate,
+        video_config: VideoConfig | None = None,
     ) -> None:
         """Raises ConfigError when the tokenizer has another id for a placeholder than config."""
         self.config = config
         self.image_config = image_config
+        self.video_config = video_config or VideoConfig(image_config)
         self.tokenizer = tokenizer
         self.template = template
         self._placeholders = {
@@ -121,11 +139,13 @@ class Processor:
         images = settings.get("image_processor") or read_json(folder / "preprocessor_config.json")
         if images is not None and not isinstance(images, Mapping):
             raise ConfigError("processor_config.json has an image_processor that is no object")
+        image_config = ImageConfig.from_dict(images, config)
         return cls(
             config,
-            ImageConfig.from_dict(images, config),
+            image_config,
             Tokenizer.from_folder(folder),
             ChatTemplate.from_folder(folder),
+            VideoConfig.from_folder(folder, settings, image_config, config),
         )
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -140,24 +160,52 @@ class Processor:
         messages: Sequence[Mapping[str, Any]],
         *,
         images: Iterable[Any] | None = None,
+        videos: Iterable[Any] | None = None,
         tiling: Tiling = "auto",
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        answer: int = 256,
+        check: Callable[[], None] = lambda: None,
     ) -> Inputs:
         """Ids and pixels of a conversation.
 
-        messages, images : as in :func:`~mlx_onevision.messages.normalise_messages`.
+        messages, images, videos : as in :func:`~mlx_onevision.messages.normalise_messages`.
         tiling : "auto" tiles an image that is alone in the conversation; "always" and "never" say
             so for every image.
+        num_frames, fps, start, end : which frames of each video, see
+            :class:`~mlx_onevision.frames.FrameOptions`; a video block may say otherwise of its own.
+        answer : tokens of the context to leave for the answer where the number of frames is open.
+        check : called between frames; ends the work by raising.
 
         Raises:
             RequestError: for a conversation that cannot be, or whose media the template leaves out.
-            MediaError: for an image that cannot be read.
+            MediaError: for an image or a video that cannot be read.
+            ContextOverflowError: for more frames than the context has room for.
         """
         if tiling not in ("auto", "always", "never"):
             raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
-        conversation = normalise_messages(messages=messages, images=images)
-        if sources(conversation, "video"):
-            raise RequestError("video is not supported yet; give some of its frames as images")
-        return self._tokenize(conversation, self._images(conversation, tiling))
+        given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
+        options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
+        conversation = normalise_messages(messages=messages, images=images, videos=videos)
+        pieces = self.template.pieces(conversation, self._specials)
+        blocks = video_blocks(conversation)
+        _match(pieces, "<image>", len(sources(conversation, "image")))
+        _match(pieces, "<video>", len(blocks))
+        pictures = self._images(conversation, tiling)
+        texts = [[] if piece.control else self.tokenizer.encode(piece.text) for piece in pieces]
+        taken = sum(map(len, texts)) + sum(piece.control for piece in pieces) - len(blocks)
+        taken += sum(picture.tokens - 1 for picture in pictures)
+        space = Space(
+            limit=self.config.text_config.max_position_embeddings,
+            taken=taken,
+            answer=answer,
+            patches=self.config.vision_config.patches_per_side,
+        )
+        clips = load_clips(blocks, options, self.video_config.pixels.size, space, check)
+        films = [self._film(clip) for clip in clips]
+        return self._assemble(pieces, texts, {"<image>": pictures, "<video>": films})
 
     def _images(self, conversation: Sequence[Message], tiling: Tiling) -> list[Medium]:
         given = sources(conversation, "image")
@@ -182,27 +230,35 @@ class Processor:
         tiles = tile_image(pixels, self.image_config)
         return Medium("image", tiles, size, packing, packing.tokens, self.image_config)
 
-    def _tokenize(self, conversation: Sequence[Message], images: Sequence[Medium]) -> Inputs:
-        pieces = self.template.pieces(conversation, self._specials)
-        waiting = {"<image>": list(images), "<video>": []}
-        for token, media in waiting.items():
-            written = sum(piece.control and piece.text == token for piece in pieces)
-            if written != len(media):
-                raise RequestError(
-                    f"the chat template writes {written} {token} for {len(media)} of them"
-                )
+    def _film(self, clip: Clip) -> Medium:
+        tokens = video_tokens(len(clip.tiles), self.config.vision_config.patches_per_side)
+        return Medium("video", clip.tiles, None, None, tokens, self.video_config.pixels, clip)
+
+    def _assemble(
+        self,
+        pieces: Sequence[Piece],
+        texts: Sequence[Sequence[int]],
+        media: Mapping[str, Sequence[Medium]],
+    ) -> Inputs:
+        waiting = {token: iter(given) for token, given in media.items()}
         ids: list[int] = []
         placed: list[Medium] = []
-        for piece in pieces:
+        for piece, text in zip(pieces, texts, strict=True):
             if not piece.control:
-                ids += self.tokenizer.encode(piece.text)
+                ids += text
             elif piece.text in waiting:
-                placed.append(waiting[piece.text].pop(0))
+                placed.append(next(waiting[piece.text]))
                 ids += [self._specials[piece.text]] * placed[-1].tokens
             else:
                 ids.append(self._specials[piece.text])
         prompt = "".join(piece.text for piece in pieces)
         return Inputs(np.array(ids, np.int32), tuple(placed), prompt)
+
+
+def _match(pieces: Sequence[Piece], token: str, given: int) -> None:
+    written = sum(piece.control and piece.text == token for piece in pieces)
+    if written != given:
+        raise RequestError(f"the chat template writes {written} {token} for {given} of them")
 
 
 def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:

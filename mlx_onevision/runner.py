@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_onevision import memory
 from mlx_onevision.checkpoint import Checkpoint
 from mlx_onevision.errors import CancelledError
-from mlx_onevision.model import OneVision
+from mlx_onevision.model import OneVision, pool_frames
 from mlx_onevision.prefix import PrefixCache
 from mlx_onevision.processor import Inputs, Medium
 from mlx_onevision.sampling import Sampling
@@ -193,9 +193,10 @@ class Runner:
 
     def _rows(self, medium: Medium, check: Callable[..., None]) -> mx.array:
         model = self.model
-        features = model.encode_tiles(medium.tiles, medium.normalization, check)
+        finish = pool_frames if medium.kind == "video" else _whole
+        features = model.encode_tiles(medium.tiles, medium.normalization, check, finish)
         if medium.kind == "video":
-            rows = model.pack_video(features)
+            rows = model.pack_pooled(features)
         elif medium.packing is not None:
             rows = model.pack_image(features, medium.packing)
         else:
@@ -218,6 +219,10 @@ def _wired() -> Iterator[None]:
     finally:
         mx.synchronize()
         mx.set_wired_limit(before)
+
+
+def _whole(group: mx.array) -> mx.array:
+    return group
 
 
 def _import_mlx_lm() -> float:

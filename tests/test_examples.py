@@ -10,8 +10,11 @@ import pytest
 from checkpoints import write
 from PIL import Image, ImageChops, ImageStat
 
+from mlx_onevision.video import load_video
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHAPES = EXAMPLES / "shapes.png"
+CIRCLE = EXAMPLES / "circle.mp4"
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +67,17 @@ def test_the_picture_is_the_one_that_its_program_draws(tmp_path: Path) -> None:
         assert kept.size == drawn.size
         apart = ImageStat.Stat(ImageChops.difference(kept, drawn))
         assert max(apart.mean) < 0.05  # of 255: a few edge pixels, between versions of Pillow
+
+
+def test_video(folder: Path) -> None:
+    done = run("video.py", CIRCLE, folder, "8")
+    assert done.stdout.count(" tokens of video)") == 2 and done.stderr == ""
+
+
+def test_the_video_is_small_and_its_program_draws_it(tmp_path: Path) -> None:
+    run("draw_video.py", tmp_path / "drawn.mp4")
+    assert CIRCLE.stat().st_size < 20_000
+    kept, drawn = (load_video(path, 56) for path in (CIRCLE, tmp_path / "drawn.mp4"))
+    assert kept.total == drawn.total == 48
+    apart = abs(kept.tiles.astype(int) - drawn.tiles)
+    assert apart.mean() < 2  # of 255: encoders differ

@@ -250,12 +250,6 @@ def test_a_template_that_drops_an_image_is_an_error(tmp_path: Path) -> None:
         Processor.from_folder(tmp_path, config()).prepare(ask(noise(9, 9), "Q"))
 
 
-def test_video_is_refused_for_now(processor: Processor) -> None:
-    block = {"type": "video", "path": "a.mp4"}
-    with pytest.raises(RequestError, match="video"):
-        processor.prepare([{"role": "user", "content": [block, {"type": "text", "text": "Q"}]}])
-
-
 def test_an_image_that_is_none_is_a_media_error(processor: Processor, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     for source in (tmp_path / "a.png", tmp_path / "none.png", 3):

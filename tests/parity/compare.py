@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from parity.oracle import Oracle, Stages
+from parity.oracle import Media, Oracle, Stages
 from parity.ours import Ours
 
 # The largest difference seen at each stage, for the summary at the end of the run.
@@ -54,7 +54,7 @@ def assert_same(
     return theirs
 
 
-def assert_same_tokens(tokens: list[int], theirs: Stages) -> None:
+def assert_same_tokens(tokens: list[int], theirs: Stages | Media) -> None:
     """Greedy tokens, with what a failure needs: where they part, and how close the choice was."""
     parted = [
         f"token {i} is {ours}, the reference's {expected} (it led by {margin:.1e})"

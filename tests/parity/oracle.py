@@ -48,6 +48,23 @@ class Stages:
     margins: list[float] = field(default_factory=list)
 
 
+@dataclass
+class Media:
+    """What the reference computed for one conversation with videos, by kind of medium.
+
+    pixels : float32 (n, 3, S, S) of each, padding tiles left out.
+    rows : float32 (rows, D) of each, newlines included.
+    The rest as in :class:`Stages`.
+    """
+
+    ids: np.ndarray
+    pixels: dict[str, list[np.ndarray]]
+    rows: dict[str, list[np.ndarray]]
+    logits: np.ndarray
+    tokens: list[int]
+    margins: list[float]
+
+
 class Oracle:
     """A checkpoint folder, run by transformers.
 
@@ -72,14 +89,57 @@ class Oracle:
         """The prompt text, placeholders not expanded."""
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
-    def prepare(self, messages: Messages) -> dict[str, torch.Tensor]:
-        """The processor's outputs for one conversation."""
+    def prepare(self, messages: Messages, **options: Any) -> dict[str, torch.Tensor]:
+        """The processor's outputs for one conversation. ``options`` : of the processor."""
         return self.processor.apply_chat_template(
             [messages],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs=options,
+        )
+
+    @torch.inference_mode()
+    def run_media(self, messages: Messages, tokens: int, **options: Any) -> Media:
+        """What becomes of each image and video, and so many greedy tokens."""
+        inputs = self.prepare(messages, **options)
+        ids = inputs["input_ids"][0]
+        model = self.model.model
+        pixels: dict[str, list[np.ndarray]] = {"image": [], "video": []}
+        rows: dict[str, list[np.ndarray]] = {"image": [], "video": []}
+        if "pixel_values" in inputs:
+            with _Capture(model) as seen:
+                self.model(**inputs)
+            packed = seen["packed"]
+            tiles = inputs["pixel_values"]
+            for number, features in enumerate(packed):
+                count = _tiles(model.config, inputs, number)
+                pixels["image"].append(tiles[number, :count].numpy())
+                rows["image"].append(features.numpy())
+        for video in inputs.get("pixel_values_videos", ()):
+            pixels["video"].append(video.numpy())
+            found = model.get_video_features(
+                video[None],
+                vision_feature_layer=model.config.vision_feature_layer,
+                vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            )
+            rows["video"].append(found.pooler_output[0].numpy())
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        best = [step[0].float().topk(2).values for step in output.logits]
+        return Media(
+            ids=ids.numpy(),
+            pixels=pixels,
+            rows=rows,
+            logits=self.model(**inputs).logits[0].numpy(),
+            tokens=output.sequences[0, len(ids) :].tolist(),
+            margins=[float(first - second) for first, second in best],
         )
 
     @torch.inference_mode()
@@ -114,6 +174,19 @@ class Oracle:
             tokens=generated,
             margins=margins,
         )
+
+
+def _tiles(config: Any, inputs: Any, number: int) -> int:
+    """Tiles of an image: those beyond are padding."""
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        image_size_to_num_patches,
+    )
+
+    if int(inputs["batch_num_images"].sum()) > 1:
+        return 1
+    size = inputs["image_sizes"][number]
+    edge = config.vision_config.image_size
+    return image_size_to_num_patches(size, config.image_grid_pinpoints, edge)
 
 
 class _Capture:

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_onevision import load
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.model import normalize
-from mlx_onevision.processor import Inputs
+from mlx_onevision.processor import Inputs, Medium
 
 Messages = Sequence[dict[str, Any]]
 
@@ -48,6 +48,16 @@ class Ours:
             )
             packed.append(np.array(rows))
         return Vision(np.concatenate(towers), np.concatenate(projections), packed)
+
+    def rows(self, medium: Medium) -> np.ndarray:
+        """What the network makes of one image or video."""
+        network = self.network
+        features = network.encode_tiles(medium.tiles, medium.normalization)
+        if medium.kind == "video":
+            return np.array(network.pack_video(features))
+        if medium.packing is None:
+            return np.array(network.pack_tile(features))
+        return np.array(network.pack_image(features, medium.packing))
 
     def tokens(self, messages: Messages, count: int, **sampling: Any) -> list[int]:
         """``count`` generated tokens, fewer where the end token comes; it is the last one then."""

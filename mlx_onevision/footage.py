@@ -1,0 +1,222 @@
+"""A video file as libav shows it: which frames there are, and the chosen ones of them decoded.
+
+Runs in the decoding process only (see :mod:`decoder`), so it needs PyAV as it loads.
+"""
+
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from itertools import chain
+from typing import Any, NamedTuple
+
+import av
+from av import Packet
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+SEEKABLE = ("mov", "matroska", "avi")
+SEEK_GAP = 16  # frames; to skip fewer, decoding on is quicker than seeking
+MAX_FRAMES = 4_000_000  # of one file: 37 hours at 30 a second
+THREAD_BYTES = 128 << 20  # of frames that decoding threads hold at once, roughly
+ATTACHED_PICTURE = 0x400
+
+
+class Refusal(Exception):
+    """A sentence for the caller; ``kind`` says which error it becomes."""
+
+    def __init__(self, text: str, kind: str = "media") -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Key(NamedTuple):
+    """A frame that can be decoded on its own: its place in display order, and where it lies."""
+
+    place: int
+    seek: int
+
+
+class Index(NamedTuple):
+    """Every frame of a file, in the order in which they are shown.
+
+    stamps : when each appears, in ticks of the stream's clock.
+    counted : whether the stamps are only counted, because the container's own cannot be trusted.
+    """
+
+    stamps: list[int]
+    keys: list[Key]
+    length: float
+    zero: float
+    counted: bool
+    broken: bool
+
+
+def open_video(request: dict[str, Any]) -> tuple[InputContainer, VideoStream]:
+    file = os.fdopen(os.dup(0), "rb", buffering=0)
+    file.seek(0)
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+    try:
+        container = av.open(file, "r", options=options, buffer_size=1 << 18)
+    except FFmpegError as error:
+        text = f"it is damaged, or no video of a kind that can be read ({_say(error)})"
+        raise Refusal(text) from None
+    streams = [s for s in container.streams.video if not int(s.disposition) & ATTACHED_PICTURE]
+    if not streams:
+        sound = " only sound" if container.streams.audio else " no video"
+        raise Refusal(f"there is{sound} in it")
+    stream = streams[0]
+    context = stream.codec_context
+    if context is None or not context.name:
+        raise Refusal("its codec is not known")
+    pixels = context.width * context.height
+    _check_size(context.width, context.height, request["max_pixels"])
+    # What the decoder itself refuses; it counts the margins of its buffers, too.
+    context.options = {"max_pixels": str(2 * request["max_pixels"] + (1 << 16))}
+    context.thread_type = "AUTO"
+    # Each thread holds a frame of its own or more.
+    context.thread_count = max(1, min(request["threads"], THREAD_BYTES // max(pixels * 6, 1)))
+    return container, stream
+
+
+def _check_size(wide: int, high: int, most: int) -> None:
+    if wide * high > most:
+        raise Refusal(f"its frames are {wide}x{high} pixels", "too_large")
+
+
+def read_index(container: InputContainer, stream: VideoStream) -> Index:
+    """Reads every packet's stamp, and decodes none."""
+    stamps: list[int] = []
+    order: list[tuple[int, int]] = []  # stamp and seek stamp of key frames
+    counted = container.format.name == "avi"  # its stamps are in decoding order, not in showing
+    broken, last = False, 0
+    try:
+        for packet in container.demux(stream):
+            if packet.size == 0 or packet.is_discard:  # the end; what an edit list cuts off
+                continue
+            place = packet.dts if packet.dts is not None else packet.pts
+            stamp = place if counted else packet.pts
+            if stamp is None:
+                if not counted and stamps:
+                    continue  # part of a frame, or garbage
+                counted, stamp = True, len(stamps)
+            if packet.is_keyframe:
+                order.append((stamp, stamp if place is None else place))
+            stamps.append(stamp)
+            last = packet.duration or last
+            if len(stamps) > MAX_FRAMES:
+                raise Refusal(f"it has more than {MAX_FRAMES:,} frames", "too_large")
+    except FFmpegError:
+        broken = True
+    if not stamps:
+        raise Refusal("there is no frame in it")
+    stamps = sorted(set(stamps))
+    places = {stamp: n for n, stamp in enumerate(stamps)}
+    keys = sorted(Key(places[stamp], seek) for stamp, seek in order)
+    tick = tick_of(stream)
+    if not last:
+        last = (stamps[-1] - stamps[0]) // max(len(stamps) - 1, 1) or 1
+    zero = float(stamps[0] * tick)
+    if not counted and container.start_time is not None:
+        # The player's clock, which sound may have started earlier.
+        zero = min(zero, container.start_time / 1_000_000)
+    length = float((stamps[-1] + last) * tick) - zero
+    broken = broken or 0 < len(stamps) < stream.frames
+    return Index(stamps, keys, length, zero, counted, broken)
+
+
+def chosen_frames(
+    request: dict[str, Any], index: Index, chosen: list[int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """(position in ``chosen``, frame) for those that can be decoded."""
+    container, stream = open_video(request)
+    seekable = container.format.name.startswith(SEEKABLE)
+    if index.counted and stream.codec_context.has_b_frames:
+        seekable = False  # a key frame's number in the file is not its number on the screen
+    shown = _shown(container.demux(stream), stream, index, 0)
+    reached = -1  # index of the frame that came last
+    place = 0
+    while place < len(chosen):
+        wanted = chosen[place]
+        before = bisect_right(index.keys, (wanted, sys.maxsize))
+        key = index.keys[before - 1] if before else None
+        if seekable and key is not None and key.place - reached > SEEK_GAP:
+            landed = _seek(container, stream, index, key)
+            if landed is None:  # it ended up elsewhere: from the start, once and for all
+                container, stream = open_video(request)
+                seekable, shown = False, _shown(container.demux(stream), stream, index, 0)
+            else:
+                shown = landed
+        number, frame = next((item for item in shown if item[0] >= wanted), (-1, None))
+        if frame is None:
+            return  # the rest cannot be decoded
+        _check_size(frame.width, frame.height, request["max_pixels"])
+        reached = number
+        while place < len(chosen) and chosen[place] < number:
+            place += 1  # that one is lost
+        if place < len(chosen) and chosen[place] == number:
+            yield place, frame
+            place += 1
+
+
+def _seek(
+    container: InputContainer, stream: VideoStream, index: Index, key: Key
+) -> Iterator[tuple[int, VideoFrame]] | None:
+    """Frames from a key frame on, or None where seeking does not lead there."""
+    try:
+        container.seek(key.seek, stream=stream, backward=True)
+        stream.codec_context.flush_buffers()
+        packets = container.demux(stream)
+        packet = next(packets)
+        if index.counted and packet.dts != key.seek:
+            return None
+        shown = _shown(chain((packet,), packets), stream, index, key.place)
+        first = next(shown, None)
+    except (FFmpegError, StopIteration):
+        return None
+    return None if first is None or first[0] > key.place else chain((first,), shown)
+
+
+def _shown(
+    packets: Iterable[Packet], stream: VideoStream, index: Index, start: int
+) -> Iterator[tuple[int, VideoFrame]]:
+    """(index, frame) in the order of showing. ``start`` : where counting begins."""
+    number = start - 1
+    for frame in _outputs(packets, stream):
+        if index.counted:
+            number += 1
+        elif frame.pts is None:
+            continue
+        else:
+            number = bisect_right(index.stamps, frame.pts) - 1
+            if number < 0 or index.stamps[number] != frame.pts:
+                continue  # cut off by an edit list
+        yield number, frame
+
+
+def _outputs(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFrame]:
+    """Every frame that the decoder gives, whatever is broken between them."""
+    try:
+        for packet in packets:
+            try:
+                yield from stream.decode(packet)
+            except FFmpegError as error:
+                if "memory" in str(error).lower():
+                    raise MemoryError from None
+    except FFmpegError:
+        try:
+            yield from stream.decode(None)
+        except FFmpegError:
+            return
+
+
+def tick_of(stream: VideoStream) -> Fraction:
+    return stream.time_base or Fraction(1, 1)
+
+
+def _say(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]

@@ -1,0 +1,124 @@
+"""Which frames of a video the model sees. Numbers only: the decoding process imports this, too.
+
+Uniform sampling is the reference's integer rule, ``floor(i * T / N)`` for N of T frames. Where more
+frames are asked for than there are, all of them are taken (the reference refuses). A rate is the
+reference's as well, ``int(duration * fps)`` frames by the same rule, as long as the frames are
+evenly spaced in time; where they are not, it is the frame on screen at each of as many evenly
+spaced instants, and none of them twice.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mlx_onevision.errors import RequestError
+
+DEFAULT_FRAMES = 32
+
+# Seconds below which two instants are the same: container clocks tick far more coarsely.
+_INSTANT = 1e-6
+
+
+@dataclass(frozen=True)
+class FrameOptions:
+    """What a caller asks of a video's frames.
+
+    num_frames : so many, evenly spread over the video. None, with no ``fps`` either: 32 of a file,
+        or fewer where the model's context holds fewer; all of a list or an array.
+    fps : so many a second instead.
+    start, end : only what is on screen between these seconds.
+
+    Raises:
+        RequestError: for a number out of range, and for ``num_frames`` together with ``fps``.
+    """
+
+    num_frames: int | None = None
+    fps: float | None = None
+    start: float | None = None
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        count = self.num_frames
+        if count is not None and (type(count) is not int or count < 1):
+            raise RequestError(f"num_frames is {count!r}; it must be a whole number, 1 or more")
+        for name in ("fps", "start", "end"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise RequestError(f"{name} is {value!r}; it must be a number")
+            if not math.isfinite(value) or value < 0 or (value == 0 and name != "start"):
+                least = "0 or more" if name == "start" else "more than 0"
+                raise RequestError(f"{name} is {value!r}; it must be {least}")
+        if count is not None and self.fps is not None:
+            raise RequestError("give either num_frames or fps, not both")
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            raise RequestError(f"end is {self.end:g} s, which is not after start, {self.start:g} s")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """What the options are called, as keyword arguments and as keys of a video block."""
+        return tuple(field.name for field in fields(cls))
+
+    def over(self, given: dict[str, Any]) -> "FrameOptions":
+        """These with what ``given`` says instead; ``num_frames`` there also unsays ``fps`` here."""
+        kept = {name: getattr(self, name) for name in self.names()}
+        if given.keys() & {"num_frames", "fps"}:
+            kept |= {"num_frames": None, "fps": None}
+        return FrameOptions(**{**kept, **given})
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the caller said how many."""
+        return self.num_frames is not None or self.fps is not None
+
+
+def uniform(total: int, wanted: int) -> list[int]:
+    """Indices of ``wanted`` frames of ``total``, or of all where there are no more."""
+    wanted = min(wanted, total)
+    return [index * total // wanted for index in range(wanted)]
+
+
+def on_screen(times: Sequence[float], length: float, options: FrameOptions) -> range:
+    """The frames on screen between ``start`` and ``end``, the latter not included.
+
+    times : the second at which each frame appears, rising from about 0.
+    length : the second at which the last one vanishes.
+
+    Raises:
+        RequestError: for a start behind the end of the video.
+    """
+    first, last = 0, len(times)
+    if options.start is not None:
+        if options.start >= length:
+            raise RequestError(
+                f"start is {options.start:g} s, but the video is {length:.2f} s long"
+            )
+        first = max(bisect_right(times, options.start + _INSTANT) - 1, 0)
+    if options.end is not None:
+        last = max(bisect_left(times, options.end - _INSTANT), first + 1)
+    return range(first, last)
+
+
+def choose(times: Sequence[float], length: float, options: FrameOptions, default: int) -> list[int]:
+    """Indices of the frames to decode, rising; at least one.
+
+    times, length : as in :func:`on_screen`, with at least one frame.
+    default : how many where the options do not say.
+    """
+    window = on_screen(times, length, options)
+    if options.fps is None:
+        return [window[i] for i in uniform(len(window), options.num_frames or default)]
+    begin = times[window[0]]
+    finish = times[window[-1] + 1] if window[-1] + 1 < len(times) else length
+    wanted = max(1, int((finish - begin) * options.fps + _INSTANT))
+    if wanted >= len(window):
+        return list(window)
+    step = (finish - begin) / len(window)
+    if all(abs(times[k] - begin - i * step) <= step / 2 for i, k in enumerate(window)):
+        return [window[i] for i in uniform(len(window), wanted)]
+    instants = (begin + i * (finish - begin) / wanted for i in range(wanted))
+    shown = (max(bisect_right(times, instant + _INSTANT) - 1, 0) for instant in instants)
+    return sorted(set(shown))

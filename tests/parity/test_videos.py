@@ -1,0 +1,111 @@
+"""Videos and videos beside images, stage by stage, against transformers.
+
+Frames are arrays: transformers decodes files with torchcodec, which is not installed here.
+"""
+
+import numpy as np
+import pytest
+from parity.cases import Size, picture
+from parity.checkpoints import Tiny
+from parity.compare import assert_same, assert_same_tokens, difference
+from parity.oracle import Oracle
+from parity.ours import Ours
+from parity.pairs import Checkpoints
+
+KINDS = [Tiny(template=template) for template in ("space", "newline")]
+
+
+def footage(frames: int, size: Size, seed: int = 0) -> np.ndarray:
+    """uint8 (frames, H, W, 3), each frame another picture."""
+    return np.stack([np.asarray(picture(size, seed + n)) for n in range(frames)])
+
+
+def said(role: str, *content: object) -> dict:
+    """One message; texts as strings, pictures as images, arrays and lists as videos."""
+
+    def block(part: object) -> dict:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        kind = "video" if isinstance(part, np.ndarray | list) else "image"
+        return {"type": kind, kind: part}
+
+    return {"role": role, "content": [block(part) for part in content]}
+
+
+def assert_same_videos(
+    ours: Ours, oracle: Oracle, messages: list[dict], tokens: int = 32, **options: int
+) -> None:
+    """Ids, pixels, packed rows of every video and image, logits, greedy tokens."""
+    theirs = oracle.run_media(messages, tokens, **options)
+    inputs = ours.model.prepare(messages, **options)
+    assert ours.model.render(messages) == oracle.render(messages)
+    assert inputs.input_ids.tolist() == theirs.ids.tolist()
+    for kind in ("image", "video"):
+        media = [medium for medium in inputs.media if medium.kind == kind]
+        assert len(media) == len(theirs.pixels[kind]) == len(theirs.rows[kind])
+        for medium, pixels, rows in zip(media, theirs.pixels[kind], theirs.rows[kind], strict=True):
+            assert difference("pixels", medium.pixel_values, pixels) == 0.0
+            assert difference(f"{kind} rows", ours.rows(medium), rows) <= 2e-5
+    assert difference("logits", ours.model.logits(inputs), theirs.logits) <= 5e-5
+    answer = ours.model.generate(messages=messages, max_tokens=tokens, **options)
+    assert_same_tokens(list(answer.tokens), theirs)
+
+
+@pytest.mark.parametrize("size", [(337, 511), (61, 241), (56, 56)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("frames", [1, 5, 8, 32])
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_video(checkpoints: Checkpoints, tiny: Tiny, frames: int, size: Size) -> None:
+    ours, oracle = checkpoints.pair(tiny)
+    assert_same_videos(ours, oracle, [said("user", footage(frames, size), "What happens?")])
+
+
+CONVERSATIONS = {
+    "two videos": [said("user", footage(5, (61, 241)), footage(5, (241, 61), 9), "Which?")],
+    "image and video": [said("user", picture((337, 511)), footage(8, (97, 53)), "Is it there?")],
+    "video before two images": [
+        said("user", footage(3, (40, 70)), picture((61, 241)), picture((30, 30)), "What is it?")
+    ],
+    "video in the second turn": [
+        said("user", picture((127, 509)), "What is this?"),
+        said("assistant", "A blue square."),
+        said("user", footage(4, (53, 31)), "And this?"),
+    ],
+    "frames as pictures": [said("user", [picture((41, 67), n) for n in range(4)], "What is it?")],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_conversation(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
+    ours, oracle = checkpoints.pair(tiny)
+    assert_same_videos(ours, oracle, CONVERSATIONS[name])
+
+
+@pytest.mark.parametrize("axis", ["first", "last"])
+@pytest.mark.parametrize("wanted", [1, 3, 7, 8])
+def test_sampling(checkpoints: Checkpoints, wanted: int, axis: str) -> None:
+    """The reference's own sampling of an array, by number of frames."""
+    ours, oracle = checkpoints.pair(KINDS[0])
+    video = footage(8, (45, 67))
+    video = video.transpose(0, 3, 1, 2) if axis == "first" else video
+    assert_same_videos(ours, oracle, [said("user", video, "What?")], 4, num_frames=wanted)
+
+
+def test_the_comparison_would_notice(checkpoints: Checkpoints) -> None:
+    """One other frame moves the logits far beyond the tolerance."""
+    ours, _ = checkpoints.pair(KINDS[0])
+    video = footage(8, (45, 67))
+    other = video.copy()
+    other[3] = np.asarray(picture((45, 67), 99))
+    one, two = (
+        ours.model.logits(ours.model.prepare([said("user", clip, "What?")]))
+        for clip in (video, other)
+    )
+    assert abs(one[-1] - two[-1]).max() > 0.01
+
+
+def test_text_only_after_a_video(checkpoints: Checkpoints) -> None:
+    ours, oracle = checkpoints.pair(KINDS[1])
+    messages = [said("user", footage(5, (61, 241)), "What happens?")]
+    assert_same_videos(ours, oracle, messages, 8)
+    assert_same(ours, oracle, [said("user", "And without a video?")], tokens=8)
