@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_onevision.api import Model, load
     from mlx_onevision.errors import OneVisionError
     from mlx_onevision.generation import Generation, Stream, Usage
+    from mlx_onevision.options import Options
     from mlx_onevision.processor import Inputs
 
     __version__: str
@@ -24,6 +25,7 @@ __all__ = [
     "Inputs",
     "Model",
     "OneVisionError",
+    "Options",
     "Stream",
     "Usage",
     "__version__",
@@ -35,6 +37,7 @@ _HOMES = {
     "Inputs": "processor",
     "Model": "api",
     "OneVisionError": "errors",
+    "Options": "options",
     "Stream": "generation",
     "Usage": "generation",
     "load": "api",

@@ -3,16 +3,18 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 import numpy as np
 
 from mlx_onevision import hub
 from mlx_onevision.config import OneVisionConfig
 from mlx_onevision.engine import Engine
-from mlx_onevision.generation import Generation, Stream
+from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.generation import Generation, Question, Stream, ask, ask_all
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
+from mlx_onevision.options import Options, rows
 from mlx_onevision.processor import Inputs, Processor, Tiling
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.video import VideoSource
@@ -49,6 +51,7 @@ class Model:
     def config(self) -> OneVisionConfig:
         return self._engine.config
 
+    @overload
     def generate(
         self,
         prompt: str | None = None,
@@ -56,44 +59,120 @@ class Model:
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
         messages: Messages | None = None,
-        system: str | None = None,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        num_frames: int | None = None,
-        fps: float | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        tiling: Tiling = "auto",
-    ) -> Generation:
-        """Answers one prompt about pictures and videos, or one conversation; see :meth:`stream`."""
-        return self.stream(
-            prompt,
-            images=images,
-            videos=videos,
-            messages=messages,
-            system=system,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            num_frames=num_frames,
-            fps=fps,
-            start=start,
-            end=end,
-            tiling=tiling,
-        ).result()
+        **given: Unpack[Options],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        *,
+        batch: Sequence[str | Messages],
+        options: Sequence[Options] | None = None,
+        **given: Unpack[Options],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        batch: Sequence[str | Messages] | None = None,
+        options: Sequence[Options] | None = None,
+        **given: Any,
+    ) -> Generation | list[Generation]:
+        """Answers one prompt about pictures and videos, one conversation, or a batch of them.
+
+        Takes what :meth:`stream` takes. A row of a batch that cannot be answered has
+        ``finish_reason`` "error" and says why in ``error``; the other rows are answered.
+        """
+        if batch is None:
+            return self._ask(prompt, options, given).result()
+        streams = self._ask_all(prompt, batch, options, given)
+        try:
+            return [stream.outcome() for stream in streams]
+        except BaseException:  # Ctrl-C: nobody waits for the others any more
+            for stream in streams:
+                stream.cancel()
+            raise
+
+    @overload
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        messages: Messages | None = None,
+        **given: Unpack[Options],
+    ) -> Stream: ...
+
+    @overload
+    def stream(
+        self,
+        *,
+        batch: Sequence[str | Messages],
+        options: Sequence[Options] | None = None,
+        **given: Unpack[Options],
+    ) -> list[Stream]: ...
 
     def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        batch: Sequence[str | Messages] | None = None,
+        options: Sequence[Options] | None = None,
+        **given: Any,
+    ) -> Stream | list[Stream]:
+        """Starts an answer and returns it as a stream of text; for a batch, a stream for each row.
+
+        prompt, images, videos : the question, and what it is about (images: paths, URLs, bytes, PIL
+            images or uint8 arrays; videos: paths, URLs, bytes, lists of frames or uint8 arrays
+            (T, H, W, C)).
+        messages : a whole conversation instead, as a list of {"role", "content"}; content is text
+            or a list of {"type": "text" | "image" | "video", ...} as the reference takes them.
+            Blocks without a source take theirs from ``images`` and ``videos``.
+        batch : several conversations instead, or prompts, which are answered together. Rows may be
+            of any length, with any media or none. Each is answered as it would be alone, with the
+            same seed too, up to the rounding of half precision.
+        given : settings, by the names in :class:`~mlx_onevision.options.Options`; for a batch they
+            hold for every row.
+        options : for a batch, settings of each row, which come before those for all.
+
+        Raises, for a batch each row for itself:
+            RequestError: for an empty prompt or a number out of range.
+            MediaError: for a picture or a video that cannot be read.
+            ContextOverflowError: for a prompt, or more frames, beyond the model's context.
+        """
+        if batch is None:
+            return self._ask(prompt, options, given)
+        return self._ask_all(prompt, batch, options, given)
+
+    def _ask(
+        self, prompt: str | None, options: Sequence[Options] | None, given: Mapping[str, Any]
+    ) -> Stream:
+        if options is not None:
+            raise RequestError("options are the rows' of a batch; give settings by their names")
+        return ask(self._engine, self._processor.tokenizer, self._question(prompt, **given))
+
+    def _ask_all(
+        self,
+        prompt: str | None,
+        batch: Sequence[str | Messages],
+        options: Sequence[Options] | None,
+        given: Mapping[str, Any],
+    ) -> list[Stream]:
+        if prompt is not None or given.keys() & {"messages", "images", "videos"}:
+            raise RequestError("give a batch or one prompt or conversation, not both")
+        questions: list[Question | OneVisionError] = []
+        for row, settings in rows(batch, options):
+            try:
+                question = self._question(**row, **{**given, **settings})
+            except OneVisionError as error:
+                questions.append(error)
+            else:
+                questions.append(question)
+        return ask_all(self._engine, self._processor.tokenizer, questions)
+
+    def _question(
         self,
         prompt: str | None = None,
         *,
@@ -102,43 +181,20 @@ class Model:
         messages: Messages | None = None,
         system: str | None = None,
         max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
         num_frames: int | None = None,
         fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
         tiling: Tiling = "auto",
-    ) -> Stream:
-        """Starts an answer and returns it as a stream of text.
-
-        prompt, images, videos, system : the question, what it is about (images: paths, URLs, bytes,
-            PIL images or uint8 arrays; videos: paths, URLs, bytes, lists of frames or uint8 arrays
-            (T, H, W, C)), and instructions that stand before it.
-        messages : a whole conversation instead, as a list of {"role", "content"}; content is text
-            or a list of {"type": "text" | "image" | "video", ...} as the reference takes them.
-            Blocks without a source take theirs from ``images`` and ``videos``.
-        max_tokens : the answer's length at most; the context may end it earlier.
-        temperature, top_p, top_k, min_p, repetition_penalty, seed : see :class:`sampling.Sampling`.
-            None takes what the checkpoint's generation_config.json says, which for the published
-            ones is greedy.
-        stop : a text, or texts, at which the answer ends; they are not part of it.
-        num_frames, fps, start, end : which frames of each video, see
-            :class:`frames.FrameOptions`. Of a file it is 32, evenly spread, unless they say
-            otherwise, or fewer where the context holds fewer.
-        tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
-            "never" say so for every image.
-
-        Raises:
-            RequestError: for an empty prompt or a number out of range.
-            MediaError: for a picture or a video that cannot be read.
-            ContextOverflowError: for a prompt, or more frames, beyond the model's context.
-        """
+    ) -> Question:
+        """One row, read and tokenized; the defaults of :class:`~mlx_onevision.options.Options`."""
         sampling = self._sampling(
             temperature=temperature,
             top_p=top_p,
@@ -159,14 +215,12 @@ class Model:
             tiling=tiling,
             answer=max_tokens,
         )
-        return Stream(
-            self._engine,
-            self._processor.tokenizer,
+        return Question(
             inputs,
             sampling,
-            max_tokens=max_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            prepare_seconds=time.perf_counter() - started,
+            max_tokens,
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            time.perf_counter() - started,
         )
 
     def render(self, messages: Messages) -> str:

@@ -1,32 +1,41 @@
 """Requests to a loaded model, from any thread: tokens stream back, and can be cancelled.
 
+Requests run in the order they came, those of a batch together.
+
 Everything that touches an MLX array happens on the inference thread (see :mod:`worker` and
 :mod:`runner`); what crosses over is ids, numpy arrays and plain numbers.
 """
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from mlx_onevision.batch import Batch, Request, Row
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.errors import CancelledError, ContextOverflowError, OutOfMemoryError
 from mlx_onevision.processor import Inputs
 from mlx_onevision.runner import Counters, Runner
-from mlx_onevision.sampling import Sampling
 from mlx_onevision.worker import Worker
 
 
 class TokenStream:
     """Generated token ids as they come. Iterate it, cancel it, read ``counters`` when it has
     ended.
+
+    closing : set when the model is being closed, which cancels.
+    ends_at : see :class:`~mlx_onevision.batch.Request`.
     """
 
-    def __init__(self, closing: threading.Event) -> None:
+    def __init__(
+        self, closing: threading.Event, ends_at: Callable[[int], bool] = lambda _: False
+    ) -> None:
         self.counters = Counters()
         self._closing = closing
+        self._ends_at = ends_at
         self._items: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._interrupted = False
@@ -57,7 +66,9 @@ class TokenStream:
             raise CancelledError("the request was cancelled")
 
     def put(self, item: int | BaseException | None) -> None:
-        self._items.put(item)
+        if isinstance(item, int) and self._ends_at(item):
+            self._cancelled.set()
+        self._items.put(_in_our_words(item) if isinstance(item, BaseException) else item)
 
 
 class Engine:
@@ -75,23 +86,50 @@ class Engine:
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
 
-    def generate(self, inputs: Inputs, sampling: Sampling, max_tokens: int) -> TokenStream:
+    def generate(self, request: Request) -> TokenStream:
         """Starts a request and returns its tokens as they come; an end-of-text token is the last.
 
         Raises:
             ContextOverflowError: when the prompt leaves no room for an answer.
         """
-        length, limit = len(inputs.input_ids), self.config.text_config.max_position_embeddings
+        fitted = self._within_context(request)
+        stream = TokenStream(self._worker.closing, request.ends_at)
+        self._worker.post(lambda runner: _run(runner, fitted, stream))
+        return stream
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[TokenStream]:
+        """Starts requests that run together; each has its tokens, its cancellation and its errors
+        to itself, a prompt beyond the context included.
+        """
+        streams = [TokenStream(self._worker.closing, request.ends_at) for request in requests]
+        rows: list[tuple[Request, TokenStream]] = []
+        for request, stream in zip(requests, streams, strict=True):
+            try:
+                rows.append((self._within_context(request), stream))
+            except ContextOverflowError as error:
+                stream.put(error)
+        if len(rows) == 1:  # alone, it is faster, and finds what an earlier request left
+            ((request, stream),) = rows
+            self._worker.post(lambda runner: _run(runner, request, stream))
+        elif rows:
+            self._worker.post(lambda runner: _run_batch(runner, rows))
+        return streams
+
+    def failed(self, error: BaseException) -> TokenStream:
+        """The tokens of a request that could not be made: none, and ``error``."""
+        stream = TokenStream(self._worker.closing)
+        stream.put(error)
+        return stream
+
+    def _within_context(self, request: Request) -> Request:
+        length = len(request.inputs.input_ids)
+        limit = self.config.text_config.max_position_embeddings
         if length >= limit:
             raise ContextOverflowError(
                 f"the prompt has {length} tokens, but the model's context holds {limit}; "
                 "use fewer or smaller media or a shorter text"
             )
-        stream = TokenStream(self._worker.closing)
-        self._worker.post(
-            lambda runner: _run(runner, inputs, sampling, min(max_tokens, limit - length), stream)
-        )
-        return stream
+        return replace(request, max_tokens=min(request.max_tokens, limit - length))
 
     def logits(self, inputs: Inputs) -> np.ndarray:
         """Logits of every position of a prompt, float32 (L, vocab_size)."""
@@ -105,18 +143,31 @@ class Engine:
         self._worker.close()
 
 
-def _run(
-    runner: Runner, inputs: Inputs, sampling: Sampling, max_tokens: int, stream: TokenStream
-) -> None:
+def _run(runner: Runner, request: Request, stream: TokenStream) -> None:
     end: BaseException | None = None
     try:
         stream.check()
-        runner.generate(inputs, sampling, max_tokens, stream.counters, stream.put, stream.check)
+        runner.generate(
+            request.inputs,
+            request.sampling,
+            request.max_tokens,
+            stream.counters,
+            stream.put,
+            stream.check,
+        )
     except CancelledError:
         pass
     except BaseException as error:
-        end = _in_our_words(error)
+        end = error
     stream.put(end)
+
+
+def _run_batch(runner: Runner, rows: Sequence[tuple[Request, TokenStream]]) -> None:
+    try:
+        Batch(runner, [Row(request, stream) for request, stream in rows]).run()
+    except BaseException as error:  # nobody may be left waiting
+        for _, stream in rows:
+            stream.put(error)
 
 
 def _in_our_words(error: BaseException) -> BaseException:

@@ -1,17 +1,40 @@
-"""One conversation answered: tokens to text, as a stream or as a whole."""
+"""Conversations answered: tokens to text, as a stream or as a whole."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mlx_onevision.batch import Request
 from mlx_onevision.detokenizer import Detokenizer, StopStrings
-from mlx_onevision.engine import Engine
-from mlx_onevision.errors import RequestError
+from mlx_onevision.engine import Engine, TokenStream
+from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.processor import Inputs
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.text import Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A prepared conversation, and how to answer it.
+
+    Raises:
+        RequestError: for a max_tokens below 1 and for a stop string that is none.
+    """
+
+    inputs: Inputs
+    sampling: Sampling
+    max_tokens: int
+    stop: Sequence[str] = ()
+    prepare_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if type(self.max_tokens) is not int or self.max_tokens < 1:
+            raise RequestError(
+                f"max_tokens must be a whole number, 1 or more, not {self.max_tokens!r}"
+            )
+        StopStrings(self.stop)
 
 
 @dataclass(frozen=True)
@@ -53,8 +76,9 @@ class Generation:
 
     tokens : the generated ids, with the end-of-text token where there is one, as in the reference.
     finish_reason : ``stop`` (the model ended, or a stop string came), ``length`` (max_tokens or the
-        context was used up) or ``cancelled``.
+        context was used up), ``cancelled``, or, for a row of a batch, ``error``.
     notes : what of the videos was not used as it was asked for, a sentence each.
+    error : what went wrong with this row of a batch; ``text`` is what had come until then.
     """
 
     text: str
@@ -62,13 +86,22 @@ class Generation:
     finish_reason: FinishReason
     usage: Usage
     notes: tuple[str, ...] = ()
+    error: OneVisionError | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; rates included."""
-        values = asdict(self)
-        values |= {"tokens": list(self.tokens), "notes": list(self.notes)}
+        usage = asdict(self.usage)
         for rate in ("prompt_tokens_per_second", "tokens_per_second"):
-            values["usage"][rate] = getattr(self.usage, rate)
+            usage[rate] = getattr(self.usage, rate)
+        values: dict[str, Any] = {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "finish_reason": self.finish_reason,
+            "usage": usage,
+            "notes": list(self.notes),
+        }
+        if self.error is not None:
+            values["error"] = {"code": self.error.code, "message": str(self.error)}
         return values
 
 
@@ -79,28 +112,17 @@ class Stream:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        inputs: Inputs,
-        sampling: Sampling,
-        *,
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        prepare_seconds: float = 0.0,
+        self, engine: Engine, tokenizer: Tokenizer, question: Question | None, source: TokenStream
     ) -> None:
-        if type(max_tokens) is not int or max_tokens < 1:
-            raise RequestError(f"max_tokens must be a whole number, 1 or more, not {max_tokens!r}")
         self._eos = engine.defaults.eos_token_ids
         self._tokens: list[int] = []
         self._pieces: list[str] = []
         self._result: Generation | None = None
-        self._prepare_seconds = prepare_seconds
-        self._notes = inputs.notes
-        self._media_tokens = sum(medium.tokens for medium in inputs.media)
+        self._error: OneVisionError | None = None
+        self._question = question
         self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopStrings(stop)
-        self._source = engine.generate(inputs, sampling, max_tokens)
+        self._stop = StopStrings(question.stop if question else ())
+        self._source = source
         self._text = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -114,14 +136,32 @@ class Stream:
         self._source.cancel()
 
     def result(self) -> Generation:
-        """The whole answer, waited for."""
+        """The whole answer, waited for. Raises what ended it, if something did."""
         for _ in self._text:
             pass
+        if self._error is not None:
+            raise self._error
         if self._result is None:
             raise RequestError("the answer failed while it was streamed; ask again")
         return self._result
 
+    def outcome(self) -> Generation:
+        """As :meth:`result`, but what this package refuses to do is in ``error`` of what it
+        returns.
+        """
+        try:
+            return self.result()
+        except OneVisionError as error:
+            return self._generation("error", error)
+
     def _run(self) -> Iterator[str]:
+        try:
+            yield from self._pieces_of_text()
+        except OneVisionError as error:
+            self._error = error
+            raise
+
+    def _pieces_of_text(self) -> Iterator[str]:
         finish: FinishReason | None = None
         try:
             for token in self._source:
@@ -150,26 +190,76 @@ class Stream:
                 yield piece
         if finish is None:
             finish = "cancelled" if self._source.interrupted else "length"
-        counters = self._source.counters
-        self._result = Generation(
+        self._result = self._generation(finish)
+
+    def _generation(self, finish: FinishReason, error: OneVisionError | None = None) -> Generation:
+        counters, question = self._source.counters, self._question
+        media = question.inputs.media if question else ()
+        return Generation(
             text="".join(self._pieces),
             tokens=tuple(self._tokens),
             finish_reason=finish,
+            error=error,
             usage=Usage(
                 prompt_tokens=counters.prompt_tokens,
                 cached_tokens=counters.cached_tokens,
-                media_tokens=self._media_tokens,
+                media_tokens=sum(medium.tokens for medium in media),
                 encoded_media=counters.encoded_media,
                 completion_tokens=len(self._tokens),
-                prepare_seconds=self._prepare_seconds,
+                prepare_seconds=question.prepare_seconds if question else 0.0,
                 import_seconds=counters.import_seconds,
                 encode_seconds=counters.encode_seconds,
                 prefill_seconds=counters.prefill_seconds,
                 decode_seconds=counters.decode_seconds,
                 peak_memory_bytes=counters.peak_memory,
             ),
-            notes=self._notes,
+            notes=question.inputs.notes if question else (),
         )
+
+
+def ask(engine: Engine, tokenizer: Tokenizer, question: Question) -> Stream:
+    """Starts one answer. Raises ContextOverflowError for a prompt beyond the model's context."""
+    source = engine.generate(_request(question, tokenizer))
+    return Stream(engine, tokenizer, question, source)
+
+
+def ask_all(
+    engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question | OneVisionError]
+) -> list[Stream]:
+    """Starts answers that run together, one for each question, in order. A question that failed
+    while it was prepared has a stream that raises its error, as has one beyond the context.
+    """
+    asked = [question for question in questions if isinstance(question, Question)]
+    sources = iter(engine.generate_batch([_request(question, tokenizer) for question in asked]))
+    return [
+        Stream(engine, tokenizer, question, next(sources))
+        if isinstance(question, Question)
+        else Stream(engine, tokenizer, None, engine.failed(question))
+        for question in questions
+    ]
+
+
+def _request(question: Question, tokenizer: Tokenizer) -> Request:
+    return Request(
+        question.inputs,
+        question.sampling,
+        question.max_tokens,
+        _StopWatch(tokenizer, question.stop) if question.stop else lambda _: False,
+    )
+
+
+class _StopWatch:
+    """Sees a stop string on the inference thread, which then need not wait to be told: nobody may
+    be reading yet.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+
+    def __call__(self, token: int) -> bool:
+        self._stop.add(self._detokenizer.add(token))
+        return self._stop.found is not None
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx_onevision.activations import ACTIVATIONS
 from mlx_onevision.config import TextConfig
 
-# Steps longer than this get evaluation points: a decoding step never does, a prefill chunk does.
+# Steps of more tokens than this, rows times length, get evaluation points: a decoding step never
+# does, a prefill chunk does.
 LONG_STEP = 256
 
 Mask = mx.array | str | None
@@ -130,7 +131,7 @@ class Qwen2(nn.Module):
             window: attention_mask(h, caches[self._windows.index(window)], window)
             for window in set(self._windows)
         }
-        step_is_long = h.shape[1] > LONG_STEP
+        step_is_long = h.shape[0] * h.shape[1] > LONG_STEP
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
         ):

@@ -7,12 +7,17 @@ evaluations. Arithmetic only, so that it can be tried for machines that are not 
 
 from dataclasses import dataclass
 
-from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.config import OneVisionConfig, TextConfig
 
 MEGABYTE = 1 << 20
 CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 INTERVALS = (4, 2, 1)
 TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
+
+# Rows of a batch that decode together, and that read their prompts together. More would hardly be
+# faster on the devices that this runs on, and every row waits for the longest.
+MOST_ROWS = 32
+PREFILL_ROWS = 8
 
 # Live values at the peak of a layer, measured against the plain count of its activations.
 OVERHEAD = 1.6
@@ -62,6 +67,24 @@ def plan(config: OneVisionConfig, scratch: int, itemsize: int) -> Budget:
         chunk=chunk,
         interval=_interval(scratch, chunk * token),
     )
+
+
+def batch_positions(text: TextConfig, free: int, itemsize: int) -> int:
+    """Positions whose keys and values may be held for a batch.
+
+    free : bytes that nothing else is planned for. Half of it, because the keys and values are
+        copied whenever rows join or leave.
+    """
+    position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+    return max(free, 0) // 2 // position
+
+
+def prefill_rows(chunk: int, rows: int) -> tuple[int, int]:
+    """How many of a batch's ``rows`` read their prompts together, and how many tokens each at once:
+    together no more than the ``chunk`` of a lone prompt, and no less than the smallest one each.
+    """
+    together = max(1, min(rows, PREFILL_ROWS, chunk // CHUNKS[-1]))
+    return together, chunk // together
 
 
 def _interval(scratch: int, layer: float) -> int:

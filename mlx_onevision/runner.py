@@ -60,6 +60,12 @@ class Runner:
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(working_set, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
+        self.batch_positions = memory.batch_positions(
+            self.model.config.text_config,
+            working_set - weights - self.model.bank.capacity - scratch,
+            itemsize,
+        )
+        """How many positions, padding included, the rows of a batch may have together."""
 
     def generate(
         self,
@@ -77,10 +83,10 @@ class Runner:
             raising CancelledError. What was read until then stays in the cache.
         """
         mx.reset_peak_memory()
-        ids, keys = self._virtual_ids(inputs)
+        ids, keys = self.virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with _wired(), self.model.bank.in_use(keys):
-            self._fill_bank(inputs, ids, counters, check)
+        with wired(), self.model.bank.in_use(keys):
+            self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
             try:
@@ -101,10 +107,17 @@ class Runner:
                 counters.peak_memory = mx.get_peak_memory()
             self.prefix.put_back(ids + produced, keys, cache)
 
-    def _fill_bank(
-        self, inputs: Inputs, ids: Sequence[int], counters: Counters, check: Callable[..., None]
+    def fill_bank(
+        self,
+        inputs: Inputs,
+        ids: Sequence[int],
+        matched: int,
+        counters: Counters,
+        check: Callable[..., None],
     ) -> None:
-        """Encodes what the cache does not hold, and loads mlx-lm meanwhile."""
+        """Encodes what reaches beyond the first ``matched`` ids, which a key-value cache holds, and
+        loads mlx-lm meanwhile.
+        """
         started = time.perf_counter()
 
         def launched() -> None:
@@ -112,7 +125,6 @@ class Runner:
             counters.import_seconds += _import_mlx_lm()
             check()
 
-        matched = self.prefix.match(ids)
         counters.encoded_media = self._encode(inputs, ids, matched, launched)
         counters.import_seconds += _import_mlx_lm()
         counters.encode_seconds = time.perf_counter() - started - counters.import_seconds
@@ -130,8 +142,6 @@ class Runner:
 
         text, matched = self.model.config.text_config, counters.cached_tokens
         placeholder = self.model.config.image_token_index
-        if sampling.seed is not None:
-            mx.random.seed(sampling.seed)
         started = time.perf_counter()
         steps = generate_step(
             mx.array(ids[matched:], mx.int32),
@@ -155,12 +165,12 @@ class Runner:
                 yield int(token)
 
     def logits(self, inputs: Inputs) -> np.ndarray:
-        ids, keys = self._virtual_ids(inputs)
+        ids, keys = self.virtual_ids(inputs)
         with self.model.bank.in_use(keys):
             self._encode(inputs, ids, 0, lambda: None)
             return np.array(self.model(mx.array(ids, mx.int32)[None])[0])
 
-    def _virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
+    def virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
         """The prompt with every placeholder replaced by its medium's virtual ids, and their
         keys.
         """
@@ -207,7 +217,7 @@ class Runner:
 
 
 @contextmanager
-def _wired() -> Iterator[None]:
+def wired() -> Iterator[None]:
     """On a Mac, keeps the memory in use resident while a request runs, and only then."""
     limit = mx.device_info().get("max_recommended_working_set_size")
     if limit is None:

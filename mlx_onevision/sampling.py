@@ -1,6 +1,7 @@
 """How the next token is chosen: the numbers, checked, and mlx-lm's functions for them."""
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,15 +45,31 @@ class Sampling:
             )
 
     def sampler(self) -> Callable[[Any], Any]:
-        """mlx-lm's sampler: log-probabilities (B, vocab) to ids (B,)."""
-        from mlx_lm.sample_utils import make_sampler
+        """A function from log-probabilities (B, vocab) to ids (B,), for one answer.
 
-        return make_sampler(
-            temp=self.temperature,
-            top_p=0.0 if self.top_p == 1 else self.top_p,
-            min_p=self.min_p,
-            top_k=self.top_k,
-        )
+        mlx-lm's, but for the draw: its draws share one state, so that an answer's would depend on
+        who else is being answered. Here every answer has a key of its own, and a seed means the
+        same alone and in a batch.
+        """
+        import mlx.core as mx
+        from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler
+
+        if self.temperature == 0:
+            return greedy_sampler
+        key = mx.random.key(secrets.randbits(64) if self.seed is None else self.seed)
+
+        def draw(logprobs: mx.array) -> mx.array:
+            nonlocal key
+            if self.top_p < 1:
+                logprobs = apply_top_p(logprobs, self.top_p)
+            if self.min_p > 0:
+                logprobs = apply_min_p(logprobs, self.min_p)
+            if 0 < self.top_k < logprobs.shape[-1]:
+                logprobs = apply_top_k(logprobs, self.top_k)
+            key, now = mx.random.split(key)
+            return mx.random.categorical(logprobs * (1 / self.temperature), key=now)
+
+        return draw
 
     def logits_processors(
         self, vocab_size: int, stand_in: int, before: Sequence[int] = ()

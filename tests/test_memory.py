@@ -5,7 +5,16 @@ from itertools import pairwise
 import pytest
 
 from mlx_onevision.config import OneVisionConfig, TextConfig
-from mlx_onevision.memory import CHUNKS, MEGABYTE, Budget, plan, scratch_bytes
+from mlx_onevision.memory import (
+    CHUNKS,
+    MEGABYTE,
+    PREFILL_ROWS,
+    Budget,
+    batch_positions,
+    plan,
+    prefill_rows,
+    scratch_bytes,
+)
 
 SEVEN_B = OneVisionConfig(
     text_config=TextConfig(
@@ -38,3 +47,17 @@ def test_half_precision_goes_further() -> None:
 def test_scratch_stays_in_bounds(gigabytes: int, weights: int) -> None:
     scratch = scratch_bytes(gigabytes << 30, weights << 30)
     assert 192 * MEGABYTE <= scratch <= 3072 * MEGABYTE
+
+
+def test_a_batch_reads_no_more_at_once_than_a_lone_prompt() -> None:
+    for chunk in CHUNKS:
+        for rows in (1, 2, 3, 8, 100):
+            together, step = prefill_rows(chunk, rows)
+            assert 1 <= together <= min(rows, PREFILL_ROWS)
+            assert together * step <= chunk and step >= CHUNKS[-1]
+
+
+def test_keys_and_values_of_a_batch_fit_twice() -> None:
+    # 28 layers, 4 heads of 128, keys and values, 2 bytes: 57,344 bytes a position.
+    assert batch_positions(SEVEN_B.text_config, 2 * 57_344 * 1000, 2) == 1000
+    assert batch_positions(SEVEN_B.text_config, -5, 2) == 0

@@ -8,6 +8,8 @@ import pytest
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling import Sampling
 
+LOGPROBS = mx.log(mx.full((1, 1000), 1e-3))
+
 
 @pytest.mark.parametrize(
     "wrong",
@@ -37,15 +39,44 @@ def test_no_temperature_is_greedy() -> None:
 
 
 def test_a_seed_repeats_the_draws() -> None:
-    choose = Sampling(temperature=1.0).sampler()
-    logprobs = mx.log(mx.full((1, 1000), 1e-3))
-
-    def draws(seed: int) -> list[int]:
-        mx.random.seed(seed)
-        return [choose(logprobs).item() for _ in range(8)]
+    def draws(seed: int | None) -> list[int]:
+        choose = Sampling(temperature=1.0, seed=seed).sampler()
+        return [choose(LOGPROBS).item() for _ in range(8)]
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
+    assert draws(2**64 - 1) != draws(0)
+    assert draws(None) != draws(None)
+
+
+def test_answers_do_not_disturb_each_others_draws() -> None:
+    alone = Sampling(temperature=1.0, seed=5).sampler()
+    expected = [alone(LOGPROBS).item() for _ in range(8)]
+    first, second = (Sampling(temperature=1.0, seed=seed).sampler() for seed in (5, 6))
+    found = []
+    for _ in range(8):
+        found.append(first(LOGPROBS).item())
+        second(LOGPROBS)
+    assert found == expected
+
+
+def test_filters_leave_only_what_they_allow() -> None:
+    logprobs = mx.log(mx.array([[0.4, 0.3, 0.2, 0.1]]))
+    allowed = {
+        "top_k": (1, {0}),
+        "top_p": (0.65, {0, 1}),
+        "min_p": (0.4, {0, 1, 2}),
+        "temperature": (0.01, {0}),
+    }
+    for name, (value, ids) in allowed.items():
+        options: dict[str, Any] = {"temperature": 1.0, "seed": 0, name: value}
+        choose = Sampling(**options).sampler()
+        assert {choose(logprobs).item() for _ in range(100)} == ids, name
+
+
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
+    choose = Sampling(temperature=1.0, top_k=1000, seed=0).sampler()
+    assert 0 <= choose(LOGPROBS).item() < 1000
 
 
 def test_the_penalty_sees_placeholders_where_virtual_ids_stand() -> None:

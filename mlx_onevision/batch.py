@@ -1,0 +1,208 @@
+"""Several requests at once on the inference thread: mlx-lm's continuous batching, with rows that
+come in as memory allows and that end, fail and are cancelled each for itself.
+
+A lone request does not come here: one sequence decodes faster by itself (:mod:`runner`), and has a
+prefix cache.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+
+from mlx_onevision import memory
+from mlx_onevision.errors import CancelledError
+from mlx_onevision.processor import Inputs
+from mlx_onevision.runner import Counters, Runner
+from mlx_onevision.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import BatchGenerator
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to answer, and how.
+
+    ends_at : given each token as it is generated; True ends the answer with that one.
+    """
+
+    inputs: Inputs
+    sampling: Sampling
+    max_tokens: int
+    ends_at: Callable[[int], bool] = lambda _: False
+
+
+class Listener(Protocol):
+    """Who waits for a row's tokens."""
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def check(self, *_: object) -> None:
+        """Raises CancelledError once the row is not wanted any more."""
+
+    def put(self, item: int | BaseException | None) -> None:
+        """A token; at the end None, or what went wrong."""
+
+
+class Row:
+    """One request of a batch, from the queue to its end."""
+
+    def __init__(self, request: Request, listener: Listener) -> None:
+        self.request = request
+        self.listener = listener
+        self.counters = listener.counters
+        self.longest = len(request.inputs.input_ids) + request.max_tokens
+        """Positions that its keys and values can come to."""
+        self._media = ExitStack()
+        self._since = 0.0
+
+    def begin(self, runner: Runner) -> list[int]:
+        """Its prompt with virtual ids; their rows are in the bank and stay there until :meth:`read`
+        or :meth:`end`.
+        """
+        ids, keys = runner.virtual_ids(self.request.inputs)
+        self._media.enter_context(runner.model.bank.in_use(keys))
+        self.counters.prompt_tokens = len(ids)
+        runner.fill_bank(self.request.inputs, ids, 0, self.counters, self.listener.check)
+        self._since = time.perf_counter()
+        return ids
+
+    def read(self) -> None:
+        """The prompt has been read, so its media are not needed any more."""
+        self._media.close()
+
+    def add(self, token: int) -> None:
+        self.counters.completion_tokens += 1
+        now = time.perf_counter()
+        if self.counters.completion_tokens == 1:
+            self.counters.prefill_seconds, self._since = now - self._since, now
+        else:
+            self.counters.decode_seconds = now - self._since
+        self.listener.put(token)
+
+    def end(self, error: BaseException | None = None) -> None:
+        self._media.close()
+        self.counters.peak_memory = mx.get_peak_memory()
+        self.listener.put(None if isinstance(error, CancelledError) else error)
+
+
+class Batch:
+    """Answers ``rows``, those first in line first.
+
+    Keys and values of a batch are padded to the longest row, so rows are let in while their number
+    times the longest of them stays within ``runner.batch_positions``; one is always let in. No more
+    are in the tower and in prefill at once than ``memory.prefill_rows`` says, so that few media are
+    held beyond what the bank keeps.
+    """
+
+    def __init__(self, runner: Runner, rows: Sequence[Row]) -> None:
+        self._runner = runner
+        self._waiting = deque(rows)
+        self._active: dict[int, Row] = {}
+        self._reading: set[int] = set()  # those of the active ones whose prompt is not read yet
+        chunk = runner.model.budget.chunk
+        self._together, self._step_size = memory.prefill_rows(chunk, len(rows))
+
+    def run(self) -> None:
+        """Until every row has ended. An error that cannot be traced to a row ends those under way
+        with it; those that still wait go on.
+        """
+        mx.reset_peak_memory()
+        while self._waiting:
+            generator = None
+            try:
+                generator = self._generator()
+                while self._waiting or self._active:
+                    self._drop_cancelled(generator)
+                    self._admit(generator)
+                    if self._active:
+                        self._step(generator)
+            except Exception as error:
+                if generator is None:
+                    self._active = dict(enumerate(self._waiting))
+                    self._waiting.clear()
+                for row in self._active.values():
+                    row.end(error)
+                self._active.clear()
+                self._reading.clear()
+            finally:
+                if generator is not None:
+                    generator.close()
+                del generator  # and with it the caches
+                mx.clear_cache()
+
+    def _generator(self) -> "BatchGenerator":
+        from mlx_lm.generate import BatchGenerator
+
+        eos = self._runner.checkpoint.generation_defaults.eos_token_ids
+        return BatchGenerator(
+            self._runner.model,
+            stop_tokens=[[token] for token in eos],
+            completion_batch_size=memory.MOST_ROWS,
+            prefill_batch_size=self._together,
+            prefill_step_size=self._step_size,
+        )
+
+    def _admit(self, generator: "BatchGenerator") -> None:
+        while self._waiting and self._has_room_for(self._waiting[0]):
+            row = self._waiting.popleft()
+            try:
+                row.listener.check()
+                ids = row.begin(self._runner)
+            except Exception as error:  # a row that cannot be encoded, or is not wanted any more
+                row.end(error)
+                continue
+            text, placeholder = (
+                self._runner.model.config.text_config,
+                self._runner.model.config.image_token_index,
+            )
+            sampling = row.request.sampling
+            (uid,) = generator.insert(
+                [ids],
+                max_tokens=[row.request.max_tokens],
+                samplers=[sampling.sampler()],
+                logits_processors=[sampling.logits_processors(text.vocab_size, placeholder)],
+            )
+            self._active[uid] = row
+            self._reading.add(uid)
+
+    def _has_room_for(self, row: Row) -> bool:
+        if not self._active:
+            return True
+        if len(self._reading) >= self._together or len(self._active) >= memory.MOST_ROWS:
+            return False
+        longest = max(other.longest for other in (row, *self._active.values()))
+        return (len(self._active) + 1) * longest <= self._runner.batch_positions
+
+    def _step(self, generator: "BatchGenerator") -> None:
+        """A chunk of the prompts that are being read, and a token of each row whose prompt is."""
+        # Only then are all single ids sampled ones; see OneVision.decoding.
+        decoding = nullcontext() if self._reading else self._runner.model.decoding()
+        with decoding:
+            prompts, answers = generator.next()
+        for prompt in prompts:
+            if prompt.end_of_prompt:
+                self._reading.remove(prompt.uid)
+                self._active[prompt.uid].read()
+        for answer in answers:
+            row = self._active[answer.uid]
+            row.add(answer.token)
+            if answer.finish_reason is not None:
+                del self._active[answer.uid]
+                row.end()
+
+    def _drop_cancelled(self, generator: "BatchGenerator") -> None:
+        for uid, row in list(self._active.items()):
+            try:
+                row.listener.check()
+            except CancelledError as cancelled:
+                generator.remove([uid])
+                del self._active[uid]
+                self._reading.discard(uid)
+                row.end(cancelled)
