@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from mlx_onevision.errors import OneVisionError
     from mlx_onevision.generation import Generation, Stream, Usage
     from mlx_onevision.processor import Inputs
+    from mlx_onevision.vectors import Embeddings
 
 __all__ = [
+    "Embeddings",
     "Generation",
     "Inputs",
     "Model",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Embeddings": "vectors",
     "Generation": "generation",
     "Inputs": "processor",
     "Model": "api",

@@ -6,7 +6,8 @@ Everything that touches an MLX array happens on the inference thread (see :mod:`
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,20 @@ class Engine:
         except RuntimeError as error:
             raise _in_our_words(error) from error
 
+    def embed_tiles(self, tiles: np.ndarray, normalization: np.ndarray) -> "Future[np.ndarray]":
+        """The tower's mean features of tiles (n, S, S, 3), one vector each; float32 (n, width)."""
+        check = _checking(self._worker.closing)
+        return self._worker.submit(
+            lambda runner: _worded(lambda: runner.embed_tiles(tiles, normalization, check))
+        )
+
+    def embed_prompts(self, prompts: Sequence[Inputs]) -> "Future[np.ndarray]":
+        """The last hidden state of each prompt; float32 (n, hidden_size)."""
+        check = _checking(self._worker.closing)
+        return self._worker.submit(
+            lambda runner: _worded(lambda: runner.embed_prompts(prompts, check))
+        )
+
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""
         self._worker.close()
@@ -117,6 +132,23 @@ def _run(
     except BaseException as error:
         end = _in_our_words(error)
     stream.put(end)
+
+
+def _checking(closing: threading.Event) -> Callable[..., None]:
+    """Raises CancelledError once the model is being closed."""
+
+    def check(*_: object) -> None:
+        if closing.is_set():
+            raise CancelledError("the request was cancelled")
+
+    return check
+
+
+def _worded(function: Callable[[], np.ndarray]) -> np.ndarray:
+    try:
+        return function()
+    except RuntimeError as error:
+        raise _in_our_words(error) from error
 
 
 def _in_our_words(error: BaseException) -> BaseException:
