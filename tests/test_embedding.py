@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import write
 from click.testing import CliRunner
+from packing import quantize
 from pictures import smooth
 from PIL import Image
 
@@ -231,6 +232,19 @@ def test_a_model_of_the_hub_is_its_repository_and_commit(tmp_path: Path) -> None
     hub.close()
     assert (embeddings.model, embeddings.revision) == ("llava-hf/llava-onevision", commit)
     assert embeddings.vectors.shape == (0, 64) and len(embeddings) == 0
+
+
+def test_quantization_is_said_and_leaves_an_unpacked_tower_alone(tmp_path: Path) -> None:
+    plain = load(write(tmp_path / "plain", "mlx-vlm"))
+    packed = load(quantize(tmp_path / "plain", tmp_path / "packed", bits=4, group_size=64))
+    one, other = plain.embed([picture(0)]), packed.embed([picture(0)])
+    assert one.quantization is None
+    assert other.quantization == "4 bits in groups of 64 (affine)"
+    np.testing.assert_array_equal(one.vectors, other.vectors)
+    with pytest.raises(RequestError, match="embed both with one model"):
+        one.similarity(other)
+    plain.close()
+    packed.close()
 
 
 def test_spaces_do_not_mix(model: Model) -> None:
