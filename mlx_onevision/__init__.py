@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from mlx_onevision.generation import Generation, Stream, Usage
     from mlx_onevision.options import Options
     from mlx_onevision.processor import Inputs
+    from mlx_onevision.vectors import Embeddings
 
     __version__: str
 
 __all__ = [
+    "Embeddings",
     "Generation",
     "Inputs",
     "Model",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Embeddings": "vectors",
     "Generation": "generation",
     "Inputs": "processor",
     "Model": "api",

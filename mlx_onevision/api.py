@@ -1,7 +1,8 @@
 """The library's face: a model that is loaded once and asked often, from any thread."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -9,14 +10,17 @@ import numpy as np
 
 from mlx_onevision import hub
 from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.embedding import Embedder, Item, Vector
 from mlx_onevision.engine import Engine
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.generation import Generation, Question, Stream, ask, ask_all
+from mlx_onevision.identity import identify
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
 from mlx_onevision.options import Options, rows
 from mlx_onevision.processor import Inputs, Processor, Tiling
 from mlx_onevision.sampling import Sampling
+from mlx_onevision.vectors import Embeddings
 from mlx_onevision.video import VideoSource
 
 Messages = Sequence[Mapping[str, Any]]
@@ -240,6 +244,50 @@ class Model:
     def logits(self, inputs: Inputs) -> np.ndarray:
         """Logits of every position of a prepared prompt, float32 (L, vocab_size)."""
         return self._engine.logits(inputs)
+
+    def embed(
+        self,
+        items: Iterable[Item],
+        space: str = "vision",
+        *,
+        normalize: bool = True,
+        tiling: Tiling = "auto",
+        cache: MutableMapping[str, Vector] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        on_error: Callable[[int, OneVisionError], None] | None = None,
+    ) -> Embeddings:
+        """One vector for each item, float32.
+
+        items : pictures (paths, URLs, bytes, PIL images or uint8 arrays), or typed blocks such as
+            {"type": "text", "text": ...}; in the joint space, a list of pictures is one item.
+        space : ``vision`` is for pictures that look alike, and knows no text. ``joint`` holds text
+            and pictures in one space, and is experimental. See :attr:`Embeddings.note`.
+        normalize : to length 1.
+        tiling : how the joint space sees pictures, as in a conversation; "never" is a tenth of the
+            work for a large one. Vectors of different tilings are not comparable.
+        cache : where vectors are looked up by content and kept; any mapping will do.
+        progress : called with how many items are done, and of how many.
+        on_error : called with the index of an item that cannot be embedded, which is left out then.
+
+        Raises:
+            OneVisionError: for the first item that cannot be embedded, by its number, unless there
+                is ``on_error``.
+        """
+        name, revision = self._identity
+        embedder = Embedder(
+            self._engine,
+            self._processor,
+            space=space,
+            model=name,
+            revision=revision,
+            normalize=normalize,
+            tiling=tiling,
+        )
+        return embedder.embed(items, cache=cache, progress=progress, on_error=on_error)
+
+    @cached_property
+    def _identity(self) -> tuple[str, str]:
+        return identify(self.path)
 
     def close(self) -> None:
         """Cancels what is under way and frees the weights. A forgotten model closes itself."""

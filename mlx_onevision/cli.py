@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from mlx_onevision.embed_command import embed
 from mlx_onevision.errors import OneVisionError, RequestError
 
 if TYPE_CHECKING:
@@ -242,6 +243,10 @@ def report(usage: Usage) -> str:
         f"memory   {usage.peak_memory_bytes / 1e9:.3f} GB at the peak",
     ]
     return "\n".join(rows)
+
+
+debug_option(embed)
+cli.add_command(embed)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ Everything that touches an MLX array happens on the inference thread (see :mod:`
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +139,20 @@ class Engine:
         except RuntimeError as error:
             raise _in_our_words(error) from error
 
+    def embed_tiles(self, tiles: np.ndarray, normalization: np.ndarray) -> "Future[np.ndarray]":
+        """The tower's mean features of tiles (n, S, S, 3), one vector each; float32 (n, width)."""
+        check = _checking(self._worker.closing)
+        return self._worker.submit(
+            lambda runner: _worded(lambda: runner.embed_tiles(tiles, normalization, check))
+        )
+
+    def embed_prompts(self, prompts: Sequence[Inputs]) -> "Future[np.ndarray]":
+        """The last hidden state of each prompt; float32 (n, hidden_size)."""
+        check = _checking(self._worker.closing)
+        return self._worker.submit(
+            lambda runner: _worded(lambda: runner.embed_prompts(prompts, check))
+        )
+
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""
         self._worker.close()
@@ -168,6 +183,23 @@ def _run_batch(runner: Runner, rows: Sequence[tuple[Request, TokenStream]]) -> N
     except BaseException as error:  # nobody may be left waiting
         for _, stream in rows:
             stream.put(error)
+
+
+def _checking(closing: threading.Event) -> Callable[..., None]:
+    """Raises CancelledError once the model is being closed."""
+
+    def check(*_: object) -> None:
+        if closing.is_set():
+            raise CancelledError("the request was cancelled")
+
+    return check
+
+
+def _worded(function: Callable[[], np.ndarray]) -> np.ndarray:
+    try:
+        return function()
+    except RuntimeError as error:
+        raise _in_our_words(error) from error
 
 
 def _in_our_words(error: BaseException) -> BaseException:

@@ -22,6 +22,7 @@ from functools import lru_cache
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
@@ -40,6 +41,7 @@ ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image | NDArray[Any]"
 )
 
+_OPENING = Lock()  # catch_warnings is one for all threads
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses a file as a decompression bomb
 MAX_SIDE = 200_000  # beyond, a picture one pixel high would take gigabytes to resize
 
@@ -194,7 +196,7 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
         _learn_heic(name)
         kinds = ("HEIF",)
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             # Pillow warns from half of the limit on; ours is checked below, before any decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=kinds)

@@ -7,7 +7,7 @@ Text generation is mlx-lm's, unmodified; it is imported here and only when a req
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_onevision import memory
 from mlx_onevision.checkpoint import Checkpoint
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.model import OneVision, pool_frames
+from mlx_onevision.pooling import last_hidden, tower_means
 from mlx_onevision.prefix import PrefixCache
 from mlx_onevision.processor import Inputs, Medium
 from mlx_onevision.sampling import Sampling
@@ -169,6 +170,23 @@ class Runner:
         with self.model.bank.in_use(keys):
             self._encode(inputs, ids, 0, lambda: None)
             return np.array(self.model(mx.array(ids, mx.int32)[None])[0])
+
+    def embed_tiles(
+        self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]
+    ) -> np.ndarray:
+        """See :func:`pooling.tower_means`."""
+        return tower_means(self.model, tiles, normalization, check)
+
+    def embed_prompts(self, prompts: Sequence[Inputs], check: Callable[..., None]) -> np.ndarray:
+        """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
+        rows = []
+        with ExitStack() as in_use:
+            for inputs in prompts:
+                ids, keys = self.virtual_ids(inputs)
+                in_use.enter_context(self.model.bank.in_use(keys))
+                self._encode(inputs, ids, 0, check)
+                rows.append(ids)
+            return last_hidden(self.model, rows, check)
 
     def virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
         """The prompt with every placeholder replaced by its medium's virtual ids, and their

@@ -61,9 +61,13 @@ class Worker(Generic[Owned]):
 
     def call(self, function: Callable[[Owned], Result]) -> Result:
         """Runs ``function`` after the jobs that are queued, and returns or raises what it does."""
+        return self.submit(function).result()
+
+    def submit(self, function: Callable[[Owned], Result]) -> "Future[Result]":
+        """As :meth:`call`, but returns at once; the future has the result or the error."""
         future: Future[Result] = Future()
         self.post(lambda owned: _resolve(future, function, owned))
-        return future.result()
+        return future
 
     def close(self) -> None:
         """Ends the thread after the job under way. Jobs still queued are run, to see

@@ -61,6 +61,26 @@ def test_caption_folder(folder: Path, tmp_path: Path) -> None:
     assert "a.txt" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_similar_pictures(folder: Path, tmp_path: Path) -> None:
+    with Image.open(SHAPES) as shapes:
+        shapes.save(tmp_path / "same.webp", lossless=True)
+        shapes.resize((480, 320)).save(tmp_path / "smaller.jpg")
+    Image.new("RGB", (80, 50), "red").save(tmp_path / "red.png")
+    (tmp_path / "a.txt").write_text("not a picture")
+    done = run("similar_pictures.py", tmp_path, SHAPES, folder)
+    rows = [line.split("  ") for line in done.stdout.splitlines()]
+    assert [Path(name).name for _, name in rows] == ["same.webp", "smaller.jpg", "red.png"]
+    assert rows[0][0] == "1.000" and float(rows[1][0]) > 0.9 > float(rows[2][0])
+    assert "a.txt" in done.stderr and len(done.stderr.splitlines()) == 1
+    # The next search finds what is new; another model's vectors do not mix with these.
+    Image.new("RGB", (80, 50), "blue").save(tmp_path / "blue.png")
+    again = run("similar_pictures.py", tmp_path, tmp_path / "blue.png", folder)
+    assert again.stdout.splitlines()[0] == f"1.000  {tmp_path / 'blue.png'}"
+    arguments = [sys.executable, EXAMPLES / "similar_pictures.py", tmp_path, SHAPES]
+    other = subprocess.run(arguments, capture_output=True, encoding="utf-8", timeout=120)
+    assert other.returncode == 1 and "delete it to begin anew" in other.stderr
+
+
 def test_the_picture_is_the_one_that_its_program_draws(tmp_path: Path) -> None:
     run("draw_shapes.py", tmp_path / "drawn.png")
     with Image.open(SHAPES) as kept, Image.open(tmp_path / "drawn.png") as drawn:

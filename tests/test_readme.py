@@ -54,9 +54,16 @@ def test_its_first_answer_is_the_demo_models() -> None:
 def test_it_names_every_option_and_no_other() -> None:
     command = cli.commands["generate"]
     options = {o for param in command.params for o in (*param.opts, *param.secondary_opts)}
-    table = README.partition("| option |")[2].partition("\n## ")[0]
+    table = README.partition("| option |")[2].partition("\n\n")[0]
     named = {word for cell in re.findall(r"`(--.*?)`", table) for word in cell.split()[:1]}
     assert named == options - {"--help", "-h"}
+
+
+def test_it_names_every_option_of_embed_and_no_other() -> None:
+    options = {option for param in cli.commands["embed"].params for option in param.opts}
+    table = README.partition("| `embed` |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(--[a-z-]+)", table))
+    assert named == {option for option in options if option.startswith("--")}
 
 
 def test_it_names_every_alias() -> None:

@@ -1,0 +1,207 @@
+"""Where a film is cut into scenes, found on small pictures of it, a few a second.
+
+Each thumbnail becomes a histogram of its colours (brightness and two colour differences), one for
+each quarter of the picture, so that a new arrangement of the same colours counts as well. A pixel
+is shared out between neighbouring bins: noise then moves little, whatever bin edge it is near. The
+distance of two thumbnails is the part of their pixels that changed colour, from 0 to 1.
+
+A cut is a step from which the film does not come back: after the flash of a camera it does. A fade
+or a dissolve is one cut, too, in its middle: there, the film has left its colours of a moment ago
+by small steps and come to rest. A pan that is slower than that is no cut.
+
+numpy only. A film of any length passes through; the histograms of its last seconds are kept.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.errors import RequestError
+
+Histogram = NDArray[np.float32]
+Span = tuple[float, float]
+"""Start and end in seconds."""
+
+GRID = 2  # cells a side
+BINS = (5, 7, 7)  # of brightness and of the two colour differences
+FARTHEST = 96.0  # colour differences beyond this share the last bin
+SIDE = 64  # pixels of a thumbnail that are looked at, across and down
+
+# BT.601: brightness, blue and red minus brightness; 0 to 255, and -128 to 127 around grey.
+_COLOURS = np.array(
+    [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32
+)
+_LOWEST = np.array([0.0, -FARTHEST, -FARTHEST], np.float32)
+_SPACING = np.array([255.0, 2 * FARTHEST, 2 * FARTHEST], np.float32) / (np.array(BINS) - 1)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What counts as a cut. Distances are parts of a picture, from 0 to 1; times are seconds."""
+
+    step: float = 0.4
+    """From one thumbnail to the next: at least this is a step, and it takes less to be back."""
+    drift: float = 0.6
+    """Over a fade, from its beginning to its end."""
+    rest: float = 0.5
+    """A change is over once it goes on at no more than this part of its mean, or of a step."""
+    flash: float = 0.5
+    """A picture that is gone after this time was a flash."""
+    fade: float = 2.0
+    """A change that takes longer is no cut."""
+    shortest: float = 1.0
+    """A cut this soon after another one does not count."""
+
+    def __post_init__(self) -> None:
+        for name in ("step", "drift", "rest"):
+            if not 0 < getattr(self, name) <= 1:
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be in 0 to 1")
+        for name in ("flash", "fade", "shortest"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+
+
+def find_cuts(
+    film: Iterable[tuple[float, NDArray[np.uint8]]], detector: Detector = Detector()
+) -> Iterator[float]:
+    """The times at which scenes after the first begin, in seconds, as soon as each is certain.
+
+    film : time in seconds and thumbnail, uint8 RGB (h, w, 3), in order; four a second are enough,
+        and their size does not matter. A cut is given the time of the first thumbnail after it.
+
+    Raises:
+        RequestError: for a time that is not after the one before it, or another kind of array.
+    """
+    scene: deque[tuple[float, Histogram]] = deque()  # what passed for the scene, a fade long
+    away: list[tuple[float, Histogram]] = []  # since a step that may turn out to be a flash
+    last_time, last_cut = -float("inf"), -float("inf")
+    for time, thumbnail in film:
+        if not time > last_time:
+            raise RequestError(f"the thumbnail at {time} s comes after the one at {last_time} s")
+        last_time = time
+        seen = (time, histogram(thumbnail))
+        cut: float | None = None
+        if away:
+            if distance(seen[1], scene[-1][1]) < detector.step:
+                away.clear()
+            else:
+                away.append(seen)
+                if not _has_settled(away, detector):
+                    continue
+                cut = _middle(scene[-1][1], away)
+                scene, away = deque(away), []
+        elif scene and distance(seen[1], scene[-1][1]) >= detector.step:
+            away.append(seen)
+            continue
+        elif scene and _has_faded(seen[1], scene, detector):
+            cut = _middle(scene[0][1], [*scene, seen])
+            scene.clear()
+        if not scene or scene[-1] is not seen:
+            scene.append(seen)
+        while time - scene[0][0] > detector.fade:
+            scene.popleft()
+        if cut is not None and cut - last_cut >= detector.shortest:
+            last_cut = cut
+            yield cut
+
+
+def _has_settled(away: Sequence[tuple[float, Histogram]], detector: Detector) -> bool:
+    """Whether the film is somewhere else for good: neither in a flash nor on its way still."""
+    (_, one), (now, other) = away[-2:]
+    since = now - away[0][0]
+    return since >= detector.flash and (
+        distance(one, other) <= detector.rest * detector.step or since >= detector.fade
+    )
+
+
+def _has_faded(
+    seen: Histogram, scene: Sequence[tuple[float, Histogram]], detector: Detector
+) -> bool:
+    """Whether small steps have led far away, and the last one was smaller still."""
+    drift = distance(seen, scene[0][1])
+    if drift < detector.drift:
+        return False
+    return distance(seen, scene[-1][1]) <= detector.rest * drift / len(scene)
+
+
+def _middle(begin: Histogram, change: Sequence[tuple[float, Histogram]]) -> float:
+    """The time of the first thumbnail that is more like the last one than like ``begin``."""
+    end = change[-1][1]
+    return next(time for time, h in change if distance(h, end) < distance(h, begin))
+
+
+def histogram(thumbnail: NDArray[np.uint8]) -> Histogram:
+    """The colours of each cell of a picture, float32 (cells, bins); each cell's sum is 1.
+
+    Raises:
+        RequestError: for anything but uint8 (h, w, 3).
+    """
+    if thumbnail.dtype != np.uint8 or thumbnail.ndim != 3 or thumbnail.shape[2] != 3:
+        raise RequestError(
+            f"a thumbnail is uint8 (h, w, 3), not {thumbnail.dtype} {thumbnail.shape}"
+        )
+    high, wide = thumbnail.shape[:2]
+    if min(high, wide) < GRID:
+        raise RequestError(f"a thumbnail has at least {GRID}x{GRID} pixels, not {wide}x{high}")
+    pixels = thumbnail[:: ceil(high / SIDE), :: ceil(wide / SIDE)].astype(np.float32)
+    high, wide = pixels.shape[:2]
+    bins = np.array(BINS)
+    place = (pixels.reshape(-1, 3) @ _COLOURS.T - _LOWEST) / _SPACING
+    place = np.clip(place, 0, bins - 1)
+    below = np.minimum(place.astype(np.int64), bins - 2)
+    above = place - below  # each pixel's share in the upper neighbour
+    rows = np.arange(high) * GRID // high
+    cols = np.arange(wide) * GRID // wide
+    cell = (rows[:, None] * GRID + cols).reshape(-1)
+    total = np.zeros(GRID * GRID * int(bins.prod()))
+    for corner in np.ndindex(2, 2, 2):
+        y, b, r = (below + corner).T
+        weights = np.where(np.array(corner, bool), above, 1 - above).prod(axis=1)
+        flat = ((cell * BINS[0] + y) * BINS[1] + b) * BINS[2] + r
+        total += np.bincount(flat, weights, minlength=total.size)
+    cells = total.reshape(GRID * GRID, -1)
+    return (cells / cells.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def distance(one: Histogram, other: Histogram) -> float:
+    """The part of the pixels that changed colour, 0 to 1."""
+    return float(np.abs(one - other).sum() / (2 * len(one)))
+
+
+def scenes(
+    cuts: Iterable[float], start: float, end: float, longest: float | None = None
+) -> list[Span]:
+    """The spans between cuts, from ``start`` to ``end``; those outside are left out.
+
+    longest : seconds; longer spans are divided into equal parts.
+    """
+    _check(start, end)
+    if longest is not None and not longest > 0:
+        raise RequestError(f"the longest scene is {longest} s; it must be more than 0")
+    times = [start, *sorted({cut for cut in cuts if start < cut < end}), end]
+    spans: list[Span] = []
+    for begin, stop in pairwise(times):
+        parts = 1 if longest is None else max(1, ceil((stop - begin) / longest))
+        edges = [begin + (stop - begin) * part / parts for part in range(parts)] + [stop]
+        spans += pairwise(edges)
+    return spans
+
+
+def windows(start: float, end: float, seconds: float) -> list[Span]:
+    """Spans of ``seconds``; a rest shorter than half of that belongs to the last one."""
+    _check(start, end)
+    if not seconds > 0:
+        raise RequestError(f"a window is {seconds} s long; it must be more than 0")
+    count = max(1, int((end - start) / seconds + 0.5))
+    edges = [start + number * seconds for number in range(count)] + [end]
+    return list(pairwise(edges))
+
+
+def _check(start: float, end: float) -> None:
+    if not 0 <= start < end < float("inf"):
+        raise RequestError(f"there is nothing between {start} s and {end} s")

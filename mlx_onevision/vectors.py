@@ -1,0 +1,186 @@
+"""Embeddings as they are kept: vectors, and what has to be known before two of them are compared.
+
+numpy only, so that saved ones can be read where there is no MLX.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.errors import RequestError
+
+Space = Literal["vision", "joint"]
+SPACES: tuple[Space, ...] = ("vision", "joint")
+
+NOTES: dict[Space, str] = {
+    "vision": (
+        "Images and videos only: the tower of LLaVA-OneVision was trained away from SigLIP's "
+        "contrastive space, so these cannot be compared with any text. For duplicates and for "
+        "pictures that look alike; valid within one checkpoint."
+    ),
+    "joint": (
+        "Experimental: hidden states of a model that was not trained for retrieval, under the "
+        "prompts of E5-V. Text, images and videos share the space; valid within one checkpoint."
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """Vectors of one space, and where they come from.
+
+    Those of another space, model, quantization or method are numbers of another meaning: to join
+    or compare them is refused.
+    """
+
+    vectors: NDArray[np.float32]
+    """(n, dim)."""
+    space: Space
+    model: str
+    """A repository's id or a folder's name."""
+    revision: str
+    """The repository's commit, or a hash of the folder's weights."""
+    quantization: str | None
+    """How the checkpoint's weights are packed; None where they are not."""
+    method: str
+    """What was pooled, in words; part of what makes vectors comparable."""
+    normalized: bool
+    """Whether every vector has length 1."""
+    names: tuple[str, ...]
+    """What each vector is of: a path, a URL, a text, or "item 3"."""
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    @property
+    def experimental(self) -> bool:
+        """Whether the space was never trained for what it is used for."""
+        return self.space == "joint"
+
+    @property
+    def note(self) -> str:
+        """What the space is good for, and what not, in a sentence or two."""
+        return NOTES[self.space]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """All that is to be kept with a vector, as plain values."""
+        kept = ("space", "dim", "normalized", "model", "revision", "quantization", "method")
+        return {name: getattr(self, name) for name in kept}
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def similarity(self, other: "Embeddings") -> NDArray[np.float32]:
+        """Cosines, float32 (len(self), len(other)).
+
+        Raises:
+            RequestError: where the two are not of one space, model and method.
+        """
+        self.require_comparable(other)
+        return _unit(self.vectors) @ _unit(other.vectors).T
+
+    def require_comparable(self, other: "Embeddings") -> None:
+        """Raises RequestError where numbers of the two mean different things."""
+        for name, other_way in _MUST_AGREE.items():
+            one, two = getattr(self, name), getattr(other, name)
+            if one != two:
+                if name == "revision":
+                    one, two = (f"{e.model} at {e.revision[:12]}" for e in (self, other))
+                raise RequestError(
+                    f"these embeddings have different {name} ({one} and {two}) and cannot be "
+                    f"compared; {other_way}"
+                )
+
+    @staticmethod
+    def concatenate(parts: Sequence["Embeddings"]) -> "Embeddings":
+        """All vectors of ``parts``, in order.
+
+        Raises:
+            RequestError: where they are not of one space, model and method, or there are none.
+        """
+        if not parts:
+            raise RequestError("there are no embeddings to concatenate")
+        first = parts[0]
+        for part in parts[1:]:
+            first.require_comparable(part)
+            if part.normalized != first.normalized:
+                raise RequestError("some of these embeddings are normalized and some are not")
+        values = {field.name: getattr(first, field.name) for field in fields(first)}
+        values["vectors"] = np.concatenate([part.vectors for part in parts])
+        values["names"] = tuple(name for part in parts for name in part.names)
+        return Embeddings(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            **self.provenance,
+            "names": list(self.names),
+            "vectors": self.vectors.tolist(),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an npz file: ``vectors``, ``names`` and ``provenance`` (JSON text).
+
+        Raises:
+            OSError: where it cannot be written; a file that was there is still whole then.
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    vectors=self.vectors,
+                    names=np.array(self.names, np.str_),
+                    provenance=np.array(json.dumps(self.provenance)),
+                )
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Embeddings":
+        """From a file that :meth:`save` wrote.
+
+        Raises:
+            RequestError: for a file that is no such file.
+            OSError: where it cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                vectors = np.ascontiguousarray(kept["vectors"], np.float32)
+                names = tuple(map(str, kept["names"]))
+                provenance = json.loads(str(kept["provenance"]))
+            if vectors.shape != (len(names), provenance.pop("dim")):
+                raise ValueError("shape")
+            loaded = cls(vectors=vectors, names=names, **provenance)
+            if loaded.space not in SPACES:
+                raise ValueError("space")
+        except OSError:
+            raise
+        except Exception as error:  # a zip, a pickle, another program's arrays: whatever it is
+            raise RequestError(f"{os.fspath(path)} does not hold embeddings") from error
+        return loaded
+
+
+# What must agree, the most telling first, and the way out.
+_MUST_AGREE = {
+    "space": "embed both in one space",
+    "revision": "embed both with one model",
+    "quantization": "embed both with one model",
+    "method": "embed both in the same way",
+    "dim": "embed both with one model",
+}
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
