@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mlx_onevision.processor import Inputs
     from mlx_onevision.vectors import Embeddings
 
+    __version__: str
+
 __all__ = [
     "Embeddings",
     "Generation",

@@ -31,7 +31,7 @@ class Segment:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end < float("inf"):
-            raise RequestError(f"a segment cannot last from {self.start} s to {self.end} s.")
+            raise RequestError(f"a segment cannot last from {self.start} s to {self.end} s")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -100,7 +100,7 @@ class VideoDescription:
         with _Reading("a video's description"):
             if values["version"] != VERSION:
                 raise RequestError(
-                    f"the description has version {values['version']!r}; {VERSION} can be read."
+                    f"the description has version {values['version']!r}; {VERSION} can be read"
                 )
             return cls(
                 source=_string(values["source"]),
@@ -123,7 +123,7 @@ def write(description: VideoDescription, form: str) -> str:
         RequestError: for another form.
     """
     if form not in FORMS:
-        raise RequestError(f"{form!r} is no form of a description; known are {', '.join(FORMS)}.")
+        raise RequestError(f"{form!r} is no form of a description; known are {', '.join(FORMS)}")
     return FORMS[form](description)
 
 
@@ -266,6 +266,6 @@ class _Reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
         if kind is not None and issubclass(kind, KeyError):
-            raise RequestError(f"{self.what} lacks {error}.") from None
+            raise RequestError(f"{self.what} lacks {error}") from None
         if kind is not None and issubclass(kind, TypeError | ValueError | AttributeError):
-            raise RequestError(f"this is not {self.what}: {error}.") from None
+            raise RequestError(f"this is not {self.what}: {error}") from None

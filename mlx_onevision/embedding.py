@@ -72,9 +72,9 @@ class Embedder:
         tiling: str = "auto",
     ) -> None:
         if space not in SPACES:
-            raise RequestError(f"space is {space!r}; it must be {' or '.join(SPACES)}.")
+            raise RequestError(f"space is {space!r}; it must be {' or '.join(SPACES)}")
         if tiling not in ("auto", "always", "never"):
-            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never.")
+            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
         self._engine, self._processor = engine, processor
         self._tiling: Tiling = tiling
         config = engine.config
@@ -109,19 +109,20 @@ class Embedder:
     ) -> Embeddings:
         """The vectors of ``items``, in order; see :meth:`mlx_onevision.api.Model.embed`."""
         if isinstance(items, str | bytes | Mapping | os.PathLike) or hasattr(items, "shape"):
-            raise RequestError(f"items is one {type(items).__name__}; give a list of items.")
+            raise RequestError(f"items is one {type(items).__name__}; give a list of items")
         items = list(items)
         names, vectors = [], []
         done = 0
         for group in self._vectors(items, cache):
-            for number, name, vector in group:
+            for number, name, found in group:
+                vector = self._finished(number, found)
                 if isinstance(vector, OneVisionError):
                     if on_error is None:
                         raise vector
                     on_error(number - 1, vector)
                     continue
                 names.append(name)
-                vectors.append(self._finished(number, vector))
+                vectors.append(vector)
             done += len(group)
             if progress is not None:
                 progress(done, len(items))
@@ -190,11 +191,13 @@ class Embedder:
             for count, end in zip(counts, ends, strict=True)
         ]
 
-    def _finished(self, number: int, vector: Vector) -> Vector:
+    def _finished(self, number: int, vector: Vector | OneVisionError) -> Vector | OneVisionError:
+        if isinstance(vector, OneVisionError):
+            return vector
         length = np.linalg.norm(vector)
         if not np.isfinite(length) or length == 0:
-            raise RequestError(
-                f"item {number}: the model's features are not finite; load it with dtype float32."
+            return OneVisionError(
+                f"item {number}: the model's features are not finite; load it with dtype float32"
             )
         return np.float32(1) / length * vector if self._empty.normalized else vector
 
@@ -218,17 +221,17 @@ class Embedder:
     def _medium(self, item: Item, name: str) -> tuple[str, Medium]:
         if isinstance(item, Medium):
             if item.kind == "image" and item.packing is None:
-                raise RequestError("this medium is a padded image, which has no base view.")
+                raise RequestError("this medium is a padded image, which has no base view")
             return name, item
         blocks = item_blocks(item)
         name = item_name(blocks, name)
         kinds = [block["type"] for block in blocks]
         if "text" in kinds:
-            raise RequestError("the vision space has no place for text; take space='joint'.")
+            raise RequestError("the vision space has no place for text; take space='joint'")
         if len(kinds) != 1:
             raise RequestError(
                 f"the vision space takes one picture or video an item, not {len(kinds)}; "
-                "take space='joint' for several."
+                "take space='joint' for several"
             )
         if kinds == ["video"]:
             (medium,) = self._processor.prepare([{"role": "user", "content": blocks}]).media
@@ -243,7 +246,7 @@ class Embedder:
         kinds = {block["type"] for block in blocks}
         if len(kinds) != 1:
             raise RequestError(
-                f"an item holds {' and '.join(sorted(kinds))}; it must be of one kind."
+                f"an item holds {' and '.join(sorted(kinds))}; it must be of one kind"
             )
         question = PROMPT.format(NOUNS[kinds.pop()])
         if blocks[0]["type"] == "text":

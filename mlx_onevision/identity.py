@@ -36,7 +36,7 @@ def identify(folder: Path) -> tuple[str, str]:
                 digest.update(file.read(SAMPLE))
     except OSError as error:
         raise ModelNotFoundError(
-            f"{folder} cannot be read any more: {error.strerror}; load the model again."
+            f"{folder} cannot be read any more: {error.strerror}; load the model again"
         ) from None
     name = "demo" if folder == EMBEDDED else folder.resolve().name
     return name, digest.hexdigest()

@@ -16,7 +16,7 @@ def item_blocks(item: object) -> list[dict[str, Any]]:
     parts = item if isinstance(item, list | tuple) else [item]
     content = [part if isinstance(part, Mapping) else _block(part) for part in parts]
     if not content:
-        raise RequestError("it is an empty list.")
+        raise RequestError("it is an empty list")
     return normalise_messages(messages=[{"role": "user", "content": content}])[0]["content"]
 
 

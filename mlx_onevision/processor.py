@@ -104,7 +104,7 @@ class Processor:
             if known not in (index, None) or taken not in (token, None):
                 raise ConfigError(
                     f"config.json has id {index} for {token}; the tokenizer has {known} for it and "
-                    f"{taken!r} for {index}."
+                    f"{taken!r} for {index}"
                 )
         self._specials = {**tokenizer.specials, **self._placeholders}
 
@@ -120,7 +120,7 @@ class Processor:
         _check(settings, config)
         images = settings.get("image_processor") or read_json(folder / "preprocessor_config.json")
         if images is not None and not isinstance(images, Mapping):
-            raise ConfigError("processor_config.json has an image_processor that is no object.")
+            raise ConfigError("processor_config.json has an image_processor that is no object")
         return cls(
             config,
             ImageConfig.from_dict(images, config),
@@ -153,10 +153,10 @@ class Processor:
             MediaError: for an image that cannot be read.
         """
         if tiling not in ("auto", "always", "never"):
-            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never.")
+            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
         conversation = normalise_messages(messages=messages, images=images)
         if sources(conversation, "video"):
-            raise RequestError("video is not supported yet; give some of its frames as images.")
+            raise RequestError("video is not supported yet; give some of its frames as images")
         return self._tokenize(conversation, self._images(conversation, tiling))
 
     def _images(self, conversation: Sequence[Message], tiling: Tiling) -> list[Medium]:
@@ -189,7 +189,7 @@ class Processor:
             written = sum(piece.control and piece.text == token for piece in pieces)
             if written != len(media):
                 raise RequestError(
-                    f"the chat template writes {written} {token} for {len(media)} of them."
+                    f"the chat template writes {written} {token} for {len(media)} of them"
                 )
         ids: list[int] = []
         placed: list[Medium] = []
@@ -217,4 +217,4 @@ def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
     for name, value in expected.items():
         found = settings.get(name)
         if found is not None and found != value:
-            raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}.")
+            raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}")

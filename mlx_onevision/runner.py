@@ -7,7 +7,7 @@ Text generation is mlx-lm's, unmodified; it is imported here and only when a req
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,6 @@ class Runner:
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(working_set, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
-        if mx.metal.is_available():
-            mx.set_wired_limit(working_set)
 
     def generate(
         self,
@@ -82,7 +80,7 @@ class Runner:
         mx.reset_peak_memory()
         ids, keys = self._virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with self.model.bank.in_use(keys):
+        with _wired(), self.model.bank.in_use(keys):
             self._fill_bank(inputs, ids, counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
@@ -167,12 +165,13 @@ class Runner:
         self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]
     ) -> np.ndarray:
         """See :func:`pooling.tower_means`."""
-        return tower_means(self.model, tiles, normalization, check)
+        with _wired():
+            return tower_means(self.model, tiles, normalization, check)
 
     def embed_prompts(self, prompts: Sequence[Inputs], check: Callable[..., None]) -> np.ndarray:
         """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
         rows = []
-        with ExitStack() as in_use:
+        with _wired(), ExitStack() as in_use:
             for inputs in prompts:
                 ids, keys = self._virtual_ids(inputs)
                 in_use.enter_context(self.model.bank.in_use(keys))
@@ -223,6 +222,21 @@ class Runner:
         rows = rows.astype(model.dtype)
         mx.eval(rows)
         return rows
+
+
+@contextmanager
+def _wired() -> Iterator[None]:
+    """On a Mac, keeps the memory in use resident while a request runs, and only then."""
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    if limit is None:
+        yield
+        return
+    before = mx.set_wired_limit(int(limit))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
 
 
 def _import_mlx_lm() -> float:

@@ -60,10 +60,10 @@ class Detector:
     def __post_init__(self) -> None:
         for name in ("step", "drift", "rest"):
             if not 0 < getattr(self, name) <= 1:
-                raise RequestError(f"{name} is {getattr(self, name)}; it must be in 0 to 1.")
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be in 0 to 1")
         for name in ("flash", "fade", "shortest"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise RequestError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
 
 def find_cuts(
@@ -82,7 +82,7 @@ def find_cuts(
     last_time, last_cut = -float("inf"), -float("inf")
     for time, thumbnail in film:
         if not time > last_time:
-            raise RequestError(f"the thumbnail at {time} s comes after the one at {last_time} s.")
+            raise RequestError(f"the thumbnail at {time} s comes after the one at {last_time} s")
         last_time = time
         seen = (time, histogram(thumbnail))
         cut: float | None = None
@@ -143,11 +143,11 @@ def histogram(thumbnail: NDArray[np.uint8]) -> Histogram:
     """
     if thumbnail.dtype != np.uint8 or thumbnail.ndim != 3 or thumbnail.shape[2] != 3:
         raise RequestError(
-            f"a thumbnail is uint8 (h, w, 3), not {thumbnail.dtype} {thumbnail.shape}."
+            f"a thumbnail is uint8 (h, w, 3), not {thumbnail.dtype} {thumbnail.shape}"
         )
     high, wide = thumbnail.shape[:2]
     if min(high, wide) < GRID:
-        raise RequestError(f"a thumbnail has at least {GRID}x{GRID} pixels, not {wide}x{high}.")
+        raise RequestError(f"a thumbnail has at least {GRID}x{GRID} pixels, not {wide}x{high}")
     pixels = thumbnail[:: ceil(high / SIDE), :: ceil(wide / SIDE)].astype(np.float32)
     high, wide = pixels.shape[:2]
     bins = np.array(BINS)
@@ -182,7 +182,7 @@ def scenes(
     """
     _check(start, end)
     if longest is not None and not longest > 0:
-        raise RequestError(f"the longest scene is {longest} s; it must be more than 0.")
+        raise RequestError(f"the longest scene is {longest} s; it must be more than 0")
     times = [start, *sorted({cut for cut in cuts if start < cut < end}), end]
     spans: list[Span] = []
     for begin, stop in pairwise(times):
@@ -196,7 +196,7 @@ def windows(start: float, end: float, seconds: float) -> list[Span]:
     """Spans of ``seconds``; a rest shorter than half of that belongs to the last one."""
     _check(start, end)
     if not seconds > 0:
-        raise RequestError(f"a window is {seconds} s long; it must be more than 0.")
+        raise RequestError(f"a window is {seconds} s long; it must be more than 0")
     count = max(1, int((end - start) / seconds + 0.5))
     edges = [start + number * seconds for number in range(count)] + [end]
     return list(pairwise(edges))
@@ -204,4 +204,4 @@ def windows(start: float, end: float, seconds: float) -> list[Span]:
 
 def _check(start: float, end: float) -> None:
     if not 0 <= start < end < float("inf"):
-        raise RequestError(f"there is nothing between {start} s and {end} s.")
+        raise RequestError(f"there is nothing between {start} s and {end} s")

@@ -96,7 +96,7 @@ class Embeddings:
                     one, two = (f"{e.model} at {e.revision[:12]}" for e in (self, other))
                 raise RequestError(
                     f"these embeddings have different {name} ({one} and {two}) and cannot be "
-                    f"compared; {other_way}."
+                    f"compared; {other_way}"
                 )
 
     @staticmethod
@@ -107,12 +107,12 @@ class Embeddings:
             RequestError: where they are not of one space, model and method, or there are none.
         """
         if not parts:
-            raise RequestError("there are no embeddings to concatenate.")
+            raise RequestError("there are no embeddings to concatenate")
         first = parts[0]
         for part in parts[1:]:
             first.require_comparable(part)
             if part.normalized != first.normalized:
-                raise RequestError("some of these embeddings are normalized and some are not.")
+                raise RequestError("some of these embeddings are normalized and some are not")
         values = {field.name: getattr(first, field.name) for field in fields(first)}
         values["vectors"] = np.concatenate([part.vectors for part in parts])
         values["names"] = tuple(name for part in parts for name in part.names)
@@ -167,7 +167,7 @@ class Embeddings:
         except OSError:
             raise
         except Exception as error:  # a zip, a pickle, another program's arrays: whatever it is
-            raise RequestError(f"{os.fspath(path)} does not hold embeddings.") from error
+            raise RequestError(f"{os.fspath(path)} does not hold embeddings") from error
         return loaded
 
 
