@@ -121,21 +121,25 @@ def in_batches(
     from tqdm import tqdm
 
     with tqdm(total=len(items), unit="item", disable=None, delay=0.5, leave=False) as bar:
-
-        def report(_: int, error: OneVisionError) -> None:
-            # "item 3: " counts within a batch; the message itself names the file.
-            line = " ".join(str(error).partition(": ")[2].split()).removesuffix(".")
-            failed.append(line)
-            with bar.external_write_mode(file=sys.stderr):
-                click.echo(f"error: {line}", err=True)
-
         for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
+
+            def report(index: int, error: OneVisionError, batch: Sequence[Any] = batch) -> None:
+                failed.append(sentence(batch[index], error))
+                with bar.external_write_mode(file=sys.stderr):
+                    click.echo(f"error: {failed[-1]}", err=True)
 
             def show(done: int, _: int, start: int = start) -> None:
                 bar.update(start + done - bar.n)
 
-            batch = items[start : start + BATCH]
             yield model.embed(batch, **options, on_error=report, progress=show)
+
+
+def sentence(item: Any, error: OneVisionError) -> str:
+    """What is wrong with which item; the number in the message counts within a batch."""
+    line = " ".join(str(error).partition(": ")[2].split())
+    name = item if isinstance(item, str) else repr(item["text"][:40])
+    return line if name in line else f"{name}: {line}"
 
 
 def print_lines(part: Embeddings) -> None:

@@ -114,14 +114,15 @@ class Embedder:
         names, vectors = [], []
         done = 0
         for group in self._vectors(items, cache):
-            for number, name, vector in group:
+            for number, name, found in group:
+                vector = self._finished(number, found)
                 if isinstance(vector, OneVisionError):
                     if on_error is None:
                         raise vector
                     on_error(number - 1, vector)
                     continue
                 names.append(name)
-                vectors.append(self._finished(number, vector))
+                vectors.append(vector)
             done += len(group)
             if progress is not None:
                 progress(done, len(items))
@@ -190,10 +191,12 @@ class Embedder:
             for count, end in zip(counts, ends, strict=True)
         ]
 
-    def _finished(self, number: int, vector: Vector) -> Vector:
+    def _finished(self, number: int, vector: Vector | OneVisionError) -> Vector | OneVisionError:
+        if isinstance(vector, OneVisionError):
+            return vector
         length = np.linalg.norm(vector)
         if not np.isfinite(length) or length == 0:
-            raise RequestError(
+            return OneVisionError(
                 f"item {number}: the model's features are not finite; load it with dtype float32"
             )
         return np.float32(1) / length * vector if self._empty.normalized else vector

@@ -175,12 +175,13 @@ class Runner:
         self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]
     ) -> np.ndarray:
         """See :func:`pooling.tower_means`."""
-        return tower_means(self.model, tiles, normalization, check)
+        with _wired():
+            return tower_means(self.model, tiles, normalization, check)
 
     def embed_prompts(self, prompts: Sequence[Inputs], check: Callable[..., None]) -> np.ndarray:
         """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
         rows = []
-        with ExitStack() as in_use:
+        with _wired(), ExitStack() as in_use:
             for inputs in prompts:
                 ids, keys = self.virtual_ids(inputs)
                 in_use.enter_context(self.model.bank.in_use(keys))

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import write
+from checkpoints import arrays, write
 from click.testing import CliRunner
 from packing import quantize
 from pictures import smooth
@@ -254,7 +254,7 @@ def test_spaces_do_not_mix(model: Model) -> None:
             mix()
         assert str(refused.value) == (
             "these embeddings have different space (vision and joint) and cannot be compared; "
-            "embed both in one space."
+            "embed both in one space"
         )
     raw = model.embed([picture(0)], normalize=False)
     assert vision.similarity(raw)[0, 0] == pytest.approx(1, abs=1e-6)
@@ -412,6 +412,26 @@ def test_the_command_skips_what_is_broken(folder: Path, files: list[Path], tmp_p
     assert Embeddings.load(tmp_path / "out.npz").names == (str(files[0]), str(files[2]))
     done = embed(files[1], "--model", folder, "--output", tmp_path / "none.npz")
     assert done.exit_code == 1 and not (tmp_path / "none.npz").exists()
+
+
+def test_the_command_names_a_text_that_is_too_long(folder: Path, files: list[Path]) -> None:
+    words = "a b " * 40_000
+    options = ("--model", folder, "--space", "joint", "--tiling", "never", "--jsonl")
+    done = embed(files[0], "--text", words, *options)
+    assert done.exit_code == 1 and len(done.stdout.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {words[:40]!r}: it takes ")
+
+
+def test_features_that_are_not_finite(tmp_path: Path) -> None:
+    weights = arrays()
+    weights["vision_tower.encoder.layers.1.mlp.fc2.bias"][3] = np.inf
+    broken = load(write(tmp_path / "broken", weights=weights))
+    with pytest.raises(OneVisionError, match=r"item 1: .*not finite"):
+        broken.embed([picture(0)])
+    failed = []
+    assert len(broken.embed([picture(0)], on_error=lambda *error: failed.append(error))) == 0
+    assert len(failed) == 1
+    broken.close()
 
 
 @pytest.mark.parametrize(
