@@ -249,7 +249,7 @@ class _Pipe:
         self._process.kill()
         code = self._process.wait()
         why = f"signal {-code}" if code < 0 else f"code {code}"
-        return MediaError(f"cannot read {self._name}: the decoder broke off ({why}).")
+        return MediaError(f"cannot read {self._name}: the decoder broke off ({why})")
 
     def _more(self) -> bool:
         """Waits for more bytes; False at the end."""
@@ -274,7 +274,7 @@ class _Pipe:
         if kind == "request":
             return RequestError(f"{self._name}: {text}")
         cls = TooLargeError if kind == "too_large" else MediaError
-        return cls(f"cannot read {self._name}: {text.rstrip('.')}.")
+        return cls(f"cannot read {self._name}: {text.rstrip('.')}")
 
 
 def _interpreter() -> str:

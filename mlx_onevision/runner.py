@@ -86,7 +86,7 @@ class Runner:
         mx.reset_peak_memory()
         ids, keys = self.virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with wired(), self.model.bank.in_use(keys):
+        with _wired(), self.model.bank.in_use(keys):
             self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
@@ -236,7 +236,7 @@ class Runner:
 
 
 @contextmanager
-def wired() -> Iterator[None]:
+def _wired() -> Iterator[None]:
     """On a Mac, keeps the memory in use resident while a request runs, and only then."""
     limit = mx.device_info().get("max_recommended_working_set_size")
     if limit is None:
