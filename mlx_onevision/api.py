@@ -13,7 +13,7 @@ from mlx_onevision.engine import Engine
 from mlx_onevision.generation import Generation, Stream
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
-from mlx_onevision.processor import Inputs, Processor, Tiling
+from mlx_onevision.processor import Inputs, Order, Processor, Tiling
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.video import VideoSource
 
@@ -70,6 +70,7 @@ class Model:
         start: float | None = None,
         end: float | None = None,
         tiling: Tiling = "auto",
+        order: Order = "template",
     ) -> Generation:
         """Answers one prompt about pictures and videos, or one conversation; see :meth:`stream`."""
         return self.stream(
@@ -91,6 +92,7 @@ class Model:
             start=start,
             end=end,
             tiling=tiling,
+            order=order,
         ).result()
 
     def stream(
@@ -114,6 +116,7 @@ class Model:
         start: float | None = None,
         end: float | None = None,
         tiling: Tiling = "auto",
+        order: Order = "template",
     ) -> Stream:
         """Starts an answer and returns it as a stream of text.
 
@@ -133,6 +136,8 @@ class Model:
             otherwise, or fewer where the context holds fewer.
         tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
             "never" say so for every image.
+        order : "template" puts the media of a message in front of its words, as the reference does;
+            "given" keeps them where they stand between the words.
 
         Raises:
             RequestError: for an empty prompt or a number out of range.
@@ -157,6 +162,7 @@ class Model:
             start=start,
             end=end,
             tiling=tiling,
+            order=order,
             answer=max_tokens,
         )
         return Stream(
@@ -169,17 +175,17 @@ class Model:
             prepare_seconds=time.perf_counter() - started,
         )
 
-    def render(self, messages: Messages) -> str:
+    def render(self, messages: Messages, order: Order = "template") -> str:
         """The prompt text that the chat template makes of a conversation, placeholders
         unexpanded.
         """
-        return self._processor.render(messages)
+        return self._processor.render(messages, order)
 
     def prepare(self, messages: Messages, **options: Any) -> Inputs:
         """Token ids (L,) as the reference makes them, and the pixel tiles of each medium.
 
-        options : ``images``, ``videos``, ``tiling``, ``num_frames``, ``fps``, ``start``, ``end``;
-            see :meth:`processor.Processor.prepare`.
+        options : ``images``, ``videos``, ``tiling``, ``order``, ``num_frames``, ``fps``, ``start``,
+            ``end``; see :meth:`processor.Processor.prepare`.
         """
         return self._processor.prepare(messages, **options)
 
