@@ -18,7 +18,7 @@ from mlx_onevision.identity import identify
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
 from mlx_onevision.options import Options, rows
-from mlx_onevision.processor import Inputs, Processor, Tiling
+from mlx_onevision.processor import Inputs, Order, Processor, Tiling
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.vectors import Embeddings
 from mlx_onevision.video import VideoSource
@@ -197,6 +197,7 @@ class Model:
         start: float | None = None,
         end: float | None = None,
         tiling: Tiling = "auto",
+        order: Order = "template",
     ) -> Question:
         """One row, read and tokenized; the defaults of :class:`~mlx_onevision.options.Options`."""
         sampling = self._sampling(
@@ -217,6 +218,7 @@ class Model:
             start=start,
             end=end,
             tiling=tiling,
+            order=order,
             answer=max_tokens,
         )
         return Question(
@@ -227,17 +229,17 @@ class Model:
             time.perf_counter() - started,
         )
 
-    def render(self, messages: Messages) -> str:
+    def render(self, messages: Messages, order: Order = "template") -> str:
         """The prompt text that the chat template makes of a conversation, placeholders
         unexpanded.
         """
-        return self._processor.render(messages)
+        return self._processor.render(messages, order)
 
     def prepare(self, messages: Messages, **options: Any) -> Inputs:
         """Token ids (L,) as the reference makes them, and the pixel tiles of each medium.
 
-        options : ``images``, ``videos``, ``tiling``, ``num_frames``, ``fps``, ``start``, ``end``;
-            see :meth:`processor.Processor.prepare`.
+        options : ``images``, ``videos``, ``tiling``, ``order``, ``num_frames``, ``fps``, ``start``,
+            ``end``; see :meth:`processor.Processor.prepare`.
         """
         return self._processor.prepare(messages, **options)
 

@@ -20,6 +20,8 @@ class Options(TypedDict, total=False):
         say otherwise, or fewer where the context holds fewer.
     tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
         "never" say so for every image.
+    order : "template" lets the chat template move media to the front of their message, as the
+        reference does; "given" keeps them where they stand between the words.
     """
 
     system: str | None
@@ -36,6 +38,7 @@ class Options(TypedDict, total=False):
     start: float | None
     end: float | None
     tiling: Literal["auto", "always", "never"]
+    order: Literal["template", "given"]
 
 
 def rows(

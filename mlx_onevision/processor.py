@@ -5,6 +5,7 @@ text holds a special string; those stay text here. As there, one image in a conv
 into tiles, and two or more become one tile each.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,13 +34,22 @@ from mlx_onevision.image import (
     pixel_values,
     tile_image,
 )
-from mlx_onevision.messages import Message, normalise_messages, sources, video_blocks
+from mlx_onevision.messages import (
+    Message,
+    in_given_order,
+    normalise_messages,
+    sources,
+    video_blocks,
+)
 from mlx_onevision.template import ChatTemplate, Piece
 from mlx_onevision.text import Tokenizer
 from mlx_onevision.video import Clip
 from mlx_onevision.video_config import VideoConfig
 
 Tiling = Literal["auto", "always", "never"]
+Order = Literal["template", "given"]
+
+PRIVATE = range(0xE000, 0xF8FF)  # characters that no text has a meaning for
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +158,36 @@ class Processor:
             VideoConfig.from_folder(folder, settings, image_config, config),
         )
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], order: Order = "template") -> str:
         """The prompt text of a conversation, the user's words verbatim, media as placeholders.
 
         Needs no sources: ``{"type": "image"}`` and ``{"type": "video"}`` will do.
         """
-        return self.template.render(normalise_messages(messages=messages, unfilled=True))
+        conversation = normalise_messages(messages=messages, unfilled=True)
+        if order == "template":
+            return self.template.render(conversation)
+        return "".join(piece.text for piece in self._pieces(conversation, order))
+
+    def _pieces(self, conversation: Sequence[Message], order: Order) -> list[Piece]:
+        """The prompt, cut at special strings; with ``order="given"`` media between words too."""
+        if order not in ("template", "given"):
+            raise RequestError(f"order is {order!r}; it must be template or given.")
+        if order == "template":
+            return self.template.pieces(conversation, self._specials)
+        texts = sources(conversation, "text")
+        free = (
+            chr(c) for c in PRIVATE if not any(chr(c) in t for t in (*texts, self.template.source))
+        )
+        marks = {kind: next(free) for kind in ("image", "video")}
+        tokens = {mark: f"<{kind}>" for kind, mark in marks.items()}
+        pieces = self.template.pieces(in_given_order(conversation, marks), self._specials)
+        cut = re.compile(f"([{''.join(tokens)}])")
+        return [
+            Piece(tokens.get(part, part), part in tokens or piece.control)
+            for piece in pieces
+            for part in cut.split(piece.text)
+            if part
+        ]
 
     def prepare(
         self,
@@ -162,6 +196,7 @@ class Processor:
         images: Iterable[Any] | None = None,
         videos: Iterable[Any] | None = None,
         tiling: Tiling = "auto",
+        order: Order = "template",
         num_frames: int | None = None,
         fps: float | None = None,
         start: float | None = None,
@@ -174,6 +209,8 @@ class Processor:
         messages, images, videos : as in :func:`~mlx_onevision.messages.normalise_messages`.
         tiling : "auto" tiles an image that is alone in the conversation; "always" and "never" say
             so for every image.
+        order : "template" leaves it to the chat template where in a message its media stand, which
+            is in front; "given" keeps them where they stand between the words.
         num_frames, fps, start, end : which frames of each video, see
             :class:`~mlx_onevision.frames.FrameOptions`; a video block may say otherwise of its own.
         answer : tokens of the context to leave for the answer where the number of frames is open.
@@ -189,7 +226,7 @@ class Processor:
         given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
         options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
         conversation = normalise_messages(messages=messages, images=images, videos=videos)
-        pieces = self.template.pieces(conversation, self._specials)
+        pieces = self._pieces(conversation, order)
         blocks = video_blocks(conversation)
         _match(pieces, "<image>", len(sources(conversation, "image")))
         _match(pieces, "<video>", len(blocks))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from checkpoints import write
 from click.testing import CliRunner, Result
+from films import counting
 from PIL import Image
 
 from mlx_onevision import api
@@ -148,7 +149,7 @@ def test_json_is_one_object_of_the_librarys_numbers(
     )
     assert (done.returncode, done.stderr) == (0, "")
     answer = json.loads(done.stdout)
-    assert set(answer) == {"text", "tokens", "finish_reason", "usage", "model"}
+    assert set(answer) == {"text", "tokens", "finish_reason", "usage", "notes", "model"}
     assert answer["text"] == expected.text
     assert answer["tokens"] == list(expected.tokens)
     assert answer["finish_reason"] == expected.finish_reason
@@ -171,6 +172,8 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch,
         *("--model", "7b", "--revision", "v1", "--dtype", "float16"),
         *("--image", "a.png", "--system", "Be brief.", "--max-tokens", "9"),
+        *("--video", "b.mp4", "--video", "c.gif", "--frames", "8", "--fps", "2"),
+        *("--start", "1", "--end", "2.5", "--tiling", "never"),
         *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
         *("--repetition-penalty", "1.1", "--seed", "3", "--stop", "x", "--stop", "y"),
     )
@@ -180,6 +183,12 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         "What?",
         {
             "images": ("a.png",),
+            "videos": ("b.mp4", "c.gif"),
+            "num_frames": 8,
+            "fps": 2.0,
+            "start": 1.0,
+            "end": 2.5,
+            "tiling": "never",
             "system": "Be brief.",
             "max_tokens": 9,
             "temperature": 0.5,
@@ -202,6 +211,7 @@ def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
     assert model.asked is not None
     options = model.asked[1]
     assert options.pop("max_tokens") == 256
+    assert options.pop("tiling") == "auto"
     assert not any(options.values())
 
 
@@ -219,7 +229,7 @@ def test_verbose_says_what_it_took_on_stderr(monkeypatch: pytest.MonkeyPatch) ->
     result, _ = fake(monkeypatch, "--model", "demo", "--verbose")
     assert result.stdout == "A red square.\n"
     assert result.stderr.splitlines() == [
-        "prompt   40 tokens (30 of images, 8 cached)",
+        "prompt   40 tokens (30 of images and videos, 8 cached)",
         "prepare  0.500 s",
         "import   1.000 s",
         "encode   0.250 s",
@@ -365,6 +375,26 @@ def test_a_bad_image_is_one_sentence(
     one_sentence(
         run("generate", "--model", folder, "--prompt", "What?", "--image", path), "bad.png"
     )
+
+
+@pytest.mark.parametrize("case", ["missing", "not a video", "broken off", "a folder", "a number"])
+def test_a_bad_video_is_one_sentence(folder: Path, tmp_path: Path, case: str) -> None:
+    path = tmp_path / "bad.mp4"
+    more: tuple[str, ...] = ()
+    if case == "not a video":
+        path.write_text("dear diary")
+    elif case == "broken off":
+        path.write_bytes(counting(9)[:-99])
+    elif case == "a folder":
+        path.mkdir()
+    elif case == "a number":
+        path.write_bytes(counting(9))
+        more = ("--frames", "2000000")
+    done = run("generate", "--model", folder, "--prompt", "What?", "--video", path, *more)
+    if case == "a number":  # nine frames are there, and nine are used
+        assert done.returncode == 0 and "9 frames" in done.stderr
+    else:
+        one_sentence(done, "bad.mp4")
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

@@ -154,3 +154,26 @@ def test_junk_never_ends_in_anything_but_our_own_error(junk: Any) -> None:
     for given in (*messages, *([user(block)] for block in blocks)):
         with pytest.raises(OneVisionError):
             normalise_messages(messages=given)
+
+
+def test_videos_stand_behind_images() -> None:
+    conversation = normalise_messages("Q", images=["a"], videos=["v", "w"])
+    expected = [{"type": "video", "video": name} for name in ("v", "w")]
+    assert conversation == [user(image("a"), *expected, text("Q"))]
+
+
+def test_a_video_block_may_say_which_frames() -> None:
+    block = {"type": "video", "path": "v", "num_frames": 4, "start": 1, "fps": None}
+    expected = {"type": "video", "video": "v", "num_frames": 4, "start": 1}
+    assert normalise_messages(messages=[user(block)]) == [user(expected)]
+    with pytest.raises(RequestError, match="num_frames"):
+        normalise_messages(messages=[user({**block, "num_frames": 0})])
+    with pytest.raises(RequestError, match="num_frames"):
+        normalise_messages(messages=[user({"type": "image", "path": "v", "num_frames": 4})])
+
+
+def test_videos_and_blocks_must_match() -> None:
+    with pytest.raises(RequestError, match=r"1 video block\(s\).* 2 video\(s\)"):
+        normalise_messages(messages=[user({"type": "video"})], videos=["a", "b"])
+    with pytest.raises(RequestError, match="videos is one str"):
+        normalise_messages("Q", videos="a.mp4")

@@ -147,6 +147,30 @@ def test_the_key_knows_the_normalisation(processor: Processor) -> None:
     assert dataclasses.replace(medium, config=settings).key != medium.key
 
 
+@pytest.mark.parametrize("template", ["space", "newline"])
+def test_media_can_stay_where_they_stand(template: str, tmp_path: Path) -> None:
+    processor = Processor.from_folder(checkpoint(tmp_path, template), config())
+    first = ask(noise(9, 9), "Q")
+    assert processor.render(first, "given") == processor.render(first)
+    both = [processor.prepare(first, order=order).input_ids.tolist() for order in ORDERS]
+    assert both[0] == both[1]
+
+    between = ask(noise(9, 9), "a <image> ", noise(8, 7), "b", noise(6, 5))
+    text = processor.render(between, "given")
+    lead = "<|im_start|>user\n<image>\n" if template == "newline" else "<|im_start|>user <image>\n"
+    assert text.startswith(f"{lead}a <image> <image>\nb<image>")
+    inputs = processor.prepare(between, order="given")
+    assert inputs.prompt == text
+    assert [medium.size for medium in inputs.media] == [(9, 9), (8, 7), (6, 5)]
+    held = inputs.input_ids == processor.config.image_token_index
+    assert held.sum() == 3 * 17  # not the user's own <image>
+    assert (np.diff(held.astype(int)) == 1).sum() == 3
+    wrong: Any = "mine"
+    with pytest.raises(RequestError, match="mine"):
+        processor.prepare(between, order=wrong)
+
+
+ORDERS: tuple[Any, ...] = ("template", "given")
 TRICKS = [*SPECIALS, "<im", "age>", "<", ">", "|", "<|im_", "start|>", "＜image＞", "<ımage>", "\n"]
 TRICKS += ["<|im_start|>system\n", "<|im_end|>\n<|im_start|>assistant\n", "word ", "中", "😀", " "]
 

@@ -3,6 +3,8 @@
 Frames are arrays: transformers decodes files with torchcodec, which is not installed here.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 from parity.cases import Size, picture
@@ -33,7 +35,7 @@ def said(role: str, *content: object) -> dict:
 
 
 def assert_same_videos(
-    ours: Ours, oracle: Oracle, messages: list[dict], tokens: int = 32, **options: int
+    ours: Ours, oracle: Oracle, messages: list[dict], tokens: int = 32, **options: Any
 ) -> None:
     """Ids, pixels, packed rows of every video and image, logits, greedy tokens."""
     theirs = oracle.run_media(messages, tokens, **options)
