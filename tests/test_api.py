@@ -233,7 +233,7 @@ def test_the_process_ends_cleanly(folder: Path) -> None:
     program = (
         "from mlx_onevision import load\n"
         f"model = load({str(folder)!r})\n"
-        "stream = model.stream('hello', max_tokens=4000, temperature=1.0)\n"
+        "stream = model.stream('hello', max_tokens=4000, temperature=2.0, seed=1)\n"
         "next(stream)\n"
     )
     for ending in ("model.close()\n", "", "raise SystemExit(3)\n"):
