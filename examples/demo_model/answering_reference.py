@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 with contextlib.suppress(ImportError):
-    import tvshim  # noqa: F401  what some machines need in front of torchvision
+    from parity import torchvision_ops  # noqa: F401  with tests on the path: a CUDA wheel on a CPU
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from examples.demo_model.answering import LONGEST, conversation

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 with contextlib.suppress(ImportError):
-    import tvshim  # noqa: F401  what some machines need in front of torchvision
+    from parity import torchvision_ops  # noqa: F401  with tests on the path: a CUDA wheel on a CPU
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from examples.demo_model import layouts, learning, samples
