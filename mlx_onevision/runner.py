@@ -7,6 +7,7 @@ Text generation is mlx-lm's, unmodified; it is imported here and only when a req
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,14 +60,8 @@ class Runner:
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(working_set, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
-        self.batch_positions = memory.batch_positions(
-            self.model.config.text_config,
-            working_set - weights - self.model.bank.capacity - scratch,
-            itemsize,
-        )
-        """How many positions, padding included, the rows of a batch may have together."""
-        if mx.metal.is_available():
-            mx.set_wired_limit(working_set)
+        with _wired(), self.model.bank.in_use(keys):
+            self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
 
     def generate(
         self,
@@ -86,7 +81,7 @@ class Runner:
         mx.reset_peak_memory()
         ids, keys = self.virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with self.model.bank.in_use(keys):
+        with _wired(), self.model.bank.in_use(keys):
             self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
@@ -214,6 +209,21 @@ class Runner:
         rows = rows.astype(model.dtype)
         mx.eval(rows)
         return rows
+
+
+@contextmanager
+def _wired() -> Iterator[None]:
+    """On a Mac, keeps the memory in use resident while a request runs, and only then."""
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    if limit is None:
+        yield
+        return
+    before = mx.set_wired_limit(int(limit))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
 
 
 def _import_mlx_lm() -> float:
