@@ -60,8 +60,12 @@ class Runner:
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(working_set, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
-        with _wired(), self.model.bank.in_use(keys):
-            self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
+        self.batch_positions = memory.batch_positions(
+            self.model.config.text_config,
+            working_set - weights - self.model.bank.capacity - scratch,
+            itemsize,
+        )
+        """How many positions, padding included, the rows of a batch may have together."""
 
     def generate(
         self,
