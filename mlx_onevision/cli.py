@@ -218,6 +218,64 @@ def generate(
         click.echo(report(result.usage), err=True)
 
 
+@cli.command(short_help="Talk with a model.")
+@click.option("--model", metavar="MODEL", help="As for generate. Default: the demo model.")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Shown with the first line.")
+@click.option("--system", metavar="TEXT", help="The system message.")
+@click.option("--max-tokens", default=1024, show_default=True, help="The longest answer.")
+@click.option("--temperature", type=float, help="0 is greedy. Default: the model's own.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total mass.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--verbose", is_flag=True, help="After each answer: what was read, cached, encoded.")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Compute in this type."
+)
+@debug_option
+@click.pass_context
+def chat(
+    ctx: click.Context,
+    model: str | None,
+    images: tuple[str, ...],
+    verbose: bool,
+    revision: str | None,
+    dtype: str | None,
+    **options: Any,
+) -> None:
+    """Talk with a model, about images or about none; /help says how.
+
+    Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends.
+    """
+    if model is None:
+        click.echo(
+            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
+        )
+
+    from mlx_onevision.api import load
+    from mlx_onevision.chat import Conversation, Terminal, line_reader
+
+    def show(piece: str) -> None:
+        click.echo(piece, nl=False)
+
+    def note(line: str) -> None:
+        click.echo(line, err=True)
+
+    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
+    try:
+        talk = Conversation(loaded, **options)
+        for image in images:
+            talk.attach("image", image)
+        read, interactive = line_reader()
+        terminal = Terminal(
+            *(talk, read, show, note, sentence), interactive=interactive, verbose=verbose
+        )
+        failed = terminal.run()
+    finally:
+        loaded.close()
+    if failed and not interactive:
+        ctx.exit(1)
+
+
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or all of stdin for ``-``; RequestError where it is not text."""
     try:

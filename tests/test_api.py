@@ -187,8 +187,9 @@ def test_every_thread_gets_its_own_answer(model: Model) -> None:
 def test_bad_requests_are_refused_by_name(
     model: Model, options: dict[str, Any], named: str
 ) -> None:
+    given: dict[str, Any] = {"prompt": "hello", **options}
     with pytest.raises(RequestError, match=named):
-        model.generate(**{"prompt": "hello", **options})
+        model.generate(**given)
 
 
 def test_a_bad_picture_is_refused_before_the_model_is_asked(model: Model, tmp_path: Path) -> None:
