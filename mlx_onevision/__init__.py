@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mlx_onevision.generation import Generation, Stream, Usage
     from mlx_onevision.processor import Inputs
 
+    __version__: str
+
 __all__ = [
     "Generation",
     "Inputs",

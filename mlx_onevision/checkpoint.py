@@ -59,9 +59,9 @@ def load_checkpoint(folder: Path, dtype: str | None = None) -> Checkpoint:
         RequestError: for a dtype of another name.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}.")
+        raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")
     if not folder.is_dir():
-        raise ModelNotFoundError(f"{folder} is not a folder.")
+        raise ModelNotFoundError(f"{folder} is not a folder")
     values = read_config(folder)
     config = OneVisionConfig.from_dict(values)
     defaults = GenerationDefaults.from_dict(read_json(folder / "generation_config.json"), values)
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     values = read_json(folder / "config.json")
     if values is None:
-        raise CheckpointError(f"{folder} has no config.json, so it is not a model's folder.")
+        raise CheckpointError(f"{folder} has no config.json, so it is not a model's folder")
     return values
 
 
@@ -117,7 +117,7 @@ def _quantize(model: OneVision, config: OneVisionConfig, tensors: Mapping[str, T
         return
     if config.quantization is None:
         raise CheckpointError(
-            f"{short(min(packed))} is quantized, but config.json does not say how."
+            f"{short(min(packed))} is quantized, but config.json does not say how"
         )
     ways = {canonical_name(path): way for path, way in config.quantization.modules.items()}
 
@@ -126,7 +126,7 @@ def _quantize(model: OneVision, config: OneVisionConfig, tensors: Mapping[str, T
             return False
         way = ways.get(path, config.quantization and config.quantization.default)
         if way is None:
-            raise CheckpointError(f"config.json says that {path} is not quantized, but it is.")
+            raise CheckpointError(f"config.json says that {path} is not quantized, but it is")
         _require_divisible(path, module, way)
         return dataclasses.asdict(way)
 
@@ -140,7 +140,7 @@ def _require_divisible(path: str, module: nn.Module, way: ModuleQuantization) ->
     width = module["weight"].shape[-1]
     if width % way.group_size:
         raise CheckpointError(
-            f"{path} is {width} wide, which does not divide into groups of {way.group_size}."
+            f"{path} is {width} wide, which does not divide into groups of {way.group_size}"
         )
 
 
@@ -155,7 +155,7 @@ def _check(model: OneVision, tensors: Mapping[str, Tensor]) -> None:
             parts.append(f"lack {_count(lacking)}")
         if extra:
             parts.append(f"have {_count(extra)} that the model of config.json has no place for")
-        raise CheckpointError(f"The weights {', and '.join(parts)}.")
+        raise CheckpointError(f"The weights {', and '.join(parts)}")
     for name, parameter in wanted.items():
         tensor = tensors[name]
         shape = parameter.shape
@@ -164,13 +164,13 @@ def _check(model: OneVision, tensors: Mapping[str, Tensor]) -> None:
         if tensor.shape != tuple(shape):
             raise CheckpointError(
                 f"{short(tensor.source)} in {tensor.file.name} has the shape {list(tensor.shape)}; "
-                f"config.json asks for {list(shape)}."
+                f"config.json asks for {list(shape)}"
             )
         allowed = [PACKED[parameter.dtype]] if parameter.dtype in PACKED else list(FLOATS)
         if tensor.dtype not in allowed:
             raise CheckpointError(
                 f"{short(tensor.source)} in {tensor.file.name} is {tensor.dtype}; "
-                f"it must be {' or '.join(allowed)}."
+                f"it must be {' or '.join(allowed)}"
             )
 
 
@@ -181,7 +181,7 @@ def _patch_shape(tensor: Tensor, parameter: mx.array) -> tuple[int, ...]:
     out, height, width, channels = parameter.shape
     if height == channels:
         raise CheckpointError(
-            f"{tensor.source}: at a patch size of {height} its axes cannot be told apart."
+            f"{tensor.source}: at a patch size of {height} its axes cannot be told apart"
         )
     last = (out, height, width, channels)
     return last if tensor.shape == last else (out, channels, height, width)
@@ -206,7 +206,7 @@ def _arrays(tensors: Mapping[str, Tensor], cast: str | None) -> list[tuple[str, 
     for name, tensor in tensors.items():
         array: mx.array = loaded[tensor.file][tensor.source]
         if array.shape != tensor.shape:
-            raise CheckpointError(f"{tensor.file.name} changed while it was being opened.")
+            raise CheckpointError(f"{tensor.file.name} changed while it was being opened")
         if name == PATCHES and tensor.shape[1] != tensor.shape[2]:
             array = array.transpose(0, 2, 3, 1)
         if cast is not None and tensor.dtype in FLOATS:

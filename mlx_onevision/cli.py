@@ -167,7 +167,7 @@ def generate(
     """
     if as_json and stream:
         raise click.UsageError(
-            "--json prints one object when the answer is complete; drop --stream."
+            "--json prints one object when the answer is complete; drop --stream"
         )
     question = read_prompt(prompt)
     if model is None:

@@ -79,7 +79,7 @@ def _settled(
         raise ContextOverflowError(
             f"{error.wanted} frames of a video take {video_tokens(error.wanted, space.patches)} "
             f"tokens, but the model's context of {space.limit} has {max(left, 0)} left beside the "
-            f"rest of the prompt; use num_frames or fps for at most {most} frames."
+            f"rest of the prompt; use num_frames or fps for at most {most} frames"
         ) from None
 
 
@@ -96,14 +96,14 @@ def _open(
         raise ContextOverflowError(
             f"one frame of a video takes {video_tokens(1, space.patches)} tokens, but the model's "
             f"context of {space.limit} has {max(left, 0)} left for it; use fewer media or a "
-            "shorter text."
+            "shorter text"
         )
     clip = load_video(source, size, options, default=number, check=check)
     if number == DEFAULT_FRAMES or len(clip.tiles) < number or clip.total == number:
         return clip
     note = (
         f"{number} frames of a video are used instead of {DEFAULT_FRAMES}: more do not fit into "
-        f"the model's context of {space.limit} tokens."
+        f"the model's context of {space.limit} tokens"
     )
     logger.warning("%s", note)
     return replace(clip, notes=(*clip.notes, note))

@@ -93,13 +93,13 @@ class OneVisionConfig:
         if strategy != "full":
             raise ConfigError(
                 f"vision_feature_select_strategy is {strategy!r}; it would drop a patch of every "
-                "tile (SigLIP has no class token), so only 'full' is supported."
+                "tile (SigLIP has no class token), so only 'full' is supported"
             )
         aspect = values.get("vision_aspect_ratio", cls.vision_aspect_ratio)
         number = aspect.removeprefix("anyres_max_") if isinstance(aspect, str) else ""
         if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 1024):
             raise ConfigError(
-                f"vision_aspect_ratio is {aspect!r}; only 'anyres_max_N' is supported."
+                f"vision_aspect_ratio is {aspect!r}; only 'anyres_max_N' is supported"
             )
         config = cls(
             text_config=text,
@@ -120,7 +120,7 @@ class OneVisionConfig:
         for name in ("image_token_index", "video_token_index"):
             if getattr(config, name) >= text.vocab_size:
                 raise ConfigError(
-                    f"{name} {getattr(config, name)} is outside a vocabulary of {text.vocab_size}."
+                    f"{name} {getattr(config, name)} is outside a vocabulary of {text.vocab_size}"
                 )
         return config
 
@@ -155,24 +155,24 @@ class ImageConfig:
             return cls(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
         for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"):
             if values.get(step) is False and step != "do_pad":
-                raise ConfigError(f"{where} switches {step} off, which is not supported.")
+                raise ConfigError(f"{where} switches {step} off, which is not supported")
         if values.get("do_center_crop"):
-            raise ConfigError(f"{where} asks for do_center_crop, which is not supported.")
+            raise ConfigError(f"{where} asks for do_center_crop, which is not supported")
         if values.get("resample", 3) != 3:
             raise ConfigError(
-                f"{where} asks for resample {values['resample']}; only 3 (bicubic) is supported."
+                f"{where} asks for resample {values['resample']}; only 3 (bicubic) is supported"
             )
         given = values.get("size", size)
         edges = list(given.values()) if isinstance(given, Mapping) else [given]
         if any(edge != size for edge in edges):
             raise ConfigError(
-                f"{where} has tiles of {given}, config.json of {size} pixels; they must agree."
+                f"{where} has tiles of {given}, config.json of {size} pixels; they must agree"
             )
         pinpoints = config.image_grid_pinpoints
         if values.get("image_grid_pinpoints") is not None:
             pinpoints = read_pinpoints(values["image_grid_pinpoints"], size, where)
             if pinpoints != config.image_grid_pinpoints:
-                raise ConfigError(f"{where} and config.json list different image_grid_pinpoints.")
+                raise ConfigError(f"{where} and config.json list different image_grid_pinpoints")
         # A file without mean and std gets the reference class's values, which are CLIP's.
         mean = values.get("image_mean") or (0.48145466, 0.4578275, 0.40821073)
         std = values.get("image_std") or (0.26862954, 0.26130258, 0.27577711)
@@ -194,7 +194,7 @@ def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], 
     if given is None:
         given = DEFAULT_PINPOINTS
     if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= 128:
-        raise ConfigError(f"{where}: image_grid_pinpoints is not a list of 1 to 128 pairs.")
+        raise ConfigError(f"{where}: image_grid_pinpoints is not a list of 1 to 128 pairs")
     pairs = []
     for pair in given:
         if (
@@ -205,7 +205,7 @@ def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], 
         ):
             raise ConfigError(
                 f"{where}: image_grid_pinpoints entry {pair!r} is not a (height, width) pair "
-                f"of multiples of {tile}."
+                f"of multiples of {tile}"
             )
         pairs.append((pair[0], pair[1]))
     return tuple(pairs)
@@ -214,7 +214,7 @@ def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], 
 def _section(values: Json, key: str) -> Json | None:
     section = values.get(key)
     if section is not None and not isinstance(section, Mapping):
-        raise ConfigError(f"config.json: {key} is not an object.")
+        raise ConfigError(f"config.json: {key} is not an object")
     return section
 
 
@@ -231,10 +231,10 @@ def _feature_layer(values: Json, layers: int) -> int | tuple[int, ...]:
         if type(layer) is not int or not -layers <= layer <= layers or layer == 0:
             raise ConfigError(
                 f"vision_feature_layer is {given!r}; it must name layers 1 to {layers}, "
-                f"or -1 to -{layers}."
+                f"or -1 to -{layers}"
             )
     if not chosen:
-        raise ConfigError("vision_feature_layer is an empty list.")
+        raise ConfigError("vision_feature_layer is an empty list")
     return tuple(chosen) if isinstance(given, list | tuple) else given
 
 
@@ -245,7 +245,7 @@ def _dtype(values: Json) -> str | None:
                 name = str(section[key]).removeprefix("torch.")
                 if name not in DTYPES:
                     raise ConfigError(
-                        f"config.json: {key} is {name!r}; supported are {', '.join(DTYPES)}."
+                        f"config.json: {key} is {name!r}; supported are {', '.join(DTYPES)}"
                     )
                 return name
     return None
@@ -256,5 +256,5 @@ def _three(given: Any, where: str, *, positive: bool) -> tuple[float, float, flo
     if len(numbers) != 3 or not all(
         isinstance(n, int | float) and math.isfinite(n) and (n > 0 or not positive) for n in numbers
     ):
-        raise ConfigError(f"{where} is {given!r}, not three numbers.")
+        raise ConfigError(f"{where} is {given!r}, not three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])

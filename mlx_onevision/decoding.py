@@ -249,7 +249,7 @@ class _Pipe:
         self._process.kill()
         code = self._process.wait()
         why = f"signal {-code}" if code < 0 else f"code {code}"
-        return MediaError(f"cannot read {self._name}: the decoder broke off ({why}).")
+        return MediaError(f"cannot read {self._name}: the decoder broke off ({why})")
 
     def _more(self) -> bool:
         """Waits for more bytes; False at the end."""
@@ -260,7 +260,7 @@ class _Pipe:
                 if time.monotonic() > self._deadline:
                     raise TooLargeError(
                         f"{self._name} takes more than {self._limits.seconds:g} s to decode; "
-                        "use fewer frames or a shorter part of it."
+                        "use fewer frames or a shorter part of it"
                     )
         self._check()
         data = os.read(self._source, 1 << 20)
@@ -274,7 +274,7 @@ class _Pipe:
         if kind == "request":
             return RequestError(f"{self._name}: {text}")
         cls = TooLargeError if kind == "too_large" else MediaError
-        return cls(f"cannot read {self._name}: {text.rstrip('.')}.")
+        return cls(f"cannot read {self._name}: {text.rstrip('.')}")
 
 
 def _interpreter() -> str:
@@ -293,5 +293,5 @@ def _interpreter() -> str:
                 return str(path)
     raise MediaError(
         f"videos are decoded by a separate {version}, and none was found; "
-        f"set {INTERPRETER} to its path."
+        f"set {INTERPRETER} to its path"
     )

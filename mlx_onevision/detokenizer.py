@@ -45,7 +45,7 @@ class StopStrings:
         stops = [stops] if isinstance(stops, str) else list(stops)
         for stop in stops:
             if not isinstance(stop, str) or not stop:
-                raise RequestError(f"stop string {stop!r} is not a text with characters in it.")
+                raise RequestError(f"stop string {stop!r} is not a text with characters in it")
         self._stops = stops
         self._held = ""
         self.found: str | None = None

@@ -1,6 +1,7 @@
 """What can go wrong, one class per way out.
 
-Every message is a single sentence that names the thing and, after a semicolon, what to do about it.
+Every message is a single sentence that names the thing and, after a semicolon, what to do about it;
+it has no full stop, so that a door can go on after it.
 A door (the command, a server) prints the message and nothing else.
 """
 

@@ -28,7 +28,7 @@ def is_url(text: str) -> bool:
     """Whether ``text`` is an http(s) URL. MediaError for an address of any other kind."""
     address = _ADDRESS.match(text)
     if address and address[1].lower() not in ("http", "https"):
-        raise MediaError(f"cannot read {quoted(text)}: of addresses, only http and https are read.")
+        raise MediaError(f"cannot read {quoted(text)}: of addresses, only http and https are read")
     return address is not None
 
 
@@ -36,11 +36,11 @@ def data_uri(text: str) -> bytes:
     """The bytes of ``data:…;base64,…``."""
     head, _, data = text.partition(",")
     if not head.endswith(";base64"):
-        raise MediaError(f"{quoted(text)} is not a base64 data URI.")
+        raise MediaError(f"{quoted(text)} is not a base64 data URI")
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise MediaError(f"the data URI {quoted(text)} is not valid base64.") from None
+        raise MediaError(f"the data URI {quoted(text)} is not valid base64") from None
 
 
 def bare_base64(text: str) -> bytes | None:
@@ -78,7 +78,7 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
         request.HTTPDefaultErrorHandler,
     ):
         opener.add_handler(handler())
-    too_large = f"{quoted(url)} is larger than {most >> 20:,} MB, the most that is downloaded."
+    too_large = f"{quoted(url)} is larger than {most >> 20:,} MB, the most that is downloaded"
     deadline = monotonic() + DEADLINE
     body = bytearray()
     try:
@@ -97,9 +97,9 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
                 raise ConnectionError(f"it broke off after {len(body):,} of {promised:,} bytes")
     except HTTPError as error:
         error.close()
-        raise MediaError(f"cannot read {quoted(url)}: the server answers {error.code}.") from error
+        raise MediaError(f"cannot read {quoted(url)}: the server answers {error.code}") from error
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        raise MediaError(f"cannot read {quoted(url)}: {text}.") from error
+        raise MediaError(f"cannot read {quoted(url)}: {text}") from error
     return bytes(body)

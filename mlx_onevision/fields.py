@@ -62,7 +62,7 @@ class Reader:
         value = self._get(key, default)
         if type(value) is not int or not least <= value <= most:
             raise ConfigError(
-                f"{self.where}: {key} is {value!r}, not a whole number from {least} to {most}."
+                f"{self.where}: {key} is {value!r}, not a whole number from {least} to {most}"
             )
         return value
 
@@ -75,22 +75,22 @@ class Reader:
     def positive(self, key: str, default: float) -> float:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self.where}: {key} is {value!r}, not a number.")
+            raise ConfigError(f"{self.where}: {key} is {value!r}, not a number")
         if not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"{self.where}: {key} is {value!r}, not a positive number.")
+            raise ConfigError(f"{self.where}: {key} is {value!r}, not a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {key} is {value!r}, not true or false.")
+            raise ConfigError(f"{self.where}: {key} is {value!r}, not true or false")
         return value
 
     def choice(self, key: str, default: str, choices: frozenset[str]) -> str:
         value = self._get(key, default)
         if value not in choices:
             raise ConfigError(
-                f"{self.where}: {key} is {value!r}; supported are {', '.join(sorted(choices))}."
+                f"{self.where}: {key} is {value!r}; supported are {', '.join(sorted(choices))}"
             )
         return value
 
@@ -98,7 +98,7 @@ class Reader:
 def require_type(values: Json, where: str, expected: str) -> None:
     found = values.get("model_type", expected)
     if found != expected:
-        raise ConfigError(f"{where} has model_type {found!r}; only {expected!r} is supported.")
+        raise ConfigError(f"{where} has model_type {found!r}; only {expected!r} is supported")
 
 
 def report_unknown(values: Json, cls: type, where: str, more: Sequence[str] = ()) -> None:

@@ -22,14 +22,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes.")
+            raise CheckpointError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path.name} is not valid JSON.") from None
+        raise CheckpointError(f"{path.name} is not valid JSON") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object.")
+        raise CheckpointError(f"{path.name} is not a JSON object")
     return value

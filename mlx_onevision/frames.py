@@ -42,22 +42,20 @@ class FrameOptions:
     def __post_init__(self) -> None:
         count = self.num_frames
         if count is not None and (type(count) is not int or count < 1):
-            raise RequestError(f"num_frames is {count!r}; it must be a whole number, 1 or more.")
+            raise RequestError(f"num_frames is {count!r}; it must be a whole number, 1 or more")
         for name in ("fps", "start", "end"):
             value = getattr(self, name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise RequestError(f"{name} is {value!r}; it must be a number.")
+                raise RequestError(f"{name} is {value!r}; it must be a number")
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "start"):
                 least = "0 or more" if name == "start" else "more than 0"
-                raise RequestError(f"{name} is {value!r}; it must be {least}.")
+                raise RequestError(f"{name} is {value!r}; it must be {least}")
         if count is not None and self.fps is not None:
-            raise RequestError("give either num_frames or fps, not both.")
+            raise RequestError("give either num_frames or fps, not both")
         if self.start is not None and self.end is not None and self.end <= self.start:
-            raise RequestError(
-                f"end is {self.end:g} s, which is not after start, {self.start:g} s."
-            )
+            raise RequestError(f"end is {self.end:g} s, which is not after start, {self.start:g} s")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -96,7 +94,7 @@ def on_screen(times: Sequence[float], length: float, options: FrameOptions) -> r
     if options.start is not None:
         if options.start >= length:
             raise RequestError(
-                f"start is {options.start:g} s, but the video is {length:.2f} s long."
+                f"start is {options.start:g} s, but the video is {length:.2f} s long"
             )
         first = max(bisect_right(times, options.start + _INSTANT) - 1, 0)
     if options.end is not None:

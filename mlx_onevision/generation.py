@@ -90,7 +90,7 @@ class Stream:
         prepare_seconds: float = 0.0,
     ) -> None:
         if type(max_tokens) is not int or max_tokens < 1:
-            raise RequestError(f"max_tokens must be a whole number, 1 or more, not {max_tokens!r}.")
+            raise RequestError(f"max_tokens must be a whole number, 1 or more, not {max_tokens!r}")
         self._eos = engine.defaults.eos_token_ids
         self._tokens: list[int] = []
         self._pieces: list[str] = []
@@ -118,7 +118,7 @@ class Stream:
         for _ in self._text:
             pass
         if self._result is None:
-            raise RequestError("the answer failed while it was streamed; ask again.")
+            raise RequestError("the answer failed while it was streamed; ask again")
         return self._result
 
     def _run(self) -> Iterator[str]:

@@ -75,9 +75,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             return _parse(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
     except _Invalid as why:
-        raise CheckpointError(f"{path.name} is not a valid safetensors file: {why}.") from None
+        raise CheckpointError(f"{path.name} is not a valid safetensors file: {why}") from None
 
 
 def _parse(file: BinaryIO, size: int) -> dict[str, Entry]:

@@ -79,11 +79,11 @@ def resolve(
     if isinstance(model, str) and folder is None and _is_hub_id(name):
         return _download(name, revision, cache_dir, endpoint)
     if folder is None:
-        raise ModelNotFoundError(f"There is no model '{short(name)}'; a model is {TAKES}.")
+        raise ModelNotFoundError(f"There is no model '{short(name)}'; a model is {TAKES}")
     if not folder.is_dir():
-        raise ModelNotFoundError(f"{short(name)} is a file; a model is the folder that holds it.")
+        raise ModelNotFoundError(f"{short(name)} is a file; a model is the folder that holds it")
     if revision is not None:
-        raise RequestError(f"{short(name)} is a folder and has no revisions; leave it out.")
+        raise RequestError(f"{short(name)} is a folder and has no revisions; leave it out")
     return folder
 
 
@@ -104,7 +104,7 @@ def _download(
     repository: str, revision: str | None, cache_dir: Path | None, endpoint: str | None
 ) -> Path:
     if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
-        raise RequestError(f"'{short(revision)}' is not a branch, tag or commit.")
+        raise RequestError(f"'{short(revision)}' is not a branch, tag or commit")
     import httpx2
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -124,26 +124,26 @@ def _download(
     except errors.GatedRepoError:
         raise ModelNotFoundError(
             f"{repository} is gated: accept its terms on https://{host}/{repository}, "
-            "then sign in with 'hf auth login'."
+            "then sign in with 'hf auth login'"
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelNotFoundError(
             f"{repository} is neither a folder nor a model on {host}; check the name, or sign in "
-            "with 'hf auth login' if it is private."
+            "with 'hf auth login' if it is private"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ModelNotFoundError(f"{repository} has no revision '{revision}'.") from None
+        raise ModelNotFoundError(f"{repository} has no revision '{revision}'") from None
     except errors.LocalEntryNotFoundError as error:
         raise ModelNotFoundError(_unreached(named, host, error)) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         raise ModelNotFoundError(
-            f"{host} answered {status} when asked for {named}; try again later."
+            f"{host} answered {status} when asked for {named}; try again later"
         ) from None
     except httpx2.HTTPError as error:
         raise ModelNotFoundError(
             f"The download of {named} broke off ({type(error).__name__}); run it again, files that "
-            "are complete are kept."
+            "are complete are kept"
         ) from None
     except Exception as error:  # the client's own, a full disk, a proxy: whatever it is
         raise ModelNotFoundError(f"{named} could not be downloaded: {_first(error)}") from error
@@ -190,16 +190,16 @@ def _unreached(named: str, host: str, error: Exception) -> str:
     if "incomplete" in str(error):
         state = "is only partly in the cache"
     if constants.HF_HUB_OFFLINE:
-        return f"{named} {state}, and HF_HUB_OFFLINE is set; unset it once to download the model."
+        return f"{named} {state}, and HF_HUB_OFFLINE is set; unset it once to download the model"
     cause = error.__cause__
     if isinstance(cause, errors.HfHubHTTPError):
         problem = f"{host} answered {cause.response.status_code}; try again later"
     else:
         problem = f"{host} cannot be reached; connect to the network"
-    return f"{named} {state}, and {problem}, or pass the folder of a model."
+    return f"{named} {state}, and {problem}, or pass the folder of a model"
 
 
 def _first(error: Exception) -> str:
     """The first line of a message, as one sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".") + "."
+    return lines[0][:200].rstrip(".")

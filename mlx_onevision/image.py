@@ -140,12 +140,12 @@ def _size(image: Pixels) -> tuple[int, int]:
 
 def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
     if min(high, wide) < 1:
-        raise MediaError(f"{name} has no pixels ({wide}x{high}).")
+        raise MediaError(f"{name} has no pixels ({wide}x{high})")
     if high * wide > max_pixels:
         millions = f"{high * wide / 1e6:,.0f} megapixels ({wide}x{high})"
-        raise TooLargeError(f"{name} has {millions}; at most {max_pixels / 1e6:,.0f} are read.")
+        raise TooLargeError(f"{name} has {millions}; at most {max_pixels / 1e6:,.0f} are read")
     if max(high, wide) > MAX_SIDE:
-        raise TooLargeError(f"{name} is {wide}x{high} pixels; a side has at most {MAX_SIDE:,}.")
+        raise TooLargeError(f"{name} is {wide}x{high} pixels; a side has at most {MAX_SIDE:,}")
 
 
 def _from_text(text: str, max_pixels: int) -> Pixels:
@@ -159,7 +159,7 @@ def _from_text(text: str, max_pixels: int) -> Pixels:
         name = f"{quoted(text)} (read as base64, for there is no such file)"
         return _from_bytes(data, name, max_pixels)
     if not text or "\0" in text:
-        raise MediaError(f"{quoted(text)} is not the path of an image.")
+        raise MediaError(f"{quoted(text)} is not the path of an image")
     return _from_path(Path(text), max_pixels)
 
 
@@ -168,13 +168,13 @@ def _from_path(path: Path, max_pixels: int) -> Pixels:
     name = quoted(str(path))
     try:
         if path.is_dir():
-            raise MediaError(f"{name} is a folder, not an image.")
+            raise MediaError(f"{name} is a folder, not an image")
         if not path.exists():
-            raise MediaError(f"{name} does not exist; give the path of an image.")
+            raise MediaError(f"{name} does not exist; give the path of an image")
         with path.open("rb") as file:
             return _from_file(file, name, max_pixels)
     except (OSError, ValueError, RuntimeError) as error:
-        raise MediaError(f"cannot read {name}: {_reason(error)}.") from error
+        raise MediaError(f"cannot read {name}: {_reason(error)}") from error
 
 
 def _from_bytes(data: bytes, name: str, max_pixels: int) -> Pixels:
@@ -188,7 +188,7 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     head = file.read(16)
     file.seek(0)
     if not head:
-        raise MediaError(f"{name} is empty (0 bytes).")
+        raise MediaError(f"{name} is empty (0 bytes)")
     kinds = _KINDS
     if _HEIC.match(head):
         _learn_heic(name)
@@ -199,13 +199,13 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=kinds)
     except Image.DecompressionBombError as error:
-        raise TooLargeError(f"{name} has too many pixels: {_reason(error)}.") from error
+        raise TooLargeError(f"{name} has too many pixels: {_reason(error)}") from error
     except (UnidentifiedImageError, KeyError) as error:  # KeyError: Pillow built without a kind
-        raise MediaError(f"{name} is not an image of a kind that can be read.") from error
+        raise MediaError(f"{name} is not an image of a kind that can be read") from error
     except (MemoryError, RecursionError):
         raise
     except Exception as error:  # a plugin's parser can fail in any way on a broken file
-        raise MediaError(f"cannot read {name}: {_reason(error)}.") from error
+        raise MediaError(f"cannot read {name}: {_reason(error)}") from error
     with image:
         _check_size(name, image.height, image.width, max_pixels)
         try:
@@ -218,9 +218,9 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
         except (MemoryError, RecursionError):
             raise
         except Image.DecompressionBombError as error:
-            raise TooLargeError(f"{name} has too many pixels: {_reason(error)}.") from error
+            raise TooLargeError(f"{name} has too many pixels: {_reason(error)}") from error
         except Exception as error:
-            raise MediaError(f"{name} is damaged: {_reason(error)}.") from error
+            raise MediaError(f"{name} is damaged: {_reason(error)}") from error
 
 
 def _learn_heic(name: str) -> None:
@@ -228,7 +228,7 @@ def _learn_heic(name: str) -> None:
         heif = import_module("pillow_heif")
     except ImportError:
         raise MediaError(
-            f"{name} is a HEIC image, which needs pillow-heif; pip install 'mlx-onevision[heic]'."
+            f"{name} is a HEIC image, which needs pillow-heif; pip install 'mlx-onevision[heic]'"
         ) from None
     heif.register_heif_opener()
 
@@ -247,7 +247,7 @@ def _from_object(image: Image, max_pixels: int) -> Pixels:
     except (MemoryError, RecursionError):
         raise
     except Exception as error:  # its file may be read only now, and be damaged
-        raise MediaError(f"cannot read {name}: {_reason(error)}.") from error
+        raise MediaError(f"cannot read {name}: {_reason(error)}") from error
 
 
 def _from_array(source: object, max_pixels: int) -> Pixels:
@@ -258,19 +258,19 @@ def _from_array(source: object, max_pixels: int) -> Pixels:
         array = np.array(None)
     if array.ndim == 0 or array.dtype.kind not in "biuf":
         kind = type(source).__name__
-        raise MediaError(f"a {kind} is not an image; give a path, URL, bytes, PIL image or array.")
+        raise MediaError(f"a {kind} is not an image; give a path, URL, bytes, PIL image or array")
     name = f"the array of shape {array.shape}"
     if array.ndim == 2:
-        raise MediaError(f"{name} has no channel axis; give array[:, :, None] for a grey image.")
+        raise MediaError(f"{name} has no channel axis; give array[:, :, None] for a grey image")
     if array.ndim != 3:
-        raise MediaError(f"{name} is not one image; an image has three axes.")
+        raise MediaError(f"{name} is not one image; an image has three axes")
     if array.dtype != np.uint8:
         way = "multiply 0..1 by 255 and " if array.dtype.kind == "f" else ""
-        raise MediaError(f"{name} holds {array.dtype}, not uint8; {way}use astype('uint8').")
+        raise MediaError(f"{name} holds {array.dtype}, not uint8; {way}use astype('uint8')")
     if array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     elif array.shape[2] not in (1, 3, 4):
-        raise MediaError(f"{name} has no axis of 1, 3 or 4 channels, first or last.")
+        raise MediaError(f"{name} has no axis of 1, 3 or 4 channels, first or last")
     _check_size(name, array.shape[0], array.shape[1], max_pixels)
     if array.shape[2] == 1:
         return np.repeat(array, 3, axis=2)

@@ -75,15 +75,13 @@ def to_hub(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key, allowed in REQUIRED.items():
         if key in values and values[key] not in allowed:
-            raise ConfigError(
-                f"config.json: {key} is {values[key]!r}; supported is {allowed[0]!r}."
-            )
+            raise ConfigError(f"config.json: {key} is {values[key]!r}; supported is {allowed[0]!r}")
     vision = values.get("vision_config")
     if vision is None:
         name = str(values.get("mm_vision_tower"))
         if name not in TOWERS:
             raise ConfigError(
-                f"config.json: mm_vision_tower is {name!r}; supported is {', '.join(TOWERS)}."
+                f"config.json: mm_vision_tower is {name!r}; supported is {', '.join(TOWERS)}"
             )
         vision = {"model_type": "siglip_vision_model", **TOWERS[name]}
     size = vision.get("image_size", 384)
@@ -112,7 +110,7 @@ def _pinpoints(given: Any, size: int) -> Any:
         )
     except ValueError:
         raise ConfigError(
-            f"config.json: image_grid_pinpoints is {given!r}; expected pairs or '(1x1),...,(6x6)'."
+            f"config.json: image_grid_pinpoints is {given!r}; expected pairs or '(1x1),...,(6x6)'"
         ) from None
     return [
         [size * h, size * w]

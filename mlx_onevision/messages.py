@@ -48,27 +48,27 @@ def normalise_messages(
         MediaError: for base64 that is none.
     """
     if (prompt is None) == (messages is None):
-        raise RequestError("give either a prompt or messages.")
+        raise RequestError("give either a prompt or messages")
     if messages is None:
         if not isinstance(prompt, str):
-            raise RequestError(f"the prompt is a {type(prompt).__name__}; it must be a string.")
+            raise RequestError(f"the prompt is a {type(prompt).__name__}; it must be a string")
         if not prompt.strip():
-            raise RequestError("the prompt is empty; ask something.")
+            raise RequestError("the prompt is empty; ask something")
         messages = [{"role": "user", "content": prompt}]
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(
-            f"messages is a {type(messages).__name__}; it must be a list of role and content."
+            f"messages is a {type(messages).__name__}; it must be a list of role and content"
         )
     conversation = [_message(message, n) for n, message in enumerate(messages, 1)]
     if system is not None:
         if conversation and conversation[0]["role"] == "system":
-            raise RequestError("there are two system messages: in messages, and beside them.")
+            raise RequestError("there are two system messages: in messages, and beside them")
         conversation.insert(0, {"role": "system", "content": [_text(system, "system")]})
     for kind, given in (("video", videos), ("image", images)):
         if given is not None or not unfilled:
             _place(conversation, kind, _listed(given, kind))
     if not any(_says_something(block) for message in conversation for block in message["content"]):
-        raise RequestError("the conversation is empty; ask something.")
+        raise RequestError("the conversation is empty; ask something")
     return conversation
 
 
@@ -110,28 +110,28 @@ def sources(messages: Sequence[Message], kind: str) -> list[Any]:
 def _message(message: Any, number: int) -> Message:
     where = f"message {number}"
     if not isinstance(message, Mapping):
-        raise RequestError(f"{where} is a {type(message).__name__}; it must have role and content.")
+        raise RequestError(f"{where} is a {type(message).__name__}; it must have role and content")
     given = {key: value for key, value in message.items() if value is not None}
     for key in ("role", "content"):
         if key not in given:
-            raise RequestError(f"{where} has no {key}.")
+            raise RequestError(f"{where} has no {key}")
     unknown = sorted(map(str, given.keys() - {"role", "content"}))
     if unknown:
-        raise RequestError(f"{where} has {unknown[0]!r}, which is not supported.")
+        raise RequestError(f"{where} has {unknown[0]!r}, which is not supported")
     role, content = given["role"], given["content"]
     if role not in ROLES:
-        raise RequestError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}.")
+        raise RequestError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
     if isinstance(content, str):
         return {"role": role, "content": [_text(content, where)] if content else []}
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise RequestError(f"the content of {where} is neither a string nor a list of blocks.")
+        raise RequestError(f"the content of {where} is neither a string nor a list of blocks")
     return {"role": role, "content": [_block(block, where) for block in content]}
 
 
 def _block(block: Any, where: str) -> dict[str, Any]:
     kind = block.get("type") if isinstance(block, Mapping) else None
     if not isinstance(block, Mapping) or not isinstance(kind, str):
-        raise RequestError(f"{where} has a block that is not an object with a type.")
+        raise RequestError(f"{where} has a block that is not an object with a type")
     given = {key: value for key, value in block.items() if value is not None and key != "type"}
     if kind == "text":
         _only(given, ("text",), kind, where)
@@ -140,12 +140,12 @@ def _block(block: Any, where: str) -> dict[str, Any]:
         address = given.get("image_url")
         address = address.get("url") if isinstance(address, Mapping) else address
         if not isinstance(address, str) or not address:
-            raise RequestError(f"{where} has an image_url block without a url.")
+            raise RequestError(f"{where} has an image_url block without a url")
         return {"type": "image", "image": address}
     keys = {"image": IMAGE_KEYS, "video": VIDEO_KEYS}.get(kind)
     if keys is None:
         raise RequestError(
-            f"{where} has a block of type {kind!r}; known are text, image, image_url and video."
+            f"{where} has a block of type {kind!r}; known are text, image, image_url and video"
         )
     options = FrameOptions.names() if kind == "video" else ()
     _only(given, (*keys, *options), kind, where)
@@ -153,7 +153,7 @@ def _block(block: Any, where: str) -> dict[str, Any]:
     FrameOptions(**chosen)  # refused here rather than after some decoding
     if len(given) > 1:
         named = " and ".join(key for key in keys if key in given)
-        raise RequestError(f"{where} has one {kind} block with two sources: {named}.")
+        raise RequestError(f"{where} has one {kind} block with two sources: {named}")
 
     if not given:
         return {"type": kind, **chosen}
@@ -164,30 +164,30 @@ def _block(block: Any, where: str) -> dict[str, Any]:
 def _only(given: Mapping[str, Any], known: Sequence[str], kind: str, where: str) -> None:
     unknown = sorted(map(str, given.keys() - set(known)))
     if unknown:
-        raise RequestError(f"{where} has {unknown[0]!r} in a {kind} block, which is not supported.")
+        raise RequestError(f"{where} has {unknown[0]!r} in a {kind} block, which is not supported")
 
 
 def _text(text: Any, where: str) -> dict[str, Any]:
     if not isinstance(text, str):
-        raise RequestError(f"{where} has a text that is a {type(text).__name__}, not a string.")
+        raise RequestError(f"{where} has a text that is a {type(text).__name__}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{where} holds half of a surrogate pair, which is no text.") from None
+        raise RequestError(f"{where} holds half of a surrogate pair, which is no text") from None
     return {"type": "text", "text": str(text)}
 
 
 def _decoded(data: Any, where: str) -> Any:
     """The bytes of base64 text, with or without a ``data:`` address around it."""
     if not isinstance(data, str | bytes):
-        raise RequestError(f"{where} has base64 that is a {type(data).__name__}, not a string.")
+        raise RequestError(f"{where} has base64 that is a {type(data).__name__}, not a string")
     text = data if isinstance(data, bytes) else data.encode(errors="replace")
     if text[:5].lower() == b"data:":
         text = text.partition(b",")[2]
     try:
         return base64.b64decode(b"".join(text.split()), validate=True)
     except binascii.Error as error:
-        raise MediaError(f"{where} has base64 that cannot be decoded ({error}).") from None
+        raise MediaError(f"{where} has base64 that cannot be decoded ({error})") from None
 
 
 def _listed(media: Iterable[Any] | None, kind: str) -> list[Any]:
@@ -196,7 +196,7 @@ def _listed(media: Iterable[Any] | None, kind: str) -> list[Any]:
         return []
     one = isinstance(media, str | bytes | PathLike) or hasattr(media, "shape")
     if one or not isinstance(media, Iterable):
-        raise RequestError(f"{kind}s is one {type(media).__name__}; give a list of {kind}s.")
+        raise RequestError(f"{kind}s is one {type(media).__name__}; give a list of {kind}s")
     return list(media)
 
 
@@ -211,13 +211,13 @@ def _place(conversation: list[Message], kind: str, media: list[Any]) -> None:
     if media and not waiting:
         turn = next((m for m in conversation if m["role"] == "user"), None)
         if turn is None:
-            raise RequestError(f"{kind}s need a user message to stand in.")
+            raise RequestError(f"{kind}s need a user message to stand in")
         turn["content"][:0] = [{"type": kind, kind: source} for source in media]
         return
     if len(waiting) != len(media):
         raise RequestError(
             f"the messages hold {len(waiting)} {kind} block(s) without a source, "
-            f"but {len(media)} {kind}(s) came with them."
+            f"but {len(media)} {kind}(s) came with them"
         )
     for block, source in zip(waiting, media, strict=True):
         block[kind] = source

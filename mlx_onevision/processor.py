@@ -132,7 +132,7 @@ class Processor:
             if known not in (index, None) or taken not in (token, None):
                 raise ConfigError(
                     f"config.json has id {index} for {token}; the tokenizer has {known} for it and "
-                    f"{taken!r} for {index}."
+                    f"{taken!r} for {index}"
                 )
         self._specials = {**tokenizer.specials, **self._placeholders}
 
@@ -148,7 +148,7 @@ class Processor:
         _check(settings, config)
         images = settings.get("image_processor") or read_json(folder / "preprocessor_config.json")
         if images is not None and not isinstance(images, Mapping):
-            raise ConfigError("processor_config.json has an image_processor that is no object.")
+            raise ConfigError("processor_config.json has an image_processor that is no object")
         image_config = ImageConfig.from_dict(images, config)
         return cls(
             config,
@@ -171,7 +171,7 @@ class Processor:
     def _pieces(self, conversation: Sequence[Message], order: Order) -> list[Piece]:
         """The prompt, cut at special strings; with ``order="given"`` media between words too."""
         if order not in ("template", "given"):
-            raise RequestError(f"order is {order!r}; it must be template or given.")
+            raise RequestError(f"order is {order!r}; it must be template or given")
         if order == "template":
             return self.template.pieces(conversation, self._specials)
         texts = sources(conversation, "text")
@@ -222,7 +222,7 @@ class Processor:
             ContextOverflowError: for more frames than the context has room for.
         """
         if tiling not in ("auto", "always", "never"):
-            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never.")
+            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
         given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
         options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
         conversation = normalise_messages(messages=messages, images=images, videos=videos)
@@ -295,7 +295,7 @@ class Processor:
 def _match(pieces: Sequence[Piece], token: str, given: int) -> None:
     written = sum(piece.control and piece.text == token for piece in pieces)
     if written != given:
-        raise RequestError(f"the chat template writes {written} {token} for {given} of them.")
+        raise RequestError(f"the chat template writes {written} {token} for {given} of them")
 
 
 def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
@@ -310,4 +310,4 @@ def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
     for name, value in expected.items():
         found = settings.get(name)
         if found is not None and found != value:
-            raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}.")
+            raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}")

@@ -52,37 +52,37 @@ class RopeConfig:
         """
         given = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(given, Mapping):
-            raise ConfigError(f"text_config's rope settings are {given!r}, not an object.")
+            raise ConfigError(f"text_config's rope settings are {given!r}, not an object")
         rope = {"rope_type": given.get("type", "default"), **given}
         rope.pop("type", None)
         kind = rope.pop("rope_type")
         if kind not in ROPE_PARAMETERS:
             raise ConfigError(
                 f"text_config asks for rope_type {kind!r}; "
-                f"supported are {', '.join(ROPE_PARAMETERS)}."
+                f"supported are {', '.join(ROPE_PARAMETERS)}"
             )
         theta = Reader(
             {"rope_theta": rope.pop("rope_theta", text.get("rope_theta"))}, "text_config"
         )
         if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("text_config asks for partial_rotary_factor, which is not supported.")
+            raise ConfigError("text_config asks for partial_rotary_factor, which is not supported")
         known = ROPE_PARAMETERS[kind]
         parameters: dict[str, float | bool] = {}
         for key, value in rope.items():
             if value is None:
                 continue
             if not isinstance(value, bool | int | float) or not math.isfinite(value):
-                raise ConfigError(f"text_config's rope setting {key} is {value!r}, not a number.")
+                raise ConfigError(f"text_config's rope setting {key} is {value!r}, not a number")
             if key in known:
                 parameters[key] = value
             elif kind != "default":
-                raise ConfigError(f"text_config's rope setting {key} is not known for {kind!r}.")
+                raise ConfigError(f"text_config's rope setting {key} is not known for {kind!r}")
         if "factor" in known and parameters.get("factor", 0) <= 0:
-            raise ConfigError(f"rope_type {kind!r} needs a positive factor in text_config.")
+            raise ConfigError(f"rope_type {kind!r} needs a positive factor in text_config")
         if kind == "llama3":
             for key in ("low_freq_factor", "high_freq_factor"):
                 if parameters.get(key, 0) <= 0:
-                    raise ConfigError(f"rope_type 'llama3' needs a positive {key} in text_config.")
+                    raise ConfigError(f"rope_type 'llama3' needs a positive {key} in text_config")
         return cls(theta.positive("rope_theta", cls.rope_theta), kind, parameters)
 
     def frequencies(self, dims: int, max_position: int) -> tuple[np.ndarray, float]:

@@ -7,6 +7,7 @@ Text generation is mlx-lm's, unmodified; it is imported here and only when a req
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,6 @@ class Runner:
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(working_set, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
-        if mx.metal.is_available():
-            mx.set_wired_limit(working_set)
 
     def generate(
         self,
@@ -80,7 +79,7 @@ class Runner:
         mx.reset_peak_memory()
         ids, keys = self._virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with self.model.bank.in_use(keys):
+        with _wired(), self.model.bank.in_use(keys):
             self._fill_bank(inputs, ids, counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
@@ -209,6 +208,21 @@ class Runner:
 
 def _whole(group: mx.array) -> mx.array:
     return group
+
+
+@contextmanager
+def _wired() -> Iterator[None]:
+    """On a Mac, keeps the memory in use resident while a request runs, and only then."""
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    if limit is None:
+        yield
+        return
+    before = mx.set_wired_limit(int(limit))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
 
 
 def _import_mlx_lm() -> float:

@@ -37,10 +37,10 @@ class Sampling:
             "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty, "above 0"
         )
         if type(self.top_k) is not int or self.top_k < 0:
-            raise RequestError(f"top_k must be a whole number, 0 or more, not {self.top_k!r}.")
+            raise RequestError(f"top_k must be a whole number, 0 or more, not {self.top_k!r}")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**64):
             raise RequestError(
-                f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}."
+                f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}"
             )
 
     def sampler(self) -> Callable[[Any], Any]:
@@ -82,4 +82,4 @@ class Sampling:
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:
     if isinstance(value, bool) or not math.isfinite(value) or not holds:
-        raise RequestError(f"{name} must be {allowed}, not {value!r}.")
+        raise RequestError(f"{name} must be {allowed}, not {value!r}")

@@ -64,15 +64,15 @@ class BoundedTemplate:
         """Raises CheckpointError for a template that is too long or not one."""
         self.name = name
         if len(source.encode(errors="replace")) > MAX_SOURCE:
-            raise CheckpointError(f"{name} has more than {MAX_SOURCE} bytes.")
+            raise CheckpointError(f"{name} has more than {MAX_SOURCE} bytes")
         environment = _Environment()
         try:
             self._template = environment.from_string(metered(environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             detail = f"line {error.lineno}: {_short(error)}"
-            raise CheckpointError(f"{name} is not a usable template ({detail}).") from None
+            raise CheckpointError(f"{name} is not a usable template ({detail})") from None
         except Exception as error:  # RecursionError, MemoryError, SyntaxError: a stranger's text
-            raise CheckpointError(f"{name} is not a usable template ({_short(error)}).") from None
+            raise CheckpointError(f"{name} is not a usable template ({_short(error)})") from None
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The rendered text, of at most MAX_TEXT characters.
@@ -93,7 +93,7 @@ class BoundedTemplate:
         except _Raised as error:
             raise RequestError(f"the model's chat template says: {_short(error)}") from None
         except Exception as error:  # whatever a stranger's program may raise
-            raise CheckpointError(f"{self.name} failed ({_short(error)}).") from None
+            raise CheckpointError(f"{self.name} failed ({_short(error)})") from None
         return "".join(pieces)
 
 

@@ -91,7 +91,7 @@ class ChatTemplate:
             try:
                 return cls(file.read_text(encoding="utf-8"), file.name, variables)
             except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{file.name} cannot be read ({error}).") from None
+                raise CheckpointError(f"{file.name} cannot be read ({error})") from None
         for name in ("chat_template.json", "tokenizer_config.json"):
             source = _chosen((read_json(folder / name) or {}).get("chat_template"), name)
             # A language model's own template, left over from it, knows nothing of images and takes
@@ -169,7 +169,7 @@ class _Guard:
         free = (chr(code) for code in STAND_INS if chr(code) not in used)
         self._stand_in = dict(zip(sorted(set("".join(ordered))), free, strict=False))
         if len(self._stand_in) < len(set("".join(ordered))):
-            raise RequestError("the text uses all private characters; leave some of them out.")
+            raise RequestError("the text uses all private characters; leave some of them out")
         self._original = {ord(stand): character for character, stand in self._stand_in.items()}
 
     def hide(self, text: str) -> str:
@@ -225,5 +225,5 @@ def _chosen(given: Any, name: str) -> str | None:
         named = [entry for entry in given if isinstance(entry, Mapping)]
         given = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if given is not None and not isinstance(given, str):
-        raise CheckpointError(f"{name} has a chat_template that is not a string.")
+        raise CheckpointError(f"{name} has a chat_template that is not a string")
     return given

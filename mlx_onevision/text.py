@@ -34,10 +34,10 @@ class Tokenizer:
         kind = type(backend.decoder).__name__ if backend.decoder is not None else "none"
         if kind != "ByteLevel":
             raise CheckpointError(
-                f"the tokenizer's decoder is {kind}; only ByteLevel ones are supported."
+                f"the tokenizer's decoder is {kind}; only ByteLevel ones are supported"
             )
         if backend.num_special_tokens_to_add(False):
-            raise CheckpointError("the tokenizer adds tokens around every text; Qwen2's adds none.")
+            raise CheckpointError("the tokenizer adds tokens around every text; Qwen2's adds none")
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # a special string in a text is text
@@ -51,7 +51,7 @@ class Tokenizer:
                 if token.special and getattr(token, flag):
                     raise CheckpointError(
                         f"special token {token.content!r} ({index}) has {flag}, which is not "
-                        "supported."
+                        "supported"
                     )
         self._special_ids = frozenset(self.specials.values())
 
@@ -70,7 +70,7 @@ class Tokenizer:
             backend = _from_merges(folder)
         else:
             raise CheckpointError(
-                "the model's folder has neither a tokenizer.json nor a vocab.json with merges.txt."
+                "the model's folder has neither a tokenizer.json nor a vocab.json with merges.txt"
             )
         _add_tokens(backend, folder)
         return cls(backend)
@@ -89,11 +89,11 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError):
             raise RequestError(
-                "the text holds half of a surrogate pair; it must be UTF-8."
+                "the text holds half of a surrogate pair; it must be UTF-8"
             ) from None
         if not self._special_ids.isdisjoint(ids):
             made = next(i for i in ids if i in self._special_ids)
-            raise RequestError(f"the tokenizer makes its control token {made} out of plain text.")
+            raise RequestError(f"the tokenizer makes its control token {made} out of plain text")
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -143,7 +143,7 @@ def _from_json(file: Path) -> "tokenizers.Tokenizer":
     try:
         return Backend.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{file.name} cannot be read ({_short(error)}).") from None
+        raise CheckpointError(f"{file.name} cannot be read ({_short(error)})") from None
 
 
 def _from_merges(folder: Path) -> "tokenizers.Tokenizer":
@@ -155,7 +155,7 @@ def _from_merges(folder: Path) -> "tokenizers.Tokenizer":
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:
         raise CheckpointError(
-            f"vocab.json with merges.txt cannot be read ({_short(error)})."
+            f"vocab.json with merges.txt cannot be read ({_short(error)})"
         ) from None
     backend = Backend(model)
     backend.normalizer = normalizers.NFC()
@@ -184,7 +184,7 @@ def _add_tokens(backend: "tokenizers.Tokenizer", folder: Path) -> None:
         numbered = _numbered(settings, read_json(folder / "added_tokens.json") or {}, names)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(
-            "the added tokens of tokenizer_config.json or added_tokens.json have no proper ids."
+            "the added tokens of tokenizer_config.json or added_tokens.json have no proper ids"
         ) from None
     backend.encode_special_tokens = True
     for index, token in sorted(numbered.items()):
@@ -194,7 +194,7 @@ def _add_tokens(backend: "tokenizers.Tokenizer", folder: Path) -> None:
         if backend.token_to_id(token.content) != index:
             raise CheckpointError(
                 f"token {token.content!r} has the id {index} among the added tokens, "
-                f"{backend.token_to_id(token.content)} in the vocabulary."
+                f"{backend.token_to_id(token.content)} in the vocabulary"
             )
     placeholders = [name for name in PLACEHOLDERS if backend.token_to_id(name) is not None]
     for name in [*names, *placeholders]:

@@ -44,12 +44,12 @@ class TextConfig:
         hidden = read.integer("hidden_size", cls.hidden_size, 32768)
         if heads % kv_heads:
             raise ConfigError(
-                f"text_config has {heads} attention heads, not a multiple of {kv_heads} for keys."
+                f"text_config has {heads} attention heads, not a multiple of {kv_heads} for keys"
             )
         head_dim = read.integer("head_dim", hidden // heads, 1024)
         if head_dim % 2:
             raise ConfigError(
-                f"text_config's head_dim is {head_dim}; rotary positions need an even one."
+                f"text_config's head_dim is {head_dim}; rotary positions need an even one"
             )
         window = None
         if (
@@ -67,15 +67,13 @@ class TextConfig:
                 for i in range(layers)
             ]
         if not isinstance(kinds, Sequence) or len(kinds) != layers:
-            raise ConfigError(f"text_config.layer_types does not name {layers} layers.")
+            raise ConfigError(f"text_config.layer_types does not name {layers} layers")
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
-                raise ConfigError(
-                    f"text_config.layer_types names {kind!r}, which is not supported."
-                )
+                raise ConfigError(f"text_config.layer_types names {kind!r}, which is not supported")
             if kind == "sliding_attention" and window is None:
                 raise ConfigError(
-                    "text_config.layer_types asks for sliding attention without a window."
+                    "text_config.layer_types asks for sliding attention without a window"
                 )
         return cls(
             vocab_size=read.integer("vocab_size", cls.vocab_size, 2_000_000),

@@ -118,14 +118,14 @@ def _gather(decoded: Decoded, name: str, size: int, options: FrameOptions) -> Cl
         tiles[len(places)] = resize(np.ascontiguousarray(pixels), (size, size))
         places.append(place)
     if not places:
-        raise MediaError(f"cannot read {name}: none of its {header.total} frames can be decoded.")
+        raise MediaError(f"cannot read {name}: none of its {header.total} frames can be decoded")
     notes = []
     if header.total < header.claimed:
-        notes.append(f"{name} breaks off: {header.total} of its {header.claimed} frames are there.")
+        notes.append(f"{name} breaks off: {header.total} of its {header.claimed} frames are there")
     if len(places) < wanted:
         notes.append(
             f"{name} is damaged: {wanted - len(places)} of {wanted} chosen frames "
-            "cannot be decoded and are left out."
+            "cannot be decoded and are left out"
         )
     if options.num_frames is not None and options.num_frames > wanted:
         notes.append(_fewer(name, wanted, options.num_frames))
@@ -146,20 +146,20 @@ def _from_frames(
     if isinstance(given, np.ndarray):
         name = f"the array of shape {given.shape}"
         if given.ndim != 4:
-            raise MediaError(f"{name} is not one video; a video has four axes, time first.")
+            raise MediaError(f"{name} is not one video; a video has four axes, time first")
     elif isinstance(given, list | tuple):
         name = f"the list of {len(given)} frames"
     else:
         kind = type(source).__name__
         raise MediaError(
-            f"a {kind} is not a video; give a path, URL, bytes, list of frames or array."
+            f"a {kind} is not a video; give a path, URL, bytes, list of frames or array"
         )
     total = len(given)
     if not total:
-        raise MediaError(f"{name} has no frame in it.")
+        raise MediaError(f"{name} has no frame in it")
     for option in ("fps", "start", "end"):
         if getattr(options, option) is not None:
-            raise RequestError(f"{name} has no clock, so {option} has no meaning; use num_frames.")
+            raise RequestError(f"{name} has no clock, so {option} has no meaning; use num_frames")
     indices = uniform(total, options.num_frames or total)
     if most is not None and len(indices) > most:
         raise TooManyFramesError(len(indices))
@@ -191,7 +191,7 @@ def _clip(
 
 def _fewer(name: str, there: int, asked: int) -> str:
     frames = "1 frame" if there == 1 else f"{there} frames"
-    return f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used."
+    return f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used"
 
 
 def _opened(source: Any) -> tuple[BinaryIO, str]:
@@ -209,32 +209,32 @@ def _opened(source: Any) -> tuple[BinaryIO, str]:
         if data is not None:
             return _spooled(data, "the video given as base64")
         if not source or "\0" in source:
-            raise MediaError(f"{quoted(source)} is not the path of a video.")
+            raise MediaError(f"{quoted(source)} is not the path of a video")
     path = Path(os.path.expanduser(source))
     name = quoted(str(path))
     try:
         # Not waiting: opening a pipe that nobody writes to would never end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise MediaError(f"{name} does not exist; give the path of a video.") from None
+        raise MediaError(f"{name} does not exist; give the path of a video") from None
     except (OSError, ValueError) as error:
-        raise MediaError(f"cannot read {name}: {getattr(error, 'strerror', error)}.") from error
+        raise MediaError(f"cannot read {name}: {getattr(error, 'strerror', error)}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
-        raise MediaError(f"{name} is {kind}, not a video.")
+        raise MediaError(f"{name} is {kind}, not a video")
     file = os.fdopen(descriptor, "rb", buffering=0)
     if not status.st_size:
         file.close()
-        raise MediaError(f"{name} is empty (0 bytes).")
+        raise MediaError(f"{name} is empty (0 bytes)")
     return file, name
 
 
 def _spooled(data: bytes, name: str) -> tuple[BinaryIO, str]:
     """``data`` as a file without a name, which is gone when it is closed."""
     if not data:
-        raise MediaError(f"{name} is empty (0 bytes).")
+        raise MediaError(f"{name} is empty (0 bytes)")
     file = TemporaryFile()
     file.write(data)
     file.flush()

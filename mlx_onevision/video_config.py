@@ -39,7 +39,7 @@ class VideoConfig:
         if values is None:
             return cls(images)
         if not isinstance(values, Mapping):
-            raise ConfigError("processor_config.json has a video_processor that is no object.")
+            raise ConfigError("processor_config.json has a video_processor that is no object")
         return cls.from_dict(values, config, where)
 
     @classmethod
@@ -49,7 +49,7 @@ class VideoConfig:
         if isinstance(size, Mapping) and not size.keys() & {"height", "width"}:
             raise ConfigError(
                 f"{where} has size {dict(size)}; a frame fills one tile, so it needs height and "
-                "width."
+                "width"
             )
         pixels = {key: value for key, value in values.items() if key != "image_grid_pinpoints"}
         return cls(ImageConfig.from_dict(pixels, config, where), _frames(values, where))

@@ -45,15 +45,15 @@ class VisionConfig:
         )
         if config.num_channels != 3:
             raise ConfigError(
-                f"vision_config.num_channels is {config.num_channels}; only 3 (RGB) is supported."
+                f"vision_config.num_channels is {config.num_channels}; only 3 (RGB) is supported"
             )
         if config.hidden_size % config.num_attention_heads:
             raise ConfigError(
                 f"vision_config.hidden_size {config.hidden_size} does not divide into "
-                f"{config.num_attention_heads} attention heads."
+                f"{config.num_attention_heads} attention heads"
             )
         if config.patches_per_side < 1:
             raise ConfigError(
-                f"vision_config.patch_size {config.patch_size} exceeds its image_size."
+                f"vision_config.patch_size {config.patch_size} exceeds its image_size"
             )
         return config

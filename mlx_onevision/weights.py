@@ -93,7 +93,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             if name in tensors:
                 raise CheckpointError(
                     f"{short(tensors[name].source)} in {tensors[name].file.name} and "
-                    f"{short(source)} in {path.name} are the same tensor."
+                    f"{short(source)} in {path.name} are the same tensor"
                 )
             tensors[name] = Tensor(
                 name, source, path, entry.dtype, entry.shape, entry.start, entry.stop
@@ -124,14 +124,14 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return None
     index = values.get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise CheckpointError(f"{INDEX} has no weight_map.")
+        raise CheckpointError(f"{INDEX} has no weight_map")
     for source, name in index.items():
         # A shard is a file of this folder: an index must not point anywhere else.
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{INDEX} names a file outside its folder for {short(source)}.")
+            raise CheckpointError(f"{INDEX} names a file outside its folder for {short(source)}")
         if not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{INDEX} names {short(name)}, but only .safetensors files are opened."
+                f"{INDEX} names {short(name)}, but only .safetensors files are opened"
             )
     return index
 
@@ -146,7 +146,7 @@ def _require_named(name: str, index: Mapping[str, str], header: Iterable[str]) -
     held = set(header)
     lacking = [source for source, file in index.items() if file == name and source not in held]
     if lacking:
-        raise CheckpointError(f"{INDEX} says that {name} has {_some(lacking)}; it does not.")
+        raise CheckpointError(f"{INDEX} says that {name} has {_some(lacking)}; it does not")
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -159,16 +159,16 @@ def _shards(folder: Path) -> list[Path]:
         if pickled:
             raise CheckpointError(
                 f"{folder} has only pickled weights ({_some(pickled)}), which are never opened; "
-                "convert them to safetensors."
+                "convert them to safetensors"
             )
-        raise CheckpointError(f"{folder} has no weights: no .safetensors file is in it.")
+        raise CheckpointError(f"{folder} has no weights: no .safetensors file is in it")
     if len(names) == 1 and not SHARD.fullmatch(names[0]):
         return [folder / names[0]]
     parts = [SHARD.fullmatch(name) for name in names]
     sets = {(part[1], part[3]) for part in parts if part}
     if None in parts or len(sets) != 1:
         raise CheckpointError(
-            f"{folder} has several weight files ({_some(names)}) and no {INDEX} to say which count."
+            f"{folder} has several weight files ({_some(names)}) and no {INDEX} to say which count"
         )
     ((stem, count),) = sets
     wanted = [f"{stem}-{n + 1:05d}-of-{count}.safetensors" for n in range(int(count))]
@@ -181,7 +181,7 @@ def _require_files(folder: Path, names: list[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{folder} lacks {_some(missing)} of its {len(names)} weight files; "
-            "download or copy it again."
+            "download or copy it again"
         )
 
 

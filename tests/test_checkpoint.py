@@ -114,7 +114,7 @@ def test_a_head_of_its_own_counts_even_where_the_config_ties(tmp_path: Path) -> 
 
 def test_an_untied_model_without_a_head_is_refused(tmp_path: Path) -> None:
     message = refusal(head_folder(tmp_path, None, tie=False))
-    assert message == "The weights lack 1 tensor (lm_head.weight)."
+    assert message == "The weights lack 1 tensor (lm_head.weight)"
 
 
 def test_either_flag_ties(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_either_flag_ties(tmp_path: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "nowhere", ModelNotFoundError).endswith("nowhere is not a folder.")
+    assert refusal(tmp_path / "nowhere", ModelNotFoundError).endswith("nowhere is not a folder")
 
 
 def test_no_config(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
             del weights[name]
     assert refusal(write(tmp_path, weights=weights)) == (
         "The weights lack 4 tensors (multi_modal_projector.linear_1.weight, "
-        "multi_modal_projector.linear_1.bias, multi_modal_projector.linear_2.weight, …)."
+        "multi_modal_projector.linear_1.bias, multi_modal_projector.linear_2.weight, …)"
     )
 
 
@@ -163,7 +163,7 @@ def test_extra_tensors_are_named_as_the_file_has_them(tmp_path: Path) -> None:
     message = refusal(write(tmp_path, weights=weights))
     assert message.startswith("The weights have 16 tensors (")
     assert "vision_tower.vision_model.encoder.layers.2.layer_norm1." in message
-    assert message.endswith("that the model of config.json has no place for.")
+    assert message.endswith("that the model of config.json has no place for")
 
 
 def test_missing_and_extra_in_one_sentence(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_missing_and_extra_in_one_sentence(tmp_path: Path) -> None:
     weights["image_newlines"] = weights.pop("image_newline")
     assert refusal(write(tmp_path, weights=weights)) == (
         "The weights lack 1 tensor (image_newline), and have 1 tensor (image_newlines) "
-        "that the model of config.json has no place for."
+        "that the model of config.json has no place for"
     )
 
 

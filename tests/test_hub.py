@@ -78,14 +78,14 @@ def test_demo_is_embedded_and_cannot_be_shadowed(
 )  # fmt: skip
 def test_neither_folder_nor_id(name: str) -> None:
     message = refusal(name)
-    takes = "a folder, a Hugging Face id (org/name), 0.5b, 7b, 72b or demo."
+    takes = "a folder, a Hugging Face id (org/name), 0.5b, 7b, 72b or demo"
     assert message.startswith("There is no model '") and message.endswith(takes)
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
-    assert refusal(path).endswith("is a file; a model is the folder that holds it.")
+    assert refusal(path).endswith("is a file; a model is the folder that holds it")
 
 
 def test_only_hub_models_have_revisions(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_revision_is_asked_for(hub: FakeHub, tmp_path: Path) -> None:
         folder = resolve(NAME, revision, cache_dir=tmp_path, endpoint=hub.url)
         assert folder.name == repository.commit
     message = refusal(NAME, revision="v9", cache_dir=tmp_path, endpoint=hub.url)
-    assert message == "org/name has no revision 'v9'."
+    assert message == "org/name has no revision 'v9'"
 
 
 @pytest.mark.parametrize("cut", range(3000, len(WEIGHTS), len(WEIGHTS) // 10))
@@ -227,7 +227,7 @@ def test_a_cached_model_needs_no_network(hub: FakeHub, tmp_path: Path) -> None:
     message = refusal("org/other", cache_dir=tmp_path, endpoint=hub.url)
     assert message == (
         f"org/other is not in the cache, and {hub.url[7:]} cannot be reached; "
-        "connect to the network, or pass the folder of a model."
+        "connect to the network, or pass the folder of a model"
     )
 
 
@@ -260,7 +260,7 @@ def test_the_environment_is_honoured(hub: FakeHub, tmp_path: Path) -> None:
     code, _, err = run(hub.url, tmp_path, "org/other", HF_HUB_OFFLINE="1")
     assert code == 1 and err == (
         "error: org/other is not in the cache, and HF_HUB_OFFLINE is set; "
-        "unset it once to download the model."
+        "unset it once to download the model"
     )
     (Path(out) / "config.json").unlink()
     code, _, err = run(hub.url, tmp_path, NAME, HF_HUB_OFFLINE="1")

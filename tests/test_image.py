@@ -266,7 +266,7 @@ def refuse(source: Any, words: str, kind: type[MediaError] = MediaError, **optio
     with pytest.raises(kind, match=words) as caught:
         load_image(source, **options)
     message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message and len(message) < 400
+    assert not message.endswith(".") and "\n" not in message and len(message) < 400
     assert type(caught.value) is kind
 
 

@@ -41,7 +41,7 @@ def refused(source: Any, *parts: str, limits: Limits | None = None, **options: A
     with pytest.raises((MediaError, RequestError)) as error:
         load(source, limits=limits, **options)
     message = str(error.value)
-    assert "\n" not in message and len(message) < 300 and message.endswith(".")
+    assert "\n" not in message and len(message) < 300 and not message.endswith(".")
     for part in parts:
         assert part in message, message
     return message

@@ -68,9 +68,11 @@ class Case:
         """The pictures, or frames, as files: PNG, or JPEG where the case says so."""
         paths = []
         for number, picture in enumerate(self.draw()):
-            path = folder / f"{number}.{'jpg' if self.jpeg else 'png'}"
-            picture.save(path, **({"quality": self.jpeg} if self.jpeg else {"compress_level": 1}))
-            paths.append(path)
+            paths.append(folder / f"{number}.{'jpg' if self.jpeg else 'png'}")
+            if self.jpeg:
+                picture.save(paths[-1], quality=self.jpeg)
+            else:
+                picture.save(paths[-1], compress_level=1)
         return paths
 
 

@@ -13,6 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 from examples.demo_model import layouts, learning, samples
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.loading import drawn_part, to_device
-from examples.demo_model.network import OneVision, Shape
+from examples.demo_model.network import OneVision
 from examples.demo_model.samples import GROUPS, Buffers, Medium
 from examples.demo_model.scenes import sample_size
+from examples.demo_model.sizes import Shape
 from examples.demo_model.tiling import CONFIG
 from examples.demo_model.words import VOCABULARY, Words, build_tokenizer
 from mlx_onevision.image import pad_to_square_tile, tile_image
@@ -104,7 +106,7 @@ def main(folder: Path) -> None:
 
 
 def refer(
-    processor: AutoProcessor,
+    processor: Any,  # transformers says of an AutoProcessor only that it is one
     reference: LlavaOnevisionForConditionalGeneration,
     medium: Medium,
     pictures: list[np.ndarray],

@@ -4,7 +4,8 @@
 
 Pictures go to the model as PNG and JPEG files through `mlx_onevision.load`, and its answer must be
 the one right sentence. A video goes in as cut frames, and counts as right when each token of the
-right sentence is the likeliest next one. Writes results.json, and for wrong answers mistakes.png.
+right sentence is the likeliest next one. Writes results.json, and for wrong answers mistakes.png;
+sets that results.json has already, from the same settings, are kept.
 With `--through transformers` (needs torch, torchvision) transformers answers from the same files.
 """
 
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 
 from examples.demo_model.cases import KINDS, SETS, Case, Question, make_cases
 from examples.demo_model.sheet import Mistake, contact_sheet
+
+SETTINGS = ("model", "through", "dtype", "seed", "count")
 
 
 class Answerer(Protocol):
@@ -69,6 +72,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def earlier(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sets that were judged with the same settings before."""
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    return report["sets"] if settings.items() <= report.items() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -90,7 +101,8 @@ def main() -> None:
 
         answerer = Reference(args.model, args.dtype)
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    results = earlier(args.out / "results.json", settings)
     mistakes: list[Mistake] = []
     for name in args.sets:
         print(name, flush=True)
@@ -98,8 +110,8 @@ def main() -> None:
         results[name] = judge(answerer, cases, lambda line: print(" ", line, flush=True))
         mistakes += results[name]["mistakes"]
         results[name]["mistakes"] = [mistake.to_dict() for mistake in results[name]["mistakes"]]
-        settings = {"through": args.through, "dtype": args.dtype, "seed": args.seed}
-        report = {"model": args.model, **settings, "sets": results}
+        results = {name: results[name] for name in SETS if name in results}
+        report = settings | {"sets": results}
         (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     if mistakes:
         contact_sheet(mistakes).save(args.out / "mistakes.png")

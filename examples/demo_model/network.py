@@ -7,33 +7,13 @@ sequence holds several questions about the same media (see `samples.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.demo_model.packing import PATCHES, TILE, TOKENS
+from examples.demo_model.packing import PATCH, TOKENS
 from examples.demo_model.samples import PREFIX, SLOTS, TEXT
-
-PATCH = TILE // PATCHES
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the network."""
-
-    vocabulary: int
-    vision: int = 128
-    vision_layers: int = 4
-    vision_heads: int = 4
-    vision_inner: int = 512
-    text: int = 192
-    text_layers: int = 4
-    heads: int = 6
-    kv_heads: int = 2
-    text_inner: int = 512
-    rope_theta: float = 10_000.0
+from examples.demo_model.sizes import Shape
 
 
 class TowerLayer(nn.Module):

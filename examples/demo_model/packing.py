@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from mlx_onevision.anyres import Packing, Size, fitted_size, plan_packing, video_side
 
 TILE = 56
-PATCHES = 4  # tokens along one side of a tile
+PATCH = 14
+PATCHES = TILE // PATCH  # tokens along one side of a tile
 TOKENS = PATCHES**2
 MAX_TILES = 9
 GRIDS: tuple[Size, ...] = tuple((TILE * r, TILE * c) for r in range(1, 7) for c in range(1, 7))

@@ -15,9 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from examples.demo_model.packing import PATCHES, TILE, TOKENS
+from examples.demo_model.packing import PATCH, PATCHES, TOKENS
 
-PATCH = TILE // PATCHES
 PIXELS = PATCH * PATCH
 SEEN = 0.1  # share of a token's pixels from which on a shape counts as seen there
 

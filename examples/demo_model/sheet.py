@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from examples.demo_model.cases import Case, Question
 
@@ -39,8 +39,7 @@ def _cell(mistake: Mistake) -> Image.Image:
     pictures = drawn[:: max(1, len(drawn) // 4)][:4]  # some frames of a video
     wide = CELL[0] // len(pictures)
     for number, picture in enumerate(pictures):
-        picture.thumbnail((wide - 6, _PICTURES))
-        cell.paste(picture, (number * wide + 3, 3))
+        cell.paste(ImageOps.contain(picture, (wide - 6, _PICTURES)), (number * wide + 3, 3))
     size = "x".join(map(str, mistake.case.medium.scenes[0].size[::-1]))
     lines = (f"{size} {mistake.question.kind}", *map(" > ".join, mistake.question.history))
     lines += (f"? {mistake.question.text}", f"+ {mistake.question.answer}", f"- {mistake.answer}")

@@ -28,8 +28,9 @@ from examples.demo_model.layouts import make_layouts
 from examples.demo_model.learning import DeviceLayouts, Head
 from examples.demo_model.loading import Loader, drawn_part, exact_part, to_device
 from examples.demo_model.muon import Muon
-from examples.demo_model.network import OneVision, Shape
+from examples.demo_model.network import OneVision
 from examples.demo_model.samples import GROUPS, LABELS
+from examples.demo_model.sizes import Shape
 from examples.demo_model.words import VOCABULARY, Words, build_tokenizer
 
 # How much the questions of a label count in the loss, before balancing.

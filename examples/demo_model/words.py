@@ -77,6 +77,11 @@ def build_tokenizer(count: int = 3000, seed: int = 0) -> Tokenizer:
     return tokenizer
 
 
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of each special token."""
+    return {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+
+
 class Words:
     """Token ids of the pieces that a conversation is made of, remembered."""
 

@@ -1,24 +1,23 @@
 """Records what transformers makes of texts and conversations: tokenizer.json and prompts.json.
 
-    python tests/reference/record_prompts.py     (transformers 5.23, torch 2.13, torchvision 0.28)
+    python tests/reference/record_prompts.py      (in the environment of ``make parity``)
 
 The tokenizer is a small one of the same kind as the published checkpoints' (byte-level BPE, NFC,
 Qwen2's words), trained on the sentences below; the two templates are written after the two that the
 published checkpoints have had. ids are recorded as runs, ``[id, times]``.
 """
 
-import contextlib
-import importlib
 import itertools
 import json
 import random
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-with contextlib.suppress(ImportError):
-    importlib.import_module("tvshim")  # torchvision's CUDA wheel needs one beside a CPU-only torch
+sys.path.append(str(Path(__file__).parent.parent))
 
+from parity import torchvision_ops  # noqa: F401  before transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlavaOnevisionProcessor, PreTrainedTokenizerFast
