@@ -103,7 +103,7 @@ def _open(
         return clip
     note = (
         f"{number} frames of a video are used instead of {DEFAULT_FRAMES}: more do not fit into "
-        f"the model's context of {space.limit} tokens."
+        f"the model's context of {space.limit} tokens"
     )
     logger.warning("%s", note)
     return replace(clip, notes=(*clip.notes, note))

@@ -77,29 +77,6 @@ def video_blocks(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [b for message in messages for b in message["content"] if b["type"] == "video"]
 
 
-def in_given_order(messages: Sequence[Message], marks: Mapping[str, str]) -> list[Message]:
-    """The conversation with media between words written into the text, so that a template, which
-    writes a message's media first, leaves them where they stand.
-
-    marks : for each kind of medium the character that stands for one. What comes before the first
-        words stays a block. As templates write it, a newline follows each.
-    """
-    ordered: list[Message] = []
-    for message in messages:
-        blocks: list[dict[str, Any]] = []
-        for block in message["content"]:
-            if block["type"] != "text" and not (blocks and blocks[-1]["type"] == "text"):
-                blocks.append(block)
-                continue
-            written = block["text"] if block["type"] == "text" else marks[block["type"]] + "\n"
-            if blocks and blocks[-1]["type"] == "text":
-                blocks[-1] = {"type": "text", "text": blocks[-1]["text"] + written}
-            else:
-                blocks.append({"type": "text", "text": written})
-        ordered.append({"role": message["role"], "content": blocks})
-    return ordered
-
-
 def sources(messages: Sequence[Message], kind: str) -> list[Any]:
     """The ``image`` or ``video`` sources of a conversation, in order."""
     return [

@@ -5,7 +5,6 @@ text holds a special string; those stay text here. As there, one image in a conv
 into tiles, and two or more become one tile each.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,13 +33,8 @@ from mlx_onevision.image import (
     pixel_values,
     tile_image,
 )
-from mlx_onevision.messages import (
-    Message,
-    in_given_order,
-    normalise_messages,
-    sources,
-    video_blocks,
-)
+from mlx_onevision.messages import Message, normalise_messages, sources, video_blocks
+from mlx_onevision.ordering import pieces_in_given_order
 from mlx_onevision.template import ChatTemplate, Piece
 from mlx_onevision.text import Tokenizer
 from mlx_onevision.video import Clip
@@ -48,8 +42,6 @@ from mlx_onevision.video_config import VideoConfig
 
 Tiling = Literal["auto", "always", "never"]
 Order = Literal["template", "given"]
-
-PRIVATE = range(0xE000, 0xF8FF)  # characters that no text has a meaning for
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,24 +162,11 @@ class Processor:
 
     def _pieces(self, conversation: Sequence[Message], order: Order) -> list[Piece]:
         """The prompt, cut at special strings; with ``order="given"`` media between words too."""
-        if order not in ("template", "given"):
-            raise RequestError(f"order is {order!r}; it must be template or given.")
         if order == "template":
             return self.template.pieces(conversation, self._specials)
-        texts = sources(conversation, "text")
-        free = (
-            chr(c) for c in PRIVATE if not any(chr(c) in t for t in (*texts, self.template.source))
-        )
-        marks = {kind: next(free) for kind in ("image", "video")}
-        tokens = {mark: f"<{kind}>" for kind, mark in marks.items()}
-        pieces = self.template.pieces(in_given_order(conversation, marks), self._specials)
-        cut = re.compile(f"([{''.join(tokens)}])")
-        return [
-            Piece(tokens.get(part, part), part in tokens or piece.control)
-            for piece in pieces
-            for part in cut.split(piece.text)
-            if part
-        ]
+        if order == "given":
+            return pieces_in_given_order(self.template, conversation, self._specials)
+        raise RequestError(f"order is {order!r}; it must be template or given")
 
     def prepare(
         self,

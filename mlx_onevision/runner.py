@@ -235,6 +235,10 @@ class Runner:
         return rows
 
 
+def _whole(group: mx.array) -> mx.array:
+    return group
+
+
 @contextmanager
 def _wired() -> Iterator[None]:
     """On a Mac, keeps the memory in use resident while a request runs, and only then."""
@@ -248,10 +252,6 @@ def _wired() -> Iterator[None]:
     finally:
         mx.synchronize()
         mx.set_wired_limit(before)
-
-
-def _whole(group: mx.array) -> mx.array:
-    return group
 
 
 def _import_mlx_lm() -> float:

@@ -121,11 +121,11 @@ def _gather(decoded: Decoded, name: str, size: int, options: FrameOptions) -> Cl
         raise MediaError(f"cannot read {name}: none of its {header.total} frames can be decoded")
     notes = []
     if header.total < header.claimed:
-        notes.append(f"{name} breaks off: {header.total} of its {header.claimed} frames are there.")
+        notes.append(f"{name} breaks off: {header.total} of its {header.claimed} frames are there")
     if len(places) < wanted:
         notes.append(
             f"{name} is damaged: {wanted - len(places)} of {wanted} chosen frames "
-            "cannot be decoded and are left out."
+            "cannot be decoded and are left out"
         )
     if options.num_frames is not None and options.num_frames > wanted:
         notes.append(_fewer(name, wanted, options.num_frames))
@@ -191,7 +191,7 @@ def _clip(
 
 def _fewer(name: str, there: int, asked: int) -> str:
     frames = "1 frame" if there == 1 else f"{there} frames"
-    return f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used."
+    return f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used"
 
 
 def _opened(source: Any) -> tuple[BinaryIO, str]:
