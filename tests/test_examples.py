@@ -50,6 +50,19 @@ def test_conversation(folder: Path) -> None:
     assert cached[0] == 0 < cached[1] < cached[2]
 
 
+def test_batch() -> None:
+    """The demo model's own answers; a row that cannot be answered says why, in its place."""
+    done = run("batch.py")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [sorted(row) for row in rows] == [["text", "tokens"]] * 3 + [
+        ["error", "tokens"],
+        ["text", "tokens"],
+    ]
+    assert rows[0]["text"] == "A red circle, a blue star and an orange triangle."
+    assert "missing.png" in rows[3]["error"] and rows[2]["text"] and rows[1]["text"]
+    assert done.stderr == ""
+
+
 def test_caption_folder(folder: Path, tmp_path: Path) -> None:
     shutil.copy(SHAPES, tmp_path / "b.png")
     Image.new("RGB", (80, 50), "red").save(tmp_path / "c.jpg")

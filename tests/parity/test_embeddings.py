@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -121,8 +122,8 @@ def demo() -> Iterator[tuple[Model, Oracle]]:
 def test_the_demo_models_videos_and_pictures(demo: tuple[Model, Oracle]) -> None:
     """A trained network's vectors, in both spaces, of drawn videos, a picture and a text."""
     model, oracle = demo
-    cases = make_cases("videos", 3)
-    videos = [np.stack([np.asarray(frame) for frame in case.draw()[0]]) for case in cases]
+    cases = islice(make_cases("videos", 1), 3)
+    videos = [np.stack([np.asarray(frame) for frame in case.draw()]) for case in cases]
     still = {"type": "image", "image": videos[0][0]}
     vectors = model.embed([*videos, still]).vectors
     for video, vector in zip(videos, vectors[:-1], strict=True):
