@@ -1,6 +1,6 @@
-"""Asks several things at once, about pictures, a video and nothing: a JSON object for each, in order.
+"""Asks several things at once, about pictures, a video and nothing: a JSON object for each.
 
-They are read and answered together, which takes less time than one after another.
+Each is answered as it would be alone; one that cannot be says why, and the others are answered.
 
     python examples/batch.py [MODEL]
 """

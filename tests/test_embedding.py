@@ -148,7 +148,8 @@ def test_videos_that_were_looked_at_differently_do_not_mix(model: Model, space: 
     same = model.embed([film(frames)], space, num_frames=32)
     np.testing.assert_array_equal(usual.vectors, same.vectors)
     assert usual.similarity(same)[0, 0] == pytest.approx(1, abs=1e-6)
-    for options in ({"num_frames": 8}, {"fps": 2}):
+    ways: list[dict[str, Any]] = [{"num_frames": 8}, {"fps": 2}]
+    for options in ways:
         other = model.embed([film(frames)], space, **options)
         with pytest.raises(RequestError, match=r"method .* (8 frames a video|2 frames a second)"):
             usual.similarity(other)

@@ -97,7 +97,7 @@ def footage(frames: int, size: Size, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("options", [{}, {"num_frames": 4}], ids=["all frames", "four"])
 @pytest.mark.parametrize("tiny", [*KINDS, SPLIT], ids=["tied", "untied", "two layers"])
-def test_videos(checkpoints: Checkpoints, tiny: Tiny, options: dict[str, int]) -> None:
+def test_videos(checkpoints: Checkpoints, tiny: Tiny, options: dict[str, Any]) -> None:
     ours, oracle = checkpoints.pair(tiny)
     videos = [footage(*film) for film in FILMS if film[0] >= options.get("num_frames", 1)]
     for video, vector in zip(videos, ours.model.embed(videos, **options).vectors, strict=True):
