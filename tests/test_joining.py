@@ -18,13 +18,13 @@ from mlx_onevision.options import Options
 PICTURE = np.random.default_rng(5).integers(0, 256, (150, 200, 3), dtype=np.uint8)
 
 QUESTIONS: list[tuple[dict[str, Any], Options]] = [
-    ({"prompt": "tell me a long story"}, {"max_tokens": 120}),
-    ({"prompt": "what is it", "images": [PICTURE]}, {"max_tokens": 40}),
-    ({"prompt": "one two three " * 90}, {"max_tokens": 60, "temperature": 2.0, "seed": 7}),
+    ({"prompt": "tell me a long story"}, {"max_tokens": 48}),
+    ({"prompt": "what is it", "images": [PICTURE]}, {"max_tokens": 20}),
+    ({"prompt": "one two three " * 90}, {"max_tokens": 30, "temperature": 2.0, "seed": 7}),
     ({"prompt": "and this", "images": [PICTURE[:40]]}, {"max_tokens": 9}),
     (
         {"prompt": "the last one"},
-        {"max_tokens": 50, "temperature": 1.5, "seed": 8, "repetition_penalty": 1.4},
+        {"max_tokens": 24, "temperature": 1.5, "seed": 8, "repetition_penalty": 1.4},
     ),
 ]
 
@@ -43,7 +43,7 @@ def begun(model: Model, question: dict[str, Any], options: Options) -> Stream:
     return stream
 
 
-@pytest.mark.parametrize("first", range(len(QUESTIONS)))
+@pytest.mark.parametrize("first", (0, 2, 4))
 def test_company_changes_no_answer(model: Model, first: int) -> None:
     order = QUESTIONS[first:] + QUESTIONS[:first]
     alone = [model.generate(**question, **options) for question, options in order]
@@ -59,11 +59,11 @@ def test_company_changes_no_answer(model: Model, first: int) -> None:
 
 def test_they_run_together(model: Model) -> None:
     """Each newcomer is heard before the first, long answer has ended."""
-    expected = model.generate("a long story", max_tokens=400).tokens
-    long = begun(model, {"prompt": "a long story"}, {"max_tokens": 400})
+    expected = model.generate("a long story", max_tokens=150).tokens
+    long = begun(model, {"prompt": "a long story"}, {"max_tokens": 150})
     for name in ("second", "third"):
         assert model.generate(name, max_tokens=4).usage.completion_tokens == 4
-        assert long._source.counters.completion_tokens < 400
+        assert long._source.counters.completion_tokens < 150
     assert long.result().tokens == expected
 
 
@@ -82,9 +82,11 @@ def test_afterwards_a_conversation_is_kept_again(model: Model) -> None:
 
 def test_other_work_takes_its_turn(model: Model) -> None:
     """What is asked for after a vector does not get in before it."""
-    long = begun(model, {"prompt": "a long story"}, {"max_tokens": 400})
+    long = begun(model, {"prompt": "a long story"}, {"max_tokens": 150})
     engine = model._engine
-    vectors = engine.embed_tiles(np.zeros((1, 384, 384, 3), np.uint8)[:, :56, :56], TABLE)
+    content = [{"type": "image", "image": PICTURE}]
+    (picture,) = model.prepare([{"role": "user", "content": content}]).media
+    vectors = engine.embed_tiles(picture.tiles, picture.normalization)
     after = model.generate("second", max_tokens=4)
     assert vectors.done() and after.usage.completion_tokens == 4
     assert long.result().finish_reason == "length"
@@ -104,7 +106,7 @@ def test_cancelling_one_leaves_the_others(model: Model) -> None:
 
 def test_many_threads(model: Model) -> None:
     """What each thread is told is the answer to what it asked."""
-    prompts = [f"question number {number} " * (1 + number % 7) for number in range(24)]
+    prompts = [f"question number {number} " * (1 + number % 7) for number in range(16)]
     expected = [
         model.generate(prompt, max_tokens=12, temperature=2.0, seed=n).tokens
         for n, prompt in enumerate(prompts)
