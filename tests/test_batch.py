@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -318,7 +319,7 @@ def together(
 ) -> list[Waiting]:
     listeners = listeners or [Waiting() for _ in inputs]
     requests = [Request(prompt, Sampling(), TOKENS) for prompt in inputs]
-    Batch(runner, [Row(*pair) for pair in zip(requests, listeners, strict=True)]).run()
+    Batch(runner, deque(Row(*pair) for pair in zip(requests, listeners, strict=True))).run()
     assert all(len(listener.ends) == 1 for listener in listeners)
     runner.model.bank.capacity = 0
     with runner.model.bank.in_use([]):
