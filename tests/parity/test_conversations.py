@@ -2,23 +2,13 @@
 
 import numpy as np
 import pytest
-from parity.cases import SIZES, ask, picture
+from parity.cases import ask, picture, said
 from parity.checkpoints import Tiny
-from parity.compare import assert_same, assert_same_tokens
+from parity.compare import assert_same, assert_same_stages, assert_same_tokens
 from parity.pairs import Checkpoints
 
 KINDS = [Tiny(template=template) for template in ("space", "newline")]
-
-
-def said(role: str, *content: object) -> dict:
-    """One message; texts as strings, images as pictures."""
-    parts: list[dict] = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in content
-    ]
-    return {"role": role, "content": parts}
+MIXED = [(337, 511), (1, 37), (900, 30), (61, 241), (56, 56), (480, 640), (13, 17), (997, 331)]
 
 
 CONVERSATIONS = {
@@ -41,7 +31,8 @@ CONVERSATIONS = {
     # From here on each image is one square tile.
     "two images": ask(picture((480, 640)), picture((1, 37)), text="Which is larger?"),
     "the same image twice": ask(picture((61, 241)), picture((61, 241))),
-    "five images": ask(*(picture(size) for size in SIZES[:5])),
+    "three images": ask(*(picture(size) for size in MIXED[:3])),
+    "eight images": ask(*(picture(size) for size in MIXED)),
     "images in two turns": [
         said("user", picture((127, 509)), "What is this?"),
         said("assistant", "A blue square."),
@@ -55,6 +46,75 @@ CONVERSATIONS = {
 def test_conversation(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
     ours, oracle = checkpoints.pair(tiny)
     assert_same(ours, oracle, CONVERSATIONS[name], tokens=32)
+
+
+@pytest.mark.parametrize("name", ["two images", "three images", "images in two turns"])
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_images_in_a_flat_list(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
+    """The processor called with a prompt and a flat list of images tiles every one of them."""
+    ours, oracle = checkpoints.pair(tiny)
+    messages = CONVERSATIONS[name]
+    theirs = oracle.run(messages, 32, oracle.prepare_flat(messages))
+    assert len(theirs.tiles) > len(theirs.sizes) * 2
+    assert_same_stages(ours, theirs, messages, 32, tiling="always")
+
+
+def as_the_original_writes_it(messages: list[dict], template: str) -> str:
+    """A prompt as LLaVA-NeXT's callers write one: media as ``<image>`` where they belong between
+    the words, a newline after each; around it the turns of the checkpoint's own template.
+    """
+    opened, closed = {"space": (" \n", ""), "newline": ("\n", "\n")}[template]
+    prompt = ""
+    for message in messages:
+        words, lead = "", ""
+        for block in message["content"]:
+            if block["type"] == "text":
+                words += block["text"]
+            elif words or template == "newline":
+                words += "<image>\n"
+            else:  # this template writes leading images into the line of the role
+                lead += "<image>"
+        start = opened.replace(" ", f" {lead}")
+        prompt += f"<|im_start|>{message['role']}{start}{words}<|im_end|>{closed}"
+    return f"{prompt}<|im_start|>assistant\n"
+
+
+BETWEEN = {
+    "the tutorial": [
+        said(
+            *("user", picture((337, 511)), "This is the first image. Can you describe it?\n\n"),
+            *("Now, look at another image: ", picture((61, 241)), "What is different?"),
+        )
+    ],
+    "last": [said("user", "What is in this picture?\n", picture((127, 509)))],
+    "in two turns": [
+        said("user", "One: ", picture((53, 31)), "two: ", picture((331, 97)), picture((8, 9))),
+        said("assistant", "A red circle."),
+        said("user", picture((13, 17)), "And this one, or ", picture((40, 50)), "this?"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_images_between_the_words(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
+    """``order="given"``. The original repository tokenizes what stands between two images on its
+    own, and puts the images' rows there; transformers runs the network on the same prompt.
+    """
+    ours, oracle = checkpoints.pair(tiny)
+    messages = BETWEEN[name]
+    prompt = as_the_original_writes_it(messages, tiny.template)
+    assert ours.model.render(messages, order="given") == prompt
+    images = [b["image"] for m in messages for b in m["content"] if b["type"] == "image"]
+    theirs = oracle.run(messages, 32, oracle.prepare_written(prompt, [images]))
+    assert_same_stages(ours, theirs, messages, 32, order="given")
+
+    inputs = ours.model.prepare(messages, order="given")
+    held = ours.model.config.image_token_index
+    first, *rest = (oracle.processor.tokenizer(text).input_ids for text in prompt.split("<image>"))
+    rows = ([held] * medium.tokens for medium in inputs.media)
+    expected = first + [i for row, text in zip(rows, rest, strict=True) for i in row + text]
+    assert inputs.input_ids.tolist() == expected
 
 
 @pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.cases import Size, picture
+from parity.cases import Size, footage, picture, said
 from parity.checkpoints import Tiny
-from parity.compare import assert_same, assert_same_tokens, difference
+from parity.compare import assert_same, assert_same_media, assert_same_tokens
 from parity.oracle import Oracle
 from parity.ours import Ours
 from parity.pairs import Checkpoints
@@ -17,38 +17,13 @@ from parity.pairs import Checkpoints
 KINDS = [Tiny(template=template) for template in ("space", "newline")]
 
 
-def footage(frames: int, size: Size, seed: int = 0) -> np.ndarray:
-    """uint8 (frames, H, W, 3), each frame another picture."""
-    return np.stack([np.asarray(picture(size, seed + n)) for n in range(frames)])
-
-
-def said(role: str, *content: object) -> dict:
-    """One message; texts as strings, pictures as images, arrays and lists as videos."""
-
-    def block(part: object) -> dict:
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        kind = "video" if isinstance(part, np.ndarray | list) else "image"
-        return {"type": kind, kind: part}
-
-    return {"role": role, "content": [block(part) for part in content]}
-
-
 def assert_same_videos(
     ours: Ours, oracle: Oracle, messages: list[dict], tokens: int = 32, **options: Any
 ) -> None:
     """Ids, pixels, packed rows of every video and image, logits, greedy tokens."""
     theirs = oracle.run_media(messages, tokens, **options)
-    inputs = ours.model.prepare(messages, **options)
     assert ours.model.render(messages) == oracle.render(messages)
-    assert inputs.input_ids.tolist() == theirs.ids.tolist()
-    for kind in ("image", "video"):
-        media = [medium for medium in inputs.media if medium.kind == kind]
-        assert len(media) == len(theirs.pixels[kind]) == len(theirs.rows[kind])
-        for medium, pixels, rows in zip(media, theirs.pixels[kind], theirs.rows[kind], strict=True):
-            assert difference("pixels", medium.pixel_values, pixels) == 0.0
-            assert difference(f"{kind} rows", ours.rows(medium), rows) <= 2e-5
-    assert difference("logits", ours.model.logits(inputs), theirs.logits) <= 5e-5
+    assert_same_media(ours, theirs, messages, **options)
     answer = ours.model.generate(messages=messages, max_tokens=tokens, **options)
     assert_same_tokens(list(answer.tokens), theirs)
 
