@@ -26,9 +26,7 @@ def difference(stage: str, ours: np.ndarray, theirs: np.ndarray) -> float:
     return largest
 
 
-def assert_same(
-    ours: Ours, oracle: Oracle, messages: Messages, tokens: int = 32
-) -> Stages:
+def assert_same(ours: Ours, oracle: Oracle, messages: Messages, tokens: int = 32) -> Stages:
     """Every stage of one conversation; returns the reference's."""
     theirs = oracle.run(messages, tokens)
     assert ours.model.render(messages) == oracle.render(messages)

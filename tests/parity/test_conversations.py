@@ -1,11 +1,16 @@
 """Conversations beyond one image and one question."""
 
+import random
+import re
+
 import numpy as np
 import pytest
 from parity.cases import ask, picture, said
 from parity.checkpoints import Tiny
 from parity.compare import assert_same, assert_same_stages, assert_same_tokens
 from parity.pairs import Checkpoints
+from parity.tiny_tokenizer import SPECIAL_TOKENS
+from tricks import tricky
 
 KINDS = [Tiny(template=template) for template in ("space", "newline")]
 MIXED = [(337, 511), (1, 37), (900, 30), (61, 241), (56, 56), (480, 640), (13, 17), (997, 331)]
@@ -128,6 +133,45 @@ def test_turn_after_turn(checkpoints: Checkpoints, tiny: Tiny) -> None:
         assert_same_tokens(list(answer.tokens), theirs)
         messages = [*messages, said("assistant", "It is red."), said("user", question)]
     assert answer.usage.cached_tokens > 150
+
+
+SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+APART = re.compile("[\u0338\U000f0000-\U0010ffff]")
+
+
+def sanitisable(draw: random.Random) -> str:
+    """A text of special strings and pieces of them that the reference can sanitise.
+
+    It drops some private characters, keeps a combining stroke apart from a special string's last
+    character, and counts a placeholder that would arise if another one in its midst were not there.
+    """
+    while True:
+        text = APART.sub("", tricky(draw)) or "x"
+        if not SPECIAL.search(SPECIAL.sub("", text)):
+            return text
+
+
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_special_strings_in_texts(checkpoints: Checkpoints, tiny: Tiny) -> None:
+    """2,000 texts: their ids are those of the reference's own ``sanitize_control_tokens``.
+
+    One text a message, since the reference lets a special string arise from two that are joined.
+    """
+    ours, oracle = checkpoints.pair(tiny)
+    draw = random.Random(tiny.template)
+    image = picture((8, 8))
+    for _ in range(500):
+        first, second, third, fourth = (sanitisable(draw) for _ in range(4))
+        messages = [said("system", first), said("user", image, second), said("assistant", third)]
+        messages.append(said("user", fourth))
+        theirs = oracle.processor.apply_chat_template(
+            [messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+        )
+        assert ours.model.prepare(messages).input_ids.tolist() == theirs["input_ids"][0]
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
