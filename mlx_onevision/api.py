@@ -331,7 +331,7 @@ class Model:
 
         video : a path, a URL or bytes.
         sidecar : a file that is told what is done, at once. Another run with the same video, model
-            and settings goes on from there.
+            and settings goes on from there. In a folder, the file gets a name of its own.
         force : starts over, whatever stands in the sidecar.
         given : settings, by the names in :class:`~mlx_onevision.plan.DescribeOptions`.
 

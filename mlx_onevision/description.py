@@ -1,9 +1,11 @@
 """A film described: an iterator of what happens, and the whole description at its end."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from hashlib import blake2b
 from os import PathLike, fspath
 from pathlib import Path
 from threading import Event
@@ -33,7 +35,8 @@ class DescriptionStream:
 
     model : what it is called.
     about : what a description depends on besides the video, plain values.
-    sidecar, force : see :class:`~mlx_onevision.sidecar.Sidecar`.
+    sidecar, force : see :class:`~mlx_onevision.sidecar.Sidecar`; in a folder, the file has a name
+        of its own for each video, model and settings.
 
     Raises, and then as it is iterated:
         RequestError: for frames without a clock, settings out of range, and another's sidecar.
@@ -112,7 +115,10 @@ class DescriptionStream:
         file, name = opened(self._video)
         with file, ExitStack() as stack:
             about = {"video": fingerprint(file), **self._about}
-            done = stack.enter_context(Sidecar(self._sidecar, about, self._force))
+            path = self._sidecar
+            if path is not None and path.is_dir():
+                path /= _record(about)
+            done = stack.enter_context(Sidecar(path, about, self._force))
             described = done.description
             if described is None:
                 reel = stack.enter_context(Reel(file, name, check=self._check))
@@ -141,3 +147,9 @@ def _called(video: VideoSource, name: str) -> str:
         if len(given) <= LONGEST_NAME and given[:5].lower() != "data:":
             return given
     return name
+
+
+def _record(about: dict[str, Any]) -> str:
+    """A file name that no other description has."""
+    text = json.dumps(about, sort_keys=True)
+    return blake2b(text.encode(), digest_size=16).hexdigest() + ".jsonl"

@@ -73,6 +73,7 @@ class Sidecar:
         self.description: VideoDescription | None = None
         self._path = path
         self._file: BinaryIO | None = None
+        self._ours = False
         if path is None:
             return
         self._file = file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -85,6 +86,7 @@ class Sidecar:
                 file.truncate(0)
             if not self._read(file, json.loads(json.dumps(header))):
                 self._append(header)
+            self._ours = True
         except BaseException:
             self.close()
             raise
@@ -96,8 +98,10 @@ class Sidecar:
         self.close()
 
     def close(self) -> None:
-        """What has been added is in the file already."""
+        """What has been added is in the file already; with nothing in it, it goes."""
         if self._file is not None:
+            if self._path is not None and self._ours and not (self.spans or self.segments):
+                self._path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
 
