@@ -309,15 +309,11 @@ class Model:
 
         progress : called as it goes on.
         """
-        stream = self.stream_description(video, sidecar=sidecar, force=force, **given)
-        try:
+        with self.stream_description(video, sidecar=sidecar, force=force, **given) as stream:
             for event in stream:
                 if progress is not None and isinstance(event, Progress):
                     progress(event)
             return stream.result()
-        except BaseException:
-            stream.cancel()
-            raise
 
     def stream_description(
         self,

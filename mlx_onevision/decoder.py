@@ -15,6 +15,7 @@ Where the request names a descriptor to read commands from, the video is kept op
 (a line of JSON, see :mod:`reel`) is answered by frames and an end.
 """
 
+import gc
 import json
 import os
 import struct
@@ -43,6 +44,7 @@ def main() -> None:
     try:
         from mlx_onevision import footage  # before the limits: PyAV opens and maps many files
 
+        gc.freeze()  # so that looking for cycles takes no time
         _limit(request)
         try:
             _decode(request, send) if request["control"] is None else _serve(request, send)
@@ -144,8 +146,10 @@ def _serve(request: dict[str, Any], send: Any) -> None:
             _allow(request, index.length)
             times = _times(stream, index)
             part = on_screen(times, index.length, FrameOptions(**command["options"]))
+            matrix = None
             for number, frame, small in thumbnails(request, index, part.start, part.stop):
-                _send_frame(send, frame, small, place=number, time=times[number])
+                matrix = matrix or _matrix(frame)  # of a film; that of each frame takes longer
+                _send_frame(send, small, matrix, place=number, time=times[number])
             send("end", {})
 
 
@@ -189,21 +193,27 @@ def _send_chosen(request: dict[str, Any], index: "Index", chosen: list[int], sen
     sent = 0
     for place, frame in chosen_frames(request, index, chosen):
         plain = frame.reformat(format="rgb24", dst_color_range="JPEG", threads=1)
-        _send_frame(send, frame, plain, place=place)
+        _send_frame(send, plain, _matrix(frame), place=place)
         sent += 1
+        del frame, plain
+        gc.collect()  # see _matrix
     send("end", {"sent": sent, "broken": index.broken})
 
 
-def _send_frame(send: Any, frame: "VideoFrame", plain: "VideoFrame", **about: Any) -> None:
-    """``plain`` : the pixels of ``frame`` as RGB; how it is turned stands in the frame itself."""
-    plane = plain.planes[0]
-    size = {"wide": plain.width, "high": plain.height, "stride": plane.line_size}
-    about |= {**size, "matrix": _matrix(frame), "bytes": plane.buffer_size}
+def _send_frame(send: Any, frame: "VideoFrame", matrix: list[int], **about: Any) -> None:
+    """``frame`` : in RGB, to be turned by ``matrix``."""
+    plane = frame.planes[0]
+    size = {"wide": frame.width, "high": frame.height, "stride": plane.line_size}
+    about |= {**size, "matrix": matrix, "bytes": plane.buffer_size}
     send("frame", about, memoryview(plane))
 
 
 def _matrix(frame: "VideoFrame") -> list[int]:
-    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count."""
+    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count.
+
+    A frame that has been asked for its side data is in a cycle with it, and stays, with all its
+    pixels, until Python looks for cycles.
+    """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return [1, 0, 0, 1]

@@ -161,22 +161,20 @@ def run(model: Model, job: Job, records: Path, force: bool, options: dict[str, A
     from mlx_onevision.telling import Progress
 
     there = job.target is not None and not job.named and not force and job.target.exists()
-    stream = model.stream_description(job.video, sidecar=records, force=force, **options)
-    try:
-        with _bar(Path(job.video).name) as show:
-            for event in stream:
-                if not isinstance(event, Progress):
-                    continue
-                if there:
-                    raise RequestError(
-                        f"{job.target} is there, and is not of a run like this; give --force to "
-                        "replace it, or another --output"
-                    )
-                show(event)
+    with (
+        model.stream_description(job.video, sidecar=records, force=force, **options) as stream,
+        _bar(Path(job.video).name) as show,
+    ):
+        for event in stream:
+            if not isinstance(event, Progress):
+                continue
+            if there:
+                raise RequestError(
+                    f"{job.target} is there, and is not of a run like this; give --force to "
+                    "replace it, or another --output"
+                )
+            show(event)
         described = stream.result()
-    except BaseException:
-        stream.cancel()
-        raise
     for warning in described.warnings:
         click.echo(f"{job.video}: {warning}", err=True)
     if job.target is None:

@@ -1,7 +1,7 @@
 """A film described: an iterator of what happens, and the whole description at its end."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,7 +31,8 @@ class DescriptionStream:
     """A description on its way: an iterator of progress, of each segment as it is told (those too
     that an earlier run has told), and at last of the whole description.
 
-    An abandoned stream cancels itself. What is done by then is in the sidecar.
+    An abandoned stream cancels itself; as a context manager it does so at once. What is done by
+    then is in the sidecar.
 
     model : what it is called.
     about : what a description depends on besides the video, plain values.
@@ -79,6 +80,17 @@ class DescriptionStream:
         if self._answer is not None:
             self._answer.cancel()
 
+    def close(self) -> None:
+        """Cancels it and lets go of the video and the sidecar; on the thread that iterates."""
+        self.cancel()
+        self._events.close()
+
+    def __enter__(self) -> "DescriptionStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def result(self) -> VideoDescription:
         """The whole description, waited for.
 
@@ -94,7 +106,7 @@ class DescriptionStream:
             raise RequestError("the description failed while it was streamed; ask again")
         return self._result
 
-    def _run(self) -> Iterator[DescriptionEvent]:
+    def _run(self) -> Generator[DescriptionEvent, None, None]:
         try:
             yield from self._described()
         except CancelledError as error:

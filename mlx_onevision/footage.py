@@ -16,7 +16,7 @@ from av import Packet
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
@@ -182,6 +182,7 @@ def thumbnails(
         shown = _seek(container, stream, index, key)
         if shown is None:
             container, stream = open_video(request)
+    smaller = VideoReformatter()  # one for all: each frame's own would be another one
     for number, frame in shown or _shown(container.demux(stream), stream, index, 0):
         if number >= last:
             return
@@ -191,7 +192,8 @@ def thumbnails(
         yield (
             number,
             frame,
-            frame.reformat(
+            smaller.reformat(
+                frame,
                 width=max(2, min(frame.width, THUMBNAIL)),
                 height=max(2, min(frame.height, THUMBNAIL)),
                 format="rgb24",
