@@ -186,8 +186,9 @@ def thumbnails(
     for number, frame in shown or _shown(container.demux(stream), stream, index, 0):
         if number >= last:
             return
-        if number < first:
+        if number < first:  # also what comes out of order after damage
             continue
+        first = number + 1
         _check_size(frame.width, frame.height, request["max_pixels"])
         yield (
             number,
