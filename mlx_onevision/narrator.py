@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_onevision.anyres import video_tokens
 from mlx_onevision.engine import Engine
 from mlx_onevision.errors import ContextOverflowError
 from mlx_onevision.generation import Question, Stream, ask
@@ -55,8 +56,9 @@ class Narrator:
 
     def check(self, question: str, max_tokens: int, num_frames: int) -> None:
         """Raises what asking about so many frames would raise."""
-        tiles = np.zeros((num_frames, self.size, self.size, 3), np.uint8)
-        length = len(self._question(question, max_tokens, tiles).inputs.input_ids)
+        length = len(self._question(question, max_tokens, None).inputs.input_ids)
+        patches = self._engine.config.vision_config.patches_per_side
+        length += video_tokens(num_frames, patches)
         limit = self._engine.config.text_config.max_position_embeddings
         if length >= limit:
             raise ContextOverflowError(
