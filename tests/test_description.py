@@ -190,7 +190,7 @@ def test_what_is_done_is_not_done_again(
     assert model.describe_video(clip, **options, sidecar=path, force=True) == whole
     assert len(asked.frames) == 10
     with pytest.raises(RequestError, match="other settings"):
-        model.describe_video(clip, **options | {"max_tokens": 5}, sidecar=path)
+        model.describe_video(clip, **{**options, "max_tokens": 5}, sidecar=path)
 
 
 def test_in_a_folder_each_has_a_file_of_its_own(
@@ -260,7 +260,7 @@ def test_it_ends_between_frames_and_tokens(model: Model, clip: Path, tmp_path: P
 def test_it_ends_while_scenes_are_looked_for_and_words_are_made(model: Model, clip: Path) -> None:
     def ended(stage: str, **options: Any) -> float:
         stream: DescriptionStream = model.stream_description(clip, **options)
-        timer = None
+        timer, started = None, 0.0
         for event in stream:
             if isinstance(event, Progress) and event.stage == stage and timer is None:
                 timer = threading.Timer(0.05, stream.cancel)
