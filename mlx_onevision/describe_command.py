@@ -201,8 +201,8 @@ def _bar(name: str) -> Iterator[Callable[[Progress], None]]:
                 return
             if progress.stage != now:
                 now = progress.stage
+                bar.set_description(f"{name}: {DOING[now]}", refresh=False)
                 bar.reset(progress.total)
-                bar.set_description(f"{name}: {DOING[now]}")
             bar.update(progress.done - bar.n)
 
         yield show

@@ -59,9 +59,9 @@ class Sidecar:
     force : start over, whatever is there.
 
     Raises:
-        RequestError: for a file that is none of these, one that is about something else, and one
-            that another run is writing.
-        OSError: where it cannot be read or written.
+        RequestError: for a file that cannot be opened, that is none of these, that is about
+            something else, and that another run is writing.
+        OSError: where it cannot be read or written after that.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any], force: bool = False) -> None:
@@ -76,7 +76,13 @@ class Sidecar:
         self._ours = False
         if path is None:
             return
-        self._file = file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise RequestError(
+                f"{path} cannot be written: {error.strerror}; give another file for what is done"
+            ) from error
+        self._file = file = os.fdopen(descriptor, "r+b")
         try:
             self._lock(file)
             header = {"type": "describes", "version": VERSION, **about}

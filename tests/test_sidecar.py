@@ -128,6 +128,12 @@ def test_one_with_nothing_in_it_does_not_stay(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none" / "a.jsonl"):
+        with pytest.raises(RequestError, match="cannot be written: .*; give another file"):
+            Sidecar(path, ABOUT)
+
+
 def test_a_fingerprint_is_the_contents(tmp_path: Path) -> None:
     def mark(data: bytes | bytearray, name: str = "a") -> str:
         with written(tmp_path / name, bytes(data)).open("rb") as file:
