@@ -130,7 +130,7 @@ def test_one_with_nothing_in_it_does_not_stay(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "a.jsonl"):
-        with pytest.raises(RequestError, match="cannot be written: .*; give another file"):
+        with pytest.raises(RequestError, match=r"cannot be written: .*; give another file"):
             Sidecar(path, ABOUT)
 
 
