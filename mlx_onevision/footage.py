@@ -153,7 +153,7 @@ def chosen_frames(
                 shown = landed
         number, frame = next((item for item in shown if item[0] >= wanted), (-1, None))
         if frame is None:
-            return  # the rest cannot be decoded
+            break  # the rest cannot be decoded
         _check_size(frame.width, frame.height, request["max_pixels"])
         reached = number
         while place < len(chosen) and chosen[place] < number:
@@ -161,6 +161,7 @@ def chosen_frames(
         if place < len(chosen) and chosen[place] == number:
             yield place, frame
             place += 1
+    container.close()  # now, not when Python looks for cycles: a long film's index is large
 
 
 def thumbnails(
