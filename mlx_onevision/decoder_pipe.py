@@ -98,7 +98,8 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 class Pipe:
     """The decoder's messages, waited for no longer than its limits allow.
 
-    A wait is measured from the beginning, or from the last :meth:`renew`.
+    Only waiting counts, from the beginning or from the last :meth:`renew`; what the reader does
+    between two messages takes nothing off the decoder's time.
     """
 
     def __init__(
@@ -111,12 +112,12 @@ class Pipe:
         assert process.stdout is not None
         self._process, self._name, self._limits, self._check = process, name, limits, check
         self._source = process.stdout.fileno()
-        self._deadline = time.monotonic() + limits.seconds
+        self._left = limits.seconds
         self._buffer = bytearray()
 
     def renew(self) -> None:
         """The decoder has shown that it lives, and may take as long again."""
-        self._deadline = time.monotonic() + self._limits.seconds
+        self._left = self._limits.seconds
 
     def message(self, kind: str, end: str | None = None) -> Any:
         """The next message's value; None for one of the kind ``end``."""
@@ -178,14 +179,17 @@ class Pipe:
         """Waits for more bytes; False at the end."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._source, selectors.EVENT_READ)
-            while not selector.select(POLL_SECONDS):
+            ready = False
+            while not ready:
+                began = time.monotonic()
+                ready = bool(selector.select(POLL_SECONDS))
+                self._left -= time.monotonic() - began
                 self._check()
-                if time.monotonic() > self._deadline:
+                if self._left < 0:
                     raise TooLargeError(
                         f"{self._name} takes more than {self._limits.seconds:g} s to decode; "
                         "use fewer frames or a shorter part of it"
                     )
-        self._check()
         data = os.read(self._source, 1 << 20)
         self._buffer += data
         return bool(data)
