@@ -27,7 +27,7 @@ class Channel:
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._ended = False
-        self._at_end: list[Callable[[], None]] = []
+        self._at_end: list[Callable[[], object]] = []
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def stream(self) -> "EventStream[Any]":
@@ -65,7 +65,7 @@ class Channel:
         if self._ended:
             raise cancelled()
 
-    def at_end(self, function: Callable[[], None]) -> None:
+    def at_end(self, function: Callable[[], object]) -> None:
         """Has ``function`` called when it ends, on the thread that ends it; or now, if it has."""
         with self._changed:
             if not self._ended:
