@@ -41,6 +41,10 @@ class PluginError(Exception):
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
+    def of(self, name: str) -> "PluginError":
+        """The same, said of one thing among several."""
+        return PluginError(self.code, f"{name}: {self.message}", self.hint)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"code": self.code, "message": self.message, "hint": self.hint}

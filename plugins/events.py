@@ -32,8 +32,8 @@ class ProgressEvent(Record):
     discriminator: ClassVar[str | None] = "progress"
 
     stage: str
-    done: int = 0
-    total: int | None = None
+    done: float = 0
+    total: float | None = None
     message: str = ""
 
 

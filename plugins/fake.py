@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from mlx_onevision.detokenizer import StopStrings
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.events import ProgressEvent, SegmentEvent, TextEvent
 from mlx_onevision.plugins.media import Media, Message, sniff
@@ -108,27 +109,37 @@ class FakeBackend(Service):
             for medium in request.media:
                 _read(medium, policy)
                 channel.check()
+            words = sum(len(p.split()) for m in request.messages for p in m.parts if type(p) is str)
+            prompt = words + 196 * len(request.media)
+            if prompt >= INFO.context:
+                raise PluginError(
+                    "context_overflow",
+                    f"the prompt has {prompt} tokens, but the context holds {INFO.context}",
+                    "use fewer media or a shorter text",
+                )
             pieces = self._owner._pieces or _answer(request.messages)
             channel.put(ProgressEvent("answering"))
-            text = ""
+            stop = StopStrings(request.stop)
+            text, count = "", 0
             finish: FinishReason = "stop"
+
+            def say(piece: str) -> str:
+                if piece:
+                    channel.put(TextEvent(piece))
+                return piece
+
             for place, piece in enumerate(pieces):
                 if place == request.max_tokens:
                     finish = "length"
                     break
                 self._owner._step(place, channel)
-                ends = [text_at for stop in request.stop if (text_at := piece.find(stop)) >= 0]
-                piece = piece[: min(ends)] if ends else piece
-                text += piece
-                if piece:
-                    channel.put(TextEvent(piece))
-                if ends:
+                count += 1
+                text += say(stop.add(piece))
+                if stop.found is not None:
                     break
-            words = sum(len(p.split()) for m in request.messages for p in m.parts if type(p) is str)
+            text += say(stop.finish())
             usage = Usage(
-                prompt_tokens=words + 196 * len(request.media),
-                media_tokens=196 * len(request.media),
-                completion_tokens=len(pieces),
+                prompt_tokens=prompt, media_tokens=196 * len(request.media), completion_tokens=count
             )
             return GenerateResult(text, finish, usage)
 
@@ -139,9 +150,10 @@ class FakeBackend(Service):
             for place, item in enumerate(request.items):
                 self._owner._step(place, channel)
                 media = item.media if isinstance(item, Group) else [item]
-                parts = [
-                    one.encode() if isinstance(one, str) else _read(one, policy) for one in media
-                ]
+                try:
+                    parts = [m.encode() if isinstance(m, str) else _read(m, policy) for m in media]
+                except PluginError as error:
+                    raise error.of(f"item {place + 1}") from None
                 vectors.append(_vector(b"\0".join(parts), request.normalize))
             return EmbedResult(
                 vectors=tuple(vectors),

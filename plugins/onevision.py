@@ -178,13 +178,14 @@ class _Engine:
                 try:
                     items.append(_item(item, policy, files))
                 except (PluginError, OneVisionError) as error:
-                    raise _of_item(number, worded(error)) from None
+                    raise worded(error).of(f"item {number}") from None
 
             def refuse(index: int, error: OneVisionError) -> None:
                 # It says which item of the group it was; the host knows them by their own numbers.
                 found = worded(error)
                 plain = found.message.removeprefix(f"item {index + 1}: ")
-                raise _of_item(first + index + 1, PluginError(found.code, plain, found.hint))
+                whole = PluginError(found.code, plain, found.hint)
+                raise whole.of(f"item {first + index + 1}")
 
             return self._model.embed(
                 items,
@@ -210,10 +211,6 @@ def _item(item: str | Media | Group, policy: MediaPolicy, files: ExitStack) -> A
     if isinstance(item, Media):
         return {"type": item.kind, item.kind: _source(item, policy, files)}
     return [_item(medium, policy, files) for medium in item.media]
-
-
-def _of_item(number: int, error: PluginError) -> PluginError:
-    return PluginError(error.code, f"item {number}: {error.message}", error.hint)
 
 
 def _source(medium: Media, policy: MediaPolicy, files: ExitStack) -> Any:

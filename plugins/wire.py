@@ -130,7 +130,7 @@ def _read(cls: type[Any], values: Any, where: str) -> Any:
     except PluginError as error:
         if not where:
             raise
-        raise PluginError(error.code, f"{where}: {error.message}", error.hint) from None
+        raise error.of(where) from None
 
 
 def _fitted(value: Any, hint: Any, where: str, json: bool) -> Any:
