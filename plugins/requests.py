@@ -6,7 +6,7 @@ that is left out, or None, is the checkpoint's own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mlx_onevision.plugins.errors import bad_request
 from mlx_onevision.plugins.media import Media, Message
@@ -109,6 +109,8 @@ class GenerateRequest(_Looking):
 class Group(Part):
     """Several pictures that share one vector; in the joint space only."""
 
+    discriminator: ClassVar[str | None] = "group"
+
     media: Sequence[Media]
 
     def check(self) -> None:
@@ -120,7 +122,7 @@ class Group(Part):
 class EmbedRequest(_Asked):
     """A vector for each item: a text, a picture, a video, or a group of pictures."""
 
-    items: Sequence[str | Media | Group]
+    items: Sequence[str | Group | Media]
     space: EmbeddingSpace = "vision"
     normalize: bool = True
     tiling: Tiling = "auto"
