@@ -48,24 +48,33 @@ class Keeper(Generic[Kept]):
             PluginError: when the keeper has been closed.
         """
         with self._changed:
-            waited = False
-            while True:
-                check()
-                if self._closed:
-                    raise CLOSED
-                if self._model is not None:
-                    self._users += 1
-                    self._stop_timer()
-                    return self._model
-                if not self._busy:
-                    if waited and self._error is not None:
-                        raise self._error
-                    self._busy, self._error = True, None
-                    threading.Thread(
-                        target=self._loading, name="mlx-onevision-load", daemon=True
-                    ).start()
-                waited = True
-                self._changed.wait()
+            # Who waits for it counts already: it must not be freed before they have it.
+            self._users += 1
+            try:
+                return self._awaited(check)
+            except BaseException:
+                self._users -= 1
+                self._settle()
+                raise
+
+    def _awaited(self, check: Callable[[], None]) -> Kept:
+        waited = False
+        while True:
+            check()
+            if self._closed:
+                raise CLOSED
+            if self._model is not None:
+                self._stop_timer()
+                return self._model
+            if not self._busy:
+                if waited and self._error is not None:
+                    raise self._error
+                self._busy, self._error = True, None
+                threading.Thread(
+                    target=self._loading, name="mlx-onevision-load", daemon=True
+                ).start()
+            waited = True
+            self._changed.wait()
 
     def give_back(self) -> None:
         with self._changed:
@@ -73,7 +82,7 @@ class Keeper(Generic[Kept]):
             self._settle()
 
     def unload(self) -> None:
-        """Frees the model once nobody uses it."""
+        """Frees the model once nobody uses it or waits for it."""
         with self._changed:
             self._wanted_gone = self._model is not None
             self._settle()

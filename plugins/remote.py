@@ -78,13 +78,13 @@ def download(
         connection = _connection(where, _resolved(where, private))
         try:
             connection.request("GET", where.target, headers={"User-Agent": "mlx-onevision"})
-            answer = connection.getresponse()
-            if answer.status in _MOVED:
-                url = urljoin(url, answer.getheader("Location") or "")
-                continue
-            if answer.status != 200:
-                raise _failed(where, f"it answers {answer.status}")
-            return _body(answer, where, most, deadline)
+            with connection.getresponse() as answer:
+                if answer.status in _MOVED:
+                    url = urljoin(url, answer.getheader("Location") or "")
+                    continue
+                if answer.status != 200:
+                    raise _failed(where, f"it answers {answer.status}")
+                return _body(answer, where, most, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _failed(where, _reason(error)) from error
         finally:

@@ -52,6 +52,9 @@ class Together(Generic[Question, Stream]):
         except BaseException as error:
             for _, future in ready:
                 future.set_exception(error)
+            with self._lock:
+                self._running = 0
+            self._begin()
             return
         for (_, future), stream in zip(ready, streams, strict=True):
             future.set_result(stream)
