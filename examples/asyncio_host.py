@@ -30,10 +30,9 @@ async def main(
     media = Media("image", data=Path(picture).read_bytes())
     with open_backend(name) as backend:
         # What waits for its result goes to a thread.
-        vectors = asyncio.to_thread(backend.embed, EmbedRequest([media]))
-        *answers, embedded = await asyncio.gather(
-            *(ask(backend, question, media) for question in QUESTIONS), vectors
-        )
+        embedding = asyncio.create_task(asyncio.to_thread(backend.embed, EmbedRequest([media])))
+        answers = await asyncio.gather(*(ask(backend, q, media) for q in QUESTIONS))
+        embedded = await embedding
     for question, answer in zip(QUESTIONS, answers, strict=True):
         print(f"{question} {answer}")
     print(f"A vector of {embedded.dim} numbers in the space {embedded.space}.")
