@@ -59,9 +59,10 @@ def test_it_names_every_option_and_no_other() -> None:
     assert named == options - {"--help", "-h"}
 
 
-def test_it_names_every_option_of_embed_and_no_other() -> None:
-    options = {option for param in cli.commands["embed"].params for option in param.opts}
-    table = README.partition("| `embed` |")[2].partition("\n\n")[0]
+@pytest.mark.parametrize("name", ["embed", "describe"])
+def test_it_names_every_option_of_a_command_and_no_other(name: str) -> None:
+    options = {option for param in cli.commands[name].params for option in param.opts}
+    table = README.partition(f"| `{name}` |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(--[a-z-]+)", table))
     assert named == {option for option in options if option.startswith("--")}
 
