@@ -173,7 +173,7 @@ class FakeBackend(Service):
             first, last = request.start or 0.0, min(request.end or SECONDS, SECONDS)
             if first >= last:
                 raise PluginError("bad_request", f"start is {first:g} s, behind the video's end")
-            window = request.window or 10.0
+            window = request.segments if request.segments != "scenes" else 10.0
             segments: list[Segment] = []
             count = math.ceil((last - first) / window)
             for place in range(count):
@@ -187,8 +187,8 @@ class FakeBackend(Service):
             return DescribeResult(
                 duration=SECONDS,
                 segments=tuple(segments),
-                summary=f"A video of {count} parts." if request.summary else "",
-                chapters=(Chapter(first, "All of it"),) if request.chapters else (),
+                summary=f"A video of {count} parts.",
+                chapters=(Chapter(first, "All of it"),),
             )
 
         def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_onevision.errors import OneVisionError
 from mlx_onevision.plugins.errors import PluginError, cancelled
-from mlx_onevision.plugins.events import ProgressEvent, TextEvent
+from mlx_onevision.plugins.events import ProgressEvent, SegmentEvent, TextEvent
 from mlx_onevision.plugins.media import Media
 from mlx_onevision.plugins.policy import MediaPolicy
 from mlx_onevision.plugins.requests import (
@@ -22,10 +22,12 @@ from mlx_onevision.plugins.requests import (
     Group,
 )
 from mlx_onevision.plugins.results import (
+    Chapter,
     DescribeResult,
     EmbedResult,
     GenerateResult,
     ModelInfo,
+    Segment,
     Space,
     Usage,
 )
@@ -56,6 +58,23 @@ SETTINGS = (
     "end",
     "tiling",
     "order",
+)
+
+
+DESCRIBING = (
+    "segments",
+    "start",
+    "end",
+    "num_frames",
+    "longest",
+    "max_tokens",
+    "system",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
 )
 
 
@@ -198,7 +217,31 @@ class _Engine:
     def describe_video(
         self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
     ) -> DescribeResult:
-        raise PluginError("bad_request", "this model does not describe videos yet")
+        from mlx_onevision.captions import Segment as Told
+        from mlx_onevision.telling import Progress
+
+        given = {name: getattr(request, name) for name in DESCRIBING}
+        segments: list[Segment] = []
+        with ExitStack() as files:
+            channel.put(ProgressEvent("preparing"))
+            source = _source(request.video, policy, files)
+            stream = files.enter_context(self._model.stream_description(source, **given))
+            channel.at_end(stream.cancel)
+            for event in stream:
+                if isinstance(event, Progress):
+                    channel.put(ProgressEvent(event.stage, event.done, event.total))
+                elif isinstance(event, Told):
+                    told = (event.start, event.end, event.text, event.frames)
+                    segments.append(Segment(len(segments), *told))
+                    channel.put(SegmentEvent(segments[-1]))
+            found = stream.result()
+        return DescribeResult(
+            duration=found.duration,
+            segments=tuple(segments),
+            summary=found.summary,
+            chapters=tuple(Chapter(chapter.start, chapter.title) for chapter in found.chapters),
+            warnings=found.warnings,
+        )
 
     def close(self) -> None:
         self._model.close()
@@ -257,7 +300,7 @@ def _info(model: str | Path, revision: str | None) -> ModelInfo:
         revision=commit,
         context=config.text_config.max_position_embeddings,
         quantization=described(config.quantization),
-        capabilities=("generate", "embed", "images", "videos"),
+        capabilities=("generate", "embed", "describe_video", "images", "videos"),
         spaces=(
             Space("vision", wide, ("image", "video"), trained=False, note=NOTES["vision"]),
             Space(

@@ -15,7 +15,6 @@ from mlx_onevision.plugins.wire import Part, Record
 Tiling = Literal["auto", "always", "never"]
 Order = Literal["template", "given"]
 EmbeddingSpace = Literal["vision", "joint"]
-Cut = Literal["scenes", "fixed"]
 
 LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
 
@@ -34,28 +33,8 @@ class _Asked(Record):
         raise NotImplementedError
 
 
-class _Looking(_Asked):
-    """What every request has that looks at videos."""
-
-    num_frames: int | None
-    fps: float | None
-    start: float | None
-    end: float | None
-
-    def check(self) -> None:
-        super().check()
-        _between(self, "num_frames", least=1)
-        _between(self, "fps", above=0)
-        _between(self, "start", least=0)
-        _between(self, "end", above=0)
-        if self.num_frames is not None and self.fps is not None:
-            raise bad_request("there are both num_frames and fps", "give one of them")
-        if self.start is not None and self.end is not None and self.end <= self.start:
-            raise bad_request(f"end is {self.end:g} s, which is not after start, {self.start:g} s")
-
-
 @dataclass(frozen=True)
-class GenerateRequest(_Looking):
+class GenerateRequest(_Asked):
     """An answer to a conversation. ``timeout`` is in seconds, waiting in the queue included."""
 
     messages: Sequence[Message]
@@ -96,13 +75,11 @@ class GenerateRequest(_Looking):
             raise bad_request("the conversation is empty", "ask something")
         if not all(self.stop):
             raise bad_request("a stop string is empty")
-        _between(self, "max_tokens", least=1)
-        _between(self, "temperature", least=0)
-        _between(self, "top_p", above=0, most=1)
-        _between(self, "top_k", least=0)
-        _between(self, "min_p", least=0, most=1)
-        _between(self, "repetition_penalty", above=0)
-        _between(self, "seed", least=0, most=2**64 - 1)
+        _between(self, "fps", above=0)
+        if self.num_frames is not None and self.fps is not None:
+            raise bad_request("there are both num_frames and fps", "give one of them")
+        _check_window(self)
+        _check_sampling(self)
 
 
 @dataclass(frozen=True)
@@ -153,23 +130,29 @@ class EmbedRequest(_Asked):
 
 @dataclass(frozen=True)
 class DescribeRequest(_Asked):
-    """A long video, told segment by segment.
+    """A long video, told segment by segment, with chapters and a summary. The settings are those of
+    :class:`mlx_onevision.plan.DescribeOptions`.
 
-    segments : "scenes" cuts where the picture changes, "fixed" every ``window`` seconds.
+    segments : "scenes", where the picture changes; or seconds, for parts of that length.
     num_frames : so many of each segment are looked at.
-    summary, chapters : whether the segments are also told as a whole, and given titles.
+    longest : seconds; a scene that lasts longer is divided.
     max_tokens : of each segment's text.
     """
 
     video: Media
-    segments: Cut = "scenes"
-    window: float | None = None
+    segments: Literal["scenes"] | float = "scenes"
     start: float | None = None
     end: float | None = None
-    num_frames: int | None = None
-    summary: bool = True
-    chapters: bool = True
-    max_tokens: int | None = None
+    num_frames: int = 8
+    longest: float | None = 60.0
+    max_tokens: int = 128
+    system: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
     timeout: float | None = None
 
     @property
@@ -180,15 +163,31 @@ class DescribeRequest(_Asked):
         super().check()
         if self.video.kind != "video":
             raise bad_request("the medium is an image", "describe_video takes a video")
-        if self.window is not None and self.segments != "fixed":
-            raise bad_request("a window is given, but the segments are scenes", "take fixed ones")
-        _between(self, "window", above=0)
-        _between(self, "start", least=0)
-        _between(self, "end", above=0)
-        _between(self, "num_frames", least=1)
-        _between(self, "max_tokens", least=1)
-        if self.start is not None and self.end is not None and self.end <= self.start:
-            raise bad_request(f"end is {self.end:g} s, which is not after start, {self.start:g} s")
+        if self.segments != "scenes":
+            _between(self, "segments", above=0)
+        _between(self, "longest", above=0)
+        _check_window(self)
+        _check_sampling(self)
+
+
+def _check_window(request: Part) -> None:
+    """Which frames of a video, as far as it is told by start, end and num_frames."""
+    _between(request, "num_frames", least=1)
+    _between(request, "start", least=0)
+    _between(request, "end", above=0)
+    start, end = getattr(request, "start", None), getattr(request, "end", None)
+    if start is not None and end is not None and end <= start:
+        raise bad_request(f"end is {end:g} s, which is not after start, {start:g} s")
+
+
+def _check_sampling(request: Part) -> None:
+    _between(request, "max_tokens", least=1)
+    _between(request, "temperature", least=0)
+    _between(request, "top_p", above=0, most=1)
+    _between(request, "top_k", least=0)
+    _between(request, "min_p", least=0, most=1)
+    _between(request, "repetition_penalty", above=0)
+    _between(request, "seed", least=0, most=2**64 - 1)
 
 
 def _between(

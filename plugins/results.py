@@ -139,4 +139,4 @@ class DescribeResult(Record):
     summary: str = ""
     chapters: tuple[Chapter, ...] = ()
     warnings: tuple[str, ...] = ()
-    usage: Usage = Usage()
+    usage: Usage | None = None

@@ -189,8 +189,9 @@ class Service:
             if isinstance(outcome, PluginError):
                 channel.fail(outcome)
             else:
-                if not isinstance(outcome, EmbedResult):
-                    channel.put(UsageEvent(outcome.usage))
+                usage = None if isinstance(outcome, EmbedResult) else outcome.usage
+                if usage is not None:
+                    channel.put(UsageEvent(usage))
                 channel.put(DoneEvent(outcome))
 
         threading.Thread(target=run, name="mlx-onevision-request", daemon=True).start()

@@ -33,9 +33,7 @@ class Films(Subject):
             request = DescribeRequest(Media("video", data=b"\0" * 64))
             self.refused(backend.describe_video(request))
             return
-        stream = backend.describe_video(
-            DescribeRequest(self.film(), segments="fixed", window=1.0, num_frames=2)
-        )
+        stream = backend.describe_video(DescribeRequest(self.film(), segments=1.0, num_frames=2))
         events = list(stream)
         self.check_order(events)
         last = events[-1]
@@ -52,7 +50,7 @@ class Films(Subject):
     def test_a_description_can_be_cancelled(self, backend: Backend) -> None:
         if not self.claims(backend, "describe_video"):
             return
-        request = DescribeRequest(self.film(), segments="fixed", window=0.5)
+        request = DescribeRequest(self.film(), segments=0.5)
         with backend.describe_video(request) as stream:
             next(stream)
         with pytest.raises(PluginError) as raised:
