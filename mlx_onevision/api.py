@@ -28,7 +28,7 @@ from mlx_onevision.processor import Inputs, Order, Processor, Tiling
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.telling import Progress
 from mlx_onevision.vectors import Embeddings
-from mlx_onevision.video import VideoSource
+from mlx_onevision.video import VideoSource, nothing
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -187,6 +187,17 @@ class Model:
                 questions.append(question)
         return ask_all(self._engine, self._processor.tokenizer, questions)
 
+    def question(self, messages: Messages, **given: Unpack[Options]) -> Question:
+        """A conversation, read and tokenized but not yet asked; see :meth:`answers`.
+
+        given : as in :meth:`stream`, and so are the errors.
+        """
+        return self._question(messages=messages, **given)
+
+    def answers(self, questions: Sequence[Question]) -> list[Stream]:
+        """Starts the answers to questions that are ready, which run together; in order."""
+        return ask_all(self._engine, self._processor.tokenizer, questions)
+
     def _question(
         self,
         prompt: str | None = None,
@@ -209,7 +220,7 @@ class Model:
         end: float | None = None,
         tiling: Tiling = "auto",
         order: Order = "template",
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = nothing,
     ) -> Question:
         """One row, read and tokenized; the defaults of :class:`~mlx_onevision.options.Options`."""
         sampling = self._sampling(

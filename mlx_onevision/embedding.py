@@ -102,7 +102,7 @@ class Embedder:
             space=space,
             model=model,
             revision=revision,
-            quantization=_described(config.quantization),
+            quantization=described(config.quantization),
             method=method,
             normalized=normalize,
             names=(),
@@ -303,7 +303,7 @@ def _views(medium: Medium) -> NDArray[np.uint8]:
     return medium.tiles if medium.kind == "video" else medium.tiles[:1]
 
 
-def _described(quantization: Any) -> str | None:
+def described(quantization: Any) -> str | None:
     """How a checkpoint is packed, in words; what differs from the rest is counted in."""
     if quantization is None:
         return None

@@ -82,7 +82,9 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
         return _from_path(Path(source), max_pixels)
     if hasattr(source, "read"):
         file: Any = source
-        return _from_bytes(file.read(), "the image given as a file object", max_pixels)
+        named = isinstance(getattr(file, "name", None), str)
+        name = quoted(file.name) if named else "the image given as a file object"
+        return _from_bytes(file.read(), name, max_pixels)
     return _from_array(source, max_pixels)
 
 

@@ -18,6 +18,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, TypeAlias
@@ -203,7 +204,7 @@ def opened(source: Any) -> tuple[BinaryIO, str]:
     if isinstance(source, bytes | bytearray | memoryview):
         return _spooled(bytes(source), "the video given as bytes")
     if hasattr(source, "read"):
-        return _spooled(source.read(), "the video given as a file object")
+        return _real_file(source) or _spooled(source.read(), "the video given as a file object")
     if isinstance(source, str):
         if source[:5].lower() == "data:":
             return _spooled(data_uri(source), "the video in a data URI")
@@ -233,6 +234,17 @@ def opened(source: Any) -> tuple[BinaryIO, str]:
         file.close()
         raise MediaError(f"{name} is empty (0 bytes)")
     return file, name
+
+
+def _real_file(source: Any) -> tuple[BinaryIO, str] | None:
+    """An unbuffered file that stands at its beginning, which need not be copied."""
+    if not isinstance(source, FileIO) or not source.readable():
+        return None
+    status = os.fstat(source.fileno())
+    if not stat.S_ISREG(status.st_mode) or not status.st_size or source.tell():
+        return None
+    name = quoted(source.name) if isinstance(source.name, str) else "the video given as a file"
+    return os.fdopen(os.dup(source.fileno()), "rb", buffering=0), name
 
 
 def _spooled(data: bytes, name: str) -> tuple[BinaryIO, str]:

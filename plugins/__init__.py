@@ -1,1 +1,7 @@
-"""What host applications plug into: the plugin contract's home, as ``mlx_onevision.plugins``."""
+"""What host applications plug into. ``interface`` is the contract; ``open_backend`` opens what is
+behind it.
+"""
+
+from mlx_onevision.plugins.discovery import backends, open_backend
+
+__all__ = ["backends", "open_backend"]

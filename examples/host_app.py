@@ -1,0 +1,41 @@
+"""A host application in 40 lines: asks a backend, shows what happens, and can be stopped.
+
+python examples/host_app.py [PICTURE [QUESTION [BACKEND]]]
+
+BACKEND is "engine", or "fake", which needs no weights.
+"""
+
+import sys
+from pathlib import Path
+
+from mlx_onevision.plugins import open_backend
+from mlx_onevision.plugins.interface import (
+    ErrorEvent,
+    GenerateRequest,
+    Media,
+    ProgressEvent,
+    TextEvent,
+)
+
+
+def main(
+    picture: str = str(Path(__file__).with_name("shapes.png")),
+    question: str = "What is in the image?",
+    name: str = "engine",
+) -> None:
+    with open_backend(name) as backend:
+        media = Media("image", data=Path(picture).read_bytes())
+        request = GenerateRequest.ask(question, media, timeout=60)
+        with backend.generate(request) as events:  # leaving it early would cancel the request
+            for event in events:
+                if isinstance(event, ProgressEvent):
+                    print(f"[{event.stage}]", file=sys.stderr)
+                elif isinstance(event, TextEvent):
+                    print(event.delta, end="", flush=True)
+                elif isinstance(event, ErrorEvent):
+                    sys.exit(f"{event.code}: {event.error}")
+    print()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,38 @@
+"""Whether a backend keeps the contract: a suite to run with pytest against one of your own.
+
+    # test_mine.py
+    from mlx_onevision.plugins.conformance import BackendConformance
+
+    class TestMine(BackendConformance):
+        video = Path("some.mp4").read_bytes()      # if it takes videos
+
+        @classmethod
+        def open_backend(cls):
+            return MyBackend("http://127.0.0.1:8000")
+
+pytest (9 or newer) then runs every test of the suite on what ``open_backend`` returns. Importing it
+is all: there is no plugin that every run of pytest would load. :class:`~.subject.Subject` has what
+can be set. What a backend does not claim among the capabilities of its ``info()`` must be refused,
+and is not tested beyond that. It covers: round trips through JSON; that a stream is the whole, in
+order; text of every script; media; vectors; cancellation before, while and after; timeouts;
+threads, asyncio and crowds; errors, which concern one request only; memory given back; the end of
+the backend.
+"""
+
+import pytest
+
+_PARTS = ("answering", "embedding", "ending", "films", "sharing", "subject")
+for _part in _PARTS:
+    pytest.register_assert_rewrite(f"{__name__}.{_part}")
+
+from mlx_onevision.plugins.conformance.answering import Answering  # noqa: E402
+from mlx_onevision.plugins.conformance.embedding import Embedding  # noqa: E402
+from mlx_onevision.plugins.conformance.ending import Ending  # noqa: E402
+from mlx_onevision.plugins.conformance.films import Films  # noqa: E402
+from mlx_onevision.plugins.conformance.sharing import Sharing  # noqa: E402
+
+__all__ = ["BackendConformance"]
+
+
+class BackendConformance(Answering, Embedding, Films, Ending, Sharing):
+    """All of it; see the module."""

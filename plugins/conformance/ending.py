@@ -1,0 +1,162 @@
+"""The end: cancelled before, while and after; out of time; unloaded; closed."""
+
+import gc
+import time
+
+import pytest
+
+from mlx_onevision.plugins.conformance.subject import Subject
+from mlx_onevision.plugins.interface import (
+    Backend,
+    DoneEvent,
+    EmbedRequest,
+    ErrorEvent,
+    PluginError,
+    TextEvent,
+)
+
+
+class Ending(Subject):
+    def test_cancelled_at_once(self, backend: Backend) -> None:
+        stream = backend.generate(self.long_request())
+        since = time.monotonic()
+        stream.cancel()
+        self.check_cancelled(stream, since)
+        self.wait_until_idle(backend)
+
+    def test_cancelled_while_it_answers(self, backend: Backend) -> None:
+        stream = backend.generate(self.long_request())
+        assert isinstance(self.started(stream)[-1], TextEvent)
+        since = time.monotonic()
+        stream.cancel()
+        stream.cancel()
+        self.check_cancelled(stream, since)
+        self.wait_until_idle(backend)
+
+    def test_cancelled_after_its_end_nothing_changes(self, backend: Backend) -> None:
+        stream = backend.generate(self.question(backend))
+        result = stream.result()
+        stream.cancel()
+        assert stream.result() == result
+        assert isinstance(list(stream)[-1], DoneEvent)
+
+    def test_cancelled_in_line_or_while_prepared(self, backend: Backend) -> None:
+        """The last of several goes; the first does not notice."""
+        streams = [backend.generate(self.long_request(seed=n)) for n in range(4)]
+        try:
+            assert isinstance(self.started(streams[0])[-1], TextEvent)
+            since = time.monotonic()
+            streams[-1].cancel()
+            last = list(streams[-1])[-1]
+            assert isinstance(last, ErrorEvent) and last.code in ("cancelled", "busy")
+            assert time.monotonic() - since <= self.soon
+            assert isinstance(next(streams[0]), TextEvent)
+        finally:
+            for stream in streams:
+                stream.cancel()
+        self.wait_until_idle(backend)
+
+    def test_closing_the_iterator_cancels(self, backend: Backend) -> None:
+        stream = backend.generate(self.long_request())
+        self.started(stream)
+        since = time.monotonic()
+        stream.close()
+        assert list(stream) == []
+        with pytest.raises(PluginError) as raised:
+            stream.result()
+        assert raised.value.code == "cancelled" and time.monotonic() - since <= self.soon
+        self.wait_until_idle(backend)
+
+    def test_leaving_with_cancels(self, backend: Backend) -> None:
+        with backend.generate(self.long_request()) as stream:
+            self.started(stream)
+        assert stream.ended and list(stream) == []
+        self.wait_until_idle(backend)
+
+    def test_a_forgotten_stream_is_cancelled(self, backend: Backend) -> None:
+        self.started(backend.generate(self.long_request()))
+        gc.collect()
+        since = time.monotonic()
+        self.wait_until_idle(backend)
+        assert time.monotonic() - since <= 2 * self.soon
+
+    def test_time_runs_out(self, backend: Backend) -> None:
+        since = time.monotonic()
+        error = self.refused(backend.generate(self.long_request(timeout=0.3)))
+        assert error.code == "cancelled" and "0.3" in error.message
+        assert 0.25 <= time.monotonic() - since <= 0.3 + self.soon
+        self.wait_until_idle(backend)
+
+    def test_time_runs_out_for_vectors(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed", "images"):
+            return
+        with backend.generate(self.long_request()) as stream:  # the model has something else to do
+            self.started(stream)
+            since = time.monotonic()
+            try:
+                backend.embed(EmbedRequest([self.picture(n) for n in range(8)], timeout=0.001))
+            except PluginError as error:
+                assert error.code == "cancelled"
+            assert time.monotonic() - since <= self.soon
+        self.wait_until_idle(backend)
+
+    def test_the_next_request_is_served(self, backend: Backend) -> None:
+        """After everything above, answers are what they are in a new one."""
+        request = self.question(backend)
+        stream = backend.generate(self.long_request())
+        self.started(stream)
+        stream.cancel()
+        after = self.answered(backend, request).text
+        other = self.open_backend()
+        try:
+            assert self.answered(other, request).text == after
+        finally:
+            other.close()
+
+    def test_unloaded_and_loaded_again(self) -> None:
+        backend = self.open_backend()
+        try:
+            before = self.answered(backend, self.question(backend)).text
+            backend.unload()
+            backend.unload()
+            self.wait_for(lambda: not backend.info().loaded, "it stays loaded")
+            assert self.answered(backend, self.question(backend)).text == before
+        finally:
+            backend.close()
+
+    def test_unloading_waits_for_what_is_under_way(self) -> None:
+        backend = self.open_backend()
+        try:
+            stream = backend.generate(self.long_request(max_tokens=20))
+            self.started(stream)
+            backend.unload()
+            assert isinstance(list(stream)[-1], DoneEvent)
+            self.wait_for(lambda: not backend.info().loaded, "it stays loaded")
+        finally:
+            backend.close()
+
+    def test_the_end_of_the_backend(self) -> None:
+        backend = self.open_backend()
+        done = backend.generate(self.question(backend))
+        result = done.result()
+        under_way = backend.generate(self.long_request())
+        self.started(under_way)
+        since = time.monotonic()
+        backend.close()
+        backend.close()
+        self.check_cancelled(under_way, since)
+        assert done.result() == result and isinstance(list(done)[-1], DoneEvent)
+        assert self.refused(backend.generate(self.long_request())).hint
+        with pytest.raises(PluginError):
+            backend.embed(EmbedRequest([self.picture()]))
+
+    def test_closed_before_it_was_asked(self) -> None:
+        backend = self.open_backend()
+        backend.close()
+        assert self.refused(backend.generate(self.long_request())).message
+
+    def test_the_backend_in_a_with(self) -> None:
+        with self.open_backend() as backend:
+            stream = backend.generate(self.question(backend))
+            stream.result()
+        assert self.refused(backend.generate(self.long_request())).message

@@ -1,0 +1,150 @@
+"""The backend that is tested, and what is asked of it."""
+
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from mlx_onevision.plugins.interface import (
+    Backend,
+    Capability,
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    EventStream,
+    GenerateRequest,
+    GenerateResult,
+    Media,
+    PluginError,
+    TextEvent,
+    UsageEvent,
+)
+
+
+def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:
+    """A picture of one colour, written with the standard library."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = (b"\0" + bytes(colour) * width) * height
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+class Subject:
+    """What a subclass says of its backend."""
+
+    video: ClassVar[bytes | None] = None
+    """A video of some seconds; needed by a backend that takes videos."""
+    patience: ClassVar[float] = 60.0
+    """Seconds after which the suite gives an answer up."""
+    soon: ClassVar[float] = 2.0
+    """Seconds within which a cancelled request ends."""
+    crowd: ClassVar[int] = 32
+    """Requests at once, of which some may be refused as busy."""
+
+    @classmethod
+    def open_backend(cls) -> Backend:
+        """A new backend, ready to be asked."""
+        raise NotImplementedError("return the backend that is to be tested")
+
+    def long_request(self, **settings: Any) -> GenerateRequest:
+        """One that is answered for some seconds, so that it can be stopped in the middle."""
+        long = {"max_tokens": 2000, "temperature": 1.0, "seed": 1, **settings}
+        return GenerateRequest.ask("Tell a very long story about everything there is.", **long)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls) -> Iterator[Backend]:
+        """One for all tests that leave it as it was."""
+        backend = cls.open_backend()
+        yield backend
+        backend.close()
+
+    # What the tests ask with.
+
+    def claims(self, backend: Backend, *capabilities: Capability) -> bool:
+        return set(capabilities) <= set(backend.info().capabilities)
+
+    def picture(self, number: int = 0) -> Media:
+        return Media("image", data=png(64, 48, (40 * number % 256, 90, 200)))
+
+    def film(self) -> Media:
+        assert self.video is not None, "a backend that takes videos needs one: set `video`"
+        return Media("video", data=self.video)
+
+    def question(self, backend: Backend, number: int = 0) -> GenerateRequest:
+        """One of several that have answers of their own, short and always the same."""
+        media = [self.picture(number)] if self.claims(backend, "images") else []
+        return GenerateRequest.ask(
+            f"What is in the image, number {number}?", *media, max_tokens=12, temperature=0.0
+        )
+
+    def answered(self, backend: Backend, request: GenerateRequest) -> GenerateResult:
+        """The answer, asked for again while the backend is busy."""
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                return backend.generate(request).result()
+            except PluginError as error:
+                if error.code != "busy" or time.monotonic() > until:
+                    raise
+            time.sleep(0.05)
+
+    def started(self, stream: EventStream[Any]) -> list[Event]:
+        """The events up to the first text."""
+        events: list[Event] = []
+        for event in stream:
+            events.append(event)
+            if isinstance(event, TextEvent | DoneEvent | ErrorEvent):
+                break
+        return events
+
+    def refused(self, stream: EventStream[Any]) -> PluginError:
+        """The error that a stream ends with; its result raises the same."""
+        last = list(stream)[-1]
+        assert isinstance(last, ErrorEvent), f"it ended with {last}"
+        with pytest.raises(PluginError) as raised:
+            stream.result()
+        assert (raised.value.code, str(raised.value)) == (last.error.code, str(last.error))
+        self.check_sentence(last.error)
+        return last.error
+
+    def check_sentence(self, error: PluginError) -> None:
+        """One sentence for a person, and nothing of the backend's inside."""
+        for text in (error.message, error.hint):
+            assert "\n" not in text and "Traceback" not in text and len(text) <= 300
+            assert not text.endswith(".")
+        assert error.message
+
+    def check_order(self, events: Sequence[Event]) -> None:
+        """One end, at the end; the usage before it, if at all."""
+        ends = [isinstance(event, DoneEvent | ErrorEvent) for event in events]
+        assert ends.index(True) == len(events) - 1, f"the end is not at the end: {events}"
+        usages = [isinstance(event, UsageEvent) for event in events]
+        assert sum(usages) <= 1 and True not in usages[:-2], "usage comes right before the end"
+
+    def wait_for(self, what: Callable[[], bool], why: str) -> None:
+        until = time.monotonic() + self.patience
+        while not what():
+            assert time.monotonic() < until, why
+            time.sleep(0.01)
+
+    def wait_until_idle(self, backend: Backend) -> None:
+        def idle() -> bool:
+            info = backend.info()
+            return info.active == info.waiting == 0
+
+        self.wait_for(idle, f"requests are still under way: {backend.info()}")
+
+    def check_cancelled(self, stream: EventStream[Any], since: float) -> None:
+        """It was cancelled at ``since``, and has ended soon after."""
+        error = self.refused(stream)
+        assert error.code == "cancelled"
+        assert time.monotonic() - since <= self.soon, "it took too long to end"

@@ -1,0 +1,79 @@
+"""Backends by name: this package's own, and those that other packages bring.
+
+A package brings one by an entry point of the group ``mlx_onevision.backends``: a function or class
+that takes keyword arguments and returns a :class:`~mlx_onevision.plugins.interface.Backend`.
+
+    [project.entry-points."mlx_onevision.backends"]
+    mine = "my_package.backend:MyBackend"
+"""
+
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from mlx_onevision.plugins.errors import PluginError, bad_request
+from mlx_onevision.plugins.interface import Backend
+
+GROUP = "mlx_onevision.backends"
+
+# As in this package's own metadata, but there without it, too: in a checkout that is not installed.
+BUILT_IN = {
+    "engine": "mlx_onevision.plugins.onevision:open_engine",
+    "fake": "mlx_onevision.plugins.fake:FakeBackend",
+}
+
+
+def backends() -> dict[str, str]:
+    """The names that :func:`open_backend` takes, and where each backend is: "module:name".
+
+    Nothing is imported. Nobody can take the place of this package's own.
+    """
+    return {name: _location(found) for name, found in sorted(_found().items())}
+
+
+def open_backend(name: str = "engine", **settings: Any) -> Backend:
+    """A backend by its name. "engine" is the real one (:func:`onevision.open_engine`), "fake" needs
+    no weights (:class:`fake.FakeBackend`); ``settings`` are theirs.
+
+    Raises:
+        PluginError: ``bad_request``, for a name that nobody has brought, for one that cannot be
+            imported, for settings that do not exist; and what opening it raises.
+    """
+    found = _found()
+    if name not in found:
+        raise bad_request(f"there is no backend {name!r}", f"there are {', '.join(sorted(found))}")
+    try:
+        opening = _opening(found[name])
+    except Exception as error:  # whatever an import of somebody's module may raise
+        raise bad_request(
+            f"the backend {name!r} cannot be imported from {_location(found[name])} "
+            f"({type(error).__name__}: {error})",
+            "install or remove the package that brings it",
+        ) from error
+    try:
+        backend = opening(**settings)
+    except TypeError as error:
+        raise bad_request(f"the backend {name!r} does not take these settings ({error})") from error
+    if not isinstance(backend, Backend):
+        raise PluginError(
+            "internal",
+            f"what {_location(found[name])} returned is no backend",
+            "ask whoever wrote it to run mlx_onevision.plugins.conformance on it",
+        )
+    return backend
+
+
+def _found() -> dict[str, EntryPoint | str]:
+    brought = {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {**brought, **BUILT_IN}
+
+
+def _location(found: EntryPoint | str) -> str:
+    return found if isinstance(found, str) else found.value
+
+
+def _opening(found: EntryPoint | str) -> Any:
+    if not isinstance(found, str):
+        return found.load()
+    module, _, name = found.partition(":")
+    return getattr(import_module(module), name)

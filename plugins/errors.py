@@ -1,0 +1,83 @@
+"""What a backend refuses, as one exception with a code; standard library only."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+Code = Literal[
+    "model_not_found",
+    "unsupported_media",
+    "too_large",
+    "context_overflow",
+    "cancelled",
+    "out_of_memory",
+    "busy",
+    "bad_request",
+    "internal",
+]
+"""``cancelled`` is also for a request that ran out of its time, ``internal`` for a fault of the
+backend's own: nothing that the host could have asked in another way."""
+
+CODES: tuple[Code, ...] = get_args(Code)
+
+LONGEST = 300  # characters of a message or a hint; more would be somebody's data
+
+
+class PluginError(Exception):
+    """A request that was not served.
+
+    code : for programs; one of ``CODES``.
+    message : for people; one sentence without a full stop, that names the thing.
+    hint : the way out, where there is one.
+    """
+
+    def __init__(self, code: Code, message: str, hint: str = "") -> None:
+        if code not in CODES:
+            raise ValueError(f"{code!r} is not a code of this contract")
+        super().__init__(code, message, hint)
+        self.code: Code = code
+        self.message = clipped(message)
+        self.hint = clipped(hint)
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def of(self, name: str) -> "PluginError":
+        """The same, said of one thing among several."""
+        return PluginError(self.code, f"{name}: {self.message}", self.hint)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PluginError":
+        """The error that :meth:`to_dict` was taken of.
+
+        Raises:
+            PluginError: ``bad_request``, for values that are none.
+        """
+        keys = {"code", "message", "hint"}
+        if not isinstance(values, Mapping) or not {"code", "message"} <= set(values) <= keys:
+            raise bad_request("an error must have code, message and hint, and nothing else")
+        code, message, hint = values["code"], values["message"], values.get("hint", "")
+        if code not in CODES or not isinstance(message, str) or not isinstance(hint, str):
+            raise bad_request("an error has a code that is not known, or a message that is no text")
+        return cls(code, message, hint)
+
+
+def bad_request(message: str, hint: str = "") -> PluginError:
+    """The error of a request that cannot be served as it stands."""
+    return PluginError("bad_request", message, hint)
+
+
+def cancelled(message: str = "the request was cancelled") -> PluginError:
+    """The error of a request that was not waited for."""
+    return PluginError("cancelled", message)
+
+
+def clipped(text: str) -> str:
+    """``text`` on one line, its middle left out where it is long."""
+    text = " ".join(text.split())
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST - 100]} … {text[-97:]}"

@@ -1,0 +1,234 @@
+"""A backend without weights, for the tests of a host: it answers at once and always the same, or
+slowly, or fails where it is told to. Queue, limits, media policy, cancellation and errors are the
+real ones; standard library only.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from mlx_onevision.detokenizer import StopStrings
+from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.events import ProgressEvent, SegmentEvent, TextEvent
+from mlx_onevision.plugins.media import Media, Message, sniff
+from mlx_onevision.plugins.policy import MediaPolicy
+from mlx_onevision.plugins.requests import (
+    DescribeRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Group,
+)
+from mlx_onevision.plugins.results import (
+    Chapter,
+    DescribeResult,
+    EmbedResult,
+    FinishReason,
+    GenerateResult,
+    ModelInfo,
+    Segment,
+    Space,
+    Usage,
+)
+from mlx_onevision.plugins.service import Limits, Service
+from mlx_onevision.plugins.streams import Channel
+
+DIM = 16
+SECONDS = 30.0  # how long every video is
+POLL_SECONDS = 0.005
+
+INFO = ModelInfo(
+    id="fake",
+    revision="1",
+    context=32768,
+    capabilities=("generate", "embed", "describe_video", "images", "videos"),
+    spaces=(
+        Space("vision", DIM, ("image", "video"), trained=False),
+        Space("joint", DIM, ("text", "image", "video"), trained=False),
+    ),
+)
+
+
+class FakeBackend(Service):
+    """pieces : what every answer consists of; without them it repeats the question and counts what
+        came with it.
+    delay : seconds before each piece, each item that is embedded, each segment.
+    load_seconds : how long loading takes.
+    fail_at : the piece, item or segment, from 0 on, in whose place ``error`` is raised.
+    fail_load : raised instead of loading.
+    """
+
+    def __init__(
+        self,
+        *,
+        pieces: Sequence[str] | None = None,
+        delay: float = 0.0,
+        load_seconds: float = 0.0,
+        fail_at: int | None = None,
+        error: BaseException | None = None,
+        fail_load: BaseException | None = None,
+        policy: MediaPolicy | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.loads = 0
+        """How often it was loaded."""
+        self.steps = 0
+        """Pieces, items and segments that were worked on, those of cancelled requests too."""
+        self._pieces, self._delay, self._load_seconds = pieces, delay, load_seconds
+        self._fail_at, self._fail_load = fail_at, fail_load
+        self._error = error or PluginError("internal", "the fake backend was told to fail")
+        super().__init__(self._load, lambda: INFO, policy=policy, limits=limits)
+
+    def _load(self) -> "FakeBackend._Model":
+        time.sleep(self._load_seconds)
+        if self._fail_load is not None:
+            raise self._fail_load
+        self.loads += 1
+        return FakeBackend._Model(self)
+
+    def _step(self, place: int, channel: Channel) -> None:
+        """Takes its time, and fails where it should."""
+        until = time.monotonic() + self._delay
+        channel.check()
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+            channel.check()
+        if place == self._fail_at:
+            raise self._error
+        self.steps += 1
+
+    class _Model:
+        def __init__(self, owner: "FakeBackend") -> None:
+            self._owner = owner
+
+        def generate(
+            self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
+        ) -> GenerateResult:
+            channel.put(ProgressEvent("preparing"))
+            for medium in request.media:
+                _read(medium, policy)
+                channel.check()
+            words = sum(len(p.split()) for m in request.messages for p in m.parts if type(p) is str)
+            prompt = words + 196 * len(request.media)
+            if prompt >= INFO.context:
+                raise PluginError(
+                    "context_overflow",
+                    f"the prompt has {prompt} tokens, but the context holds {INFO.context}",
+                    "use fewer media or a shorter text",
+                )
+            pieces = self._owner._pieces or _answer(request.messages)
+            channel.put(ProgressEvent("answering"))
+            stop = StopStrings(request.stop)
+            text, count = "", 0
+            finish: FinishReason = "stop"
+
+            def say(piece: str) -> str:
+                if piece:
+                    channel.put(TextEvent(piece))
+                return piece
+
+            for place, piece in enumerate(pieces):
+                if place == request.max_tokens:
+                    finish = "length"
+                    break
+                self._owner._step(place, channel)
+                count += 1
+                text += say(stop.add(piece))
+                if stop.found is not None:
+                    break
+            text += say(stop.finish())
+            usage = Usage(
+                prompt_tokens=prompt, media_tokens=196 * len(request.media), completion_tokens=count
+            )
+            return GenerateResult(text, finish, usage)
+
+        def embed(
+            self, request: EmbedRequest, policy: MediaPolicy, channel: Channel
+        ) -> EmbedResult:
+            vectors = []
+            for place, item in enumerate(request.items):
+                self._owner._step(place, channel)
+                media = item.media if isinstance(item, Group) else [item]
+                try:
+                    parts = [m.encode() if isinstance(m, str) else _read(m, policy) for m in media]
+                except PluginError as error:
+                    raise error.of(f"item {place + 1}") from None
+                vectors.append(_vector(b"\0".join(parts), request.normalize))
+            return EmbedResult(
+                vectors=tuple(vectors),
+                space=request.space,
+                dim=DIM,
+                model=INFO.id,
+                revision=INFO.revision,
+                method="hash",
+                normalized=request.normalize,
+            )
+
+        def describe_video(
+            self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
+        ) -> DescribeResult:
+            channel.put(ProgressEvent("preparing"))
+            _read(request.video, policy)
+            first, last = request.start or 0.0, min(request.end or SECONDS, SECONDS)
+            if first >= last:
+                raise PluginError("bad_request", f"start is {first:g} s, behind the video's end")
+            window = request.segments if request.segments != "scenes" else 10.0
+            segments: list[Segment] = []
+            count = math.ceil((last - first) / window)
+            for place in range(count):
+                self._owner._step(place, channel)
+                begin = first + place * window
+                text = f"This is part {place + 1}."
+                channel.put(TextEvent(text, segment=place))
+                segments.append(Segment(place, begin, min(begin + window, last), text, (begin,)))
+                channel.put(SegmentEvent(segments[-1]))
+                channel.put(ProgressEvent("describing", place + 1, count))
+            return DescribeResult(
+                duration=SECONDS,
+                segments=tuple(segments),
+                summary=f"A video of {count} parts.",
+                chapters=(Chapter(first, "All of it"),),
+            )
+
+        def close(self) -> None:
+            """Nothing is held."""
+
+
+def _answer(messages: Sequence[Message]) -> list[str]:
+    """What was asked last, word by word, and what came with all of it."""
+    said = [part for message in messages for part in message.parts if isinstance(part, str)]
+    media = [medium for message in messages for medium in message.media]
+    pieces = [f"{word} " for word in (said[-1].split() if said else [])]
+    for kind in ("image", "video"):
+        count = sum(medium.kind == kind for medium in media)
+        pieces.append(f"[{count} {kind}{'' if count == 1 else 's'}]")
+    return pieces
+
+
+def _read(medium: Media, policy: MediaPolicy) -> bytes:
+    source = policy.open(medium)
+    data = source if isinstance(source, bytes) else _whole(source)
+    if sniff(data) != medium.kind:
+        raise PluginError(
+            "unsupported_media",
+            f"the {medium.kind} given as {_given(medium)} is no {medium.kind}",
+            "send a picture or a video in a usual format",
+        )
+    return data
+
+
+def _whole(file: BinaryIO) -> bytes:
+    with file:
+        return file.read()
+
+
+def _given(medium: Media) -> str:
+    return "bytes" if medium.data is not None else "a path" if medium.path is not None else "a URL"
+
+
+def _vector(data: bytes, normalize: bool) -> tuple[float, ...]:
+    digest = hashlib.blake2b(data, digest_size=DIM).digest()
+    values = [byte - 127.5 for byte in digest]
+    length = math.sqrt(sum(value * value for value in values)) if normalize else 1.0
+    return tuple(value / length for value in values)

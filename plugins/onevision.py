@@ -1,0 +1,314 @@
+"""The engine as a backend: this package's own model behind the plugin contract.
+
+Pictures are read and checked on the request's own thread; the model runs on its one thread, and
+answers together what is ready at the same time.
+"""
+
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_onevision.errors import OneVisionError
+from mlx_onevision.plugins.errors import PluginError, cancelled
+from mlx_onevision.plugins.events import ProgressEvent, SegmentEvent, TextEvent
+from mlx_onevision.plugins.media import Media
+from mlx_onevision.plugins.policy import MediaPolicy
+from mlx_onevision.plugins.requests import (
+    DescribeRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Group,
+)
+from mlx_onevision.plugins.results import (
+    Chapter,
+    DescribeResult,
+    EmbedResult,
+    GenerateResult,
+    ModelInfo,
+    Segment,
+    Space,
+    Usage,
+)
+from mlx_onevision.plugins.service import Limits, Service
+from mlx_onevision.plugins.streams import Channel
+from mlx_onevision.plugins.together import Together
+from mlx_onevision.plugins.wording import worded
+
+if TYPE_CHECKING:
+    from mlx_onevision.api import Model
+    from mlx_onevision.generation import Generation, Question, Stream
+    from mlx_onevision.vectors import Embeddings
+
+GROUP = 10  # items that are read and embedded together
+
+SETTINGS = (
+    "system",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "num_frames",
+    "fps",
+    "start",
+    "end",
+    "tiling",
+    "order",
+)
+
+
+DESCRIBING = (
+    "segments",
+    "start",
+    "end",
+    "num_frames",
+    "longest",
+    "max_tokens",
+    "system",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+)
+
+
+def open_engine(
+    model: str | Path = "demo",
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    policy: MediaPolicy | None = None,
+    limits: Limits | None = None,
+) -> Service:
+    """A backend that runs a model in this process; loaded when it is first asked.
+
+    model, revision, dtype : as :func:`mlx_onevision.load` takes them.
+    policy : which files and addresses requests may name. By default none: pictures come as bytes.
+        A program that asks for itself alone takes ``MediaPolicy.trusting()``.
+    limits : how much is taken on at once, and for how long.
+    """
+
+    def load() -> "_Engine":
+        from mlx_onevision.api import load
+
+        return _Engine(load(model, revision=revision, dtype=dtype))
+
+    found: list[ModelInfo] = []
+
+    def describe() -> ModelInfo:
+        if not found:
+            found.append(_info(model, revision))
+        return found[0]
+
+    return Service(load, describe, policy=policy, limits=limits)
+
+
+class _Engine:
+    """A loaded model; see :class:`~mlx_onevision.plugins.service.Answering`."""
+
+    def __init__(self, model: "Model") -> None:
+        self._model = model
+        self._together: Together[Question, Stream] = Together(model.answers)
+
+    def generate(
+        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
+    ) -> GenerateResult:
+        channel.put(ProgressEvent("preparing"))
+        question = self._question(request, policy, channel)
+        channel.check()
+        channel.put(ProgressEvent("answering"))
+        waiting = self._together.ask(question)
+        del question  # and with it the tiles, once they are encoded
+        channel.at_end(waiting.cancel)
+        try:
+            stream = waiting.result()
+        except CancelledError:
+            raise cancelled() from None
+        try:
+            channel.at_end(stream.cancel)
+            for piece in stream:
+                channel.put(TextEvent(piece))
+            return _generated(stream.result())
+        finally:
+            self._together.ended()
+
+    def _question(
+        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
+    ) -> "Question":
+        given = {name: getattr(request, name) for name in SETTINGS}
+        with ExitStack() as files:
+            read = {}
+            for medium in request.media:
+                channel.check()
+                read[id(medium)] = _source(medium, policy, files)
+            messages = [
+                {
+                    "role": message.role,
+                    "content": [
+                        {"type": part.kind, part.kind: read[id(part)]}
+                        if isinstance(part, Media)
+                        else {"type": "text", "text": part}
+                        for part in message.parts
+                    ],
+                }
+                for message in request.messages
+            ]
+            question = self._model.question(
+                messages, channel.check, stop=tuple(request.stop), **given
+            )
+        for medium in question.inputs.media:
+            if medium.clip is not None:
+                policy.check_frames(len(medium.tiles))
+        return question
+
+    def embed(self, request: EmbedRequest, policy: MediaPolicy, channel: Channel) -> EmbedResult:
+        total = len(request.items)
+        parts = []
+        for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
+            channel.check()
+            channel.put(ProgressEvent("embedding", first, total))
+            parts.append(self._embedded(request, first, policy, channel))
+        first_part = parts[0]
+        return EmbedResult(
+            vectors=tuple(tuple(vector) for part in parts for vector in part.vectors.tolist()),
+            space=first_part.space,
+            dim=first_part.dim,
+            model=first_part.model,
+            revision=first_part.revision,
+            quantization=first_part.quantization,
+            method=first_part.method,
+            normalized=first_part.normalized,
+        )
+
+    def _embedded(
+        self, request: EmbedRequest, first: int, policy: MediaPolicy, channel: Channel
+    ) -> "Embeddings":
+        """A group of items; no more of them are ever held at once."""
+        with ExitStack() as files:
+            items = []
+            for number, item in enumerate(request.items[first : first + GROUP], first + 1):
+                channel.check()
+                try:
+                    items.append(_item(item, policy, files))
+                except (PluginError, OneVisionError) as error:
+                    raise worded(error).of(f"item {number}") from None
+
+            def refuse(index: int, error: OneVisionError) -> None:
+                # It says which item of the group it was; the host knows them by their own numbers.
+                found = worded(error)
+                plain = found.message.removeprefix(f"item {index + 1}: ")
+                whole = PluginError(found.code, plain, found.hint)
+                raise whole.of(f"item {first + index + 1}")
+
+            return self._model.embed(
+                items,
+                request.space,
+                normalize=request.normalize,
+                tiling=request.tiling,
+                on_error=refuse,
+            )
+
+    def describe_video(
+        self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
+    ) -> DescribeResult:
+        from mlx_onevision.captions import Segment as Told
+        from mlx_onevision.telling import Progress
+
+        given = {name: getattr(request, name) for name in DESCRIBING}
+        segments: list[Segment] = []
+        with ExitStack() as files:
+            channel.put(ProgressEvent("preparing"))
+            source = _source(request.video, policy, files)
+            stream = files.enter_context(self._model.stream_description(source, **given))
+            channel.at_end(stream.cancel)
+            for event in stream:
+                if isinstance(event, Progress):
+                    channel.put(ProgressEvent(event.stage, event.done, event.total))
+                elif isinstance(event, Told):
+                    told = (event.start, event.end, event.text, event.frames)
+                    segments.append(Segment(len(segments), *told))
+                    channel.put(SegmentEvent(segments[-1]))
+            found = stream.result()
+        return DescribeResult(
+            duration=found.duration,
+            segments=tuple(segments),
+            summary=found.summary,
+            chapters=tuple(Chapter(chapter.start, chapter.title) for chapter in found.chapters),
+            warnings=found.warnings,
+        )
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def _item(item: str | Media | Group, policy: MediaPolicy, files: ExitStack) -> Any:
+    """An item as :meth:`mlx_onevision.api.Model.embed` takes it."""
+    if isinstance(item, str):
+        return {"type": "text", "text": item}
+    if isinstance(item, Media):
+        return {"type": item.kind, item.kind: _source(item, policy, files)}
+    return [_item(medium, policy, files) for medium in item.media]
+
+
+def _source(medium: Media, policy: MediaPolicy, files: ExitStack) -> Any:
+    """What the engine reads: of a picture its pixels, of a video its bytes or its open file, which
+    ``files`` closes.
+    """
+    source = policy.open(medium)
+    if medium.kind == "video":
+        return source if isinstance(source, bytes) else files.enter_context(source)
+    from PIL import Image
+
+    from mlx_onevision.image import load_image
+
+    with nullcontext() if isinstance(source, bytes) else source:
+        # As an object, not an array: of a picture three pixels high an array would be ambiguous.
+        return Image.fromarray(load_image(source, policy.pixels))
+
+
+def _generated(answer: "Generation") -> GenerateResult:
+    if answer.finish_reason not in ("stop", "length"):
+        raise cancelled()
+    return GenerateResult(
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        usage=Usage(**{field.name: getattr(answer.usage, field.name) for field in fields(Usage)}),
+        notes=answer.notes,
+    )
+
+
+def _info(model: str | Path, revision: str | None) -> ModelInfo:
+    from mlx_onevision.checkpoint import read_config
+    from mlx_onevision.config import OneVisionConfig
+    from mlx_onevision.embedding import described
+    from mlx_onevision.hub import resolve
+    from mlx_onevision.identity import identify
+    from mlx_onevision.vectors import NOTES
+
+    folder = resolve(model, revision=revision)
+    config = OneVisionConfig.from_dict(read_config(folder))
+    name, commit = identify(folder)
+    wide = config.vision_config.hidden_size * len(config.feature_layers)
+    return ModelInfo(
+        id=name,
+        revision=commit,
+        context=config.text_config.max_position_embeddings,
+        quantization=described(config.quantization),
+        capabilities=("generate", "embed", "describe_video", "images", "videos"),
+        spaces=(
+            Space("vision", wide, ("image", "video"), trained=False, note=NOTES["vision"]),
+            Space(
+                "joint",
+                config.text_config.hidden_size,
+                ("text", "image", "video"),
+                trained=False,
+                note=NOTES["joint"],
+            ),
+        ),
+    )
