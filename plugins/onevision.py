@@ -1,10 +1,9 @@
 """The engine as a backend: this package's own model behind the plugin contract.
 
-Pictures are read and checked on the request's own thread; the model runs on its one thread, and
-answers together what is ready at the same time.
+Pictures are read and checked on the request's own thread; the model runs on its one thread, where
+an answer joins those that are under way.
 """
 
-from concurrent.futures import CancelledError
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -33,49 +32,20 @@ from mlx_onevision.plugins.results import (
 )
 from mlx_onevision.plugins.service import Limits, Service
 from mlx_onevision.plugins.streams import Channel
-from mlx_onevision.plugins.together import Together
 from mlx_onevision.plugins.wording import worded
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
-    from mlx_onevision.generation import Generation, Question, Stream
+    from mlx_onevision.generation import Generation, Question
     from mlx_onevision.vectors import Embeddings
 
 GROUP = 10  # items that are read and embedded together
 
-SETTINGS = (
-    "system",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "num_frames",
-    "fps",
-    "start",
-    "end",
-    "tiling",
-    "order",
-)
-
-
-DESCRIBING = (
-    "segments",
-    "start",
-    "end",
-    "num_frames",
-    "longest",
-    "max_tokens",
-    "system",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-)
+# Settings have the library's own names.
+SETTINGS = [
+    f.name for f in fields(GenerateRequest) if f.name not in ("messages", "stop", "timeout")
+]
+DESCRIBING = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
 
 
 def open_engine(
@@ -114,7 +84,6 @@ class _Engine:
 
     def __init__(self, model: "Model") -> None:
         self._model = model
-        self._together: Together[Question, Stream] = Together(model.answers)
 
     def generate(
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
@@ -123,20 +92,12 @@ class _Engine:
         question = self._question(request, policy, channel)
         channel.check()
         channel.put(ProgressEvent("answering"))
-        waiting = self._together.ask(question)
+        (stream,) = self._model.answers([question])
         del question  # and with it the tiles, once they are encoded
-        channel.at_end(waiting.cancel)
-        try:
-            stream = waiting.result()
-        except CancelledError:
-            raise cancelled() from None
-        try:
-            channel.at_end(stream.cancel)
-            for piece in stream:
-                channel.put(TextEvent(piece))
-            return _generated(stream.result())
-        finally:
-            self._together.ended()
+        channel.at_end(stream.cancel)
+        for piece in stream:
+            channel.put(TextEvent(piece))
+        return _generated(stream.result())
 
     def _question(
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
@@ -160,7 +121,7 @@ class _Engine:
                 for message in request.messages
             ]
             question = self._model.question(
-                messages, channel.check, stop=tuple(request.stop), **given
+                messages, check=channel.check, stop=tuple(request.stop), **given
             )
         for medium in question.inputs.media:
             if medium.clip is not None:

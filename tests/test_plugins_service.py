@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from mlx_onevision.plugins.interface import (
 from mlx_onevision.plugins.onevision import open_engine
 from mlx_onevision.plugins.policy import MediaPolicy
 from mlx_onevision.plugins.service import Limits, Service
-from mlx_onevision.plugins.together import Together
 from mlx_onevision.runner import Runner
 
 HELLO = GenerateRequest.ask("hello there")
@@ -212,39 +210,6 @@ def test_nothing_is_left_behind() -> None:
     backend.close()
     eventually(lambda: threading.active_count() <= before + 1)  # the one for forgotten streams
     assert not backend._channels
-
-
-def test_what_is_ready_together_is_answered_together() -> None:
-    groups: list[list[str]] = []
-
-    def start(questions: Any) -> list[str]:
-        groups.append(list(questions))
-        return [question.upper() for question in questions]
-
-    together: Together[str, str] = Together(start)
-    first = together.ask("a")
-    assert first.result() == "A"
-    later = [together.ask(letter) for letter in "bcde"]
-    assert later[1].cancel()
-    together.ended()
-    assert groups == [["a"], ["b", "d", "e"]]
-    with pytest.raises(CancelledError):
-        later[1].result()
-    for _ in range(3):
-        together.ended()
-    assert together.ask("f").result() == "F"
-
-
-def test_a_group_that_cannot_begin_holds_up_nobody() -> None:
-    def start(questions: Any) -> list[str]:
-        if "bad" in questions:
-            raise ValueError
-        return list(questions)
-
-    together: Together[str, str] = Together(start)
-    with pytest.raises(ValueError):
-        together.ask("bad").result()
-    assert together.ask("good").result() == "good"
 
 
 # The engine, on a small random checkpoint.
