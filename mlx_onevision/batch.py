@@ -137,6 +137,20 @@ class Row:
         self.listener.put(None if isinstance(error, CancelledError) else error)
 
 
+def serve(runner: Runner, line: deque[Row]) -> None:
+    """Answers everything in ``line``, and what comes to it meanwhile. Must not raise."""
+    while line:
+        row = line.popleft()
+        try:
+            if line or not row.run_alone(runner, lambda: bool(line)):
+                line.appendleft(row)
+                Batch(runner, line).run()
+        except BaseException as error:  # nobody may be left waiting
+            row.end(error)
+            while line:
+                line.popleft().end(error)
+
+
 class Batch:
     """Answers the rows of ``line``, those first in line first. More may be put there meanwhile,
     from any thread.

@@ -12,6 +12,7 @@ from checkpoints import write
 
 from mlx_onevision import Model, hub
 from mlx_onevision.cli import cli
+from mlx_onevision.plugins.discovery import GROUP
 
 ROOT = Path(__file__).parents[1]
 README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
