@@ -183,7 +183,7 @@ def report(facts: Facts, planned: bool = False) -> str:
         ("download", size(facts.download)) if planned else ("", ""),
         ("to write" if planned else "folder", str(facts.target)),
         ("weights", f"{size(facts.nbytes)} in {count}, {facts.bits_per_weight:.2f} bits a weight"),
-        ("recipe", f"{facts.recipe}, otherwise {facts.dtype}"),
+        ("recipe", facts.recipe + (f", the rest {facts.dtype}" if facts.packed else "")),
         *(("", f"{number} matrices with {way}") for way, number in facts.packed.items()),
     ]
     if facts.padded:

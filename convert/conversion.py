@@ -16,7 +16,7 @@ from mlx_onevision.config import DTYPES, OneVisionConfig
 from mlx_onevision.convert.card import card
 from mlx_onevision.convert.durable import Writer
 from mlx_onevision.convert.facts import Facts
-from mlx_onevision.convert.shards import INDEX, Part, Shard, divide, index, write_shard
+from mlx_onevision.convert.shards import Part, Shard, divide, index, write_shard
 from mlx_onevision.convert.sidecars import config_json, processor_files
 from mlx_onevision.convert.sources import Source, find
 from mlx_onevision.convert.staging import Staging, require_space, require_target
@@ -24,7 +24,7 @@ from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.packing import CODES, Files, Piece, Plan, make_plan
 from mlx_onevision.processor import Processor
 from mlx_onevision.recipes import Recipe
-from mlx_onevision.weights import NORM, written_name
+from mlx_onevision.weights import INDEX, NORM, written_name
 
 SHARD_BYTES = 5 << 30
 MARGIN = 1 << 20  # bytes of a disk that are left alone
@@ -76,13 +76,11 @@ def convert(
     Raises:
         OneVisionError: saying in one sentence what is wrong; nothing has been changed then.
     """
-    begun = time.monotonic()
     require_target(Path(target), overwrite)  # before anything is downloaded
     _require_dtype(dtype)
     source = find(model, revision)
     conversion = prepare(source, Path(target), recipe, dtype, dequantize, shard_bytes, overwrite)
-    facts = write(conversion, overwrite, progress, measure, command)
-    return dataclasses.replace(facts, seconds=time.monotonic() - begun)
+    return write(conversion, overwrite, progress, measure, command)
 
 
 def prepare(
@@ -136,6 +134,7 @@ def write(
         conversion.plan,
         conversion.facts,
     )
+    begun = time.monotonic()
     side = {
         "config.json": config_json(opened, plan, source, facts.version, facts.recipe),
         INDEX: index(conversion.shards, facts.values),
@@ -165,7 +164,7 @@ def write(
         check(folder, plan.config)
         staging.publish()
     sizes = {name: file.size for name, file in files.items()}
-    return dataclasses.replace(facts, files=sizes)
+    return dataclasses.replace(facts, files=sizes, seconds=time.monotonic() - begun)
 
 
 def check(folder: Path, config: OneVisionConfig) -> None:
@@ -228,6 +227,8 @@ def _facts(
         packed[words] = packed.get(words, 0) + 1
     width = plan.config.vision_config.intermediate_size
     grown = width != opened.config.vision_config.intermediate_size
+    nbytes = sum(shard.data_bytes for shard in shards)
+    values = plan.values + len(NORM) * opened.config.vision_config.hidden_size
     name = recipe.name if recipe is not None else "as the source" if plan.ways else plan.dtype
     return Facts(
         source=source.base or source.name,
@@ -235,9 +236,9 @@ def _facts(
         target=target,
         recipe=name,
         dtype=plan.dtype,
-        nbytes=plan.nbytes,
-        values=plan.values,
-        bits_per_weight=plan.bits_per_weight,
+        nbytes=nbytes,
+        values=values,
+        bits_per_weight=8 * nbytes / values,
         shards=len(shards),
         packed=dict(sorted(packed.items())),
         ways={written_name(module): way for module, way in plan.ways.items()},

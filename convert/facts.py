@@ -21,6 +21,7 @@ class Facts:
     left : modules that the recipe would have packed, whose width does not divide into groups.
     padded : the width that the tower's MLPs were padded to; None if they were not.
     files : the sizes of all files that are written; of a plan, of the weights alone.
+    seconds : that writing and checking took.
     """
 
     source: str

@@ -7,6 +7,7 @@ written first.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx_onevision.convert.durable import Writer
 from mlx_onevision.manifest import File
 from mlx_onevision.packing import Piece
-from mlx_onevision.weights import INDEX, SINGLE, written_name
+from mlx_onevision.weights import SINGLE, written_name
 
 DTYPES = {
     "U8": mx.uint8,
@@ -46,7 +47,7 @@ class Shard:
     name: str
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         """The safetensors header, padded so that the data begins at a multiple of 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": METADATA}
@@ -68,7 +69,12 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(part.nbytes for part in self.parts)
+        """The file's size; :attr:`data_bytes` is that of the tensors alone."""
+        return len(self.header) + self.data_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
 
 def divide(parts: Iterable[Part], most: int) -> list[Shard]:
@@ -95,7 +101,7 @@ def divide(parts: Iterable[Part], most: int) -> list[Shard]:
 def index(shards: Sequence[Shard], values: int) -> bytes:
     """The index of shards, whose weights stand for so many ``values``."""
     names = {written_name(piece.name): shard.name for shard in shards for piece in shard.pieces}
-    total = sum(part.nbytes for shard in shards for part in shard.parts)
+    total = sum(shard.data_bytes for shard in shards)
     content = {
         "metadata": {"total_size": total, "total_parameters": values},
         "weight_map": dict(sorted(names.items())),
@@ -127,6 +133,3 @@ def _raw(array: mx.array, piece: Piece) -> memoryview:
         raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, planned as {piece}")
     array = mx.contiguous(array if array.ndim else array.reshape(1))
     return memoryview(array.view(mx.uint8)).cast("B")  # pyright: ignore[reportArgumentType]
-
-
-__all__ = ["INDEX", "Part", "Shard", "divide", "index", "write_shard"]

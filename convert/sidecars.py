@@ -147,33 +147,26 @@ def _with_placeholders(tokenizer: bytes, folder: Path, config: OneVisionConfig) 
     """The tokenizer with a token for images and one for videos. The original checkpoints' have
     none; this package does not need them, other programs look the placeholders up.
     """
-    values = read_json(folder / "tokenizer.json") or {}
-    added = values.get("added_tokens")
-    added = list(added) if isinstance(added, list) else []
-    vocabulary = (values.get("model") or {}).get("vocab")
-    known: set[Any] = {entry.get("content") for entry in added if isinstance(entry, dict)}
-    known |= set(vocabulary) if isinstance(vocabulary, dict) else set()
-    lacking = {
-        token: number
-        for token, number in (
-            ("<image>", config.image_token_index),
-            ("<video>", config.video_token_index),
-        )
-        if token not in known
-    }
-    if not lacking or not _is_original(folder):
+    from tokenizers import Tokenizer
+
+    if not lmms_lab.is_original(read_json(folder / "config.json") or {}):
         return tokenizer
+    wanted = {"<image>": config.image_token_index, "<video>": config.video_token_index}
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    lacking = {token: index for token, index in wanted.items() if known.token_to_id(token) is None}
+    values = read_json(folder / "tokenizer.json") or {}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added += [
-        {"id": number, "content": token, **flags, "special": True}
-        for token, number in lacking.items()
+    values["added_tokens"] = [
+        *(values.get("added_tokens") or []),
+        *(
+            {"id": index, "content": token, **flags, "special": True}
+            for token, index in sorted(lacking.items(), key=lambda item: item[1])
+        ),
     ]
-    added.sort(key=lambda entry: entry.get("id", 0))
-    return json.dumps({**values, "added_tokens": added}, ensure_ascii=False, indent=2).encode()
-
-
-def _is_original(folder: Path) -> bool:
-    return lmms_lab.is_original(read_json(folder / "config.json") or {})
+    text = json.dumps(values, ensure_ascii=False, indent=2)
+    made = Tokenizer.from_str(text)  # which counts on from the last token, whatever the id
+    right = all(made.token_to_id(token) == index for token, index in wanted.items())
+    return text.encode() if lacking and right else tokenizer
 
 
 def _pixels(image: ImageConfig) -> dict[str, Any]:

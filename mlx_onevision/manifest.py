@@ -99,7 +99,7 @@ def check(folder: Path, hashes: bool = False) -> None:
 
 def _digest(path: Path) -> str:
     digest = sha256()
-    buffer = bytearray(CHUNK)
+    buffer = bytearray(min(CHUNK, path.stat().st_size + 1))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])

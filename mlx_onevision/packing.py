@@ -118,10 +118,6 @@ class Plan:
     def values(self) -> int:
         return sum(step.values for step in self.steps)
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.values
-
 
 class Files:
     """Lazy arrays of weight files. Each can be taken once, so that nothing else keeps it alive."""
@@ -178,7 +174,8 @@ def make_plan(
     left: list[str] = []
     wide = config.vision_config.intermediate_size
     if recipe is not None:
-        chosen = _choose(recipe, shapes, config.text_config.num_hidden_layers)
+        matrices = [m for m in shapes if m not in tensors and f"{m}.weight" != POSITIONS]
+        chosen = _choose(recipe, matrices, config.text_config.num_hidden_layers)
         wide = _padded_width(config, chosen)
         widths = {m: wide if m.endswith(".mlp.fc2") else shapes[m][-1] for m in chosen}
         left = [m for m, way in chosen.items() if widths[m] % way.group_size]
@@ -199,7 +196,7 @@ def make_plan(
     return Plan(made, tuple(steps), ways, tuple(left), floating)
 
 
-def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor can be packed: a linear layer's weight, or the embedding table."""
     return name.endswith(".weight") and len(shape) == 2 and name != POSITIONS
 
@@ -216,18 +213,12 @@ def _shapes(
                 columns = tensor.shape[1] * 32 // packed[module].bits
                 shapes[module] = (tensor.shape[0], columns)
         else:
-            shapes[module if is_matrix(name, tensor.shape) else name] = tensor.shape
+            shapes[module if _is_matrix(name, tensor.shape) else name] = tensor.shape
     return shapes
 
 
-def _choose(
-    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], layers: int
-) -> dict[str, ModuleQuantization]:
-    names = {
-        module: written_name(module)
-        for module, shape in shapes.items()
-        if is_matrix(f"{module}.weight", shape)
-    }
+def _choose(recipe: Recipe, modules: Iterable[str], layers: int) -> dict[str, ModuleQuantization]:
+    names = {module: written_name(module) for module in modules}
     unused = [
         rule.pattern
         for rule in recipe.rules
@@ -243,7 +234,7 @@ def _padded_width(config: OneVisionConfig, chosen: Mapping[str, ModuleQuantizati
     """The width of the tower's MLPs with which their second matrices divide into groups.
 
     The zeros are exact: the rows that they add to the first matrix give 0, which every activation
-    but one leaves 0, and the columns that they add to the second multiply it by 0.
+    but one leaves 0, and so the columns that they add to the second are multiplied by 0.
     """
     vision = config.vision_config
     groups = [

@@ -35,6 +35,7 @@ MIXED: Mapping[str, tuple[int, int]] = {
 }
 
 VISION_BITS = 8
+LOADING_BITS = (4, 8)
 VISION = ("vision_tower.", "multi_modal_projector.")
 LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
 
@@ -93,6 +94,17 @@ def uniform(
     language = packing(bits, group_size, mode)
     name = f"{language.bits}-bit" if mode == "affine" else mode
     return Recipe(name, language, vision_packing(vision_bits))
+
+
+def while_loading(bits: int | None) -> Recipe | None:
+    """The recipe for a model that is packed as it is loaded; None for None.
+
+    Raises:
+        RequestError: for bits other than 4 and 8.
+    """
+    if bits is not None and (isinstance(bits, bool) or bits not in LOADING_BITS):
+        raise RequestError(f"quantize is {bits!r}; while loading it is 4 or 8 bits")
+    return None if bits is None else uniform(bits)
 
 
 def mixed(
