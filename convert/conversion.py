@@ -136,9 +136,10 @@ def write(
     )
     begun = time.monotonic()
     side = {
-        "config.json": config_json(opened, plan, source, facts.version, facts.recipe),
         INDEX: index(conversion.shards, facts.values),
         **processor_files(opened),
+        # Last of what a loader needs: a folder without it is no model's.
+        "config.json": config_json(opened, plan, source, facts.version, facts.recipe),
     }
     total = sum(shard.nbytes for shard in conversion.shards)
     done = 0

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +62,7 @@ class Staging:
     ) -> None:
         try:
             if not self._published:
-                shutil.rmtree(self.path, ignore_errors=True)
+                _discard(self.path)
         finally:
             os.close(self._lock)
 
@@ -84,7 +85,7 @@ class Staging:
         self._published = True
         flush_folder(self.target.parent)
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
 
 
 def require_target(target: Path, overwrite: bool) -> Path:
@@ -130,7 +131,7 @@ def remove_leftovers(parent: Path) -> None:
             if found[2] and not os.path.lexists(original):
                 os.rename(path, original)
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                _discard(path)
         finally:
             os.close(lock)
 
@@ -152,6 +153,13 @@ def _replace(new: Path, target: Path) -> Path:
         if lock is not None:
             os.close(lock)
     return old
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a folder, first of all what makes it a model: half of one must not load."""
+    with suppress(OSError):
+        os.unlink(folder / "config.json")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside(target: Path, kind: str = "") -> Path:

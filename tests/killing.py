@@ -104,7 +104,7 @@ class Killer:
 
     def run(self, source: Path, target: Path, **job: Any) -> dict[str, Any]:
         given = {"source": str(source), "target": str(target), "overwrite": False, "bits": 4}
-        given |= {"shard_bytes": 100_000, **job}
+        given |= {"shard_bytes": 250_000, **job}
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(given) + "\n")
         self._server.stdin.flush()
