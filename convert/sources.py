@@ -72,22 +72,24 @@ def outline(model: str | Path, revision: str | None = None) -> Iterator[Source]:
 
 
 def _outline(repository: str, revision: str | None, folder: Path) -> Source | None:
-    """None when nothing of the model needs downloading."""
-    from huggingface_hub import HfApi, snapshot_download
+    """None when nothing of the model needs downloading, or nothing can be."""
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
+    if constants.HF_HUB_OFFLINE:
+        return None
+    commit = HfApi().model_info(repository, revision=revision).sha
     disable_progress_bars()
     try:
         files = snapshot_download(
             repository,
-            revision=revision,
+            revision=commit,
             allow_patterns=list(hub.FILES),
             ignore_patterns=list(hub.NOT_FILES),
             dry_run=True,
         )
         if not any(file.will_download for file in files):
             return None
-        commit = files[0].commit_hash
         snapshot_download(
             repository,
             revision=commit,

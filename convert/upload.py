@@ -1,5 +1,6 @@
 """A converted folder to the Hub."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_onevision.errors import ModelNotFoundError, OneVisionError, RequestError
@@ -7,7 +8,8 @@ from mlx_onevision.hub import FILES, HUB_ID
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, create_pr: bool = False) -> str:
-    """Uploads a folder into a repository, which is made if there is none, in one commit.
+    """Uploads a folder into a repository, which is made if there is none, in one commit: at no
+    moment is half a model there. Weight files of another model that the repository had are removed.
 
     Returns the commit's address, or the pull request's.
 
@@ -17,18 +19,23 @@ def upload(folder: Path, repository: str, *, private: bool = False, create_pr: b
     if not HUB_ID.fullmatch(repository):
         raise RequestError(f"'{repository}' is not a repository's id, such as name/model")
     import httpx2
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
+    ours = sorted(path.name for path in folder.iterdir() if _is_a_models(path))
     way_out = f"it is whole in {folder}; try 'hf upload {repository} {folder}'"
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
+        there = api.list_repo_files(repository)
+        stale = [n for n in there if n.endswith(".safetensors") and "/" not in n and n not in ours]
+        done = api.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, folder / name) for name in ours),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
             commit_message="Upload a model converted by mlx-onevision",
             create_pr=create_pr,
-            allow_patterns=list(FILES),
         )
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
@@ -42,3 +49,7 @@ def upload(folder: Path, repository: str, *, private: bool = False, create_pr: b
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise OneVisionError(f"the upload broke off ({reason}); {way_out}") from None
     return str(done.pr_url if create_pr else done.commit_url)
+
+
+def _is_a_models(path: Path) -> bool:
+    return path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FILES)
