@@ -56,7 +56,7 @@ def shapes_of(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     larger = {48: sizes.hidden, 96: sizes.intermediate}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in few.items():
-        shape = value.shape
+        shape: tuple[int, ...] = tuple(value.shape)
         if not name.startswith("vision"):
             shape = tuple(larger.get(edge, edge) for edge in shape)
         layered = name.startswith("language_model.layers.0.")

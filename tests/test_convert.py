@@ -176,7 +176,7 @@ def test_a_tower_that_does_not_divide_is_padded(tmp_path: Path, bits: int) -> No
     # The new rows are zeros, so what the second matrix multiplies is 0, whatever packing made of
     # its new columns; and the old rows are packed as they would be without the new ones.
     loaded: Any = mx.load(str(facts.target / "model.safetensors"))
-    way = {"group_size": 64, "bits": bits}
+    way: dict[str, Any] = {"group_size": 64, "bits": bits}
     parts = [loaded[f"{fc1}.{part}"] for part in ("weight", "scales", "biases")]
     rows = np.array(mx.dequantize(*parts, **way))
     assert (rows[80:] == 0).all() and (np.array(loaded[f"{fc1}.bias"])[80:] == 0).all()
@@ -217,7 +217,7 @@ def test_unpacking(tmp_path: Path) -> None:
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain", "mlx-vlm")
     packed = quantize(plain, tmp_path / "packed")
-    for wanted, source, request in (
+    cases: list[tuple[str, Path, dict[str, Any]]] = [
         ("quantized already", packed, {"recipe": recipes.uniform()}),
         ("not quantized", plain, {"dequantize": True}),
         ("dtype is 'int8'", plain, {"dtype": "int8"}),
@@ -225,7 +225,8 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
         ("is the model to convert", plain, {"target": plain / "inside"}),
         ("is there already", plain, {"target": packed}),
         ("there is no folder", plain, {"target": tmp_path / "a" / "b"}),
-    ):
+    ]
+    for wanted, source, request in cases:
         target = request.pop("target", tmp_path / "made")
         with pytest.raises(OneVisionError, match=wanted):
             convert(source, target, **request)

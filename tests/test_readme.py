@@ -10,7 +10,7 @@ import pytest
 from checkpoints import write
 
 from mlx_onevision import hub
-from mlx_onevision.cli import cli
+from mlx_onevision.__main__ import cli
 
 ROOT = Path(__file__).parents[1]
 README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
@@ -64,6 +64,13 @@ def test_it_names_every_option_of_embed_and_no_other() -> None:
     table = README.partition("| `embed` |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(--[a-z-]+)", table))
     assert named == {option for option in options if option.startswith("--")}
+
+
+def test_it_names_every_option_of_convert_and_no_other() -> None:
+    options = {option for param in cli.commands["convert"].params for option in param.opts}
+    table = README.partition("| `convert MODEL [FOLDER]` |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(--?[a-z-]+)", table))
+    assert named == {option for option in options if option.startswith("-")}
 
 
 def test_it_names_every_alias() -> None:
