@@ -15,6 +15,8 @@ logger = logging.getLogger("mlx_onevision")
 KEPT = ("license", "license_name", "license_link", "language", "datasets", "extra_gated_prompt")
 TAGS = ("mlx", "mlx-onevision", "llava-onevision")
 
+LONGEST = 1 << 20  # characters of a card that are looked at
+
 LAYOUT = """\
 # {title}
 
@@ -85,7 +87,8 @@ def _metadata(source: Source, facts: Facts) -> dict[str, Any]:
 def read_metadata(folder: Path) -> Mapping[str, Any]:
     """The metadata at the head of a folder's README.md; empty where it cannot be understood."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        with (folder / "README.md").open(encoding="utf-8") as file:
+            text = file.read(LONGEST)
     except (OSError, UnicodeDecodeError):
         return {}
     lines = text.splitlines()

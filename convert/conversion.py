@@ -68,7 +68,7 @@ def convert(
     dequantize : unpacks what is packed in the source.
     shard_bytes : of tensors in one file, at most.
     overwrite : replace a model that is at ``target``, once the new one has been checked.
-    progress : called with how many bytes are written, and of how many.
+    progress : called with how many bytes have been written and read back, and of how many.
     measure : called with the source's folder and the new one, whose weights can be loaded by then;
         the Markdown that it returns goes into the model card, as what was lost.
     command : what to name in the model card; None for the call of this function.
@@ -135,52 +135,58 @@ def write(
         conversion.facts,
     )
     begun = time.monotonic()
+    Processor.from_folder(source.folder, opened.config)  # before weights are written for nothing
     side = {
         INDEX: index(conversion.shards, facts.values),
         **processor_files(opened),
         # Last of what a loader needs: a folder without it is no model's.
         "config.json": config_json(opened, plan, source, facts.version, facts.recipe),
     }
-    total = sum(shard.nbytes for shard in conversion.shards)
+    nbytes = sum(shard.nbytes for shard in conversion.shards)
+    nbytes += sum(map(len, side.values()))
     done = 0
 
-    def count(written: int) -> None:
+    def count(more: int) -> None:
         nonlocal done
-        done += written
-        progress(done, total)
+        done = min(done + more, 2 * nbytes)  # the card and the manifest are not counted
+        progress(done, 2 * nbytes)
 
     files: dict[str, manifest.File] = {}
     with Staging(conversion.target, overwrite) as staging:
         folder = staging.path
-        require_space(folder.parent, total + sum(map(len, side.values())) + MARGIN)
+        require_space(folder.parent, nbytes + MARGIN)
         for shard in conversion.shards:
             files[shard.name] = write_shard(folder, shard, count)
         for name, content in side.items():
-            files[name] = _write(folder / name, content)
+            files[name] = _write(folder / name, content, count)
         Processor.from_folder(folder, plan.config)
         loss = None if measure is None else measure(source.folder, folder)
         command = command or _call(conversion)
         files["README.md"] = _write(folder / "README.md", card(source, facts, loss, command))
         _write(folder / manifest.NAME, manifest.text(files).encode())
-        check(folder, plan.config)
+        check(folder, plan.config, count)
         staging.publish()
     sizes = {name: file.size for name, file in files.items()}
     return dataclasses.replace(facts, files=sizes, seconds=time.monotonic() - begun)
 
 
-def check(folder: Path, config: OneVisionConfig) -> None:
+def check(
+    folder: Path, config: OneVisionConfig, progress: Callable[[int], None] = lambda _: None
+) -> None:
     """Reads a new folder back: every byte is what was written, and it is the model that was meant.
 
     Raises:
         CheckpointError: if it is not.
     """
-    manifest.check(folder, hashes=True)
+    manifest.check(folder, hashes=True, progress=progress)
     if open_checkpoint(folder).config != config:
         raise CheckpointError("what was written is not the model that was planned")
 
 
-def _write(path: Path, content: bytes) -> manifest.File:
-    with Writer(path) as file:
+def _write(
+    path: Path, content: bytes, progress: Callable[[int], None] = lambda _: None
+) -> manifest.File:
+    with Writer(path, progress) as file:
         file.write(content)
     return file.written
 

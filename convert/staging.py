@@ -6,11 +6,13 @@ removes it.
 """
 
 import fcntl
+import logging
 import os
 import re
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,8 @@ from mlx_onevision.convert.exchange import exchange
 from mlx_onevision.convert.facts import size
 from mlx_onevision.errors import RequestError, StorageError
 from mlx_onevision.hub import FILES
+
+logger = logging.getLogger("mlx_onevision")
 
 # ".name.mlx-onevision-1a2b3c4d" is being made; "...-old-1a2b3c4d" was there before.
 TEMPORARY = re.compile(r"\.(.+)\.mlx-onevision-(old-)?[0-9a-f]{8}", re.DOTALL)
@@ -45,15 +49,15 @@ class Staging:
         self._published = False
 
     def __enter__(self) -> Self:
-        remove_leftovers(self.target.parent)
         try:
+            remove_leftovers(self.target.parent)
             while True:
                 self.path = _beside(self.target)
                 self.path.mkdir()
-                lock = _lock(self.path)
-                if lock is not None:
-                    self._lock = lock
+                self._lock = _open(self.path)
+                if _try_lock(self._lock, self.path) is not False:
                     return self
+                os.close(self._lock)  # taken for a leftover by another run, just now
         except OSError as error:
             raise failure(self.target.parent, error) from error
 
@@ -83,7 +87,12 @@ class Staging:
                 raise _refusal(self.target) from None
             raise failure(self.target, error) from error
         self._published = True
-        flush_folder(self.target.parent)
+        try:
+            flush_folder(self.target.parent)
+        except StorageError as error:  # it is in its place, and may move back if power fails now
+            logger.warning(
+                "%s is there, but may not outlast a power failure: %s", self.target, error
+            )
         if old is not None:
             _discard(old)
 
@@ -123,17 +132,14 @@ def remove_leftovers(parent: Path) -> None:
         found = TEMPORARY.fullmatch(path.name)
         if found is None or path.is_symlink() or not path.is_dir():
             continue
-        lock = _lock(path)
-        if lock is None:
-            continue  # its maker is at work
-        try:
+        with suppress(OSError), _held(path) as held:
+            if not held:
+                continue  # its maker is at work, or nobody can know
             original = parent / found[1]
             if found[2] and not os.path.lexists(original):
                 os.rename(path, original)
             else:
                 _discard(path)
-        finally:
-            os.close(lock)
 
 
 def _replace(new: Path, target: Path) -> Path:
@@ -141,17 +147,13 @@ def _replace(new: Path, target: Path) -> Path:
     killed between them is mended by the next.
     """
     old = _beside(target, "old-")
-    lock = _lock(target)
-    try:
+    with _held(target):
         os.rename(target, old)
         try:
             os.rename(new, target)
         except BaseException:
             os.rename(old, target)
             raise
-    finally:
-        if lock is not None:
-            os.close(lock)
     return old
 
 
@@ -166,22 +168,34 @@ def _beside(target: Path, kind: str = "") -> Path:
     return target.with_name(f".{target.name}.mlx-onevision-{kind}{secrets.token_hex(4)}")
 
 
-def _lock(folder: Path) -> int | None:
-    """A descriptor that locks a folder until it is closed or the process ends; None where another
-    process has it, or the folder has gone.
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Holds a folder's lock, if it is to be had."""
+    descriptor = _open(folder)
+    try:
+        yield _try_lock(descriptor, folder) is True
+    finally:
+        os.close(descriptor)
+
+
+def _open(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+
+def _try_lock(descriptor: int, folder: Path) -> bool | None:
+    """Locks an open folder until it is closed or the process ends. False where another process has
+    it, or the folder has gone; None where the file system has no locks.
     """
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-            return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
-    return None
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
 
 
 def _refusal(target: Path) -> RequestError:

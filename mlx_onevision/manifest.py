@@ -5,7 +5,7 @@ compares their hashes too.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -59,10 +59,13 @@ def read(folder: Path) -> dict[str, File] | None:
     return files
 
 
-def check(folder: Path, hashes: bool = False) -> None:
+def check(
+    folder: Path, hashes: bool = False, progress: Callable[[int], None] = lambda _: None
+) -> None:
     """Holds a folder against its manifest; one that has none is not this converter's, and passes.
 
     hashes : read the files and compare these as well.
+    progress : called with how many bytes have just been read.
 
     Raises:
         CheckpointError: naming the first file that is missing or differs, or a weight file that
@@ -87,7 +90,7 @@ def check(folder: Path, hashes: bool = False) -> None:
                 f"{short(name)} has {size} bytes, and {file.size} by the folder's manifest; convert"
                 f" or copy it again, or delete {NAME} if you changed it yourself"
             )
-        if hashes and _digest(path) != file.sha256:
+        if hashes and _digest(path, progress) != file.sha256:
             raise CheckpointError(f"{short(name)} does not hold what was written into it")
     weights = {path.name for path in folder.glob("*.safetensors")}
     if unknown := sorted(weights - files.keys()):
@@ -97,12 +100,13 @@ def check(folder: Path, hashes: bool = False) -> None:
         )
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, progress: Callable[[int], None]) -> str:
     digest = sha256()
     buffer = bytearray(min(CHUNK, path.stat().st_size + 1))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
+            progress(count)
     return digest.hexdigest()
 
 
