@@ -21,7 +21,8 @@ from mlx_onevision.convert.sidecars import config_json, processor_files
 from mlx_onevision.convert.sources import Source, find
 from mlx_onevision.convert.staging import Staging, require_space, require_target
 from mlx_onevision.errors import CheckpointError, RequestError
-from mlx_onevision.packing import CODES, Files, Piece, Plan, make_plan
+from mlx_onevision.packing import CODES, Files, Piece
+from mlx_onevision.planning import Plan, make_plan
 from mlx_onevision.processor import Processor
 from mlx_onevision.recipes import Recipe
 from mlx_onevision.weights import INDEX, NORM, written_name

@@ -9,7 +9,7 @@ from mlx_onevision.checkpoint import open_checkpoint
 from mlx_onevision.config import OneVisionConfig
 from mlx_onevision.convert.facts import size
 from mlx_onevision.errors import RequestError
-from mlx_onevision.packing import make_plan
+from mlx_onevision.planning import make_plan
 from mlx_onevision.recipes import Recipe
 
 ANSWER = 256  # tokens, the length of an answer unless told

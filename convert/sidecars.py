@@ -12,7 +12,7 @@ from mlx_onevision.config import ImageConfig, OneVisionConfig
 from mlx_onevision.convert.sources import Source
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.folder import read_json
-from mlx_onevision.packing import Plan
+from mlx_onevision.planning import Plan
 from mlx_onevision.quantization import ModuleQuantization, Quantization
 from mlx_onevision.template import ChatTemplate
 

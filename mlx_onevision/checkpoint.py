@@ -22,7 +22,8 @@ from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestErr
 from mlx_onevision.folder import read_json
 from mlx_onevision.header import short
 from mlx_onevision.model import OneVision
-from mlx_onevision.packing import FLOATS, PARTS, PATCHES, Files, make_plan
+from mlx_onevision.packing import FLOATS, PARTS, PATCHES, Files
+from mlx_onevision.planning import make_plan
 from mlx_onevision.quantization import ModuleQuantization
 from mlx_onevision.recipes import Recipe
 from mlx_onevision.weights import NORM, Tensor, canonical_name, read_weights, same_bytes

@@ -13,7 +13,7 @@ from mlx_onevision import recipes
 from mlx_onevision.checkpoint import load_checkpoint, open_checkpoint
 from mlx_onevision.convert import fit
 from mlx_onevision.errors import OneVisionError, RequestError
-from mlx_onevision.packing import make_plan
+from mlx_onevision.planning import make_plan
 from mlx_onevision.quantization import ModuleQuantization
 from mlx_onevision.weights import canonical_name, written_name
 
