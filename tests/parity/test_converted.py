@@ -1,11 +1,13 @@
 """Folders that this package's converter wrote, in mlx-vlm: it loads them and answers the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from parity.cases import ask, picture
 from parity.checkpoints import Tiny
+from parity.layouts import to_lmms_lab, to_sharded, to_transformers_4_52
 from parity.ours import Ours
 from parity.pairs import Checkpoints
 from parity.peer import ask_mlx_vlm
@@ -42,17 +44,33 @@ def test_mlx_vlm_answers_the_same(
     facts = convert(source, tmp_path / "converted", recipe=recipe)
     assert facts.padded == (192 if recipe is not None and recipe.vision else None)
     assert facts.left == ()
-    ours = Ours(facts.target)
+    assert_same_answers(facts.target, tmp_path)
+
+
+@pytest.mark.parametrize("layout", [to_lmms_lab, to_transformers_4_52, to_sharded])
+def test_of_every_layout(
+    checkpoints: Checkpoints, tmp_path: Path, layout: Callable[[Path, Path], Path]
+) -> None:
+    source = layout(checkpoints.hub(Tiny(**SIZES)), tmp_path / "source")
+    if layout is to_lmms_lab:  # the published ones have no template, and are asked by another one
+        (source / "chat_template.json").unlink()
+    target = convert(source, tmp_path / "converted", recipe=recipes.uniform()).target
+    assert_same_answers(target, tmp_path)
+
+
+def assert_same_answers(folder: Path, scratch: Path) -> None:
+    """mlx-vlm makes of every picture the ids and the greedy tokens that this package makes."""
+    ours = Ours(folder)
     pictures, prompts, expected = [], [], []
     for number, size in enumerate(PICTURES):
         messages = ask(picture(size))
-        pictures.append(tmp_path / f"{number}.png")
+        pictures.append(scratch / f"{number}.png")
         picture(size).save(pictures[-1])
         prompts.append(ours.model.render(messages))
         ids = ours.model.prepare(messages).input_ids.tolist()
         expected.append({"ids": ids, "tokens": ours.tokens(messages, TOKENS)})
     ours.close()
-    theirs = ask_mlx_vlm(facts.target, prompts, pictures, TOKENS)
+    theirs = ask_mlx_vlm(folder, prompts, pictures, TOKENS)
     for answer, wanted in zip(theirs, expected, strict=True):
         assert answer["ids"] == wanted["ids"]
         assert answer["tokens"][: len(wanted["tokens"])] == wanted["tokens"]
