@@ -63,8 +63,8 @@ def sizes(folder: Path) -> list[int]:
 
 
 def test_converting_40_shards_holds_less_than_two(source: Path, tmp_path: Path) -> None:
-    """The peak in bytes of the whole process, under a limit on its memory that would end it; what MLX ever
-    held of the weights is less than one shard.
+    """The peak of the whole process, in bytes, under a limit on its memory that would end it; what
+    MLX ever held of the weights is less than one shard.
     """
     shard = max(sizes(source))
     assert len(sizes(source)) == SHARDS and sum(sizes(source)) > 2 * shard + 350 * 10**6
