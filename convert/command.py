@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_onevision.hub import HUB_ID
+
 if TYPE_CHECKING:
     from mlx_onevision.convert.facts import Facts
     from mlx_onevision.recipes import Recipe
@@ -23,9 +25,15 @@ BITS = ("2", "3", "4", "5", "6", "8")
 
 
 class Bytes(click.ParamType):
-    """A number of bytes: ``5GB``, ``512MiB``, ``1000``."""
+    """A number of bytes: ``5GB``, ``512MiB``, ``1000``.
+
+    binary : GB means GiB, as it does of a computer's memory and not of a disk.
+    """
 
     name = "size"
+
+    def __init__(self, binary: bool = False) -> None:
+        self._binary = binary
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
@@ -33,7 +41,9 @@ class Bytes(click.ParamType):
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
         if found is None or found[2].upper() not in UNITS:
             self.fail(f"'{value}' is not a size such as 8GB", param, ctx)
-        number = int(float(found[1]) * UNITS[found[2].upper()])
+        unit = found[2].upper()
+        unit = unit.replace("B", "iB").upper() if self._binary and len(unit) == 2 else unit
+        number = int(float(found[1]) * UNITS[unit])
         if not 0 < number < 2**60:
             self.fail(f"'{value}' is not a possible size", param, ctx)
         return number
@@ -66,7 +76,9 @@ class Bytes(click.ParamType):
     metavar="NAME",
     help="mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6; or fit, for the best one that fits.",
 )
-@click.option("--memory", type=Bytes(), metavar="SIZE", help="For fit: the memory of the Mac.")
+@click.option(
+    "--memory", type=Bytes(binary=True), metavar="SIZE", help="For fit: the memory of the Mac."
+)
 @click.option(
     "--context",
     type=click.IntRange(1, 10**7),
@@ -136,18 +148,21 @@ def convert(
     from mlx_onevision.convert import conversion, fit, sources
     from mlx_onevision.convert.staging import require_target
 
+    # Whatever can be refused is, before anything is downloaded.
+    fitting = packing["recipe"] == "fit"
+    recipe = None if fitting else _recipe(**packing)
+    if target is None and not fitting:
+        target = _default_target(model, recipe, dequantize, dtype)
     if target is not None and not dry_run:
-        require_target(target, overwrite)  # before anything is downloaded
+        require_target(target, overwrite)
     finder = sources.outline(model, revision) if dry_run else _found(sources, model, revision)
     with finder as source:
         why: str | None = None
-        if packing["recipe"] == "fit":
+        if fitting:
             fitted = fit.choose(source.folder, packing["memory"], packing["context"], dtype)
             recipe, why = fitted.recipe, fitted.why
-        else:
-            recipe = _recipe(**packing)
         if target is None:
-            target = Path(_default_name(source.name, recipe, dequantize, dtype))
+            target = _default_target(model, recipe, dequantize, dtype)
         planned = conversion.prepare(
             source, target, recipe, dtype, dequantize, shard_size, overwrite or dry_run
         )
@@ -222,7 +237,7 @@ def _recipe(
         bits = int(q_bits) if q_bits else None
         return recipes.uniform(bits, group, q_mode or "affine", default)
     if vision is not None:
-        return recipes.Recipe(f"vision {vision}-bit", None, recipes.vision_packing(vision))
+        return recipes.Recipe(f"vision-{vision}-bit", None, recipes.vision_packing(vision))
     return None
 
 
@@ -245,6 +260,8 @@ def _require_usage(
         raise click.UsageError("fit chooses by itself; drop the other options of quantizing")
     if (private or create_pr) and not upload_repo:
         raise click.UsageError("--private and --create-pr need --upload-repo")
+    if upload_repo and not HUB_ID.fullmatch(upload_repo):
+        raise click.UsageError(f"'{upload_repo}' is not a repository's id, such as name/model")
 
 
 def _either(given: Any, option: Any, name: str, flag: str) -> Any:
@@ -253,11 +270,14 @@ def _either(given: Any, option: Any, name: str, flag: str) -> Any:
     return option if given is None else given
 
 
-def _default_name(name: str, recipe: Recipe | None, dequantize: bool, dtype: str | None) -> str:
-    stem = name.rpartition("/")[2]
-    if recipe is not None:
-        return f"{stem}-{recipe.name.replace(' ', '-')}"
-    return f"{stem}-{dtype or ('dequantized' if dequantize else 'mlx')}"
+def _default_target(model: str, recipe: Recipe | None, dequantize: bool, dtype: str | None) -> Path:
+    """A folder here, called after the model and what becomes of it."""
+    from mlx_onevision.hub import repository_of
+
+    name = repository_of(model) or Path(model).expanduser().resolve().name
+    kind = dtype or ("dequantized" if dequantize else "mlx")
+    kind = recipe.name if recipe is not None else kind
+    return Path(f"{name.rpartition('/')[2]}-{kind}")
 
 
 def _command(model: str, target: Path) -> str:

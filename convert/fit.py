@@ -17,7 +17,7 @@ QUESTION = 64  # tokens of the template and of a question
 TILES = (3, 3)  # the default prompt's image: nine tiles, and the base tile
 
 # What macOS lets a GPU use, of all memory: two thirds, and of more than 36 GB three quarters.
-SMALL = 36 * 10**9
+SMALL = 36 * 2**30
 STEPS = 256  # tokens by which mlx-lm's caches grow
 
 
@@ -43,6 +43,11 @@ def candidates() -> list[Recipe | None]:
         recipes.uniform(3),
         recipes.mixed("mixed_2_6"),
     ]
+
+
+def memory_size(unified: int) -> str:
+    """A computer's memory, as it is sold."""
+    return f"{unified / 2**30:g} GB"
 
 
 def working_set(unified: int) -> int:
@@ -90,12 +95,12 @@ def choose(folder: Path, unified: int, context: int | None = None, dtype: str | 
     else:
         name, least = tried[-1]
         raise RequestError(
-            f"nothing fits into {size(unified)}: a Mac of that size has {size(room)} for the GPU, "
-            f"and {name} takes {size(least)}, a prompt of {tokens} tokens {size(cache + rows)} and "
-            f"the computation {size(scratch)}; take a smaller model or a shorter --context"
+            f"nothing fits: a Mac of {memory_size(unified)} has {size(room)} for the GPU, and "
+            f"{name} takes {size(least)}, a prompt of {tokens} tokens {size(cache + rows)} and the "
+            f"computation {size(scratch)}; take a smaller model or a shorter --context"
         )
     lines = [
-        f"{size(unified)} of memory leave {size(room)} to the GPU, of which a prompt of "
+        f"A Mac of {memory_size(unified)} has {size(room)} for the GPU, of which a prompt of "
         f"{tokens:,} tokens takes {size(cache + rows)} and the computation {size(scratch)}:",
         *(f"  {name:<10} {size(nbytes):>10}  too large" for name, nbytes in tried[:-1]),
         f"  {tried[-1][0]:<10} {size(tried[-1][1]):>10}  fits",

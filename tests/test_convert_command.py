@@ -146,6 +146,7 @@ def test_the_folder_has_a_name_of_its_own(
         (("a", "--memory", "8 apples", "--recipe", "fit"), "is not a size such as 8GB"),
         (("a", "--memory", "0", "--recipe", "fit"), "is not a possible size"),
         (("a", "-q", "--context", "9"), "--context is for --recipe fit"),
+        (("a", "--upload-repo", "../mine"), "is not a repository's id"),
         (("a", "--private"), "--private and --create-pr need --upload-repo"),
         (("a", "--q-bits", "7"), "'7' is not one of"),
     ],
@@ -162,8 +163,8 @@ def test_what_cannot_be_done(source: Path, tmp_path: Path) -> None:
         ((packed, tmp_path / "made", "-q"), "quantized already"),
         ((source, tmp_path / "made", "--recipe", "mixed_9_9"), "there is no recipe 'mixed_9_9'"),
         (
-            (source, tmp_path / "made", "--recipe", "fit", "--memory", "1MB"),
-            "nothing fits into 1.0",
+            (source, tmp_path / "made", "--recipe", "fit", "--memory", "128MB"),
+            "nothing fits: a Mac of 0.125 GB",
         ),
         (("no/such/folder", tmp_path / "made"), "There is no model"),
         ((source, tmp_path / "made", "-d"), "not quantized; leave --dequantize out"),
@@ -178,6 +179,8 @@ def test_what_cannot_be_done(source: Path, tmp_path: Path) -> None:
 def test_sizes() -> None:
     for text, number in (("8GB", 8e9), ("8 gb", 8e9), ("1.5GiB", 1.5 * 2**30), ("1000", 1000)):
         assert command.Bytes().convert(text, None, None) == number
+    for text, number in (("8GB", 8 * 2**30), ("512MB", 2**29), ("1GiB", 2**30), ("7", 7)):
+        assert command.Bytes(binary=True).convert(text, None, None) == number
 
 
 def test_progress_on_a_terminal_and_ctrl_c(tmp_path: Path) -> None:
