@@ -54,10 +54,11 @@ class Staging:
             while True:
                 self.path = _beside(self.target)
                 self.path.mkdir()
-                self._lock = _open(self.path)
-                if _try_lock(self._lock, self.path) is not False:
-                    return self
-                os.close(self._lock)  # taken for a leftover by another run, just now
+                with suppress(FileNotFoundError):  # taken for a leftover by another run, just now
+                    self._lock = _open(self.path)
+                    if _try_lock(self._lock, self.path) is not False:
+                        return self
+                    os.close(self._lock)
         except OSError as error:
             raise failure(self.target.parent, error) from error
 
@@ -76,7 +77,8 @@ class Staging:
         require_target(self.target, self._overwrite)  # somebody may have been faster
         old: Path | None = None
         try:
-            if not self.target.exists() or not any(self.target.iterdir()):
+            if not self._overwrite or not self.target.exists() or not any(self.target.iterdir()):
+                # Fails where something is there, as somebody else's model by now.
                 os.rename(self.path, self.target)
             elif exchange(self.path, self.target):
                 old = self.path
@@ -89,10 +91,8 @@ class Staging:
         self._published = True
         try:
             flush_folder(self.target.parent)
-        except StorageError as error:  # it is in its place, and may move back if power fails now
-            logger.warning(
-                "%s is there, but may not outlast a power failure: %s", self.target, error
-            )
+        except StorageError:
+            logger.warning("%s is there, but might not outlast a power failure", self.target)
         if old is not None:
             _discard(old)
 

@@ -4,8 +4,8 @@ import json
 from math import prod
 from pathlib import Path
 
-from checkpoints import Sizes, arrays, config, layout_name, write
-from processor_files import dump
+from checkpoints import Sizes, arrays, config, layout_name, pinpoints, write
+from processor_files import dump, write_processor
 
 
 def write_hollow(folder: Path, sizes: Sizes, shards: int = 1) -> Path:
@@ -14,6 +14,7 @@ def write_hollow(folder: Path, sizes: Sizes, shards: int = 1) -> Path:
     """
     write(folder)  # for everything but the network
     dump(folder / "config.json", config(sizes, dtype="bfloat16"))
+    write_processor(folder, "space", sizes.image_size, sizes.patch_size, pinpoints(sizes))
     (folder / "model.safetensors").unlink()
     weight_map = {}
     shapes = shapes_of(sizes)

@@ -320,6 +320,31 @@ def test_two_at_once(tmp_path: Path, made: tuple[Path, Path, Path]) -> None:
         assert place.found() == "new" and temporary(tmp_path) == []
 
 
+def test_a_model_that_came_meanwhile_is_not_replaced(
+    tmp_path: Path, made: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look at the target and the rename."""
+    place = Place(tmp_path, made)
+    look, looks = staging.require_target, 0
+
+    def required(target: Path, overwrite: bool) -> Path:
+        nonlocal looks
+        looks += 1
+        found = look(target, overwrite)
+        if looks == 2:
+            shutil.copytree(place.old, place.target)
+        return found
+
+    with staging.Staging(place.target) as new:
+        shutil.copytree(place.new, new.path, dirs_exist_ok=True)
+        monkeypatch.setattr(staging, "require_target", required)
+        looks = 1
+        with pytest.raises(RequestError, match="is there already"):
+            new.publish()
+    monkeypatch.undo()
+    assert digest(place.target) == digest(place.old)
+
+
 def test_a_run_at_work_is_left_alone(tmp_path: Path) -> None:
     with staging.Staging(tmp_path / "it") as one:
         (one.path / "half").write_text("")
