@@ -1,6 +1,13 @@
-"""``python -m mlx_onevision``: the same as the ``mlx-onevision`` command."""
+"""``mlx-onevision``, and ``python -m mlx_onevision``: the commands, put together.
 
-from mlx_onevision.cli import main
+The doors do not know each other, so this is the one place that knows them all.
+"""
+
+from mlx_onevision.cli import cli, debug_option, main
+from mlx_onevision.convert.command import convert
+
+debug_option(convert)
+cli.add_command(convert)
 
 if __name__ == "__main__":
     main()
