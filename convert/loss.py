@@ -1,0 +1,328 @@
+"""The measured loss: how far a converted model's answers are from those of its source.
+
+Both folders are read as anyone's are, one after the other: first the source goes through the probes
+and answers them, then the result reads the same words, those answers included. Compared are the
+distributions over the next token at every position of text, in nats; what the tower sees; and the
+hidden states after every layer. Everything runs on the calling thread.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_onevision.checkpoint import load_checkpoint
+from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.convert.divergence import Divergence, Numbers, diverge
+from mlx_onevision.convert.footprint import Footprint, footprint
+from mlx_onevision.convert.probes import VERSION, Probe, probes
+from mlx_onevision.convert.recording import (
+    Check,
+    Prompt,
+    Recording,
+    compared_positions,
+    record,
+)
+from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.processor import Inputs, Processor
+from mlx_onevision.weights import read_weights
+
+Part = Literal["tower", "projector", "language"]
+
+# Logits compared at once, for each model; as float64 these are 32 MB.
+LOGITS = 1 << 22
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """``error`` is the mean over sampled rows of |result - source| / |source|, Euclidean.
+
+    Errors accumulate: the result's layer is fed what the result's layers below it gave, as when it
+    answers. So a layer's own share is the rise over the one before it, and the last one's error is
+    what reaches the head.
+    """
+
+    part: Part
+    number: int
+    error: float
+
+
+@dataclass(frozen=True)
+class ProbeLoss:
+    """The figures of one probe; ``kl_mean`` and ``kl_max`` are in nats."""
+
+    name: str
+    positions: int
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What was lost between two folders.
+
+    positions : how many next-token distributions were compared. Rows of media are not among them:
+        what they predict is neither trained nor read.
+    kl_mean, kl_p99, kl_max : Kullback-Leibler divergence of the result's distribution from the
+        source's, nats a position: the mean, the 99th percentile and the largest.
+    top1_agreement : share of positions at which both have the same likeliest token, 0 to 1.
+    tower_cosine_mean, tower_cosine_min : cosine between the features that the tower gives for the
+        same patch.
+    source_perplexity, result_perplexity : on the texts among the probes.
+    bits_per_weight : of the result, scales and padding included, for each number of the source.
+    weights_bytes : of the result's tensors; ``source_weights_bytes`` of the source's.
+    disk_bytes : of all files in the result's folder.
+    memory : an estimate of the memory in use while the result answers about one 10-tile image.
+    version : of the set of probes; figures of two versions do not compare.
+    """
+
+    source: str
+    result: str
+    dtype: str
+    version: int
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    tower_cosine_mean: float
+    tower_cosine_min: float
+    source_perplexity: float
+    result_perplexity: float
+    bits_per_weight: float
+    weights_bytes: int
+    source_weights_bytes: int
+    disk_bytes: int
+    memory: Footprint
+    layers: tuple[LayerLoss, ...]
+    probes: tuple[ProbeLoss, ...]
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The result's perplexity over the source's; 1 is no loss."""
+        return self.result_perplexity / self.source_perplexity
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        values = dataclasses.asdict(self)
+        values["memory"] = self.memory.to_dict()
+        values["perplexity_ratio"] = self.perplexity_ratio
+        return values
+
+
+def measure(
+    source: Path,
+    result: Path,
+    *,
+    dtype: str | None = None,
+    probe_set: Sequence[Probe] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Check = lambda *_: None,
+) -> Loss:
+    """Measures what ``result`` has lost against ``source``.
+
+    One model is in memory at a time; of the source, its head stays for the comparison.
+
+    dtype : the type that both models compute in, as :func:`~mlx_onevision.checkpoint.load_checkpoint`
+        takes it. None is each folder's own, as it will be used, and then includes the rounding of
+        half precision.
+    probe_set : other probes than the fixed ones; figures then compare with nothing else.
+    progress : called with how many steps are done, and of how many.
+    check : called often; whatever it raises ends the measurement.
+
+    Raises:
+        RequestError: for folders of two different networks.
+        CheckpointError: for a folder that cannot be loaded, whose values are not finite, or which
+            makes other prompts of the same conversations than its source.
+    """
+    given = probes() if probe_set is None else list(probe_set)
+    steps = _Steps(3 * len(given), progress)
+    config, result_config = (load_checkpoint(folder).config for folder in (source, result))
+    _require_same_network(source, config, result, result_config)
+    prompts = _prompts(source, config, result, result_config, given)
+    before = record(
+        source, prompts, answering=True, dtype=dtype, budget=None, check=check, done=steps.done
+    )
+    mx.clear_cache()
+    after = record(
+        result,
+        prompts,
+        answering=False,
+        dtype=dtype,
+        budget=before.budget,
+        check=check,
+        done=steps.done,
+    )
+    mx.clear_cache()
+    divergences = []
+    for number, prompt in enumerate(prompts):
+        check()
+        divergences.append(_compare(prompt, config, before, after, number))
+        steps.done()
+    return _loss(source, result, result_config, prompts, divergences, before, after)
+
+
+class _Steps:
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+        self._total, self._progress, self._count = total, progress, 0
+
+    def done(self) -> None:
+        self._count += 1
+        self._progress(self._count, self._total)
+
+
+def _require_same_network(
+    source: Path, config: OneVisionConfig, result: Path, other: OneVisionConfig
+) -> None:
+    """Everything that is compared has to have the same shape in both."""
+    for name, one, two in (
+        ("vocabularies", config.text_config.vocab_size, other.text_config.vocab_size),
+        ("widths", config.text_config.hidden_size, other.text_config.hidden_size),
+        ("layers", config.text_config.num_hidden_layers, other.text_config.num_hidden_layers),
+        ("tower widths", config.vision_config.hidden_size, other.vision_config.hidden_size),
+        ("tower layers", config.feature_layers, other.feature_layers),
+        ("tiles", config.vision_config.image_size, other.vision_config.image_size),
+        ("patches", config.vision_config.patch_size, other.vision_config.patch_size),
+    ):
+        if one != two:
+            raise RequestError(
+                f"{result} is not a conversion of {source}: their {name} are {two} and {one}"
+            )
+
+
+def _prompts(
+    source: Path,
+    config: OneVisionConfig,
+    result: Path,
+    result_config: OneVisionConfig,
+    given: Sequence[Probe],
+) -> list[Prompt]:
+    """The probes as both folders' processors make them, which has to be the same."""
+    processor, other = (
+        Processor.from_folder(source, config),
+        Processor.from_folder(result, result_config),
+    )
+    prompts = []
+    for probe in given:
+        inputs, theirs = _inputs(processor, probe), _inputs(other, probe)
+        same = np.array_equal(inputs.input_ids, theirs.input_ids)
+        if not same or [m.key for m in inputs.media] != [m.key for m in theirs.media]:
+            raise CheckpointError(
+                f"{result} makes another prompt than {source} of the probe '{probe.name}'; "
+                "its tokenizer, template or preprocessor files differ"
+            )
+        prompts.append(Prompt(probe.name, inputs, is_text=bool(probe.text)))
+    return prompts
+
+
+def _inputs(processor: Processor, probe: Probe) -> Inputs:
+    if probe.text:
+        ids = processor.tokenizer.encode(probe.text)
+        return Inputs(np.array(ids, np.int32), (), probe.text)
+    return processor.prepare(probe.messages, **probe.options)
+
+
+def _compare(
+    prompt: Prompt, config: OneVisionConfig, before: Recording, after: Recording, number: int
+) -> Divergence:
+    """Both heads on both hidden states, so many positions at a time that the logits stay small."""
+    assert before.head is not None and after.head is not None
+    placeholders = (config.image_token_index, config.video_token_index)
+    positions = compared_positions(prompt.ids, placeholders)
+    following = prompt.ids[positions + 1]
+    rows = max(1, LOGITS // config.text_config.vocab_size)
+    pieces = []
+    for start in range(0, len(positions), rows):
+        chosen = slice(start, start + rows)
+        source = np.array(before.head(before.hidden[number][chosen]).astype(mx.float32))
+        result = np.array(after.head(after.hidden[number][chosen]).astype(mx.float32))
+        pieces.append(diverge(source, result, following[chosen]))
+    names = [field.name for field in dataclasses.fields(Divergence)]
+    return Divergence(*(np.concatenate([getattr(p, name) for p in pieces]) for name in names))
+
+
+def _loss(
+    source: Path,
+    result: Path,
+    config: OneVisionConfig,
+    prompts: Sequence[Prompt],
+    divergences: Sequence[Divergence],
+    before: Recording,
+    after: Recording,
+) -> Loss:
+    kl = np.concatenate([d.kl for d in divergences])
+    same = np.concatenate([d.same for d in divergences])
+    texts = [d for prompt, d in zip(prompts, divergences, strict=True) if prompt.is_text]
+    cosine = _cosines(before, after)
+    weights, source_weights = _weights_bytes(result), _weights_bytes(source)
+    dtype = after.hidden[0].dtype
+    return Loss(
+        source=str(source),
+        result=str(result),
+        dtype=str(dtype).rpartition(".")[2],
+        version=VERSION,
+        positions=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.percentile(kl, 99)),
+        kl_max=float(kl.max()),
+        top1_agreement=float(same.mean()),
+        tower_cosine_mean=float(cosine.mean()),
+        tower_cosine_min=float(cosine.min()),
+        source_perplexity=_perplexity([d.source_loss for d in texts]),
+        result_perplexity=_perplexity([d.result_loss for d in texts]),
+        bits_per_weight=8 * weights / before.values,
+        weights_bytes=weights,
+        source_weights_bytes=source_weights,
+        disk_bytes=sum(path.stat().st_size for path in result.iterdir() if path.is_file()),
+        memory=footprint(config, weights, itemsize=dtype.size),
+        layers=_layers(before, after),
+        probes=tuple(
+            ProbeLoss(
+                prompt.name,
+                len(d.kl),
+                float(d.kl.mean()),
+                float(d.kl.max()),
+                float(d.same.mean()),
+            )
+            for prompt, d in zip(prompts, divergences, strict=True)
+        ),
+    )
+
+
+def _perplexity(losses: Sequence[Numbers]) -> float:
+    return float(np.exp(np.concatenate(losses).mean())) if losses else float("nan")
+
+
+def _cosines(before: Recording, after: Recording) -> Numbers:
+    """One for each patch of each tile; exactly 1 where the features are equal."""
+    found = []
+    for one, other in zip(before.features, after.features, strict=True):
+        a, b = (np.array(rows.astype(mx.float32)).astype(np.float64) for rows in (one, other))
+        cosine = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+        found.append(np.where((a == b).all(-1), 1.0, cosine).reshape(-1))
+    return np.concatenate(found)
+
+
+def _layers(before: Recording, after: Recording) -> tuple[LayerLoss, ...]:
+    layers = []
+    for place, rows in before.layers.items():
+        errors = []
+        for one, other in zip(rows, after.layers[place], strict=True):
+            source, result = one.astype(np.float64), other.astype(np.float64)
+            size = np.linalg.norm(source, axis=-1)
+            errors.append(np.linalg.norm(result - source, axis=-1) / np.maximum(size, 1e-30))
+        part, _, number = place.partition(".")
+        error = float(np.concatenate(errors).mean()) if errors else 0.0
+        layers.append((part, int(number or 0), error))
+    order = ("tower", "projector", "language")
+    layers.sort(key=lambda layer: (order.index(layer[0]), layer[1]))
+    return tuple(LayerLoss(*layer) for layer in layers)
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(tensor.stop - tensor.start for tensor in read_weights(folder).values())
