@@ -8,9 +8,7 @@ hidden states after every layer. Everything runs on the calling thread.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +16,8 @@ import numpy as np
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.config import OneVisionConfig
 from mlx_onevision.convert.divergence import Divergence, Numbers, diverge
-from mlx_onevision.convert.footprint import Footprint, footprint
+from mlx_onevision.convert.figures import Figures, LayerLoss, Loss
+from mlx_onevision.convert.footprint import footprint
 from mlx_onevision.convert.probes import VERSION, Probe, probes
 from mlx_onevision.convert.recording import (
     Check,
@@ -31,95 +30,15 @@ from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.processor import Inputs, Processor
 from mlx_onevision.weights import read_weights
 
-Part = Literal["tower", "projector", "language"]
-
 # Logits compared at once, for each model; as float64 these are 32 MB.
 LOGITS = 1 << 22
-
-
-@dataclass(frozen=True)
-class LayerLoss:
-    """``error`` is the mean over sampled rows of |result - source| / |source|, Euclidean.
-
-    Errors accumulate: the result's layer is fed what the result's layers below it gave, as when it
-    answers. So a layer's own share is the rise over the one before it, and the last one's error is
-    what reaches the head.
-    """
-
-    part: Part
-    number: int
-    error: float
-
-
-@dataclass(frozen=True)
-class ProbeLoss:
-    """The figures of one probe; ``kl_mean`` and ``kl_max`` are in nats."""
-
-    name: str
-    positions: int
-    kl_mean: float
-    kl_max: float
-    top1_agreement: float
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What was lost between two folders.
-
-    positions : how many next-token distributions were compared. Rows of media are not among them:
-        what they predict is neither trained nor read.
-    kl_mean, kl_p99, kl_max : Kullback-Leibler divergence of the result's distribution from the
-        source's, nats a position: the mean, the 99th percentile and the largest.
-    top1_agreement : share of positions at which both have the same likeliest token, 0 to 1.
-    tower_cosine_mean, tower_cosine_min : cosine between the features that the tower gives for the
-        same patch.
-    source_perplexity, result_perplexity : on the texts among the probes.
-    bits_per_weight : of the result, scales and padding included, for each number of the source.
-    weights_bytes : of the result's tensors; ``source_weights_bytes`` of the source's.
-    disk_bytes : of all files in the result's folder.
-    memory : an estimate of the memory in use while the result answers about one 10-tile image.
-    version : of the set of probes; figures of two versions do not compare.
-    """
-
-    source: str
-    result: str
-    dtype: str
-    version: int
-    positions: int
-    kl_mean: float
-    kl_p99: float
-    kl_max: float
-    top1_agreement: float
-    tower_cosine_mean: float
-    tower_cosine_min: float
-    source_perplexity: float
-    result_perplexity: float
-    bits_per_weight: float
-    weights_bytes: int
-    source_weights_bytes: int
-    disk_bytes: int
-    memory: Footprint
-    layers: tuple[LayerLoss, ...]
-    probes: tuple[ProbeLoss, ...]
-
-    @property
-    def perplexity_ratio(self) -> float:
-        """The result's perplexity over the source's; 1 is no loss."""
-        return self.result_perplexity / self.source_perplexity
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        values = dataclasses.asdict(self)
-        values["memory"] = self.memory.to_dict()
-        values["perplexity_ratio"] = self.perplexity_ratio
-        return values
 
 
 def measure(
     source: Path,
     result: Path,
     *,
-    dtype: str | None = None,
+    dtype: str | None = "float32",
     probe_set: Sequence[Probe] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     check: Check = lambda *_: None,
@@ -128,9 +47,9 @@ def measure(
 
     One model is in memory at a time; of the source, its head stays for the comparison.
 
-    dtype : the type that both models compute in, as :func:`~mlx_onevision.checkpoint.load_checkpoint`
-        takes it. None is each folder's own, as it will be used, and then includes the rounding of
-        half precision.
+    dtype : the type that both models compute in. In float32 only what was done to the weights
+        counts. None is each folder's own: for a model that is too large otherwise; the rounding of
+        half precision then counts, too, which is more than all that 8 bits lose.
     probe_set : other probes than the fixed ones; figures then compare with nothing else.
     progress : called with how many steps are done, and of how many.
     check : called often; whatever it raises ends the measurement.
@@ -255,9 +174,9 @@ def _loss(
     before: Recording,
     after: Recording,
 ) -> Loss:
-    kl = np.concatenate([d.kl for d in divergences])
-    same = np.concatenate([d.same for d in divergences])
-    texts = [d for prompt, d in zip(prompts, divergences, strict=True) if prompt.is_text]
+    pairs = list(zip(prompts, divergences, strict=True))
+    texts = [d for prompt, d in pairs if prompt.is_text]
+    conversations = [d for prompt, d in pairs if not prompt.is_text]
     cosine = _cosines(before, after)
     weights, source_weights = _weights_bytes(result), _weights_bytes(source)
     dtype = after.hidden[0].dtype
@@ -266,13 +185,11 @@ def _loss(
         result=str(result),
         dtype=str(dtype).rpartition(".")[2],
         version=VERSION,
-        positions=len(kl),
-        kl_mean=float(kl.mean()),
-        kl_p99=float(np.percentile(kl, 99)),
-        kl_max=float(kl.max()),
-        top1_agreement=float(same.mean()),
-        tower_cosine_mean=float(cosine.mean()),
-        tower_cosine_min=float(cosine.min()),
+        all=_figures("all", divergences),
+        conversations=_figures("conversations", conversations) if conversations else None,
+        texts=_figures("texts", texts) if texts else None,
+        tower_cosine_mean=float(cosine.mean()) if len(cosine) else None,
+        tower_cosine_min=float(cosine.min()) if len(cosine) else None,
         source_perplexity=_perplexity([d.source_loss for d in texts]),
         result_perplexity=_perplexity([d.result_loss for d in texts]),
         bits_per_weight=8 * weights / before.values,
@@ -281,21 +198,25 @@ def _loss(
         disk_bytes=sum(path.stat().st_size for path in result.iterdir() if path.is_file()),
         memory=footprint(config, weights, itemsize=dtype.size),
         layers=_layers(before, after),
-        probes=tuple(
-            ProbeLoss(
-                prompt.name,
-                len(d.kl),
-                float(d.kl.mean()),
-                float(d.kl.max()),
-                float(d.same.mean()),
-            )
-            for prompt, d in zip(prompts, divergences, strict=True)
-        ),
+        probes=tuple(_figures(prompt.name, [d]) for prompt, d in pairs),
     )
 
 
-def _perplexity(losses: Sequence[Numbers]) -> float:
-    return float(np.exp(np.concatenate(losses).mean())) if losses else float("nan")
+def _figures(name: str, divergences: Sequence[Divergence]) -> Figures:
+    kl = np.concatenate([d.kl for d in divergences])
+    same = np.concatenate([d.same for d in divergences])
+    return Figures(
+        name,
+        len(kl),
+        float(kl.mean()),
+        float(np.percentile(kl, 99)),
+        float(kl.max()),
+        float(same.mean()),
+    )
+
+
+def _perplexity(losses: Sequence[Numbers]) -> float | None:
+    return float(np.exp(np.concatenate(losses).mean())) if losses else None
 
 
 def _cosines(before: Recording, after: Recording) -> Numbers:
@@ -305,7 +226,7 @@ def _cosines(before: Recording, after: Recording) -> Numbers:
         a, b = (np.array(rows.astype(mx.float32)).astype(np.float64) for rows in (one, other))
         cosine = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
         found.append(np.where((a == b).all(-1), 1.0, cosine).reshape(-1))
-    return np.concatenate(found)
+    return np.concatenate(found) if found else np.empty(0)
 
 
 def _layers(before: Recording, after: Recording) -> tuple[LayerLoss, ...]:

@@ -209,8 +209,10 @@ class _Tap(nn.Module):
 @contextmanager
 def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
     """While it lasts, what layers give goes into the recording, too."""
-    tower, language = model.vision_tower.encoder, model.language_model
-    before = tower.layers, model.multi_modal_projector, language.layers
+    # Any: a tap stands where the network declares its layers' own classes.
+    network: Any = model
+    tower, language = network.vision_tower.encoder, network.language_model
+    before = tower.layers, network.multi_modal_projector, language.layers
 
     def sampled(place: str, most: int) -> Callable[[mx.array, mx.array], None]:
         rows = recording.layers.setdefault(place, [])
@@ -234,7 +236,7 @@ def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
         _Tap(layer, sampled(f"tower.{n}", SAMPLED_PATCHES)) if n < used else layer
         for n, layer in enumerate(tower.layers)
     ]
-    model.multi_modal_projector = _Tap(model.multi_modal_projector, keep_features)
+    network.multi_modal_projector = _Tap(network.multi_modal_projector, keep_features)
     language.layers = [
         _Tap(layer, sampled(f"language.{n}", SAMPLED_TOKENS))
         for n, layer in enumerate(language.layers)
@@ -242,4 +244,4 @@ def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
     try:
         yield
     finally:
-        tower.layers, model.multi_modal_projector, language.layers = before
+        tower.layers, network.multi_modal_projector, language.layers = before
