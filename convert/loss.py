@@ -179,11 +179,11 @@ def _loss(
     conversations = [d for prompt, d in pairs if not prompt.is_text]
     cosine = _cosines(before, after)
     weights, source_weights = _weights_bytes(result), _weights_bytes(source)
-    dtype = after.hidden[0].dtype
+    itemsize = 4 if config.dtype == "float32" else 2  # as it is used, not as it was measured
     return Loss(
         source=str(source),
         result=str(result),
-        dtype=str(dtype).rpartition(".")[2],
+        dtype=str(after.hidden[0].dtype).rpartition(".")[2],
         version=VERSION,
         all=_figures("all", divergences),
         conversations=_figures("conversations", conversations) if conversations else None,
@@ -196,7 +196,7 @@ def _loss(
         weights_bytes=weights,
         source_weights_bytes=source_weights,
         disk_bytes=sum(path.stat().st_size for path in result.iterdir() if path.is_file()),
-        memory=footprint(config, weights, itemsize=dtype.size),
+        memory=footprint(config, weights, itemsize=itemsize),
         layers=_layers(before, after),
         probes=tuple(_figures(prompt.name, [d]) for prompt, d in pairs),
     )
