@@ -5,9 +5,8 @@ Their code is used as it stands. It expects a language model of mlx-lm's making,
 all but: here stand the few things that differ. Each method packs the language model of a
 :class:`~mlx_onevision.model.OneVision` in place; tower and projector are not touched.
 
-- GPTQ collects what goes into every matrix, and takes embeddings of any length. It knows 2, 4 and 8
-  bits, and needs float32 activations (its Cholesky factors have no half precision), so it is fed
-  float32 embeddings.
+- GPTQ collects what goes into every matrix, and takes prompts of any length. It knows 2, 4 and 8
+  bits. It is fed float32 embeddings, because it multiplies activations with each other.
 - AWQ calls layers with a mask alone, where ours are also given their rotation; for the time being
   they are, by a class that knows it. It stacks prompts, so they are cut to the length of the
   shortest.
@@ -18,6 +17,7 @@ all but: here stand the few things that differ. Each method packs the language m
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.language import Attention, DecoderLayer
+from mlx_onevision.language import Attention, DecoderLayer, RotaryEmbedding
 from mlx_onevision.model import OneVision
 from mlx_onevision.quantization import ModuleQuantization
 
@@ -102,8 +102,6 @@ def _require(
 @contextmanager
 def _without_evaluations(model: OneVision) -> Iterator[None]:
     """The model's own evaluation points would cut DWQ's gradients short."""
-    from dataclasses import replace
-
     before = model.budget
     model.budget = replace(before, interval=0)
     try:
@@ -188,6 +186,8 @@ class _Decoder(nn.Module):
 
 class _MaskedAttention(Attention):
     """Attention that knows its rotation, as mlx-lm's do, and so takes a mask alone."""
+
+    _rotate: RotaryEmbedding
 
     def __call__(self, x: mx.array, mask: Any = None) -> mx.array:  # type: ignore[override]
         return super().__call__(x, self._rotate, mask, None)
