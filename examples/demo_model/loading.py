@@ -1,20 +1,20 @@
 """Processes that make samples while the GPU trains: scenes as numbers, and exact tiles.
 
 Each group of a batch has two parts: samples whose tiles the GPU draws from the scenes' numbers, and
-samples whose tiles were drawn and cut exactly, in the processes. Parts are remembered: where no new
-one is ready, the trainer takes an old one again and never waits.
+samples whose tiles were drawn and cut exactly, in the processes. Beside them stands text alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import multiprocessing
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.sharedctypes import Synchronized
 from random import Random
 from typing import Any
 
@@ -26,7 +26,7 @@ from examples.demo_model import layouts as packings
 from examples.demo_model import samples
 from examples.demo_model.layouts import Layouts
 from examples.demo_model.packing import TILE
-from examples.demo_model.samples import GROUPS, Buffers, Group, Medium
+from examples.demo_model.samples import GROUPS, Buffers, Group, Medium, Told
 from examples.demo_model.scenes import sample_size
 from examples.demo_model.tiling import exact_tiles
 from examples.demo_model.words import Words
@@ -34,12 +34,13 @@ from examples.demo_model.world import Size
 
 Arrays = dict[str, NDArray[Any]]
 Batch = dict[str, torch.Tensor]
-_SLOT = max(group.exact * group.tiles for group in GROUPS) * TILE * TILE * 3
+_SLOT = sum(group.exact * group.tiles for group in GROUPS) * TILE * TILE * 3
+_AHEAD = 2  # rounds of exact tiles that a process may be ahead
 
 
-def most_shapes(progress: float) -> int:
+def most_shapes(step: int) -> int:
     """The curriculum: few shapes first."""
-    return 1 if progress < 0.01 else 2 if progress < 0.04 else 3 if progress < 0.08 else 4
+    return 1 if step < 150 else 2 if step < 600 else 3 if step < 1200 else 4
 
 
 def _texts(media: list[Medium], words: Words, rng: Random) -> Arrays:
@@ -99,112 +100,134 @@ def exact_part(group: Group, count: int, words: Words, rng: Random, most: int) -
     return part | _texts(media, words, rng)
 
 
+def told_part(count: int, words: Words, rng: Random) -> Arrays:
+    """`count` samples of text alone."""
+    told = Told.empty(count)
+    for row in range(count):
+        told.fill(row, words, rng)
+    return {"slots": told.slots, "length": told.rows} | dict(vars(told.buffers))
+
+
 class Loader:
     """Worker processes and what they have made, on the device.
 
-    Make it before CUDA is touched: the processes are forks. `progress` sets the curriculum.
+    What is made depends on the seed and on the number of the step alone, and is handed out in that
+    order, whichever process is done first: each makes every n-th, and the trainer waits for the one
+    that is next. Every step has new samples to draw; exact tiles take longer, so they are made for
+    every `renew`-th step, and those between take some of the last ones once more.
+
+    Make it before CUDA is touched: the processes are forks.
     """
 
     def __init__(
-        self, layouts: Layouts, words: Words, seed: int, drawers: int, cutters: int
+        self, layouts: Layouts, words: Words, seed: int, workers: int, renew: int, first: int = 0
     ) -> None:
+        """`first` is the step that training goes on from."""
         fork = multiprocessing.get_context("fork")
-        self.progress: Synchronized[float] = fork.Value("d", 0.0)
-        self._slots = [mmap.mmap(-1, _SLOT) for _ in range(3 * cutters)]
-        self._free = fork.Queue()
-        for number in range(len(self._slots)):
-            self._free.put(number)
-        self._drawn, self._exact = fork.Queue(24), fork.Queue()
-        self.made = {"drawn": 0, "exact": 0}
+        self._seed, self._renew, self._step = seed, renew, first
+        drawers = max(1, workers // 3)
+        cutters = max(1, workers - drawers)
+        self._drawn = [fork.Queue(max(2, 24 // drawers)) for _ in range(drawers)]
+        self._exact = [fork.Queue(_AHEAD) for _ in range(cutters)]
+        self._free = [fork.Semaphore(_AHEAD) for _ in range(cutters)]
+        self._slots = [[mmap.mmap(-1, _SLOT) for _ in range(_AHEAD)] for _ in range(cutters)]
+        self.waited = 0.0
+        """Seconds that the trainer has waited for samples."""
         self._processes = []
         for number in range(drawers + cutters):
             drawing = number < drawers
             process = fork.Process(
                 target=self._draw if drawing else self._cut,
-                args=(layouts, words, Random(f"{seed} {number} {drawing}")),
+                args=(layouts, words, number if drawing else number - drawers),
                 daemon=True,
             )
             process.start()
             self._processes.append(process)
 
-    def _draw(self, layouts: Layouts, words: Words, rng: Random) -> None:
-        while True:
-            most = most_shapes(self.progress.value)
+    def _draw(self, layouts: Layouts, words: Words, number: int) -> None:
+        for step in itertools.count(self._step + number, len(self._drawn)):
+            rng = Random(f"{self._seed} drawn {step}")
+            most = most_shapes(step)
             parts = [
                 drawn_part(group, group.count - group.exact, layouts, words, rng, most)
                 for group in GROUPS
             ]
-            self._drawn.put(parts)
+            self._drawn[number].put([*parts, told_part(samples.TOLD, words, rng)])
 
-    def _cut(self, layouts: Layouts, words: Words, rng: Random) -> None:
+    def _cut(self, layouts: Layouts, words: Words, number: int) -> None:
         del layouts
-        while True:
-            for number, group in rng.sample(list(enumerate(GROUPS)), len(GROUPS)):
-                most = most_shapes(self.progress.value)
-                part = exact_part(group, group.exact, words, rng, most)
-                slot = self._free.get()
+        slots = itertools.cycle(self._slots[number])
+        for turn in itertools.count(self._step // self._renew + number, len(self._exact)):
+            rng = Random(f"{self._seed} exact {turn}")
+            most = most_shapes(turn * self._renew)
+            parts = [exact_part(group, group.exact, words, rng, most) for group in GROUPS]
+            self._free[number].acquire()
+            slot, at = next(slots), 0
+            for part in parts:
                 tiles = part.pop("tiles")
-                self._slots[slot][: tiles.nbytes] = tiles.tobytes()
-                self._exact.put((number, slot, part))
+                slot[at : at + tiles.nbytes] = tiles.tobytes()
+                at += tiles.nbytes
+            self._exact[number].put(parts)
 
-    def start(self, device: torch.device, keep: int = 120) -> None:
-        """Begin to bring what is made to the device, in the background; wait for the first."""
+    def start(self, device: torch.device, keep: int = 100) -> None:
+        """Begin to bring what is made to the device, in the background."""
         self._device = device
-        self._batches: deque[list[Batch]] = deque(maxlen=keep)
-        self._fresh: deque[list[Batch]] = deque(maxlen=8)
-        self._cuts: list[deque[Batch]] = [deque(maxlen=keep) for _ in GROUPS]
-        self._fresh_cuts: list[deque[Batch]] = [deque(maxlen=8) for _ in GROUPS]
-        for receive in (self._receive_drawn, self._receive_exact):
-            threading.Thread(target=receive, daemon=True).start()
-        while not self._batches or not all(self._cuts):
-            if not all(process.is_alive() for process in self._processes):
-                raise RuntimeError("a loader process has died")
-            time.sleep(0.05)
+        self._ready: queue.Queue[list[Batch]] = queue.Queue(8)
+        self._ready_exact: queue.Queue[list[Batch]] = queue.Queue(4)
+        self._kept: deque[list[Batch]] = deque(maxlen=keep)
+        for bring in (self._bring_drawn, self._bring_exact):
+            threading.Thread(target=bring, daemon=True).start()
 
-    def _receive_drawn(self) -> None:
+    def _bring_drawn(self) -> None:
         with _aside(self._device):
-            self._take_drawn()
+            for made in itertools.cycle(self._drawn):
+                parts = [to_device(part, self._device) for part in made.get()]
+                self._wait()
+                self._ready.put(parts)
 
-    def _receive_exact(self) -> None:
+    def _bring_exact(self) -> None:
         with _aside(self._device):
-            self._take_exact()
+            slots = [itertools.cycle(of_one) for of_one in self._slots]
+            for number in itertools.cycle(range(len(self._exact))):
+                self._ready_exact.put(self._take_exact(number, next(slots[number])))
 
-    def _take_drawn(self) -> None:
-        while True:
-            parts = [to_device(part, self._device) for part in self._drawn.get()]
-            self._wait()
-            while len(self._fresh) == self._fresh.maxlen:
-                time.sleep(0.002)
-            self._batches.append(parts)
-            self._fresh.append(parts)
-            self.made["drawn"] += 1
-
-    def _take_exact(self) -> None:
-        while True:
-            number, slot, part = self._exact.get()
-            group = GROUPS[number]
+    def _take_exact(self, number: int, slot: mmap.mmap) -> list[Batch]:
+        parts, at = [], 0
+        for group, part in zip(GROUPS, self._exact[number].get(), strict=True):
             shape = (group.exact, group.tiles, TILE, TILE, 3)
             size = int(np.prod(shape))
-            tiles = np.frombuffer(self._slots[slot], np.uint8, size).reshape(shape)
-            batch = to_device(part | {"tiles": tiles}, self._device)
-            self._wait()
-            self._free.put(slot)
-            self._cuts[number].append(batch)
-            self._fresh_cuts[number].append(batch)
-            self.made["exact"] += 1
+            tiles = np.frombuffer(slot, np.uint8, size, at).reshape(shape)
+            at += size
+            parts.append(to_device(part | {"tiles": tiles}, self._device))
+        self._wait()
+        self._free[number].release()
+        return parts
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
-    def next(self, rng: Random) -> tuple[list[Batch], list[Batch]]:
-        """For each group, a part to draw and an exact one: new ones, or old ones once more."""
-        drawn = self._fresh.popleft() if self._fresh else _any(rng, self._batches)
-        exact = [
-            fresh.popleft() if fresh else _any(rng, old)
-            for fresh, old in zip(self._fresh_cuts, self._cuts, strict=True)
-        ]
+    def next(self) -> tuple[list[Batch], list[Batch]]:
+        """Parts of the next step: for each group one to draw, then text alone; exact ones."""
+        begun = time.time()
+        drawn = self._get(self._ready)
+        if not self._kept or self._step % self._renew == 0:
+            exact = self._get(self._ready_exact)
+            self._kept.append(exact)
+        else:
+            rng = Random(f"{self._seed} again {self._step}")
+            exact = [self._kept[rng.randrange(len(self._kept))][n] for n in range(len(GROUPS))]
+        self.waited += time.time() - begun
+        self._step += 1
         return [_used(part) for part in drawn], [_used(part) for part in exact]
+
+    def _get(self, ready: queue.Queue[list[Batch]]) -> list[Batch]:
+        while True:
+            try:
+                return ready.get(timeout=5)
+            except queue.Empty:
+                if not all(process.is_alive() for process in self._processes):
+                    raise RuntimeError("a loader process has died") from None
 
     def close(self) -> None:
         for process in self._processes:
@@ -235,11 +258,6 @@ _DTYPES = {
     "int64": torch.int64,
     "float32": torch.float32,
 }
-
-
-def _any(rng: Random, kept: deque[Any]) -> Any:
-    # Another thread appends meanwhile, so nothing may iterate here.
-    return kept[rng.randrange(len(kept))]
 
 
 @contextmanager
