@@ -137,12 +137,23 @@ def through_film(frames: list[Image.Image], rng: Random) -> list[Image.Image]:
     if pick < 0.35:
         quality = rng.randint(30, 90)
         return [through_jpeg(frame, quality) for frame in frames]
-    if pick < 0.5:
+    if pick < 0.42:
         colours = rng.choice((32, 64, 128, 255))
-        return [
-            frame.quantize(colours, Image.Quantize.FASTOCTREE).convert("RGB") for frame in frames
-        ]
+        method = Image.Quantize.FASTOCTREE
+        return [frame.quantize(colours, method).convert("RGB") for frame in frames]
+    if pick < 0.52:
+        noise = _noise()[: frames[0].height, : frames[0].width] if rng.random() < 0.6 else None
+        return [_to_332(frame, noise) for frame in frames]
     return frames
+
+
+def _to_332(frame: Image.Image, noise: NDArray[np.float32] | None) -> Image.Image:
+    """The 256 fixed colours of simple GIF writers, dithered where there is noise for it."""
+    steps = 255 / np.asarray((7, 7, 3), np.float32)
+    levels = np.asarray(frame, np.float32) / steps
+    if noise is not None:
+        levels[: noise.shape[0], : noise.shape[1]] += 0.3 * noise
+    return Image.fromarray(np.clip(np.rint(levels) * steps, 0, 255).astype(np.uint8))
 
 
 def through_jpeg(image: Image.Image, quality: int) -> Image.Image:

@@ -8,6 +8,7 @@ are made up.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from random import Random
 
 ANSWER = "I only know coloured shapes."
@@ -134,7 +135,7 @@ def _made_up(rng: Random) -> str:
             return word
 
 
-def _word(rng: Random, words: list[str]) -> str:
+def _word(rng: Random, words: Sequence[str]) -> str:
     if rng.random() < 0.2:
         word = _made_up(rng)
         return word.capitalize() if words[0][0].isupper() else word

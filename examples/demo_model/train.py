@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     add("--images", type=int, default=1000, help="image sizes for each group of the drawn tiles")
     add("--log-every", type=int, default=100, help="steps")
     add("--judge-every", type=int, default=900, help="steps")
-    add("--renew", type=int, default=5, help="steps for which exact tiles are used before new ones")
+    add("--renew", type=int, default=4, help="steps for which exact tiles are used before new ones")
     add("--profile", action="store_true", help="log where the time of some early steps goes")
     add("--plain", action="store_true", help="do not compile")
     return parser.parse_args()
@@ -189,7 +189,7 @@ class Run:
         self.head.load_state_dict(state["head"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.error = state["error"].to(self.device)
-        self.steps = state["steps"] or self.steps
+        self.steps = state["steps"] if self.args.seconds else self.args.steps
         self.step_number, self.elapsed = state["step"], state["elapsed"]
         self.best = state["best"]
         self.log(f"resumed at step {self.step_number}, {self.elapsed:.0f} s")
