@@ -2,8 +2,8 @@
 
 Made by the training program's own generator, from seeds that training never uses. A set says which
 sizes its drawings have: `pictures` those of the world; `larger` and `smaller` lie beyond the ends
-of what training draws, so that no size of theirs was ever seen. `films` are files, as `mlx_onevision`
-reads them; `words` are questions without anything to look at.
+of what training draws, so that no size of theirs was ever seen. `films` are files, read by the
+package; `words` are questions without anything to look at.
 """
 
 from __future__ import annotations
