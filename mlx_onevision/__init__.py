@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model, load
+    from mlx_onevision.captions import VideoDescription
+    from mlx_onevision.description import DescriptionStream
     from mlx_onevision.errors import OneVisionError
     from mlx_onevision.generation import Generation, Stream, Usage
     from mlx_onevision.options import Options
+    from mlx_onevision.plan import DescribeOptions
     from mlx_onevision.processor import Inputs
     from mlx_onevision.vectors import Embeddings
 
     __version__: str
 
 __all__ = [
+    "DescribeOptions",
+    "DescriptionStream",
     "Embeddings",
     "Generation",
     "Inputs",
@@ -30,11 +35,14 @@ __all__ = [
     "Options",
     "Stream",
     "Usage",
+    "VideoDescription",
     "__version__",
     "load",
 ]
 
 _HOMES = {
+    "DescribeOptions": "plan",
+    "DescriptionStream": "description",
     "Embeddings": "vectors",
     "Generation": "generation",
     "Inputs": "processor",
@@ -43,6 +51,7 @@ _HOMES = {
     "Options": "options",
     "Stream": "generation",
     "Usage": "generation",
+    "VideoDescription": "captions",
     "load": "api",
 }
 

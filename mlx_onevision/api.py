@@ -9,7 +9,9 @@ from typing import Any, Unpack, overload
 import numpy as np
 
 from mlx_onevision import hub
+from mlx_onevision.captions import VideoDescription
 from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.description import DescriptionStream
 from mlx_onevision.embedding import Embedder, Item, Vector
 from mlx_onevision.engine import Engine
 from mlx_onevision.errors import OneVisionError, RequestError
@@ -17,9 +19,13 @@ from mlx_onevision.generation import Generation, Question, Stream, ask, ask_all
 from mlx_onevision.identity import identify
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
+from mlx_onevision.narrator import Narrator
 from mlx_onevision.options import Options, rows
+from mlx_onevision.outline import wording
+from mlx_onevision.plan import DescribeOptions, Plan
 from mlx_onevision.processor import Inputs, Order, Processor, Tiling
 from mlx_onevision.sampling import Sampling
+from mlx_onevision.telling import Progress
 from mlx_onevision.vectors import Embeddings
 from mlx_onevision.video import VideoSource
 
@@ -48,6 +54,7 @@ class Model:
     def __init__(self, folder: Path, *, name: str | None = None, dtype: str | None = None) -> None:
         self.path = folder
         self.name = name or str(folder)
+        self._dtype = dtype
         self._engine = Engine(folder, dtype=dtype)
         self._processor = Processor.from_folder(folder, self._engine.config)
 
@@ -286,6 +293,64 @@ class Model:
             tiling=tiling,
         )
         return embedder.embed(items, cache=cache, progress=progress, on_error=on_error)
+
+    def describe_video(
+        self,
+        video: VideoSource,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        sidecar: str | Path | None = None,
+        force: bool = False,
+        **given: Unpack[DescribeOptions],
+    ) -> VideoDescription:
+        """What a video shows, segment by segment, with chapters and a summary; not its sound.
+
+        Takes what :meth:`stream_description` takes.
+
+        progress : called as it goes on.
+        """
+        with self.stream_description(video, sidecar=sidecar, force=force, **given) as stream:
+            for event in stream:
+                if progress is not None and isinstance(event, Progress):
+                    progress(event)
+            return stream.result()
+
+    def stream_description(
+        self,
+        video: VideoSource,
+        *,
+        sidecar: str | Path | None = None,
+        force: bool = False,
+        **given: Unpack[DescribeOptions],
+    ) -> DescriptionStream:
+        """Describes a video as an iterator of progress, segments, and at last the description.
+
+        video : a path, a URL or bytes.
+        sidecar : a file that is told what is done, at once. Another run with the same video, model
+            and settings goes on from there. In a folder, the file gets a name of its own.
+        force : starts over, whatever stands in the sidecar.
+        given : settings, by the names in :class:`~mlx_onevision.plan.DescribeOptions`.
+
+        Raises, the last three as it is iterated:
+            RequestError: for a setting that does not exist or is out of range.
+            RequestError: for a sidecar of another video or model, or of other settings.
+            MediaError: for a video that cannot be read; a part of it that cannot is left out.
+            ContextOverflowError: for more frames than the model's context holds.
+        """
+        plan, settings = Plan.of(dict(given))
+        name, revision = self._identity
+        return DescriptionStream(
+            video,
+            Narrator(self._engine, self._processor, self._question, settings),
+            plan,
+            model=name,
+            about={
+                "model": [name, revision, self._dtype],
+                "settings": {**plan.to_dict(), **settings, "questions": wording()},
+            },
+            sidecar=None if sidecar is None else Path(sidecar),
+            force=force,
+        )
 
     @cached_property
     def _identity(self) -> tuple[str, str]:

@@ -107,6 +107,14 @@ class FeatureBank:
             self._entries[key].prompts -= 1
         self._evict()
 
+    def forget(self, keys: Sequence[str]) -> None:
+        """Drops the rows of ``keys`` now; nobody will ask about these media again soon."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry.requests == 0:
+                entry.rows = None
+        self._evict()
+
     def look_up(self, first: int, last: int) -> mx.array:
         """The rows (last - first, D) behind the virtual ids first to last - 1, all of one
         medium.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from mlx_onevision.describe_command import describe
 from mlx_onevision.embed_command import embed
 from mlx_onevision.errors import OneVisionError, RequestError
 
@@ -303,8 +304,9 @@ def report(usage: Usage) -> str:
     return "\n".join(rows)
 
 
-debug_option(embed)
-cli.add_command(embed)
+for command in (describe, embed):
+    debug_option(command)
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -10,8 +10,12 @@ What comes back on standard output is a line of JSON, which may be followed by o
     {"video": {…}}                     once: how many frames there are, and which are coming
     {"frame": {…, "bytes": n}}         then n bytes: rows of RGB, each of "stride" bytes
     {"end": {…}}  or  {"error": "…", "kind": "…"}
+
+Where the request names a descriptor to read commands from, the video is kept open, and each command
+(a line of JSON, see :mod:`reel`) is answered by frames and an end.
 """
 
+import gc
 import json
 import os
 import struct
@@ -20,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+    from mlx_onevision.footage import Index
 
 
 def main() -> None:
@@ -37,9 +44,10 @@ def main() -> None:
     try:
         from mlx_onevision import footage  # before the limits: PyAV opens and maps many files
 
-        _limit(request["memory"], request["seconds"], request["threads"])
+        gc.freeze()  # so that looking for cycles takes no time
+        _limit(request)
         try:
-            _decode(request, send)
+            _decode(request, send) if request["control"] is None else _serve(request, send)
         except footage.Refusal as error:
             send("error", {"text": str(error), "kind": error.kind})
     except MemoryError:
@@ -51,15 +59,16 @@ def main() -> None:
         send("error", {"text": text, "kind": "media"})
 
 
-def _limit(memory: int, seconds: float, threads: int) -> None:
+def _limit(request: dict[str, Any]) -> None:
     """Bounds this process: what the system enforces, and a watch where it does not (macOS)."""
     import resource
     import threading
     import time
 
+    memory = request["memory"]
+    _allow(request, 0.0)
     wanted = {
         resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: int(seconds * threads) + 1,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 32,
         resource.RLIMIT_CORE: 0,
@@ -82,51 +91,129 @@ def _limit(memory: int, seconds: float, threads: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _allow(request: dict[str, Any], film: float) -> None:
+    """Sets the processor time from now on: what one answer may take, and each thread as long as the
+    film lasts. Commands are answered one after another, each with its own.
+    """
+    import resource
+
+    seconds = (request["seconds"] + film) * request["threads"]
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(used.ru_utime + used.ru_stime + seconds) + 1
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        if request["control"] is None:
+            hard = soft
+        elif hard != resource.RLIM_INFINITY:
+            soft = min(soft, hard)
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    except (OSError, ValueError):
+        pass  # a stricter one is in force, or the system has none
+
+
 def _decode(request: dict[str, Any], send: Any) -> None:
-    from mlx_onevision.errors import OneVisionError
-    from mlx_onevision.footage import Refusal, chosen_frames, open_video, read_index, tick_of
-    from mlx_onevision.frames import FrameOptions, choose
+    """Sends the frames that the request asks for, and ends."""
+    from mlx_onevision.footage import Refusal, open_video, read_index
 
     container, stream = open_video(request)
     index = read_index(container, stream)
-    tick = tick_of(stream)
-    times = [float(stamp * tick) - index.zero for stamp in index.stamps]
-    try:
-        options = FrameOptions(**request["options"])
-        chosen = choose(times, index.length, options, request["default"])
-    except OneVisionError as error:
-        raise Refusal(str(error), "request") from None
+    chosen, times = _chosen(request, stream, index)
     if request["most"] is not None and len(chosen) > request["most"]:
         raise Refusal(str(len(chosen)), "too_many")
-    facts = {
-        "total": len(times),
-        "length": index.length,
-        "claimed": stream.frames,
-        "indices": chosen,
-        "times": [times[i] for i in chosen],
-        "codec": stream.codec_context.name,
-    }
+    facts = {**_facts(stream, index), "indices": chosen, "times": times}
     container.close()
     send("video", facts)
+    _send_chosen(request, index, chosen, send)
+
+
+def _serve(request: dict[str, Any], send: Any) -> None:
+    """Sends what is known of the video, and then what each command asks for."""
+    from mlx_onevision.footage import open_video, read_index, thumbnails
+    from mlx_onevision.frames import FrameOptions, on_screen
+
+    container, stream = open_video(request)
+    index = read_index(container, stream)
+    send("video", _facts(stream, index))
+    with os.fdopen(request["control"], encoding="utf-8") as commands:
+        for line in commands:
+            command = json.loads(line)
+            if command["do"] == "frames":
+                _allow(request, 0.0)
+                chosen, times = _chosen(command, stream, index)
+                send("chosen", {"indices": chosen, "times": times})
+                _send_chosen(request, index, chosen, send)
+                continue
+            _allow(request, index.length)
+            times = _times(stream, index)
+            part = on_screen(times, index.length, FrameOptions(**command["options"]))
+            matrix = None
+            for number, frame, small in thumbnails(request, index, part.start, part.stop):
+                matrix = matrix or _matrix(frame)  # of a film; that of each frame takes longer
+                _send_frame(send, small, matrix, place=number, time=times[number])
+            send("end", {})
+
+
+def _facts(stream: "VideoStream", index: "Index") -> dict[str, Any]:
+    return {
+        "total": len(index.stamps),
+        "length": index.length,
+        "claimed": stream.frames,
+        "codec": stream.codec_context.name,
+    }
+
+
+def _times(stream: "VideoStream", index: "Index") -> list[float]:
+    """The second at which each frame appears."""
+    from mlx_onevision.footage import tick_of
+
+    tick = tick_of(stream)
+    return [float(stamp * tick) - index.zero for stamp in index.stamps]
+
+
+def _chosen(
+    command: dict[str, Any], stream: "VideoStream", index: "Index"
+) -> tuple[list[int], list[float]]:
+    """The frames that ``command`` asks for, and when they appear."""
+    from mlx_onevision.errors import OneVisionError
+    from mlx_onevision.footage import Refusal
+    from mlx_onevision.frames import FrameOptions, choose
+
+    times = _times(stream, index)
+    try:
+        options = FrameOptions(**command["options"])
+        chosen = choose(times, index.length, options, command["default"])
+    except OneVisionError as error:
+        raise Refusal(str(error), "request") from None
+    return chosen, [times[i] for i in chosen]
+
+
+def _send_chosen(request: dict[str, Any], index: "Index", chosen: list[int], send: Any) -> None:
+    from mlx_onevision.footage import chosen_frames
+
     sent = 0
     for place, frame in chosen_frames(request, index, chosen):
         plain = frame.reformat(format="rgb24", dst_color_range="JPEG", threads=1)
-        plane = plain.planes[0]
-        about = {
-            "place": place,
-            "wide": plain.width,
-            "high": plain.height,
-            "stride": plane.line_size,
-            "matrix": _matrix(frame),
-            "bytes": plane.buffer_size,
-        }
-        send("frame", about, memoryview(plane))
+        _send_frame(send, plain, _matrix(frame), place=place)
         sent += 1
+        del frame, plain
+        gc.collect()  # see _matrix
     send("end", {"sent": sent, "broken": index.broken})
 
 
+def _send_frame(send: Any, frame: "VideoFrame", matrix: list[int], **about: Any) -> None:
+    """``frame`` : in RGB, to be turned by ``matrix``."""
+    plane = frame.planes[0]
+    size = {"wide": frame.width, "high": frame.height, "stride": plane.line_size}
+    about |= {**size, "matrix": matrix, "bytes": plane.buffer_size}
+    send("frame", about, memoryview(plane))
+
+
 def _matrix(frame: "VideoFrame") -> list[int]:
-    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count."""
+    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count.
+
+    A frame that has been asked for its side data is in a cycle with it, and stays, with all its
+    pixels, until Python looks for cycles.
+    """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return [1, 0, 0, 1]

@@ -153,6 +153,11 @@ class Engine:
             lambda runner: _worded(lambda: runner.embed_prompts(prompts, check))
         )
 
+    def forget(self, inputs: Inputs) -> None:
+        """Drops the features of a prompt's media once the requests before this have run."""
+        keys = [medium.key for medium in inputs.media]
+        self._worker.post(lambda runner: runner.model.bank.forget(keys))
+
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""
         self._worker.close()

@@ -16,6 +16,7 @@ from av import Packet
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
@@ -23,6 +24,7 @@ SEEKABLE = ("mov", "matroska", "avi")
 SEEK_GAP = 16  # frames; to skip fewer, decoding on is quicker than seeking
 MAX_FRAMES = 4_000_000  # of one file: 37 hours at 30 a second
 THREAD_BYTES = 128 << 20  # of frames that decoding threads hold at once, roughly
+THUMBNAIL = 64  # pixels, across and down at most
 ATTACHED_PICTURE = 0x400
 
 
@@ -134,9 +136,7 @@ def chosen_frames(
 ) -> Iterator[tuple[int, VideoFrame]]:
     """(position in ``chosen``, frame) for those that can be decoded."""
     container, stream = open_video(request)
-    seekable = container.format.name.startswith(SEEKABLE)
-    if index.counted and stream.codec_context.has_b_frames:
-        seekable = False  # a key frame's number in the file is not its number on the screen
+    seekable = _is_seekable(container, stream, index)
     shown = _shown(container.demux(stream), stream, index, 0)
     reached = -1  # index of the frame that came last
     place = 0
@@ -153,7 +153,7 @@ def chosen_frames(
                 shown = landed
         number, frame = next((item for item in shown if item[0] >= wanted), (-1, None))
         if frame is None:
-            return  # the rest cannot be decoded
+            break  # the rest cannot be decoded
         _check_size(frame.width, frame.height, request["max_pixels"])
         reached = number
         while place < len(chosen) and chosen[place] < number:
@@ -161,6 +161,55 @@ def chosen_frames(
         if place < len(chosen) and chosen[place] == number:
             yield place, frame
             place += 1
+    container.close()  # now, not when Python looks for cycles: a long film's index is large
+
+
+def thumbnails(
+    request: dict[str, Any], index: Index, first: int, last: int
+) -> Iterator[tuple[int, VideoFrame, VideoFrame]]:
+    """(index, frame, small picture) of those frames from ``first`` to before ``last`` that can be
+    decoded.
+
+    Single pixels of each frame, not means: that takes next to no time beside decoding. So does what
+    is left out, the smoothing of frames that no other frame is made from.
+    """
+    container, stream = open_video(request)
+    quick = {"skip_loop_filter": "noref"}
+    stream.codec_context.options = {**stream.codec_context.options, **quick}
+    before = bisect_right(index.keys, (first, sys.maxsize))
+    key = index.keys[before - 1] if before else None
+    shown = None
+    if key is not None and key.place > SEEK_GAP and _is_seekable(container, stream, index):
+        shown = _seek(container, stream, index, key)
+        if shown is None:
+            container, stream = open_video(request)
+    smaller = VideoReformatter()  # one for all: each frame's own would be another one
+    for number, frame in shown or _shown(container.demux(stream), stream, index, 0):
+        if number >= last:
+            return
+        if number < first:  # also what comes out of order after damage
+            continue
+        first = number + 1
+        _check_size(frame.width, frame.height, request["max_pixels"])
+        yield (
+            number,
+            frame,
+            smaller.reformat(
+                frame,
+                width=max(2, min(frame.width, THUMBNAIL)),
+                height=max(2, min(frame.height, THUMBNAIL)),
+                format="rgb24",
+                dst_color_range="JPEG",
+                interpolation=Interpolation.POINT,
+                threads=1,
+            ),
+        )
+
+
+def _is_seekable(container: InputContainer, stream: VideoStream, index: Index) -> bool:
+    if index.counted and stream.codec_context.has_b_frames:
+        return False  # a key frame's number in the file is not its number on the screen
+    return container.format.name.startswith(SEEKABLE)
 
 
 def _seek(

@@ -46,7 +46,7 @@ VideoSource: TypeAlias = (
 
 logger = logging.getLogger("mlx_onevision")
 
-__all__ = ["Clip", "Limits", "TooManyFramesError", "VideoSource", "is_file", "load_video"]
+__all__ = ["Clip", "Limits", "TooManyFramesError", "VideoSource", "is_file", "load_video", "opened"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def load_video(
     options = options or FrameOptions()
     if not is_file(source):
         return _from_frames(source, size, options, most, check)
-    file, name = _opened(source)
+    file, name = opened(source)
     with (
         file,
         decoding(
@@ -194,8 +194,12 @@ def _fewer(name: str, there: int, asked: int) -> str:
     return f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used"
 
 
-def _opened(source: Any) -> tuple[BinaryIO, str]:
-    """A real file that holds the video, open, and what to call it."""
+def opened(source: Any) -> tuple[BinaryIO, str]:
+    """A real file that holds a video, open, and what to call it.
+
+    Raises:
+        MediaError: for what is no file, or an empty one.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         return _spooled(bytes(source), "the video given as bytes")
     if hasattr(source, "read"):

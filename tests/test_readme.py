@@ -28,7 +28,7 @@ def test_its_python_runs(
     monkeypatch.setattr(hub, "EMBEDDED", write(tmp_path / "demo"))
     monkeypatch.chdir(ROOT)
     program = blocks("python")
-    assert len(program) == 5
+    assert len(program) == 6
     names: dict[str, object] = {}
     for block in program:
         exec(compile(block, "README.md", "exec"), names)
@@ -59,9 +59,10 @@ def test_it_names_every_option_and_no_other() -> None:
     assert named == options - {"--help", "-h"}
 
 
-def test_it_names_every_option_of_embed_and_no_other() -> None:
-    options = {option for param in cli.commands["embed"].params for option in param.opts}
-    table = README.partition("| `embed` |")[2].partition("\n\n")[0]
+@pytest.mark.parametrize("name", ["embed", "describe"])
+def test_it_names_every_option_of_a_command_and_no_other(name: str) -> None:
+    options = {option for param in cli.commands[name].params for option in param.opts}
+    table = README.partition(f"| `{name}` |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(--[a-z-]+)", table))
     assert named == {option for option in options if option.startswith("--")}
 
