@@ -1,6 +1,7 @@
-"""Draws ``examples/shapes.png``: the picture that ``make demo`` asks about.
+"""Draws the pictures of the examples: ``shapes.png``, which ``make demo`` asks about, and
+``square.png``.
 
-python examples/draw_shapes.py [FILE]
+    python examples/draw_shapes.py [FOLDER]
 """
 
 import math
@@ -25,16 +26,28 @@ def corners(
     return outline
 
 
-def draw() -> Image.Image:
-    """A red circle, a blue star and an orange triangle, from left to right."""
+def blank() -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (WIDTH * SMOOTH, HEIGHT * SMOOTH), (244, 241, 234))
-    pen = ImageDraw.Draw(image)
+    return image, ImageDraw.Draw(image)
+
+
+def draw_shapes() -> Image.Image:
+    """A red circle, a blue star and an orange triangle, from left to right."""
+    image, pen = blank()
     pen.circle((190 * SMOOTH, 330 * SMOOTH), 118 * SMOOTH, fill=(220, 38, 38))
     pen.polygon(corners(480 * SMOOTH, 310 * SMOOTH, 150 * SMOOTH, 5, 0.42), fill=(37, 99, 235))
     pen.polygon(corners(770 * SMOOTH, 350 * SMOOTH, 150 * SMOOTH, 3, 0.5), fill=(249, 115, 22))
     return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
+def draw_square() -> Image.Image:
+    """A green square, right of the middle."""
+    image, pen = blank()
+    pen.rectangle([v * SMOOTH for v in (440, 190, 720, 470)], fill=(22, 163, 74))
+    return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+
+
 if __name__ == "__main__":
-    target = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("shapes.png")
-    draw().save(target, optimize=True)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    draw_shapes().save(folder / "shapes.png", optimize=True)
+    draw_square().save(folder / "square.png", optimize=True)

@@ -15,6 +15,7 @@ from mlx_onevision.description import DescriptionStream
 from mlx_onevision.embedding import Embedder, Item, Vector
 from mlx_onevision.engine import Engine
 from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.frames import FrameOptions
 from mlx_onevision.generation import Generation, Question, Stream, ask, ask_all
 from mlx_onevision.identity import identify
 from mlx_onevision.image import ImageSource
@@ -152,6 +153,9 @@ class Model:
             RequestError: for an empty prompt or a number out of range.
             MediaError: for a picture or a video that cannot be read.
             ContextOverflowError: for a prompt, or more frames, beyond the model's context.
+
+        All of this is raised here: media are read before this returns, and ``check`` is the way to
+        stop that.
         """
         if batch is None:
             return self._ask(prompt, options, given)
@@ -205,6 +209,7 @@ class Model:
         end: float | None = None,
         tiling: Tiling = "auto",
         order: Order = "template",
+        check: Callable[[], None] = lambda: None,
     ) -> Question:
         """One row, read and tokenized; the defaults of :class:`~mlx_onevision.options.Options`."""
         sampling = self._sampling(
@@ -227,6 +232,7 @@ class Model:
             tiling=tiling,
             order=order,
             answer=max_tokens,
+            check=check,
         )
         return Question(
             inputs,
@@ -261,19 +267,27 @@ class Model:
         *,
         normalize: bool = True,
         tiling: Tiling = "auto",
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
         cache: MutableMapping[str, Vector] | None = None,
         progress: Callable[[int, int], None] | None = None,
         on_error: Callable[[int, OneVisionError], None] | None = None,
     ) -> Embeddings:
         """One vector for each item, float32.
 
-        items : pictures (paths, URLs, bytes, PIL images or uint8 arrays), or typed blocks such as
-            {"type": "text", "text": ...}; in the joint space, a list of pictures is one item.
-        space : ``vision`` is for pictures that look alike, and knows no text. ``joint`` holds text
-            and pictures in one space, and is experimental. See :attr:`Embeddings.note`.
+        items : pictures and videos (paths, URLs or bytes, told apart by how they begin; PIL images;
+            uint8 arrays, four axes for a video), or typed blocks such as {"type": "text",
+            "text": ...}; in the joint space, a list of pictures is one item.
+        space : ``vision`` is for what looks alike, and knows no text. ``joint`` holds text,
+            pictures and videos in one space, and is experimental. See :attr:`Embeddings.note`.
         normalize : to length 1.
         tiling : how the joint space sees pictures, as in a conversation; "never" is a tenth of the
             work for a large one. Vectors of different tilings are not comparable.
+        num_frames, fps : which frames of each video, 32 of a file without; vectors of different
+            numbers or rates are not comparable.
+        start, end : the part of each video, in seconds; a video block may have its own.
         cache : where vectors are looked up by content and kept; any mapping will do.
         progress : called with how many items are done, and of how many.
         on_error : called with the index of an item that cannot be embedded, which is left out then.
@@ -291,6 +305,7 @@ class Model:
             revision=revision,
             normalize=normalize,
             tiling=tiling,
+            frames=FrameOptions(num_frames, fps, start, end),
         )
         return embedder.embed(items, cache=cache, progress=progress, on_error=on_error)
 

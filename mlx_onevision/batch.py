@@ -2,12 +2,12 @@
 come in as memory allows and that end, fail and are cancelled each for itself.
 
 A lone request does not come here: one sequence decodes faster by itself (:mod:`runner`), and has a
-prefix cache.
+prefix cache. It comes when it gets company, in the middle of its answer.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_onevision import memory
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.processor import Inputs
-from mlx_onevision.runner import Counters, Runner
+from mlx_onevision.runner import Counters, Runner, Unfinished
 from mlx_onevision.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -61,8 +61,48 @@ class Row:
         """Positions that its keys and values can come to."""
         self._media = ExitStack()
         self._since = 0.0
+        self._unfinished: Unfinished | None = None
 
-    def begin(self, runner: Runner) -> list[int]:
+    def run_alone(self, runner: Runner, company: Callable[[], bool]) -> bool:
+        """Answers it by itself; False where company came, with whom it is to go on."""
+        request = self.request
+        try:
+            self.listener.check()
+            self._unfinished = runner.generate(
+                request.inputs,
+                request.sampling,
+                request.max_tokens,
+                self.counters,
+                self.listener.put,
+                self.listener.check,
+                company,
+            )
+        except BaseException as error:
+            self.end(error)
+            return True
+        self._since = time.perf_counter() - self.counters.decode_seconds
+        if self._unfinished is None:
+            self.end()
+        return self._unfinished is None
+
+    def join(self, runner: Runner, generator: "BatchGenerator") -> tuple[int, bool]:
+        """Its number in ``generator``, and whether its prompt is still to be read."""
+        text = runner.model.config.text_config
+        placeholder = runner.model.config.image_token_index
+        sampling, left, self._unfinished = self.request.sampling, self._unfinished, None
+        ids = self._begin(runner) if left is None else left.ids
+        produced = 0 if left is None else left.produced
+        (uid,) = generator.insert(
+            [ids if left is None else ids[-1:]],
+            max_tokens=[self.request.max_tokens - produced],
+            caches=None if left is None else [left.cache],
+            all_tokens=None if left is None else [ids[:-1]],
+            samplers=[sampling.sampler(produced)],
+            logits_processors=[sampling.logits_processors(text.vocab_size, placeholder)],
+        )
+        return uid, left is None
+
+    def _begin(self, runner: Runner) -> list[int]:
         """Its prompt with virtual ids; their rows are in the bank and stay there until :meth:`read`
         or :meth:`end`.
         """
@@ -93,7 +133,8 @@ class Row:
 
 
 class Batch:
-    """Answers ``rows``, those first in line first.
+    """Answers the rows of ``line``, those first in line first. More may be put there meanwhile,
+    from any thread.
 
     Keys and values of a batch are padded to the longest row, so rows are let in while their number
     times the longest of them stays within ``runner.batch_positions``; one is always let in. No more
@@ -101,13 +142,13 @@ class Batch:
     held beyond what the bank keeps.
     """
 
-    def __init__(self, runner: Runner, rows: Sequence[Row]) -> None:
+    def __init__(self, runner: Runner, line: deque[Row]) -> None:
         self._runner = runner
-        self._waiting = deque(rows)
+        self._waiting = line
         self._active: dict[int, Row] = {}
         self._reading: set[int] = set()  # those of the active ones whose prompt is not read yet
         chunk = runner.model.budget.chunk
-        self._together, self._step_size = memory.prefill_rows(chunk, len(rows))
+        self._together, self._step_size = memory.prefill_rows(chunk, len(line))
 
     def run(self) -> None:
         """Until every row has ended. An error that cannot be traced to a row ends those under way
@@ -124,10 +165,10 @@ class Batch:
                     if self._active:
                         self._step(generator)
             except Exception as error:
-                if generator is None:
-                    self._active = dict(enumerate(self._waiting))
-                    self._waiting.clear()
-                for row in self._active.values():
+                failed = list(self._active.values())
+                while generator is None and self._waiting:
+                    failed.append(self._waiting.popleft())
+                for row in failed:
                     row.end(error)
                 self._active.clear()
                 self._reading.clear()
@@ -154,23 +195,13 @@ class Batch:
             row = self._waiting.popleft()
             try:
                 row.listener.check()
-                ids = row.begin(self._runner)
+                uid, reading = row.join(self._runner, generator)
             except Exception as error:  # a row that cannot be encoded, or is not wanted any more
                 row.end(error)
                 continue
-            text, placeholder = (
-                self._runner.model.config.text_config,
-                self._runner.model.config.image_token_index,
-            )
-            sampling = row.request.sampling
-            (uid,) = generator.insert(
-                [ids],
-                max_tokens=[row.request.max_tokens],
-                samplers=[sampling.sampler()],
-                logits_processors=[sampling.logits_processors(text.vocab_size, placeholder)],
-            )
             self._active[uid] = row
-            self._reading.add(uid)
+            if reading:
+                self._reading.add(uid)
 
     def _has_room_for(self, row: Row) -> bool:
         if not self._active:
@@ -188,7 +219,7 @@ class Batch:
             prompts, answers = generator.next()
         for prompt in prompts:
             if prompt.end_of_prompt:
-                self._reading.remove(prompt.uid)
+                self._reading.discard(prompt.uid)
                 self._active[prompt.uid].read()
         for answer in answers:
             row = self._active[answer.uid]
@@ -205,4 +236,10 @@ class Batch:
                 generator.remove([uid])
                 del self._active[uid]
                 self._reading.discard(uid)
+                row.end(cancelled)
+        for row in self._waiting.copy():  # other threads add to it
+            try:
+                row.listener.check()
+            except CancelledError as cancelled:
+                self._waiting.remove(row)
                 row.end(cancelled)

@@ -1,39 +1,35 @@
-"""A conversation in a terminal: what is said, and the lines that a person types.
+"""A conversation in a terminal: what is said, and the commands between the messages.
 
 Answers go to ``show``; everything else that is printed (what was attached, counts, errors) goes to
 ``note``, so that a program at the other end of a pipe reads answers only.
 """
 
 import json
-import shlex
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from os.path import expanduser
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_onevision.api import Model
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.fetch import is_url
-from mlx_onevision.generation import Generation, Usage
+from mlx_onevision.frames import FrameOptions
+from mlx_onevision.generation import Generation, Stream, Usage
 from mlx_onevision.image import load_image
+from mlx_onevision.interrupts import Interrupts
+from mlx_onevision.lines import path_of
 from mlx_onevision.options import Options
 
 HELP = """\
 /image PATH   show the model a picture (a file or a URL), with the next message
-/reset        forget the conversation and its pictures
+/video PATH   show it a video
+/reset        forget the conversation, its pictures and videos
 /save FILE    write the conversation as JSON
 /help         this
 /exit         end, as Ctrl-D does
 
 Anything else is a message; begin with a space where it begins with a slash.
 Ctrl-C cancels an answer."""
-
-# Reads a medium once, so that its file may change and its address need not be asked at every turn.
-LOADERS: dict[str, Callable[[str], Any]] = {"image": load_image}
 
 
 class Conversation:
@@ -43,8 +39,11 @@ class Conversation:
     """
 
     def __init__(self, model: Model, **options: Unpack[Options]) -> None:
+        given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+        self._frames = {name: given.pop(name) for name in FrameOptions.names() if name in given}
+        FrameOptions(**self._frames)  # refused here, not at the first video
         self._model = model
-        self._options = options
+        self._options = given
         self.reset()
 
     def reset(self) -> None:
@@ -53,33 +52,57 @@ class Conversation:
         """With the media themselves; :attr:`record` names where they came from."""
         self.record: list[dict[str, Any]] = []
         self._attached: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._answer: Stream | None = None
+        self._cancelled = False
 
-    def attach(self, kind: str, source: str) -> None:
-        """Puts a medium, a file or a URL, before the next message. Raises what reading it
-        raises.
+    def attach(self, kind: str, source: str) -> str:
+        """Puts a medium, a file or a URL, before the next message, and says what of it the model
+        will see. It is read once: its file may change afterwards. Raises what reading it raises.
         """
         where = {"url": source} if is_url(source) else {"path": str(Path(source).absolute())}
-        loaded = LOADERS[kind](source)
-        self._attached.append(({"type": kind, kind: loaded}, {"type": kind, **where}))
+        if kind == "image":
+            self._attached.append(
+                ({"type": kind, kind: load_image(source)}, {"type": kind, **where})
+            )
+            return source
+        block = {"type": kind, kind: source, **self._frames}
+        (film,) = self._model.prepare([{"role": "user", "content": [block]}]).media
+        number = len(film.tiles)
+        # The number that was taken for want of another is kept, too: a saved conversation has it.
+        chosen = self._frames if "fps" in self._frames else {**self._frames, "num_frames": number}
+        self._attached.append(({"type": kind, kind: film.tiles}, {"type": kind, **where, **chosen}))
+        times = film.clip.times if film.clip else None
+        span = f", from {times[0]:.1f} to {times[-1]:.1f} s" if times else ""
+        return f"{number} frame{'s' * (number != 1)} of {source}{span}"
+
+    def cancel(self) -> None:
+        """Ends the answer under way, from a signal handler or another thread."""
+        self._cancelled = True
+        if self._answer is not None:
+            self._answer.cancel()
 
     def say(self, text: str, show: Callable[[str], object]) -> Generation:
         """Sends a message, shows the pieces of the answer as they come, and returns it.
 
-        Ctrl-C cancels it, and what had come by then becomes the answer; where nothing had, or where
+        Where it is cancelled, what had come by then becomes the answer; where nothing had, or where
         it fails, the conversation is as it was before.
         """
         said = {"type": "text", "text": text}
         media = [block for block, _ in self._attached]
         messages = [*self.messages, {"role": "user", "content": [*media, said]}]
-        answer = self._model.stream(messages=messages, **self._options)
+        self._cancelled = False
+        answer = self._answer = self._model.stream(messages=messages, **self._options)
+        if self._cancelled:
+            answer.cancel()
         try:
-            with _on_interrupt(answer.cancel):
-                for piece in answer:
-                    show(piece)
-                result = answer.result()
+            for piece in answer:
+                show(piece)
+            result = answer.result()
         except BaseException:
             answer.cancel()
             raise
+        finally:
+            self._answer = None
         if result.finish_reason != "cancelled" or result.text:
             reply = {"role": "assistant", "content": [{"type": "text", "text": result.text}]}
             named = [block for _, block in self._attached]
@@ -93,21 +116,32 @@ class Conversation:
 
         Raises:
             RequestError: for a file that is there, unless it is to be replaced.
-            OSError: where it cannot be written.
+            OSError: where it cannot be written; a file that was there is still whole then.
         """
+        if not replace:
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                raise RequestError(f"{path} is there already; choose another name") from None
+        partial = path.with_name(f".{path.name}.partial")
         try:
-            with path.open("w" if replace else "x", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8") as file:
                 json.dump(self.record, file, indent=2, ensure_ascii=False)
                 file.write("\n")
-        except FileExistsError:
-            raise RequestError(f"{path} is there already; choose another name") from None
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            if not replace:
+                path.unlink(missing_ok=True)  # it was made here, and is empty
+            raise
 
 
 class Terminal:
     """Lines in, answers out.
 
     read : the next line; EOFError at the end, KeyboardInterrupt where the line was given up.
-    interactive : whether a person types them, who may give a line up and go on.
+    interactive : whether a person types them, who may press Ctrl-C and go on: it gives up a line
+        that is being typed, or a file that is being read, and cancels an answer.
     explain : an error as one sentence.
     verbose : note what each answer took.
     """
@@ -128,8 +162,10 @@ class Terminal:
         self._explain = explain
         self._interactive, self._verbose = interactive, verbose
         self._saved: set[Path] = set()
+        self._interrupts = Interrupts()
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": lambda argument: self._attach("image", argument),
+            "/video": lambda argument: self._attach("video", argument),
             "/reset": self._reset,
             "/save": self._save,
             "/help": lambda _: self._help(),
@@ -137,10 +173,15 @@ class Terminal:
 
     def run(self) -> int:
         """Until the lines end, or ``/exit``. Returns how many of them failed."""
+        with self._interrupts.handled() if self._interactive else nullcontext():
+            return self._run()
+
+    def _run(self) -> int:
         failed = 0
         while True:
             try:
-                line = self._read()
+                with self._interrupts.raising():
+                    line = self._read()
                 if line.split()[:1] in (["/exit"], ["/quit"]):
                     return failed
                 self._take(line)
@@ -151,7 +192,7 @@ class Terminal:
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
-                self._note("")  # below the line that was being typed, or that named a picture
+                self._note("")  # below the line that was being typed, or that named a file
             except BrokenPipeError:
                 raise  # nobody reads the answers any more
             except (OneVisionError, OSError, MemoryError) as error:
@@ -178,7 +219,8 @@ class Terminal:
             self._show(piece)
 
         try:
-            result = self._conversation.say(text, show)
+            with self._interrupts.calling(self._conversation.cancel):
+                result = self._conversation.say(text, show)
         except Exception:
             if shown:
                 self._show("\n")
@@ -195,8 +237,9 @@ class Terminal:
         if not argument:
             raise RequestError(f"/{kind} needs a file or a URL")
         source = path_of(argument)
-        self._conversation.attach(kind, source)
-        self._note(f"(the next message shows {source})")
+        with self._interrupts.raising():
+            shown = self._conversation.attach(kind, source)
+        self._note(f"(the next message shows {shown})")
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()
@@ -214,51 +257,6 @@ class Terminal:
         self._note(HELP)
 
 
-def line_reader() -> tuple[Callable[[], str], bool]:
-    """What reads the lines, and whether a person types them: then with a prompt, and with editing
-    and history where Python has readline.
-    """
-    if not sys.stdin.isatty():
-        return _piped_line, False
-    with suppress(ImportError):
-        import readline  # noqa: F401  (input() uses it once it is there)
-    return _typed_line, True
-
-
-def _piped_line() -> str:
-    line = sys.stdin.buffer.readline()
-    if not line:
-        raise EOFError
-    try:
-        return line.decode("utf-8").rstrip("\r\n")
-    except UnicodeError:
-        raise RequestError("a line is not UTF-8 text; save it as UTF-8") from None
-
-
-def _typed_line() -> str:
-    prompt = "> "
-    if not sys.stdout.isatty():  # answers only; without a terminal there is no line editing either
-        print(prompt, end="", file=sys.stderr, flush=True)
-        prompt = ""
-    try:
-        return input(prompt)
-    except UnicodeError:
-        raise RequestError("the line is not text in the terminal's encoding") from None
-
-
-def path_of(argument: str) -> str:
-    """What a person means by the rest of a line: a path as it is, or as a shell or a dropped file
-    writes it, with quotes or backslashes.
-    """
-    if is_url(argument) or Path(expanduser(argument)).exists():
-        return argument if is_url(argument) else expanduser(argument)
-    try:
-        words = shlex.split(argument)
-    except ValueError:  # an apostrophe in a name
-        words = []
-    return expanduser(words[0] if len(words) == 1 else argument)
-
-
 def counts(usage: Usage) -> str:
     """What an answer read, encoded and wrote, on one line."""
     read = usage.prompt_tokens - usage.cached_tokens
@@ -268,16 +266,3 @@ def counts(usage: Usage) -> str:
         f"first token after {usage.prefill_seconds:.2f} s; "
         f"{usage.completion_tokens} tokens at {usage.tokens_per_second:.1f} tok/s]"
     )
-
-
-@contextmanager
-def _on_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls ``cancel`` meanwhile, instead of raising; only the main thread may say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: cancel())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -222,6 +222,11 @@ def generate(
 @cli.command(short_help="Talk with a model.")
 @click.option("--model", metavar="MODEL", help="As for generate. Default: the demo model.")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Shown with the first line.")
+@click.option("--video", "videos", multiple=True, metavar="FILE", help="Shown with the first line.")
+@click.option("--frames", "num_frames", type=int, metavar="N", help="N frames of each video.")
+@click.option("--fps", type=float, metavar="F", help="F frames of each second of a video instead.")
+@click.option("--start", type=float, metavar="S", help="Begin S seconds into each video.")
+@click.option("--end", type=float, metavar="S", help="End S seconds into each video.")
 @click.option("--system", metavar="TEXT", help="The system message.")
 @click.option("--max-tokens", default=1024, show_default=True, help="The longest answer.")
 @click.option("--temperature", type=float, help="0 is greedy. Default: the model's own.")
@@ -238,12 +243,13 @@ def chat(
     ctx: click.Context,
     model: str | None,
     images: tuple[str, ...],
+    videos: tuple[str, ...],
     verbose: bool,
     revision: str | None,
     dtype: str | None,
     **options: Any,
 ) -> None:
-    """Talk with a model, about images or about none; /help says how.
+    """Talk with a model, about images, videos or neither; /help says how.
 
     Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends.
     """
@@ -253,7 +259,8 @@ def chat(
         )
 
     from mlx_onevision.api import load
-    from mlx_onevision.chat import Conversation, Terminal, line_reader
+    from mlx_onevision.chat import Conversation, Terminal
+    from mlx_onevision.lines import line_reader
 
     def show(piece: str) -> None:
         click.echo(piece, nl=False)
@@ -266,6 +273,8 @@ def chat(
         talk = Conversation(loaded, **options)
         for image in images:
             talk.attach("image", image)
+        for video in videos:
+            talk.attach("video", video)
         read, interactive = line_reader()
         terminal = Terminal(
             *(talk, read, show, note, sentence), interactive=interactive, verbose=verbose

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BATCH = 100  # items between two looks at what has come
 
 
-@click.command(short_help="Turn pictures or texts into vectors.")
+@click.command(short_help="Turn pictures, videos or texts into vectors.")
 @click.argument("files", nargs=-1, metavar="FILE...")
 @click.option(
     "--model",
@@ -50,6 +50,10 @@ BATCH = 100  # items between two looks at what has come
     show_default=True,
     help="How the joint space sees pictures; never is a tenth of the work for a large one.",
 )
+@click.option("--frames", "num_frames", type=int, metavar="N", help="N frames of each video.")
+@click.option("--fps", type=float, metavar="F", help="F frames of each second of a video instead.")
+@click.option("--start", type=float, metavar="S", help="Begin S seconds into each video.")
+@click.option("--end", type=float, metavar="S", help="End S seconds into each video.")
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
 @click.option(
     "--dtype",
@@ -67,15 +71,20 @@ def embed(
     jsonl: bool,
     no_normalize: bool,
     tiling: str,
+    num_frames: int | None,
+    fps: float | None,
+    start: float | None,
+    end: float | None,
     revision: str | None,
     dtype: str | None,
 ) -> None:
-    """Turn pictures, or texts, into vectors: one for each.
+    """Turn pictures, videos or texts into vectors: one for each.
 
     What cannot be embedded is reported and left out; the exit code is 1 then.
 
     \b
     mlx-onevision embed photos/*.jpg --output vectors.npz
+    mlx-onevision embed holiday.mp4 --frames 8 --jsonl
     mlx-onevision embed --space joint a.jpg --text "a red circle" --jsonl
     """
     if bool(output) == jsonl:
@@ -97,7 +106,15 @@ def embed(
     items = [*files, *({"type": "text", "text": text} for text in texts)]
     failed: list[str] = []
     loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
-    options = {"space": space, "normalize": not no_normalize, "tiling": tiling}
+    options = {
+        "space": space,
+        "normalize": not no_normalize,
+        "tiling": tiling,
+        "num_frames": num_frames,
+        "fps": fps,
+        "start": start,
+        "end": end,
+    }
     parts = []
     try:
         for part in in_batches(loaded, items, options, failed):

@@ -1,7 +1,8 @@
 """Vectors of pictures, videos and texts; see :class:`~mlx_onevision.vectors.Embeddings`.
 
 ``vision``: the mean over the patches of the tower's features, of the base view (the whole picture
-squeezed into one tile); of a video, the mean over its frames.
+squeezed into one tile); of a video, the mean over its frames. How many frames are taken is part of
+how a vector was made; which part of a video is shown is part of what it is of.
 
 ``joint``: the hidden state from which the model would say its first word, asked as E5-V (arXiv
 2407.12580) asks: "Summary above image in one word:". Checkpoints that were trained to embed have
@@ -23,11 +24,13 @@ from numpy.typing import NDArray
 
 from mlx_onevision.engine import Engine
 from mlx_onevision.errors import ContextOverflowError, OneVisionError, RequestError
+from mlx_onevision.frames import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.image import ImageSource, load_image
 from mlx_onevision.items import item_blocks, item_name
 from mlx_onevision.processor import Inputs, Medium, Processor, Tiling
 from mlx_onevision.resample import resize
 from mlx_onevision.vectors import SPACES, Embeddings
+from mlx_onevision.video import load_video
 
 Item: TypeAlias = "ImageSource | Mapping[str, Any] | Medium | Sequence[Any]"
 """A picture or a video as everywhere; a typed block of a conversation; or several in a list."""
@@ -38,6 +41,7 @@ NOUNS = {"text": "sentence", "image": "image", "video": "video"}
 
 GROUP = 10  # items prepared and encoded together: as many tiles as fill the tower
 THREADS = 4
+PART = ("start", "end")  # which part of a video an item is; a video block may say it
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Prepared:
 class Embedder:
     """What turns items into vectors of one space.
 
-    space, normalize, tiling : see :meth:`mlx_onevision.api.Model.embed`.
+    space, normalize, tiling, frames : see :meth:`mlx_onevision.api.Model.embed`.
     model, revision : what :func:`~mlx_onevision.identity.identify` says.
     """
 
@@ -70,6 +74,7 @@ class Embedder:
         revision: str,
         normalize: bool = True,
         tiling: str = "auto",
+        frames: FrameOptions | None = None,
     ) -> None:
         if space not in SPACES:
             raise RequestError(f"space is {space!r}; it must be {' or '.join(SPACES)}")
@@ -77,6 +82,10 @@ class Embedder:
             raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
         self._engine, self._processor = engine, processor
         self._tiling: Tiling = tiling
+        given = vars(frames or FrameOptions())
+        self._frames = processor.video_config.frames.over(
+            {name: value for name, value in given.items() if value is not None}
+        )
         config = engine.config
         layers = config.feature_layers
         edge = processor.image_config.size
@@ -86,6 +95,8 @@ class Embedder:
         else:
             dim = config.text_config.hidden_size
             method = f"last hidden state under the E5-V prompts, tiling {tiling}"
+        rate, number = self._frames.fps, self._frames.num_frames or DEFAULT_FRAMES
+        method += f", {number} frames a video" if rate is None else f", {rate:g} frames a second"
         self._empty = Embeddings(
             vectors=np.zeros((0, dim), np.float32),
             space=space,
@@ -210,7 +221,7 @@ class Embedder:
             if self._empty.space == "vision":
                 name, medium = self._medium(item, name)
                 return Prepared(number, name, self._key(medium.key), medium=medium)
-            blocks = item_blocks(item)
+            blocks = self._blocks(item)
             name = item_name(blocks, name)
             inputs = self._prompt(blocks)
             key = self._key(inputs.input_ids.tobytes().hex(), *(m.key for m in inputs.media))
@@ -218,12 +229,22 @@ class Embedder:
         except OneVisionError as error:
             return number, name, type(error)(f"item {number}: {error}")
 
+    def _blocks(self, item: Item) -> list[dict[str, Any]]:
+        blocks = item_blocks(item)
+        for name in ("num_frames", "fps"):
+            if any(name in block for block in blocks):
+                raise RequestError(
+                    f"a video has {name} of its own, but vectors are comparable only where all "
+                    f"have the same; give {name} to embed"
+                )
+        return blocks
+
     def _medium(self, item: Item, name: str) -> tuple[str, Medium]:
         if isinstance(item, Medium):
             if item.kind == "image" and item.packing is None:
                 raise RequestError("this medium is a padded image, which has no base view")
             return name, item
-        blocks = item_blocks(item)
+        blocks = self._blocks(item)
         name = item_name(blocks, name)
         kinds = [block["type"] for block in blocks]
         if "text" in kinds:
@@ -234,8 +255,10 @@ class Embedder:
                 "take space='joint' for several"
             )
         if kinds == ["video"]:
-            (medium,) = self._processor.prepare([{"role": "user", "content": blocks}]).media
-            return name, medium
+            pixels = self._processor.video_config.pixels
+            shown = self._frames.over({k: v for k, v in blocks[0].items() if k in PART})
+            clip = load_video(blocks[0]["video"], pixels.size, shown)
+            return name, Medium("video", clip.tiles, None, None, 0, pixels, clip)
         config = self._processor.image_config
         pixels = load_image(blocks[0]["image"])
         tile = resize(pixels, (config.size, config.size))[None]
@@ -255,7 +278,10 @@ class Embedder:
         else:
             content = [*blocks, {"type": "text", "text": question}]
         inputs = self._processor.prepare(
-            [{"role": "user", "content": content}], tiling=self._tiling
+            [{"role": "user", "content": content}],
+            tiling=self._tiling,
+            answer=1,
+            **vars(self._frames),
         )
         length = len(inputs.input_ids)
         limit = self._engine.config.text_config.max_position_embeddings

@@ -1,6 +1,7 @@
 """Requests to a loaded model, from any thread: tokens stream back, and can be cancelled.
 
-Requests run in the order they came, those of a batch together.
+Answers are begun in the order in which they were asked for. One that is alone runs alone; those
+that come while others are under way join them, between two tokens. Everything else takes its turn.
 
 Everything that touches an MLX array happens on the inference thread (see :mod:`worker` and
 :mod:`runner`); what crosses over is ids, numpy arrays and plain numbers.
@@ -8,19 +9,29 @@ Everything that touches an MLX array happens on the inference thread (see :mod:`
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from mlx_onevision.batch import Batch, Request, Row
 from mlx_onevision.checkpoint import load_checkpoint
-from mlx_onevision.errors import CancelledError, ContextOverflowError, OutOfMemoryError
+from mlx_onevision.errors import (
+    CancelledError,
+    ContextOverflowError,
+    OneVisionError,
+    OutOfMemoryError,
+)
 from mlx_onevision.processor import Inputs
 from mlx_onevision.runner import Counters, Runner
 from mlx_onevision.worker import Worker
+
+Result = TypeVar("Result")
 
 
 class TokenStream:
@@ -82,6 +93,8 @@ class Engine:
     """
 
     def __init__(self, folder: Path, dtype: str | None = None) -> None:
+        self._line: deque[Row] = deque()  # answers that may run together
+        self._order = threading.Lock()
         self._worker = Worker(lambda: Runner(load_checkpoint(folder, dtype=dtype)))
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
@@ -95,7 +108,7 @@ class Engine:
         """
         fitted = self._within_context(request)
         stream = TokenStream(self._worker.closing, request.ends_at)
-        self._worker.post(lambda runner: _run(runner, fitted, stream))
+        self._queue([Row(fitted, stream)])
         return stream
 
     def generate_batch(self, requests: Sequence[Request]) -> list[TokenStream]:
@@ -103,18 +116,35 @@ class Engine:
         to itself, a prompt beyond the context included.
         """
         streams = [TokenStream(self._worker.closing, request.ends_at) for request in requests]
-        rows: list[tuple[Request, TokenStream]] = []
+        rows: list[Row] = []
         for request, stream in zip(requests, streams, strict=True):
             try:
-                rows.append((self._within_context(request), stream))
+                rows.append(Row(self._within_context(request), stream))
             except ContextOverflowError as error:
                 stream.put(error)
-        if len(rows) == 1:  # alone, it is faster, and finds what an earlier request left
-            ((request, stream),) = rows
-            self._worker.post(lambda runner: _run(runner, request, stream))
-        elif rows:
-            self._worker.post(lambda runner: _run_batch(runner, rows))
+        if rows:
+            self._queue(rows)
         return streams
+
+    def _queue(self, rows: Sequence[Row]) -> None:
+        with self._order:
+            line = self._line
+            line.extend(rows)
+            try:
+                self._worker.post(lambda runner: _serve(runner, line))
+            except OneVisionError:  # closed
+                for row in rows:
+                    with suppress(ValueError):  # an earlier job has taken it, to see ``closing``
+                        line.remove(row)
+                raise
+
+    def _submit(self, function: Callable[[Runner], Result]) -> "Future[Result]":
+        """Runs ``function`` in its turn: after the answers that wait now, and before those that are
+        asked for from here on.
+        """
+        with self._order:
+            self._line = deque()
+            return self._worker.submit(lambda runner: _worded(lambda: function(runner)))
 
     def failed(self, error: BaseException) -> TokenStream:
         """The tokens of a request that could not be made: none, and ``error``."""
@@ -134,24 +164,17 @@ class Engine:
 
     def logits(self, inputs: Inputs) -> np.ndarray:
         """Logits of every position of a prompt, float32 (L, vocab_size)."""
-        try:
-            return self._worker.call(lambda runner: runner.logits(inputs))
-        except RuntimeError as error:
-            raise _in_our_words(error) from error
+        return self._submit(lambda runner: runner.logits(inputs)).result()
 
     def embed_tiles(self, tiles: np.ndarray, normalization: np.ndarray) -> "Future[np.ndarray]":
         """The tower's mean features of tiles (n, S, S, 3), one vector each; float32 (n, width)."""
         check = _checking(self._worker.closing)
-        return self._worker.submit(
-            lambda runner: _worded(lambda: runner.embed_tiles(tiles, normalization, check))
-        )
+        return self._submit(lambda runner: runner.embed_tiles(tiles, normalization, check))
 
     def embed_prompts(self, prompts: Sequence[Inputs]) -> "Future[np.ndarray]":
         """The last hidden state of each prompt; float32 (n, hidden_size)."""
         check = _checking(self._worker.closing)
-        return self._worker.submit(
-            lambda runner: _worded(lambda: runner.embed_prompts(prompts, check))
-        )
+        return self._submit(lambda runner: runner.embed_prompts(prompts, check))
 
     def forget(self, inputs: Inputs) -> None:
         """Drops the features of a prompt's media once the requests before this have run."""
@@ -163,31 +186,18 @@ class Engine:
         self._worker.close()
 
 
-def _run(runner: Runner, request: Request, stream: TokenStream) -> None:
-    end: BaseException | None = None
-    try:
-        stream.check()
-        runner.generate(
-            request.inputs,
-            request.sampling,
-            request.max_tokens,
-            stream.counters,
-            stream.put,
-            stream.check,
-        )
-    except CancelledError:
-        pass
-    except BaseException as error:
-        end = error
-    stream.put(end)
-
-
-def _run_batch(runner: Runner, rows: Sequence[tuple[Request, TokenStream]]) -> None:
-    try:
-        Batch(runner, [Row(request, stream) for request, stream in rows]).run()
-    except BaseException as error:  # nobody may be left waiting
-        for _, stream in rows:
-            stream.put(error)
+def _serve(runner: Runner, line: deque[Row]) -> None:
+    """Answers everything in ``line``, and what comes to it meanwhile. Must not raise."""
+    while line:
+        row = line.popleft()
+        try:
+            if line or not row.run_alone(runner, lambda: bool(line)):
+                line.appendleft(row)
+                Batch(runner, line).run()
+        except BaseException as error:  # nobody may be left waiting
+            row.end(error)
+            while line:
+                line.popleft().end(error)
 
 
 def _checking(closing: threading.Event) -> Callable[..., None]:
@@ -200,7 +210,7 @@ def _checking(closing: threading.Event) -> Callable[..., None]:
     return check
 
 
-def _worded(function: Callable[[], np.ndarray]) -> np.ndarray:
+def _worded(function: Callable[[], Result]) -> Result:
     try:
         return function()
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from mlx_onevision.frames import FrameOptions
 
 ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "base64")
-VIDEO_KEYS = ("video", "url", "path")
+VIDEO_KEYS = ("video", "url", "path", "base64")
 
 Message = dict[str, Any]
 """``{"role": str, "content": [block, ...]}`` with blocks ``{"type": "text", "text": str}``,
@@ -113,16 +113,18 @@ def _block(block: Any, where: str) -> dict[str, Any]:
     if kind == "text":
         _only(given, ("text",), kind, where)
         return _text(given.get("text"), where)
-    if kind == "image_url":  # OpenAI's; its "detail" has no counterpart
-        address = given.get("image_url")
+    if kind in ("image_url", "video_url"):  # OpenAI's, and vLLM's after it
+        address = given.pop(kind, None)
         address = address.get("url") if isinstance(address, Mapping) else address
         if not isinstance(address, str) or not address:
-            raise RequestError(f"{where} has an image_url block without a url")
-        return {"type": "image", "image": address}
+            raise RequestError(f"{where} has no url in its {kind} block")
+        given.pop("detail", None)  # has no counterpart
+        kind, given = kind.removesuffix("_url"), {"url": address, **given}
     keys = {"image": IMAGE_KEYS, "video": VIDEO_KEYS}.get(kind)
     if keys is None:
         raise RequestError(
-            f"{where} has a block of type {kind!r}; known are text, image, image_url and video"
+            f"{where} has a block of type {kind!r}; "
+            "known are text, image, video, image_url and video_url"
         )
     options = FrameOptions.names() if kind == "video" else ()
     _only(given, (*keys, *options), kind, where)

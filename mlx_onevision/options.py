@@ -1,6 +1,6 @@
 """The settings of a request, by the names that callers use."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from mlx_onevision.errors import RequestError
@@ -20,6 +20,8 @@ class Options(TypedDict, total=False):
         say otherwise, or fewer where the context holds fewer.
     tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
         "never" say so for every image.
+    check : called while images and videos are read, between any two of them and between frames,
+        before there is a stream that could be cancelled: what it raises ends the request there.
     order : "template" lets the chat template move media to the front of their message, as the
         reference does; "given" keeps them where they stand between the words.
     """
@@ -39,6 +41,7 @@ class Options(TypedDict, total=False):
     end: float | None
     tiling: Literal["auto", "always", "never"]
     order: Literal["template", "given"]
+    check: Callable[[], None]
 
 
 def rows(

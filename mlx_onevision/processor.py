@@ -6,8 +6,7 @@ into tiles, and two or more become one tile each.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -59,15 +58,16 @@ class Medium:
     config: ImageConfig
     clip: Clip | None = None
     """Which frames of a video these are."""
+    key: str = field(init=False)
+    """Equal for equal rows of one model: a hash of the pixels and of all that shapes them."""
 
-    @cached_property
-    def key(self) -> str:
-        """Equal for equal rows of one model: a hash of the pixels and of all that shapes them."""
+    def __post_init__(self) -> None:
+        # At once, on the thread that prepares, so that the inference thread need not wait for it.
         shape = (self.kind, self.size, self.packing, self.tokens, self.tiles.shape)
         pixels = (self.config.image_mean, self.config.image_std, self.config.rescale_factor)
         digest = blake2b(repr((shape, pixels)).encode(), digest_size=20)
         digest.update(np.ascontiguousarray(self.tiles).data)
-        return digest.hexdigest()
+        object.__setattr__(self, "key", digest.hexdigest())
 
     @property
     def normalization(self) -> NDArray[np.float32]:
@@ -193,7 +193,7 @@ class Processor:
         num_frames, fps, start, end : which frames of each video, see
             :class:`~mlx_onevision.frames.FrameOptions`; a video block may say otherwise of its own.
         answer : tokens of the context to leave for the answer where the number of frames is open.
-        check : called between frames; ends the work by raising.
+        check : called between images and frames; ends the work by raising.
 
         Raises:
             RequestError: for a conversation that cannot be, or whose media the template leaves out.
@@ -209,7 +209,7 @@ class Processor:
         blocks = video_blocks(conversation)
         _match(pieces, "<image>", len(sources(conversation, "image")))
         _match(pieces, "<video>", len(blocks))
-        pictures = self._images(conversation, tiling)
+        pictures = self._images(conversation, tiling, check)
         texts = [[] if piece.control else self.tokenizer.encode(piece.text) for piece in pieces]
         taken = sum(map(len, texts)) + sum(piece.control for piece in pieces) - len(blocks)
         taken += sum(picture.tokens - 1 for picture in pictures)
@@ -223,10 +223,16 @@ class Processor:
         films = [self._film(clip) for clip in clips]
         return self._assemble(pieces, texts, {"<image>": pictures, "<video>": films})
 
-    def _images(self, conversation: Sequence[Message], tiling: Tiling) -> list[Medium]:
+    def _images(
+        self, conversation: Sequence[Message], tiling: Tiling, check: Callable[[], None]
+    ) -> list[Medium]:
         given = sources(conversation, "image")
         tiled = tiling == "always" or (tiling == "auto" and len(given) == 1)
-        return [self._image(source, tiled) for source in given]
+        media = []
+        for source in given:
+            check()
+            media.append(self._image(source, tiled))
+        return media
 
     def _image(self, source: Any, tiled: bool) -> Medium:
         pixels = load_image(source)

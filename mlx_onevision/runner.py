@@ -30,6 +30,20 @@ BANK_SHARE = 32
 MOST_BANK_BYTES = 1 << 31
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """An answer that was left off between two tokens, with all that it takes to go on.
+
+    ids : the prompt's, virtual ones among them, and the answer's so far.
+    cache : holds all of them but the last.
+    produced : how many of them are the answer's.
+    """
+
+    ids: list[int]
+    cache: list[Any]
+    produced: int
+
+
 @dataclass
 class Counters:
     """What one request took. Seconds are wall time on the inference thread; bytes are MLX's."""
@@ -76,12 +90,15 @@ class Runner:
         counters: Counters,
         deliver: Callable[[int], None],
         check: Callable[..., None],
-    ) -> None:
+        company: Callable[[], bool] = lambda: False,
+    ) -> Unfinished | None:
         """Hands each token to ``deliver`` as it comes, an end-of-text token included.
 
         counters : filled in as the request goes on.
         check : called between tokens, prefill chunks and groups of tiles; ends the request by
             raising CancelledError. What was read until then stays in the cache.
+        company : asked after each token; True leaves the answer off there, and returns it. It goes
+            on in a batch then, with those that came meanwhile.
         """
         mx.reset_peak_memory()
         ids, keys = self.virtual_ids(inputs)
@@ -97,6 +114,8 @@ class Runner:
                     if token in self.checkpoint.generation_defaults.eos_token_ids:
                         break
                     check()
+                    if company() and len(produced) < max_tokens:
+                        return self._left_off(ids + produced, len(produced), cache)
             except CancelledError:
                 self.prefix.put_back(ids + produced, keys, cache)
                 raise
@@ -107,6 +126,14 @@ class Runner:
                 counters.completion_tokens = len(produced)
                 counters.peak_memory = mx.get_peak_memory()
             self.prefix.put_back(ids + produced, keys, cache)
+        return None
+
+    def _left_off(self, ids: list[int], produced: int, cache: list[Any]) -> Unfinished:
+        from mlx_lm.models.cache import trim_prompt_cache
+
+        self.prefix.clear()
+        trim_prompt_cache(cache, cache[0].offset - (len(ids) - 1))  # mlx-lm runs a token ahead
+        return Unfinished(ids, cache, produced)
 
     def fill_bank(
         self,

@@ -44,8 +44,10 @@ class Sampling:
                 f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}"
             )
 
-    def sampler(self) -> Callable[[Any], Any]:
+    def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
         """A function from log-probabilities (B, vocab) to ids (B,), for one answer.
+
+        drawn : how many tokens of the answer there are already; the draws go on after those.
 
         mlx-lm's, but for the draw: its draws share one state, so that an answer's would depend on
         who else is being answered. Here every answer has a key of its own, and a seed means the
@@ -57,6 +59,9 @@ class Sampling:
         if self.temperature == 0:
             return greedy_sampler
         key = mx.random.key(secrets.randbits(64) if self.seed is None else self.seed)
+        for _ in range(drawn):
+            key, _ = mx.random.split(key)
+            mx.eval(key)
 
         def draw(logprobs: mx.array) -> mx.array:
             nonlocal key

@@ -13,7 +13,13 @@ from checkpoints import write
 
 import mlx_onevision
 from mlx_onevision.api import Model, load
-from mlx_onevision.errors import ContextOverflowError, MediaError, OneVisionError, RequestError
+from mlx_onevision.errors import (
+    CancelledError,
+    ContextOverflowError,
+    MediaError,
+    OneVisionError,
+    RequestError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +45,18 @@ def picture(seed: int, height: int = 150, width: int = 200) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def asking(text: str, image: np.ndarray | None = None) -> list[dict[str, Any]]:
-    media = [] if image is None else [{"type": "image", "image": image}]
-    return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+def video(seed: int, frames: int = 6) -> np.ndarray:
+    return np.stack([picture(100 * seed + n, 40, 60) for n in range(frames)])
+
+
+def asking(text: str, *media: np.ndarray) -> list[dict[str, Any]]:
+    """One message about pictures, and arrays of four axes, which are videos."""
+    kinds = ["video" if medium.ndim == 4 else "image" for medium in media]
+    blocks = [{"type": kind, kind: medium} for kind, medium in zip(kinds, media, strict=True)]
+    return [{"role": "user", "content": [*blocks, {"type": "text", "text": text}]}]
+
+
+MEDIA = [(picture(1),), (picture(1), picture(2)), (video(1),), (picture(1), video(1))]
 
 
 LONG = "one two three four five six seven eight nine ten " * 4
@@ -93,24 +108,50 @@ def test_stop_strings_end_the_text_and_are_not_in_it(model: Model) -> None:
     assert cut.usage.completion_tokens == len(cut.tokens) < 60
 
 
-def test_the_same_picture_is_encoded_once_and_read_once(cold: Model) -> None:
-    image = picture(1)
-    first = cold.generate(messages=asking(LONG, image), max_tokens=5)
-    assert (first.usage.encoded_media, first.usage.cached_tokens) == (1, 0)
-    talk = [
-        *asking(LONG, image),
-        {"role": "assistant", "content": first.text},
-        {"role": "user", "content": "and now"},
-    ]
+def shared(first: np.ndarray, second: np.ndarray) -> int:
+    """How many ids two prompts begin with in common."""
+    length = min(len(first), len(second))
+    apart = np.flatnonzero(first[:length] != second[:length])
+    return int(apart[0]) if len(apart) else length
+
+
+@pytest.mark.parametrize("media", MEDIA, ids=["image", "two images", "video", "both"])
+def test_the_same_media_are_encoded_once_and_read_once(
+    cold: Model, media: tuple[np.ndarray, ...]
+) -> None:
+    """A second turn encodes nothing, and reads exactly what is new."""
+    talk = asking(LONG, *media)
+    first = cold.generate(messages=talk, max_tokens=5)
+    assert (first.usage.encoded_media, first.usage.cached_tokens) == (len(media), 0)
+    before = cold.prepare(talk).input_ids
+    talk += [{"role": "assistant", "content": first.text}, *asking("and now")]
     second = cold.generate(messages=talk, max_tokens=5)
-    assert second.usage.encoded_media == 0
+    ids = cold.prepare(talk).input_ids
+    assert second.usage.encoded_media == 0 and second.usage.media_tokens > 0
+    assert (second.usage.prompt_tokens, second.usage.cached_tokens) == (
+        len(ids),
+        shared(before, ids),
+    )
     # All of the first prompt but for its last tokens, which the template ends differently.
     assert second.usage.cached_tokens >= first.usage.prompt_tokens - 5
+    # The same again: all but the last token, whose logits are what an answer begins with.
+    again = cold.generate(messages=talk, max_tokens=5)
+    assert again.usage.cached_tokens == len(ids) - 1 and again.tokens == second.tokens
 
 
 def test_a_warm_answer_is_the_cold_one(folder: Path, cold: Model) -> None:
+    """Whatever was asked before: a picture or a video swapped for another of the same size is no
+    less another.
+    """
     cold.generate(messages=asking(LONG, picture(1)), max_tokens=5)
-    for question in (asking(LONG + "six", picture(1)), asking(LONG, picture(2)), asking(LONG)):
+    for question in (
+        asking(LONG + "six", picture(1)),
+        asking(LONG, picture(2)),
+        asking(LONG),
+        asking(LONG, video(1)),
+        asking(LONG + "six", video(1)),
+        asking(LONG, video(2)),
+    ):
         fresh = load(folder)
         expected = fresh.generate(messages=question, max_tokens=16, repetition_penalty=1.3).tokens
         fresh.close()
@@ -118,12 +159,42 @@ def test_a_warm_answer_is_the_cold_one(folder: Path, cold: Model) -> None:
         assert warm.tokens == expected
 
 
-def test_another_picture_of_the_same_size_starts_afresh(cold: Model) -> None:
-    one = cold.generate(messages=asking(LONG, picture(1)), max_tokens=5)
-    other = cold.generate(messages=asking(LONG, picture(2)), max_tokens=5)
+@pytest.mark.parametrize("make", ["picture", "video"])
+def test_another_medium_of_the_same_size_starts_afresh(cold: Model, make: str) -> None:
+    made = {"picture": picture, "video": video}[make]
+    one = cold.generate(messages=asking(LONG, made(1)), max_tokens=5)
+    other = cold.generate(messages=asking(LONG, made(2)), max_tokens=5)
     assert one.usage.prompt_tokens == other.usage.prompt_tokens
     assert other.usage.cached_tokens == 0
     assert other.usage.encoded_media == 1
+
+
+def test_reading_media_can_be_stopped(model: Model) -> None:
+    """By what ``check`` raises; a row of a batch fails alone."""
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise CancelledError("enough")
+
+    for media in ((video(1),), [picture(n) for n in range(9)]):
+        calls = 0
+        with pytest.raises(CancelledError, match="enough"):
+            model.stream(messages=asking("what", *media), check=check)
+        assert calls == 4
+    calls = 0
+    batch: list[Any] = [asking("what", video(1)), "hello"]
+    rows = model.generate(batch=batch, options=[{"check": check}, {}], max_tokens=3)
+    assert [row.finish_reason for row in rows] == ["error", "length"]
+    assert isinstance(rows[0].error, CancelledError)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate("what", videos=[video(1)], check=interrupt)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_cancelling_ends_the_answer_and_the_next_one_is_right(cold: Model) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -30,9 +31,11 @@ def picture(seed: int, height: int = 150, width: int = 200) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def turn(text: str, *images: Any) -> dict[str, Any]:
-    media = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+def turn(text: str, *media: Any) -> dict[str, Any]:
+    """One message about pictures, and arrays of four axes, which are videos."""
+    kinds = ["video" if getattr(medium, "ndim", 3) == 4 else "image" for medium in media]
+    blocks = [{"type": kind, kind: medium} for kind, medium in zip(kinds, media, strict=True)]
+    return {"role": "user", "content": [*blocks, {"type": "text", "text": text}]}
 
 
 ROWS: list[list[dict[str, Any]]] = [
@@ -46,6 +49,7 @@ ROWS: list[list[dict[str, Any]]] = [
         turn("where"),
     ],
     [turn(LONG + "and this", picture(3, 300, 500))],
+    [turn("what moves here", np.stack([picture(n, 40, 60) for n in range(5)]))],
 ]
 
 
@@ -70,7 +74,7 @@ def alone(model: Model) -> list[tuple[int, ...]]:
 # Through the library.
 
 
-def test_six_mixed_rows_are_what_they_are_alone(model: Model, alone: list[tuple[int, ...]]) -> None:
+def test_mixed_rows_are_what_they_are_alone(model: Model, alone: list[tuple[int, ...]]) -> None:
     answers = model.generate(batch=ROWS, max_tokens=TOKENS)
     assert [answer.tokens for answer in answers] == alone
     for row, answer in zip(ROWS, answers, strict=True):
@@ -90,11 +94,13 @@ def test_every_row_has_settings_of_its_own(model: Model) -> None:
         {"temperature": 2.0, "seed": 1, "top_p": 0.9},
         {"system": "be brief", "temperature": 1.5, "min_p": 0.01, "seed": 2**64 - 1},
         {"temperature": 2.0, "seed": 3, "repetition_penalty": 1.2},
+        {"num_frames": 2, "max_tokens": 7},
     ]
     answers = model.generate(batch=ROWS, options=settings, max_tokens=TOKENS)
     for row, own, answer in zip(ROWS, settings, answers, strict=True):
         merged: Options = {"max_tokens": TOKENS, **own}
         assert answer.tokens == model.generate(messages=row, **merged).tokens, own
+    assert answers[-1].usage.media_tokens == 2 * 1 + 1
 
 
 def test_the_penalty_sees_the_whole_prompt_of_a_row(model: Model) -> None:
@@ -144,14 +150,15 @@ def test_a_bad_row_fails_alone(model: Model, alone: list[tuple[int, ...]]) -> No
         "   ",
         [{"role": "nobody", "content": "x"}],
         [turn(LONG * 300)],
+        [{"role": "user", "content": [{"type": "video", "path": __file__}]}],
     ]
     batch = [ROWS[0], *bad, ROWS[1], ROWS[2]]
     settings: list[Options] = [Options() for _ in batch]
     settings[-1] = {"temperature": -1.0}
     answers = model.generate(batch=batch, options=settings, max_tokens=TOKENS)
-    assert [answers[n].tokens for n in (0, 5)] == alone[:2]
+    assert [answers[n].tokens for n in (0, 6)] == alone[:2]
     failed = [answer for answer in answers if answer.finish_reason == "error"]
-    named = ["picture.png", "empty", "nobody", "context", "temperature"]
+    named = ["picture.png", "empty", "nobody", "context", "test_batch.py", "temperature"]
     assert len(failed) == len(named)
     for answer, part in zip(failed, named, strict=True):
         assert part in str(answer.error) and answer.tokens == ()
@@ -312,7 +319,7 @@ def together(
 ) -> list[Waiting]:
     listeners = listeners or [Waiting() for _ in inputs]
     requests = [Request(prompt, Sampling(), TOKENS) for prompt in inputs]
-    Batch(runner, [Row(*pair) for pair in zip(requests, listeners, strict=True)]).run()
+    Batch(runner, deque(Row(*pair) for pair in zip(requests, listeners, strict=True))).run()
     assert all(len(listener.ends) == 1 for listener in listeners)
     runner.model.bank.capacity = 0
     with runner.model.bank.in_use([]):
@@ -346,7 +353,7 @@ def test_memory_changes_who_waits_and_not_what_is_said(
     monkeypatch.setattr(Batch, "_step", watched)
     listeners = together(runner, inputs)
     assert [tuple(listener.tokens) for listener in listeners] == alone
-    assert most == {0: 1, 700: 3, 1 << 40: 6}[positions]
+    assert most == {0: 1, 700: 3, 1 << 40: 7}[positions]
 
 
 def test_a_picture_of_several_rows_is_encoded_once(runner: Runner, inputs: list[Inputs]) -> None:
@@ -357,10 +364,10 @@ def test_a_picture_of_several_rows_is_encoded_once(runner: Runner, inputs: list[
 def test_cancelled_before_within_and_after_the_prompt(
     runner: Runner, inputs: list[Inputs], alone: list[tuple[int, ...]]
 ) -> None:
-    listeners = [Waiting(), Waiting(0), Waiting(3), Waiting(), Waiting(1), Waiting()]
+    listeners = [Waiting(), Waiting(0), Waiting(3), Waiting(), Waiting(1), Waiting(), Waiting(2)]
     together(runner, inputs, listeners)
-    assert [listener.ends for listener in listeners] == [[None]] * 6
-    lengths = [TOKENS, 0, 3, TOKENS, 1, TOKENS]
+    assert [listener.ends for listener in listeners] == [[None]] * 7
+    lengths = [TOKENS, 0, 3, TOKENS, 1, TOKENS, 2]
     for listener, length, expected in zip(listeners, lengths, alone, strict=True):
         assert tuple(listener.tokens) == expected[:length]
 

@@ -7,18 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import write
+from films import counting, written
 from PIL import Image
 
-from mlx_onevision import chat
 from mlx_onevision.api import Model, load
-from mlx_onevision.chat import HELP, Conversation, Terminal, path_of
+from mlx_onevision.chat import HELP, Conversation, Terminal
 from mlx_onevision.errors import MediaError, RequestError
 from mlx_onevision.generation import Generation
 from mlx_onevision.options import Options
@@ -58,23 +60,33 @@ def quiet(_: str) -> None: ...
 # The conversation.
 
 
-def test_a_second_turn_reads_only_what_is_new(
-    folder: Path, pictures: tuple[Path, Path], tmp_path: Path
-) -> None:
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two prompts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), len(first))
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_second_turn_reads_only_what_is_new(folder: Path, tmp_path: Path, kind: str) -> None:
     model = load(folder)
-    talk = Conversation(model, max_tokens=8)
-    talk.attach("image", str(noise(tmp_path / "gone.png", 3)))
-    (tmp_path / "gone.png").unlink()  # it has been read
-    first = talk.say(LONG, quiet).usage
-    assert (first.encoded_media, first.cached_tokens) == (1, 0)
-    second = talk.say("and now", quiet).usage
-    assert second.encoded_media == 0
-    # Of the first prompt, only its last tokens are read again: the template ends a turn that has
-    # been answered differently.
-    assert first.prompt_tokens - 5 <= second.cached_tokens <= first.prompt_tokens
-    third = talk.say("and then", quiet).usage
-    assert third.encoded_media == 0
-    assert second.prompt_tokens - 5 <= third.cached_tokens <= second.prompt_tokens
+    talk = Conversation(model, max_tokens=8, num_frames=6)
+    gone = tmp_path / "gone"
+    noise(gone.with_suffix(".png"), 3).rename(gone)
+    if kind == "video":
+        gone.write_bytes(counting(24))
+    talk.attach(kind, str(gone))
+    gone.unlink()  # it has been read
+    read: list[list[int]] = []
+    for words in (LONG, "and now", "and then"):
+        usage = talk.say(words, quiet).usage
+        prompt = model.prepare(talk.messages[:-1]).input_ids.tolist()
+        known = max((shared(ids, prompt) for ids in read), default=0)
+        assert usage.prompt_tokens == len(prompt) and usage.cached_tokens == known
+        assert usage.encoded_media == (not read)
+        assert (
+            not read or known >= len(read[-1]) - 5
+        )  # the template ends an answered turn otherwise
+        read.append(prompt)
     model.close()
 
 
@@ -113,6 +125,27 @@ def test_what_was_said_is_what_the_library_is_asked(
     assert asked.text == messages[3]["content"][0]["text"]
 
 
+def test_a_video_is_read_once_as_it_was_asked_for(model: Model, tmp_path: Path) -> None:
+    film = written(tmp_path / "film.mp4", counting(50))  # two seconds
+    talk = Conversation(model, max_tokens=6, fps=4, start=0.5)
+    assert talk.attach("video", str(film)) == f"6 frames of {film}, from 0.5 to 1.7 s"
+    film.rename(tmp_path / "moved.mp4")
+    answer = talk.say("what moves", quiet)
+    (tmp_path / "moved.mp4").rename(film)
+    assert answer.usage.media_tokens == 6 * 1 + 1 and answer.usage.encoded_media == 1
+    asked = model.generate("what moves", videos=[film], max_tokens=6, fps=4, start=0.5)
+    assert asked.tokens == answer.tokens
+    # What is saved says which frames it was.
+    talk = Conversation(model, max_tokens=6)
+    assert talk.attach("video", str(film)).startswith("32 frames of ")
+    answer = talk.say("what moves", quiet)
+    block = talk.record[0]["content"][0]
+    assert block == {"type": "video", "path": str(film), "num_frames": 32}
+    assert model.generate(messages=talk.record[:1], max_tokens=6).tokens == answer.tokens
+    with pytest.raises(RequestError, match="not both"):
+        Conversation(model, num_frames=3, fps=1)
+
+
 def test_a_failure_leaves_the_conversation_as_it_was(
     model: Model, pictures: tuple[Path, Path]
 ) -> None:
@@ -132,11 +165,16 @@ def test_a_failure_leaves_the_conversation_as_it_was(
 class Typist:
     """Types lines; what is raised instead of a line is raised."""
 
+    interrupt_after = -1
+    """After so many pieces of text, Ctrl-C is pressed twice."""
+
     def __init__(self, model: Model | None, **options: Any) -> None:
         self.shown, self.notes = "", []
+        self.pieces: list[str] = []
+        self.on_note: Callable[[], object] = lambda: None
         self._talk = Conversation(model or Silent(), **options)  # type: ignore[arg-type]
 
-    def type(self, *lines: str | BaseException, **settings: Any) -> int:
+    def type(self, *lines: str | BaseException | Callable[[], str], **settings: Any) -> int:
         waiting = list(lines)
 
         def read() -> str:
@@ -145,12 +183,20 @@ class Typist:
             line = waiting.pop(0)
             if isinstance(line, BaseException):
                 raise line
-            return line
+            return line if isinstance(line, str) else line()
 
         def show(piece: str) -> None:
             self.shown += piece
+            self.pieces.append(piece)
+            if len(self.pieces) == self.interrupt_after:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
-        return Terminal(self._talk, read, show, self.notes.append, **settings).run()
+        def note(line: str) -> None:
+            self.notes.append(line)
+            self.on_note()
+
+        return Terminal(self._talk, read, show, note, **settings).run()
 
 
 class Silent:
@@ -187,6 +233,7 @@ def test_answers_are_shown_and_the_rest_is_noted(model: Model, tmp_path: Path) -
         ("/image", "needs a file"),
         ("/image no/such.png", "such.png"),
         ("/image file:///x.png", "http"),
+        ("/video", "needs a file"),
         ("/save", "needs a file"),
         ("/paint", "/paint"),
     ],
@@ -218,18 +265,38 @@ def test_an_interrupted_line_is_given_up_and_the_next_is_read(model: Model) -> N
 
 def test_an_answer_that_is_cancelled_is_kept_as_far_as_it_came(model: Model) -> None:
     typist = Typist(model, max_tokens=4000, temperature=2.0, seed=1)
-    pieces: list[str] = []
-
-    def interrupt(piece: str) -> None:
-        pieces.append(piece)
-        if len(pieces) == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    talk = typist._talk
-    result = talk.say("hello", interrupt)
-    assert result.finish_reason == "cancelled" and result.text == "".join(pieces)
-    assert talk.record[1]["content"][0]["text"] == result.text
+    typist.interrupt_after = 3
+    assert typist.type("hello", "/help") == 0
+    text = typist.shown.removesuffix("\n")
+    assert text.startswith("".join(typist.pieces[:3])) and len(typist.pieces) < 1000
+    assert typist._talk.record[1]["content"][0]["text"] == text
+    assert typist.notes == ["(cancelled)", HELP, ""]  # it goes on
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_in_a_pipe_an_interrupt_is_the_end(model: Model) -> None:
+    typist = Typist(model, max_tokens=4000, temperature=2.0, seed=1)
+    typist.interrupt_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        typist.type("hello", "/help", interactive=False)
+    assert typist.notes == [] and typist._talk.record == []
+    assert model.generate("hello", max_tokens=1).tokens  # the answer has been cancelled
+
+
+def test_however_often_it_is_pressed_it_goes_on(model: Model) -> None:
+    """Ctrl-C while one is being answered to, and where there is nothing to interrupt."""
+    typist = Typist(model, max_tokens=3)
+    press = partial(signal.raise_signal, signal.SIGINT)
+    typist.on_note = press
+
+    def read() -> str:
+        press()
+        press()
+        raise AssertionError("the line was not given up")
+
+    assert typist.type(read, "hello", "/help", read, "/reset") == 0
+    assert typist.notes[-2:] == ["(a new conversation)", ""] and HELP in typist.notes
+    assert len(typist.shown) > 1
 
 
 def test_an_answer_cancelled_before_its_first_word_is_taken_back(
@@ -262,19 +329,6 @@ def test_a_reader_that_leaves_ends_it(model: Model) -> None:
         terminal.run()
 
 
-def test_paths_are_read_as_people_write_them(
-    pictures: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = str(pictures[1])  # with a space and an apostrophe
-    dropped = other.replace(" ", "\\ ").replace("'", "\\'")
-    assert path_of(other) == path_of(dropped) == path_of(f'"{other}"') == other
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a b.png").touch()
-    assert path_of("~/a b.png") == path_of("~/a\\ b.png") == str(tmp_path / "a b.png")
-    assert path_of("https://example.com/a b.png") == "https://example.com/a b.png"
-    assert path_of("it's nowhere.png") == "it's nowhere.png"
-
-
 # The command.
 
 
@@ -305,12 +359,12 @@ ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spa
 class Screen:
     """The command on a terminal."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, history: Path) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", ON_A_TERMINAL, *COMMAND, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": "dumb", "MLX_ONEVISION_HISTORY": str(history)},
             bufsize=0,
         )
         self.text = ""
@@ -318,7 +372,8 @@ class Screen:
     def wait(self, holds: Callable[[str], bool], insisting: str = "") -> str:
         """What comes until it ``holds`` of all that came since the last call.
 
-        insisting : typed, and again whenever nothing has come for a while.
+        insisting : typed, and again whenever nothing has come for a while: a machine may be slow,
+            and Python may notice a Ctrl-C only at the next key.
         """
         assert self._process.stdout is not None
         came, until = "", time.monotonic() + 60
@@ -339,45 +394,46 @@ class Screen:
         self.text += came
         return came
 
+    def interrupt(self, holds: Callable[[str], bool]) -> None:
+        """Presses Ctrl-C until it ``holds``, and waits until every one of them has been noticed,
+        which they are before a line is.
+        """
+        self.wait(holds, insisting="\x03")
+        self.wait(lambda came: "no command /probe" in came, insisting="/probe\n")
+
     def type(self, keys: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(keys.encode())
 
     def end(self) -> int:
-        self.wait(lambda _: False)
-        with self._process:
-            return self._process.wait(60)
+        """Presses Ctrl-D until it ends; between two lines a terminal keeps none for the next."""
+        with self._process, suppress(BrokenPipeError):
+            self.wait(lambda _: False, insisting="\x04")
+        return self._process.wait(60)
 
 
 def test_a_person_at_a_terminal(tmp_path: Path) -> None:
     folder = write(tmp_path / "endless")
     (folder / "generation_config.json").write_text("{}")  # nothing ends an answer
-    screen = Screen("--model", folder, "--max-tokens", "30000", "--temperature", "3")
+    history = tmp_path / "state" / "history"
+    options = ("--model", folder, "--max-tokens", "30000", "--temperature", "3")
+    screen = Screen(*options, history=history)
     screen.wait(lambda came: came.endswith("> "))
     screen.type("half a line")
     screen.wait(lambda came: came.endswith("half a line"))  # now it reads
-    # Ctrl-C gives the line up. Python may notice it only at the next key, and the next one will do.
-    screen.wait(lambda came: came.endswith("> "), insisting="\x03")
+    screen.interrupt(lambda came: came.endswith("> "))  # gives the line up
     screen.type("go on\n")
     screen.wait(lambda came: len(came) > 300)
-    came = screen.wait(lambda came: came.endswith("> "), insisting="\x03")  # and an answer
-    assert "(cancelled)" in came
-    screen.type("/hepl\x7f\x7flp\n")  # a line can be edited
-    screen.wait(lambda came: "/save FILE" in came and came.endswith("> "))
-    screen.type("\x04")
+    screen.interrupt(lambda came: "(cancelled)" in came)  # and an answer
+    screen.wait(
+        lambda came: "/save FILE" in came, insisting="/hepl\x7f\x7flp\n"
+    )  # it can be edited
     assert screen.end() == 0
     assert "Traceback" not in screen.text
-
-
-def test_the_reader_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tty:
-        def __init__(self, tty: bool) -> None:
-            self._tty = tty
-
-        def isatty(self) -> bool:
-            return self._tty
-
-    monkeypatch.setattr(sys, "stdin", Tty(False))
-    assert chat.line_reader()[1] is False
-    monkeypatch.setattr(sys, "stdin", Tty(True))
-    assert chat.line_reader()[1] is True
+    lines = history.read_text().splitlines()
+    assert lines[-1] == "/help" and "go on" in lines and "half a line" not in lines
+    assert history.stat().st_mode & 0o777 == 0o600
+    again = Screen("--model", folder, history=history)
+    again.wait(lambda came: came.endswith("> "))
+    again.wait(lambda came: "/save FILE" in came, insisting="\x10\n")  # the line before
+    assert again.end() == 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import arrays, write
 from click.testing import CliRunner
+from films import counting, film, numbered, written
 from packing import quantize
 from pictures import smooth
 from PIL import Image
@@ -20,9 +22,12 @@ from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.cli import cli
 from mlx_onevision.embedding import GROUP
 from mlx_onevision.errors import ContextOverflowError, MediaError, OneVisionError, RequestError
+from mlx_onevision.frames import FrameOptions
+from mlx_onevision.items import item_blocks
 from mlx_onevision.model import OneVision, normalize
 from mlx_onevision.processor import Medium
 from mlx_onevision.vectors import Embeddings
+from mlx_onevision.video import load_video
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,83 @@ def test_a_videos_vector_is_the_mean_of_its_frames(model: Model) -> None:
     padded = Medium("image", frames[:1], (28, 28), None, 5, config)
     with pytest.raises(RequestError, match=r"item 2: .*padded"):
         model.embed([video, padded])
+
+
+def test_a_film_is_the_frames_that_are_chosen_of_it(model: Model, tmp_path: Path) -> None:
+    path = written(tmp_path / "film.mp4", counting(50))  # two seconds
+    frames = load_video(path, 28, FrameOptions(num_frames=5)).tiles
+    given = model.embed([path, frames, path.read_bytes()], num_frames=5)
+    np.testing.assert_array_equal(given.vectors[0], given.vectors[1])
+    np.testing.assert_array_equal(given.vectors[0], given.vectors[2])
+    solo = model.embed(list(frames), num_frames=5, normalize=False)
+    np.testing.assert_allclose(given.vectors[0], unit(solo.vectors.mean(axis=0)), atol=1e-6)
+    # A part of it is another thing, seen in the same way.
+    part: dict[str, Any] = {"type": "video", "path": str(path), "start": 1.0}
+    late = model.embed([path, part], num_frames=5)
+    np.testing.assert_allclose(late.vectors[0], given.vectors[0], atol=1e-6)
+    assert np.abs(late.vectors[0] - late.vectors[1]).max() > 1e-3
+    whole = model.embed([path], num_frames=5, start=1.0)
+    np.testing.assert_allclose(whole.vectors[0], late.vectors[1], atol=1e-6)
+    assert late.similarity(given).shape == (2, 3)
+    joint = model.embed([path, part, text("a circle")], "joint", num_frames=5)
+    asked_of = text("Summary above video in one word:")
+    tiles = model.embed([{"type": "video", "video": frames}], "joint", num_frames=5)
+    np.testing.assert_allclose(joint.vectors[0], tiles.vectors[0], atol=2e-6)
+    block = {"type": "video", "video": frames}
+    inputs = model.prepare([{"role": "user", "content": [block, asked_of]}])
+    expected = model._engine.embed_prompts([inputs]).result()[0]
+    np.testing.assert_allclose(joint.vectors[0], unit(expected), atol=2e-6)
+
+
+@pytest.mark.parametrize("space", ["vision", "joint"])
+def test_videos_that_were_looked_at_differently_do_not_mix(model: Model, space: str) -> None:
+    frames = np.stack([numbered(n) for n in range(40)])
+    usual = model.embed([film(frames)], space)
+    assert "32 frames a video" in usual.method
+    same = model.embed([film(frames)], space, num_frames=32)
+    np.testing.assert_array_equal(usual.vectors, same.vectors)
+    assert usual.similarity(same)[0, 0] == pytest.approx(1, abs=1e-6)
+    ways: list[dict[str, Any]] = [{"num_frames": 8}, {"fps": 2}]
+    for options in ways:
+        other = model.embed([film(frames)], space, **options)
+        with pytest.raises(RequestError, match=r"method .* (8 frames a video|2 frames a second)"):
+            usual.similarity(other)
+    with pytest.raises(RequestError, match=r"item 1: .*give num_frames to embed"):
+        model.embed([{"type": "video", "video": frames, "num_frames": 3}], space)
+    with pytest.raises(RequestError, match="not both"):
+        model.embed([frames], space, num_frames=3, fps=1)
+
+
+def test_more_frames_than_a_prompt_could_hold(model: Model) -> None:
+    """The vision space has no prompt; the joint one says so."""
+    frames = np.zeros((200, 28, 28, 3), np.uint8)
+    limit = model.config.text_config.max_position_embeddings
+    number = limit + 1
+    long = np.broadcast_to(frames[:1], (number, 28, 28, 3))
+    with pytest.raises(ContextOverflowError, match=f"item 1: .*{limit}"):
+        model.embed([long], "joint")
+    assert len(model.embed([frames])) == 1
+
+
+def test_a_file_is_what_it_begins_as(tmp_path: Path) -> None:
+    picture_file, film_file = tmp_path / "clip.dat", tmp_path / "photo.jpg"
+    Image.fromarray(picture(0)).save(picture_file, "PNG")
+    for kind in ("mp4", "mov", "mkv", "webm", "avi"):
+        film_file.write_bytes(counting(2, kind))
+        assert item_blocks(film_file)[0]["type"] == "video", kind
+        assert item_blocks(film_file.read_bytes())[0]["type"] == "video", kind
+    assert item_blocks(str(picture_file))[0]["type"] == "image"
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0"
+    for data in (heic, b"\0\0\0\x1cftypavif", b"RIFF\0\0\0\0WEBP", b"GIF89a", b""):
+        assert item_blocks(data)[0]["type"] == "image"
+    assert item_blocks("https://example.com/a.MP4?size=2")[0]["type"] == "video"
+    assert item_blocks("https://example.com/a.png#.mp4")[0]["type"] == "image"
+    assert item_blocks("no/such/film.mkv")[0]["type"] == "video"
+    assert item_blocks("data:video/mp4;base64,AAAA")[0]["type"] == "video"
+    assert item_blocks(np.zeros((2, 3, 3, 3), np.uint8))[0]["type"] == "video"
+    assert item_blocks(np.zeros((3, 3, 3), np.uint8))[0]["type"] == "image"
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert item_blocks(tmp_path / "pipe.mp4")[0]["type"] == "video"  # and it does not wait
 
 
 def test_joint_is_the_last_hidden_state_under_the_prompt(model: Model, network: OneVision) -> None:
@@ -204,7 +286,7 @@ def test_what_is_kept_with_every_vector(model: Model) -> None:
         "model": "tiny",
         "revision": vision.revision,
         "quantization": None,
-        "method": "mean of tower features [2] over the 28x28 base view",
+        "method": "mean of tower features [2] over the 28x28 base view, 32 frames a video",
     }
     assert len(vision.revision) == 40
     assert json.loads(json.dumps(vision.to_dict()))["vectors"][0] == vision.vectors[0].tolist()
@@ -399,6 +481,25 @@ def test_the_command_prints_lines(model: Model, folder: Path, files: list[Path])
     for row, vector in zip(rows, expected.vectors, strict=True):
         np.testing.assert_allclose(row.pop("vector"), vector, atol=1e-5)
         assert {**row, "name": None} == {"name": None, **expected.provenance}
+
+
+def test_the_command_takes_videos(
+    model: Model, folder: Path, files: list[Path], tmp_path: Path
+) -> None:
+    clip = written(tmp_path / "film", counting(40))
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("not a film")
+    options = ("--frames", "4", "--start", "0.4", "--jsonl", "--model", folder)
+    done = embed(clip, files[0], bad, *options)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == "1 of 3 could not be embedded."
+    assert f"error: cannot read '{bad}'" in done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = model.embed([clip, files[0]], num_frames=4, start=0.4)
+    assert [row["name"] for row in rows] == [str(clip), str(files[0])]
+    for row, vector in zip(rows, expected.vectors, strict=True):
+        np.testing.assert_allclose(row["vector"], vector, atol=1e-6)
+        assert row["method"].endswith("4 frames a video")
 
 
 def test_the_command_skips_what_is_broken(folder: Path, files: list[Path], tmp_path: Path) -> None:

@@ -60,23 +60,38 @@ def test_images_without_a_block_go_to_the_first_user_turn() -> None:
     assert sources(conversation, "image") == ["a", "own"]
 
 
-@pytest.mark.parametrize("key", ["image", "url", "path"])
-def test_every_key_of_the_reference_names_a_source(key: str) -> None:
-    assert normalise_messages(messages=[user({"type": "image", key: "x"})]) == [user(image("x"))]
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_every_key_of_the_reference_names_a_source(kind: str) -> None:
+    for key in (kind, "url", "path"):
+        given, expected = {"type": kind, key: "x"}, {"type": kind, kind: "x"}
+        assert normalise_messages(messages=[user(given)]) == [user(expected)]
+        assert normalise_messages(messages=[user({**given, "base64": None})]) == [user(expected)]
 
 
-def test_openai_blocks_are_images() -> None:
-    for address in ("http://x/y.png", {"url": "http://x/y.png", "detail": "low"}):
-        block = {"type": "image_url", "image_url": address}
-        assert normalise_messages(messages=[user(block)]) == [user(image("http://x/y.png"))]
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_openai_blocks_are_media(kind: str) -> None:
+    expected = {"type": kind, kind: "http://x/y"}
+    for address in ("http://x/y", {"url": "http://x/y", "detail": "low"}):
+        block = {"type": f"{kind}_url", f"{kind}_url": address}
+        assert normalise_messages(messages=[user(block)]) == [user(expected)]
+        assert normalise_messages(messages=[user({**block, "detail": "low"})]) == [user(expected)]
+        with pytest.raises(RequestError, match="url and path"):
+            normalise_messages(messages=[user({**block, "path": "x"})])
 
 
+def test_a_video_url_may_say_which_frames() -> None:
+    block = {"type": "video_url", "video_url": {"url": "v"}, "fps": 2}
+    expected = {"type": "video", "video": "v", "fps": 2}
+    assert normalise_messages(messages=[user(block)]) == [user(expected)]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("head", ["", "data:image/png;base64,", "DATA:;base64,"])
-def test_base64_is_decoded(head: str) -> None:
+def test_base64_is_decoded(head: str, kind: str) -> None:
     encoded = base64.b64encode(b"pixels!").decode()
     data = f"{head}{encoded[:4]}\n {encoded[4:]}\n"
-    block = {"type": "image", "base64": data}
-    assert normalise_messages(messages=[user(block)]) == [user(image(b"pixels!"))]
+    expected = {"type": kind, kind: b"pixels!"}
+    assert normalise_messages(messages=[user({"type": kind, "base64": data})]) == [user(expected)]
 
 
 def test_one_form_comes_back_equal_and_the_callers_is_left_alone() -> None:
@@ -118,7 +133,9 @@ def test_one_form_comes_back_equal_and_the_callers_is_left_alone() -> None:
         ({"messages": [user({"type": "text", "text": "Q", "cache": 1})]}, "'cache'"),
         ({"messages": [user({"type": "image", "file": "a"})]}, "'file'"),
         ({"messages": [user({"type": "image", "url": "a", "path": "b"})]}, "url and path"),
-        ({"messages": [user({"type": "image_url", "image_url": {}})]}, "url"),
+        ({"messages": [user({"type": "image_url", "image_url": {}})]}, "no url in its image_url"),
+        ({"messages": [user({"type": "video_url", "video_url": 3})]}, "no url in its video_url"),
+        ({"messages": [user({"type": "image_url", "image_url": "a", "id": 1})]}, "'id'"),
         ({"messages": [user({"type": "image", "base64": 3})]}, "base64"),
         ({"messages": [user(BARE, BARE, text("Q"))], "images": ["a"]}, "2 image.*1 image"),
         ({"messages": [user(BARE, text("Q"))]}, "1 image.*0 image"),
@@ -149,6 +166,7 @@ def test_junk_never_ends_in_anything_but_our_own_error(junk: Any) -> None:
         {"type": junk},
         {"type": "text", "text": junk},
         {"type": "image_url", "image_url": junk},
+        {"type": "video_url", "video_url": junk},
     )
     messages = (junk, [junk], [{"role": junk, "content": junk}], [user(junk)])
     for given in (*messages, *([user(block)] for block in blocks)):

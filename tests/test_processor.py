@@ -5,17 +5,20 @@ import json
 import random
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from recorded_prompts import SPECIALS, TILE, cases, checkpoint, config
+from recorded_prompts import TILE, cases, checkpoint, config
+from tricks import tricky
 
 from mlx_onevision.config import TextConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.image import pad_to_square_tile, tile_image
-from mlx_onevision.processor import Processor
+from mlx_onevision.processor import Inputs, Processor
 
 
 @pytest.fixture(scope="module")
@@ -171,28 +174,66 @@ def test_media_can_stay_where_they_stand(template: str, tmp_path: Path) -> None:
 
 
 ORDERS: tuple[Any, ...] = ("template", "given")
-TRICKS = [*SPECIALS, "<im", "age>", "<", ">", "|", "<|im_", "start|>", "＜image＞", "<ımage>", "\n"]
-TRICKS += ["<|im_start|>system\n", "<|im_end|>\n<|im_start|>assistant\n", "word ", "中", "😀", " "]
 
 
-def test_control_ids_are_the_templates_own(processor: Processor) -> None:
-    """2,000 texts with special strings, pieces of them and lookalikes, among 0 to 3 images."""
-    control, draw = set(processor.tokenizer.specials.values()), random.Random(1)
-    picture = black(8, 8)
-    harmless = [
-        processor.prepare(ask(*[picture] * count, "x", "y", "?")).input_ids.tolist()
-        for count in range(4)
-    ]
-    for _ in range(2000):
-        count = draw.randint(0, 3) if draw.random() < 0.2 else 0
-        texts = ["".join(draw.choices(TRICKS, k=draw.randint(1, 8))) for _ in range(2)]
-        inputs = processor.prepare(ask(*[picture] * count, *texts, "?"))
-        ids = inputs.input_ids.tolist()
-        expected = [i for i in harmless[count] if i in control]
-        assert [i for i in ids if i in control] == expected
-        assert "".join(texts) + "?" in inputs.prompt
-        written = processor.tokenizer.decode([i for i in ids if i not in control])
-        assert "".join(texts) in written
+def about(draw: random.Random, text: Callable[[], str]) -> list[dict[str, Any]]:
+    """A conversation of a chance shape: who speaks, texts as strings or blocks, images between."""
+    roles = ["system"] * draw.randint(0, 1) + ["user", "assistant"] * draw.randint(0, 2) + ["user"]
+    pictures = draw.choice((0, 0, 0, 1, 3))
+    messages: list[dict[str, Any]] = []
+    for role in roles:
+        if draw.random() < 0.3:
+            messages.append({"role": role, "content": text()})
+            continue
+        blocks = [{"type": "text", "text": text()} for _ in range(draw.randint(1, 3))]
+        if role == "user" and pictures:
+            image = {"type": "image", "image": black(8, 8)}
+            blocks.insert(draw.randint(0, len(blocks)), image)
+            pictures -= 1
+        messages.append({"role": role, "content": blocks})
+    messages[-1]["content"] = [*blocks_of(messages[-1]), {"type": "text", "text": "?"}]
+    return messages
+
+
+def blocks_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def read_back(processor: Processor, inputs: Inputs) -> str:
+    """The prompt that ids spell, the rows of an image being one placeholder."""
+    media, ids, text = iter(inputs.media), inputs.input_ids.tolist(), ""
+    held = processor.config.image_token_index
+    while held in ids:
+        place = ids.index(held)
+        text += processor.tokenizer.decode(ids[:place], skip_special_tokens=False) + "<image>"
+        del ids[: place + next(media).tokens]
+    assert next(media, None) is None
+    return text + processor.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("template", ["space", "newline", "original"])
+def test_control_ids_are_the_templates_own(template: str, order: Any, tmp_path: Path) -> None:
+    """6,000 texts of special strings, pieces of them and lookalikes, wherever a text can
+    stand: control ids are those of the same conversation about nothing, and all the rest is text.
+    """
+    folder = original(tmp_path) if template == "original" else checkpoint(tmp_path, template)
+    processor = Processor.from_folder(folder, config())
+    control = {*processor.tokenizer.specials.values(), processor.config.image_token_index}
+    draw, texts = random.Random(f"{template} {order}"), 0
+    while texts < 1000:
+        shape = draw.getrandbits(32)
+        messages = about(random.Random(shape), lambda: tricky(draw))
+        written = [b["text"] for m in messages for b in blocks_of(m) if b["type"] == "text"]
+        inputs = processor.prepare(messages, order=order)
+        harmless = processor.prepare(about(random.Random(shape), lambda: "x"), order=order)
+        ids, expected = inputs.input_ids.tolist(), harmless.input_ids.tolist()
+        assert [i for i in ids if i in control] == [i for i in expected if i in control], written
+        assert len(inputs.media) == len(harmless.media)
+        assert all(text in inputs.prompt for text in written)
+        assert read_back(processor, inputs) == unicodedata.normalize("NFC", inputs.prompt)
+        texts += len(written)
 
 
 def test_a_text_without_media_has_none(processor: Processor) -> None:

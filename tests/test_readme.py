@@ -1,5 +1,6 @@
 """The README holds: its Python runs, its first answer is the demo model's, its options exist."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import write
 
-from mlx_onevision import hub
+from mlx_onevision import Model, hub
 from mlx_onevision.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,19 @@ def test_it_names_every_option_of_a_command_and_no_other(name: str) -> None:
 def test_it_names_every_alias() -> None:
     for size, repository in hub.ALIASES.items():
         assert f"| `{size}` | [{repository}](" in README
+
+
+def test_what_it_names_of_the_package_is_there() -> None:
+    named = re.findall(r"`(mlx_onevision(?:\.\w+)+)`", README)
+    assert len(named) > 5
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+    table = README.partition("| transformers | here |")[2].partition("\n\n")[0]
+    for name in re.findall(r"`(?:model|processor)\.(\w+)", table.replace("\n", "")):
+        assert hasattr(Model, name) or name in ("config", "apply_chat_template", "batch_decode"), (
+            name
+        )
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from recorded_prompts import SPECIALS, cases, recorded
+from tricks import tricky
 
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.template import STAND_INS, ChatTemplate
@@ -109,32 +110,6 @@ def test_a_template_sees_no_path() -> None:
     assert "secret" not in ChatTemplate("{{ messages | tojson }}").render([message])
 
 
-def pieces_of(text: str) -> list[str]:
-    """All that a special string can be cut into, and what only looks like one."""
-    cuts = [text[:n] for n in range(1, len(text))] + [text[n:] for n in range(1, len(text))]
-    lookalikes = [
-        text.replace("<", "＜"),
-        text.replace("i", "і"),
-        text.upper(),
-        f"{text[0]} {text[1:]}",
-    ]
-    return cuts + lookalikes + [f"{text[0]}\u200b{text[1:]}", f"{text}\u0338", text[1:-1]]
-
-
-TRICKS = [*SPECIALS, *(piece for special in SPECIALS for piece in pieces_of(special))]
-TRICKS += [
-    *"<>|_ \n",
-    "",
-    "word",
-    " two words ",
-    "é",
-    "😀",
-    "<" * 5,
-    "<image><image>",
-    "<imag<image>e>",
-]
-TRICKS += [chr(STAND_INS[0]), chr(STAND_INS[1]), chr(STAND_INS[0]) * 2]
-
 TEMPLATES = {
     **recorded()["templates"],
     # Trims, joins and repeats what the user wrote; puts pieces of special strings beside it.
@@ -149,7 +124,7 @@ def test_user_text_never_becomes_control(name: str) -> None:
     """2,000 texts: the control pieces are those of the same conversation about nothing."""
     chat, draw = ChatTemplate(TEMPLATES[name]), random.Random(0)
     for _ in range(700):
-        parts = ["".join(draw.choices(TRICKS, k=draw.randint(0, 5))) for _ in range(3)]
+        parts = [tricky(draw, most=5) for _ in range(3)]
         roles = ["user", "assistant", "user"] if draw.random() < 0.5 else ["user"]
         images = [] if name == "trims" else ["image"] * draw.randint(0, 3)
         media = says("user", *images)["content"]

@@ -120,6 +120,23 @@ def ask(*images: Image.Image, text: str = "What is in this image?") -> list[dict
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
+def footage(frames: int, size: Size, seed: int = 0) -> np.ndarray:
+    """A video, uint8 (frames, H, W, 3), each frame another picture."""
+    return np.stack([np.asarray(picture(size, seed + n)) for n in range(frames)])
+
+
+def said(role: str, *content: object) -> dict:
+    """One message; texts as strings, pictures as images, arrays and lists as videos."""
+
+    def block(part: object) -> dict:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        kind = "video" if isinstance(part, np.ndarray | list) else "image"
+        return {"type": kind, kind: part}
+
+    return {"role": role, "content": [block(part) for part in content]}
+
+
 def recorded_conversations() -> dict[str, list[dict]]:
     """What tests/reference/model holds the reference's results for."""
     sizes = [(1, 1), (5000, 1), (30, 900), (337, 511), (333, 334), (328, 205)]

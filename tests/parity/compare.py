@@ -5,11 +5,10 @@ the later ones differ too, so the first assert that fails names the culprit.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from parity.oracle import Media, Oracle, Stages
+from parity.oracle import Media, Messages, Oracle, Stages
 from parity.ours import Ours
 
 # The largest difference seen at each stage, for the summary at the end of the run.
@@ -27,13 +26,19 @@ def difference(stage: str, ours: np.ndarray, theirs: np.ndarray) -> float:
     return largest
 
 
-def assert_same(
-    ours: Ours, oracle: Oracle, messages: Sequence[dict[str, Any]], tokens: int = 32
-) -> Stages:
+def assert_same(ours: Ours, oracle: Oracle, messages: Messages, tokens: int = 32) -> Stages:
     """Every stage of one conversation; returns the reference's."""
     theirs = oracle.run(messages, tokens)
     assert ours.model.render(messages) == oracle.render(messages)
-    inputs = ours.model.prepare(messages)
+    assert_same_stages(ours, theirs, messages, tokens)
+    return theirs
+
+
+def assert_same_stages(
+    ours: Ours, theirs: Stages, messages: Messages, tokens: int, **options: Any
+) -> None:
+    """``options`` : how this package is to see the images, ``tiling`` and ``order``."""
+    inputs = ours.model.prepare(messages, **options)
     assert inputs.input_ids.tolist() == theirs.ids.tolist()
 
     if theirs.sizes:
@@ -50,8 +55,20 @@ def assert_same(
     assert logits.dtype == np.float32
     assert difference("logits", logits, theirs.logits) <= 5e-5
     if tokens:
-        assert_same_tokens(ours.tokens(messages, tokens), theirs)
-    return theirs
+        assert_same_tokens(ours.tokens(messages, tokens, **options), theirs)
+
+
+def assert_same_media(ours: Ours, theirs: Media, messages: Messages, **options: Any) -> None:
+    """Ids, pixels and packed rows of every image and video, logits; all but the answer."""
+    inputs = ours.model.prepare(messages, **options)
+    assert inputs.input_ids.tolist() == theirs.ids.tolist()
+    for kind in ("image", "video"):
+        media = [medium for medium in inputs.media if medium.kind == kind]
+        assert len(media) == len(theirs.pixels[kind]) == len(theirs.rows[kind])
+        for medium, pixels, rows in zip(media, theirs.pixels[kind], theirs.rows[kind], strict=True):
+            assert difference("pixels", medium.pixel_values, pixels) == 0.0
+            assert difference(f"{kind} rows", ours.rows(medium), rows) <= 2e-5
+    assert difference("logits", ours.model.logits(inputs), theirs.logits) <= 5e-5
 
 
 def assert_same_tokens(tokens: list[int], theirs: Stages | Media) -> None:

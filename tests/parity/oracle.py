@@ -100,31 +100,36 @@ class Oracle:
             processor_kwargs=options,
         )
 
-    @torch.inference_mode()
+    def prepare_flat(self, messages: Messages) -> dict[str, torch.Tensor]:
+        """The same, with the images of the whole conversation in one flat list beside it."""
+        return self.prepare_written(self.render(messages), _blocks(messages, "image"))
+
+    def prepare_written(self, prompt: str, images: Any) -> dict[str, torch.Tensor]:
+        """For a prompt with ``<image>`` in it. ``images`` : a flat list, or one for each prompt."""
+        return self.processor(text=[prompt], images=images, return_tensors="pt")
+
     def run_media(self, messages: Messages, tokens: int, **options: Any) -> Media:
         """What becomes of each image and video, and so many greedy tokens."""
-        inputs = self.prepare(messages, **options)
-        ids = inputs["input_ids"][0]
+        return self.run_batch([messages], tokens, **options)[0]
+
+    @torch.inference_mode()
+    def run_batch(
+        self, conversations: Sequence[Messages], tokens: int, **options: Any
+    ) -> list[Media]:
+        """The same for conversations that are padded on their left to one length."""
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left", **options},
+        )
+        mask = inputs["attention_mask"].bool()
         model = self.model.model
-        pixels: dict[str, list[np.ndarray]] = {"image": [], "video": []}
-        rows: dict[str, list[np.ndarray]] = {"image": [], "video": []}
-        if "pixel_values" in inputs:
-            with _Capture(model) as seen:
-                self.model(**inputs)
-            packed = seen["packed"]
-            tiles = inputs["pixel_values"]
-            for number, features in enumerate(packed):
-                count = _tiles(model.config, inputs, number)
-                pixels["image"].append(tiles[number, :count].numpy())
-                rows["image"].append(features.numpy())
-        for video in inputs.get("pixel_values_videos", ()):
-            pixels["video"].append(video.numpy())
-            found = model.get_video_features(
-                video[None],
-                vision_feature_layer=model.config.vision_feature_layer,
-                vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-            )
-            rows["video"].append(found.pooler_output[0].numpy())
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate counts them
+        with _Capture(model) as seen:
+            logits = self.model(**inputs, position_ids=positions).logits
         output = self.model.generate(
             **inputs,
             max_new_tokens=tokens,
@@ -132,20 +137,61 @@ class Oracle:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        best = [step[0].float().topk(2).values for step in output.logits]
-        return Media(
-            ids=ids.numpy(),
-            pixels=pixels,
-            rows=rows,
-            logits=self.model(**inputs).logits[0].numpy(),
-            tokens=output.sequences[0, len(ids) :].tolist(),
-            margins=[float(first - second) for first, second in best],
-        )
+        best = [step.float().topk(2).values for step in output.logits]
+        images = iter(zip(inputs.get("pixel_values", ()), seen.get("packed", ()), strict=True))
+        sizes = iter(inputs.get("image_sizes", ()))
+        videos = iter(inputs.get("pixel_values_videos", ()))
+        results = []
+        for row, messages in enumerate(conversations):
+            pixels: dict[str, list[np.ndarray]] = {"image": [], "video": []}
+            rows: dict[str, list[np.ndarray]] = {"image": [], "video": []}
+            alone = len(_blocks(messages, "image")) == 1
+            for _ in _blocks(messages, "image"):
+                (tiles, features), size = next(images), next(sizes)
+                pixels["image"].append(tiles[: _tiles(model.config, size) if alone else 1].numpy())
+                rows["image"].append(features.numpy())
+            for _ in _blocks(messages, "video"):
+                video = next(videos)
+                found = model.get_video_features(
+                    video[None],
+                    vision_feature_layer=model.config.vision_feature_layer,
+                    vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+                )
+                pixels["video"].append(video.numpy())
+                rows["video"].append(found.pooler_output[0].numpy())
+            generated = self._until_the_end(output.sequences[row, mask.shape[1] :].tolist())
+            margins = [float(step[row, 0] - step[row, 1]) for step in best]
+            results.append(
+                Media(
+                    ids=inputs["input_ids"][row, mask[row]].numpy(),
+                    pixels=pixels,
+                    rows=rows,
+                    logits=logits[row, mask[row]].numpy(),
+                    tokens=generated,
+                    margins=margins[: len(generated)],
+                )
+            )
+        return results
+
+    def _until_the_end(self, tokens: list[int]) -> list[int]:
+        """A row that has ended is padded for as long as another one goes on."""
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        return tokens[: last + 1]
 
     @torch.inference_mode()
-    def run(self, messages: Messages, tokens: int = 0) -> Stages:
-        """Every stage for one conversation, and so many greedy tokens."""
-        inputs = self.prepare(messages)
+    def run(
+        self,
+        messages: Messages,
+        tokens: int = 0,
+        inputs: dict[str, torch.Tensor] | None = None,
+    ) -> Stages:
+        """Every stage for one conversation, and so many greedy tokens.
+
+        inputs : the processor's outputs, where they are not those of :meth:`prepare`.
+        """
+        inputs = self.prepare(messages) if inputs is None else inputs
         length = inputs["input_ids"].shape[1]
         with _Capture(self.model.model) as seen:
             logits = self.model(**inputs).logits[0]
@@ -176,15 +222,18 @@ class Oracle:
         )
 
 
-def _tiles(config: Any, inputs: Any, number: int) -> int:
-    """Tiles of an image: those beyond are padding."""
+def _blocks(messages: Messages, kind: str) -> list[Any]:
+    """The sources of the blocks of one kind, in order."""
+    blocks = [block for message in messages for block in message["content"]]
+    return [block[kind] for block in blocks if block["type"] == kind]
+
+
+def _tiles(config: Any, size: torch.Tensor) -> int:
+    """Tiles of an image that is alone in its conversation: those beyond are padding."""
     from transformers.models.llava_onevision.modeling_llava_onevision import (
         image_size_to_num_patches,
     )
 
-    if int(inputs["batch_num_images"].sum()) > 1:
-        return 1
-    size = inputs["image_sizes"][number]
     edge = config.vision_config.image_size
     return image_size_to_num_patches(size, config.image_grid_pinpoints, edge)
 

@@ -1,24 +1,19 @@
 """Conversations beyond one image and one question."""
 
+import random
+import re
+
 import numpy as np
 import pytest
-from parity.cases import SIZES, ask, picture
+from parity.cases import ask, picture, said
 from parity.checkpoints import Tiny
-from parity.compare import assert_same, assert_same_tokens
+from parity.compare import assert_same, assert_same_stages, assert_same_tokens
 from parity.pairs import Checkpoints
+from parity.tiny_tokenizer import SPECIAL_TOKENS
+from tricks import tricky
 
 KINDS = [Tiny(template=template) for template in ("space", "newline")]
-
-
-def said(role: str, *content: object) -> dict:
-    """One message; texts as strings, images as pictures."""
-    parts: list[dict] = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in content
-    ]
-    return {"role": role, "content": parts}
+MIXED = [(337, 511), (1, 37), (900, 30), (61, 241), (56, 56), (480, 640), (13, 17), (997, 331)]
 
 
 CONVERSATIONS = {
@@ -41,7 +36,8 @@ CONVERSATIONS = {
     # From here on each image is one square tile.
     "two images": ask(picture((480, 640)), picture((1, 37)), text="Which is larger?"),
     "the same image twice": ask(picture((61, 241)), picture((61, 241))),
-    "five images": ask(*(picture(size) for size in SIZES[:5])),
+    "three images": ask(*(picture(size) for size in MIXED[:3])),
+    "eight images": ask(*(picture(size) for size in MIXED)),
     "images in two turns": [
         said("user", picture((127, 509)), "What is this?"),
         said("assistant", "A blue square."),
@@ -57,6 +53,75 @@ def test_conversation(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
     assert_same(ours, oracle, CONVERSATIONS[name], tokens=32)
 
 
+@pytest.mark.parametrize("name", ["two images", "three images", "images in two turns"])
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_images_in_a_flat_list(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
+    """The processor called with a prompt and a flat list of images tiles every one of them."""
+    ours, oracle = checkpoints.pair(tiny)
+    messages = CONVERSATIONS[name]
+    theirs = oracle.run(messages, 32, oracle.prepare_flat(messages))
+    assert len(theirs.tiles) > len(theirs.sizes) * 2
+    assert_same_stages(ours, theirs, messages, 32, tiling="always")
+
+
+def as_the_original_writes_it(messages: list[dict], template: str) -> str:
+    """A prompt as LLaVA-NeXT's callers write one: media as ``<image>`` where they belong between
+    the words, a newline after each; around it the turns of the checkpoint's own template.
+    """
+    opened, closed = {"space": (" \n", ""), "newline": ("\n", "\n")}[template]
+    prompt = ""
+    for message in messages:
+        words, lead = "", ""
+        for block in message["content"]:
+            if block["type"] == "text":
+                words += block["text"]
+            elif words or template == "newline":
+                words += "<image>\n"
+            else:  # this template writes leading images into the line of the role
+                lead += "<image>"
+        start = opened.replace(" ", f" {lead}")
+        prompt += f"<|im_start|>{message['role']}{start}{words}<|im_end|>{closed}"
+    return f"{prompt}<|im_start|>assistant\n"
+
+
+BETWEEN = {
+    "the tutorial": [
+        said(
+            *("user", picture((337, 511)), "This is the first image. Can you describe it?\n\n"),
+            *("Now, look at another image: ", picture((61, 241)), "What is different?"),
+        )
+    ],
+    "last": [said("user", "What is in this picture?\n", picture((127, 509)))],
+    "in two turns": [
+        said("user", "One: ", picture((53, 31)), "two: ", picture((331, 97)), picture((8, 9))),
+        said("assistant", "A red circle."),
+        said("user", picture((13, 17)), "And this one, or ", picture((40, 50)), "this?"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_images_between_the_words(checkpoints: Checkpoints, tiny: Tiny, name: str) -> None:
+    """``order="given"``. The original repository tokenizes what stands between two images on its
+    own, and puts the images' rows there; transformers runs the network on the same prompt.
+    """
+    ours, oracle = checkpoints.pair(tiny)
+    messages = BETWEEN[name]
+    prompt = as_the_original_writes_it(messages, tiny.template)
+    assert ours.model.render(messages, order="given") == prompt
+    images = [b["image"] for m in messages for b in m["content"] if b["type"] == "image"]
+    theirs = oracle.run(messages, 32, oracle.prepare_written(prompt, [images]))
+    assert_same_stages(ours, theirs, messages, 32, order="given")
+
+    inputs = ours.model.prepare(messages, order="given")
+    held = ours.model.config.image_token_index
+    first, *rest = (oracle.processor.tokenizer(text).input_ids for text in prompt.split("<image>"))
+    rows = ([held] * medium.tokens for medium in inputs.media)
+    expected = first + [i for row, text in zip(rows, rest, strict=True) for i in row + text]
+    assert inputs.input_ids.tolist() == expected
+
+
 @pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
 def test_turn_after_turn(checkpoints: Checkpoints, tiny: Tiny) -> None:
     """A conversation that goes on reuses what was read; its answers stay the reference's."""
@@ -68,6 +133,45 @@ def test_turn_after_turn(checkpoints: Checkpoints, tiny: Tiny) -> None:
         assert_same_tokens(list(answer.tokens), theirs)
         messages = [*messages, said("assistant", "It is red."), said("user", question)]
     assert answer.usage.cached_tokens > 150
+
+
+SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+APART = re.compile("[\u0338\U000f0000-\U0010ffff]")
+
+
+def sanitisable(draw: random.Random) -> str:
+    """A text of special strings and pieces of them that the reference can sanitise.
+
+    It drops some private characters, keeps a combining stroke apart from a special string's last
+    character, and counts a placeholder that would arise if another one in its midst were not there.
+    """
+    while True:
+        text = APART.sub("", tricky(draw)) or "x"
+        if not SPECIAL.search(SPECIAL.sub("", text)):
+            return text
+
+
+@pytest.mark.parametrize("tiny", KINDS, ids=lambda tiny: tiny.template)
+def test_special_strings_in_texts(checkpoints: Checkpoints, tiny: Tiny) -> None:
+    """2,000 texts: their ids are those of the reference's own ``sanitize_control_tokens``.
+
+    One text a message, since the reference lets a special string arise from two that are joined.
+    """
+    ours, oracle = checkpoints.pair(tiny)
+    draw = random.Random(tiny.template)
+    image = picture((8, 8))
+    for _ in range(500):
+        first, second, third, fourth = (sanitisable(draw) for _ in range(4))
+        messages = [said("system", first), said("user", image, second), said("assistant", third)]
+        messages.append(said("user", fourth))
+        theirs = oracle.processor.apply_chat_template(
+            [messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+        )
+        assert ours.model.prepare(messages).input_ids.tolist() == theirs["input_ids"][0]
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
