@@ -39,7 +39,7 @@ def _is_video(source: object) -> bool:
     if isinstance(source, bytes | bytearray | memoryview):
         return _VIDEO.match(bytes(source[:16])) is not None
     if not isinstance(source, str | os.PathLike):
-        return hasattr(source, "ndim") and source.ndim == 4
+        return getattr(source, "ndim", None) == 4
     path = str(os.fspath(source))
     if path[:5].lower() == "data:":
         return path[:11].lower() == "data:video/"
