@@ -29,7 +29,7 @@ def test_its_python_runs(
     monkeypatch.setattr(hub, "EMBEDDED", write(tmp_path / "demo"))
     monkeypatch.chdir(ROOT)
     program = blocks("python")
-    assert len(program) == 6
+    assert len(program) == 7
     names: dict[str, object] = {}
     for block in program:
         exec(compile(block, "README.md", "exec"), names)
