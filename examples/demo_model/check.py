@@ -25,10 +25,11 @@ with contextlib.suppress(ImportError):
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from examples.demo_model import layouts, learning, samples
+from examples.demo_model.buffers import Buffers
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.loading import drawn_part, to_device, told_part
 from examples.demo_model.network import OneVision
-from examples.demo_model.samples import GROUPS, Buffers, Medium
+from examples.demo_model.samples import GROUPS, Medium
 from examples.demo_model.scenes import sample_size
 from examples.demo_model.sizes import Shape
 from examples.demo_model.tiling import CONFIG

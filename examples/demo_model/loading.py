@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from examples.demo_model import layouts as packings
 from examples.demo_model import samples
+from examples.demo_model.buffers import Buffers, Told
 from examples.demo_model.layouts import Layouts
 from examples.demo_model.packing import TILE
-from examples.demo_model.samples import GROUPS, Buffers, Group, Medium, Told
+from examples.demo_model.samples import GROUPS, Group, Medium
 from examples.demo_model.scenes import sample_size
 from examples.demo_model.tiling import exact_tiles
 from examples.demo_model.words import Words
