@@ -27,7 +27,8 @@ from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 from examples.demo_model import layouts, learning, samples
 from examples.demo_model.buffers import Buffers
 from examples.demo_model.drawing import draw_scene
-from examples.demo_model.loading import drawn_part, to_device, told_part
+from examples.demo_model.loading import to_device
+from examples.demo_model.making import drawn_part, told_part
 from examples.demo_model.network import OneVision
 from examples.demo_model.samples import GROUPS, Medium
 from examples.demo_model.scenes import sample_size

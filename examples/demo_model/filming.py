@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 from PIL import Image
@@ -15,7 +16,7 @@ def write_film(path: Path, frames: Sequence[Image.Image], rate: int) -> Path:
     """Write frames of one size, both sides even; the name says which kind of file."""
     codec, pixels = _CODECS[path.suffix]
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=rate)
+        stream: Any = file.add_stream(codec, rate=rate)
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = pixels
         for frame in frames:

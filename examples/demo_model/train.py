@@ -26,7 +26,8 @@ import torch
 from examples.demo_model import learning
 from examples.demo_model.layouts import make_layouts
 from examples.demo_model.learning import DeviceLayouts, Head
-from examples.demo_model.loading import Loader, drawn_part, exact_part, to_device, told_part
+from examples.demo_model.loading import Loader, to_device
+from examples.demo_model.making import Makers, drawn_part, exact_part, told_part
 from examples.demo_model.muon import Muon
 from examples.demo_model.network import OneVision
 from examples.demo_model.samples import GROUPS, LABELS
@@ -82,7 +83,8 @@ class Run:
         last = args.out / "last.pt"
         state = torch.load(last, map_location="cpu") if last.exists() else None
         first = state["step"] if state else 0
-        self.loader = Loader(layouts, self.words, args.seed, args.workers, args.renew, first)
+        makers = Makers(layouts, self.words, args.seed, args.workers, args.renew, first)
+        self.loader = Loader(makers, args.seed, args.renew, first)
         held = Random(f"held out {args.seed}")
         self.held = [
             [exact_part(group, group.exact, self.words, held, 4) for group in GROUPS]
