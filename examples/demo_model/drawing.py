@@ -70,7 +70,7 @@ def _clouds(rng: np.random.Generator, size: Size) -> Pixels:
             rng.standard_normal((*cells, 3)) * (1 - grey) + rng.standard_normal((*cells, 1)) * grey
         )
         levels = np.clip(128 + 50 * wave, 0, 255).astype(np.uint8)
-        spread = Image.fromarray(levels).resize(size[::-1], Image.Resampling.BICUBIC)
+        spread = Image.fromarray(levels).resize((size[1], size[0]), Image.Resampling.BICUBIC)
         canvas += (np.asarray(spread, np.float32) - 128) * (height / 50)
         height *= fall
     return np.clip(np.rint(canvas + 128), 0, 255).astype(np.uint8)
