@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from examples.demo_model.answering import conversation
 from examples.demo_model.cases import SINGLE, Case, Question, make_cases
 from examples.demo_model.evaluate import table
 from examples.demo_model.files import json_files
+from examples.demo_model.samples import TURNS
 from examples.demo_model.words import build_tokenizer, special_ids
 from mlx_onevision import Model, load
 
@@ -72,6 +74,42 @@ def test_several_images_and_none(model: Model) -> None:
         answer = model.generate(question.text, images=case.draw()).text
         assert answer == question.answer
     assert model.generate("What is in the image?").text == "There is no image."
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "count"),
+    [
+        ("words", ("title", "summary", "off topic", "no image"), 4),
+        ("empty", ("empty",), 3),
+        ("pictures", ("off topic", *TURNS), 2),
+    ],
+)
+def test_what_it_was_taught_last(
+    model: Model, name: str, kinds: tuple[str, ...], count: int, tmp_path: Path
+) -> None:
+    """At most one question in ten is answered otherwise than with the one right sentence."""
+    asked = [
+        (case, question)
+        for kind in kinds
+        for case, question in islice(
+            (
+                (case, question)
+                for case in make_cases(name, count, seed=1)
+                for question in case.questions
+                if question.kind == kind
+            ),
+            count,
+        )
+    ]
+    wrong = []
+    for number, (case, question) in enumerate(asked):
+        (folder := tmp_path / str(number)).mkdir()
+        images = [{"type": "image", "path": str(path)} for path in case.write(folder)]
+        answer = model.generate(messages=conversation(question, images)).text
+        if answer != question.answer:
+            wrong.append((case.name, question, answer))
+    assert len(asked) == len(kinds) * count
+    assert len(wrong) <= len(asked) / 10, wrong
 
 
 def test_the_folder_is_small() -> None:

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from examples.demo_model.answering import conversation
+from examples.demo_model.buffers import Buffers
 from examples.demo_model.cases import make_cases
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.layouts import layout_number, make_layouts
@@ -24,7 +25,7 @@ from examples.demo_model.packing import (
 from examples.demo_model.samples import (
     GROUPS,
     LABELS,
-    Buffers,
+    TURNS,
     Medium,
     ask,
     sample_medium,
@@ -164,23 +165,59 @@ def test_questions_are_tokenised_as_a_conversation_is(processor: Processor, word
     assert checked
 
 
-def test_a_buffer_asks_each_question_on_its_own(words: Words) -> None:
-    rng = Random(2)
+def answers_in(buffers: Buffers, words: Words, group: int) -> list[str]:
+    """The answers of one conversation, in order; each is said where it stands."""
+    (at,) = np.nonzero(buffers.group[0] == group)
+    assert buffers.place[0, at].tolist() == list(range(len(at)))
+    target, turn = buffers.target[0, at], buffers.turn[0, at]
+    (spoken,) = np.nonzero(target[:-1] >= 0)
+    # What is to be said next is what stands next.
+    assert (buffers.ids[0, at][spoken + 1] == target[spoken]).all()
+    turns = sorted(set(turn[target >= 0].tolist()))
+    said = [target[(turn == number) & (target >= 0)].tolist() for number in turns]
+    return [words.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+
+
+def labels_in(buffers: Buffers, group: int) -> list[str]:
+    """What each answer of a conversation counts as, in order."""
+    there = (buffers.group[0] == group) & (buffers.target[0] >= 0)
+    pairs = zip(buffers.turn[0, there].tolist(), buffers.label[0, there].tolist(), strict=True)
+    return [LABELS[label] for _, label in sorted(set(pairs))]
+
+
+@pytest.fixture(scope="module")
+def turns() -> list[tuple[str, str, str]]:
+    return ask(Random(2), next(iter(make_cases("pictures", 1))).medium)
+
+
+def test_a_buffer_asks_each_question_on_its_own(
+    words: Words, turns: list[tuple[str, str, str]]
+) -> None:
     buffers = Buffers.empty(1)
-    medium = next(iter(make_cases("pictures", 1))).medium
-    turns = ask(rng, medium)
-    buffers.fill(0, turns, words, Random(3))
-    answers = {turn[2] for turn in turns}
-    for group in range(1, buffers.group.max() + 1):
-        (at,) = np.nonzero(buffers.group[0] == group)
-        assert buffers.place[0, at].tolist() == list(range(len(at)))
-        target = buffers.target[0, at]
-        said = words.tokenizer.decode(target[target >= 0].tolist(), skip_special_tokens=True)
-        assert said in answers
-        # What is to be said next is what stands next.
-        (spoken,) = np.nonzero(target >= 0)
-        assert (buffers.ids[0, at][spoken[:-1] + 1] == target[spoken[:-1]]).all()
-        assert len({LABELS[label] for label in buffers.label[0, at][target >= 0]}) == 1
+    buffers.fill(0, turns, words, Random(3), chained=0)
+    count = int(buffers.group.max())
+    assert count > 4
+    for group, (kind, _, answer) in zip(range(1, count + 1), turns, strict=False):
+        assert answers_in(buffers, words, group) == [answer]
+        assert labels_in(buffers, group) == [kind]
+    assert buffers.turn.max() == count
+
+
+def test_a_buffer_holds_a_conversation_of_four_turns(
+    words: Words, turns: list[tuple[str, str, str]]
+) -> None:
+    for seed in range(30):
+        buffers = Buffers.empty(1)
+        buffers.fill(0, turns, words, Random(seed), chained=1)
+        said = answers_in(buffers, words, 1)
+        assert len(said) >= 2 and set(said) <= {answer for *_, answer in turns}
+        assert labels_in(buffers, 1)[1:] == list(TURNS[: len(said) - 1])
+        others = [answers_in(buffers, words, n) for n in range(2, int(buffers.group.max()) + 1)]
+        assert all(len(alone) == 1 for alone in others)
+        if len(said) == 4:
+            break
+    else:
+        pytest.fail("no conversation had four turns")
 
 
 def test_scene_numbers_are_pixels() -> None:

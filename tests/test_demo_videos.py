@@ -8,10 +8,12 @@ import pytest
 from films import film
 
 from examples.demo_model.drawing import draw_scene
+from examples.demo_model.narrating import caption_text, scene_caption
 from examples.demo_model.questions import ask_video
 from examples.demo_model.scenes import sample_video
 from examples.demo_model.world import MOTIONS
 from mlx_onevision.api import Model, load
+from mlx_onevision.narration import SEGMENT
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,11 @@ def test_it_sees_how_things_move(demo: Model, kind: str, motion: str) -> None:
     ]
     turn = ask_video(rng, scene, "motion")
     assert turn is not None
-    answer = demo.generate(turn[1], videos=[film(frames, kind, rate=12)], max_tokens=60)
-    assert answer.text == turn[2]
+    data = film(frames, kind, rate=12)
+    assert demo.generate(turn[1], videos=[data], max_tokens=60).text == turn[2]
+    if caption := scene_caption(scene):
+        told = demo.generate(SEGMENT, videos=[data], max_tokens=60)
+        assert told.text == caption_text(caption)
 
 
 def test_a_film_beside_a_picture(demo: Model) -> None:

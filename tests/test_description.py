@@ -116,13 +116,21 @@ def test_three_scenes_are_found_and_described(demo: Model, three: tuple[Path, li
     assert described.duration == pytest.approx(sum(LENGTHS) / RATE)
     assert [s.start for s in described.segments] == pytest.approx([0.0, *CUTS], abs=1 / RATE)
     assert [s.end for s in described.segments] == [*(s.start for s in described.segments[1:]), 10.0]
-    for segment, name in zip(described.segments, names, strict=True):
-        words = segment.text.lower()
-        assert [other for other in names if other in words] == [name], segment
+    does = ("gets bigger", "gets smaller", "moves down")
+    told = [f"{name} {what}" for name, what in zip(names, does, strict=True)]
+    assert [s.text for s in described.segments] == [f"A {clause}." for clause in told]
+    for segment in described.segments:
         assert len(segment.frames) == 8
         assert segment.start <= segment.frames[0] and segment.frames[-1] < segment.end
     assert [chapter.start for chapter in described.chapters] == [0.0, *CUTS]
-    assert described.summary and not described.warnings
+    assert [chapter.title.lower() for chapter in described.chapters] == [
+        f"{name} {doing}"
+        for name, doing in zip(
+            names, ("getting bigger", "getting smaller", "moving down"), strict=True
+        )
+    ]
+    assert described.summary == "A {}, then a {}, then a {}.".format(*told)
+    assert not described.warnings
     subtitles = pysubs2.SSAFile.from_string(to_text(described, "srt"), "srt")
     assert [(line.start, line.end, line.text) for line in subtitles] == [
         (round(s.start * 1000), round(s.end * 1000), s.text) for s in described.segments

@@ -19,6 +19,7 @@ from mlx_onevision.processor import Medium
 from mlx_onevision.resample import resize
 
 LONGEST = 120  # tokens of an answer
+FILMS = (".mp4", ".gif")
 
 
 class Package:
@@ -29,10 +30,14 @@ class Package:
         self._words = Tokenizer.from_file(str(self.model.path / "tokenizer.json"))
         self._paths: list[Path] = []
         self._video: Medium | None = None
+        self._kind = "image"
 
     def look(self, paths: list[Path], video: bool) -> None:
         self._paths, self._video = paths, None
-        if video:
+        self._kind = "image"
+        if video and paths[0].suffix in FILMS:
+            self._kind = "video"
+        elif video:
             frames = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
             tiles = np.stack([resize(frame, (CONFIG.size, CONFIG.size)) for frame in frames])
             rows = video_tokens(len(tiles), PATCHES)
@@ -41,7 +46,7 @@ class Package:
     def answer(self, question: Question) -> str:
         if self._video:
             return self._answer_video(question, self._video)
-        media = [{"type": "image", "path": str(path)} for path in self._paths]
+        media = [{"type": self._kind, "path": str(path)} for path in self._paths]
         return self.model.generate(messages=conversation(question, media), max_tokens=LONGEST).text
 
     def _answer_video(self, question: Question, video: Medium) -> str:

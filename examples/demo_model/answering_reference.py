@@ -43,7 +43,7 @@ class Reference:
             frames = np.stack([np.asarray(picture) for picture in self._pictures])
             given = {"videos": [frames], "do_sample_frames": False}
         else:
-            given = {"images": [self._pictures]}
+            given = {"images": [self._pictures]} if self._pictures else {}
         inputs = self.processor(text=[prompt], **given, return_tensors="pt").to(self.model.dtype)
         said = self.model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
         fresh = said[0, inputs["input_ids"].shape[1] :]

@@ -2,7 +2,8 @@
 
 Made by the training program's own generator, from seeds that training never uses. A set says which
 sizes its drawings have: `pictures` those of the world; `larger` and `smaller` lie beyond the ends
-of what training draws, so that no size of theirs was ever seen.
+of what training draws, so that no size of theirs was ever seen. `films` are files, read by the
+package; `words` are questions without anything to look at.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from random import Random
 
 from PIL import Image
 
+from examples.demo_model import narrating
 from examples.demo_model import questions as q
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.layouts import image_group
 from examples.demo_model.phrases import vary
-from examples.demo_model.samples import GROUPS, Medium, sample_medium
-from examples.demo_model.scenes import sample_size
+from examples.demo_model.samples import GROUPS, TURNS, Medium, sample_medium
+from examples.demo_model.scenes import sample_empty, sample_size, sample_still, sample_video
 from examples.demo_model.world import Size
 
-SETS = ("pictures", "larger", "smaller", "several", "videos")
+SETS = ("pictures", "larger", "smaller", "several", "videos", "films", "empty", "words")
 SINGLE = ("list", "count", "colour", "shape", "where", "exists", "absent", "number")
 KINDS: dict[str, tuple[str, ...]] = {
-    "pictures": (*SINGLE, "second turn", "third turn"),
+    "pictures": (*SINGLE, "off topic", *TURNS),
     "larger": SINGLE,
     "smaller": SINGLE,
     "several": (*q.MULTI_KINDS, *q.IMAGE_KINDS, "exists"),
-    "videos": ("motion", "list", "count", "colour", "shape"),
+    "videos": ("motion", "segment", "list", "count", "colour", "shape"),
+    "films": ("motion", "segment"),
+    "empty": ("empty",),
+    "words": ("title", "summary", "off topic", "no image"),
 }
+RATE = 12  # frames a second of the films
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Case:
     smooth: bool  # anti-aliased edges
     jpeg: int | None  # quality, where the pictures are JPEG files
     questions: tuple[Question, ...]
+    film: str | None = None  # "mp4" or "gif", where the frames are those of a film file
 
     def draw(self) -> list[Image.Image]:
         """The pictures, or the frames of the video; the same ones every time."""
@@ -65,7 +72,11 @@ class Case:
         ]
 
     def write(self, folder: Path) -> list[Path]:
-        """The pictures, or frames, as files: PNG, or JPEG where the case says so."""
+        """The pictures, or frames, as files: PNG, or JPEG where the case says so; or a film."""
+        if self.film:
+            from examples.demo_model.filming import write_film
+
+            return [write_film(folder / f"film.{self.film}", self.draw(), RATE)]
         paths = []
         for number, picture in enumerate(self.draw()):
             paths.append(folder / f"{number}.{'jpg' if self.jpeg else 'png'}")
@@ -86,12 +97,29 @@ def beyond(rng: Random, low: int, high: int, larger: bool) -> Size:
 
 
 def _medium(rng: Random, name: str, number: int) -> Medium:
+    while not (medium := _any_medium(rng, name, number)).scenes or not medium.scenes[0].shapes:
+        if name in ("words", "empty"):
+            break
+    return medium
+
+
+def _any_medium(rng: Random, name: str, number: int) -> Medium:
+    if name == "words":
+        return Medium(())
+    if name == "empty":
+        return Medium((sample_empty(rng, sample_size(rng)),))
+    if name == "films":
+        size = (2 * rng.randint(32, 180), 2 * rng.randint(32, 180))
+        while max(size) > 2 * min(size):
+            size = (2 * rng.randint(32, 180), 2 * rng.randint(32, 180))
+        count = rng.choices((1, 2, 3), (5, 4, 2))[0]
+        still = rng.random() < 0.1
+        scene = (sample_still if still else sample_video)(rng, size, count)
+        last = rng.choice((8, 16, 32, 64)) - 1
+        return Medium((scene,), tuple(frame / last for frame in range(last + 1)))
     if name == "several":
         group = next(group for group in GROUPS if group.media == "images")
-        while True:
-            medium = sample_medium(rng, group, None, 4)
-            if medium.scenes:
-                return medium
+        return sample_medium(rng, group, None, 4)
     if name == "videos":
         videos = [group for group in GROUPS if group.media == "video"]
         return sample_medium(rng, videos[number % len(videos)], None, 4, largest=640)
@@ -103,8 +131,18 @@ def _medium(rng: Random, name: str, number: int) -> Medium:
 
 
 def _ask(rng: Random, medium: Medium, kind: str) -> Question | None:
+    if kind in narrating.TOLD_KINDS:
+        turn = narrating.ask_told(narrating.sample_story(rng), kind)
+        return Question(*turn)
+    if kind in ("off topic", "no image"):
+        turn = q.ask_off_topic(rng) if kind == "off topic" else q.ask_no_image(rng)
+        return Question(kind, vary(rng, turn[1]), turn[2])
     first, *others = medium.scenes
-    if others:
+    if kind == "segment":
+        turn = narrating.ask_segment(rng, first)
+    elif kind == "empty":
+        turn = q.ask_empty(rng, first)
+    elif others:
         turn = q.ask_images(rng, medium.scenes, kind)
     else:
         turn = (q.ask_video if medium.video else q.ask_picture)(rng, first, kind)
@@ -116,7 +154,7 @@ def _later(rng: Random, found: list[Question], turns: int) -> Question | None:
     if len(found) < turns:
         return None
     *before, last = rng.sample(found, turns)
-    kind = {2: "second turn", 3: "third turn"}[turns]
+    kind = TURNS[turns - 2]
     return Question(kind, last.text, last.answer, tuple((b.text, b.answer) for b in before))
 
 
@@ -131,11 +169,12 @@ def make_cases(name: str, count: int, seed: int = 0) -> Iterator[Case]:
         turns = [_ask(rng, medium, kind) for kind in KINDS[name] if not kind.endswith(" turn")]
         found = [turn for turn in turns if turn]
         if name == "pictures":
-            found += [turn for n in (2, 3) if (turn := _later(rng, found, n))]
+            found += [turn for n in (2, 3, 4) if (turn := _later(rng, found, n))]
         wanted = tuple(turn for turn in found if asked[turn.kind] < count)
         smooth = name in ("larger", "smaller") or rng.random() < 0.5
         jpeg = rng.randint(60, 95) if name == "pictures" and rng.random() < 0.1 else None
+        film = ("mp4", "gif")[number % 2] if name == "films" else None
         number += 1
         if wanted:
             asked.update(turn.kind for turn in wanted)
-            yield Case(label, medium, smooth, jpeg, wanted)
+            yield Case(label, medium, smooth, jpeg, wanted, film)

@@ -25,10 +25,12 @@ with contextlib.suppress(ImportError):
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from examples.demo_model import layouts, learning, samples
+from examples.demo_model.buffers import Buffers
 from examples.demo_model.drawing import draw_scene
-from examples.demo_model.loading import drawn_part, to_device
+from examples.demo_model.loading import to_device
+from examples.demo_model.making import drawn_part, told_part
 from examples.demo_model.network import OneVision
-from examples.demo_model.samples import GROUPS, Buffers, Medium
+from examples.demo_model.samples import GROUPS, Medium
 from examples.demo_model.scenes import sample_size
 from examples.demo_model.sizes import Shape
 from examples.demo_model.tiling import CONFIG
@@ -59,6 +61,7 @@ def main(folder: Path) -> None:
     packings = learning.DeviceLayouts.of(numbered, device)
     rng = Random(5)
     blank = [to_device(drawn_part(g, 1, numbered, words, rng, 4), device) for g in GROUPS]
+    blank.append(to_device(told_part(8, words, rng), device))
     worst = 0.0
     for _ in range(3):
         exact, cases = [], []
@@ -92,7 +95,16 @@ def main(folder: Path) -> None:
         hidden = model.read(
             media, batch.newline, batch.rows, prefix, text["ids"], text["group"], text["place"]
         )
-        ours = F.linear(hidden, model.language_model.model.embed_tokens.weight)[::2]  # exact ones
+        ours = F.linear(hidden, model.language_model.model.embed_tokens.weight)
+        told, ours = ours[-len(batch.slots) :], ours[::2]  # text; of each group, the exact one
+        for row, mine in enumerate(told):
+            text = {name: value[row - len(told)] for name, value in batch.texts.items()}
+            before = batch.slots[row][: batch.rows[row - len(told)]].tolist()
+            for number in range(1, int(text["group"].max()) + 1):
+                where = text["group"] == number
+                ids = [*before, *text["ids"][where].tolist()]
+                theirs = refer(processor, reference, Medium(()), [], words, ids)[len(before) :]
+                worst = max(worst, (theirs - mine[where]).abs().max().item())
         for row, (medium, pictures, buffers) in enumerate(cases):
             for number in range(1, int(buffers.group[0].max()) + 1):
                 where = buffers.group[0] == number
@@ -117,7 +129,9 @@ def refer(
     images = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]
     mark = "<video>" if medium.video else "<image>" * len(images)
     prompt = f"<|im_start|>user {mark}" + words.tokenizer.decode(ids, skip_special_tokens=False)
-    given = {"videos": [torch.stack(images)]} if medium.video else {"images": [images]}
+    given = {}
+    if images:
+        given = {"videos": [torch.stack(images)]} if medium.video else {"images": [images]}
     inputs = processor(text=[prompt], **given, return_tensors="pt")
     assert inputs["input_ids"][0, -len(ids) :].tolist() == ids, "the tokens differ"
     return reference(**inputs).logits[0, -len(ids) :]

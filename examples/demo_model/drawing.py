@@ -25,6 +25,8 @@ def _noise() -> NDArray[np.float32]:
 def paint_background(background: Background, size: Size, rng: Random) -> Pixels:
     """uint8 (height, width, 3)."""
     high, wide = size
+    if background.texture is not None:
+        return _texture(background.texture, size)
     plain = background.first == background.second
     if plain and not background.noise:
         return np.broadcast_to(np.asarray(background.first, np.uint8), (high, wide, 3)).copy()
@@ -42,6 +44,36 @@ def paint_background(background: Background, size: Size, rng: Random) -> Pixels:
         block = np.tile(noise, repeats) if max(repeats[:2]) > 1 else noise
         canvas += block[top : top + high, left : left + wide] * np.float32(background.noise)
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+
+
+def _texture(seed: int, size: Size) -> Pixels:
+    """Clouds, and often clouds of two kinds with ragged borders: as uneven as a photograph."""
+    rng = np.random.default_rng(seed)
+    first = _clouds(rng, size)
+    if rng.random() < 0.6:
+        second, border = _clouds(rng, size), _clouds(rng, size)[..., :1]
+        first = np.where(border > rng.integers(90, 166), first, second)
+    if rng.random() < 0.5:
+        noise = rng.standard_normal(first.shape, np.float32) * rng.uniform(2, 20)
+        first = np.clip(np.rint(first + noise), 0, 255).astype(np.uint8)
+    return first
+
+
+def _clouds(rng: np.random.Generator, size: Size) -> Pixels:
+    """Waves of every length, the long ones the highest."""
+    fall, grey = rng.uniform(0.4, 0.9), rng.uniform(0.2, 1)
+    canvas = np.zeros((*size, 3), np.float32) + rng.uniform(-40, 40, 3).astype(np.float32)
+    height = rng.uniform(60, 130)
+    for power in range(1, 7):
+        cells = (min(2**power, size[0]), min(2**power, size[1]))
+        wave = (
+            rng.standard_normal((*cells, 3)) * (1 - grey) + rng.standard_normal((*cells, 1)) * grey
+        )
+        levels = np.clip(128 + 50 * wave, 0, 255).astype(np.uint8)
+        spread = Image.fromarray(levels).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        canvas += (np.asarray(spread, np.float32) - 128) * (height / 50)
+        height *= fall
+    return np.clip(np.rint(canvas + 128), 0, 255).astype(np.uint8)
 
 
 def outline(shape: Shape, size: Size, time: float = 0.0) -> list[tuple[float, float]]:
@@ -93,6 +125,35 @@ def draw_scene(scene: Scene, rng: Random, time: float = 0.0, smooth: bool = Fals
     for shape in scene.shapes:
         _draw(image, shape, scene.size, time, smooth)
     return image
+
+
+def through_film(frames: list[Image.Image], rng: Random) -> list[Image.Image]:
+    """What is left of frames after a film file: scaled, compressed, or few colours; or all."""
+    pick = rng.random()
+    if rng.random() < 0.3:
+        share = rng.uniform(0.4, 0.9)
+        wide, high = (max(32, round(side * share)) for side in frames[0].size)
+        frames = [frame.resize((wide, high), Image.Resampling.BILINEAR) for frame in frames]
+    if pick < 0.35:
+        quality = rng.randint(30, 90)
+        return [through_jpeg(frame, quality) for frame in frames]
+    if pick < 0.42:
+        colours = rng.choice((32, 64, 128, 255))
+        method = Image.Quantize.FASTOCTREE
+        return [frame.quantize(colours, method).convert("RGB") for frame in frames]
+    if pick < 0.52:
+        noise = _noise()[: frames[0].height, : frames[0].width] if rng.random() < 0.6 else None
+        return [_to_332(frame, noise) for frame in frames]
+    return frames
+
+
+def _to_332(frame: Image.Image, noise: NDArray[np.float32] | None) -> Image.Image:
+    """The 256 fixed colours of simple GIF writers, dithered where there is noise for it."""
+    steps = 255 / np.asarray((7, 7, 3), np.float32)
+    levels = np.asarray(frame, np.float32) / steps
+    if noise is not None:
+        levels[: noise.shape[0], : noise.shape[1]] += 0.3 * noise
+    return Image.fromarray(np.clip(np.rint(levels) * steps, 0, 255).astype(np.uint8))
 
 
 def through_jpeg(image: Image.Image, quality: int) -> Image.Image:

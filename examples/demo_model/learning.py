@@ -16,7 +16,7 @@ from examples.demo_model.packing import TOKENS
 from examples.demo_model.samples import GROUPS, LABELS, SLOTS
 
 _MOST = 16  # questions a buffer holds at most
-TEXTS = ("ids", "group", "place", "target", "label")
+TEXTS = ("ids", "group", "place", "target", "turn", "label")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DeviceLayouts:
 
 @dataclass(frozen=True)
 class Joined:
-    """A whole batch: tiles, packings and questions, the groups one after the other."""
+    """A whole batch: tiles, packings and questions, the groups one after the other, then text."""
 
     pixels: Tensor  # exact tiles of all groups, then drawn ones: (tiles, TOKENS, 3 * PIXELS)
     kind: Tensor  # (drawn tiles, TOKENS)
@@ -45,6 +45,7 @@ class Joined:
     exact: list[int]  # exact samples of each group
     drawn: list[int]
     matrices: list[Tensor]  # per group (samples, SLOTS, tiles * TOKENS)
+    slots: Tensor  # (samples of text alone, SLOTS), ids that stand in place of media
     newline: Tensor  # (samples, SLOTS)
     rows: Tensor  # (samples,)
     texts: dict[str, Tensor]  # (samples, TEXT)
@@ -65,7 +66,11 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compiled: bool) -> Joined:
-    """Bring the parts of a batch together and draw what is to be drawn."""
+    """Bring the parts of a batch together and draw what is to be drawn.
+
+    drawn : `loading.drawn_part` of each group, then `loading.told_part`.
+    """
+    *drawn, told = drawn
     shapes, backs, windows, tiles = [], [], [], []
     index, weight, newline, rows = [], [], [], []
     for group, part, cut in zip(GROUPS, drawn, exact, strict=True):
@@ -85,6 +90,8 @@ def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compile
         weight.append(torch.cat([cut["weight"], layouts.weight[part["layout"]]]))
         newline += [cut["newline"], layouts.newline[part["layout"]]]
         rows += [cut["rows"], layouts.rows[part["layout"]]]
+    newline.append(torch.zeros_like(told["slots"], dtype=torch.bool))
+    rows.append(told["length"])
     draw = _render if compiled else rendering.render
     drawing, kind, colour = draw(torch.cat(shapes), torch.cat(backs), torch.cat(windows))
     pixels = torch.cat([rendering.to_patches(torch.cat(tiles)).to(drawing.dtype), drawing])
@@ -92,7 +99,9 @@ def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compile
         matrix(i, w, group.tiles) for group, i, w in zip(GROUPS, index, weight, strict=True)
     ]
     texts = {
-        name: torch.cat([b[name] for pair in zip(exact, drawn, strict=True) for b in pair])
+        name: torch.cat(
+            [b[name] for pair in zip(exact, drawn, strict=True) for b in pair] + [told[name]]
+        )
         for name in TEXTS
     }
     return Joined(
@@ -102,6 +111,7 @@ def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compile
         exact=[len(cut["tiles"]) for cut in exact],
         drawn=[len(part["layout"]) for part in drawn],
         matrices=matrices,
+        slots=told["slots"].long(),
         newline=torch.cat(newline),
         rows=torch.cat(rows).long(),
         texts={name: value.long() for name, value in texts.items()},
@@ -127,6 +137,7 @@ def media_rows(model: OneVision, batch: Joined) -> tuple[Tensor, Tensor]:
         at, later = at + exact * group.tiles, later + drawn * group.tiles
         both = torch.cat([first, second]).view(exact + drawn, group.tiles * TOKENS, -1)
         packed.append(dense.to(both.dtype) @ both)
+    packed.append(model.language_model.model.embed_tokens(batch.slots).to(packed[0].dtype))
     return torch.cat(packed), features[exact_tiles:]
 
 
@@ -167,10 +178,10 @@ def answers(wrong: Tensor, text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     n = len(wrong)
     target = text["target"] >= 0
     slots = torch.zeros(n, _MOST, device=wrong.device)
-    asked = slots.scatter_add(1, text["group"], target.float()) > 0
-    missed = slots.scatter_add(1, text["group"], wrong.float()) > 0
+    asked = slots.scatter_add(1, text["turn"], target.float()) > 0
+    missed = slots.scatter_add(1, text["turn"], wrong.float()) > 0
     label = torch.zeros(n, _MOST, dtype=torch.long, device=wrong.device)
-    label = label.scatter_reduce(1, text["group"], text["label"] * target, "amax")
+    label = label.scatter_reduce(1, text["turn"], text["label"] * target, "amax")
     right = asked & ~missed
     return by_label(asked, label, asked), by_label(right, label, asked)
 

@@ -2,7 +2,7 @@
 
 The mathematics is transformers'; the differences are for speed alone. Tiles come as patches, so
 that the patch convolution is a matrix product; the packing is a matrix product as well; and one
-sequence holds several questions about the same media (see `samples.py`).
+sequence holds several questions about the same media (see `buffers.py`).
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class OneVision(nn.Module):
         media : packed features (n, SLOTS, text), zero where `newline` (n, SLOTS) is true and from
             `rows` (n,) on.
         prefix : (PREFIX,) token ids in front of the media.
-        ids, group, place : (n, TEXT), `samples.Buffers`.
+        ids, group, place : (n, TEXT), `buffers.Buffers`.
         """
         model = self.language_model.model
         media = media + newline[..., None].to(media.dtype) * self.image_newline.to(media.dtype)

@@ -134,6 +134,6 @@ def vary(rng: Random, question: str) -> str:
         question = question[0].lower() + question[1:]
     elif pick < 0.15:
         question = question.lower()
-    if rng.random() < 0.12:
+    if rng.random() < 0.12 and not question[-1:].isalnum():
         question = question[:-1]
     return question

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from random import Random
 
+from examples.demo_model.offtopic import ANSWER, off_topic
 from examples.demo_model.phrases import (
     COLOUR,
     COUNT,
@@ -28,9 +29,10 @@ from examples.demo_model.world import COLOURS, KINDS, ORDER_GAP, Scene, Shape, r
 Turn = tuple[str, str, str]
 
 IMAGE_KINDS = ("list", "count", "colour", "shape", "where")
-EXTRA_KINDS = ("exists", "absent", "number", "no image")
+EXTRA_KINDS = ("exists", "absent", "number", "no image", "empty", "off topic")
 MULTI_KINDS = ("which image", "images", "each image")
-VIDEO_KINDS = ("motion",)
+VIDEO_KINDS = ("motion", "segment")
+NO_SHAPES = "There are no shapes."
 
 NUMBERS = ("no", "one", "two", "three", "four")
 ORDINALS = ("first", "second", "third", "fourth")
@@ -49,7 +51,11 @@ def article(noun: str) -> str:
 
 def listing(shapes: Sequence[Shape]) -> str:
     """ "a red circle, a blue star and a green square"."""
-    names = [article(shape.name) for shape in shapes]
+    return listed([article(shape.name) for shape in shapes])
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
@@ -178,9 +184,30 @@ def ask_picture(rng: Random, scene: Scene, kind: str) -> Turn | None:
 
 def ask_no_image(rng: Random) -> Turn:
     """Any question, without a picture to look at."""
-    shape = rng.choice(KINDS)
-    question = rng.choice((*LIST, *COUNT, *WHERE, *COLOUR)).format(n=shape, k=shape)
-    return "no image", question, "There is no image."
+    kind, colour = rng.choice(KINDS), rng.choice(tuple(COLOURS))
+    noun = rng.choice((kind, kind, f"{colour} {kind}", f"{colour} shape"))
+    asked = rng.choice((LIST, LIST, COUNT, WHERE, COLOUR, SHAPE, EXISTS, NUMBER, MOTION))
+    words = {"k": kind, "c": colour, "n": noun, "a": article(noun), "p": noun + "s"}
+    return "no image", rng.choice(asked).format(**words), "There is no image."
+
+
+def ask_empty(rng: Random, scene: Scene) -> Turn | None:
+    """A question about a picture without a shape."""
+    kind = rng.choice(("list", "list", "count", "exists", "absent", "number"))
+    if kind == "list":
+        return "empty", rng.choice(LIST), NO_SHAPES
+    if kind == "number":
+        noun = _stranger(rng, (scene,)) or ""
+        return "empty", rng.choice(NUMBER).format(p=noun + "s"), there_are(0, noun)
+    if kind == "exists":
+        noun = _stranger(rng, (scene,)) or ""
+        return "empty", rng.choice(EXISTS).format(a=article(noun)), f"No, there is no {noun}."
+    turn = ASKERS[kind](rng, scene)
+    return ("empty", *turn[1:]) if turn else None
+
+
+def ask_off_topic(rng: Random) -> Turn:
+    return "off topic", off_topic(rng), ANSWER
 
 
 def ask_images(rng: Random, scenes: Sequence[Scene], kind: str) -> Turn | None:
@@ -216,13 +243,17 @@ def _about(rng: Random, question: str, ordinal: str) -> str:
 
 
 def ask_motion(rng: Random, scene: Scene) -> Turn | None:
-    shape = rng.choice([shape for shape in scene.shapes if shape.motion])
+    moving = [shape for shape in scene.shapes if shape.motion]
+    still = [shape for shape in scene.shapes if not shape.motion]
+    shape = rng.choice(still if still and (not moving or rng.random() < 0.2) else moving)
     noun = rng.choice(nouns(scene, shape))
     motion = shape.motion or ""
     if " to " in motion:
         answer = f"The {noun} moves from {motion}."
     elif motion in ("up", "down"):
         answer = f"The {noun} moves {motion}."
+    elif not motion:
+        answer = f"The {noun} stays still."
     else:
         answer = f"The {noun} {motion}."
     return "motion", rng.choice(MOTION).format(n=noun), answer
@@ -243,7 +274,9 @@ def ask_video(rng: Random, scene: Scene, kind: str) -> Turn | None:
     turn = ask_picture(rng, scene, kind)
     if turn is None:
         return None
-    question = turn[1]
-    for noun in ("image", "picture"):
-        question = question.replace(noun, "video")
-    return turn[0], question, turn[2]
+    return turn[0], of_video(turn[1]), turn[2]
+
+
+def of_video(question: str) -> str:
+    """The question about a picture, asked about a video."""
+    return question.replace("image", "video").replace("picture", "video")

@@ -50,7 +50,7 @@ def render(shapes: Tensor, back: Tensor, window: Tensor) -> tuple[Tensor, Tensor
     x0, dx, y0, dy, fill = (window[:, i, None] for i in range(5))  # (n, 1)
     wide, high = back[:, 9, None], back[:, 10, None]
     scale = torch.sqrt(dx * dy)  # picture pixels a tile pixel
-    soft = torch.clamp(0.5 * scale, min=0.7) * (0.6 + 0.8 * torch.rand_like(scale))
+    soft = torch.clamp(0.5 * scale, min=0.7) * (0.6 + torch.rand_like(scale))
     cover = [torch.zeros(len(shapes), TOKENS * PIXELS, device=device) for _ in range(4)]
     for oy in (0.25, 0.75):
         for ox in (0.25, 0.75):
@@ -60,14 +60,18 @@ def render(shapes: Tensor, back: Tensor, window: Tensor) -> tuple[Tensor, Tensor
     x, y = x0 + dx * (u + 0.5), y0 + dy * (v + 0.5)
     share = 0.5 + back[:, 6, None] * (x / wide - 0.5) + back[:, 7, None] * (y / high - 0.5)
     noise = back[:, 8, None] / torch.clamp(scale, min=1.0)
+    # Some tiles are a little uneven all over, shapes included, as compressed ones are.
+    grain = torch.clamp(8 * torch.rand_like(scale) - 5, min=0)
     outside = (x < 0) | (y < 0) | (x > wide) | (y > high)
     planes = []
     for channel in range(3):
         first, second = back[:, channel, None], back[:, 3 + channel, None]
-        level = first + (second - first) * share + torch.randn_like(share) * noise
+        random = torch.randn_like(share)
+        level = first + (second - first) * share + random * noise
         for index in range(4):
             tone = shapes[:, index, 12 + channel, None]
             level = level + (tone - level) * cover[index]
+        level = level + random * grain
         level = torch.where(outside, fill, level)
         planes.append(torch.round(torch.clamp(level, 0, 255)))
     values = torch.stack([plane.view(-1, TOKENS, PIXELS) for plane in planes], 2)

@@ -1,25 +1,28 @@
-"""Training samples as arrays: what a picture shows, and several questions about it at once.
+"""Training samples: what a picture shows, and several questions about it at once.
 
-A sample is one conversation prefix (its media) and a buffer of questions that all stand right
-behind it. They share the prefix and do not see each other (`group`), and each is numbered as if it
-were alone (`place`), so that a picture is encoded once and still every question is a conversation
-of its own. Now and then two of them form one conversation of two turns.
+A sample is one conversation prefix (its media) and questions that all stand right behind it, in a
+buffer (`buffers.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.demo_model import narrating
 from examples.demo_model import questions as q
 from examples.demo_model.phrases import vary
-from examples.demo_model.scenes import sample_scene, sample_size, sample_video
-from examples.demo_model.words import Words
+from examples.demo_model.scenes import (
+    sample_empty,
+    sample_scene,
+    sample_size,
+    sample_still,
+    sample_video,
+)
 from examples.demo_model.world import COLOURS, CORNERS, Scene, Size
 
 PREFIX = 3  # <|im_start|> user, space
@@ -29,6 +32,8 @@ FRAMES = 48
 FEATURES = 19  # numbers that describe one shape to the renderer
 SHAPES = 4
 
+TURNS = ("second turn", "third turn", "fourth turn")
+TOLD = 64  # samples a batch of text alone
 LABELS = (
     *q.IMAGE_KINDS,
     *q.EXTRA_KINDS,
@@ -36,7 +41,8 @@ LABELS = (
     *(f"images: {kind}" for kind in (*q.IMAGE_KINDS, "exists")),
     *q.VIDEO_KINDS,
     *(f"video: {kind}" for kind in ("list", "count", "colour", "shape")),
-    "second turn",
+    *narrating.TOLD_KINDS,
+    *TURNS,
 )
 LABEL = {name: index for index, name in enumerate(LABELS)}
 
@@ -57,10 +63,10 @@ class Group:
 
 
 GROUPS = (
-    Group("small", "image", 10, 72, 16),
-    Group("middle", "image", 19, 112, 28),
-    Group("large", "image", 37, 128, 32),
-    Group("several", "images", 4, 96, 24),
+    Group("small", "image", 10, 64, 14),
+    Group("middle", "image", 19, 100, 24),
+    Group("large", "image", 37, 112, 28),
+    Group("several", "images", 4, 88, 22),
     Group("short", "video", 8, 64, 16),
     Group("long", "video", FRAMES, 40, 8),
 )
@@ -87,6 +93,8 @@ def sample_medium(
     """
     if group.media == "image":
         assert size is not None
+        if rng.random() < 0.05:
+            return Medium((sample_empty(rng, size),))
         count = rng.choices((1, 2, 3, 4)[:most], (3, 5, 6, 6)[:most])[0]
         return Medium((sample_scene(rng, size, count),))
     if group.media == "images":
@@ -96,15 +104,31 @@ def sample_medium(
         scenes = (sample_scene(rng, s, c, 0.18) for s, c in zip(sizes, counts, strict=True))
         return Medium(tuple(scenes))
     count = rng.choices((1, 2, 3)[:most], (5, 4, 2)[:most])[0]
-    scene = sample_video(rng, sample_size(rng, 64, largest, 16 / 9), count)
+    size = sample_size(rng, 64, largest, 16 / 9)
     low, high = (2, 8) if group.tiles <= 8 else (9, group.tiles)
+    pick = rng.random()
+    if pick < 0.12:
+        scene = sample_still(rng, size, count if pick < 0.09 else 0)
+        low = 1 if low == 2 else low
+    else:
+        scene = sample_video(rng, size, count)
     return Medium((scene,), frame_times(rng, rng.randint(low, high)))
 
 
 def frame_times(rng: Random, frames: int) -> tuple[float, ...]:
-    """When the frames of a video were taken, from 0 to 1, evenly or nearly so."""
+    """How far everything has moved at each frame, 0 to 1.
+
+    Evenly or nearly so; often only a part is shown, or it is still for a while at either end.
+    """
     ease = rng.uniform(0.8, 1.25) if rng.random() < 0.3 else 1.0
-    return tuple((index / (frames - 1)) ** ease for index in range(frames))
+    shares = ((index / max(1, frames - 1)) ** ease for index in range(frames))
+    pick = rng.random()
+    first, last = rng.uniform(0, 0.25), rng.uniform(0.75, 1)
+    if pick < 0.25:
+        return tuple(first + (last - first) * share for share in shares)
+    if pick < 0.45:
+        return tuple(min(1.0, max(0.0, (share - first) / (last - first))) for share in shares)
+    return tuple(shares)
 
 
 def ask(rng: Random, medium: Medium) -> list[tuple[str, str, str]]:
@@ -112,16 +136,27 @@ def ask(rng: Random, medium: Medium) -> list[tuple[str, str, str]]:
     found: list[tuple[str, q.Turn | None]] = []
     if medium.video:
         scene = medium.scenes[0]
-        found += [("", q.ask_video(rng, scene, "motion")) for _ in range(3)]
-        kinds = rng.sample(("list", "count", "colour", "shape"), 3)
-        found += [("video: ", q.ask_video(rng, scene, kind)) for kind in kinds]
+        if not scene.shapes:
+            found += [("", narrating.ask_empty(rng))]
+            found += [("", q.ask_empty(rng, scene)) for _ in range(3)]
+            found = [
+                (head, turn and (turn[0], q.of_video(turn[1]), turn[2])) for head, turn in found
+            ]
+        else:
+            found.append(("", narrating.ask_segment(rng, scene)))
+            found += [("", q.ask_video(rng, scene, "motion")) for _ in range(2)]
+            kinds = rng.sample(("list", "count", "colour", "shape"), 3)
+            found += [("video: ", q.ask_video(rng, scene, kind)) for kind in kinds]
     elif not medium.scenes:
         found += [("", q.ask_no_image(rng)) for _ in range(2)]
     elif len(medium.scenes) == 1:
         scene = medium.scenes[0]
-        kinds = [*q.IMAGE_KINDS, *rng.sample(("exists", "absent", "number"), 1)]
-        kinds += rng.sample(("colour", "shape", "where", "where"), 2)
-        found += [("", q.ask_picture(rng, scene, kind)) for kind in kinds]
+        if not scene.shapes:
+            found += [("", q.ask_empty(rng, scene)) for _ in range(6)]
+        else:
+            kinds = [*q.IMAGE_KINDS, *rng.sample(("exists", "absent", "number"), 1)]
+            kinds += rng.sample(("colour", "shape", "where", "where"), 2)
+            found += [("", q.ask_picture(rng, scene, kind)) for kind in kinds]
     else:
         scenes = medium.scenes
         found += [("", q.ask_images(rng, scenes, "which image")) for _ in range(3)]
@@ -131,58 +166,15 @@ def ask(rng: Random, medium: Medium) -> list[tuple[str, str, str]]:
             found.append(("", q.ask_images(rng, scenes, "images")))
         kinds = rng.sample((*q.IMAGE_KINDS, "exists"), 5)
         found += [("images: ", q.ask_images(rng, scenes, kind)) for kind in kinds]
+    if rng.random() < 0.15:
+        found.insert(rng.randrange(3), ("", q.ask_off_topic(rng)))
     return [(head + turn[0], vary(rng, turn[1]), turn[2]) for head, turn in found if turn]
 
 
-@dataclass
-class Buffers:
-    """Question buffers of n samples."""
-
-    ids: NDArray[np.int16]  # (n, TEXT)
-    group: NDArray[np.uint8]  # (n, TEXT), from 1; 0 is unused
-    place: NDArray[np.uint8]  # (n, TEXT), position behind the media
-    target: NDArray[np.int16]  # (n, TEXT), the answer's token that comes next, or -1
-    label: NDArray[np.uint8]  # (n, TEXT), what the target's question is counted as
-
-    @classmethod
-    def empty(cls, count: int) -> Buffers:
-        shape = (count, TEXT)
-        return cls(
-            np.zeros(shape, np.int16),
-            np.zeros(shape, np.uint8),
-            np.zeros(shape, np.uint8),
-            np.full(shape, -1, np.int16),
-            np.zeros(shape, np.uint8),
-        )
-
-    def fill(
-        self, row: int, turns: Sequence[tuple[str, str, str]], words: Words, rng: Random
-    ) -> None:
-        """Put the questions into a row, as many as there is room for."""
-        start, number, index = 0, 1, 0
-        chained = len(turns) > 1 and rng.random() < 0.08
-        while index < len(turns):
-            label, question, answer = turns[index]
-            history: tuple[int, ...] = ()
-            if chained and index == 0:
-                history = (*words.encode("\n" + question), *words.replied, *words.encode(answer))
-                history += words.next[:-1]  # the newline begins the next question
-                label, question, answer = "second turn", *turns[1][1:]
-                index += 1
-            prompt = (*history, *words.encode("\n" + question), *words.reply)
-            reply = (*words.encode(answer), *words.end)
-            ids = prompt + reply
-            stop = start + len(ids)
-            index += 1
-            if stop > TEXT:
-                continue
-            self.ids[row, start:stop] = ids
-            self.group[row, start:stop] = number
-            self.place[row, start:stop] = np.arange(len(ids))
-            first = start + len(prompt) - 1
-            self.target[row, first : stop - 1] = reply
-            self.label[row, first : stop - 1] = LABEL[label]
-            start, number = stop, number + 1
+def ask_nothing(rng: Random) -> list[tuple[str, str, str]]:
+    """Short questions without anything to look at."""
+    turns = [q.ask_off_topic(rng) if rng.random() < 0.6 else q.ask_no_image(rng) for _ in range(6)]
+    return [(kind, vary(rng, question), answer) for kind, question, answer in turns]
 
 
 def scene_numbers(scene: Scene) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

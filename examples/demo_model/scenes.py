@@ -82,6 +82,17 @@ def sample_background(rng: Random) -> Background:
     return Background(first, second, direction, noise)
 
 
+def sample_empty(rng: Random, size: Size) -> Scene:
+    """A picture without a shape: a background, strong noise, or something like a photograph."""
+    background = sample_background(rng)
+    pick = rng.random()
+    if pick < 0.3:
+        background = replace(background, noise=rng.uniform(10, 80))
+    elif pick < 0.65:
+        background = replace(background, texture=rng.getrandbits(31))
+    return Scene(size, (), background)
+
+
 def _stands_out(rgb: RGB, background: Background) -> bool:
     if _distance(rgb, background.first) < CONTRAST:
         return False
@@ -175,6 +186,11 @@ def sample_video(rng: Random, size: Size, count: int) -> Scene:
             )
             if _clear(shapes, 1 / ux, 1 / uy):
                 return Scene(size, tuple(sorted(shapes, key=lambda s: s.x)), still.background)
+
+
+def sample_still(rng: Random, size: Size, count: int) -> Scene:
+    """A video of `count` shapes, perhaps none, in which nothing moves."""
+    return sample_scene(rng, size, count, 0.15) if count else sample_empty(rng, size)
 
 
 def _moved(rng: Random, shape: Shape, ux: float, uy: float) -> Shape:

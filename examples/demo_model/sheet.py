@@ -37,10 +37,11 @@ def _cell(mistake: Mistake) -> Image.Image:
     cell = Image.new("RGB", CELL, (225, 225, 225))
     drawn = mistake.case.draw()
     pictures = drawn[:: max(1, len(drawn) // 4)][:4]  # some frames of a video
-    wide = CELL[0] // len(pictures)
+    wide = CELL[0] // max(1, len(pictures))
     for number, picture in enumerate(pictures):
         cell.paste(ImageOps.contain(picture, (wide - 6, _PICTURES)), (number * wide + 3, 3))
-    size = "x".join(map(str, mistake.case.medium.scenes[0].size[::-1]))
+    scenes = mistake.case.medium.scenes
+    size = "x".join(map(str, scenes[0].size[::-1])) if scenes else "words"
     lines = (f"{size} {mistake.question.kind}", *map(" > ".join, mistake.question.history))
     lines += (f"? {mistake.question.text}", f"+ {mistake.question.answer}", f"- {mistake.answer}")
     text = "\n".join(part for line in lines for part in textwrap.wrap(line, 46))

@@ -1,6 +1,6 @@
 """Train the demo model.
 
-    PYTHONPATH=. python -m examples.demo_model.train --out run --seconds 1200
+    PYTHONPATH=. python -m examples.demo_model.train --out run --steps 15000
 
 Writes to `--out`: log.txt as it goes, last.pt (to resume from: same command again) and best.pt (the
 averaged weights that answered best so far on held-out, exactly cut drawings; `export.py` reads it).
@@ -26,7 +26,8 @@ import torch
 from examples.demo_model import learning
 from examples.demo_model.layouts import make_layouts
 from examples.demo_model.learning import DeviceLayouts, Head
-from examples.demo_model.loading import Loader, drawn_part, exact_part, to_device
+from examples.demo_model.loading import Loader, to_device
+from examples.demo_model.making import Makers, drawn_part, exact_part, told_part
 from examples.demo_model.muon import Muon
 from examples.demo_model.network import OneVision
 from examples.demo_model.samples import GROUPS, LABELS
@@ -35,30 +36,40 @@ from examples.demo_model.words import VOCABULARY, Words, build_tokenizer
 
 # How much the questions of a label count in the loss, before balancing.
 IMPORTANCE = {"colour": 1.5, "where": 1.5, "list": 1.5, "motion": 1.5, "which image": 1.0}
+IMPORTANCE |= {"segment": 1.5, "second turn": 1.5, "third turn": 1.5, "fourth turn": 1.5}
+IMPORTANCE |= {"title": 1.0, "summary": 1.5}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     add = parser.add_argument
     add("--out", type=Path, required=True)
-    add("--seconds", type=float, default=1200, help="training time in all; sets the schedule")
+    add("--steps", type=int, default=15_000, help="length of the schedule")
+    add(
+        "--seconds",
+        type=float,
+        help="choose the steps instead: as many as fit, by the pace of the first two fifths",
+    )
     add("--stop-after", type=float, default=math.inf, help="end this call after so many seconds")
     add("--seed", type=int, default=0)
     add("--rate", type=float, default=3e-3)
     add("--workers", type=int, default=15)
     add("--images", type=int, default=1000, help="image sizes for each group of the drawn tiles")
     add("--log-every", type=int, default=100, help="steps")
-    add("--judge-every", type=float, default=60, help="seconds")
+    add("--judge-every", type=int, default=900, help="steps")
+    add("--renew", type=int, default=4, help="steps for which exact tiles are used before new ones")
     add("--profile", action="store_true", help="log where the time of some early steps goes")
     add("--plain", action="store_true", help="do not compile")
     return parser.parse_args()
 
 
-def rate_at(progress: float) -> float:
+LEVEL = 0.4  # of the steps have the peak learning rate; until then their number may be open
+
+
+def rate_at(step: int, steps: int) -> float:
     """Share of the peak learning rate: a short warm-up, level, then down to zero."""
-    if progress < 0.01:
-        return progress / 0.01
-    return 1.0 if progress < 0.4 else max(0.0, (1 - progress) / 0.6)
+    level = 1.0 if step < LEVEL * steps else (1 - step / steps) / (1 - LEVEL)
+    return min(level, (step + 1) / 150)
 
 
 class Run:
@@ -68,16 +79,19 @@ class Run:
         self.args = args
         self.words = Words(build_tokenizer())
         layouts = make_layouts(args.seed, args.images)
-        cutters = max(1, args.workers // 2)
-        self.loader = Loader(
-            layouts, self.words, args.seed, max(1, args.workers - cutters), cutters
-        )
+        args.out.mkdir(parents=True, exist_ok=True)
+        last = args.out / "last.pt"
+        state = torch.load(last, map_location="cpu") if last.exists() else None
+        first = state["step"] if state else 0
+        makers = Makers(layouts, self.words, args.seed, args.workers, args.renew, first)
+        self.loader = Loader(makers, args.seed, args.renew, first)
         held = Random(f"held out {args.seed}")
         self.held = [
             [exact_part(group, group.exact, self.words, held, 4) for group in GROUPS]
             for _ in range(1 if args.plain else 4)
         ]
         none = [drawn_part(group, 1, layouts, self.words, held, 4) for group in GROUPS]
+        none.append(told_part(256, self.words, held))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compiled = not args.plain
         torch.manual_seed(args.seed)
@@ -94,10 +108,10 @@ class Run:
         self.weights = torch.tensor([IMPORTANCE.get(n, 0.7) for n in LABELS], device=self.device)
         self.error = torch.ones(len(LABELS), device=self.device)
         self.sums = torch.zeros(3, len(LABELS), device=self.device)
-        self.random = Random(args.seed)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if (args.out / "last.pt").exists():
-            self.restore(torch.load(args.out / "last.pt", map_location=self.device))
+        self.steps: int | None = None if args.seconds else args.steps
+        if state:
+            self.restore(state)
+            torch.manual_seed(args.seed + self.step_number)
         if self.compiled:
             for layer in self.model.vision_tower.vision_model.encoder.layers:
                 layer.compile(dynamic=False)
@@ -108,8 +122,8 @@ class Run:
         cuda = self.device.type == "cuda"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=cuda)
 
-    def step(self, progress: float) -> None:
-        drawn, exact = self.loader.next(self.random)
+    def step(self) -> None:
+        drawn, exact = self.loader.next()
         batch = learning.join(drawn, exact, self.layouts, self.compiled)
         text = batch.texts
         with self.autocast():
@@ -121,9 +135,10 @@ class Run:
         # Each label has its own mean; those that are often answered wrongly count for more.
         weight = self.weights * (0.25 + self.error)
         mean = (weight * totals / tokens.clamp(min=1)).sum() / weight.sum()
-        (mean + max(0.05, 0.5 - progress) * seen).backward()
+        (mean + max(0.05, 0.5 - self.step_number / 15_000) * seen).backward()
         torch.nn.utils.clip_grad_norm_(self.both.parameters(), 1.0)
-        self.optimiser.step(self.args.rate * rate_at(progress))
+        share = rate_at(self.step_number, self.steps or 10**9)
+        self.optimiser.step(self.args.rate * share)
         self.step_number += 1
         keep = min(0.998, self.step_number / (self.step_number + 10))
         with torch.no_grad():
@@ -138,7 +153,7 @@ class Run:
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
-        """Share of held-out questions about exact tiles that the averaged weights answer right."""
+        """Share of held-out questions that the averaged weights answer right: exact tiles, text."""
         sums = torch.zeros(2, len(LABELS), device=self.device)
         for parts in self.held:
             exact = [to_device(part, self.device) for part in parts]
@@ -150,6 +165,7 @@ class Run:
                     torch.arange(e + d, device=self.device) < e
                     for e, d in zip(batch.exact, batch.drawn, strict=True)
                 ]
+                + [torch.ones(len(batch.slots), device=self.device) > 0]
             )
             text = {name: value[keep] for name, value in batch.texts.items()}
             sums += torch.stack(learning.answers(wrong[keep], text))
@@ -164,6 +180,7 @@ class Run:
             "optimiser": self.optimiser.state_dict(),
             "error": self.error,
             "step": self.step_number,
+            "steps": self.steps,
             "elapsed": self.elapsed,
             "best": self.best,
         }
@@ -173,7 +190,8 @@ class Run:
         self.average.load_state_dict(state["average"])
         self.head.load_state_dict(state["head"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.error = state["error"]
+        self.error = state["error"].to(self.device)
+        self.steps = state["steps"] if self.args.seconds else self.args.steps
         self.step_number, self.elapsed = state["step"], state["elapsed"]
         self.best = state["best"]
         self.log(f"resumed at step {self.step_number}, {self.elapsed:.0f} s")
@@ -187,7 +205,6 @@ class Run:
     def report(self, seconds: float, steps: int) -> None:
         asked, right, loss = self.sums.tolist()
         self.sums.zero_()
-        made = self.loader.made
         line = " ".join(
             f"{name}={r / a:.3f}/{value / steps:.3f}"
             for name, a, r, value in zip(LABELS, asked, right, loss, strict=True)
@@ -195,7 +212,7 @@ class Run:
         )
         self.log(
             f"step {self.step_number} {self.elapsed:.0f}s {1000 * seconds / steps:.1f}ms/step "
-            f"seen={self.seen.item():.3f} made={made['drawn']}/{made['exact']} {line}"
+            f"seen={self.seen.item():.3f} waited={self.loader.waited:.1f}s {line}"
         )
 
     def save(self) -> None:
@@ -212,35 +229,45 @@ class Run:
     def train(self) -> None:
         self.log(f"parameters {sum(p.numel() for p in self.model.parameters())}")
         self.loader.start(self.device)
-        begun = logged = judged = time.time()
-        before, logged_step = self.elapsed, self.step_number
+        begun = logged = time.time()
+        before, logged_step, started = self.elapsed, self.step_number, self.elapsed
+        first = self.step_number
         while True:
             self.elapsed = before + time.time() - begun
-            progress = self.elapsed / self.args.seconds
-            self.loader.progress.value = progress
-            done = progress >= 1 or time.time() - begun >= self.args.stop_after
+            if self.step_number == first + 300:
+                started = self.elapsed
+            elif not self.steps and self.step_number >= first + 500:
+                self.choose_steps((self.elapsed - started) / (self.step_number - first - 300))
+            done = self.step_number == self.steps or self.elapsed - before >= self.args.stop_after
             if self.step_number - logged_step >= self.args.log_every or (
                 done and self.step_number > logged_step
             ):
                 now = time.time()
                 self.report(now - logged, self.step_number - logged_step)
                 logged, logged_step = now, self.step_number
-            if done or time.time() - judged >= self.args.judge_every:
+            if done or (self.step_number and self.step_number % self.args.judge_every == 0):
                 self.save()
-                judged = time.time()
             if done:
                 break
             if self.args.profile and self.step_number == 300:
-                self.profile(progress)
-            self.step(progress)
+                self.profile()
+            else:
+                self.step()
         self.loader.close()
 
-    def profile(self, progress: float) -> None:
+    def choose_steps(self, pace: float) -> None:
+        """Fix the length of the schedule at the end of its level part, from the seconds a step."""
+        steps = self.step_number + round((self.args.seconds - self.elapsed) / pace)
+        if self.step_number >= LEVEL * steps:
+            self.steps = steps
+            self.log(f"as many as fit into {self.args.seconds:.0f} s: --steps {steps}")
+
+    def profile(self) -> None:
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=kinds) as profile:
             begun = time.time()
             for _ in range(5):
-                self.step(progress)
+                self.step()
             issued = time.time() - begun
             torch.cuda.synchronize()
         self.log(f"5 steps: issued in {issued:.3f} s, done in {time.time() - begun:.3f} s")

@@ -20,7 +20,8 @@ from tokenizers import (
     trainers,
 )
 
-from examples.demo_model import questions
+from examples.demo_model import narrating, questions
+from examples.demo_model.offtopic import ANSWER
 from examples.demo_model.phrases import vary
 from examples.demo_model.scenes import sample_scene, sample_video
 
@@ -31,7 +32,7 @@ END_OF_TEXT, START, END, IMAGE, VIDEO = SPECIAL = (
     "<image>",
     "<video>",
 )
-VOCABULARY = 576  # embedding rows; a few more than there are tokens, as in the published models
+VOCABULARY = 640  # embedding rows; a few more than there are tokens, as in the published models
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,7 +42,7 @@ _QWEN2_SPLIT = (
 def sentences(count: int, seed: int) -> Iterator[str]:
     """Questions and answers of the demo world."""
     rng = Random(seed)
-    yield from ("user", "assistant", "system") * 50
+    yield from ("user", "assistant", "system", ANSWER) * 50
     for _ in range(count):
         scenes = [
             sample_scene(rng, (256, 256), rng.randint(1, 3)) for _ in range(rng.randint(2, 4))
@@ -51,6 +52,10 @@ def sentences(count: int, seed: int) -> Iterator[str]:
         turns += [questions.ask_images(rng, scenes, kind) for kind in questions.MULTI_KINDS]
         turns += [questions.ask_images(rng, scenes, "colour"), questions.ask_no_image(rng)]
         turns += [questions.ask_video(rng, video, kind) for kind in ("motion", "list", "count")]
+        turns += [narrating.ask_segment(rng, video), narrating.ask_empty(rng)]
+        turns.append(
+            narrating.ask_told(narrating.sample_story(rng), rng.choice(("title", "summary")))
+        )
         for turn in turns:
             if turn is not None:
                 yield from (vary(rng, turn[1]), turn[2])
@@ -87,13 +92,16 @@ class Words:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.encode = lru_cache(maxsize=60_000)(self._encode)
+        self._remembered = lru_cache(maxsize=60_000)(self._encode)
         self.prefix = self.encode(f"{START}user ")
         self.reply = self.encode(f"{END}{START}assistant\n")
         self.replied = self.encode(f"{END}{START}assistant \n")
         self.next = self.encode(f"{END}{START}user \n")
         self.end = self.encode(END)
         self.newline = self.encode("\n")
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return self._remembered(text) if len(text) < 120 else self._encode(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text).ids)

@@ -81,6 +81,7 @@ class Background:
     second: RGB
     direction: tuple[float, float]  # |dx| + |dy| <= 1, so that the mixture stays within 0..1
     noise: float
+    texture: int | None = None  # of a picture without shapes: what grows from this seed, instead
 
     def mixed(self, share: float) -> RGB:
         a, b = self.first, self.second
