@@ -1,6 +1,14 @@
-"""``python -m mlx_onevision``: the same as the ``mlx-onevision`` command."""
+"""``mlx-onevision``, and ``python -m mlx_onevision``: the commands, put together.
 
-from mlx_onevision.cli import main
+The doors do not know each other, so this is the one place that knows them all.
+"""
+
+from mlx_onevision.cli import cli, debug_option, main
+from mlx_onevision.plugins.hosts.http.command import serve
+
+for command in (serve,):
+    debug_option(command)
+    cli.add_command(command)
 
 if __name__ == "__main__":
     main()
