@@ -1,5 +1,6 @@
 """A server of the tests: the real one, on a free port of this machine, in a thread."""
 
+import base64
 import http.client
 import json
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_onevision.plugins.hosts.http import running
@@ -15,6 +17,27 @@ from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 
 JSON = {"Content-Type": "application/json"}
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def data_uri(name: str, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(EXAMPLES.joinpath(name).read_bytes()).decode()}"
+
+
+PICTURE = data_uri("shapes.png", "image/png")
+FILM = data_uri("circle.mp4", "video/mp4")
+
+
+def image(url: Any = PICTURE) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+
+
+def video(url: Any = FILM) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Chat over HTTP, by the real server: what clients send, what they get, and when they leave."""
 
-import base64
 import json
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from served import Client, serving, wait_for
+from served import EXAMPLES, PICTURE, Client, image, serving, text, video, wait_for
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.errors import PluginError
@@ -20,28 +19,7 @@ from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.policy import MediaPolicy
 from mlx_onevision.plugins.service import Limits
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT = "/v1/chat/completions"
-
-
-def data_uri(name: str, mime: str) -> str:
-    return f"data:{mime};base64,{base64.b64encode(EXAMPLES.joinpath(name).read_bytes()).decode()}"
-
-
-PICTURE = data_uri("shapes.png", "image/png")
-FILM = data_uri("circle.mp4", "video/mp4")
-
-
-def image(url: Any = PICTURE) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
-
-
-def video(url: Any = FILM) -> dict[str, Any]:
-    return {"type": "video_url", "video_url": {"url": url}}
-
-
-def text(said: str) -> dict[str, Any]:
-    return {"type": "text", "text": said}
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +78,20 @@ def test_settings_arrive(fake: Client) -> None:
 def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
     reply = fake.chat(
         model="fake",
-        **{"user": "u", "n": 1, "logprobs": False, "presence_penalty": 0, "tools": []},
-        **{"response_format": {"type": "text"}, "metadata": {}, "temperature": 1, "seed": 7},
-        **{"stream": None, "stop": None, "max_tokens": None, "reasoning_effort": "low", "new": 1},
+        user="u",
+        n=1,
+        logprobs=False,
+        presence_penalty=0,
+        tools=[],
+        response_format={"type": "text"},
+        metadata={},
+        temperature=1,
+        seed=7,
+        stream=None,
+        stop=None,
+        max_tokens=None,
+        reasoning_effort="low",
+        new=1,
     )
     assert reply.status == 200
 
@@ -132,7 +121,7 @@ def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
         ({"messages": [{"role": "system", "content": [image()]}]}, "only users"),
         ({"messages": [{"role": "user", "content": [image("")]}]}, "url"),
         ({"messages": [{"role": "user", "content": ""}]}, "conversation"),
@@ -229,7 +218,7 @@ def test_a_silent_stream_is_kept_open() -> None:
 
 def test_surplus_is_turned_away_at_once() -> None:
     limits = Limits(active=1, waiting=1)
-    with serving(FakeBackend(pieces=["x"] * 100, delay=0.02, limits=limits), None) as client:
+    with serving(FakeBackend(pieces=["x"] * 60, delay=0.01, limits=limits)) as client:
         first = client.begin("POST", CHAT, {"messages": [{"role": "user", "content": "a"}]})
         wait_for(lambda: client.ask("GET", "/health").json["active"] == 1)
         second = client.begin("POST", CHAT, {"messages": [{"role": "user", "content": "b"}]})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import click
 
@@ -133,7 +132,7 @@ def serve(
             with backend:
                 app = create_app(backend, settings)
                 if made and token is not None:
-                    file = Path(click.get_app_dir("mlx-onevision")) / "token"
+                    file = running.token_file()
                     running.keep_token(token, file)
                     click.echo(f"The token for requests is in {file}", err=True)
                 shown = f"[{host}]" if ":" in host else host

@@ -51,6 +51,12 @@ def server(app: ASGIApp) -> uvicorn.Server:
     )
 
 
+def token_file() -> Path:
+    """Where a token that was made up is kept."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "mlx-onevision" / "token"
+
+
 def new_token() -> str:
     """A token that nobody guesses."""
     return secrets.token_urlsafe(32)
