@@ -1,6 +1,5 @@
 """Chat over HTTP, by the real server: what clients send, what they get, and when they leave."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -8,11 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from served import EXAMPLES, PICTURE, Client, image, serving, text, video, wait_for
 
-from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
@@ -26,13 +23,6 @@ CHAT = "/v1/chat/completions"
 def fake() -> Iterator[Client]:
     with serving(FakeBackend()) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[openai.OpenAI]:
-    with serving(open_backend("engine", model="demo")) as client:
-        with openai.OpenAI(base_url=client.url, api_key="unused", max_retries=0) as official:
-            yield official
 
 
 def test_an_answer(fake: Client) -> None:
@@ -299,50 +289,3 @@ def test_sixty_four_connections_and_no_answer_crossed() -> None:
         assert f"nonce{number} ".encode() in reply.body
         assert reply.body.count(b"nonce") == 1
     assert sorted(looks)[int(len(looks) * 0.9)] < 0.25
-
-
-def test_the_official_client_about_a_picture(demo: openai.OpenAI) -> None:
-    assert [model.id for model in demo.models.list()] == ["demo"]
-    assert demo.models.retrieve("demo").object == "model"
-    messages: list[Any] = [
-        {"role": "user", "content": [image(), text("What is in this image?")]},
-    ]
-    answer = demo.chat.completions.create(model="demo", messages=messages)
-    said = answer.choices[0].message.content
-    assert said and "circle" in said and answer.choices[0].finish_reason == "stop"
-    assert answer.usage and answer.usage.prompt_tokens > answer.usage.completion_tokens > 0
-    stream = demo.chat.completions.create(
-        model="demo", messages=messages, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = list(stream)
-    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(pieces) == said and len(pieces) > 3
-    usage = chunks[-1].usage
-    assert usage and usage.completion_tokens == answer.usage.completion_tokens
-
-
-def test_the_official_client_about_a_film(demo: openai.OpenAI) -> None:
-    messages: list[Any] = [{"role": "user", "content": [video(), text("What happens?")]}]
-    extra = {"num_frames": 4}
-    answer = demo.chat.completions.create(model="demo", messages=messages, extra_body=extra)
-    assert answer.choices[0].message.content
-    stream = demo.chat.completions.create(
-        model="demo", messages=messages, stream=True, extra_body=extra
-    )
-    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
-    assert "".join(pieces) == answer.choices[0].message.content
-
-
-def test_the_official_client_on_errors(demo: openai.OpenAI) -> None:
-    messages: list[Any] = [{"role": "user", "content": "hi"}]
-    with pytest.raises(openai.NotFoundError):
-        demo.chat.completions.create(model="gpt-9", messages=messages)
-    broken: list[Any] = [{"role": "user", "content": [image("data:image/png;base64,AAAA")]}]
-    with pytest.raises(openai.BadRequestError) as raised:
-        demo.chat.completions.create(model="demo", messages=broken)
-    assert raised.value.code == "unsupported_media"
-    long: list[Any] = [{"role": "user", "content": "red " * 5000}]
-    with pytest.raises(openai.BadRequestError) as raised:
-        demo.chat.completions.create(model="demo", messages=long, stream=True)
-    assert raised.value.code == "context_length_exceeded"
-    assert json.loads(raised.value.response.content)["error"]["message"]

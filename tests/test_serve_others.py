@@ -1,20 +1,16 @@
 """Vectors, films and counts over HTTP."""
 
 import base64
-import math
 import struct
 from collections.abc import Iterator
 from typing import Any
 
-import openai
 import pytest
-from served import EXAMPLES, FILM, PICTURE, Client, image, serving, text, video
+from served import FILM, PICTURE, Client, image, serving, text, video
 
-from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.events import DoneEvent, ErrorEvent, SegmentEvent, event_from_dict
 from mlx_onevision.plugins.fake import DIM, FakeBackend
-from mlx_onevision.plugins.interface import EmbedRequest, Media
 from mlx_onevision.plugins.results import DescribeResult
 
 EMBED, DESCRIBE = "/v1/embeddings", "/v1/video/describe"
@@ -73,17 +69,6 @@ def test_what_has_no_vector(fake: Client, fields: dict[str, Any], named: str) ->
     assert named in message and "/etc" not in message
 
 
-def test_the_official_client_gets_the_models_own_vectors() -> None:
-    backend = open_backend("engine", model="demo")
-    with serving(backend) as client, openai.OpenAI(base_url=client.url, api_key="x") as official:
-        found = official.embeddings.create(model="demo", input=["a red circle", PICTURE])
-        picture = Media("image", data=EXAMPLES.joinpath("shapes.png").read_bytes())
-        own = backend.embed(EmbedRequest(["a red circle", picture], space="joint"))
-    for item, vector in zip(found.data, own.vectors, strict=True):
-        assert item.embedding == pytest.approx(vector, abs=1e-5)
-        assert math.hypot(*item.embedding) == pytest.approx(1, abs=1e-3)
-
-
 def test_a_film_is_told_in_the_contracts_events(fake: Client) -> None:
     asked = {"video": {"url": FILM}, "segments": 10, "model": "fake"}
     reply = fake.ask("POST", DESCRIBE, asked)
@@ -121,16 +106,6 @@ def test_a_film_that_breaks_off() -> None:
     last = event_from_dict(reply.events[-1])
     assert isinstance(last, ErrorEvent) and last.code == "unsupported_media"
     assert "films" not in last.message
-
-
-def test_the_demo_model_tells_a_film() -> None:
-    with serving(open_backend("engine", model="demo")) as client:
-        asked = {"video": FILM, "segments": 1.0, "num_frames": 2, "max_tokens": 12}
-        events = [event_from_dict(v) for v in client.ask("POST", DESCRIBE, asked).events]
-    last = events[-1]
-    assert isinstance(last, DoneEvent) and isinstance(last.result, DescribeResult)
-    segments = [event.segment for event in events if isinstance(event, SegmentEvent)]
-    assert len(segments) >= 2 and list(last.result.segments) == segments
 
 
 def test_counts() -> None:
