@@ -221,6 +221,26 @@ def test_a_body_is_bounded_as_it_is_read() -> None:
         assert client.chat().status == 200
 
 
+def test_connections_on_which_nothing_comes_are_closed() -> None:
+    with serving(FakeBackend(), ServerSettings(patience=0.4)) as client:
+        began = time.monotonic()
+        idle = [socket.create_connection(("127.0.0.1", client.port), 10) for _ in range(100)]
+        for number, connection in enumerate(idle):
+            # Silent; half a head; and one that was used before.
+            if number % 3:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+            if number % 3 == 2:
+                connection.sendall(b"\r\n")
+                assert connection.recv(12) == b"HTTP/1.1 200"
+                connection.sendall(b"GET /health HT")
+        assert client.ask("GET", "/health").seconds < 0.25
+        for connection in idle:
+            while connection.recv(65536):
+                pass
+            connection.close()
+        assert 0.3 < time.monotonic() - began < 5
+
+
 def test_a_token() -> None:
     with serving(FakeBackend(), ServerSettings(token="right")) as client:
         for method, path in ROUTES:

@@ -138,6 +138,6 @@ def serve(
                 shown = f"[{host}]" if ":" in host else host
                 number = listening.getsockname()[1]
                 click.echo(f"Serving at http://{shown}:{number}/v1 (Ctrl-C ends)", err=True)
-                running.server(app).run(sockets=[listening])
+                running.server(app, settings).run(sockets=[listening])
     except PluginError as error:
         raise RequestError(str(error)) from error

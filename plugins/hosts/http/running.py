@@ -9,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mlx_onevision.plugins.errors import bad_request
+from mlx_onevision.plugins.hosts.http.connections import patient
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 GRACE_SECONDS = 2  # that answers under way have, when the server is told to stop
@@ -32,12 +33,12 @@ def listening(settings: ServerSettings, port: int) -> socket.socket:
         ) from None
 
 
-def server(app: ASGIApp) -> uvicorn.Server:
+def server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
     """What runs the application; ``run(sockets=[…])`` does, and ``should_exit`` ends it."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=patient(settings.patience),
             ws="none",
             loop="asyncio",
             lifespan="off",

@@ -17,7 +17,7 @@ class ServerSettings:
     model : the name that the model is served under; None for the backend's own.
     body : bytes of a request, at most.
     depth, values : how deep, and how many, a request's JSON may hold.
-    patience : seconds that a request's body may stand still.
+    patience : seconds that a request's head may take, and that its body may stand still.
     silence : seconds without an event after which a stream gets a comment, to be kept open.
     """
 
