@@ -32,8 +32,9 @@ demo: .venv/.package
 	@echo '$$ $(QUESTION)'
 	@.venv/bin/$(QUESTION)
 
+# Files of tests are shared out to two processes, each with one thread of BLAS.
 test: .venv/.dev
-	$(FAST) .venv/bin/python -m pytest $(ARGS)
+	OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: .venv/.dev
 	.venv/bin/ruff check

@@ -85,6 +85,11 @@ class Row:
             self.end()
         return self._unfinished is None
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it was begun alone, and is to go on in a batch."""
+        return self._unfinished is not None
+
     def join(self, runner: Runner, generator: "BatchGenerator") -> tuple[int, bool]:
         """Its number in ``generator``, and whether its prompt is still to be read."""
         text = runner.model.config.text_config
@@ -132,6 +137,20 @@ class Row:
         self.listener.put(None if isinstance(error, CancelledError) else error)
 
 
+def serve(runner: Runner, line: deque[Row]) -> None:
+    """Answers everything in ``line``, and what comes to it meanwhile. Must not raise."""
+    while line:
+        row = line.popleft()
+        try:
+            if line or not row.run_alone(runner, lambda: bool(line)):
+                line.appendleft(row)
+                Batch(runner, line).run()
+        except BaseException as error:  # nobody may be left waiting
+            row.end(error)
+            while line:
+                line.popleft().end(error)
+
+
 class Batch:
     """Answers the rows of ``line``, those first in line first. More may be put there meanwhile,
     from any thread.
@@ -151,15 +170,16 @@ class Batch:
         self._together, self._step_size = memory.prefill_rows(chunk, len(line))
 
     def run(self) -> None:
-        """Until every row has ended. An error that cannot be traced to a row ends those under way
-        with it; those that still wait go on.
+        """Until every row has ended, or one is left that has not begun: that one is for
+        :meth:`Row.run_alone`. An error that cannot be traced to a row ends those under way with it;
+        those that still wait go on.
         """
         mx.reset_peak_memory()
-        while self._waiting:
+        while self._is_company():
             generator = None
             try:
                 generator = self._generator()
-                while self._waiting or self._active:
+                while self._active or self._is_company():
                     self._drop_cancelled(generator)
                     self._admit(generator)
                     if self._active:
@@ -177,6 +197,10 @@ class Batch:
                     generator.close()
                 del generator  # and with it the caches
                 mx.clear_cache()
+
+    def _is_company(self) -> bool:
+        waiting = self._waiting.copy()  # other threads add to it
+        return len(waiting) > 1 or any(row.is_unfinished for row in waiting)
 
     def _generator(self) -> "BatchGenerator":
         from mlx_lm.generate import BatchGenerator

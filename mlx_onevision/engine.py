@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mlx_onevision.batch import Batch, Request, Row
+from mlx_onevision.batch import Request, Row, serve
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.errors import (
     CancelledError,
@@ -131,7 +131,7 @@ class Engine:
             line = self._line
             line.extend(rows)
             try:
-                self._worker.post(lambda runner: _serve(runner, line))
+                self._worker.post(lambda runner: serve(runner, line))
             except OneVisionError:  # closed
                 for row in rows:
                     with suppress(ValueError):  # an earlier job has taken it, to see ``closing``
@@ -184,20 +184,6 @@ class Engine:
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""
         self._worker.close()
-
-
-def _serve(runner: Runner, line: deque[Row]) -> None:
-    """Answers everything in ``line``, and what comes to it meanwhile. Must not raise."""
-    while line:
-        row = line.popleft()
-        try:
-            if line or not row.run_alone(runner, lambda: bool(line)):
-                line.appendleft(row)
-                Batch(runner, line).run()
-        except BaseException as error:  # nobody may be left waiting
-            row.end(error)
-            while line:
-                line.popleft().end(error)
 
 
 def _checking(closing: threading.Event) -> Callable[..., None]:

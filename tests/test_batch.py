@@ -15,7 +15,7 @@ from checkpoints import write
 
 from examples.demo_model.cases import make_cases
 from mlx_onevision.api import Model, load
-from mlx_onevision.batch import Batch, Request, Row
+from mlx_onevision.batch import Batch, Request, Row, serve
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.options import Options
@@ -319,7 +319,7 @@ def together(
 ) -> list[Waiting]:
     listeners = listeners or [Waiting() for _ in inputs]
     requests = [Request(prompt, Sampling(), TOKENS) for prompt in inputs]
-    Batch(runner, deque(Row(*pair) for pair in zip(requests, listeners, strict=True))).run()
+    serve(runner, deque(Row(*pair) for pair in zip(requests, listeners, strict=True)))
     assert all(len(listener.ends) == 1 for listener in listeners)
     runner.model.bank.capacity = 0
     with runner.model.bank.in_use([]):

@@ -61,10 +61,10 @@ TOO_MUCH = [
 @pytest.mark.parametrize("source", TOO_MUCH, ids=lambda source: source[:60])
 def test_ends_soon_with_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metering, "MAX_SECONDS", 0.3)
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(CheckpointError) as caught:
         BoundedTemplate(source, "T").render({"messages": []})
-    assert time.monotonic() - start < 2.3  # compiling 64 KiB, the limit, and one step of slack
+    assert time.thread_time() - start < 2.3  # compiling 64 KiB, the limit, and a step of slack
     assert len(str(caught.value)) < 300
 
 
