@@ -221,6 +221,20 @@ def test_a_body_is_bounded_as_it_is_read() -> None:
         assert client.chat().status == 200
 
 
+def test_bodies_are_bounded_together() -> None:
+    with serving(FakeBackend(), ServerSettings(body=100_000, bodies=150_000)) as client:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        half = f"{head}Content-Length: 90000\r\n\r\n".encode() + b" " * 80_000
+        with socket.create_connection(("127.0.0.1", client.port), timeout=10) as first:
+            first.sendall(half)
+            time.sleep(0.1)  # until it is read
+            second = raw(client, half)
+            assert second.startswith(b"HTTP/1.1 429") and b"retry-after" in second.lower()
+            assert client.chat().status == 200
+        for _ in range(5):  # what was refused, or left, is not held any more
+            assert client.chat("x" * 90_000).status == 200
+
+
 def test_connections_on_which_nothing_comes_are_closed() -> None:
     with serving(FakeBackend(), ServerSettings(patience=0.4)) as client:
         began = time.monotonic()

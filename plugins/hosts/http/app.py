@@ -9,6 +9,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_onevision.plugins.hosts.http import chat, embeddings, status, videos
+from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
 from mlx_onevision.plugins.hosts.http.metrics import Measured
@@ -31,6 +32,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         settings,
         model=settings.model or backend.info().id,
         created=int(time.time()),
+        reader=Reader(settings),
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
     made = [

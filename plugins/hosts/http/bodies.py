@@ -14,35 +14,51 @@ from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 Wanted = TypeVar("Wanted", bound=BaseModel)
 
 
-async def read(request: Request, kind: type[Wanted], settings: ServerSettings) -> Wanted:
-    """The body, as ``kind``.
+class Reader:
+    """Reads the bodies of a server's requests, and knows how much of them it holds together."""
 
-    Raises:
-        HTTPFault: 413, 408, and 400 with the field's name.
-        ClientDisconnect: when nobody is there any more.
-    """
-    data = await _bytes(request, settings)
-    # Megabytes of base64 take a while; others are answered meanwhile.
-    return await asyncio.to_thread(_parsed, data, kind, settings)
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings, self._held = settings, 0
 
+    async def read(self, request: Request, kind: type[Wanted]) -> Wanted:
+        """The body, as ``kind``.
 
-async def _bytes(request: Request, settings: ServerSettings) -> bytes:
-    data = bytearray()
-    while True:
+        Raises:
+            HTTPFault: 413, 408, 429, and 400 with the field's name.
+            ClientDisconnect: when nobody is there any more.
+        """
+        data = bytearray()
         try:
-            message = await asyncio.wait_for(request.receive(), settings.patience)
-        except TimeoutError:
-            raise HTTPFault(408, "the body did not come; send it again") from None
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        data += message.get("body", b"")
-        if len(data) > settings.body:
-            raise too_much(settings)
-        if not message.get("more_body", False):
-            return bytes(data)
+            await self._fill(data, request)
+            # Megabytes of base64 take a while; others are answered meanwhile.
+            return await asyncio.to_thread(_parsed, data, kind, self._settings)
+        finally:
+            self._held -= len(data)
+
+    async def _fill(self, data: bytearray, request: Request) -> None:
+        more = True
+        while more:
+            try:
+                message = await asyncio.wait_for(request.receive(), self._settings.patience)
+            except TimeoutError:
+                raise HTTPFault(408, "the body did not come; send it again") from None
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            piece = message.get("body", b"")
+            data += piece
+            self._held += len(piece)
+            if len(data) > self._settings.body:
+                raise too_much(self._settings)
+            if self._held > self._settings.bodies:
+                raise HTTPFault(
+                    429,
+                    "too much is being sent by all clients together; try again in a moment",
+                    "rate_limit_exceeded",
+                )
+            more = message.get("more_body", False)
 
 
-def _parsed(data: bytes, kind: type[Wanted], settings: ServerSettings) -> Wanted:
+def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wanted:
     values = parse(data, settings)
     try:
         return kind.model_validate(values)
@@ -55,7 +71,7 @@ def _parsed(data: bytes, kind: type[Wanted], settings: ServerSettings) -> Wanted
         raise HTTPFault(400, message, param=where or None) from None
 
 
-def parse(data: bytes, settings: ServerSettings) -> dict[str, Any]:
+def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     """A JSON object. NaN, deep nesting and very many values are refused.
 
     Raises:

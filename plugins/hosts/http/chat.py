@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.events import DoneEvent, ErrorEvent, Event, TextEvent
-from mlx_onevision.plugins.hosts.http import bodies, conversation, streaming
+from mlx_onevision.plugins.hosts.http import conversation, streaming
 from mlx_onevision.plugins.hosts.http.faults import error_body
 from mlx_onevision.plugins.hosts.http.schemas import ChatRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
@@ -18,7 +18,7 @@ from mlx_onevision.plugins.results import GenerateResult, Usage
 
 def endpoint(serving: Serving) -> Endpoint:
     async def chat(request: Request) -> Response:
-        asked = await bodies.read(request, ChatRequest, serving.settings)
+        asked = await serving.reader.read(request, ChatRequest)
         conversation.check_model(asked.model, serving.model)
         answer = Answer(serving.model)
         stream = serving.backend.generate(conversation.question(asked))

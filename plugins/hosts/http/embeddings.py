@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.hosts.http import bodies, conversation
+from mlx_onevision.plugins.hosts.http import conversation
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
@@ -16,7 +16,7 @@ from mlx_onevision.plugins.results import EmbedResult
 
 def endpoint(serving: Serving) -> Endpoint:
     async def embeddings(request: Request) -> Response:
-        asked = await bodies.read(request, EmbeddingsRequest, serving.settings)
+        asked = await serving.reader.read(request, EmbeddingsRequest)
         conversation.check_model(asked.model, serving.model)
         wanted = conversation.items(asked)
         await _check_dimensions(serving, asked)

@@ -52,7 +52,8 @@ class HTTPFault(Exception):
 
     def response(self, headers: dict[str, str] | None = None) -> Response:
         body = _body(self.status, self.message, self.code, self.param)
-        return JSONResponse(body, self.status, headers)
+        again = {"Retry-After": str(RETRY_AFTER)} if self.status == 429 else {}
+        return JSONResponse(body, self.status, {**again, **(headers or {})})
 
 
 def as_fault(error: PluginError) -> HTTPFault:
@@ -62,8 +63,7 @@ def as_fault(error: PluginError) -> HTTPFault:
 
 def refusal(error: PluginError) -> Response:
     """The whole answer to a request that the backend refused."""
-    fault = as_fault(error)
-    return fault.response({"Retry-After": str(RETRY_AFTER)} if error.code == "busy" else None)
+    return as_fault(error).response()
 
 
 def error_body(error: PluginError) -> dict[str, object]:

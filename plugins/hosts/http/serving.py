@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault, refusal
 from mlx_onevision.plugins.hosts.http.metrics import Metrics
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
@@ -39,6 +40,7 @@ class Serving:
     model: str
     created: int
     threads: Executor
+    reader: Reader
     metrics: Metrics = field(default_factory=Metrics)
 
     async def blocking(self, function: Callable[[], Answer]) -> Answer:
@@ -54,7 +56,8 @@ def answered(endpoint: Endpoint) -> Endpoint:
             return await endpoint(request)
         except HTTPFault as fault:
             # What is left of a body that was refused is not read.
-            return fault.response({"Connection": "close"} if fault.status in (408, 413) else None)
+            unread = fault.status in (408, 413, 429)
+            return fault.response({"Connection": "close"} if unread else None)
         except ClientDisconnect:
             return Response(status_code=GONE)
         except PluginError as error:

@@ -16,6 +16,7 @@ class ServerSettings:
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
     body : bytes of a request, at most.
+    bodies : bytes of all requests that are being read, together.
     depth, values : how deep, and how many, a request's JSON may hold.
     patience : seconds that a request's head may take, and that its body may stand still.
     silence : seconds without an event after which a stream gets a comment, to be kept open.
@@ -26,6 +27,7 @@ class ServerSettings:
     token: str | None = None
     model: str | None = None
     body: int = 32 << 20
+    bodies: int = 256 << 20
     depth: int = 64
     values: int = 500_000
     patience: float = 15.0

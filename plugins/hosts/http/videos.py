@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.events import ErrorEvent, Event
-from mlx_onevision.plugins.hosts.http import bodies, conversation, streaming
+from mlx_onevision.plugins.hosts.http import conversation, streaming
 from mlx_onevision.plugins.hosts.http.faults import without_places
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
@@ -15,7 +15,7 @@ from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 
 def endpoint(serving: Serving) -> Endpoint:
     async def describe(request: Request) -> Response:
-        asked = await bodies.read(request, VideoRequest, serving.settings)
+        asked = await serving.reader.read(request, VideoRequest)
         conversation.check_model(asked.model, serving.model)
         stream = serving.backend.describe_video(conversation.film(asked))
         return streaming.SentEvents(stream, _written, serving.settings.silence)
