@@ -25,6 +25,7 @@ from mlx_onevision.options import Options, rows
 from mlx_onevision.outline import wording
 from mlx_onevision.plan import DescribeOptions, Plan
 from mlx_onevision.processor import Inputs, Order, Processor, Tiling
+from mlx_onevision.recipes import Recipe, while_loading
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.telling import Progress
 from mlx_onevision.vectors import Embeddings
@@ -34,7 +35,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def load(
-    model: str | Path = "demo", *, revision: str | None = None, dtype: str | None = None
+    model: str | Path = "demo",
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    quantize: int | None = None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -42,21 +47,31 @@ def load(
         that comes with this package and knows coloured shapes.
     revision : branch, tag or commit, for a model of the Hub.
     dtype : ``float16``, ``bfloat16`` or ``float32``; None keeps the checkpoint's own.
+    quantize : 4 or 8 packs the weights into so many bits while they are read, tensor by tensor, as
+        ``mlx-onevision convert -q --q-bits 4`` does; the answers are those of what that writes.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
     """
-    return Model(hub.resolve(model, revision=revision), name=str(model), dtype=dtype)
+    recipe = while_loading(quantize)
+    return Model(hub.resolve(model, revision), name=str(model), dtype=dtype, recipe=recipe)
 
 
 class Model:
     """A loaded checkpoint. Its weights live on a thread of their own; use it from any thread."""
 
-    def __init__(self, folder: Path, *, name: str | None = None, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        dtype: str | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
         self.path = folder
         self.name = name or str(folder)
-        self._dtype = dtype
-        self._engine = Engine(folder, dtype=dtype)
+        self._made = [dtype, str(recipe)]
+        self._engine = Engine(folder, dtype=dtype, recipe=recipe)
         self._processor = Processor.from_folder(folder, self._engine.config)
 
     @property
@@ -371,7 +386,7 @@ class Model:
             plan,
             model=name,
             about={
-                "model": [name, revision, self._dtype],
+                "model": [name, revision, *self._made],
                 "settings": {**plan.to_dict(), **settings, "questions": wording()},
             },
             sidecar=None if sidecar is None else Path(sidecar),

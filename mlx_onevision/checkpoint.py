@@ -6,7 +6,7 @@ the thread that will run the model.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_onevision import manifest
 from mlx_onevision.config import DTYPES, OneVisionConfig
 from mlx_onevision.defaults import GenerationDefaults
 from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError
 from mlx_onevision.folder import read_json
 from mlx_onevision.header import short
 from mlx_onevision.model import OneVision
+from mlx_onevision.packing import FLOATS, PARTS, PATCHES, Files
+from mlx_onevision.planning import make_plan
 from mlx_onevision.quantization import ModuleQuantization
-from mlx_onevision.weights import Tensor, canonical_name, read_weights, same_bytes
+from mlx_onevision.recipes import Recipe
+from mlx_onevision.weights import NORM, Tensor, canonical_name, read_weights, same_bytes
 
-# safetensors' words for the types that weights may have, and MLX's.
-FLOATS: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 PACKED = {mx.uint32: "U32", mx.uint8: "U8"}
 
-PATCHES = "vision_tower.embeddings.patch_embedding.weight"
 EMBEDDING = "language_model.embed_tokens"
 HEAD = "lm_head"
-PARTS = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True)
@@ -46,37 +46,81 @@ class Checkpoint:
     path: Path
 
 
-def load_checkpoint(folder: Path, dtype: str | None = None) -> Checkpoint:
+@dataclass(frozen=True)
+class Opened:
+    """A folder whose files have been held against its configuration, and not yet read.
+
+    tensors : by canonical name. ``unused`` are those of :data:`NORM` that the folder has.
+    packed : how each packed module is packed, by canonical name.
+    network : the model that they fit, with weights of no meaning.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    config: OneVisionConfig
+    generation_defaults: GenerationDefaults
+    tensors: Mapping[str, Tensor]
+    unused: Mapping[str, Tensor]
+    packed: Mapping[str, ModuleQuantization]
+    network: OneVision
+
+
+def open_checkpoint(folder: Path) -> Opened:
+    """What is in a folder of any of the published layouts.
+
+    Raises:
+        ModelNotFoundError: if there is no such folder.
+        CheckpointError: if something in it is missing, damaged or not supported.
+    """
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder} is not a folder")
+    manifest.check(folder)
+    values = read_config(folder)
+    config = OneVisionConfig.from_dict(values)
+    defaults = GenerationDefaults.from_dict(read_json(folder / "generation_config.json"), values)
+    tensors = read_weights(folder, also=NORM)
+    unused = {name: tensors.pop(name) for name in NORM if name in tensors}
+    config = dataclasses.replace(
+        config, tie_word_embeddings=_settle_head(tensors, config.tie_word_embeddings)
+    )
+    packed = _packed(config, tensors)
+    network = _network(config, packed)
+    _check(network, tensors)
+    return Opened(folder, values, config, defaults, tensors, unused, packed, network)
+
+
+def load_checkpoint(
+    folder: Path, dtype: str | None = None, recipe: Recipe | None = None
+) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
     dtype : "float16", "bfloat16" or "float32" casts every weight that is not packed; None keeps the
         checkpoint's. One that mixes them is cast to what config.json names, or else to the type
         that most of its bytes have, so that one type runs through the network.
+    recipe : packs the weights, tensor by tensor: the whole of them is never in memory. The same
+        model, bit for bit, as the converter writes.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
         CheckpointError: if something in it is missing, damaged or not supported.
-        RequestError: for a dtype of another name.
+        RequestError: for a dtype of another name, and for packing a model that is packed.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")
-    if not folder.is_dir():
-        raise ModelNotFoundError(f"{folder} is not a folder")
-    values = read_config(folder)
-    config = OneVisionConfig.from_dict(values)
-    defaults = GenerationDefaults.from_dict(read_json(folder / "generation_config.json"), values)
-    tensors = read_weights(folder)
-    config = dataclasses.replace(
-        config, tie_word_embeddings=_settle_head(tensors, config.tie_word_embeddings)
-    )
-    model = OneVision(config)
-    _quantize(model, config, tensors)
-    _check(model, tensors)
-    cast = dtype or _one_dtype(tensors.values(), config.dtype)
-    model.load_weights(_arrays(tensors, cast))
+    opened = open_checkpoint(folder)
+    plan = make_plan(opened.config, opened.tensors, opened.packed, recipe=recipe, dtype=dtype)
+    model = opened.network if recipe is None else _network(plan.config, plan.ways)
+    files, weights = Files(), []
+    for step in plan.steps:
+        arrays = step.run(files.take)
+        if step.pack is not None:
+            mx.eval([array for _, array in arrays])
+            mx.clear_cache()
+        weights += arrays
+    model.load_weights(weights)
     _unpack_positions(model)
     model.eval()
-    return Checkpoint(model, config, defaults, folder)
+    return Checkpoint(model, plan.config, opened.generation_defaults, folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -110,30 +154,44 @@ def _settle_head(tensors: dict[str, Tensor], tied: bool) -> bool:
     return True
 
 
-def _quantize(model: OneVision, config: OneVisionConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Turns the modules whose weights are packed in the files into MLX's quantised ones."""
-    packed = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
-    if not packed:
-        return
-    if config.quantization is None:
-        raise CheckpointError(
-            f"{short(min(packed))} is quantized, but config.json does not say how"
-        )
-    ways = {canonical_name(path): way for path, way in config.quantization.modules.items()}
+def _packed(
+    config: OneVisionConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, ModuleQuantization]:
+    """How the modules are packed that are so in the files, as config.json says."""
+    packed = sorted(name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
+    if packed and config.quantization is None:
+        raise CheckpointError(f"{short(packed[0])} is quantized, but config.json does not say how")
+    found = {}
+    for path in packed:
+        assert config.quantization is not None
+        found[path] = config.quantization.default
+    if config.quantization is not None:
+        for path, way in config.quantization.modules.items():
+            name = canonical_name(path)
+            if name not in found:
+                continue
+            if way is None:
+                raise CheckpointError(f"config.json says that {name} is not quantized, but it is")
+            found[name] = way
+    return found
+
+
+def _network(config: OneVisionConfig, packed: Mapping[str, ModuleQuantization]) -> OneVision:
+    """A model whose modules of ``packed`` are MLX's quantised ones."""
+    model = OneVision(config)
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path not in packed:
             return False
-        way = ways.get(path, config.quantization and config.quantization.default)
-        if way is None:
-            raise CheckpointError(f"config.json says that {path} is not quantized, but it is")
-        _require_divisible(path, module, way)
-        return dataclasses.asdict(way)
+        _require_divisible(path, module, packed[path])
+        return dataclasses.asdict(packed[path])
 
-    try:
-        nn.quantize(model, class_predicate=parameters)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"MLX cannot read this quantization: {error}") from None
+    if packed:
+        try:
+            nn.quantize(model, class_predicate=parameters)
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"MLX cannot read this quantization: {error}") from None
+    return model
 
 
 def _require_divisible(path: str, module: nn.Module, way: ModuleQuantization) -> None:
@@ -185,34 +243,6 @@ def _patch_shape(tensor: Tensor, parameter: mx.array) -> tuple[int, ...]:
         )
     last = (out, height, width, channels)
     return last if tensor.shape == last else (out, channels, height, width)
-
-
-def _one_dtype(tensors: Iterable[Tensor], named: str | None) -> str | None:
-    """None where the floating-point weights already share a type."""
-    count = dict.fromkeys(FLOATS, 0)
-    for tensor in tensors:
-        if tensor.dtype in FLOATS:
-            count[tensor.dtype] += tensor.stop - tensor.start
-    if sum(map(bool, count.values())) < 2:
-        return None
-    return named or FLOATS[max(count, key=lambda dtype: count[dtype])]
-
-
-def _arrays(tensors: Mapping[str, Tensor], cast: str | None) -> list[tuple[str, mx.array]]:
-    """The tensors as lazy arrays: a file is opened here and read when a weight is first used."""
-    files = {tensor.file for tensor in tensors.values()}
-    loaded: dict[Path, Any] = {file: mx.load(str(file)) for file in files}
-    arrays = []
-    for name, tensor in tensors.items():
-        array: mx.array = loaded[tensor.file][tensor.source]
-        if array.shape != tensor.shape:
-            raise CheckpointError(f"{tensor.file.name} changed while it was being opened")
-        if name == PATCHES and tensor.shape[1] != tensor.shape[2]:
-            array = array.transpose(0, 2, 3, 1)
-        if cast is not None and tensor.dtype in FLOATS:
-            array = array.astype(getattr(mx, cast))
-        arrays.append((name, array))
-    return arrays
 
 
 def _unpack_positions(model: OneVision) -> None:

@@ -134,6 +134,9 @@ def cli() -> None:
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Compute in this type. Default: the checkpoint's.",
 )
+@click.option(
+    "--quantize", type=click.Choice(["4", "8"]), help="Pack the weights while they are loaded."
+)
 @debug_option
 def generate(
     model: str | None,
@@ -159,6 +162,7 @@ def generate(
     verbose: bool,
     revision: str | None,
     dtype: str | None,
+    quantize: str | None,
 ) -> None:
     """Answer one prompt, about images, videos or neither.
 
@@ -180,7 +184,12 @@ def generate(
 
     from mlx_onevision.api import load
 
-    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
+    loaded = load(
+        "demo" if model is None else model,
+        revision=revision,
+        dtype=dtype,
+        quantize=int(quantize) if quantize else None,
+    )
     try:
         answer = loaded.stream(
             question,

@@ -84,7 +84,7 @@ class OneVisionConfig:
             cls,
             "config.json",
             """image_token_id video_token_id vision_feature_select_strategy torch_dtype
-            quantization_config""".split(),
+            quantization_config mlx_onevision""".split(),
         )
         text = TextConfig.from_dict(_section(values, "text_config"))
         vision = VisionConfig.from_dict(_section(values, "vision_config"))

@@ -28,6 +28,7 @@ from mlx_onevision.errors import (
     OutOfMemoryError,
 )
 from mlx_onevision.processor import Inputs
+from mlx_onevision.recipes import Recipe
 from mlx_onevision.runner import Counters, Runner
 from mlx_onevision.worker import Worker
 
@@ -88,14 +89,17 @@ class Engine:
 
     folder : a checkpoint's files.
     dtype : cast the weights to this type; None keeps the checkpoint's.
+    recipe : pack the weights while they are read; None leaves them as they are.
 
     Raises what loading raises.
     """
 
-    def __init__(self, folder: Path, dtype: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: str | None = None, recipe: Recipe | None = None
+    ) -> None:
         self._line: deque[Row] = deque()  # answers that may run together
         self._order = threading.Lock()
-        self._worker = Worker(lambda: Runner(load_checkpoint(folder, dtype=dtype)))
+        self._worker = Worker(lambda: Runner(load_checkpoint(folder, dtype=dtype, recipe=recipe)))
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)

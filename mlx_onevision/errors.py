@@ -34,6 +34,12 @@ class ConfigError(CheckpointError):
     """A configuration file names something this package does not do."""
 
 
+class StorageError(OneVisionError):
+    """A file or a folder that cannot be written."""
+
+    code = "storage"
+
+
 class MediaError(OneVisionError):
     """An image or a video that cannot be read."""
 

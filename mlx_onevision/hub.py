@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.errors import ModelNotFoundError, RequestError
+from mlx_onevision.errors import ModelNotFoundError, OneVisionError, RequestError
 from mlx_onevision.header import short
 
 DEMO = "demo"
@@ -40,6 +40,7 @@ FILES = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
+    "mlx_onevision_manifest.json",
     "README.md",
     "LICENSE*",
 )
@@ -73,11 +74,10 @@ def resolve(
         RequestError: for a revision of something that has none.
     """
     name = str(model)
+    repository = repository_of(model)
+    if repository is not None:
+        return _download(repository, revision, cache_dir, endpoint)
     folder = _existing(EMBEDDED if model == DEMO else name)
-    if isinstance(model, str) and name.lower() in ALIASES:
-        return _download(ALIASES[name.lower()], revision, cache_dir, endpoint)
-    if isinstance(model, str) and folder is None and _is_hub_id(name):
-        return _download(name, revision, cache_dir, endpoint)
     if folder is None:
         raise ModelNotFoundError(f"There is no model '{short(name)}'; a model is {TAKES}")
     if not folder.is_dir():
@@ -85,6 +85,17 @@ def resolve(
     if revision is not None:
         raise RequestError(f"{short(name)} is a folder and has no revisions; leave it out")
     return folder
+
+
+def repository_of(model: str | Path) -> str | None:
+    """The Hub's id of what a person calls a model; None for a folder, and for what is neither."""
+    name = str(model)
+    if not isinstance(model, str):
+        return None
+    if name.lower() in ALIASES:
+        return ALIASES[name.lower()]
+    there = _existing(EMBEDDED if model == DEMO else name)
+    return name if there is None and _is_hub_id(name) else None
 
 
 def _existing(name: str | Path) -> Path | None:
@@ -103,24 +114,42 @@ def _is_hub_id(name: str) -> bool:
 def _download(
     repository: str, revision: str | None, cache_dir: Path | None, endpoint: str | None
 ) -> Path:
+    with answers(repository, revision, endpoint), _progress(repository) as bar:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            endpoint=endpoint,
+            allow_patterns=list(FILES),
+            ignore_patterns=list(NOT_FILES),
+            tqdm_class=bar,
+        )
+    return Path(folder)
+
+
+@contextmanager
+def answers(
+    repository: str, revision: str | None = None, endpoint: str | None = None
+) -> Iterator[None]:
+    """Puts what can go wrong between here and the Hub into one sentence each.
+
+    Raises:
+        ModelNotFoundError: for whatever the client raises.
+        RequestError: for a revision that cannot be one.
+    """
     if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
         raise RequestError(f"'{short(revision)}' is not a branch, tag or commit")
     import httpx2
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, errors
 
     host = (endpoint or constants.ENDPOINT).split("://")[-1]
     named = repository if revision is None else f"{repository} at revision {revision}"
     try:
-        with _progress(repository) as bar:
-            folder = snapshot_download(
-                repository,
-                revision=revision,
-                cache_dir=cache_dir,
-                endpoint=endpoint,
-                allow_patterns=list(FILES),
-                ignore_patterns=list(NOT_FILES),
-                tqdm_class=bar,
-            )
+        yield
+    except OneVisionError:
+        raise
     except errors.GatedRepoError:
         raise ModelNotFoundError(
             f"{repository} is gated: accept its terms on https://{host}/{repository}, "
@@ -147,7 +176,6 @@ def _download(
         ) from None
     except Exception as error:  # the client's own, a full disk, a proxy: whatever it is
         raise ModelNotFoundError(f"{named} could not be downloaded: {_first(error)}") from error
-    return Path(folder)
 
 
 @contextmanager

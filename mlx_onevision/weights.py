@@ -6,7 +6,7 @@ to the module tree of ``mlx_onevision.model``. Nothing here reads tensor data bu
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 UNUSED = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids)|vision_tower\.(head|post_layernorm)\..*"
 )
+# Of these, what other programs ask for all the same.
+NORM = ("vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias")
 RENAMED = (
     ("model.", ""),
     ("vision_tower.vision_tower.", "vision_tower."),
@@ -34,6 +36,11 @@ RENAMED = (
     ("norm.", "language_model.norm."),
     ("mm_projector.0.", "multi_modal_projector.linear_1."),
     ("mm_projector.2.", "multi_modal_projector.linear_2."),
+)
+WRITTEN = (
+    ("language_model.", "language_model.model."),
+    ("lm_head", "language_model.lm_head"),
+    ("vision_tower.", "vision_tower.vision_model."),
 )
 
 
@@ -59,14 +66,29 @@ def canonical_name(name: str) -> str | None:
     ``scales`` and ``biases`` of quantised modules follow their weight. A name of no known layout
     comes back as it is.
     """
-    for prefix, replacement in RENAMED:
-        if f"{name}.".startswith(prefix):
-            name = (replacement + f"{name}."[len(prefix) :]).removesuffix(".")
+    name = _renamed(name)
     return None if UNUSED.fullmatch(name) else name
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by its canonical name, unused ones left out.
+def written_name(name: str) -> str:
+    """The name that mlx-vlm, and so the converter, has for a tensor or module of the module
+    tree.
+    """
+    for prefix, replacement in WRITTEN:
+        if name.startswith(prefix):
+            return replacement + name[len(prefix) :]
+    return name
+
+
+def _renamed(name: str) -> str:
+    for prefix, replacement in RENAMED:
+        if f"{name}.".startswith(prefix):
+            name = (replacement + f"{name}."[len(prefix) :]).removesuffix(".")
+    return name
+
+
+def read_weights(folder: Path, also: Collection[str] = ()) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its canonical name, unused ones left out but for ``also``.
 
     As in the reference, model.safetensors counts where it stands beside an index that does not name
     it, and files that the index does not name are left alone.
@@ -87,8 +109,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         for source, entry in header.items():
             if index is not None and index.get(source, path.name) != path.name:
                 continue  # another shard has the copy that counts
-            name = canonical_name(source)
-            if name is None:
+            name = _renamed(source)
+            if UNUSED.fullmatch(name) and name not in also:
                 continue
             if name in tensors:
                 raise CheckpointError(

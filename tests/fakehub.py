@@ -1,12 +1,14 @@
-"""A Hugging Face hub on loopback, as far as downloading a model goes, with faults on demand.
+"""A Hugging Face hub on loopback, as far as downloading and uploading go, with faults on demand.
 
     with FakeHub() as hub:
         hub.add("org/name", {"config.json": b"{}"})
         snapshot_download("org/name", endpoint=hub.url)
 
-It answers the real client: repository and tree look-ups, HEAD and GET of files with ETag and Range.
+It answers the real client: repository and tree look-ups, HEAD and GET of files with ETag and Range;
+new repositories and commits of plain files.
 """
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -51,6 +53,9 @@ class FakeHub:
     cuts : for each file name, at which byte of the file to drop each coming connection.
     failures : for each part of a path, the statuses to answer first.
     storage : another hub's ``url``, to which GETs of files are redirected, as to a CDN.
+
+    What clients did is in ``requests``, and in ``created`` and ``commits`` what they asked for when
+    they made repositories and commits.
     """
 
     def __init__(self) -> None:
@@ -59,6 +64,8 @@ class FakeHub:
         self.cuts: dict[str, list[int]] = {}
         self.failures: dict[str, list[int]] = {}
         self.storage: str | None = None
+        self.created: list[dict[str, Any]] = []
+        self.commits: list[dict[str, Any]] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -67,7 +74,7 @@ class FakeHub:
             def do_GET(self) -> None:
                 hub._answer(self)
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_GET
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -102,6 +109,9 @@ class FakeHub:
             if part in path and statuses:
                 return self._send(handler, statuses.pop(0), b"no")
         parts = path.strip("/").split("/")
+        if handler.command == "POST":
+            body = handler.rfile.read(int(headers.get("content-length") or 0))
+            return self._take(handler, parts, body)
         if parts[:2] == ["api", "models"]:
             return self._describe(handler, "/".join(parts[2:4]), parts[4:])
         name, action = "/".join(parts[:2]), parts[2:3]
@@ -111,6 +121,47 @@ class FakeHub:
         if repository.gated and not headers.get("authorization"):
             return self._send(handler, 401, b"", {"X-Error-Code": "GatedRepo"})
         self._serve(handler, repository, "/".join(parts[4:]))
+
+    def _take(self, handler: BaseHTTPRequestHandler, parts: list[str], body: bytes) -> None:
+        """What a client does to a repository: create it, ask how to upload, commit."""
+        answer: dict[str, Any] = {}
+        name = "/".join(parts[2:4])
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            self.created.append(asked)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            name = name if "/" in name else f"someone/{name}"
+            if name not in self.repositories:
+                self.add(name, {})
+            answer = {"url": f"{self.url}/{name}", "id": name, "name": name}
+        elif parts[4:5] == ["preupload"]:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        elif parts[4:5] == ["commit"]:
+            lines = [json.loads(line) for line in body.splitlines()]
+            given = {entry["key"]: entry["value"] for entry in lines if entry["key"] != "file"}
+            pull = "create_pr=1" in handler.path
+            files = {
+                entry["value"]["path"]: base64.b64decode(entry["value"]["content"])
+                for entry in lines
+                if entry["key"] == "file"
+            }
+            gone = [entry["value"]["path"] for entry in lines if entry["key"] == "deletedFile"]
+            self.commits.append(
+                {**given, "pull": pull, "repository": name, "files": files, "gone": gone}
+            )
+            if not pull:
+                now = {**self.repositories[name].files, **files}
+                self.add(name, {path: data for path, data in now.items() if path not in gone})
+            answer = {
+                "commitUrl": f"{self.url}/{name}/commit/{'0' * 40}",
+                "commitOid": "0" * 40,
+                "pullRequestUrl": f"{self.url}/{name}/discussions/1" if pull else None,
+            }
+        self._send(handler, 200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _describe(self, handler: BaseHTTPRequestHandler, name: str, rest: list[str]) -> None:
         repository = self.repositories.get(name)
@@ -138,7 +189,8 @@ class FakeHub:
         content = repository.files.get(file, b"evil" if file in repository.listed else None)
         if content is None:
             return self._send(handler, 404, b"", {"X-Error-Code": "EntryNotFound"})
-        start = int((handler.headers.get("range") or "bytes=0-")[6:].split("-")[0])
+        first, _, last = (handler.headers.get("range") or "bytes=0-")[6:].partition("-")
+        start, end = int(first), min(int(last or len(content)) + 1, len(content))
         headers = {
             "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
             "X-Repo-Commit": repository.commit,
@@ -151,13 +203,16 @@ class FakeHub:
                 "X-Linked-Etag": headers["ETag"],
             }
             return self._send(handler, 302, b"", headers)
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        partial = start > 0 or bool(last)
+        if partial:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         if handler.command == "HEAD" and file in repository.promised:
             headers["Content-Length"] = str(repository.promised[file])
         cuts = self.cuts.get(file)
         cut = cuts.pop(0) if cuts and handler.command == "GET" else None
-        self._send(handler, 206 if start else 200, content[start:], headers, cut and cut - start)
+        self._send(
+            handler, 206 if partial else 200, content[start:end], headers, cut and cut - start
+        )
 
     @staticmethod
     def _send(

@@ -170,7 +170,7 @@ def test_a_seed_repeats_a_sampled_answer(folder: Path) -> None:
 def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     result, model = fake(
         monkeypatch,
-        *("--model", "7b", "--revision", "v1", "--dtype", "float16"),
+        *("--model", "7b", "--revision", "v1", "--dtype", "float16", "--quantize", "8"),
         *("--image", "a.png", "--system", "Be brief.", "--max-tokens", "9"),
         *("--video", "b.mp4", "--video", "c.gif", "--frames", "8", "--fps", "2"),
         *("--start", "1", "--end", "2.5", "--tiling", "never"),
@@ -178,7 +178,8 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         *("--repetition-penalty", "1.1", "--seed", "3", "--stop", "x", "--stop", "y"),
     )
     assert result.exit_code == 0
-    assert model.loaded == ("7b", {"revision": "v1", "dtype": "float16"})
+    loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
+    assert model.loaded == ("7b", loading)
     assert model.asked == (
         "What?",
         {
@@ -207,7 +208,7 @@ def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, model = fake(monkeypatch)
-    assert model.loaded == ("demo", {"revision": None, "dtype": None})
+    assert model.loaded == ("demo", {"revision": None, "dtype": None, "quantize": None})
     assert model.asked is not None
     options = model.asked[1]
     assert options.pop("max_tokens") == 256

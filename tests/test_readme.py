@@ -11,7 +11,7 @@ import pytest
 from checkpoints import write
 
 from mlx_onevision import Model, hub
-from mlx_onevision.cli import cli
+from mlx_onevision.__main__ import cli
 from mlx_onevision.plugins.discovery import GROUP
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,13 @@ def test_it_names_every_option_of_a_command_and_no_other(name: str) -> None:
     table = README.partition(f"| `{name}` |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(--[a-z-]+)", table))
     assert named == {option for option in options if option.startswith("--")}
+
+
+def test_it_names_every_option_of_convert_and_no_other() -> None:
+    options = {option for param in cli.commands["convert"].params for option in param.opts}
+    table = README.partition("| `convert MODEL [FOLDER]` |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(--?[a-z-]+)", table))
+    assert named == {option for option in options if option.startswith("-")}
 
 
 def test_it_names_every_alias() -> None:

@@ -1,0 +1,133 @@
+"""The model card: README.md, with the metadata that the Hub and LM Studio sort models by."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_onevision.convert.facts import Facts, size
+from mlx_onevision.convert.sources import Source
+
+logger = logging.getLogger("mlx_onevision")
+
+# What of a source's own card holds for the converted model too.
+KEPT = ("license", "license_name", "license_link", "language", "datasets", "extra_gated_prompt")
+TAGS = ("mlx", "mlx-onevision", "llava-onevision")
+
+LONGEST = 1 << 20  # characters of a card that are looked at
+
+LAYOUT = """\
+# {title}
+
+{origin}
+
+{facts}
+
+## Use it
+
+With mlx-onevision:
+
+    mlx-onevision generate --model {folder} --image photo.jpg --prompt "What is this?"
+
+or with [mlx-vlm](https://github.com/Blaizzy/mlx-vlm):
+
+    python -m mlx_vlm generate --model {folder} --image photo.jpg --prompt "What is this?"
+
+## What it lost
+
+{loss}
+
+## How it was made
+
+    {command}
+"""
+UNMEASURED = "Nothing was lost on purpose: the weights are the source's."
+NOT_MEASURED = "The loss against the source was not measured."
+
+
+def card(source: Source, facts: Facts, loss: str | None, command: str) -> bytes:
+    """README.md.
+
+    loss : Markdown that says what quantising cost; None where nobody has measured it.
+    """
+    if loss is None:
+        loss = NOT_MEASURED if facts.packed else UNMEASURED
+    body = LAYOUT.format(
+        title=facts.target.name,
+        origin=_origin(source, facts),
+        facts=_table(facts),
+        folder=facts.target.name,
+        loss=loss,
+        command=command,
+    )
+    # JSON is YAML, and needs no quoting rules of its own.
+    head = "".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in _metadata(source, facts).items()
+    )
+    return f"---\n{head}---\n\n{body}".encode()
+
+
+def _metadata(source: Source, facts: Facts) -> dict[str, Any]:
+    theirs = read_metadata(source.folder)
+    tags = theirs.get("tags")
+    tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    base = source.base or theirs.get("base_model")
+    found: dict[str, Any] = {
+        "library_name": "mlx",
+        "pipeline_tag": "image-text-to-text",
+        **({"base_model": base} if base else {}),
+        **({"base_model_relation": "quantized"} if base and facts.packed else {}),
+        "tags": list(dict.fromkeys((*TAGS, *tags))),
+    }
+    return found | {key: theirs[key] for key in KEPT if _is_plain(theirs.get(key))}
+
+
+def read_metadata(folder: Path) -> Mapping[str, Any]:
+    """The metadata at the head of a folder's README.md; empty where it cannot be understood."""
+    try:
+        with (folder / "README.md").open(encoding="utf-8") as file:
+            text = file.read(LONGEST)
+    except (OSError, UnicodeDecodeError):
+        return {}
+    lines = text.splitlines()
+    if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
+        return {}
+    import yaml  # huggingface_hub needs it for the same
+
+    try:
+        values = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
+    except (yaml.YAMLError, RecursionError):
+        logger.warning("The README.md of %s has metadata that is not YAML.", folder.name)
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Text, or a list of text: what the kept fields may be."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str) and bool(value)
+
+
+def _origin(source: Source, facts: Facts) -> str:
+    name = f"`{source.name}`"
+    if source.base is not None:
+        name = f"[{source.base}](https://huggingface.co/{source.base})"
+    if source.base is not None and source.commit is not None:
+        name += f" at commit `{source.commit}`"
+    kind = "quantized" if facts.packed else "in MLX's layout"
+    return f"{name}, {kind} by mlx-onevision {facts.version}."
+
+
+def _table(facts: Facts) -> str:
+    files = "1 file" if facts.shards == 1 else f"{facts.shards} files"
+    rows = [
+        ("weights", f"{size(facts.nbytes)} in {files}"),
+        ("bits per weight", f"{facts.bits_per_weight:.2f}"),
+        ("recipe", facts.recipe),
+        ("type of what is not packed", facts.dtype),
+        *((f"matrices with {way}", str(count)) for way, count in facts.packed.items()),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

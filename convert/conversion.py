@@ -1,0 +1,270 @@
+"""From a checkpoint of any layout to a whole, checked folder in MLX's, or to nothing."""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_onevision import manifest
+from mlx_onevision.checkpoint import Opened, open_checkpoint
+from mlx_onevision.config import DTYPES, OneVisionConfig
+from mlx_onevision.convert.card import card
+from mlx_onevision.convert.durable import Writer
+from mlx_onevision.convert.facts import Facts
+from mlx_onevision.convert.shards import Part, Shard, divide, index, write_shard
+from mlx_onevision.convert.sidecars import config_json, processor_files
+from mlx_onevision.convert.sources import Source, find
+from mlx_onevision.convert.staging import Staging, require_space, require_target
+from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.packing import CODES, Files, Piece
+from mlx_onevision.planning import Plan, make_plan
+from mlx_onevision.processor import Processor
+from mlx_onevision.recipes import Recipe
+from mlx_onevision.weights import INDEX, NORM, written_name
+
+SHARD_BYTES = 5 << 30
+MARGIN = 1 << 20  # bytes of a disk that are left alone
+
+Measure = Callable[[Path, Path], str]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is planned and not begun; see :func:`prepare`."""
+
+    source: Source
+    target: Path
+    opened: Opened
+    plan: Plan
+    shards: Sequence[Shard]
+    facts: Facts
+
+
+def convert(
+    model: str | Path,
+    target: str | Path,
+    *,
+    revision: str | None = None,
+    recipe: Recipe | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+    measure: Measure | None = None,
+    command: str | None = None,
+) -> Facts:
+    """Converts a model into a folder, which afterwards is whole and checked, or as it was.
+
+    model, revision : as for ``load``.
+    recipe : see :mod:`mlx_onevision.recipes`; None packs nothing.
+    dtype : ``float16``, ``bfloat16`` or ``float32`` for all that is not packed; None keeps the
+        source's.
+    dequantize : unpacks what is packed in the source.
+    shard_bytes : of tensors in one file, at most.
+    overwrite : replace a model that is at ``target``, once the new one has been checked.
+    progress : called with how many bytes have been written and read back, and of how many.
+    measure : called with the source's folder and the new one, whose weights can be loaded by then;
+        the Markdown that it returns goes into the model card, as what was lost.
+    command : what to name in the model card; None for the call of this function.
+
+    Raises:
+        OneVisionError: saying in one sentence what is wrong; nothing has been changed then.
+    """
+    require_target(Path(target), overwrite)  # before anything is downloaded
+    _require_dtype(dtype)
+    source = find(model, revision)
+    conversion = prepare(source, Path(target), recipe, dtype, dequantize, shard_bytes, overwrite)
+    return write(conversion, overwrite, progress, measure, command)
+
+
+def prepare(
+    source: Source,
+    target: Path,
+    recipe: Recipe | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Conversion:
+    """Looks at a source and plans all that would be written, to the byte; writes nothing.
+
+    Raises:
+        OneVisionError: for what is wrong with the source, the target or the request.
+    """
+    _require_dtype(dtype)
+    target = require_target(target, overwrite)
+    origin = source.folder.resolve()
+    if target == origin or target in origin.parents or origin in target.parents:
+        raise RequestError(f"{target} is the model to convert, or holds it; name another folder")
+    opened = open_checkpoint(source.folder)
+    plan = make_plan(
+        opened.config,
+        opened.tensors,
+        opened.packed,
+        recipe=recipe,
+        dtype=dtype,
+        dequantize=dequantize,
+    )
+    shards = divide(_parts(opened, plan), shard_bytes)
+    facts = _facts(source, target, opened, plan, shards, recipe)
+    return Conversion(source, target, opened, plan, shards, facts)
+
+
+def write(
+    conversion: Conversion,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+    measure: Measure | None = None,
+    command: str | None = None,
+) -> Facts:
+    """Does what :func:`prepare` planned.
+
+    Raises:
+        StorageError: when the system does not write; nothing has been changed then.
+    """
+    source, opened, plan, facts = (
+        conversion.source,
+        conversion.opened,
+        conversion.plan,
+        conversion.facts,
+    )
+    begun = time.monotonic()
+    Processor.from_folder(source.folder, opened.config)  # before weights are written for nothing
+    side = {
+        INDEX: index(conversion.shards, facts.values),
+        **processor_files(opened),
+        # Last of what a loader needs: a folder without it is no model's.
+        "config.json": config_json(opened, plan, source, facts.version, facts.recipe),
+    }
+    nbytes = sum(shard.nbytes for shard in conversion.shards)
+    nbytes += sum(map(len, side.values()))
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done = min(done + more, 2 * nbytes)  # the card and the manifest are not counted
+        progress(done, 2 * nbytes)
+
+    files: dict[str, manifest.File] = {}
+    with Staging(conversion.target, overwrite) as staging:
+        folder = staging.path
+        require_space(folder.parent, nbytes + MARGIN)
+        for shard in conversion.shards:
+            files[shard.name] = write_shard(folder, shard, count)
+        for name, content in side.items():
+            files[name] = _write(folder / name, content, count)
+        Processor.from_folder(folder, plan.config)
+        loss = None if measure is None else measure(source.folder, folder)
+        command = command or _call(conversion)
+        files["README.md"] = _write(folder / "README.md", card(source, facts, loss, command))
+        _write(folder / manifest.NAME, manifest.text(files).encode())
+        check(folder, plan.config, count)
+        staging.publish()
+    sizes = {name: file.size for name, file in files.items()}
+    return dataclasses.replace(facts, files=sizes, seconds=time.monotonic() - begun)
+
+
+def check(
+    folder: Path, config: OneVisionConfig, progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """Reads a new folder back: every byte is what was written, and it is the model that was meant.
+
+    Raises:
+        CheckpointError: if it is not.
+    """
+    manifest.check(folder, hashes=True, progress=progress)
+    if open_checkpoint(folder).config != config:
+        raise CheckpointError("what was written is not the model that was planned")
+
+
+def _write(
+    path: Path, content: bytes, progress: Callable[[int], None] = lambda _: None
+) -> manifest.File:
+    with Writer(path, progress) as file:
+        file.write(content)
+    return file.written
+
+
+def _parts(opened: Opened, plan: Plan) -> list[Part]:
+    """All tensors of the new model, in the order of the source's."""
+    files = Files()
+    parts = []
+    for step in plan.steps:
+
+        def make(step=step) -> list[mx.array]:  # noqa: ANN001
+            return [array for _, array in step.run(files.take)]
+
+        parts.append(Part(step.pieces, make))
+    width = opened.config.vision_config.hidden_size
+    for name, fill in zip(NORM, (mx.ones, mx.zeros), strict=True):
+        # Never used, but other programs will not load a tower without it.
+        tensor = opened.unused.get(name)
+
+        def norm(tensor=tensor, fill=fill) -> list[mx.array]:  # noqa: ANN001
+            array = fill((width,)) if tensor is None else files.take(tensor)
+            return [array.astype(getattr(mx, plan.dtype))]
+
+        if tensor is not None and tensor.shape != (width,):
+            raise CheckpointError(
+                f"{tensor.source} in {tensor.file.name} has the shape {list(tensor.shape)}; "
+                f"config.json asks for {[width]}"
+            )
+        parts.append(Part((Piece(name, CODES[plan.dtype], (width,)),), norm))
+    return parts
+
+
+def _facts(
+    source: Source,
+    target: Path,
+    opened: Opened,
+    plan: Plan,
+    shards: Sequence[Shard],
+    recipe: Recipe | None,
+) -> Facts:
+    packed: dict[str, int] = {}
+    for way in plan.ways.values():
+        words = f"{way.bits} bits, groups of {way.group_size}"
+        words = words if way.mode == "affine" else f"{way.mode}, {words}"
+        packed[words] = packed.get(words, 0) + 1
+    width = plan.config.vision_config.intermediate_size
+    grown = width != opened.config.vision_config.intermediate_size
+    nbytes = sum(shard.data_bytes for shard in shards)
+    values = plan.values + len(NORM) * opened.config.vision_config.hidden_size
+    name = recipe.name if recipe is not None else "as the source" if plan.ways else plan.dtype
+    return Facts(
+        source=source.base or source.name,
+        revision=source.commit,
+        target=target,
+        recipe=name,
+        dtype=plan.dtype,
+        nbytes=nbytes,
+        values=values,
+        bits_per_weight=8 * nbytes / values,
+        shards=len(shards),
+        packed=dict(sorted(packed.items())),
+        ways={written_name(module): way for module, way in plan.ways.items()},
+        left=tuple(written_name(module) for module in plan.left),
+        padded=width if grown else None,
+        files={shard.name: shard.nbytes for shard in shards},
+        version=version("mlx-onevision"),
+        download=source.download,
+        config=plan.config,
+    )
+
+
+def _call(conversion: Conversion) -> str:
+    """The command for a conversion that a program asked for."""
+    words = [conversion.facts.source, conversion.target.name, f"({conversion.facts.recipe})"]
+    return f"mlx_onevision.convert: {shlex.join(words[:2])} {words[2]}"
+
+
+def _require_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")

@@ -1,0 +1,59 @@
+"""What a conversion is about, in numbers."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.quantization import ModuleQuantization
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a conversion makes, or would make.
+
+    source : the Hub's id or the folder's name; ``revision`` the Hub's commit.
+    download : bytes that had to come from the Hub first, where that is known.
+    nbytes : of the weights. ``values`` is how many numbers they stand for, padding left out.
+    packed : how many matrices there are of each packing, in words.
+    ways : how each packed module is packed, by the name that is written.
+    left : modules that the recipe would have packed, whose width does not divide into groups.
+    padded : the width that the tower's MLPs were padded to; None if they were not.
+    files : the sizes of all files that are written; of a plan, of the weights alone.
+    seconds : that writing and checking took.
+    """
+
+    source: str
+    revision: str | None
+    target: Path
+    recipe: str
+    dtype: str
+    nbytes: int
+    values: int
+    bits_per_weight: float
+    shards: int
+    packed: dict[str, int]
+    ways: dict[str, ModuleQuantization]
+    left: tuple[str, ...]
+    padded: int | None
+    files: dict[str, int]
+    version: str
+    download: int = 0
+    seconds: float = 0.0
+    config: OneVisionConfig = field(default_factory=OneVisionConfig, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["config"]
+        ways = {name: dataclasses.asdict(way) for name, way in self.ways.items()}
+        return values | {"target": str(self.target), "ways": ways, "left": list(self.left)}
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them: decimal, as file browsers on a Mac count."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:,.{1 if factor < 1e9 else 2}f} {unit}"
+    return f"{nbytes:,.0f} bytes"

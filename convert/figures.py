@@ -1,0 +1,92 @@
+"""What a measured loss consists of."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_onevision.convert.footprint import Footprint
+
+Part = Literal["tower", "projector", "language"]
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """``error`` is the mean over sampled rows of |result - source| / |source|, Euclidean.
+
+    Errors accumulate: the result's layer is fed what the result's layers below it gave, as when it
+    answers. So a layer's own share is the rise over the one before it, and the last one's error is
+    what reaches the head.
+    """
+
+    part: Part
+    number: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How far the distributions over the next token are apart, at some of the positions.
+
+    kl_mean, kl_p99, kl_max : Kullback-Leibler divergence of the result's distribution from the
+        source's, nats a position: the mean, the 99th percentile and the largest.
+    top1_agreement : share of positions at which both have the same likeliest token, 0 to 1.
+    """
+
+    name: str
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What was lost between two folders.
+
+    all, conversations, texts : over every position, over those of the probes that are answered,
+        and over those of texts that are only read. Rows of media are not among the positions: what
+        they predict is neither trained nor read.
+    probes : the same for each probe.
+    tower_cosine_mean, tower_cosine_min : cosine between the features that the tower gives for the
+        same patch; None without media.
+    source_perplexity, result_perplexity : on the texts; None without any.
+    bits_per_weight : of the result, scales and padding included, for each number of the source.
+    weights_bytes : of the result's tensors; ``source_weights_bytes`` of the source's.
+    disk_bytes : of all files in the result's folder.
+    memory : an estimate of the memory in use while the result answers about one 10-tile image.
+    version : of the set of probes; figures of two versions do not compare.
+    """
+
+    source: str
+    result: str
+    dtype: str
+    version: int
+    all: Figures
+    conversations: Figures | None
+    texts: Figures | None
+    tower_cosine_mean: float | None
+    tower_cosine_min: float | None
+    source_perplexity: float | None
+    result_perplexity: float | None
+    bits_per_weight: float
+    weights_bytes: int
+    source_weights_bytes: int
+    disk_bytes: int
+    memory: Footprint
+    layers: tuple[LayerLoss, ...]
+    probes: tuple[Figures, ...]
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The result's perplexity over the source's; 1 is no loss."""
+        if self.result_perplexity is None or self.source_perplexity is None:
+            return None
+        return self.result_perplexity / self.source_perplexity
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        values = dataclasses.asdict(self)
+        values["memory"] = self.memory.to_dict()
+        values["perplexity_ratio"] = self.perplexity_ratio
+        return values

@@ -1,0 +1,249 @@
+"""The measured loss: how far a converted model's answers are from those of its source.
+
+Both folders are read as anyone's are, one after the other: first the source goes through the probes
+and answers them, then the result reads the same words, those answers included. Compared are the
+distributions over the next token at every position of text, in nats; what the tower sees; and the
+hidden states after every layer. Everything runs on the calling thread.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_onevision.checkpoint import load_checkpoint
+from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.convert.divergence import Divergence, Numbers, diverge
+from mlx_onevision.convert.figures import Figures, LayerLoss, Loss
+from mlx_onevision.convert.footprint import footprint
+from mlx_onevision.convert.probes import VERSION, Probe, probes
+from mlx_onevision.convert.recording import (
+    Check,
+    Prompt,
+    Recording,
+    compared_positions,
+    record,
+)
+from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.processor import Inputs, Processor
+from mlx_onevision.weights import read_weights
+
+# Logits compared at once, for each model; as float64 these are 32 MB.
+LOGITS = 1 << 22
+
+
+def measure(
+    source: Path,
+    result: Path,
+    *,
+    dtype: str | None = "float32",
+    probe_set: Sequence[Probe] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Check = lambda *_: None,
+) -> Loss:
+    """Measures what ``result`` has lost against ``source``.
+
+    One model is in memory at a time; of the source, its head stays for the comparison.
+
+    dtype : the type that both models compute in. In float32 only what was done to the weights
+        counts. None is each folder's own: for a model that is too large otherwise; the rounding of
+        half precision then counts, too, which is more than all that 8 bits lose.
+    probe_set : other probes than the fixed ones; figures then compare with nothing else.
+    progress : called with how many steps are done, and of how many.
+    check : called often; whatever it raises ends the measurement.
+
+    Raises:
+        RequestError: for folders of two different networks.
+        CheckpointError: for a folder that cannot be loaded, whose values are not finite, or which
+            makes other prompts of the same conversations than its source.
+    """
+    given = probes() if probe_set is None else list(probe_set)
+    steps = _Steps(3 * len(given), progress)
+    config, result_config = (load_checkpoint(folder).config for folder in (source, result))
+    _require_same_network(source, config, result, result_config)
+    prompts = _prompts(source, config, result, result_config, given)
+    before = record(
+        source, prompts, answering=True, dtype=dtype, budget=None, check=check, done=steps.done
+    )
+    mx.clear_cache()
+    after = record(
+        result,
+        prompts,
+        answering=False,
+        dtype=dtype,
+        budget=before.budget,
+        check=check,
+        done=steps.done,
+    )
+    mx.clear_cache()
+    divergences = []
+    for number, prompt in enumerate(prompts):
+        check()
+        divergences.append(_compare(prompt, config, before, after, number))
+        steps.done()
+    return _loss(source, result, result_config, prompts, divergences, before, after)
+
+
+class _Steps:
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+        self._total, self._progress, self._count = total, progress, 0
+
+    def done(self) -> None:
+        self._count += 1
+        self._progress(self._count, self._total)
+
+
+def _require_same_network(
+    source: Path, config: OneVisionConfig, result: Path, other: OneVisionConfig
+) -> None:
+    """Everything that is compared has to have the same shape in both."""
+    for name, one, two in (
+        ("vocabularies", config.text_config.vocab_size, other.text_config.vocab_size),
+        ("widths", config.text_config.hidden_size, other.text_config.hidden_size),
+        ("layers", config.text_config.num_hidden_layers, other.text_config.num_hidden_layers),
+        ("tower widths", config.vision_config.hidden_size, other.vision_config.hidden_size),
+        ("tower layers", config.feature_layers, other.feature_layers),
+        ("tiles", config.vision_config.image_size, other.vision_config.image_size),
+        ("patches", config.vision_config.patch_size, other.vision_config.patch_size),
+    ):
+        if one != two:
+            raise RequestError(
+                f"{result} is not a conversion of {source}: their {name} are {two} and {one}"
+            )
+
+
+def _prompts(
+    source: Path,
+    config: OneVisionConfig,
+    result: Path,
+    result_config: OneVisionConfig,
+    given: Sequence[Probe],
+) -> list[Prompt]:
+    """The probes as both folders' processors make them, which has to be the same."""
+    processor, other = (
+        Processor.from_folder(source, config),
+        Processor.from_folder(result, result_config),
+    )
+    prompts = []
+    for probe in given:
+        inputs, theirs = _inputs(processor, probe), _inputs(other, probe)
+        same = np.array_equal(inputs.input_ids, theirs.input_ids)
+        if not same or [m.key for m in inputs.media] != [m.key for m in theirs.media]:
+            raise CheckpointError(
+                f"{result} makes another prompt than {source} of the probe '{probe.name}'; "
+                "its tokenizer, template or preprocessor files differ"
+            )
+        prompts.append(Prompt(probe.name, inputs, is_text=bool(probe.text)))
+    return prompts
+
+
+def _inputs(processor: Processor, probe: Probe) -> Inputs:
+    if probe.text:
+        ids = processor.tokenizer.encode(probe.text)
+        return Inputs(np.array(ids, np.int32), (), probe.text)
+    return processor.prepare(probe.messages, **probe.options)
+
+
+def _compare(
+    prompt: Prompt, config: OneVisionConfig, before: Recording, after: Recording, number: int
+) -> Divergence:
+    """Both heads on both hidden states, so many positions at a time that the logits stay small."""
+    assert before.head is not None and after.head is not None
+    placeholders = (config.image_token_index, config.video_token_index)
+    positions = compared_positions(prompt.ids, placeholders)
+    following = prompt.ids[positions + 1]
+    rows = max(1, LOGITS // config.text_config.vocab_size)
+    pieces = []
+    for start in range(0, len(positions), rows):
+        chosen = slice(start, start + rows)
+        source = np.array(before.head(before.hidden[number][chosen]).astype(mx.float32))
+        result = np.array(after.head(after.hidden[number][chosen]).astype(mx.float32))
+        pieces.append(diverge(source, result, following[chosen]))
+    names = [field.name for field in dataclasses.fields(Divergence)]
+    return Divergence(*(np.concatenate([getattr(p, name) for p in pieces]) for name in names))
+
+
+def _loss(
+    source: Path,
+    result: Path,
+    config: OneVisionConfig,
+    prompts: Sequence[Prompt],
+    divergences: Sequence[Divergence],
+    before: Recording,
+    after: Recording,
+) -> Loss:
+    pairs = list(zip(prompts, divergences, strict=True))
+    texts = [d for prompt, d in pairs if prompt.is_text]
+    conversations = [d for prompt, d in pairs if not prompt.is_text]
+    cosine = _cosines(before, after)
+    weights, source_weights = _weights_bytes(result), _weights_bytes(source)
+    itemsize = 4 if config.dtype == "float32" else 2  # as it is used, not as it was measured
+    return Loss(
+        source=str(source),
+        result=str(result),
+        dtype=str(after.hidden[0].dtype).rpartition(".")[2],
+        version=VERSION,
+        all=_figures("all", divergences),
+        conversations=_figures("conversations", conversations) if conversations else None,
+        texts=_figures("texts", texts) if texts else None,
+        tower_cosine_mean=float(cosine.mean()) if len(cosine) else None,
+        tower_cosine_min=float(cosine.min()) if len(cosine) else None,
+        source_perplexity=_perplexity([d.source_loss for d in texts]),
+        result_perplexity=_perplexity([d.result_loss for d in texts]),
+        bits_per_weight=8 * weights / before.values,
+        weights_bytes=weights,
+        source_weights_bytes=source_weights,
+        disk_bytes=sum(path.stat().st_size for path in result.iterdir() if path.is_file()),
+        memory=footprint(config, weights, itemsize=itemsize),
+        layers=_layers(before, after),
+        probes=tuple(_figures(prompt.name, [d]) for prompt, d in pairs),
+    )
+
+
+def _figures(name: str, divergences: Sequence[Divergence]) -> Figures:
+    kl = np.concatenate([d.kl for d in divergences])
+    same = np.concatenate([d.same for d in divergences])
+    return Figures(
+        name,
+        len(kl),
+        float(kl.mean()),
+        float(np.percentile(kl, 99)),
+        float(kl.max()),
+        float(same.mean()),
+    )
+
+
+def _perplexity(losses: Sequence[Numbers]) -> float | None:
+    return float(np.exp(np.concatenate(losses).mean())) if losses else None
+
+
+def _cosines(before: Recording, after: Recording) -> Numbers:
+    """One for each patch of each tile; exactly 1 where the features are equal."""
+    found = []
+    for one, other in zip(before.features, after.features, strict=True):
+        a, b = (np.array(rows.astype(mx.float32)).astype(np.float64) for rows in (one, other))
+        cosine = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+        found.append(np.where((a == b).all(-1), 1.0, cosine).reshape(-1))
+    return np.concatenate(found) if found else np.empty(0)
+
+
+def _layers(before: Recording, after: Recording) -> tuple[LayerLoss, ...]:
+    layers = []
+    for place, rows in before.layers.items():
+        errors = []
+        for one, other in zip(rows, after.layers[place], strict=True):
+            source, result = one.astype(np.float64), other.astype(np.float64)
+            size = np.linalg.norm(source, axis=-1)
+            errors.append(np.linalg.norm(result - source, axis=-1) / np.maximum(size, 1e-30))
+        part, _, number = place.partition(".")
+        error = float(np.concatenate(errors).mean()) if errors else 0.0
+        layers.append((part, int(number or 0), error))
+    order = ("tower", "projector", "language")
+    layers.sort(key=lambda layer: (order.index(layer[0]), layer[1]))
+    return tuple(LayerLoss(*layer) for layer in layers)
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(tensor.stop - tensor.start for tensor in read_weights(folder).values())

@@ -1,0 +1,118 @@
+"""Losses as tables for people: aligned plain text, and the same figures for a model card."""
+
+from collections.abc import Sequence
+
+from mlx_onevision.convert.figures import Figures, Loss
+
+Row = tuple[str, ...]
+
+
+def table(loss: Loss) -> str:
+    """One loss: its figures, and the error after every layer."""
+    figures = [f for f in (loss.all, loss.conversations, loss.texts) if f is not None]
+    head = ("", "positions", "KL mean", "KL 99 %", "KL max", "same top token")
+    blocks = [
+        _aligned([head, *(_figures_row(f) for f in figures)]),
+        "KL divergence in nats a position, of the next-token distribution from the source's.",
+        _aligned(_facts(loss), right=False),
+        _aligned([("layer", "relative error"), *_layer_rows(loss)]),
+        "Errors accumulate: each layer is fed what the layers below it gave.",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def comparison(losses: Sequence[tuple[str, Loss]]) -> str:
+    """Several recipes beside each other, by their names."""
+    head = ("recipe", "bits a weight", "weights", "KL mean", "KL 99 %", "same top token", "memory")
+    rows = [
+        (
+            name,
+            f"{loss.bits_per_weight:.2f}",
+            gigabytes(loss.weights_bytes),
+            _small(loss.all.kl_mean),
+            _small(loss.all.kl_p99),
+            f"{loss.all.top1_agreement:.2%}",
+            gigabytes(loss.memory.total),
+        )
+        for name, loss in losses
+    ]
+    return _aligned([head, *rows]) + "\n"
+
+
+def gigabytes(size: int) -> str:
+    """Decimal units, as disks are sold and as memory of models is spoken of."""
+    for unit, bytes_each in (("GB", 10**9), ("MB", 10**6)):
+        if size >= bytes_each:
+            value = size / bytes_each
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{size / 1000:.1f} kB"
+
+
+def _figures_row(figures: Figures) -> Row:
+    return (
+        figures.name,
+        str(figures.positions),
+        _small(figures.kl_mean),
+        _small(figures.kl_p99),
+        _small(figures.kl_max),
+        f"{figures.top1_agreement:.2%}",
+    )
+
+
+def _facts(loss: Loss) -> list[Row]:
+    rows = [
+        ("bits a weight", f"{loss.bits_per_weight:.2f}"),
+        (
+            "weights",
+            f"{gigabytes(loss.weights_bytes)} (source {gigabytes(loss.source_weights_bytes)})",
+        ),
+        ("on disk", gigabytes(loss.disk_bytes)),
+        (
+            "memory, estimated",
+            f"{gigabytes(loss.memory.total)} at {loss.memory.tokens} tokens, one image of 10 tiles",
+        ),
+    ]
+    if loss.tower_cosine_mean is not None and loss.tower_cosine_min is not None:
+        rows.append(
+            (
+                "cosine of tower features",
+                f"{loss.tower_cosine_mean:.6f} mean, {loss.tower_cosine_min:.6f} least",
+            )
+        )
+    if loss.perplexity_ratio is not None:
+        ratio = f"{loss.perplexity_ratio:.4f}"
+        rows.append(
+            (
+                "perplexity of texts",
+                f"{ratio} times the source's ({loss.source_perplexity:.4g} to "
+                f"{loss.result_perplexity:.4g})",
+            )
+        )
+    rows.append(("computed in", loss.dtype))
+    return rows
+
+
+def _layer_rows(loss: Loss) -> list[Row]:
+    return [
+        (f"{layer.part} {layer.number}".removesuffix("projector 0") or "projector", error)
+        for layer, error in ((layer, f"{layer.error:.2%}") for layer in loss.layers)
+    ]
+
+
+def _small(value: float) -> str:
+    """Divergences span many powers of ten, so three digits of each."""
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+def _aligned(rows: Sequence[Row], right: bool = True) -> str:
+    """Columns two spaces apart; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [
+            cell.rjust(width) if right else cell
+            for cell, width in zip(others, widths[1:], strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,189 @@
+"""Losses as pictures: over the layers of one model, and over the sizes of several.
+
+matplotlib is an extra. Nothing of its global state is touched: no window, no current figure.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mlx_onevision.convert.figures import Loss
+from mlx_onevision.errors import RequestError
+
+Theme = Literal["light", "dark"]
+THEMES: dict[str, dict[str, str]] = {
+    "light": {"ground": "#ffffff", "ink": "#1f2328", "faint": "#d0d7de"},
+    "dark": {"ground": "#0d1117", "ink": "#e6edf3", "faint": "#30363d"},
+}
+# Told apart in grey, too, and by people who do not see red or green; the lines differ in their
+# marks besides.
+COLOURS = {
+    "light": {"tower": "#0969da", "projector": "#bc4c00", "language": "#6639ba"},
+    "dark": {"tower": "#58a6ff", "projector": "#f0883e", "language": "#bc8cff"},
+}
+MARKS = {"tower": "o", "projector": "D", "language": "s"}
+SUFFIXES = (".png", ".svg", ".pdf")
+INCHES, DOTS = (7.2, 4.4), 150
+
+
+def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
+    """The relative error after every layer, from the tower's first to the language model's last.
+
+    path : a .png, .svg or .pdf file.
+
+    Raises:
+        RequestError: when matplotlib is not installed, or for another kind of file.
+    """
+    figure, axes = _figure(path, theme)
+    colours = COLOURS[theme]
+    position, ticks, names = 0, [], []
+    for part in ("tower", "projector", "language"):
+        layers = [layer for layer in loss.layers if layer.part == part]
+        if not layers:
+            continue
+        places = range(position, position + len(layers))
+        # An error of nothing at all has no place on a logarithmic axis.
+        errors = [100 * layer.error or float("nan") for layer in layers]
+        axes.plot(places, errors, color=colours[part], marker=MARKS[part], markersize=4, label=part)
+        step = next(
+            n for n in (1, 2, 5, 10, 20, 50, len(loss.layers)) if n * 14 >= len(loss.layers)
+        )
+        for place, layer in zip(places, layers, strict=True):
+            if part == "projector" or layer.number % step == 0:
+                ticks.append(place)
+                names.append("P" if part == "projector" else str(layer.number))
+        position += len(layers) + 1
+    axes.set_xticks(ticks, names)
+    axes.set_xlabel("layer (P: the projector)")
+    axes.set_ylabel("relative error of hidden states, %")
+    axes.set_title(f"Loss per layer at {loss.bits_per_weight:.2f} bits a weight", fontsize=11)
+    if any(layer.error for layer in loss.layers):
+        _logarithmic(axes.set_yscale, axes.yaxis)
+    else:
+        axes.set_ylim(-1, 1)
+        axes.text(0.5, 0.6, "no error at any layer", ha="center", transform=axes.transAxes)
+    _legend(axes, theme)
+    _save(figure, path)
+
+
+def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = "light") -> None:
+    """What quality costs: mean KL divergence over the size of the weights, a point a recipe.
+
+    losses : each with its recipe's name, all measured against one source.
+    path : a .png, .svg or .pdf file.
+
+    Raises:
+        RequestError: when matplotlib is not installed, for another kind of file, or for no losses.
+    """
+    if not losses:
+        raise RequestError("there are no losses to compare; measure at least one recipe")
+    figure, axes = _figure(path, theme)
+    colours = COLOURS[theme]
+    ordered = sorted(losses, key=lambda entry: (entry[1].weights_bytes, entry[1].all.kl_mean))
+    largest = ordered[-1][1].weights_bytes
+    unit, scale = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+    sizes = [loss.weights_bytes / scale for _, loss in ordered]
+    # A loss of nothing at all has no place on a logarithmic axis; it is left to the table.
+    found = [loss.all.kl_mean or float("nan") for _, loss in ordered]
+    best = _frontier(found)
+    axes.plot(
+        [sizes[n] for n in best],
+        [found[n] for n in best],
+        color=colours["tower"],
+        marker="o",
+        label="the best of its size",
+    )
+    others = [n for n in range(len(ordered)) if n not in best]
+    if others:
+        axes.plot(
+            [sizes[n] for n in others],
+            [found[n] for n in others],
+            color=colours["projector"],
+            marker="D",
+            linestyle="none",
+            label="a smaller one is better",
+        )
+    middle = (sizes[0] + sizes[-1]) / 2
+    for (name, _), size, kl in zip(ordered, sizes, found, strict=True):
+        right = size <= middle  # of the point, or else to its left, so that names stay inside
+        axes.annotate(
+            name,
+            (size, kl),
+            xytext=(7 if right else -7, 7 if right else -3),
+            textcoords="offset points",
+            horizontalalignment="left" if right else "right",
+            verticalalignment="bottom" if right else "top",
+            fontsize=9,
+        )
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel(f"weights, {unit}")
+    axes.set_ylabel("mean KL divergence, nats a position")
+    axes.set_title("Size and quality of recipes", fontsize=11)
+    if any(loss.all.kl_mean for _, loss in ordered):
+        _logarithmic(axes.set_yscale, axes.yaxis)
+    _legend(axes, theme)
+    _save(figure, path)
+
+
+def _frontier(found: Sequence[float]) -> list[int]:
+    """Of points in the order of their size, those with less loss than every smaller one."""
+    best: list[int] = []
+    least = float("inf")
+    for number, value in enumerate(found):
+        if value < least:
+            best.append(number)
+            least = value
+    return best
+
+
+def _figure(path: Path, theme: Theme) -> tuple[Any, Any]:
+    if path.suffix.lower() not in SUFFIXES:
+        raise RequestError(
+            f"{path.name} is no name for a plot; it ends in {', '.join(SUFFIXES[:-1])} or "
+            f"{SUFFIXES[-1]}"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RequestError(
+            "plots need matplotlib, which is not installed; pip install 'mlx-onevision[plot]'"
+        ) from None
+    colours = THEMES[theme]
+    figure = Figure(figsize=INCHES, layout="constrained", facecolor=colours["ground"])
+    axes = figure.subplots()
+    axes.set_facecolor(colours["ground"])
+    axes.grid(True, color=colours["faint"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=colours["ink"])
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(colours["ink"])
+    return figure, axes
+
+
+def _logarithmic(set_scale: Any, axis: Any) -> None:
+    """Powers of ten over a wide range; 1, 2 and 5 of each over a narrow one."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    set_scale("log")
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=20))
+    axis.set_minor_formatter(NullFormatter())
+    if low >= 1e-3 and high < 1e4:
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _legend(axes: Any, theme: Theme) -> None:
+    ink = THEMES[theme]["ink"]
+    legend = axes.legend(frameon=False, fontsize=9)
+    texts = [*legend.get_texts(), *axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+    for text in texts:
+        text.set_color(ink)
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=DOTS, facecolor=figure.get_facecolor())
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None

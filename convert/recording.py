@@ -1,0 +1,247 @@
+"""One pass of a folder's model over the probes, and what is kept of it: little enough that the next
+model has the memory for itself.
+
+Kept are final hidden states, from which the head makes the distributions again, the tower's
+features, and a sample of what every layer gives. The model runs as it runs for anyone: through the
+runner, in groups of tiles and chunks of tokens that fit the memory budget.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.checkpoint import Checkpoint, load_checkpoint
+from mlx_onevision.errors import CheckpointError
+from mlx_onevision.memory import Budget
+from mlx_onevision.model import OneVision
+from mlx_onevision.processor import Inputs
+from mlx_onevision.runner import Counters, Runner
+
+# Longest answer that the source gives to a probe; both models are compared on every token of it.
+ANSWER = 24
+# Of what a layer gives, rows kept of each chunk of tokens and of each tile.
+SAMPLED_TOKENS, SAMPLED_PATCHES = 16, 8
+
+Check = Callable[..., None]
+Rows = NDArray[np.float32]
+Head = Callable[[mx.array], mx.array]
+
+
+@dataclass
+class Prompt:
+    """One probe as ids; what the source answers is put behind ``inputs`` once it has."""
+
+    name: str
+    inputs: Inputs
+    is_text: bool
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        return np.concatenate([self.inputs.input_ids, np.array(self.answer, np.int32)])
+
+
+@dataclass
+class Recording:
+    """What one model made of the prompts.
+
+    hidden : for each prompt the final hidden states (positions, D) of :func:`compared_positions`,
+        in the type that the model computes in.
+    features : the tower's features (tiles, patches, width), a group of tiles each.
+    layers : rows that each layer gave, by the name of its place.
+    head : makes logits of hidden states.
+    """
+
+    hidden: list[mx.array] = field(default_factory=list)
+    features: list[mx.array] = field(default_factory=list)
+    layers: dict[str, list[Rows]] = field(default_factory=dict)
+    head: Head | None = None
+    budget: Budget | None = None
+    values: int = 0
+
+
+def record(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    *,
+    answering: bool,
+    dtype: str | None,
+    budget: Budget | None,
+    check: Check,
+    done: Callable[[], None],
+) -> Recording:
+    """Loads a folder's model, lets it read the prompts, and lets it go.
+
+    answering : whether the model first answers the prompts that are no texts.
+    budget : steps of another size than the runner would plan, so that two models take the same.
+    check : called between steps; ends the pass by raising.
+    done : called after each prompt.
+    """
+    runner = Runner(load_checkpoint(folder, dtype=dtype))
+    model = runner.model
+    if budget is not None:
+        model.budget = budget
+    recording = Recording(head=_head(model), budget=model.budget, values=count_values(model))
+    for prompt in prompts:
+        check()
+        recording.hidden.append(_read(runner, prompt, recording, answering, check))
+        done()
+    return recording
+
+
+def compared_positions(ids: NDArray[np.int32], placeholders: Sequence[int]) -> NDArray[np.intp]:
+    """The positions whose next-token distributions count: all but the last, which nothing follows,
+    and those of media.
+
+    What a media row predicts was never trained and is never read, so it says nothing about answers;
+    and there are a hundred such rows to each word.
+    """
+    return np.flatnonzero(~np.isin(ids[:-1], placeholders))
+
+
+def count_values(model: OneVision) -> int:
+    """How many numbers the weights stand for, packed or not."""
+    total = 0
+    for _, module in model.named_modules():
+        packed = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        for name, value in module.items():
+            if not isinstance(value, mx.array) or (packed and name in ("scales", "biases")):
+                continue
+            total += value.size * 32 // module.bits if packed and name == "weight" else value.size
+    return total
+
+
+def _read(
+    runner: Runner, prompt: Prompt, recording: Recording, answering: bool, check: Check
+) -> mx.array:
+    """Final hidden states of the compared positions."""
+    from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
+    model = runner.model
+    ids, keys = runner.virtual_ids(prompt.inputs)
+    cache = make_prompt_cache(model)
+    with model.bank.in_use(keys):
+        with _tapped(model, recording):
+            runner.fill_bank(prompt.inputs, ids, 0, Counters(), check)
+            states = _forward(model, ids, cache, check)
+        if answering and not prompt.is_text:
+            prompt.answer = _answer(runner.checkpoint, ids, cache, check)
+            trim_prompt_cache(cache, cache[0].offset - (len(ids) - 1))
+        elif prompt.answer:
+            trim_prompt_cache(cache, 1)
+        if prompt.answer:
+            # The last id of the prompt is read again with the answer, which then is one step.
+            with _tapped(model, recording):
+                rest = _forward(model, [ids[-1], *prompt.answer], cache, check)
+            states = mx.concatenate([states[:-1], rest])
+    config = model.config
+    placeholders = (config.image_token_index, config.video_token_index)
+    kept = states[mx.array(compared_positions(prompt.ids, placeholders))]
+    mx.eval(kept)
+    if not mx.isfinite(kept).all():
+        raise CheckpointError(
+            f"{runner.checkpoint.path} computes values that are no finite numbers on the probe "
+            f"'{prompt.name}'; its weights are damaged or their type is too narrow"
+        )
+    return kept
+
+
+def _forward(model: OneVision, ids: Sequence[int], cache: list[Any], check: Check) -> mx.array:
+    """Final hidden states (len(ids), D), read in chunks."""
+    states = []
+    for start in range(0, len(ids), model.budget.chunk):
+        check()
+        h = model.embed(mx.array([ids[start : start + model.budget.chunk]], mx.int32))
+        states.append(model.language_model(h, cache, model.budget.interval)[0])
+        mx.eval(states[-1], [layer.state for layer in cache])
+    return mx.concatenate(states)
+
+
+def _answer(
+    checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any], check: Check
+) -> list[int]:
+    """The model's likeliest tokens after a prompt that is in the cache, an end-of-text token
+    included.
+    """
+    from mlx_lm.models.cache import trim_prompt_cache
+
+    model = checkpoint.model
+    trim_prompt_cache(cache, 1)
+    token, answer = ids[-1], []
+    with model.decoding():
+        while len(answer) < ANSWER:
+            check()
+            # The prompt's last id may stand for a medium, but a chat template never ends so.
+            token = int(model(mx.array([[token]], mx.int32), cache)[0, -1].argmax())
+            answer.append(token)
+            if token in checkpoint.generation_defaults.eos_token_ids:
+                break
+    return answer
+
+
+def _head(model: OneVision) -> Head:
+    """The head alone: holding it holds none of the other weights."""
+    if model.config.tie_word_embeddings:
+        return model.language_model.embed_tokens.as_linear
+    return model.lm_head
+
+
+class _Tap(nn.Module):
+    """A layer that also hands what it gives to ``keep``."""
+
+    def __init__(self, layer: nn.Module, keep: Callable[[mx.array, mx.array], None]) -> None:
+        super().__init__()
+        self._layer, self._keep = layer, keep
+
+    def __call__(self, x: mx.array, *others: Any) -> mx.array:
+        y = self._layer(x, *others)
+        self._keep(x, y)
+        return y
+
+
+@contextmanager
+def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
+    """While it lasts, what layers give goes into the recording, too."""
+    # Any: a tap stands where the network declares its layers' own classes.
+    network: Any = model
+    tower, language = network.vision_tower.encoder, network.language_model
+    before = tower.layers, network.multi_modal_projector, language.layers
+
+    def sampled(place: str, most: int) -> Callable[[mx.array, mx.array], None]:
+        rows = recording.layers.setdefault(place, [])
+
+        def keep(_: mx.array, given: mx.array) -> None:
+            step = max(1, given.shape[1] // most)
+            chosen = given[:, step // 2 :: step][:, :most]
+            rows.append(np.array(chosen.astype(mx.float32)).reshape(-1, given.shape[-1]))
+
+        return keep
+
+    projected = sampled("projector", SAMPLED_PATCHES)
+
+    def keep_features(features: mx.array, given: mx.array) -> None:
+        mx.eval(features)
+        recording.features.append(features)
+        projected(features, given)
+
+    used = max(model.config.feature_layers)
+    tower.layers = [
+        _Tap(layer, sampled(f"tower.{n}", SAMPLED_PATCHES)) if n < used else layer
+        for n, layer in enumerate(tower.layers)
+    ]
+    network.multi_modal_projector = _Tap(network.multi_modal_projector, keep_features)
+    language.layers = [
+        _Tap(layer, sampled(f"language.{n}", SAMPLED_TOKENS))
+        for n, layer in enumerate(language.layers)
+    ]
+    try:
+        yield
+    finally:
+        tower.layers, network.multi_modal_projector, language.layers = before
