@@ -5,9 +5,11 @@ The doors do not know each other, so this is the one place that knows them all.
 
 from mlx_onevision.cli import cli, debug_option, main
 from mlx_onevision.convert.command import convert
+from mlx_onevision.plugins.hosts.http.command import serve
 
-debug_option(convert)
-cli.add_command(convert)
+for command in (convert, serve):
+    debug_option(command)
+    cli.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,1 @@
+"""Doors that put a backend behind a protocol of others."""

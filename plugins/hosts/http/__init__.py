@@ -1,0 +1,1 @@
+"""A backend behind HTTP, as OpenAI's clients speak it. Needs the extra ``server``."""

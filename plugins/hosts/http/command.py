@@ -1,0 +1,143 @@
+"""``mlx-onevision serve``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import click
+
+from mlx_onevision.errors import RequestError
+
+API_KEY = "MLX_ONEVISION_API_KEY"
+
+
+@click.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
+)
+@click.option("--name", metavar="NAME", help="What clients call the model. Default: its own name.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; others need a token."
+)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--allow-host", "names", multiple=True, metavar="NAME", help="A further name of this server."
+)
+@click.option(
+    "--api-key",
+    envvar=API_KEY,
+    metavar="TOKEN",
+    help=f"Required of every request; better given as {API_KEY}. With --host one is made up.",
+)
+@click.option(
+    "--media-root",
+    "folders",
+    multiple=True,
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False),
+    help="Requests may name files below it. Default: none.",
+)
+@click.option(
+    "--allow-media-host",
+    "media_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Requests may name addresses of this host. Default: none.",
+)
+@click.option(
+    "--concurrent", default=8, show_default=True, type=click.IntRange(1), help="Requests at once."
+)
+@click.option(
+    "--waiting", default=8, show_default=True, type=click.IntRange(0), help="Requests in line."
+)
+@click.option(
+    "--max-tokens",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Of one answer, at most.",
+)
+@click.option(
+    "--timeout", default=300.0, show_default=True, metavar="S", help="Seconds for one request."
+)
+@click.option(
+    "--keep-alive", type=float, metavar="S", help="Free the model after S seconds without requests."
+)
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Compute in this type. Default: the checkpoint's.",
+)
+def serve(
+    model: str | None,
+    name: str | None,
+    host: str,
+    port: int,
+    names: tuple[str, ...],
+    api_key: str | None,
+    folders: tuple[str, ...],
+    media_hosts: tuple[str, ...],
+    concurrent: int,
+    waiting: int,
+    max_tokens: int,
+    timeout: float,
+    keep_alive: float | None,
+    revision: str | None,
+    dtype: str | None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients speak it.
+
+    Only programs on this machine reach it, pictures come with the requests, and no web page can
+    speak to it. Ctrl-C ends it.
+
+    \b
+    mlx-onevision serve --model 7b
+    mlx-onevision serve --model 7b --media-root ~/Pictures --port 8080
+    MLX_ONEVISION_API_KEY=… mlx-onevision serve --host 0.0.0.0
+    """
+    if any(find_spec(module) is None for module in ("starlette", "uvicorn", "pydantic")):
+        raise RequestError(
+            "serve needs what comes with the extra server; pip install 'mlx-onevision[server]'"
+        )
+    if model is None:
+        click.echo(
+            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
+        )
+
+    from mlx_onevision.plugins.errors import PluginError
+    from mlx_onevision.plugins.hosts.http import running
+    from mlx_onevision.plugins.hosts.http.app import create_app
+    from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
+    from mlx_onevision.plugins.onevision import open_engine
+    from mlx_onevision.plugins.policy import MediaPolicy
+    from mlx_onevision.plugins.service import Limits
+
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
+        raise click.UsageError("--api-key has to be printable ASCII")
+    try:
+        made = api_key is None and not is_loopback(host)
+        token = running.new_token() if made else api_key
+        settings = ServerSettings(host=host, names=names, token=token, model=name)
+        with running.listening(settings, port) as listening:
+            backend = open_engine(
+                "demo" if model is None else model,
+                revision=revision,
+                dtype=dtype,
+                policy=MediaPolicy(folders=folders, hosts=media_hosts),
+                limits=Limits(concurrent, waiting, timeout, max_tokens, keep_alive),
+            )
+            with backend:
+                app = create_app(backend, settings)
+                if made and token is not None:
+                    file = running.token_file()
+                    running.keep_token(token, file)
+                    click.echo(f"The token for requests is in {file}", err=True)
+                shown = f"[{host}]" if ":" in host else host
+                number = listening.getsockname()[1]
+                click.echo(f"Serving at http://{shown}:{number}/v1 (Ctrl-C ends)", err=True)
+                running.server(app, settings).run(sockets=[listening])
+    except PluginError as error:
+        raise RequestError(str(error)) from error

@@ -1,0 +1,105 @@
+"""Who may speak to the server, looked at before anything of a request is read.
+
+A web page can send requests to this machine from its visitor's browser, and with a name that it
+points here (DNS rebinding) read the answers, too. So the name that a request calls the server by
+has to be the server's own; a request that another page sent says so in ``Origin`` and is refused;
+and no header ever allows a page to read an answer.
+"""
+
+import hmac
+import ipaddress
+import re
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mlx_onevision.plugins.hosts.http.faults import HTTPFault
+from mlx_onevision.plugins.hosts.http.settings import WILDCARDS, ServerSettings
+
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
+
+
+class Guards:
+    """Around the application: Host, Origin, token, content type and announced length."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app, self._settings = app, settings
+        self._any_address = settings.host in WILDCARDS
+        named = (settings.host, *settings.names, "127.0.0.1", "localhost", "::1")
+        self._names = {_plain(name) for name in named if name not in WILDCARDS}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # no lifespan, no web sockets
+        headers: dict[bytes, list[bytes]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.lower(), []).append(value)
+        try:
+            self._check(scope["method"], headers)
+        except HTTPFault as fault:
+            extra = {"Connection": "close"}  # what else it sends is not read
+            if fault.status == 401:
+                extra["WWW-Authenticate"] = "Bearer"
+            await fault.response(extra)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, method: str, headers: dict[bytes, list[bytes]]) -> None:
+        hosts = headers.get(b"host", [])
+        if len(hosts) != 1 or not self._is_named(hosts[0]):
+            raise HTTPFault(421, "the Host header does not name this server", "misdirected")
+        for origin in headers.get(b"origin", []):
+            # Its own page may speak to it; the host that it names was checked above.
+            if origin.lower() != b"http://" + hosts[0].lower():
+                raise HTTPFault(403, "requests from other pages are refused", "forbidden_origin")
+        if self._settings.token is not None:
+            given = headers.get(b"authorization", [])
+            wanted = b"bearer " + self._settings.token.encode()
+            good = len(given) == 1 and hmac.compare_digest(_lower_scheme(given[0]), wanted)
+            if not good:
+                raise HTTPFault(
+                    401,
+                    "the token is missing or wrong; send it as Authorization: Bearer",
+                    "invalid_api_key",
+                )
+        if method in ("POST", "PUT", "PATCH"):
+            self._check_body(headers)
+
+    def _check_body(self, headers: dict[bytes, list[bytes]]) -> None:
+        kinds = headers.get(b"content-type", [])
+        if len(kinds) != 1 or kinds[0].partition(b";")[0].strip().lower() != b"application/json":
+            raise HTTPFault(415, "the body has to be sent as application/json", "bad_request")
+        if headers.get(b"content-encoding", [b"identity"]) != [b"identity"]:
+            raise HTTPFault(415, "the body must not be compressed", "bad_request")
+        length = headers.get(b"content-length", [b"0"])[-1]
+        if length.isdigit() and (len(length) > 15 or int(length) > self._settings.body):
+            raise too_much(self._settings)
+
+    def _is_named(self, host: bytes) -> bool:
+        found = _HOST.fullmatch(host.decode("latin-1"))
+        if found is None or int(found[2] or 0) > 65535:
+            return False
+        name = _plain(found[1])
+        return name in self._names or (self._any_address and _is_address(name))
+
+
+def too_much(settings: ServerSettings) -> HTTPFault:
+    """The refusal of a body that is too long."""
+    most = settings.body / 2**20
+    return HTTPFault(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
+
+
+def _lower_scheme(value: bytes) -> bytes:
+    scheme, space, token = value.partition(b" ")
+    return scheme.lower() + space + token
+
+
+def _plain(name: str) -> str:
+    return name.strip("[]").lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,30 @@
+"""``POST /v1/video/describe``: the contract's events, as server-sent ones of the same names."""
+
+from collections.abc import Iterator
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.events import ErrorEvent, Event
+from mlx_onevision.plugins.hosts.http import conversation, streaming
+from mlx_onevision.plugins.hosts.http.faults import without_places
+from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
+from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
+
+
+def endpoint(serving: Serving) -> Endpoint:
+    async def describe(request: Request) -> Response:
+        asked = await serving.reader.read(request, VideoRequest)
+        conversation.check_model(asked.model, serving.model)
+        stream = serving.backend.describe_video(conversation.film(asked))
+        return streaming.SentEvents(stream, _written, serving.settings.silence)
+
+    return describe
+
+
+def _written(event: Event) -> Iterator[bytes]:
+    if isinstance(event, ErrorEvent):
+        plain = PluginError(event.code, without_places(event.message), without_places(event.hint))
+        event = ErrorEvent.of(plain)
+    yield streaming.line(event.to_dict(), event.discriminator)

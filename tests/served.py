@@ -1,0 +1,117 @@
+"""A server of the tests: the real one, on a free port of this machine, in a thread."""
+
+import base64
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_onevision.plugins.hosts.http import running
+from mlx_onevision.plugins.hosts.http.app import create_app
+from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.interface import Backend
+
+JSON = {"Content-Type": "application/json"}
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def data_uri(name: str, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(EXAMPLES.joinpath(name).read_bytes()).decode()}"
+
+
+PICTURE = data_uri("shapes.png", "image/png")
+FILM = data_uri("circle.mp4", "video/mp4")
+
+
+def image(url: Any = PICTURE) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+
+
+def video(url: Any = FILM) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    seconds: float
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[Any]:
+        """What the data lines hold, the comments left out."""
+        lines = [line[6:] for line in self.body.decode().splitlines() if line.startswith("data: ")]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True)
+class Client:
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def begin(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> http.client.HTTPConnection:
+        """A request that is sent and whose answer is not waited for."""
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request(method, path, data, {**(JSON if data else {}), **(headers or {})})
+        return connection
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Reply:
+        began = time.monotonic()
+        connection = self.begin(method, path, body, headers)
+        try:
+            answer = connection.getresponse()
+            data = answer.read()
+            took = time.monotonic() - began
+            return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, data, took)
+        finally:
+            connection.close()
+
+    def chat(self, content: Any = "hi", **fields: Any) -> Reply:
+        body = {"messages": [{"role": "user", "content": content}], **fields}
+        return self.ask("POST", "/v1/chat/completions", body)
+
+
+@contextmanager
+def serving(backend: Backend, settings: ServerSettings | None = None) -> Iterator[Client]:
+    settings = settings or ServerSettings()
+    with backend, running.listening(settings, 0) as listening:
+        server = running.server(create_app(backend, settings), settings)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            yield Client(listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def wait_for(condition: Any, seconds: float = 10.0) -> None:
+    """Until something holds; fails when it does not come to."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to hold"
+        time.sleep(0.005)
