@@ -113,7 +113,8 @@ def choose(times: Sequence[float], length: float, options: FrameOptions, default
         return [window[i] for i in uniform(len(window), options.num_frames or default)]
     begin = times[window[0]]
     finish = times[window[-1] + 1] if window[-1] + 1 < len(times) else length
-    wanted = max(1, int((finish - begin) * options.fps + _INSTANT))
+    # No more than there are, which may be less than a float holds.
+    wanted = max(1, int(min((finish - begin) * options.fps + _INSTANT, len(window))))
     if wanted >= len(window):
         return list(window)
     step = (finish - begin) / len(window)

@@ -45,6 +45,7 @@ def test_a_rate_is_the_references_where_frames_are_evenly_spaced(
 def test_a_clock_of_whole_milliseconds_changes_nothing() -> None:
     times = [round(index * 1000 / 30) / 1000 for index in range(90)]
     assert choose(times, 3.0, FrameOptions(fps=10), DEFAULT) == list(range(0, 90, 3))
+    assert choose(times, 3.0, FrameOptions(fps=1e308), DEFAULT) == list(range(90))
 
 
 def test_without_options_the_default_number_is_taken() -> None:

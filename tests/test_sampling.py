@@ -38,6 +38,13 @@ def test_no_temperature_is_greedy() -> None:
     assert choose(mx.array([[0.1, 0.7, 0.2]])).item() == 1
 
 
+@pytest.mark.parametrize("least", [{"temperature": 1e-300}, {"temperature": 1.0, "top_p": 1e-300}])
+def test_next_to_no_choice_is_greedy(least: dict[str, Any]) -> None:
+    choose = Sampling(**least, seed=0).sampler()
+    logprobs = mx.log(mx.array([[0.1, 0.7, 0.2]]))
+    assert {choose(logprobs).item() for _ in range(20)} == {1}
+
+
 def test_a_seed_repeats_the_draws() -> None:
     def draws(seed: int | None) -> list[int]:
         choose = Sampling(temperature=1.0, seed=seed).sampler()
