@@ -8,7 +8,6 @@ from typing import Any
 
 from mlx_onevision.errors import RequestError
 
-
 GREEDY = 1e-5
 
 
@@ -59,7 +58,7 @@ class Sampling:
         import mlx.core as mx
         from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler
 
-        # So little temperature or mass leaves the likeliest token alone, and float32 no room to say so.
+        # So little leaves the likeliest token alone, and float32 has no room to say so.
         if self.temperature < GREEDY or self.top_p < GREEDY:
             return greedy_sampler
         key = mx.random.key(secrets.randbits(64) if self.seed is None else self.seed)
