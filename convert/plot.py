@@ -136,6 +136,18 @@ def _frontier(found: Sequence[float]) -> list[int]:
     return best
 
 
+def require_plot(path: Path) -> None:
+    """Refuses what could not be drawn, before anything is measured.
+
+    Raises:
+        RequestError: when matplotlib is not installed, for another kind of file, or where there is
+            no folder for it.
+    """
+    _figure(path, "light")
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+
+
 def _figure(path: Path, theme: Theme) -> tuple[Any, Any]:
     if path.suffix.lower() not in SUFFIXES:
         raise RequestError(
@@ -183,7 +195,11 @@ def _legend(axes: Any, theme: Theme) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
+    drawn = path.with_name(f".{path.stem}.drawing{path.suffix}")  # the old one stays until then
     try:
-        figure.savefig(path, dpi=DOTS, facecolor=figure.get_facecolor())
+        figure.savefig(drawn, dpi=DOTS, facecolor=figure.get_facecolor())
+        drawn.replace(path)
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        drawn.unlink(missing_ok=True)
