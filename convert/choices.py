@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# What --compare decides by itself, or has no use for.
+WRITING = ("quantize", "q_bits", "q_mode", "recipe", "rules", "method", "dequantize")
+WRITING += ("overwrite", "dry_run", "upload_repo")
 BITS = ("2", "3", "4", "5", "6", "8")
 
 
@@ -53,6 +56,7 @@ def recipe_of(
     quantize_vision: str | None,
     recipe: str | None,
     rules: Path | None,
+    method: str | None = None,
     **_: Any,
 ) -> Recipe | None:
     """The recipe that the options ask for; None where they ask for none."""
@@ -70,12 +74,23 @@ def recipe_of(
     default = recipes.VISION_BITS if quantize_vision is None else vision
     if recipe is not None:
         return recipes.mixed(recipe, group, default)
-    if quantize or q_bits or q_group_size or q_mode:
+    if quantize or q_bits or q_group_size or q_mode or method:
         bits = int(q_bits) if q_bits else None
-        return recipes.uniform(bits, group, q_mode or "affine", default)
+        made = recipes.uniform(bits, group, q_mode or "affine", default)
+        return made if method is None else _calibrated(made, method)
     if vision is not None:
         return recipes.Recipe(f"vision-{vision}-bit", None, recipes.vision_packing(vision))
     return None
+
+
+def _calibrated(recipe: Recipe, method: str) -> Recipe:
+    from dataclasses import replace
+
+    from mlx_onevision.convert.calibrated import require_packing
+
+    assert recipe.language is not None
+    require_packing(method, recipe.language)
+    return replace(recipe, name=f"{method}-{recipe.name}")
 
 
 def require_usage(options: dict[str, Any]) -> None:
@@ -100,6 +115,8 @@ def require_usage(options: dict[str, Any]) -> None:
         raise click.UsageError("--private and --create-pr need --upload-repo")
     if upload_repo and not HUB_ID.fullmatch(upload_repo):
         raise click.UsageError(f"'{upload_repo}' is not a repository's id, such as name/model")
+    if packing["method"] and (recipe or rules or packing["dequantize"]):
+        raise click.UsageError("--method packs in one way; drop --recipe, --rules or --dequantize")
     if packing["compare"]:
         _require_nothing_written(options)
     if packing["plot"] and (packing["verify"] is False or options["dry_run"]):
@@ -150,10 +167,7 @@ def compared_recipes(names: str, group_size: str | None, vision: str | None) -> 
 def _require_nothing_written(options: dict[str, Any]) -> None:
     if options["folder"] or options["mlx_path"]:
         raise click.UsageError("--compare writes no model; leave FOLDER out")
-    for name in (
-        "quantize", "q_bits", "q_mode", "recipe", "rules", "dequantize", "overwrite", "dry_run",
-        "upload_repo",
-    ):  # fmt: skip
+    for name in WRITING:
         if options[name]:
             flag = name.replace("_", "-")
             raise click.UsageError(f"--compare chooses and removes by itself; drop --{flag}")

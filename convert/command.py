@@ -72,6 +72,12 @@ if TYPE_CHECKING:
     help="A recipe of your own, in JSON.",
 )
 @click.option(
+    "--method",
+    type=click.Choice(["gptq", "awq", "dwq"]),
+    help="Calibrate the language model's packing on drawn pictures (mlx-lm's code; gptq is the one "
+    "to try, dwq an experiment). Holds the whole model in memory, and takes long.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="The type of what is not packed. Default: the source's.",
@@ -179,6 +185,10 @@ def convert(
             click.echo(why, err=True)
         if not dry_run:
             command = command_of(model, target)
+            if packing["method"]:
+                from mlx_onevision.convert.calibration import calibrated
+
+                planned = calibrated(planned, packing["method"])
             facts, loss, warning = _write(planned, verify, overwrite, command)
     if warning:
         click.echo(f"warning: {warning}", err=True)

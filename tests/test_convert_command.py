@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-m", "mlx_onevision")
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, arguments)])
+    return CliRunner().invoke(cli, ["convert", "--no-verify", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
