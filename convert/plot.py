@@ -103,26 +103,47 @@ def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = 
             linestyle="none",
             label="a smaller one is better",
         )
-    middle = (sizes[0] + sizes[-1]) / 2
-    for (name, _), size, kl in zip(ordered, sizes, found, strict=True):
-        right = size <= middle  # of the point, or else to its left, so that names stay inside
-        axes.annotate(
-            name,
-            (size, kl),
-            xytext=(7 if right else -7, 7 if right else -3),
-            textcoords="offset points",
-            horizontalalignment="left" if right else "right",
-            verticalalignment="bottom" if right else "top",
-            fontsize=9,
-        )
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel(f"weights, {unit}")
     axes.set_ylabel("mean KL divergence, nats a position")
     axes.set_title("Size and quality of recipes", fontsize=11)
     if any(loss.all.kl_mean for _, loss in ordered):
         _logarithmic(axes.set_yscale, axes.yaxis)
+    _name(figure, axes, [name for name, _ in ordered], list(zip(sizes, found, strict=True)))
     _legend(axes, theme)
     _save(figure, path)
+
+
+# Where a name may stand, in points from its own: the first of them that is free.
+PLACES = ((7, 7), (-7, -7), (7, -7), (-7, 7), (14, 20), (-14, -20), (14, 34), (-14, -34), (0, 48))
+
+
+def _name(figure: Any, axes: Any, names: Sequence[str], at: Sequence[tuple[float, float]]) -> None:
+    """Names beside their points, where no other name or point is, within the axes."""
+    figure.draw_without_rendering()  # which says where everything is
+    taken = []
+    marks = [axes.transData.transform(point) for point in at]
+    for name, point in zip(names, at, strict=True):
+        if point[1] != point[1]:
+            continue  # it has no place on the axis
+        for across, up in PLACES:
+            label = axes.annotate(
+                name,
+                point,
+                xytext=(across, up),
+                textcoords="offset points",
+                horizontalalignment="left" if across > 0 else "right",
+                verticalalignment="bottom" if up > 0 else "top",
+                fontsize=9,
+            )
+            box = label.get_window_extent()
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and box.y0 > axes.bbox.y0
+            inside = inside and box.y1 < axes.bbox.y1
+            if inside and not any(map(box.overlaps, taken)) and not box.count_contains(marks):
+                break
+            if (across, up) != PLACES[-1]:
+                label.remove()
+        taken.append(box)
 
 
 def _frontier(found: Sequence[float]) -> list[int]:
