@@ -90,11 +90,8 @@ def calibrated(
             runner.fill_bank(inputs, ids, 0, Counters(), lambda *_: None)
             prompts.append(ids)
         calibrate(method, runner.model, prompts, way, way)
-    made: dict[str, mx.array] = {
-        name: value
-        for name, value in tree_flatten(runner.model.parameters())
-        if name.startswith(LANGUAGE)
-    }
+    parameters: dict[str, mx.array] = dict(tree_flatten(runner.model.parameters()))
+    made = {name: value for name, value in parameters.items() if name.startswith(LANGUAGE)}
     shards = [
         dataclasses.replace(shard, parts=tuple(_replaced(part, made) for part in shard.parts))
         for shard in conversion.shards

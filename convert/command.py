@@ -159,8 +159,8 @@ def convert(
     if plot:
         require_plot(plot)
     if compare:
-        asked = compared_recipes(compare, packing["q_group_size"], packing["quantize_vision"])
-        _compare(sources.find(model, revision), asked, dtype, plot, as_json)
+        compared = compared_recipes(compare, packing["q_group_size"], packing["quantize_vision"])
+        _compare(sources.find(model, revision), compared, dtype, plot, as_json)
         return
     fitting = packing["recipe"] == "fit"
     recipe = None if fitting else recipe_of(**packing)
@@ -189,7 +189,8 @@ def convert(
                 from mlx_onevision.convert.calibration import calibrated
 
                 planned = calibrated(planned, packing["method"])
-            facts, loss, warning = _write(planned, verify, overwrite, command)
+            asked = verify if plot is None else True
+            facts, loss, warning = _write(planned, asked, overwrite, command)
     if warning:
         click.echo(f"warning: {warning}", err=True)
     if plot and loss:

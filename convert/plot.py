@@ -126,24 +126,28 @@ def _name(figure: Any, axes: Any, names: Sequence[str], at: Sequence[tuple[float
     for name, point in zip(names, at, strict=True):
         if point[1] != point[1]:
             continue  # it has no place on the axis
-        for across, up in PLACES:
-            label = axes.annotate(
-                name,
-                point,
-                xytext=(across, up),
-                textcoords="offset points",
-                horizontalalignment="left" if across > 0 else "right",
-                verticalalignment="bottom" if up > 0 else "top",
-                fontsize=9,
-            )
+        for place in PLACES:
+            label = _label(axes, name, point, *place)
             box = label.get_window_extent()
-            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and box.y0 > axes.bbox.y0
-            inside = inside and box.y1 < axes.bbox.y1
-            if inside and not any(map(box.overlaps, taken)) and not box.count_contains(marks):
+            free = not any(map(box.overlaps, taken)) and not box.count_contains(marks)
+            if free and axes.bbox.count_contains([box.min, box.max]) == 2:
+                taken.append(box)
                 break
-            if (across, up) != PLACES[-1]:
-                label.remove()
-        taken.append(box)
+            label.remove()
+        else:
+            _label(axes, name, point, *PLACES[0])
+
+
+def _label(axes: Any, name: str, point: tuple[float, float], across: int, up: int) -> Any:
+    return axes.annotate(
+        name,
+        point,
+        xytext=(across, up),
+        textcoords="offset points",
+        horizontalalignment="left" if across > 0 else "right",
+        verticalalignment="bottom" if up > 0 else "top",
+        fontsize=9,
+    )
 
 
 def _frontier(found: Sequence[float]) -> list[int]:

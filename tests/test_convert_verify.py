@@ -91,12 +91,13 @@ def test_what_did_not_change_is_measured_quickly(source: Path, tmp_path: Path) -
 
 def test_what_counts_as_a_change(source: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(source)
-    for options, same in (
+    cases: list[tuple[dict[str, Any], bool]] = [
         ({}, True),
         ({"dtype": "float32"}, True),
         ({"dtype": "float16"}, False),
         ({"recipe": recipes.uniform(8)}, False),
-    ):
+    ]
+    for options, same in cases:
         facts = prepare(sources.find(source), tmp_path / "made", **options).facts
         assert verification.is_unchanged(opened, facts) == same
     packed = sources.find(convert(source, tmp_path / "made", recipe=recipes.uniform()).target)
