@@ -91,9 +91,21 @@ def _require(
         raise RequestError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
     if not prompts or min(map(len, prompts)) < 2:
         raise RequestError(f"{method} needs calibration prompts of two tokens and more")
-    if way.mode != "affine" or table.mode != "affine":
+    require_packing(method, way)
+    require_packing(method, table, of_table=True)
+
+
+def require_packing(method: str, way: ModuleQuantization, of_table: bool = False) -> None:
+    """Refuses a packing that a method does not have.
+
+    of_table : the embedding's, or the head's, which may have any bits.
+
+    Raises:
+        RequestError: saying what it has.
+    """
+    if way.mode != "affine":
         raise RequestError(f"{method} packs affinely; drop the other mode, or the method")
-    if way.bits not in BITS[method]:
+    if not of_table and way.bits not in BITS[method]:
         raise RequestError(
             f"{method} has no {way.bits} bits; it has {', '.join(map(str, BITS[method]))}"
         )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,40 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.hub import HUB_ID
+from mlx_onevision.convert.choices import (
+    BITS,
+    Bytes,
+    command_of,
+    compared_recipes,
+    default_target,
+    either,
+    recipe_of,
+    require_usage,
+)
 
 if TYPE_CHECKING:
+    from mlx_onevision.convert.conversion import Conversion
     from mlx_onevision.convert.facts import Facts
+    from mlx_onevision.convert.figures import Loss
+    from mlx_onevision.convert.sources import Source
     from mlx_onevision.recipes import Recipe
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-BITS = ("2", "3", "4", "5", "6", "8")
-
-
-class Bytes(click.ParamType):
-    """A number of bytes: ``5GB``, ``512MiB``, ``1000``.
-
-    binary : GB means GiB, as it does of a computer's memory and not of a disk.
-    """
-
-    name = "size"
-
-    def __init__(self, binary: bool = False) -> None:
-        self._binary = binary
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-        if found is None or found[2].upper() not in UNITS:
-            self.fail(f"'{value}' is not a size such as 8GB", param, ctx)
-        unit = found[2].upper()
-        unit = unit.replace("B", "iB").upper() if self._binary and len(unit) == 2 else unit
-        number = int(float(found[1]) * UNITS[unit])
-        if not 0 < number < 2**60:
-            self.fail(f"'{value}' is not a possible size", param, ctx)
-        return number
 
 
 @click.command(short_help="Write a model in MLX's layout, smaller if you like.")
@@ -92,6 +72,12 @@ class Bytes(click.ParamType):
     help="A recipe of your own, in JSON.",
 )
 @click.option(
+    "--method",
+    type=click.Choice(["gptq", "awq", "dwq"]),
+    help="Calibrate the language model's packing on drawn pictures (mlx-lm's code; gptq is the one "
+    "to try, dwq an experiment). Holds the whole model in memory, and takes long.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="The type of what is not packed. Default: the source's.",
@@ -103,6 +89,22 @@ class Bytes(click.ParamType):
     default=5 << 30,
     metavar="SIZE",
     help="The most that one file holds. Default: 5 GiB.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Measure what was lost against the source. Default: where the source fits into memory.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw the loss per layer; of --compare, quality over size. Needs the extra 'plot'.",
+)
+@click.option(
+    "--compare",
+    metavar="LIST",
+    help="Measure recipes beside each other (2,3,4,6,8 or names); no model is kept.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model that is in FOLDER.")
 @click.option("--dry-run", is_flag=True, help="Say what would be downloaded and written; do not.")
@@ -119,6 +121,9 @@ def convert(
     dtype: str | None,
     dequantize: bool,
     shard_size: int,
+    verify: bool | None,
+    plot: Path | None,
+    compare: str | None,
     overwrite: bool,
     dry_run: bool,
     upload_repo: str | None,
@@ -136,33 +141,42 @@ def convert(
     mlx-onevision convert 7b -q
     mlx-onevision convert 7b --recipe fit --memory 16GB --dry-run
     mlx-onevision convert ./my-model my-model-3bit --recipe mixed_3_6
+    mlx-onevision convert 0.5b --compare 2,3,4,6,8 --plot curve.png
     """
     if hf_path and model and folder is None:  # then the one argument is the folder
         model, folder = None, Path(model)
-    model = _either(model, hf_path, "MODEL", "--model")
-    target = _either(folder, mlx_path, "FOLDER", "--mlx-path")
+    model = either(model, hf_path, "MODEL", "--model")
+    target = either(folder, mlx_path, "FOLDER", "--mlx-path")
     if model is None:
         raise click.UsageError("Say which MODEL to convert")
-    _require_usage(packing, upload_repo, private, create_pr)
+    require_usage(click.get_current_context().params | {"folder": target})
 
     from mlx_onevision.convert import conversion, fit, sources
+    from mlx_onevision.convert.plot import require_plot
     from mlx_onevision.convert.staging import require_target
 
     # Whatever can be refused is, before anything is downloaded.
+    if plot:
+        require_plot(plot)
+    if compare:
+        compared = compared_recipes(compare, packing["q_group_size"], packing["quantize_vision"])
+        _compare(sources.find(model, revision), compared, dtype, plot, as_json)
+        return
     fitting = packing["recipe"] == "fit"
-    recipe = None if fitting else _recipe(**packing)
+    recipe = None if fitting else recipe_of(**packing)
     if target is None and not fitting:
-        target = _default_target(model, recipe, dequantize, dtype)
+        target = default_target(model, recipe, dequantize, dtype)
     if target is not None and not dry_run:
         require_target(target, overwrite)
     finder = sources.outline(model, revision) if dry_run else _found(sources, model, revision)
+    loss = warning = None
     with finder as source:
         why: str | None = None
         if fitting:
             fitted = fit.choose(source.folder, packing["memory"], packing["context"], dtype)
             recipe, why = fitted.recipe, fitted.why
         if target is None:
-            target = _default_target(model, recipe, dequantize, dtype)
+            target = default_target(model, recipe, dequantize, dtype)
         planned = conversion.prepare(
             source, target, recipe, dtype, dequantize, shard_size, overwrite or dry_run
         )
@@ -170,22 +184,72 @@ def convert(
         if why:
             click.echo(why, err=True)
         if not dry_run:
-            with _progress(target.name) as progress:
-                facts = conversion.write(
-                    planned, overwrite, progress, command=_command(model, target)
-                )
+            command = command_of(model, target)
+            if packing["method"]:
+                from mlx_onevision.convert.calibration import calibrated
+
+                planned = calibrated(planned, packing["method"])
+            asked = verify if plot is None else True
+            facts, loss, warning = _write(planned, asked, overwrite, command)
+    if warning:
+        click.echo(f"warning: {warning}", err=True)
+    if plot and loss:
+        from mlx_onevision.convert.plot import plot as draw
+
+        draw(loss, plot)
     uploaded = None
     if upload_repo and not dry_run:
         from mlx_onevision.convert.upload import upload
 
         uploaded = upload(facts.target, upload_repo, private=private, create_pr=create_pr)
     if as_json:
-        extra = {"dry_run": dry_run, "uploaded": uploaded, "why": why}
+        extra = {"dry_run": dry_run, "uploaded": uploaded, "why": why, "warning": warning}
+        extra["loss"] = loss.to_dict() if loss else None
         click.echo(json.dumps({**facts.to_dict(), **extra}))
     else:
         click.echo(report(facts, dry_run))
+        if loss:
+            from mlx_onevision.convert.loss_table import table
+
+            click.echo("\n" + table(loss, layers=False), nl=False)
         if uploaded:
             click.echo(f"uploaded   {uploaded}")
+
+
+def _write(
+    planned: Conversion, verify: bool | None, overwrite: bool, command: str
+) -> tuple[Facts, Loss | None, str | None]:
+    """What was written, what it lost, and what to warn of."""
+    from mlx_onevision.convert import conversion, verification
+
+    source, name = planned.source.folder, planned.target.name
+    refused = verification.too_large(source) if verify is None else None
+    if verify is False or refused:
+        with _progress(name) as progress:
+            return conversion.write(planned, overwrite, progress, None, command), None, refused
+    with _progress(name) as progress, _progress(f"measuring {name}", "steps") as steps:
+        unchanged = verification.is_unchanged(planned.opened, planned.facts)
+        measure = verification.Verification(planned.facts, unchanged, steps)
+        facts = conversion.write(planned, overwrite, progress, measure, command)
+    return facts, measure.loss, measure.warning
+
+
+def _compare(
+    source: Source, asked: list[Recipe], dtype: str | None, plot: Path | None, as_json: bool
+) -> None:
+    from mlx_onevision.convert.comparing import compare
+    from mlx_onevision.convert.loss_table import comparison
+    from mlx_onevision.convert.plot import plot_compare
+
+    with _progress("comparing", "steps") as progress:
+        losses = compare(source, asked, dtype, progress)
+    if plot:
+        plot_compare(losses, plot)
+    if as_json:
+        found = [{"recipe": name, **loss.to_dict()} for name, loss in losses]
+        click.echo(json.dumps({"source": source.base or source.name, "compared": found}))
+    else:
+        click.echo(comparison(losses), nl=False)
 
 
 def report(facts: Facts, planned: bool = False) -> str:
@@ -208,99 +272,18 @@ def report(facts: Facts, planned: bool = False) -> str:
     return "\n".join(f"{name:<10} {text}".rstrip() for name, text in rows if text)
 
 
-def _recipe(
-    quantize: bool,
-    q_bits: str | None,
-    q_group_size: str | None,
-    q_mode: str | None,
-    quantize_vision: str | None,
-    recipe: str | None,
-    rules: Path | None,
-    **_: Any,
-) -> Recipe | None:
-    """The recipe that the options ask for; None where they ask for none."""
-    from dataclasses import replace
-
-    from mlx_onevision import recipes
-
-    vision = None if quantize_vision in (None, "none") else int(quantize_vision or 0)
-    group = int(q_group_size) if q_group_size else None
-    if rules is not None:
-        made = recipes.from_file(rules)
-        if quantize_vision is not None:
-            made = replace(made, vision=recipes.vision_packing(vision))
-        return made
-    default = recipes.VISION_BITS if quantize_vision is None else vision
-    if recipe is not None:
-        return recipes.mixed(recipe, group, default)
-    if quantize or q_bits or q_group_size or q_mode:
-        bits = int(q_bits) if q_bits else None
-        return recipes.uniform(bits, group, q_mode or "affine", default)
-    if vision is not None:
-        return recipes.Recipe(f"vision-{vision}-bit", None, recipes.vision_packing(vision))
-    return None
-
-
-def _require_usage(
-    packing: dict[str, Any], upload_repo: str | None, private: bool, create_pr: bool
-) -> None:
-    """Refuses options that say two things, or nothing."""
-    recipe, rules = packing["recipe"], packing["rules"]
-    if recipe and rules:
-        raise click.UsageError("Give --recipe or --rules, not both")
-    if (recipe or rules) and (packing["q_bits"] or packing["q_mode"] not in (None, "affine")):
-        raise click.UsageError("A recipe has bits and modes of its own; drop --q-bits and --q-mode")
-    if rules and packing["q_group_size"]:
-        raise click.UsageError("The rules name group sizes themselves; drop --q-group-size")
-    if (recipe == "fit") != (packing["memory"] is not None):
-        raise click.UsageError("--recipe fit and --memory belong together")
-    if packing["context"] and recipe != "fit":
-        raise click.UsageError("--context is for --recipe fit")
-    if recipe == "fit" and (packing["q_group_size"] or packing["quantize_vision"]):
-        raise click.UsageError("fit chooses by itself; drop the other options of quantizing")
-    if (private or create_pr) and not upload_repo:
-        raise click.UsageError("--private and --create-pr need --upload-repo")
-    if upload_repo and not HUB_ID.fullmatch(upload_repo):
-        raise click.UsageError(f"'{upload_repo}' is not a repository's id, such as name/model")
-
-
-def _either(given: Any, option: Any, name: str, flag: str) -> Any:
-    if given is not None and option is not None:
-        raise click.UsageError(f"Give {name} or {flag}, not both")
-    return option if given is None else given
-
-
-def _default_target(model: str, recipe: Recipe | None, dequantize: bool, dtype: str | None) -> Path:
-    """A folder here, called after the model and what becomes of it."""
-    from mlx_onevision.hub import repository_of
-
-    name = repository_of(model) or Path(model).expanduser().resolve().name
-    kind = dtype or ("dequantized" if dequantize else "mlx")
-    kind = recipe.name if recipe is not None else kind
-    return Path(f"{name.rpartition('/')[2]}-{kind}")
-
-
-def _command(model: str, target: Path) -> str:
-    """What was typed, for the model card, without anybody's folders."""
-    words = sys.argv[1:] if "convert" in sys.argv[1:2] else ["convert", model, target.name]
-    return shlex.join(["mlx-onevision", *(Path(w).name if _is_path(w) else w for w in words)])
-
-
-def _is_path(word: str) -> bool:
-    return word.startswith(("/", "~", ".")) or Path(word).exists()
-
-
 @contextmanager
 def _found(sources: Any, model: str, revision: str | None) -> Iterator[Any]:
     yield sources.find(model, revision)
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(name: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, once it takes longer than a moment."""
     from tqdm import tqdm
 
-    with tqdm(desc=name, unit="B", unit_scale=True, disable=None, delay=0.5) as bar:
+    scale = unit == "B"
+    with tqdm(desc=name, unit=unit, unit_scale=scale, disable=None, delay=0.5) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

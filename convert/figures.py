@@ -53,7 +53,8 @@ class Loss:
     source_perplexity, result_perplexity : on the texts; None without any.
     bits_per_weight : of the result, scales and padding included, for each number of the source.
     weights_bytes : of the result's tensors; ``source_weights_bytes`` of the source's.
-    disk_bytes : of all files in the result's folder.
+    disk_bytes : of all files in the result's folder when it was measured: of a new one, without its
+        model card and its manifest, which come afterwards.
     memory : an estimate of the memory in use while the result answers about one 10-tile image.
     version : of the set of probes; figures of two versions do not compare.
     """

@@ -1,108 +1,111 @@
 """The best recipe that fits a machine: weights, a long prompt's cache and working room."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_onevision import memory, recipes
-from mlx_onevision.anyres import plan_packing
 from mlx_onevision.checkpoint import open_checkpoint
 from mlx_onevision.config import OneVisionConfig
 from mlx_onevision.convert.facts import size
+from mlx_onevision.convert.footprint import ANSWER_TOKENS, Footprint, footprint
 from mlx_onevision.errors import RequestError
 from mlx_onevision.planning import make_plan
-from mlx_onevision.recipes import Recipe
+from mlx_onevision.quantization import ModuleQuantization
+from mlx_onevision.recipes import Recipe, mixed, uniform
+from mlx_onevision.weights import Tensor
 
-ANSWER = 256  # tokens, the length of an answer unless told
-QUESTION = 64  # tokens of the template and of a question
-TILES = (3, 3)  # the default prompt's image: nine tiles, and the base tile
-
-# What macOS lets a GPU use, of all memory: two thirds, and of more than 36 GB three quarters.
-SMALL = 36 * 2**30
-STEPS = 256  # tokens by which mlx-lm's caches grow
+# Metal's recommendedMaxWorkingSetSize, as people have printed it (MiB of GiB): 10,923 of 16 and
+# 21,845 of 32 are two thirds; 49,152 of 64 and 73,728 of 96 are three quarters
+# (github.com/ggml-org/llama.cpp issues 5206, 2011, 1870, 3213). Recent systems give more, 107.5 of
+# 128 GiB for one (github.com/antirez/ds4 issue 890), but a model has to fit on the others, too.
+LARGE = 36 << 30
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe (None: nothing is packed), and a sentence a line that says why it is that one."""
+    """A recipe (None: nothing is packed), what it takes, and a sentence a line that says why it is
+    that one.
+    """
 
     recipe: Recipe | None
+    footprint: Footprint
     why: str
 
 
 def candidates() -> list[Recipe | None]:
-    """From the best to the smallest."""
+    """From the best to the worst, each smaller than the one before it.
+
+    The order is that of the measured loss; the README has the figures.
+    """
     return [
         None,
-        recipes.uniform(8),
-        recipes.uniform(6),
-        recipes.uniform(5),
-        recipes.mixed("mixed_4_6"),
-        recipes.uniform(4),
-        recipes.mixed("mixed_3_6"),
-        recipes.mixed("mixed_3_4"),
-        recipes.uniform(3),
-        recipes.mixed("mixed_2_6"),
+        uniform(8),
+        uniform(6),
+        uniform(5),
+        mixed("mixed_4_6"),
+        uniform(4),
+        mixed("mixed_3_6"),
+        mixed("mixed_3_4"),
+        uniform(3),
+        mixed("mixed_2_6"),
     ]
 
 
-def memory_size(unified: int) -> str:
-    """A computer's memory, as it is sold."""
-    return f"{unified / 2**30:g} GB"
+def usable_bytes(memory: int) -> int:
+    """What a GPU should use of so much unified memory: two thirds, or of a large one three
+    quarters.
+    """
+    return memory * 3 // 4 if memory >= LARGE else memory * 2 // 3
 
 
-def working_set(unified: int) -> int:
-    """Bytes that a GPU may use, of a Mac's unified memory."""
-    return unified * 2 // 3 if unified <= SMALL else unified * 3 // 4
+def choose(folder: Path, memory: int, context: int | None = None, dtype: str | None = None) -> Fit:
+    """The best recipe with which a folder's model fits; see :func:`best`."""
+    opened = open_checkpoint(folder)
+    return best(opened.config, opened.tensors, opened.packed, memory, context, dtype)
 
 
-def prompt_tokens(config: OneVisionConfig) -> int:
-    """Tokens of a question about one image of ten tiles."""
-    edge, patches = config.vision_config.image_size, config.vision_config.patches_per_side
-    pixels = (TILES[0] * edge, TILES[1] * edge)
-    packing = plan_packing(pixels, config.image_grid_pinpoints, edge, patches, config.max_tiles)
-    return packing.tokens + QUESTION
+def best(
+    config: OneVisionConfig,
+    tensors: Mapping[str, Tensor],
+    packed: Mapping[str, ModuleQuantization],
+    memory: int,
+    context: int | None = None,
+    dtype: str | None = None,
+) -> Fit:
+    """The best recipe with which a model and a prompt fit into ``memory`` bytes of unified memory.
 
-
-def cache_bytes(config: OneVisionConfig, tokens: int) -> int:
-    """Keys and values of so many positions, 2 bytes each."""
-    text = config.text_config
-    positions = -(-tokens // STEPS) * STEPS
-    return 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * positions
-
-
-def choose(folder: Path, unified: int, context: int | None = None, dtype: str | None = None) -> Fit:
-    """The best recipe with which a model and a prompt fit into ``unified`` bytes of memory.
-
+    tensors, packed : as for :func:`~mlx_onevision.planning.make_plan`.
     context : tokens of the prompt; None for a question about one image of ten tiles.
 
     Raises:
         RequestError: when none fits.
     """
-    opened = open_checkpoint(folder)
-    config = opened.config
-    tokens = prompt_tokens(config) if context is None else context
-    cache = cache_bytes(config, tokens + ANSWER)
-    rows = tokens * config.text_config.hidden_size * 2  # the image's features
-    room = working_set(unified)
-    scratch = 0
+    usable = usable_bytes(memory)
+    tokens = None if context is None else context + ANSWER_TOKENS
     tried: list[tuple[str, int]] = []
+    recipe, found = None, None
     for recipe in candidates():
-        plan = make_plan(config, opened.tensors, opened.packed, recipe=recipe, dtype=dtype)
-        scratch = memory.scratch_bytes(room, plan.nbytes)
+        plan = make_plan(config, tensors, packed, recipe=recipe, dtype=dtype)
+        itemsize = 4 if plan.dtype == "float32" else 2
+        found = footprint(config, plan.nbytes, tokens=tokens, working_set=usable, itemsize=itemsize)
         tried.append((recipe.name if recipe else plan.dtype, plan.nbytes))
-        if plan.nbytes + cache + rows + scratch <= room:
+        if found.total <= usable or packed:
             break
-    else:
+    assert found is not None
+    has = f"Mac of {memory / 2**30:g} GB has {size(usable)} for the GPU"
+    prompt = (
+        f"{found.tokens - ANSWER_TOKENS:,} tokens and its answer take "
+        f"{size(found.cache + found.features)} and the computation {size(found.scratch)}"
+    )
+    if found.total > usable:
         name, least = tried[-1]
         raise RequestError(
-            f"nothing fits: a Mac of {memory_size(unified)} has {size(room)} for the GPU, and "
-            f"{name} takes {size(least)}, a prompt of {tokens} tokens {size(cache + rows)} and the "
-            f"computation {size(scratch)}; take a smaller model or a shorter --context"
+            f"nothing fits: a {has}, and {name} takes {size(least)}, a prompt of {prompt}; "
+            "take a smaller model or a shorter --context"
         )
     lines = [
-        f"A Mac of {memory_size(unified)} has {size(room)} for the GPU, of which a prompt of "
-        f"{tokens:,} tokens takes {size(cache + rows)} and the computation {size(scratch)}:",
+        f"A {has}, of which a prompt of {prompt}:",
         *(f"  {name:<10} {size(nbytes):>10}  too large" for name, nbytes in tried[:-1]),
         f"  {tried[-1][0]:<10} {size(tried[-1][1]):>10}  fits",
     ]
-    return Fit(recipe, "\n".join(lines))
+    return Fit(recipe, found, "\n".join(lines))

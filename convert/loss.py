@@ -33,6 +33,8 @@ from mlx_onevision.weights import read_weights
 # Logits compared at once, for each model; as float64 these are 32 MB.
 LOGITS = 1 << 22
 
+Progress = Callable[[int, int], None]
+
 
 def measure(
     source: Path,
@@ -40,54 +42,96 @@ def measure(
     *,
     dtype: str | None = "float32",
     probe_set: Sequence[Probe] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     check: Check = lambda *_: None,
 ) -> Loss:
-    """Measures what ``result`` has lost against ``source``.
+    """Measures what ``result`` has lost against ``source``; see :class:`Reference`."""
+    return Reference(source, dtype=dtype, probe_set=probe_set).measure(result, progress, check)
 
-    One model is in memory at a time; of the source, its head stays for the comparison.
+
+class Reference:
+    """A source, against which any number of results are measured.
+
+    One model is in memory at a time; of the source, which answers once, its head stays for the
+    comparison.
 
     dtype : the type that both models compute in. In float32 only what was done to the weights
         counts. None is each folder's own: for a model that is too large otherwise; the rounding of
         half precision then counts, too, which is more than all that 8 bits lose.
     probe_set : other probes than the fixed ones; figures then compare with nothing else.
-    progress : called with how many steps are done, and of how many.
-    check : called often; whatever it raises ends the measurement.
-
-    Raises:
-        RequestError: for folders of two different networks.
-        CheckpointError: for a folder that cannot be loaded, whose values are not finite, or which
-            makes other prompts of the same conversations than its source.
     """
-    given = probes() if probe_set is None else list(probe_set)
-    steps = _Steps(3 * len(given), progress)
-    config, result_config = (load_checkpoint(folder).config for folder in (source, result))
-    _require_same_network(source, config, result, result_config)
-    prompts = _prompts(source, config, result, result_config, given)
-    before = record(
-        source, prompts, answering=True, dtype=dtype, budget=None, check=check, done=steps.done
-    )
-    mx.clear_cache()
-    after = record(
-        result,
-        prompts,
-        answering=False,
-        dtype=dtype,
-        budget=before.budget,
-        check=check,
-        done=steps.done,
-    )
-    mx.clear_cache()
-    divergences = []
-    for number, prompt in enumerate(prompts):
-        check()
-        divergences.append(_compare(prompt, config, before, after, number))
-        steps.done()
-    return _loss(source, result, result_config, prompts, divergences, before, after)
+
+    def __init__(
+        self,
+        source: Path,
+        *,
+        dtype: str | None = "float32",
+        probe_set: Sequence[Probe] | None = None,
+    ) -> None:
+        self.source = source
+        self._dtype = dtype
+        self._probes = probes() if probe_set is None else list(probe_set)
+        self._config = load_checkpoint(source).config
+        self._prompts = _prompts(source, self._config, self._probes)
+        self._recording: Recording | None = None
+
+    def measure(
+        self,
+        result: Path,
+        progress: Progress = lambda done, total: None,
+        check: Check = lambda *_: None,
+    ) -> Loss:
+        """What ``result`` has lost.
+
+        progress : called with how many steps are done, and of how many.
+        check : called often; whatever it raises ends the measurement.
+
+        Raises:
+            RequestError: for folders of two different networks.
+            CheckpointError: for a folder that cannot be loaded, whose values are not finite, or
+                which makes other prompts of the same conversations than its source.
+        """
+        passes = 3 if self._recording is None else 2
+        steps = _Steps(passes * len(self._probes), progress)
+        config = load_checkpoint(result).config
+        _require_same_network(self.source, self._config, result, config)
+        theirs = _prompts(result, config, self._probes)
+        _require_same_prompts(self.source, self._prompts, result, theirs)
+        before = self._recorded(check, steps.done)
+        after = record(
+            result,
+            self._prompts,
+            answering=False,
+            dtype=self._dtype,
+            budget=before.budget,
+            check=check,
+            done=steps.done,
+        )
+        mx.clear_cache()
+        divergences = []
+        for number, prompt in enumerate(self._prompts):
+            check()
+            divergences.append(_compare(prompt, config, before, after, number))
+            steps.done()
+        return _loss(self.source, result, config, self._prompts, divergences, before, after)
+
+    def _recorded(self, check: Check, done: Callable[[], None]) -> Recording:
+        if self._recording is None:
+            self._recording = record(
+                self.source,
+                self._prompts,
+                answering=True,
+                dtype=self._dtype,
+                budget=None,
+                check=check,
+                done=done,
+            )
+            mx.clear_cache()
+        return self._recording
 
 
 class _Steps:
-    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, total: int, progress: Progress) -> None:
         self._total, self._progress, self._count = total, progress, 0
 
     def done(self) -> None:
@@ -114,29 +158,22 @@ def _require_same_network(
             )
 
 
-def _prompts(
-    source: Path,
-    config: OneVisionConfig,
-    result: Path,
-    result_config: OneVisionConfig,
-    given: Sequence[Probe],
-) -> list[Prompt]:
-    """The probes as both folders' processors make them, which has to be the same."""
-    processor, other = (
-        Processor.from_folder(source, config),
-        Processor.from_folder(result, result_config),
-    )
-    prompts = []
-    for probe in given:
-        inputs, theirs = _inputs(processor, probe), _inputs(other, probe)
-        same = np.array_equal(inputs.input_ids, theirs.input_ids)
-        if not same or [m.key for m in inputs.media] != [m.key for m in theirs.media]:
+def _prompts(folder: Path, config: OneVisionConfig, given: Sequence[Probe]) -> list[Prompt]:
+    """The probes as a folder's processor makes them."""
+    processor = Processor.from_folder(folder, config)
+    return [Prompt(p.name, _inputs(processor, p), is_text=bool(p.text)) for p in given]
+
+
+def _require_same_prompts(
+    source: Path, prompts: Sequence[Prompt], result: Path, theirs: Sequence[Prompt]
+) -> None:
+    for one, other in zip(prompts, theirs, strict=True):
+        same = np.array_equal(one.inputs.input_ids, other.inputs.input_ids)
+        if not same or [m.key for m in one.inputs.media] != [m.key for m in other.inputs.media]:
             raise CheckpointError(
-                f"{result} makes another prompt than {source} of the probe '{probe.name}'; "
+                f"{result} makes another prompt than {source} of the probe '{one.name}'; "
                 "its tokenizer, template or preprocessor files differ"
             )
-        prompts.append(Prompt(probe.name, inputs, is_text=bool(probe.text)))
-    return prompts
 
 
 def _inputs(processor: Processor, probe: Probe) -> Inputs:

@@ -7,17 +7,20 @@ from mlx_onevision.convert.figures import Figures, Loss
 Row = tuple[str, ...]
 
 
-def table(loss: Loss) -> str:
-    """One loss: its figures, and the error after every layer."""
+def table(loss: Loss, layers: bool = True) -> str:
+    """One loss: its figures, and the error after every layer or after the last alone."""
     figures = [f for f in (loss.all, loss.conversations, loss.texts) if f is not None]
     head = ("", "positions", "KL mean", "KL 99 %", "KL max", "same top token")
     blocks = [
         _aligned([head, *(_figures_row(f) for f in figures)]),
         "KL divergence in nats a position, of the next-token distribution from the source's.",
         _aligned(_facts(loss), right=False),
-        _aligned([("layer", "relative error"), *_layer_rows(loss)]),
-        "Errors accumulate: each layer is fed what the layers below it gave.",
     ]
+    if layers:
+        blocks += [
+            _aligned([("layer", "relative error"), *_layer_rows(loss)]),
+            "Errors accumulate: each layer is fed what the layers below it gave.",
+        ]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -88,7 +91,10 @@ def _facts(loss: Loss) -> list[Row]:
                 f"{loss.result_perplexity:.4g})",
             )
         )
-    rows.append(("computed in", loss.dtype))
+    if loss.layers:
+        rows.append(("error after the last layer", f"{loss.layers[-1].error:.2%}"))
+    own = loss.dtype != "float32"
+    rows.append(("computed in", loss.dtype + (", whose rounding counts, too" if own else "")))
     return rows
 
 

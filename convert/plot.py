@@ -103,26 +103,51 @@ def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = 
             linestyle="none",
             label="a smaller one is better",
         )
-    middle = (sizes[0] + sizes[-1]) / 2
-    for (name, _), size, kl in zip(ordered, sizes, found, strict=True):
-        right = size <= middle  # of the point, or else to its left, so that names stay inside
-        axes.annotate(
-            name,
-            (size, kl),
-            xytext=(7 if right else -7, 7 if right else -3),
-            textcoords="offset points",
-            horizontalalignment="left" if right else "right",
-            verticalalignment="bottom" if right else "top",
-            fontsize=9,
-        )
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel(f"weights, {unit}")
     axes.set_ylabel("mean KL divergence, nats a position")
     axes.set_title("Size and quality of recipes", fontsize=11)
     if any(loss.all.kl_mean for _, loss in ordered):
         _logarithmic(axes.set_yscale, axes.yaxis)
+    _name(figure, axes, [name for name, _ in ordered], list(zip(sizes, found, strict=True)))
     _legend(axes, theme)
     _save(figure, path)
+
+
+# Where a name may stand, in points from its own: the first of them that is free.
+PLACES = ((7, 7), (-7, -7), (7, -7), (-7, 7), (14, 20), (-14, -20), (14, 34), (-14, -34), (0, 48))
+
+
+def _name(figure: Any, axes: Any, names: Sequence[str], at: Sequence[tuple[float, float]]) -> None:
+    """Names beside their points, where no other name or point is, within the axes."""
+    figure.draw_without_rendering()  # which says where everything is
+    taken = []
+    marks = [axes.transData.transform(point) for point in at]
+    for name, point in zip(names, at, strict=True):
+        if point[1] != point[1]:
+            continue  # it has no place on the axis
+        for place in PLACES:
+            label = _label(axes, name, point, *place)
+            box = label.get_window_extent()
+            free = not any(map(box.overlaps, taken)) and not box.count_contains(marks)
+            if free and axes.bbox.count_contains([box.min, box.max]) == 2:
+                taken.append(box)
+                break
+            label.remove()
+        else:
+            _label(axes, name, point, *PLACES[0])
+
+
+def _label(axes: Any, name: str, point: tuple[float, float], across: int, up: int) -> Any:
+    return axes.annotate(
+        name,
+        point,
+        xytext=(across, up),
+        textcoords="offset points",
+        horizontalalignment="left" if across > 0 else "right",
+        verticalalignment="bottom" if up > 0 else "top",
+        fontsize=9,
+    )
 
 
 def _frontier(found: Sequence[float]) -> list[int]:
@@ -134,6 +159,18 @@ def _frontier(found: Sequence[float]) -> list[int]:
             best.append(number)
             least = value
     return best
+
+
+def require_plot(path: Path) -> None:
+    """Refuses what could not be drawn, before anything is measured.
+
+    Raises:
+        RequestError: when matplotlib is not installed, for another kind of file, or where there is
+            no folder for it.
+    """
+    _figure(path, "light")
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"there is no folder {path.absolute().parent} to write {path.name} into")
 
 
 def _figure(path: Path, theme: Theme) -> tuple[Any, Any]:
@@ -183,7 +220,11 @@ def _legend(axes: Any, theme: Theme) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
+    drawn = path.with_name(f".{path.stem}.drawing{path.suffix}")  # the old one stays until then
     try:
-        figure.savefig(path, dpi=DOTS, facecolor=figure.get_facecolor())
+        figure.savefig(drawn, dpi=DOTS, facecolor=figure.get_facecolor())
+        drawn.replace(path)
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        drawn.unlink(missing_ok=True)

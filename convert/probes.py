@@ -9,6 +9,7 @@ from typing import Any
 from mlx_onevision.convert import probe_images as draw
 
 VERSION = 1
+QUICK = ("shapes", "question", "prose")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ def probes() -> list[Probe]:
         Probe("question", ({"role": "user", "content": "Why is the sky blue?"},)),
         *(Probe(name, text=text) for name, text in TEXTS.items()),
     ]
+
+
+def quick_probes() -> list[Probe]:
+    """A few of them, for a result that should differ in nothing at all."""
+    return [probe for probe in probes() if probe.name in QUICK]
 
 
 def _about(name: str, question: str, *pictures: draw.Picture) -> Probe:

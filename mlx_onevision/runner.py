@@ -70,14 +70,14 @@ class Runner:
         self.model: OneVision = checkpoint.model
         self.prefix = PrefixCache(self.model)
         weights = sum(leaf.nbytes for leaf in dict(tree_flatten(self.model.parameters())).values())
-        working_set = _working_set()
-        self.model.bank.capacity = min(working_set // BANK_SHARE, MOST_BANK_BYTES)
+        room = working_set()
+        self.model.bank.capacity = min(room // BANK_SHARE, MOST_BANK_BYTES)
         itemsize = self.model.vision_tower.dtype.size
-        scratch = memory.scratch_bytes(working_set, weights)
+        scratch = memory.scratch_bytes(room, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
         self.batch_positions = memory.batch_positions(
             self.model.config.text_config,
-            working_set - weights - self.model.bank.capacity - scratch,
+            room - weights - self.model.bank.capacity - scratch,
             itemsize,
         )
         """How many positions, padding included, the rows of a batch may have together."""
@@ -289,7 +289,7 @@ def _import_mlx_lm() -> float:
     return time.perf_counter() - started
 
 
-def _working_set() -> int:
+def working_set() -> int:
     """Bytes of memory that the device should use: Metal's own advice, else the machine's memory."""
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):

@@ -55,7 +55,7 @@ def publish(hub: FakeHub, folder: Path) -> str:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, arguments)])
+    return CliRunner().invoke(cli, ["convert", "--no-verify", *map(str, arguments)])
 
 
 def test_from_the_hub(hub: FakeHub, source: Path, tmp_path: Path) -> None:

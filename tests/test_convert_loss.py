@@ -23,7 +23,7 @@ from mlx_onevision.convert.divergence import diverge
 from mlx_onevision.convert.figures import Loss
 from mlx_onevision.convert.loss import measure
 from mlx_onevision.convert.loss_table import comparison, table
-from mlx_onevision.convert.probes import Probe, probes
+from mlx_onevision.convert.probes import Probe
 from mlx_onevision.convert.recording import count_values
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.hub import EMBEDDED
@@ -73,18 +73,6 @@ def test_a_folder_has_lost_nothing_against_itself() -> None:
     assert loss.perplexity_ratio == 1
     assert {layer.error for layer in loss.layers} == {0}
     assert loss.dtype == "bfloat16" and loss.bits_per_weight == 16
-
-
-def test_all_probes(tmp_path: Path) -> None:
-    """The whole fixed set runs, and each probe is compared at its words only."""
-    folder = write(tmp_path / "model", tied=False)
-    given = probes()
-    loss = measure(folder, folder, probe_set=given)
-    assert [probe.name for probe in loss.probes] == [probe.name for probe in given]
-    assert sum(probe.positions for probe in loss.probes) == loss.all.positions
-    assert loss.conversations and loss.texts
-    assert loss.conversations.positions + loss.texts.positions == loss.all.positions
-    assert loss.all.kl_max == 0
 
 
 def uniform_but_for_one(weights: dict[str, np.ndarray], factor: float) -> dict[str, np.ndarray]:

@@ -1,17 +1,14 @@
-"""Recipes: mlx-lm's own choices, files of rules, and the best one that fits a machine."""
+"""Recipes: mlx-lm's own choices, and files of rules."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import Sizes, write
-from packing import quantize
 
 from mlx_onevision import recipes
 from mlx_onevision.checkpoint import load_checkpoint, open_checkpoint
-from mlx_onevision.convert import fit
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.planning import make_plan
 from mlx_onevision.quantization import ModuleQuantization
@@ -125,47 +122,3 @@ def test_written_names_are_read_back() -> None:
         "image_newline",
     ):
         assert canonical_name(written_name(name)) == name
-
-
-def test_the_best_that_fits(tmp_path: Path) -> None:
-    """The sizes of the published 0.5B: from "as it is" down to what does not fit at all."""
-    folder = write(
-        tmp_path / "model", sizes=Sizes(hidden=256, intermediate=512, layers=4), dtype="bfloat16"
-    )
-    opened = open_checkpoint(folder)
-    names, sizes = [], []
-    for recipe in fit.candidates():
-        plan = make_plan(opened.config, opened.tensors, {}, recipe=recipe)
-        room = plan.nbytes + 192 * 2**20  # weights, and the least that the computation is given
-        room += fit.cache_bytes(opened.config, 100 + fit.ANSWER) + 100 * 256 * 2
-        found = fit.choose(folder, -(-room * 3 // 2), context=100)
-        assert found.recipe == recipe
-        assert "fits" in found.why.splitlines()[-1]
-        names.append(recipe.name if recipe else "as it is")
-        sizes.append(plan.nbytes)
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
-    with pytest.raises(RequestError, match=r"nothing fits: a Mac of 0\.25 GB has"):
-        fit.choose(folder, 2**28)
-
-
-def test_what_fits_depends_on_the_prompt(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model")
-    config = open_checkpoint(folder).config
-    assert fit.prompt_tokens(config) > 3 * 3 * config.tokens_per_tile
-    text = config.text_config
-    per_token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    assert fit.cache_bytes(config, 512) == 512 * per_token
-    assert fit.cache_bytes(config, 513) == 768 * per_token
-    wide = replace(
-        config, text_config=replace(text, num_hidden_layers=28, num_key_value_heads=4, head_dim=128)
-    )
-    assert fit.cache_bytes(wide, 7_680) == 7_680 * 57_344  # the 7B's 56 KiB a token
-    assert fit.working_set(8 * 2**30) == 5_726_623_061  # what macOS says of one of 8 GB
-    assert fit.working_set(64 * 2**30) == 48 * 2**30
-    with pytest.raises(RequestError, match="shorter --context"):
-        fit.choose(folder, 10**9, context=5 * 10**6)
-
-
-def test_fit_of_a_packed_model(tmp_path: Path) -> None:
-    packed = quantize(write(tmp_path / "a", "mlx-vlm"), tmp_path / "b")
-    assert fit.choose(packed, 10**9).recipe is None

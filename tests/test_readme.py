@@ -70,7 +70,8 @@ def test_it_names_every_option_of_a_command_and_no_other(name: str) -> None:
 
 
 def test_it_names_every_option_of_convert_and_no_other() -> None:
-    options = {option for param in cli.commands["convert"].params for option in param.opts}
+    params = cli.commands["convert"].params
+    options = {option for param in params for option in (*param.opts, *param.secondary_opts)}
     table = README.partition("| `convert MODEL [FOLDER]` |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(--?[a-z-]+)", table))
     assert named == {option for option in options if option.startswith("-")}
