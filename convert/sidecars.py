@@ -12,25 +12,11 @@ from mlx_onevision.config import ImageConfig, OneVisionConfig
 from mlx_onevision.convert.sources import Source
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.folder import read_json
+from mlx_onevision.hub import SIDECARS
 from mlx_onevision.planning import Plan
 from mlx_onevision.quantization import ModuleQuantization, Quantization
 from mlx_onevision.template import ChatTemplate
 
-# Copied as they are, where they are there.
-COPIED = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 LICENSES = "LICENSE*"
 MOST = 100_000_000  # bytes of one of them
 
@@ -110,7 +96,7 @@ def processor_files(opened: Opened) -> dict[str, bytes]:
     """
     folder, config = opened.folder, opened.config
     licenses = sorted(path.name for path in folder.glob(LICENSES))
-    files = {name: _read(folder / name) for name in (*COPIED, *licenses)}
+    files = {name: _read(folder / name) for name in (*SIDECARS, *licenses)}
     found = {name: data for name, data in files.items() if data is not None}
     if "chat_template.json" not in found and "chat_template.jinja" not in found:
         found["chat_template.jinja"] = ChatTemplate.from_folder(folder).source.encode()

@@ -24,11 +24,9 @@ ALIASES: Mapping[str, str] = {
     size: f"llava-hf/llava-onevision-qwen2-{size}-ov-hf" for size in ("0.5b", "7b", "72b")
 }
 
-FILES = (
-    "config.json",
+# What belongs to a model besides its weights and config.json, under the same name everywhere.
+SIDECARS = (
     "generation_config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
@@ -40,6 +38,12 @@ FILES = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
+)
+FILES = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    *SIDECARS,
     "mlx_onevision_manifest.json",
     "README.md",
     "LICENSE*",
