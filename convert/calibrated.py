@@ -7,31 +7,28 @@ all but: here stand the few things that differ. Each method packs the language m
 
 - GPTQ collects what goes into every matrix, and takes prompts of any length. It knows 2, 4 and 8
   bits. It is fed float32 embeddings, because it multiplies activations with each other.
-- AWQ calls layers with a mask alone, where ours are also given their rotation; for the time being
-  they are, by a class that knows it. It stacks prompts, so they are cut to the length of the
-  shortest.
+- AWQ calls layers with a mask alone, where ours are also given their rotation; meanwhile a class
+  knows it. It stacks prompts, so they are cut to the length of the shortest.
 - DWQ trains scales and biases towards the whole model's own distributions, at every position, the
-  pictures' among them: its loss cannot leave any out.
+  pictures' among them. With few prompts and mlx-lm's learning rate, half precision rounds all that
+  it does away, so the command does not offer it.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_onevision.convert.methods import METHODS, Method, require_packing
 from mlx_onevision.errors import RequestError
 from mlx_onevision.language import Attention, DecoderLayer, RotaryEmbedding
 from mlx_onevision.model import OneVision
 from mlx_onevision.quantization import ModuleQuantization
-
-Method = Literal["awq", "gptq", "dwq"]
-METHODS = ("awq", "gptq", "dwq")
-BITS = {"awq": (2, 3, 4, 5, 6, 8), "gptq": (2, 4, 8), "dwq": (2, 3, 4, 5, 6)}
 
 # Of a distribution that DWQ trains towards, the entries that are kept, as mlx-lm keeps them.
 KEPT = 1024
@@ -57,8 +54,7 @@ def calibrate(
     learning_rate, passes : of DWQ: Adam's, and how often every prompt is seen.
 
     Raises:
-        RequestError: for a method that is not known, prompts that are none, and packings that the
-            method does not have.
+        RequestError: for an unknown method, no prompts, and packings that the method has not.
     """
     _require(method, prompts, way, table)
     with redirect_stdout(sys.stderr), _without_evaluations(model):
@@ -93,22 +89,6 @@ def _require(
         raise RequestError(f"{method} needs calibration prompts of two tokens and more")
     require_packing(method, way)
     require_packing(method, table, of_table=True)
-
-
-def require_packing(method: str, way: ModuleQuantization, of_table: bool = False) -> None:
-    """Refuses a packing that a method does not have.
-
-    of_table : the embedding's, or the head's, which may have any bits.
-
-    Raises:
-        RequestError: saying what it has.
-    """
-    if way.mode != "affine":
-        raise RequestError(f"{method} packs affinely; drop the other mode, or the method")
-    if not of_table and way.bits not in BITS[method]:
-        raise RequestError(
-            f"{method} has no {way.bits} bits; it has {', '.join(map(str, BITS[method]))}"
-        )
 
 
 @contextmanager

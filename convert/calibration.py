@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.convert import probe_images as draw
-from mlx_onevision.convert.calibrated import Method, calibrate
+from mlx_onevision.convert.calibrated import calibrate
 from mlx_onevision.convert.conversion import Conversion
+from mlx_onevision.convert.methods import Method
 from mlx_onevision.convert.probes import Probe
 from mlx_onevision.convert.shards import Part
 from mlx_onevision.errors import RequestError

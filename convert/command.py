@@ -73,9 +73,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["gptq", "awq", "dwq"]),
-    help="Calibrate the language model's packing on drawn pictures (mlx-lm's code; gptq is the one "
-    "to try, dwq an experiment). Holds the whole model in memory, and takes long.",
+    type=click.Choice(["gptq", "awq"]),
+    help="Calibrate the language model's packing on drawn pictures, with mlx-lm's code. Holds the "
+    "whole unquantized model in memory, and takes long.",
 )
 @click.option(
     "--dtype",

@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.convert import probe_images
-from mlx_onevision.convert.calibrated import METHODS, Method, calibrate, packed_modules
+from mlx_onevision.convert.calibrated import calibrate, packed_modules
 from mlx_onevision.convert.divergence import diverge
+from mlx_onevision.convert.methods import METHODS, Method
 from mlx_onevision.errors import RequestError
 from mlx_onevision.language import Attention, DecoderLayer
 from mlx_onevision.model import OneVision

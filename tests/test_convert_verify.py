@@ -22,7 +22,7 @@ from PIL import Image
 from mlx_onevision import recipes
 from mlx_onevision.__main__ import cli
 from mlx_onevision.checkpoint import load_checkpoint, open_checkpoint
-from mlx_onevision.convert import probe_images, sources, verification
+from mlx_onevision.convert import comparing, probe_images, sources, verification
 from mlx_onevision.convert.calibration import calibrated, calibration_set
 from mlx_onevision.convert.comparing import compare
 from mlx_onevision.convert.conversion import convert, prepare
@@ -218,6 +218,7 @@ def test_the_command_compares(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(comparing, "probes", lambda: FEW)
     result = run(source, "--compare", "4", "--plot", "curve.png", "--json")
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
