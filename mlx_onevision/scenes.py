@@ -5,9 +5,10 @@ each quarter of the picture, so that a new arrangement of the same colours count
 is shared out between neighbouring bins: noise then moves little, whatever bin edge it is near. The
 distance of two thumbnails is the part of their pixels that changed colour, from 0 to 1.
 
-A cut is a step from which the film does not come back: after the flash of a camera it does. A fade
-or a dissolve is one cut, too, in its middle: there, the film has left its colours of a moment ago
-by small steps and come to rest. A pan that is slower than that is no cut.
+A cut is a step from which the film does not come back: after the flash of a camera it does. How
+large a step has to be depends on how much moved just before. A fade or a dissolve is one cut, too,
+in its middle: there, the film has left its colours of a moment ago by small steps and come to rest.
+A pan that is slower than that is no cut.
 
 numpy only. A film of any length passes through; the histograms of its last seconds are kept.
 """
@@ -30,6 +31,7 @@ Span = tuple[float, float]
 GRID = 2  # cells a side
 BINS = (5, 7, 7)  # of brightness and of the two colour differences
 FARTHEST = 96.0  # colour differences beyond this share the last bin
+ENOUGH = 4  # thumbnails that show how much moves in a scene
 SIDE = 64  # pixels of a thumbnail that are looked at, across and down
 
 # BT.601: brightness, blue and red minus brightness; 0 to 255, and -128 to 127 around grey.
@@ -46,6 +48,10 @@ class Detector:
 
     step: float = 0.4
     """From one thumbnail to the next: at least this is a step, and it takes less to be back."""
+    least: float = 0.15
+    """Where little moves, less is a step: ``leap`` times the largest change of a moment ago, if it
+    is no less than this."""
+    leap: float = 4.0
     drift: float = 0.6
     """Over a fade, from its beginning to its end."""
     rest: float = 0.5
@@ -58,10 +64,10 @@ class Detector:
     """A cut this soon after another one does not count."""
 
     def __post_init__(self) -> None:
-        for name in ("step", "drift", "rest"):
+        for name in ("step", "least", "drift", "rest"):
             if not 0 < getattr(self, name) <= 1:
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be in 0 to 1")
-        for name in ("flash", "fade", "shortest"):
+        for name in ("leap", "flash", "fade", "shortest"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
@@ -79,6 +85,8 @@ def find_cuts(
     """
     scene: deque[tuple[float, Histogram]] = deque()  # what passed for the scene, a fade long
     away: list[tuple[float, Histogram]] = []  # since a step that may turn out to be a flash
+    changes: deque[tuple[float, float]] = deque()  # within the scene, a fade long
+    bound = detector.step
     last_time, last_cut = -float("inf"), -float("inf")
     for time, thumbnail in film:
         if not time > last_time:
@@ -86,23 +94,32 @@ def find_cuts(
         last_time = time
         seen = (time, histogram(thumbnail))
         cut: float | None = None
+        change = distance(seen[1], scene[-1][1]) if scene else 0.0
+        if not away:
+            bound = _step(changes, detector)
         if away:
-            if distance(seen[1], scene[-1][1]) < detector.step:
+            if change < bound:
                 away.clear()
             else:
                 away.append(seen)
-                if not _has_settled(away, detector):
+                if not _has_settled(away, bound, detector):
                     continue
                 cut = _middle(scene[-1][1], away)
                 scene, away = deque(away), []
-        elif scene and distance(seen[1], scene[-1][1]) >= detector.step:
+                changes.clear()
+        elif change >= bound:
             away.append(seen)
             continue
         elif scene and _has_faded(seen[1], scene, detector):
             cut = _middle(scene[0][1], [*scene, seen])
             scene.clear()
+            changes.clear()
+        else:
+            changes.append((time, change))
         if not scene or scene[-1] is not seen:
             scene.append(seen)
+        while changes and time - changes[0][0] > detector.fade:
+            changes.popleft()
         while time - scene[0][0] > detector.fade:
             scene.popleft()
         if cut is not None and cut - last_cut >= detector.shortest:
@@ -110,12 +127,20 @@ def find_cuts(
             yield cut
 
 
-def _has_settled(away: Sequence[tuple[float, Histogram]], detector: Detector) -> bool:
+def _step(changes: Sequence[tuple[float, float]], detector: Detector) -> float:
+    """What is a step now: less in a scene in which little has moved for a while."""
+    if len(changes) < ENOUGH:
+        return detector.step
+    largest = max(change for _, change in changes)
+    return min(detector.step, max(detector.least, detector.leap * largest))
+
+
+def _has_settled(away: Sequence[tuple[float, Histogram]], bound: float, detector: Detector) -> bool:
     """Whether the film is somewhere else for good: neither in a flash nor on its way still."""
     (_, one), (now, other) = away[-2:]
     since = now - away[0][0]
     return since >= detector.flash and (
-        distance(one, other) <= detector.rest * detector.step or since >= detector.fade
+        distance(one, other) <= detector.rest * bound or since >= detector.fade
     )
 
 

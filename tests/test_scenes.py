@@ -140,6 +140,31 @@ def test_something_that_moves_is_no_cut() -> None:
     assert list(find_cuts(film(10, picture))) == []
 
 
+def test_less_is_a_cut_where_little_moves() -> None:
+    """Two scenes before one background, which differ in a quarter of the picture."""
+
+    def picture(time: float, number: int, restless: bool = False) -> Picture:
+        frame = plain(GREY, seed=number)
+        frame[6:30, 20:44] = RED if time < 4 else BLUE
+        if restless:  # a fifth of the picture comes and goes
+            frame[:, 51 * (number % 2) :][:, :13] = GREEN
+        return frame
+
+    assert list(find_cuts(film(8, picture))) == [4.0]
+    assert list(find_cuts(film(8, picture), Detector(least=0.4))) == []
+    assert list(find_cuts(film(8, lambda time, n: picture(time, n, True)))) == []
+
+
+def test_something_that_begins_to_move_is_no_cut() -> None:
+    def picture(time: float, number: int) -> Picture:
+        frame = plain(GREY, seed=number)
+        left = round(max(time - 5, 0) * 30) % 48
+        frame[10:24, left : left + 14] = RED
+        return frame
+
+    assert list(find_cuts(film(10, picture))) == []
+
+
 def test_the_same_colours_in_other_places_are_a_cut() -> None:
     def picture(time: float, number: int) -> Picture:
         frame = np.concatenate([plain(RED, seed=number), plain(BLUE, seed=number)], axis=1)
