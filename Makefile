@@ -24,7 +24,7 @@ install = $(call pip,$(1))
 endif
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format parity clean
+.PHONY: demo test hosts lint format parity clean
 
 QUESTION := mlx-onevision generate --image examples/shapes.png --prompt "What is in the image?"
 
@@ -35,6 +35,12 @@ demo: .venv/.package
 # Files of tests are shared out to two processes, each with one thread of BLAS.
 test: .venv/.dev
 	OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# The long tests of the hosts: official clients, the page in Chromium, crowds, made-up requests.
+# Chromium is the system's; CHROMIUM=... names another.
+hosts: .venv/.hosts
+	OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
+		$(or $(ARGS),tests/hosts)
 
 lint: .venv/.dev
 	.venv/bin/ruff check
@@ -61,6 +67,12 @@ parity: .venv-parity/.parity
 	@$(call venv,.venv)
 	@$(call install,.venv) --editable '$(PACKAGE)' --group dev
 	@touch .venv/.package $@
+
+.venv/.hosts: pyproject.toml
+	@echo 'Making .venv with the development tools and those of the hosts'
+	@$(call venv,.venv)
+	@$(call install,.venv) --editable '$(PACKAGE)' --group hosts
+	@touch .venv/.package .venv/.dev $@
 
 # pip, not uv, so that a CPU build of torch that pip is set up to find is taken. torchvision comes
 # without its dependencies: beside that torch its own pins do not hold. So does mlx-vlm, most of whose

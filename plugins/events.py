@@ -14,6 +14,7 @@ from mlx_onevision.plugins.results import (
     EmbedResult,
     GenerateResult,
     Segment,
+    TokenLogprob,
     Usage,
 )
 from mlx_onevision.plugins.wire import Record, without_version
@@ -39,12 +40,17 @@ class ProgressEvent(Record):
 
 @dataclass(frozen=True)
 class TextEvent(Record):
-    """The next characters, whole ones. segment : of which segment's text, of a described video."""
+    """The next characters, whole ones.
+
+    segment : of which segment's text, of a described video.
+    logprobs : where they were asked for, those of the tokens that have come since the event before.
+    """
 
     discriminator: ClassVar[str | None] = "text"
 
     delta: str
     segment: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,11 @@ from mlx_onevision.plugins.results import (
     DescribeResult,
     EmbedResult,
     GenerateResult,
+    Likelihood,
     ModelInfo,
     Segment,
     Space,
+    TokenLogprob,
     Usage,
 )
 from mlx_onevision.plugins.streams import Channel, EventStream
@@ -62,6 +64,7 @@ __all__ = [
     "GenerateRequest",
     "GenerateResult",
     "Group",
+    "Likelihood",
     "Media",
     "Message",
     "ModelInfo",
@@ -72,6 +75,7 @@ __all__ = [
     "SegmentEvent",
     "Space",
     "TextEvent",
+    "TokenLogprob",
     "Usage",
     "UsageEvent",
     "event_from_dict",
@@ -84,8 +88,8 @@ class Backend(Protocol):
     """A model that answers. Every method may be called from any thread, and many at once.
 
     A request that cannot be served never raises where it is made: its stream's last event is the
-    error. Two things are not waited for: ``generate`` and ``describe_video`` return at once. In
-    asyncio, call the others through ``asyncio.to_thread``.
+    error. Calls that return a stream return at once. In asyncio, call the others through
+    ``asyncio.to_thread``.
     """
 
     def info(self) -> ModelInfo:
@@ -106,6 +110,10 @@ class Backend(Protocol):
         Raises:
             PluginError: for the first item that cannot be embedded, naming it.
         """
+        ...
+
+    def stream_embed(self, request: EmbedRequest) -> EventStream[EmbedResult]:
+        """The same as a stream: of progress, that can be cancelled; vectors come with its end."""
         ...
 
     def describe_video(self, request: DescribeRequest) -> EventStream[DescribeResult]:

@@ -43,7 +43,9 @@ GROUP = 10  # items that are read and embedded together
 
 # Settings have the library's own names.
 SETTINGS = [
-    f.name for f in fields(GenerateRequest) if f.name not in ("messages", "stop", "timeout")
+    f.name
+    for f in fields(GenerateRequest)
+    if f.name not in ("messages", "stop", "timeout", "logprobs", "json_schema")
 ]
 DESCRIBING = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
 

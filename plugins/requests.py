@@ -4,6 +4,7 @@ Settings have the names, meanings and defaults of :class:`mlx_onevision.options.
 that is left out, or None, is the checkpoint's own.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,6 +18,8 @@ Order = Literal["template", "given"]
 EmbeddingSpace = Literal["vision", "joint"]
 
 LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
+MOST_LOGPROBS = 20  # of each token
+LONGEST_SCHEMA = 1 << 18  # characters
 
 
 class _Asked(Record):
@@ -35,7 +38,12 @@ class _Asked(Record):
 
 @dataclass(frozen=True)
 class GenerateRequest(_Asked):
-    """An answer to a conversation. ``timeout`` is in seconds, waiting in the queue included."""
+    """An answer to a conversation. ``timeout`` is in seconds, waiting in the queue included.
+
+    logprobs : how many of the likeliest tokens are told for each token of the answer, 0 for the
+        chosen one alone; None tells nothing.
+    json_schema : a JSON Schema, as JSON: the answer is a document that it allows, and nothing else.
+    """
 
     messages: Sequence[Message]
     system: str | None = None
@@ -53,6 +61,8 @@ class GenerateRequest(_Asked):
     end: float | None = None
     tiling: Tiling = "auto"
     order: Order = "template"
+    logprobs: int | None = None
+    json_schema: str | None = None
     timeout: float | None = None
 
     @classmethod
@@ -78,6 +88,9 @@ class GenerateRequest(_Asked):
         _between(self, "fps", above=0)
         if self.num_frames is not None and self.fps is not None:
             raise bad_request("there are both num_frames and fps", "give one of them")
+        _between(self, "logprobs", least=0, most=MOST_LOGPROBS)
+        if self.json_schema is not None:
+            _check_schema(self.json_schema)
         _check_window(self)
         _check_sampling(self)
 
@@ -168,6 +181,18 @@ class DescribeRequest(_Asked):
         _between(self, "longest", above=0)
         _check_window(self)
         _check_sampling(self)
+
+
+def _check_schema(text: str) -> None:
+    """Whether it can be a schema at all; which keywords are known is for the backend to say."""
+    if len(text) > LONGEST_SCHEMA:
+        raise bad_request(f"json_schema has {len(text)} characters", f"{LONGEST_SCHEMA} are read")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        raise bad_request("json_schema is not valid JSON") from None
+    if not isinstance(schema, dict | bool):
+        raise bad_request("json_schema is no JSON Schema", "give an object")
 
 
 def _check_window(request: Part) -> None:

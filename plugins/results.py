@@ -6,7 +6,9 @@ from typing import ClassVar, Literal
 from mlx_onevision.plugins.errors import bad_request
 from mlx_onevision.plugins.wire import Part, Record
 
-Capability = Literal["generate", "embed", "describe_video", "images", "videos"]
+Capability = Literal[
+    "generate", "embed", "describe_video", "images", "videos", "logprobs", "json_schema"
+]
 Input = Literal["text", "image", "video"]
 FinishReason = Literal["stop", "length"]
 
@@ -32,6 +34,7 @@ class ModelInfo(Record):
 
     context : tokens of prompt and answer together.
     loaded : whether its weights are in memory. active, waiting : requests.
+    healthy : False once it cannot answer any more, whatever it is asked, until it is opened again.
     """
 
     id: str
@@ -43,6 +46,7 @@ class ModelInfo(Record):
     loaded: bool = False
     active: int = 0
     waiting: int = 0
+    healthy: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,38 @@ class Usage(Part):
 
 
 @dataclass(frozen=True)
+class Likelihood(Part):
+    """A token, and how likely it was in its place.
+
+    token : its text; where it is a part of a character only, that part is U+FFFD.
+    data : its bytes.
+    logprob : natural logarithm of its probability before temperature and filters, after penalties
+        and schema; LEAST where that is 0.
+    """
+
+    token: str
+    data: bytes
+    logprob: float
+
+
+LEAST = -9999.0
+"""Stands for the logarithm of 0, for which JSON has no number."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob(Likelihood):
+    """The token that was chosen, and the likeliest ones in its place, the likeliest first."""
+
+    top: tuple[Likelihood, ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerateResult(Record):
     """A whole answer.
 
     finish_reason : "stop", the model ended or a stop string came; "length", it was cut off.
     notes : what of the videos was not used as it was asked for, a sentence each.
+    logprobs : where they were asked for, of every token that the text is made of.
     """
 
     discriminator: ClassVar[str | None] = "generation"
@@ -78,6 +109,7 @@ class GenerateResult(Record):
     finish_reason: FinishReason
     usage: Usage = Usage()
     notes: tuple[str, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -120,13 +120,15 @@ class Service:
 
     def embed(self, request: EmbedRequest) -> EmbedResult:
         """Raises PluginError."""
-        stream: EventStream[EmbedResult] = self._start(
+        with self.stream_embed(request) as stream:  # Ctrl-C ends the work, too
+            return stream.result()
+
+    def stream_embed(self, request: EmbedRequest) -> EventStream[EmbedResult]:
+        return self._start(
             request,
             EmbedRequest,
             lambda answering, channel: answering.embed(request, self.policy, channel),
         )
-        with stream:  # Ctrl-C ends the work, too
-            return stream.result()
 
     def describe_video(self, request: DescribeRequest) -> EventStream[DescribeResult]:
         return self._start(

@@ -114,6 +114,13 @@ def usage_body(usage: Usage) -> dict[str, Any]:
             "cached_tokens": usage.cached_tokens,
             "media_tokens": usage.media_tokens,
         },
+        "seconds": {
+            "prepare": usage.prepare_seconds,
+            "encode": usage.encode_seconds,
+            "prefill": usage.prefill_seconds,
+            "decode": usage.decode_seconds,
+        },
+        "peak_memory_bytes": usage.peak_memory_bytes,
     }
 
 

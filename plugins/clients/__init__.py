@@ -1,0 +1,1 @@
+"""Backends that are elsewhere: the contract over somebody's wire."""
