@@ -5,9 +5,11 @@ from urllib.parse import unquote, urlsplit
 from mlx_onevision.plugins.errors import bad_request
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault
 from mlx_onevision.plugins.hosts.http.schemas import (
+    AnyItem,
     AnyPart,
     ChatRequest,
     EmbeddingsRequest,
+    GroupPart,
     ImagePart,
     Place,
     Sampling,
@@ -16,12 +18,12 @@ from mlx_onevision.plugins.hosts.http.schemas import (
     VideoRequest,
 )
 from mlx_onevision.plugins.media import Kind, Media, Message, Role
-from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest
+from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest, Group
 
 MAX_TOKENS = 1024  # of an answer for which nothing is said
 
 SAMPLING = tuple(Sampling.model_fields)
-LOOKING = ("num_frames", "fps", "start", "end", "tiling", "timeout")
+LOOKING = ("num_frames", "fps", "start", "end", "tiling", "order", "timeout")
 DESCRIBING = ("segments", "start", "end", "num_frames", "longest", "max_tokens", "system")
 
 
@@ -47,7 +49,8 @@ def question(asked: ChatRequest) -> GenerateRequest:
 def items(asked: EmbeddingsRequest) -> EmbedRequest:
     """Raises PluginError."""
     return EmbedRequest(
-        items=[_part(part) for part in asked.input], space=asked.space, timeout=asked.timeout
+        items=[_item(item) for item in asked.input],
+        **{name: getattr(asked, name) for name in ("space", "normalize", "tiling", "timeout")},
     )
 
 
@@ -65,6 +68,12 @@ def _message(turn: Turn) -> Message:
     if role != "user" and any(isinstance(part, Media) for part in parts):
         raise bad_request(f"a message of the {role} holds a picture or a video", "only users show")
     return Message(role, parts)
+
+
+def _item(item: AnyItem) -> str | Group | Media:
+    if isinstance(item, GroupPart):
+        return Group([_media("image", part.image_url) for part in item.content])
+    return _part(item)
 
 
 def _part(part: AnyPart) -> str | Media:

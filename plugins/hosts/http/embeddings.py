@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.hosts.http import conversation
+from mlx_onevision.plugins.hosts.http import conversation, streaming
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault
 from mlx_onevision.plugins.hosts.http.operations import JSON, Operation
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
@@ -21,7 +21,8 @@ def endpoint(serving: Serving) -> Endpoint:
         conversation.check_model(asked.model, serving.model)
         wanted = conversation.items(asked)
         await _check_dimensions(serving, asked)
-        found = await serving.blocking(lambda: serving.backend.embed(wanted))
+        stream = serving.backend.stream_embed(wanted)
+        found = await streaming.result(stream, request.receive)
         # Thousands of numbers take a while to write.
         return await serving.blocking(lambda: JSONResponse(_body(found, asked, serving.model)))
 

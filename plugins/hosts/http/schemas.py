@@ -99,7 +99,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ChatRequest(Sampling):
-    """``POST /v1/chat/completions``; num_frames to tiling are this server's own."""
+    """``POST /v1/chat/completions``; num_frames to order are this server's own."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     model: str | None = None
@@ -114,6 +114,7 @@ class ChatRequest(Sampling):
     start: float | None = None
     end: float | None = None
     tiling: Literal["auto", "always", "never"] = "auto"
+    order: Literal["template", "given"] = "template"
     timeout: float | None = None
 
     @model_validator(mode="before")
@@ -154,16 +155,28 @@ def _as_item(item: Any) -> Any:
     return {"type": "text", "text": item}
 
 
+class GroupPart(Strict):
+    """Several pictures that share one vector."""
+
+    type: Literal["group"]
+    content: Annotated[list[ImagePart], Field(min_length=1, max_length=ITEMS)]
+
+
+AnyItem = Annotated[TextPart | ImagePart | VideoPart | GroupPart, Field(discriminator="type")]
+
+
 class EmbeddingsRequest(Strict):
-    """``POST /v1/embeddings``; space is this server's own."""
+    """``POST /v1/embeddings``; groups, and space to timeout, are this server's own."""
 
     input: Annotated[
-        list[AnyPart], BeforeValidator(_as_items), Field(min_length=1, max_length=ITEMS)
+        list[AnyItem], BeforeValidator(_as_items), Field(min_length=1, max_length=ITEMS)
     ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     space: Literal["joint", "vision"] = "joint"
+    normalize: bool = True
+    tiling: Literal["auto", "always", "never"] = "auto"
     timeout: float | None = None
 
 
