@@ -15,6 +15,7 @@ from mlx_onevision.plugins.hosts.http.schemas import (
     Sampling,
     TextPart,
     Turn,
+    VideoPart,
     VideoRequest,
 )
 from mlx_onevision.plugins.media import Kind, Media, Message, Role
@@ -72,13 +73,15 @@ def _message(turn: Turn) -> Message:
 
 def _item(item: AnyItem) -> str | Group | Media:
     if isinstance(item, GroupPart):
-        return Group([_media("image", part.image_url) for part in item.content])
+        return Group([_shown(part) for part in item.content])
     return _part(item)
 
 
 def _part(part: AnyPart) -> str | Media:
-    if isinstance(part, TextPart):
-        return part.text
+    return part.text if isinstance(part, TextPart) else _shown(part)
+
+
+def _shown(part: ImagePart | VideoPart) -> Media:
     if isinstance(part, ImagePart):
         return _media("image", part.image_url)
     return _media("video", part.video_url)

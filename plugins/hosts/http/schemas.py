@@ -155,11 +155,14 @@ def _as_item(item: Any) -> Any:
     return {"type": "text", "text": item}
 
 
+ShownPart = Annotated[ImagePart | VideoPart, Field(discriminator="type")]
+
+
 class GroupPart(Strict):
     """Several pictures that share one vector."""
 
     type: Literal["group"]
-    content: Annotated[list[ImagePart], Field(min_length=1, max_length=ITEMS)]
+    content: Annotated[list[ShownPart], Field(min_length=1, max_length=ITEMS)]
 
 
 AnyItem = Annotated[TextPart | ImagePart | VideoPart | GroupPart, Field(discriminator="type")]
