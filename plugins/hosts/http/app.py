@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_onevision.plugins.hosts.http import chat, embeddings, status, videos
+from mlx_onevision.plugins.hosts.http import chat, embeddings, jobs, status, videos
 from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
@@ -17,6 +17,7 @@ from mlx_onevision.plugins.hosts.http.operations import Operation
 from mlx_onevision.plugins.hosts.http.serving import Serving, answered
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.jobs import Jobs
 
 THREADS = 64
 
@@ -25,6 +26,7 @@ OPERATIONS: tuple[Operation, ...] = (
     chat.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
+    *jobs.OPERATIONS,
 )
 """Every route. What one is stands beside what answers it."""
 
@@ -42,6 +44,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         model=settings.model or backend.info().id,
         created=int(time.time()),
         reader=Reader(settings),
+        jobs=Jobs(backend),
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
     app = Starlette(
