@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_onevision.plugins.hosts.http import chat, embeddings, status, videos
+from mlx_onevision.plugins.hosts.http import chat, embeddings, responses, status, videos
 from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
@@ -23,6 +23,7 @@ THREADS = 64
 OPERATIONS: tuple[Operation, ...] = (
     *status.OPERATIONS,
     chat.OPERATION,
+    responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
 )

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import math
+import re
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault, without_places
@@ -12,6 +15,9 @@ from mlx_onevision.plugins.hosts.http.guards import too_much
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
+
+EXACT = 2**53  # up to here a float holds every whole number
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Reader:
@@ -64,15 +70,14 @@ def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wa
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = _field([part for part in first["loc"] if part not in ("text", "image_url")])
-        said = first["msg"].removeprefix("Value error, ").removesuffix(".")
-        said = said[:1].lower() + said[1:]
+        where = _field(first, values)
+        said = _said(first)
         message = without_places(f"{where}: {said}" if where else said)
         raise HTTPFault(400, message, param=where or None) from None
 
 
 def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
-    """A JSON object. NaN, deep nesting and very many values are refused.
+    """A JSON object. NaN, deep nesting, very many values and what is no text are refused.
 
     Raises:
         HTTPFault: 400.
@@ -81,9 +86,14 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
         raise HTTPFault(400, "the JSON holds too many values; send fewer in one request")
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
+        if _SURROGATE.search(data):
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise _too_deep(settings) from None
+    except UnicodeEncodeError:
+        message = "the JSON holds half of a surrogate pair, which is no text; send it whole"
+        raise HTTPFault(400, message) from None
     except ValueError:
         raise HTTPFault(400, "the body is not valid JSON") from None
     _check_depth(values, settings)
@@ -114,9 +124,43 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _field(parts: list[int | str]) -> str:
-    """``messages[0].content``."""
-    text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part[:60]
+def _number(text: str) -> float:
+    """1.0 is a whole number, as in JSON Schema; 1e999 is none."""
+    value = float(text)
+    if math.isinf(value):
+        raise HTTPFault(400, "the JSON holds a number that is too large")
+    return int(value) if value.is_integer() and abs(value) <= EXACT else value
+
+
+def _said(error: ErrorDetails) -> str:
+    """What is wrong, in one sentence without a full stop."""
+    context = error.get("ctx", {})
+    if error["type"] == "union_tag_invalid":
+        tag, known = repr(context["tag"])[:40], context["expected_tags"]
+        return f"it is {tag}; there are {known}"
+    if error["type"] == "union_tag_not_found":
+        return "field required"
+    said = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    return said[:1].lower() + said[1:]
+
+
+def _field(error: ErrorDetails, values: Any) -> str:
+    """Where it is: ``messages[0].content``. What pydantic says of its unions besides is left out:
+    it is nothing that the request holds.
+    """
+    text, at = "", values
+    for part in error["loc"]:
+        if isinstance(part, int):
+            if isinstance(at, list) and part < len(at):
+                text, at = f"{text}[{part}]", at[part]
+        elif isinstance(at, dict) and part in at:
+            text, at = _joined(text, part), at[part]
+    if error["type"] == "missing":
+        text = _joined(text, str(error["loc"][-1]))
+    elif error["type"].startswith("union_tag_"):
+        text = _joined(text, error.get("ctx", {})["discriminator"].strip("'"))
     return text[:120]
+
+
+def _joined(text: str, name: str) -> str:
+    return f"{text}.{name}" if text else name[:60]

@@ -12,6 +12,9 @@ JSON = "application/json"
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
 
+DONE = "[DONE]"
+"""The last line of a stream of chat completions, which is no JSON."""
+
 
 @dataclass(frozen=True)
 class Operation:
