@@ -48,6 +48,9 @@ class Subject:
     """Seconds within which a cancelled request ends."""
     crowd: ClassVar[int] = 32
     """Requests at once, of which some may be refused as busy."""
+    can_unload: ClassVar[bool] = True
+    """Whether ``unload`` frees the model. False where it is somebody else's, as behind a wire: then
+    it must change nothing."""
 
     @classmethod
     def open_backend(cls) -> Backend:
@@ -148,3 +151,9 @@ class Subject:
         error = self.refused(stream)
         assert error.code == "cancelled"
         assert time.monotonic() - since <= self.soon, "it took too long to end"
+
+    def check_unloaded(self, backend: Backend) -> None:
+        if self.can_unload:
+            self.wait_for(lambda: not backend.info().loaded, "it stays loaded")
+        else:
+            assert backend.info().loaded, "it was said not to be unloaded"

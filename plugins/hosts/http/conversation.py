@@ -7,8 +7,10 @@ from mlx_onevision.plugins.hosts.http.faults import HTTPFault
 from mlx_onevision.plugins.hosts.http.fields import Looking, Sampling
 from mlx_onevision.plugins.hosts.http.formats import schema_text
 from mlx_onevision.plugins.hosts.http.parts import (
+    AnyItem,
     AnyPart,
     AssistantTurn,
+    GroupPart,
     ImagePart,
     NamedImagePart,
     Place,
@@ -25,7 +27,7 @@ from mlx_onevision.plugins.hosts.http.schemas import (
     VideoRequest,
 )
 from mlx_onevision.plugins.media import Kind, Media, Message, Role
-from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest
+from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest, Group
 
 MAX_TOKENS = 1024  # of an answer for which nothing is said
 
@@ -71,7 +73,8 @@ def response_question(asked: ResponsesRequest) -> GenerateRequest:
 def items(asked: EmbeddingsRequest) -> EmbedRequest:
     """Raises PluginError."""
     return EmbedRequest(
-        items=[_part(part) for part in asked.input], space=asked.space, timeout=asked.timeout
+        items=[_item(item) for item in asked.input],
+        **{name: getattr(asked, name) for name in ("space", "normalize", "tiling", "timeout")},
     )
 
 
@@ -99,14 +102,22 @@ def _message(turn: SystemTurn | UserTurn | AssistantTurn) -> Message:
     return Message(role, [_part(part) for part in turn.content])
 
 
+def _item(item: AnyItem) -> str | Group | Media:
+    if isinstance(item, GroupPart):
+        return Group([_image(part) for part in item.content])
+    return _part(item)
+
+
 def _part(part: AnyPart) -> str | Media:
     if isinstance(part, TextPart):
         return part.text
-    if isinstance(part, ImagePart):
-        return _media("image", part.image_url)
-    if isinstance(part, NamedImagePart):
-        return _media("image", part.image)
+    if isinstance(part, ImagePart | NamedImagePart):
+        return _image(part)
     return _media("video", part.video_url if isinstance(part, VideoPart) else part.video)
+
+
+def _image(part: ImagePart | NamedImagePart) -> Media:
+    return _media("image", part.image_url if isinstance(part, ImagePart) else part.image)
 
 
 def _media(kind: Kind, place: Place) -> Media:

@@ -1,13 +1,13 @@
 """Fields that several routes have, strictly typed, and how fields are refused."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from mlx_onevision.plugins.hosts.http.parts import Strict
-from mlx_onevision.plugins.requests import LONGEST_TIMEOUT, MOST_LOGPROBS
+from mlx_onevision.plugins.requests import LONGEST_TIMEOUT, MOST_LOGPROBS, Order, Tiling
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -28,13 +28,14 @@ class Sampling(Strict):
 
 
 class Looking(Sampling):
-    """Which frames of a video are looked at, and how closely pictures; this server's own."""
+    """Which frames of a video are looked at, and how pictures are; this server's own."""
 
     num_frames: AtLeastOne | None = None
     fps: Seconds | None = None
     start: Second | None = None
     end: Seconds | None = None
-    tiling: Literal["auto", "always", "never"] = "auto"
+    tiling: Tiling = "auto"
+    order: Order = "template"
     timeout: Timeout | None = None
 
 

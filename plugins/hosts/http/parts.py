@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+GROUPED = 256  # pictures in a group, at most
+
 # What is read at all; which addresses and paths are allowed is for the policy to say.
 _URL = r"^([dD][aA][tT][aA]:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:|/)"
 
@@ -56,6 +58,9 @@ class NamedImagePart(Strict):
     image: Where
 
 
+AnyImage = Annotated[ImagePart | NamedImagePart, Field(discriminator="type")]
+
+
 class VideoPart(Strict):
     type: Literal["video_url", "input_video"]
     video_url: Where
@@ -68,6 +73,22 @@ class NamedVideoPart(Strict):
 
 AnyPart = Annotated[
     TextPart | ImagePart | NamedImagePart | VideoPart | NamedVideoPart, Field(discriminator="type")
+]
+
+
+class GroupPart(Strict):
+    """Several pictures that share one vector."""
+
+    type: Literal["group"]
+    content: Annotated[
+        list[Annotated[ImagePart | NamedImagePart, Field(discriminator="type")]],
+        Field(min_length=1, max_length=GROUPED),
+    ]
+
+
+AnyItem = Annotated[
+    TextPart | ImagePart | NamedImagePart | VideoPart | NamedVideoPart | GroupPart,
+    Field(discriminator="type"),
 ]
 
 

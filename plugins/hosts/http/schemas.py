@@ -21,7 +21,7 @@ from mlx_onevision.plugins.hosts.http.fields import (
 )
 from mlx_onevision.plugins.hosts.http.formats import ChatFormat, FlatFormat
 from mlx_onevision.plugins.hosts.http.parts import (
-    AnyPart,
+    AnyItem,
     AssistantTurn,
     Strict,
     SystemTurn,
@@ -29,6 +29,7 @@ from mlx_onevision.plugins.hosts.http.parts import (
     UserTurn,
     Where,
 )
+from mlx_onevision.plugins.requests import EmbeddingSpace, Tiling
 
 STOPS = 16
 ITEMS = 256
@@ -180,20 +181,22 @@ Bounds = Field(min_length=1, max_length=ITEMS)
 
 
 class EmbeddingsRequest(Strict):
-    """``POST /v1/embeddings``; space and timeout are this server's own."""
+    """``POST /v1/embeddings``; groups, and space to timeout, are this server's own."""
 
     input: Annotated[
-        list[AnyPart],
+        list[AnyItem],
         Bounds,
         BeforeValidator(
             _as_items,
-            json_schema_input_type=str | AnyPart | Annotated[list[str | AnyPart], Bounds],
+            json_schema_input_type=str | AnyItem | Annotated[list[str | AnyItem], Bounds],
         ),
     ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: AtLeastOne | None = None
-    space: Literal["joint", "vision"] = "joint"
+    space: EmbeddingSpace = "joint"
+    normalize: bool = True
+    tiling: Tiling = "auto"
     timeout: Timeout | None = None
 
 
