@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_onevision.plugins.hosts.http import chat, embeddings, responses, status, videos
+from mlx_onevision.plugins.hosts.http import chat, embeddings, openapi, responses, status, videos
 from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
@@ -20,13 +20,14 @@ from mlx_onevision.plugins.interface import Backend
 
 THREADS = 64
 
-OPERATIONS: tuple[Operation, ...] = (
+_SERVED: tuple[Operation, ...] = (
     *status.OPERATIONS,
     chat.OPERATION,
     responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
 )
+OPERATIONS = (*_SERVED, openapi.operation(_SERVED))
 """Every route. What one is stands beside what answers it."""
 
 

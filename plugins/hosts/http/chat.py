@@ -151,4 +151,5 @@ OPERATION = Operation(
     summary="The next message of a conversation",
     takes=ChatRequest,
     gives={JSON: ChatCompletion, EVENTS: ChatCompletionChunk | ErrorBody},
+    ends=DONE,
 )

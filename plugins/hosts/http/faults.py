@@ -2,6 +2,7 @@
 
 import re
 
+from pydantic import ConfigDict, with_config
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
@@ -45,6 +46,7 @@ class ErrorFields(TypedDict):
     code: str
 
 
+@with_config(ConfigDict(extra="allow"))  # /health says more
 class ErrorBody(TypedDict):
     """What every refusal looks like; ``code`` is for programs, ``param`` names the field."""
 
