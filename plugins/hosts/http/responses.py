@@ -9,7 +9,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.events import DoneEvent, ErrorEvent, Event, TextEvent
+from mlx_onevision.plugins.events import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    ProgressEvent,
+    TextEvent,
+)
 from mlx_onevision.plugins.hosts.http import conversation, streaming
 from mlx_onevision.plugins.hosts.http.abilities import check_able
 from mlx_onevision.plugins.hosts.http.answers import chosen, took
@@ -144,7 +150,8 @@ class Events:
             yield streaming.line(made, made["type"])
 
     def _made(self, event: Event) -> Iterator[ResponseEvent]:
-        if not self._created:
+        if not self._created and not isinstance(event, ProgressEvent):
+            # No earlier: until something is sent, an error has a status of its own.
             self._created = True
             yield self._whole("response.created", self._answer.begun())
             yield self._whole("response.in_progress", self._answer.begun())
