@@ -128,7 +128,7 @@ class HttpBackend:
         thread = threading.Thread(
             target=self._run,
             args=(request, channel, work),
-            name="mlx-onevision-request",
+            name="mlx-onevision-asking",
             daemon=True,
         )
         try:
