@@ -11,7 +11,6 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault, without_places
-from mlx_onevision.plugins.hosts.http.guards import too_much
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
@@ -30,9 +29,10 @@ class Reader:
         """The body, as ``kind``.
 
         Raises:
-            HTTPFault: 413, 408, 429, and 400 with the field's name.
+            HTTPFault: 415, 413, 408, 429, and 400 with the field's name.
             ClientDisconnect: when nobody is there any more.
         """
+        _check_head(request, self._settings)
         data = bytearray()
         try:
             await self._fill(data, request)
@@ -54,7 +54,7 @@ class Reader:
             data += piece
             self._held += len(piece)
             if len(data) > self._settings.body:
-                raise too_much(self._settings)
+                raise _too_much(self._settings)
             if self._held > self._settings.bodies:
                 raise HTTPFault(
                     429,
@@ -62,6 +62,23 @@ class Reader:
                     "rate_limit_exceeded",
                 )
             more = message.get("more_body", False)
+
+
+def _check_head(request: Request, settings: ServerSettings) -> None:
+    """Before anything of the body is read. A page of another site cannot send this type unasked."""
+    kinds = request.headers.getlist("content-type")
+    if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
+        raise HTTPFault(415, "the body has to be sent as application/json")
+    if request.headers.getlist("content-encoding") not in ([], ["identity"]):
+        raise HTTPFault(415, "the body must not be compressed")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and (len(length) > 15 or int(length) > settings.body):
+        raise _too_much(settings)
+
+
+def _too_much(settings: ServerSettings) -> HTTPFault:
+    most = settings.body / 2**20
+    return HTTPFault(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
 
 
 def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wanted:

@@ -14,6 +14,7 @@ from mlx_onevision.plugins.hosts.http.parts import (
     ImagePart,
     NamedImagePart,
     Place,
+    ShownPart,
     SystemTurn,
     TextPart,
     UserTurn,
@@ -104,20 +105,20 @@ def _message(turn: SystemTurn | UserTurn | AssistantTurn) -> Message:
 
 def _item(item: AnyItem) -> str | Group | Media:
     if isinstance(item, GroupPart):
-        return Group([_image(part) for part in item.content])
+        return Group([_shown(part) for part in item.content])
     return _part(item)
 
 
 def _part(part: AnyPart) -> str | Media:
-    if isinstance(part, TextPart):
-        return part.text
-    if isinstance(part, ImagePart | NamedImagePart):
-        return _image(part)
+    return part.text if isinstance(part, TextPart) else _shown(part)
+
+
+def _shown(part: ShownPart) -> Media:
+    if isinstance(part, ImagePart):
+        return _media("image", part.image_url)
+    if isinstance(part, NamedImagePart):
+        return _media("image", part.image)
     return _media("video", part.video_url if isinstance(part, VideoPart) else part.video)
-
-
-def _image(part: ImagePart | NamedImagePart) -> Media:
-    return _media("image", part.image_url if isinstance(part, ImagePart) else part.image)
 
 
 def _media(kind: Kind, place: Place) -> Media:

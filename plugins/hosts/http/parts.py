@@ -58,9 +58,6 @@ class NamedImagePart(Strict):
     image: Where
 
 
-AnyImage = Annotated[ImagePart | NamedImagePart, Field(discriminator="type")]
-
-
 class VideoPart(Strict):
     type: Literal["video_url", "input_video"]
     video_url: Where
@@ -71,6 +68,9 @@ class NamedVideoPart(Strict):
     video: Where
 
 
+ShownPart = Annotated[
+    ImagePart | NamedImagePart | VideoPart | NamedVideoPart, Field(discriminator="type")
+]
 AnyPart = Annotated[
     TextPart | ImagePart | NamedImagePart | VideoPart | NamedVideoPart, Field(discriminator="type")
 ]
@@ -80,10 +80,7 @@ class GroupPart(Strict):
     """Several pictures that share one vector."""
 
     type: Literal["group"]
-    content: Annotated[
-        list[Annotated[ImagePart | NamedImagePart, Field(discriminator="type")]],
-        Field(min_length=1, max_length=GROUPED),
-    ]
+    content: Annotated[list[ShownPart], Field(min_length=1, max_length=GROUPED)]
 
 
 AnyItem = Annotated[
