@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -31,6 +33,23 @@ OPERATIONS = (*_SERVED, openapi.operation(_SERVED))
 """Every route. What one is stands beside what answers it."""
 
 
+def _by_path() -> dict[str, list[Operation]]:
+    paths: dict[str, list[Operation]] = {}
+    for one in OPERATIONS:
+        paths.setdefault(one.path, []).append(one)
+    return paths
+
+
+def _route(path: str, ones: list[Operation], serving: Serving) -> Route:
+    """One for all methods of a path, so that a refusal says which there are."""
+    endpoints = {one.method: answered(one.make(serving)) for one in ones}
+
+    async def endpoint(request: Request) -> Response:
+        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, endpoint, methods=list(endpoints))
+
+
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:
     """An ASGI application over ``backend``, which stays its owner's to close.
 
@@ -47,9 +66,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
     app = Starlette(
-        routes=[
-            Route(one.path, answered(one.make(serving)), methods=[one.method]) for one in OPERATIONS
-        ],
+        routes=[_route(path, ones, serving) for path, ones in _by_path().items()],
         exception_handlers={HTTPException: not_routed},
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said
