@@ -5,10 +5,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_onevision.plugins.hosts.http import chat, embeddings, jobs, status, videos
+from mlx_onevision.plugins.hosts.http import (
+    chat,
+    embeddings,
+    jobs,
+    openapi,
+    responses,
+    status,
+    videos,
+)
 from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
@@ -21,14 +31,33 @@ from mlx_onevision.plugins.jobs import Jobs
 
 THREADS = 64
 
-OPERATIONS: tuple[Operation, ...] = (
+_SERVED: tuple[Operation, ...] = (
     *status.OPERATIONS,
     chat.OPERATION,
+    responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
     *jobs.OPERATIONS,
 )
+OPERATIONS = (*_SERVED, openapi.operation(_SERVED))
 """Every route. What one is stands beside what answers it."""
+
+
+def _by_path() -> dict[str, list[Operation]]:
+    paths: dict[str, list[Operation]] = {}
+    for one in OPERATIONS:
+        paths.setdefault(one.path, []).append(one)
+    return paths
+
+
+def _route(path: str, ones: list[Operation], serving: Serving) -> Route:
+    """One for all methods of a path, so that a refusal says which there are."""
+    endpoints = {one.method: answered(one.make(serving)) for one in ones}
+
+    async def endpoint(request: Request) -> Response:
+        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, endpoint, methods=list(endpoints))
 
 
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:
@@ -48,9 +77,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
     app = Starlette(
-        routes=[
-            Route(one.path, answered(one.make(serving)), methods=[one.method]) for one in OPERATIONS
-        ],
+        routes=[_route(path, ones, serving) for path, ones in _by_path().items()],
         exception_handlers={HTTPException: not_routed},
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said

@@ -4,18 +4,27 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_onevision.plugins.errors import bad_request
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault
-from mlx_onevision.plugins.hosts.http.schemas import (
+from mlx_onevision.plugins.hosts.http.fields import Looking, Sampling
+from mlx_onevision.plugins.hosts.http.formats import schema_text
+from mlx_onevision.plugins.hosts.http.parts import (
     AnyItem,
     AnyPart,
-    ChatRequest,
-    EmbeddingsRequest,
+    AssistantTurn,
     GroupPart,
     ImagePart,
+    NamedImagePart,
     Place,
-    Sampling,
+    ShownPart,
+    SystemTurn,
     TextPart,
-    Turn,
+    UserTurn,
     VideoPart,
+)
+from mlx_onevision.plugins.hosts.http.schemas import (
+    LOGPROBS,
+    ChatRequest,
+    EmbeddingsRequest,
+    ResponsesRequest,
     VideoRequest,
 )
 from mlx_onevision.plugins.media import Kind, Media, Message, Role
@@ -24,7 +33,7 @@ from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, Genera
 MAX_TOKENS = 1024  # of an answer for which nothing is said
 
 SAMPLING = tuple(Sampling.model_fields)
-LOOKING = ("num_frames", "fps", "start", "end", "tiling", "order", "timeout")
+LOOKING = tuple(Looking.model_fields)  # and with it SAMPLING
 DESCRIBING = ("segments", "start", "end", "num_frames", "longest", "max_tokens", "system")
 
 
@@ -43,7 +52,22 @@ def question(asked: ChatRequest) -> GenerateRequest:
         messages=[_message(turn) for turn in asked.messages],
         max_tokens=MAX_TOKENS if most is None else most,
         stop=tuple(asked.stop or ()),
-        **{name: getattr(asked, name) for name in (*SAMPLING, *LOOKING)},
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        json_schema=schema_text(asked.response_format),
+        **{name: getattr(asked, name) for name in LOOKING},
+    )
+
+
+def response_question(asked: ResponsesRequest) -> GenerateRequest:
+    """Raises PluginError, as :func:`question`."""
+    most = asked.max_output_tokens
+    told = LOGPROBS in (asked.include or ()) or asked.top_logprobs
+    return GenerateRequest(
+        messages=_instructed(asked.instructions, [_message(turn) for turn in asked.input]),
+        max_tokens=MAX_TOKENS if most is None else most,
+        logprobs=(asked.top_logprobs or 0) if told else None,
+        json_schema=schema_text(asked.text.format if asked.text else None),
+        **{name: getattr(asked, name) for name in LOOKING},
     )
 
 
@@ -63,12 +87,20 @@ def film(asked: VideoRequest) -> DescribeRequest:
     )
 
 
-def _message(turn: Turn) -> Message:
+def _instructed(instructions: str | None, messages: list[Message]) -> list[Message]:
+    """The model knows one system message: what there is besides instructions goes into it."""
+    if instructions is None:
+        return messages
+    told = instructions
+    if messages[0].role == "system":
+        first = messages.pop(0)
+        told = f"{told}\n\n{''.join(part for part in first.parts if isinstance(part, str))}"
+    return [Message("system", told), *messages]
+
+
+def _message(turn: SystemTurn | UserTurn | AssistantTurn) -> Message:
     role: Role = "system" if turn.role == "developer" else turn.role
-    parts = [_part(part) for part in turn.content]
-    if role != "user" and any(isinstance(part, Media) for part in parts):
-        raise bad_request(f"a message of the {role} holds a picture or a video", "only users show")
-    return Message(role, parts)
+    return Message(role, [_part(part) for part in turn.content])
 
 
 def _item(item: AnyItem) -> str | Group | Media:
@@ -81,10 +113,12 @@ def _part(part: AnyPart) -> str | Media:
     return part.text if isinstance(part, TextPart) else _shown(part)
 
 
-def _shown(part: ImagePart | VideoPart) -> Media:
+def _shown(part: ShownPart) -> Media:
     if isinstance(part, ImagePart):
         return _media("image", part.image_url)
-    return _media("video", part.video_url)
+    if isinstance(part, NamedImagePart):
+        return _media("image", part.image)
+    return _media("video", part.video_url if isinstance(part, VideoPart) else part.video)
 
 
 def _media(kind: Kind, place: Place) -> Media:

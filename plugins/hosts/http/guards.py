@@ -19,7 +19,7 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 
 
 class Guards:
-    """Around the application: Host, Origin, token, content type and announced length."""
+    """Around the application: Host, Origin and token."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings
@@ -34,7 +34,7 @@ class Guards:
         for name, value in scope["headers"]:
             headers.setdefault(name.lower(), []).append(value)
         try:
-            self._check(scope["method"], headers)
+            self._check(headers)
         except HTTPFault as fault:
             extra = {"Connection": "close"}  # what else it sends is not read
             if fault.status == 401:
@@ -43,7 +43,7 @@ class Guards:
             return
         await self._app(scope, receive, send)
 
-    def _check(self, method: str, headers: dict[bytes, list[bytes]]) -> None:
+    def _check(self, headers: dict[bytes, list[bytes]]) -> None:
         hosts = headers.get(b"host", [])
         if len(hosts) != 1 or not self._is_named(hosts[0]):
             raise HTTPFault(421, "the Host header does not name this server", "misdirected")
@@ -61,18 +61,6 @@ class Guards:
                     "the token is missing or wrong; send it as Authorization: Bearer",
                     "invalid_api_key",
                 )
-        if method in ("POST", "PUT", "PATCH"):
-            self._check_body(headers)
-
-    def _check_body(self, headers: dict[bytes, list[bytes]]) -> None:
-        kinds = headers.get(b"content-type", [])
-        if len(kinds) != 1 or kinds[0].partition(b";")[0].strip().lower() != b"application/json":
-            raise HTTPFault(415, "the body has to be sent as application/json", "bad_request")
-        if headers.get(b"content-encoding", [b"identity"]) != [b"identity"]:
-            raise HTTPFault(415, "the body must not be compressed", "bad_request")
-        length = headers.get(b"content-length", [b"0"])[-1]
-        if length.isdigit() and (len(length) > 15 or int(length) > self._settings.body):
-            raise too_much(self._settings)
 
     def _is_named(self, host: bytes) -> bool:
         found = _HOST.fullmatch(host.decode("latin-1"))
@@ -80,12 +68,6 @@ class Guards:
             return False
         name = _plain(found[1])
         return name in self._names or (self._any_address and _is_address(name))
-
-
-def too_much(settings: ServerSettings) -> HTTPFault:
-    """The refusal of a body that is too long."""
-    most = settings.body / 2**20
-    return HTTPFault(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
 
 
 def _lower_scheme(value: bytes) -> bytes:

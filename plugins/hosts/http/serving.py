@@ -58,7 +58,7 @@ def answered(endpoint: Endpoint) -> Endpoint:
             return await endpoint(request)
         except HTTPFault as fault:
             # What is left of a body that was refused is not read.
-            unread = fault.status in (408, 413, 429)
+            unread = fault.status in (408, 413, 415, 429)
             return fault.response({"Connection": "close"} if unread else None)
         except ClientDisconnect:
             return Response(status_code=GONE)
