@@ -76,10 +76,15 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         jobs=Jobs(backend),
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
+    routes = [_route(path, ones, serving) for path, ones in _by_path().items()]
     app = Starlette(
-        routes=[_route(path, ones, serving) for path, ones in _by_path().items()],
+        routes=routes,
         exception_handlers={HTTPException: not_routed},
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said
-    paths = frozenset(one.path for one in OPERATIONS)
-    return Measured(Guards(app, settings), serving.metrics, paths)
+    return Measured(
+        Guards(app, settings),
+        serving.metrics,
+        frozenset(route.path for route in routes),
+        {route.endpoint: route.path for route in routes},
+    )
