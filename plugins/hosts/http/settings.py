@@ -15,6 +15,7 @@ class ServerSettings:
     names : further names that requests may call the server by.
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
+    places : requests for the model at once, those in line included; None leaves it to the backend.
     body : bytes of a request, at most.
     bodies : bytes of all requests that are being read, together.
     depth, values : how deep, and how many, a request's JSON may hold.
@@ -26,6 +27,7 @@ class ServerSettings:
     names: tuple[str, ...] = ()
     token: str | None = None
     model: str | None = None
+    places: int | None = None
     body: int = 32 << 20
     bodies: int = 256 << 20
     depth: int = 64
