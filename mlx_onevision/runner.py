@@ -95,15 +95,16 @@ class Runner:
         """Hands each token to ``deliver`` as it comes, an end-of-text token included.
 
         counters : filled in as the request goes on.
-        check : called between tokens, prefill chunks and groups of tiles; ends the request by
-            raising CancelledError. What was read until then stays in the cache.
+        check : called between tokens, prefill chunks, groups of layers in these, and groups of
+            tiles; ends the request by raising CancelledError. What was read until then stays in the
+            cache.
         company : asked after each token; True leaves the answer off there, and returns it. It goes
             on in a batch then, with those that came meanwhile.
         """
         mx.reset_peak_memory()
         ids, keys = self.virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with _wired(), self.model.bank.in_use(keys):
+        with _wired(), self.model.bank.in_use(keys), self.model.interruptible(check):
             self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
@@ -117,6 +118,7 @@ class Runner:
                     if company() and len(produced) < max_tokens:
                         return self._left_off(ids + produced, len(produced), cache)
             except CancelledError:
+                _level(cache)
                 self.prefix.put_back(ids + produced, keys, cache)
                 raise
             except BaseException:
@@ -260,6 +262,13 @@ class Runner:
         rows = rows.astype(model.dtype)
         mx.eval(rows)
         return rows
+
+
+def _level(cache: Sequence[Any]) -> None:
+    """Takes back what only some layers have read."""
+    least = min(layer.offset for layer in cache)
+    for layer in cache:
+        layer.trim(layer.offset - least)
 
 
 def _whole(group: mx.array) -> mx.array:
