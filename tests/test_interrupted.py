@@ -45,6 +45,7 @@ class Patient:
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     runner = Runner(load_checkpoint(write(tmp_path_factory.mktemp("checkpoint"), tied=False)))
     # Each prompt is one chunk, and every layer of it is evaluated by itself.
+    runner.chunk = 8192
     runner.model.budget = replace(runner.model.budget, chunk=8192, interval=1)
     return runner
 
