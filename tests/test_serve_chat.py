@@ -1,5 +1,6 @@
 """Chat over HTTP, by the real server: what clients send, what they get, and when they leave."""
 
+import http.client
 import json
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import EXAMPLES, FILM, PICTURE, Client, image, serving, text, video, wait_for
+from served import EXAMPLES, FILM, JSON, PICTURE, Client, image, serving, text, video, wait_for
 from telling import WORDS, Telling
 
 from mlx_onevision.plugins.errors import PluginError
@@ -304,6 +305,20 @@ def test_a_silent_stream_is_kept_open() -> None:
         reply = client.chat(stream=True)
         assert reply.body.startswith(b": keep-alive\n\n") and reply.events[-1] == "[DONE]"
         assert 3 <= reply.body.count(b": keep-alive") <= 10
+
+
+def test_nothing_waits_for_the_client_to_say_that_it_has_the_last(fake: Client) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=30)
+    took = []
+    for _ in range(20):
+        began = time.monotonic()
+        connection.request("POST", CHAT, body, JSON)
+        connection.getresponse().read()
+        took.append(time.monotonic() - began)
+    connection.close()
+    # Head and body are written one after the other; held back, the second comes 40 ms later.
+    assert sorted(took)[10] < 0.03
 
 
 def test_surplus_is_turned_away_at_once() -> None:
