@@ -70,6 +70,16 @@ def test_settings_arrive(fake: Client) -> None:
         assert (stopped["message"]["content"], stopped["finish_reason"]) == ("one ", "stop")
 
 
+def test_a_limit_below_what_is_usual_refuses_nobody_who_says_nothing() -> None:
+    limits, settings = Limits(max_tokens=2), ServerSettings(max_tokens=2)
+    with serving(FakeBackend(limits=limits), settings) as client:
+        reply = client.chat("one two three")
+        assert reply.json["choices"][0]["finish_reason"] == "length"
+        responded = client.ask("POST", "/v1/responses", {"input": "one two three"})
+        assert responded.json["usage"]["output_tokens"] == 2
+        assert client.chat(max_tokens=3).status == 400
+
+
 def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
     reply = fake.chat(
         model="fake",

@@ -295,6 +295,7 @@ def test_what_errors_leave_out() -> None:
         assert "/" not in left and "…" in left
     assert without_places("3 tokens and/or 5") == "3 tokens and/or 5"
     assert len(without_places("x" * 5000)) <= 300
+    assert without_places("'data:a,b' is not 'c'") == "… is not 'c'"
 
 
 def test_the_token_file(tmp_path: Path) -> None:

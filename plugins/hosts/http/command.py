@@ -120,7 +120,9 @@ def serve(
     try:
         made = api_key is None and not is_loopback(host)
         token = running.new_token() if made else api_key
-        settings = ServerSettings(host=host, names=names, token=token, model=name)
+        settings = ServerSettings(
+            host=host, names=names, token=token, model=name, max_tokens=max_tokens
+        )
         with running.listening(settings, port) as listening:
             backend = open_engine(
                 "demo" if model is None else model,
