@@ -1,6 +1,8 @@
 """The backend that is tested, and what is asked of it."""
 
+import signal
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +71,22 @@ class Subject:
         backend = cls.open_backend()
         yield backend
         backend.close()
+
+    @pytest.fixture(autouse=True)
+    def out_of_patience(self) -> Iterator[None]:
+        """A test that waits for what never comes fails, and the next one runs."""
+
+        def give_up(*_: object) -> None:
+            pytest.fail(f"nothing has come for {2 * self.patience:g} seconds")
+
+        if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, 2 * self.patience)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
     # What the tests ask with.
 

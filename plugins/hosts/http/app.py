@@ -10,7 +10,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_onevision.plugins.hosts.http import chat, embeddings, openapi, responses, status, videos
+from mlx_onevision.plugins.hosts.http import (
+    chat,
+    embeddings,
+    jobs,
+    openapi,
+    responses,
+    status,
+    videos,
+)
 from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
@@ -19,6 +27,7 @@ from mlx_onevision.plugins.hosts.http.operations import Operation
 from mlx_onevision.plugins.hosts.http.serving import Serving, answered
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.jobs import Jobs
 
 THREADS = 64
 
@@ -28,6 +37,7 @@ _SERVED: tuple[Operation, ...] = (
     responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
+    *jobs.OPERATIONS,
 )
 OPERATIONS = (*_SERVED, openapi.operation(_SERVED))
 """Every route. What one is stands beside what answers it."""
@@ -63,12 +73,18 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         model=settings.model or backend.info().id,
         created=int(time.time()),
         reader=Reader(settings),
+        jobs=Jobs(backend),
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
+    routes = [_route(path, ones, serving) for path, ones in _by_path().items()]
     app = Starlette(
-        routes=[_route(path, ones, serving) for path, ones in _by_path().items()],
+        routes=routes,
         exception_handlers={HTTPException: not_routed},
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said
-    paths = frozenset(one.path for one in OPERATIONS)
-    return Measured(Guards(app, settings), serving.metrics, paths)
+    return Measured(
+        Guards(app, settings),
+        serving.metrics,
+        frozenset(route.path for route in routes),
+        {route.endpoint: route.path for route in routes},
+    )
