@@ -3,7 +3,12 @@
 import asyncio
 import socket
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mlx_onevision.plugins.hosts.http.faults import HTTPFault
+
+CLOSING = {"Connection": "close"}
 
 
 def patient(seconds: float) -> type[H11Protocol]:
@@ -32,6 +37,20 @@ def patient(seconds: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
             super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """In the form that every refusal has, where there is still a place for an answer."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                answer = HTTPFault(400, "this is not HTTP as it has to be").response(CLOSING)
+                head = h11.Response(
+                    status_code=400, headers=answer.raw_headers, reason=b"Bad Request"
+                )
+                for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
+            if self._asked():  # whoever waits for the rest of the body need not
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
 
         def _asked(self) -> bool:
             """Whether a request is here, whose body and answer have their own limits."""
