@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mlx_onevision.plugins.hosts.http import chat, embeddings, status, videos
+from mlx_onevision.plugins.hosts.http import chat, embeddings, page, status, videos
 from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
@@ -26,7 +26,7 @@ OPERATIONS: tuple[Operation, ...] = (
     embeddings.OPERATION,
     *videos.OPERATIONS,
 )
-"""Every route. What one is stands beside what answers it."""
+"""Every route for programs. What one is stands beside what answers it."""
 
 
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:
@@ -44,12 +44,17 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         reader=Reader(settings),
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
+    pages, sent = page.paths(), answered(page.endpoint(serving))
     app = Starlette(
         routes=[
-            Route(one.path, answered(one.make(serving)), methods=[one.method]) for one in OPERATIONS
+            *(
+                Route(one.path, answered(one.make(serving)), methods=[one.method])
+                for one in OPERATIONS
+            ),
+            *(Route(path, sent, methods=["GET"]) for path in pages),
         ],
         exception_handlers={HTTPException: not_routed},
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said
-    paths = frozenset(one.path for one in OPERATIONS)
-    return Measured(Guards(app, settings), serving.metrics, paths)
+    paths = pages.union(one.path for one in OPERATIONS)
+    return Measured(Guards(app, settings, pages), serving.metrics, paths)
