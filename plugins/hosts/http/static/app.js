@@ -22,7 +22,6 @@ let conversation = new Conversation();
 
 /** @param {string} question */
 async function asked(question) {
-  composer.empty();
   await ask(question, { conversation, stage, composer, work });
   suggest();
 }
@@ -49,7 +48,7 @@ async function take(files) {
 /** @param {Medium} found */
 function add(found) {
   const film = found.kind === "video" && conversation.film;
-  if (film && !conversation.waiting.includes(film)) {
+  if (film && (stage.keeps(film) || composer.busy)) {
     URL.revokeObjectURL(found.url);
     throw new Error(`One film at a time; start anew to show ${found.name}.`);
   }

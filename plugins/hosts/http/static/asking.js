@@ -43,7 +43,7 @@ export async function ask(question, page) {
       if (turn.text && (whole || signal.aborted)) {
         conversation.answered(question, media, turn.text);
         stage.keep(media);
-      } else if (signal.aborted) composer.restore(question);
+      } else if (signal.aborted && turn.element.isConnected) composer.restore(question);
     }
   };
   await work.run(turn, doing, () => ask(question, page));

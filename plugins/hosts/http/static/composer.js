@@ -10,6 +10,8 @@ export class Composer {
   #ideas = byId("ideas");
   #fault = byId("ask-fault");
   #busy = false;
+  /** What had the focus when it became busy. @type {HTMLElement | null} */
+  #before = null;
 
   /**
    * @param {(question: string) => void} onask
@@ -26,6 +28,7 @@ export class Composer {
         return;
       }
       this.fault("");
+      this.empty();
       onask(question);
     });
     this.#text.addEventListener("input", () => {
@@ -49,16 +52,19 @@ export class Composer {
     return this.#busy;
   }
 
-  /** While a request is under way, it can be stopped and no other sent. */
+  /** While a request is under way, it can be stopped and no other sent. The focus goes to what is
+   * there to be pressed, and back. */
   set busy(busy) {
-    const held = document.activeElement === (busy ? this.#send : this.#stop);
+    const focused = /** @type {HTMLElement} */ (document.activeElement);
+    const ours = busy ? focused === this.#send || "idle" in focused.dataset : focused === this.#stop;
+    if (busy) this.#before = focused;
     this.#busy = busy;
     this.#send.hidden = busy;
     this.#stop.hidden = !busy;
-    if (held) (busy ? this.#stop : this.#text).focus();
     for (const button of document.querySelectorAll("[data-idle]")) {
       /** @type {HTMLButtonElement} */ (button).disabled = busy;
     }
+    if (ours) (busy ? this.#stop : this.#before?.isConnected ? this.#before : this.#send).focus();
   }
 
   empty() {
@@ -89,11 +95,18 @@ export class Composer {
     const shown = [...this.#ideas.children].map((idea) => idea.textContent);
     if (shown.join("\n") === questions.join("\n")) return; // one of them may have the focus
     this.#ideas.hidden = !questions.length;
+    this.#ideas.scrollLeft = 0;
     this.#ideas.replaceChildren(
       ...questions.map((question) =>
         make(
           "button",
-          { type: "button", class: "idea", click: () => this.#busy || this.onask(question) },
+          {
+            type: "button",
+            class: "idea",
+            "data-idle": true,
+            disabled: this.#busy,
+            click: () => this.onask(question),
+          },
           question,
         ),
       ),

@@ -41,7 +41,7 @@ const DRAWN = [
           ["square", GREEN, 660, 430, 110],
         ],
       },
-      { name: "circle.png", background: "#f4f1ea", shapes: [["circle", ORANGE, 560, 320, 170]] },
+      { name: "circle.png", background: "#e4f1e6", shapes: [["circle", ORANGE, 560, 320, 170]] },
     ],
   },
 ];

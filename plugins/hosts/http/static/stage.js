@@ -14,6 +14,8 @@ export class Stage {
   film = null;
   /** @type {Map<Medium, HTMLElement>} */
   #shown = new Map();
+  /** @type {WeakSet<Medium>} */
+  #kept = new WeakSet();
 
   /** @param {(medium: Medium) => void} onremove */
   constructor(onremove) {
@@ -41,7 +43,15 @@ export class Stage {
 
   /** What was asked about stays until the conversation ends. @param {Medium[]} media */
   keep(media) {
-    for (const medium of media) this.#shown.get(medium)?.querySelector(".remove")?.remove();
+    for (const medium of media) {
+      this.#kept.add(medium);
+      this.#shown.get(medium)?.querySelector(".remove")?.remove();
+    }
+  }
+
+  /** @param {Medium} medium */
+  keeps(medium) {
+    return this.#kept.has(medium);
   }
 
   clear() {
@@ -93,6 +103,7 @@ export class Stage {
       {
         type: "button",
         class: "remove",
+        "data-idle": true,
         "aria-label": `Remove ${medium.name}`,
         title: "Remove",
         click: () => this.onremove(medium),
