@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Request,
+    expect,
+    sync_playwright,
+)
 from served import Client, serving
 
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
+
+expect.set_options(timeout=20_000)  # milliseconds, on a machine that does much else
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
@@ -147,7 +157,6 @@ def opened(
         around.grant_permissions(["clipboard-read", "clipboard-write"], origin=origin)
         tab = Tab(around.new_page(), origin)
         tab.allowed += allowed
-        tab.page.set_default_timeout(20_000)
         tab.page.goto(origin + path)
         yield tab
         assert not tab.faults, "\n".join(tab.faults)
