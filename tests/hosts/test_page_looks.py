@@ -14,6 +14,7 @@ from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 SHAPES, CIRCLE = EXAMPLES / "shapes.png", EXAMPLES / "circle.mp4"
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+LONG = "a-name-without-any-place-to-break-it-" * 4
 WIDTHS = (320, 390, 768, 1280, 2560)
 
 
@@ -28,7 +29,9 @@ def shown(browser: Browser) -> Iterator[Tab]:
     """A page with all there is: pictures, a film that is described, answers and a failure."""
     backend = FakeBackend(pieces=["An answer of some words, long enough to be broken. "] * 6)
     with opened(browser, backend, allowed=("ERR_FAILED",)) as tab:
-        tab.choose(SHAPES, EXAMPLES / "square.png", CIRCLE)
+        tab.choose(SHAPES)
+        tab.drop((f"{LONG}.png", "", SHAPES.read_bytes()), (f"{LONG}.mp4", "", CIRCLE.read_bytes()))
+        expect(tab.page.locator("figure")).to_have_count(2)
         tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
         tab.button("Describe the film").click()
         expect(tab.turns.get_by_role("heading", name="Summary")).to_be_visible()
@@ -38,7 +41,7 @@ def shown(browser: Browser) -> Iterator[Tab]:
         tab.page.route("**/v1/chat/completions", lambda route: route.abort())
         tab.ask("And one that fails?")
         expect(tab.turns.get_by_role("alert")).to_be_visible()
-        tab.drop(("notes.txt", "text/plain", b"words"))
+        tab.drop(("notes.txt", "text/plain", b"words"), (LONG, "text/plain", b"words"))
         expect(tab.page.locator("#media-fault")).to_be_visible()
         yield tab
 
@@ -100,10 +103,10 @@ def test_what_assistive_technology_is_told(shown: Tab) -> None:
               - listitem:
                 - figure:
                   - img "shapes.png"
-            - alert: notes.txt is neither a picture nor a film that is known here.
+            - alert: /notes.txt is neither a picture nor a film that is known here/
           - region "Questions and answers":
             - article:
-              - heading "Describe circle.mp4" [level=2]
+              - heading /Describe a-name/ [level=2]
               - list:
                 - listitem:
                   - 'button "Go to 0:00.0"'
@@ -114,7 +117,7 @@ def test_what_assistive_technology_is_told(shown: Tab) -> None:
               - heading "A first question, which is rather long, so that it needs a second line?"
             - article:
               - alert:
-                - paragraph: /does not answer/
+                - paragraph: /hung up/
                 - button "Try again"
             - log "Answers, read out"
             - form "Question":
