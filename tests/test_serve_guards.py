@@ -89,7 +89,7 @@ def test_every_host_with_every_origin_on_every_route() -> None:
     async def all_of_them() -> None:
         with FakeBackend() as backend:
             app = create_app(backend)
-            for method, path in ROUTES:
+            for method, path in [("GET", "/"), *ROUTES]:
                 for host in [*GOOD_HOSTS, *BAD_HOSTS]:
                     for origin in [None, *BAD_ORIGINS]:
                         said = [("host", host), ("content-type", "application/json")]
@@ -170,7 +170,7 @@ def test_only_json_is_taken(client: Client, kind: str) -> None:
 
 def test_nothing_but_the_routes(client: Client) -> None:
     for method, path, status in (
-        *(("GET", "/", 404), ("GET", "/v1/models/", 404), ("GET", "/../etc/passwd", 404)),
+        *(("GET", "/page/", 404), ("GET", "/v1/models/", 404), ("GET", "/../etc/passwd", 404)),
         *(("GET", CHAT, 405), ("DELETE", "/v1/models/fake", 405), ("GET", "/v1/models/a/b", 404)),
         *(("GET", "/docs", 404), ("POST", "/openapi.json", 405), ("GET", "//evil.example/", 404)),
     ):
