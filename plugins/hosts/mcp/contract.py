@@ -11,6 +11,7 @@ from typing import Any
 
 import mcp_types as types
 
+from mlx_onevision.plugins.clients.mcp_process import EVENTS
 from mlx_onevision.plugins.errors import PluginError, bad_request
 from mlx_onevision.plugins.events import DoneEvent, ErrorEvent
 from mlx_onevision.plugins.hosts.mcp.call import Call, blocking
@@ -18,11 +19,8 @@ from mlx_onevision.plugins.hosts.mcp.tools import READS, Tool
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.streams import EventStream
-from mlx_onevision.plugins.wire import API_VERSION, Record
+from mlx_onevision.plugins.wire import API_VERSION
 from mlx_onevision.plugins.wording import worded
-
-EVENTS = "mlx-onevision/events"
-"""In a result's ``_meta``: how many events came before it."""
 
 FREES = types.ToolAnnotations(
     read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False
@@ -36,7 +34,7 @@ def tools(backend: Backend) -> list[Tool]:
 
     async def info(arguments: dict[str, Any], call: Call) -> types.CallToolResult:
         _nothing(arguments)
-        return _result(await blocking(backend.info))
+        return _result((await blocking(backend.info)).to_dict())
 
     async def generate(arguments: dict[str, Any], call: Call) -> types.CallToolResult:
         return await _followed(backend.generate(GenerateRequest.from_dict(arguments)), call)
@@ -51,7 +49,7 @@ def tools(backend: Backend) -> list[Tool]:
     async def unload(arguments: dict[str, Any], call: Call) -> types.CallToolResult:
         _nothing(arguments)
         await blocking(backend.unload)
-        return types.CallToolResult(content=[], structured_content={})
+        return _result({})
 
     return [
         _tool("info", "the ModelInfo", info),
@@ -86,7 +84,7 @@ async def _followed(stream: EventStream[Any], call: Call) -> types.CallToolResul
     async with stream:
         async for event in stream:
             if isinstance(event, DoneEvent):
-                return _result(event.result, count)
+                return _result(event.result.to_dict(), count)
             if isinstance(event, ErrorEvent):
                 raise event.error
             count += 1
@@ -94,11 +92,9 @@ async def _followed(stream: EventStream[Any], call: Call) -> types.CallToolResul
     raise PluginError("internal", "the backend ended without an answer", "try again")
 
 
-def _result(record: Record, events: int = 0) -> types.CallToolResult:
+def _result(values: dict[str, Any], events: int = 0) -> types.CallToolResult:
     # No text beside it: of thousands of vectors that would be all of it twice.
-    return types.CallToolResult(
-        content=[], structured_content=record.to_dict(), _meta={EVENTS: events}
-    )
+    return types.CallToolResult(content=[], structured_content=values, _meta={EVENTS: events})
 
 
 def _refusal(error: PluginError) -> types.CallToolResult:
