@@ -1,6 +1,6 @@
 """The MCP server over the fake backend, as a program: the tests start it as a host does.
 
-    python mcp_server.py '{"settings": {…}, "fake": {…}, "folders": […], "print": true}'
+python mcp_server.py '{"settings": {…}, "fake": {…}, "folders": […], "print": true}'
 """
 
 import json

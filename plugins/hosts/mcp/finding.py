@@ -19,8 +19,7 @@ from mlx_onevision.plugins.requests import EmbeddingSpace, EmbedRequest
 from mlx_onevision.plugins.results import EmbedResult
 
 FILES = 5000  # of a folder
-GROUP = 8  # pictures that are embedded together
-CHUNK = 16  # files that are read between two looks at the clock
+GROUP = 8  # files that are read, and pictures that are embedded, together
 
 # What is wrong with a file, and not with the server.
 THE_FILE: tuple[Code, ...] = ("unsupported_media", "too_large", "bad_request", "context_overflow")
@@ -62,6 +61,7 @@ class Finding:
                 self.find_similar,
                 seconds=seconds,
                 late=LATE_FIND,
+                keeps_time=True,
             ),
         ]
 
@@ -150,9 +150,9 @@ class _Search:
         self.vector = self._vector_of(self._wanted)
         if self.vector is None:
             raise bad_request(f"{self._wanted.path!r} cannot be read", "choose another file")
-        for place in range(0, len(paths), CHUNK):
+        for place in range(0, len(paths), GROUP):
             await call.tell("comparing", place, self._total)
-            chunk = paths[place : place + CHUNK]
+            chunk = paths[place : place + GROUP]
             looked = await blocking(lambda chunk=chunk: [self._looked(path) for path in chunk])
             seen = [one for one in looked if isinstance(one, Seen)]
             for group in self._new(seen):
@@ -197,8 +197,8 @@ class _Search:
         """What is not known yet: pictures together, videos alone, nothing twice."""
         new = {one.content: one for one in seen if self._vector_of(one) is None}
         pictures = [one for one in new.values() if one.kind == "image"]
-        together = [pictures[n : n + GROUP] for n in range(0, len(pictures), GROUP)]
-        return [*together, *([one] for one in new.values() if one.kind == "video")]
+        films = [one for one in new.values() if one.kind == "video"]
+        return [*([pictures] if pictures else []), *([film] for film in films)]
 
 
 def _parted(items: Sequence[Media | str], most: int) -> list[list[Media | str]]:

@@ -46,6 +46,7 @@ class Looking:
                 self.ask_image,
                 seconds=seconds,
                 late=LATE,
+                keeps_time=True,
             ),
             offered(
                 "compare_images",
@@ -57,6 +58,7 @@ class Looking:
                 self.compare_images,
                 seconds=seconds,
                 late=LATE,
+                keeps_time=True,
             ),
             offered(
                 "ask_video",
@@ -69,6 +71,7 @@ class Looking:
                 self.ask_video,
                 seconds=seconds,
                 late=LATE_FILM,
+                keeps_time=True,
             ),
         ]
 

@@ -12,7 +12,7 @@ from mlx_onevision.plugins.hosts.mcp.call import Call, blocking
 from mlx_onevision.plugins.hosts.mcp.looking import UNTRUSTED
 from mlx_onevision.plugins.hosts.mcp.places import Places
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
-from mlx_onevision.plugins.hosts.mcp.tools import READS, Tool, offered
+from mlx_onevision.plugins.hosts.mcp.tools import Tool, offered
 from mlx_onevision.plugins.jobs import UNDER_WAY, Job, Jobs
 from mlx_onevision.plugins.requests import DescribeRequest
 from mlx_onevision.plugins.results import DescribeResult
@@ -56,7 +56,7 @@ class Telling:
                 schemas.Status,
                 self.status,
                 seconds=seconds,
-                annotations=READS,
+                keeps_time=True,
             ),
             offered(
                 "describe_video_cancel",

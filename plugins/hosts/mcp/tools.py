@@ -28,12 +28,17 @@ READS = types.ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 @dataclass(frozen=True)
 class Tool:
-    """listed : as a host sees it. run : answers a call. seconds : that it may take, if any."""
+    """listed : as a host sees it. run : answers a call.
+
+    seconds : that a call may take, if any. late : what to do where that was not enough.
+    keeps_time : whether it looks at the clock itself, and then answers with what it has.
+    """
 
     listed: types.Tool
     run: Callable[[Mapping[str, Any], Call], Awaitable[types.CallToolResult]]
     seconds: float | None = None
     late: str = LATE
+    keeps_time: bool = False
 
 
 def offered(
@@ -46,6 +51,7 @@ def offered(
     *,
     seconds: float,
     late: str = LATE,
+    keeps_time: bool = False,
     said: Callable[[Given], str] | None = None,
     annotations: types.ToolAnnotations = READS,
 ) -> Tool:
@@ -70,7 +76,7 @@ def offered(
         output_schema=schemas.given(given),
         annotations=annotations,
     )
-    return Tool(listed, run, seconds, late)
+    return Tool(listed, run, seconds, late, keeps_time)
 
 
 async def answered(tool: Tool, arguments: Mapping[str, Any], call: Call) -> types.CallToolResult:
@@ -78,7 +84,7 @@ async def answered(tool: Tool, arguments: Mapping[str, Any], call: Call) -> type
     try:
         if tool.seconds is None:
             return await tool.run(arguments, call)
-        with anyio.move_on_after(tool.seconds + GRACE):
+        with anyio.move_on_after(tool.seconds + (GRACE if tool.keeps_time else 0)):
             return await tool.run(arguments, call)
         return refusal(too_late(tool.seconds, tool.late))
     except Exception as error:
