@@ -340,6 +340,8 @@ def test_the_wrong_tool_for_a_file(album: Path) -> None:
         assert "use ask_video" in await bad(client, "ask_image", path=film, question="What?")
         assert "use ask_image" in await bad(client, "ask_video", path=one, question="What?")
         many = {"path": one, "question": "What?", "max_tokens": 5000}
+        shutil.copy(one, album / "named.mp4")  # what it is, its bytes say
+        assert await good(client, "ask_image", path=str(album / "named.mp4"), question="What?")
         assert "4096 are allowed" in await bad(client, "ask_image", **many)
         later = {"path": film, "question": "What?", "start": 5, "end": 2}
         assert "not after start" in await bad(client, "ask_video", **later)
