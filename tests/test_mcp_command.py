@@ -1,15 +1,25 @@
 """The command ``mlx-onevision mcp``: what it loads, and what it refuses to start with."""
 
+import asyncio
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mcp import Client
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.hosts.mcp.command import mcp
+from mlx_onevision.plugins.hosts.mcp.server import make_server
+from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
 from mlx_onevision.plugins.interface import Backend, GenerateRequest
+from mlx_onevision.plugins.jobs import Jobs
+from mlx_onevision.plugins.policy import MediaPolicy
 
 HEAVY = ("mcp", "mcp_types", "pydantic", "mlx", "mlx_lm", "transformers", "av", "starlette")
 
@@ -71,3 +81,23 @@ def test_a_command_that_is_none() -> None:
     for command in ("mlx-onevision mcp", []):
         with pytest.raises(PluginError, match="has to be a list"):
             open_backend("mcp", command=command)
+
+
+def test_the_page_names_everything() -> None:
+    page = (Path(__file__).parents[1] / "docs/mcp.md").read_text(encoding="utf-8")
+    options = [name for parameter in mcp.params for name in parameter.opts]
+    assert len(options) >= 8 and all(f"`{name}" in page for name in options if name != "--help")
+    policy = MediaPolicy()
+    with FakeBackend() as backend, Jobs(backend) as jobs:
+        server = make_server(backend, jobs, McpSettings(policy, contract=True))
+
+        async def names() -> list[str]:
+            async with Client(server) as client:
+                return [tool.name for tool in (await client.list_tools()).tools]
+
+        for name in asyncio.run(names()):
+            assert f"`{name}`" in page
+    (block,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (entry,) = json.loads(block)["mcpServers"].values()
+    assert Path(entry["command"]).is_absolute()
+    mcp.make_context("mcp", entry["args"][1:])

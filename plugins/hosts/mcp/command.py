@@ -93,7 +93,6 @@ def mcp(
         )
 
     from mlx_onevision.plugins.errors import PluginError
-    from mlx_onevision.plugins.hosts.mcp.serving import serve
     from mlx_onevision.plugins.hosts.mcp.settings import PIXELS, McpSettings
     from mlx_onevision.plugins.onevision import open_engine
     from mlx_onevision.plugins.policy import MediaPolicy
@@ -109,6 +108,8 @@ def mcp(
             # Calls have their own time, and descriptions take as long as they take.
             limits=Limits(timeout=None, max_tokens=max_tokens, keep_alive=keep_alive),
         )
+        from mlx_onevision.plugins.hosts.mcp.serving import serve
+
         serve(backend, taken, McpSettings(policy, timeout, max_tokens, contract))
     except PluginError as error:
         raise RequestError(str(error)) from error
