@@ -53,7 +53,7 @@ def test_what_it_cannot_start_with_is_said(tmp_path: Path) -> None:
     command = ("-m", "mlx_onevision", "mcp")
     done = run(*command, "--allow-dir", str(tmp_path / "nothing"))
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].endswith("which is not a folder")
+    assert done.stderr.splitlines()[-1].endswith("is no folder; name one that exists")
     shell = 'exec "$0" -m mlx_onevision mcp <&-'
     done = subprocess.run(["sh", "-c", shell, sys.executable], capture_output=True, timeout=60)
     assert done.returncode == 1 and b"open stdin" in done.stderr and b"Trace" not in done.stderr

@@ -75,6 +75,9 @@ def mcp(
     """
     if find_spec("mcp") is None:
         raise RequestError("mcp needs the extra of its name; pip install 'mlx-onevision[mcp]'")
+    for folder in folders:
+        if not os.path.isdir(os.path.expanduser(folder)):
+            raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
     # Before anything is imported that could print.
     from mlx_onevision.plugins.hosts.mcp import pipes
 

@@ -26,7 +26,9 @@ class Places:
 
     def listed(self) -> str:
         """Which folders these are, for a sentence."""
-        return ", ".join(map(str, self.policy.folders or ())) or "none"
+        if self.policy.folders is None:
+            return "all"
+        return ", ".join(map(str, self.policy.folders)) or f"none ({OPTION} to open one)"
 
     def path(self, given: str) -> str:
         """A path that may be read, as far as can be said without touching anything.

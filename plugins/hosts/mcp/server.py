@@ -18,7 +18,7 @@ from mlx_onevision.plugins.hosts.mcp import contract
 from mlx_onevision.plugins.hosts.mcp.call import Call
 from mlx_onevision.plugins.hosts.mcp.finding import Finding
 from mlx_onevision.plugins.hosts.mcp.looking import UNTRUSTED, Looking
-from mlx_onevision.plugins.hosts.mcp.places import OPTION, Places
+from mlx_onevision.plugins.hosts.mcp.places import Places
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
 from mlx_onevision.plugins.hosts.mcp.telling import Telling
 from mlx_onevision.plugins.hosts.mcp.tools import Tool, answered
@@ -70,10 +70,10 @@ def _serving(tools: Iterable[Tool], instructions: str) -> Server[Any]:
 
 
 def _instructions(places: Places, settings: McpSettings) -> str:
-    opened = places.listed() if places.policy.folders else f"none ({OPTION} to open one)"
     return (
         "Looks at pictures and videos on this computer with a local vision model. "
-        f"Folders that are open: {opened}. Give absolute paths. {UNTRUSTED} Sound is not heard. "
+        f"Folders that are open: {places.listed()}. Give absolute paths. {UNTRUSTED} "
+        "Sound is not heard. "
         f"A call is answered within {settings.timeout:g} s; what takes longer, such as a long "
         "video, goes through describe_video_start and describe_video_status."
     )

@@ -9,7 +9,8 @@ import json
 import logging
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from concurrent.futures import CancelledError
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -22,10 +23,13 @@ from pydantic_core import PydanticSerializationError
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, lines
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
+from mlx_onevision.plugins.wording import worded
 
 logger = logging.getLogger("mlx_onevision")
 
 Message = SessionMessage | Exception
+ENDED = (RuntimeError, CancelledError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+
 Incoming = MemoryObjectReceiveStream[Message]
 Outgoing = MemoryObjectSendStream[SessionMessage]
 
@@ -52,16 +56,15 @@ async def transport(
 
     def read() -> None:
         """On a thread that nobody waits for: reading may never come back."""
-        try:
-            for line in lines(pipes.source, settings.longest):
-                message = parsed(line, settings)
-                asyncio.run_coroutine_threadsafe(deliver(message), loop).result()
+        # What is raised here: the loop, or its streams, have ended before.
+        with suppress(*ENDED):
+            try:
+                for line in lines(pipes.source, settings.longest):
+                    message = parsed(line, settings)
+                    asyncio.run_coroutine_threadsafe(deliver(message), loop).result()
+            except OSError as error:
+                logger.error("stdin cannot be read any more (%s)", error.strerror)
             asyncio.run_coroutine_threadsafe(deliver(None), loop).result()
-        except (RuntimeError, anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
-            pass  # the loop or its streams have ended
-        except BaseException as error:
-            if not loop.is_closed():
-                logger.debug("reading has ended", exc_info=error)
 
     async def write() -> None:
         async with take:
@@ -83,7 +86,14 @@ async def transport(
 
 
 def parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
-    """A message, or the error that is its answer."""
+    """A message, or the error that is its answer, whatever it is."""
+    try:
+        return _parsed(line, settings)
+    except Exception as error:
+        return _refused(None, types.INTERNAL_ERROR, worded(error))
+
+
+def _parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
     if isinstance(line, TooLong):
         most = settings.longest >> 20
         error = PluginError("too_large", "the message is too long", f"{most} MB are read at most")
