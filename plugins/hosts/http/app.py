@@ -13,11 +13,20 @@ from mlx_onevision.plugins.hosts.http.bodies import Reader
 from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
 from mlx_onevision.plugins.hosts.http.metrics import Measured
+from mlx_onevision.plugins.hosts.http.operations import Operation
 from mlx_onevision.plugins.hosts.http.serving import Serving, answered
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 
 THREADS = 64
+
+OPERATIONS: tuple[Operation, ...] = (
+    *status.OPERATIONS,
+    chat.OPERATION,
+    embeddings.OPERATION,
+    *videos.OPERATIONS,
+)
+"""Every route. What one is stands beside what answers it."""
 
 
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:
@@ -35,19 +44,12 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         reader=Reader(settings),
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
-    made = [
-        ("GET", "/health", status.health),
-        ("GET", "/metrics", status.metrics),
-        ("GET", "/v1/models", status.models),
-        ("GET", "/v1/models/{name:path}", status.model),
-        ("POST", "/v1/chat/completions", chat.endpoint),
-        ("POST", "/v1/embeddings", embeddings.endpoint),
-        ("POST", "/v1/video/describe", videos.endpoint),
-    ]
     app = Starlette(
-        routes=[Route(path, answered(make(serving)), methods=[how]) for how, path, make in made],
+        routes=[
+            Route(one.path, answered(one.make(serving)), methods=[one.method]) for one in OPERATIONS
+        ],
         exception_handlers={HTTPException: not_routed},
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said
-    paths = frozenset(path for _, path, _ in made)
+    paths = frozenset(one.path for one in OPERATIONS)
     return Measured(Guards(app, settings), serving.metrics, paths)

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from mlx_onevision.plugins.events import DoneEvent, ErrorEvent, Event, TextEvent
 from mlx_onevision.plugins.hosts.http import conversation, streaming
 from mlx_onevision.plugins.hosts.http.faults import error_body
+from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, Operation
 from mlx_onevision.plugins.hosts.http.schemas import ChatRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 from mlx_onevision.plugins.results import GenerateResult, Usage
@@ -126,3 +127,14 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 def _notes(found: GenerateResult) -> dict[str, Any]:
     return {"notes": list(found.notes)} if found.notes else {}
+
+
+OPERATION = Operation(
+    "POST",
+    "/v1/chat/completions",
+    endpoint,
+    name="createChatCompletion",
+    summary="The next message of a conversation",
+    takes=ChatRequest,
+    gives={JSON: dict[str, Any], EVENTS: dict[str, Any]},
+)

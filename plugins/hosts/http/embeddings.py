@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.hosts.http import conversation
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault
+from mlx_onevision.plugins.hosts.http.operations import JSON, Operation
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 from mlx_onevision.plugins.results import EmbedResult
@@ -65,3 +66,14 @@ def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> dict[str,
 def _base64(vector: tuple[float, ...]) -> str:
     """Little-endian float32, as OpenAI's."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+OPERATION = Operation(
+    "POST",
+    "/v1/embeddings",
+    endpoint,
+    name="createEmbedding",
+    summary="Vectors of texts, pictures and videos",
+    takes=EmbeddingsRequest,
+    gives={JSON: dict[str, Any]},
+)

@@ -1,10 +1,13 @@
 """``GET /health``, ``/v1/models`` and ``/metrics``."""
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from mlx_onevision.plugins.hosts.http import conversation
-from mlx_onevision.plugins.hosts.http.metrics import TEXT
+from mlx_onevision.plugins.hosts.http.metrics import TEXT as PROMETHEUS
+from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, Operation
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 
 
@@ -35,7 +38,7 @@ def model(serving: Serving) -> Endpoint:
 def metrics(serving: Serving) -> Endpoint:
     async def answer(_: Request) -> Response:
         info = await serving.blocking(serving.backend.info)
-        return PlainTextResponse(serving.metrics.text(info), headers={"Content-Type": TEXT})
+        return PlainTextResponse(serving.metrics.text(info), headers={"Content-Type": PROMETHEUS})
 
     return answer
 
@@ -47,3 +50,40 @@ def _model(serving: Serving) -> dict[str, object]:
         "created": serving.created,
         "owned_by": "mlx-onevision",
     }
+
+
+OPERATIONS = (
+    Operation(
+        "GET",
+        "/health",
+        health,
+        name="health",
+        summary="Whether it answers, and how busy it is",
+        gives={JSON: dict[str, Any]},
+    ),
+    Operation(
+        "GET",
+        "/metrics",
+        metrics,
+        name="metrics",
+        summary="Counts for Prometheus",
+        gives={TEXT: str},
+    ),
+    Operation(
+        "GET",
+        "/v1/models",
+        models,
+        name="listModels",
+        summary="The model that is served",
+        gives={JSON: dict[str, Any]},
+    ),
+    Operation(
+        "GET",
+        "/v1/models/{name:path}",
+        model,
+        name="retrieveModel",
+        summary="The model of a name, if it is the one served",
+        gives={JSON: dict[str, Any]},
+        refuses=(404,),
+    ),
+)

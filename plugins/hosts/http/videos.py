@@ -9,6 +9,7 @@ from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.events import ErrorEvent, Event
 from mlx_onevision.plugins.hosts.http import conversation, streaming
 from mlx_onevision.plugins.hosts.http.faults import without_places
+from mlx_onevision.plugins.hosts.http.operations import EVENTS, Operation
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 
@@ -28,3 +29,16 @@ def _written(event: Event) -> Iterator[bytes]:
         plain = PluginError(event.code, without_places(event.message), without_places(event.hint))
         event = ErrorEvent.of(plain)
     yield streaming.line(event.to_dict(), event.discriminator)
+
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/v1/video/describe",
+        endpoint,
+        name="describeVideo",
+        summary="A video, told segment by segment",
+        takes=VideoRequest,
+        gives={EVENTS: Event},
+    ),
+)
