@@ -1,4 +1,4 @@
-"""The real ``llm`` command on the demo model, each time a program of its own, as a person runs it."""
+"""The real ``llm`` command on the demo model, a program of its own each time, as people run it."""
 
 import asyncio
 import json
