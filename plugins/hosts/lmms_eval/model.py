@@ -29,6 +29,21 @@ from mlx_onevision.processor import Inputs
 END = "<|im_end|>"
 
 
+class Measured(GenerationResult):
+    """The loss of an answer, and whether the model would have given it: a pair.
+
+    In a GenerationResult, whose content lmms-eval takes as it is: of a bare pair it makes a string
+    (in 0.7.3), and its tasks of several choices stop at that.
+    """
+
+    def __init__(self, loss: float, greedy: bool) -> None:
+        content: Any = (loss, greedy)
+        super().__init__(content)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.text)
+
+
 class OneVision(lmms):
     """pretrained, revision, dtype, quantize : as :func:`mlx_onevision.load` takes them.
     batch_size : questions that are answered together.
@@ -123,13 +138,13 @@ class OneVision(lmms):
                 bar.update(1)
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[Measured]:
         """The loss of each answer, and whether the model would have given it.
 
         A loss, less of which is better, and no logarithm of a probability: so the reference
         returns it, and so lmms-eval's tasks of several choices read it (they take the least).
         """
-        found: list[tuple[float, bool]] = []
+        found: list[Measured] = []
         document, about = None, Shown()
         with self._progress(len(requests)) as bar:
             for request in requests:
@@ -148,15 +163,13 @@ class OneVision(lmms):
                 bar.update(1)
         return found
 
-    def _likelihood(
-        self, prompt: Inputs, messages: list[Message], about: Shown
-    ) -> tuple[float, bool]:
+    def _likelihood(self, prompt: Inputs, messages: list[Message], about: Shown) -> Measured:
         whole = self.model.prepare(messages, tiling=about.tiling)
         following = whole.input_ids[len(prompt.input_ids) :]
         logits = self.model.logits(whole, last=len(following) + 1)[:-1]
         own = len(following) - following[::-1].tolist().index(self._end) - 1
         measured = likelihood(logits, following, own)
-        return measured.loss, measured.greedy
+        return Measured(measured.loss, measured.greedy)
 
     @cached_property
     def _end(self) -> int:
