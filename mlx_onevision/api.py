@@ -40,6 +40,7 @@ def load(
     revision: str | None = None,
     dtype: str | None = None,
     quantize: int | None = None,
+    chat_template: str | None = None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -49,12 +50,15 @@ def load(
     dtype : ``float16``, ``bfloat16`` or ``float32``; None keeps the checkpoint's own.
     quantize : 4 or 8 packs the weights into so many bits while they are read, tensor by tensor, as
         ``mlx-onevision convert -q --q-bits 4`` does; the answers are those of what that writes.
+    chat_template : how conversations become prompts, in Jinja, instead of the checkpoint's own.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
     """
+    recipe, folder = while_loading(quantize), hub.resolve(model, revision)
     recipe = while_loading(quantize)
-    return Model(hub.resolve(model, revision), name=str(model), dtype=dtype, recipe=recipe)
+    folder = hub.resolve(model, revision)
+    return Model(folder, name=str(model), dtype=dtype, recipe=recipe, chat_template=chat_template)
 
 
 class Model:
@@ -67,12 +71,16 @@ class Model:
         name: str | None = None,
         dtype: str | None = None,
         recipe: Recipe | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.path = folder
         self.name = name or str(folder)
         self._made = [dtype, str(recipe)]
         self._engine = Engine(folder, dtype=dtype, recipe=recipe)
         self._processor = Processor.from_folder(folder, self._engine.config)
+        if chat_template is not None:
+            self._processor.template = self._processor.template.with_source(chat_template)
+            self._made.append(chat_template)
 
     @property
     def config(self) -> OneVisionConfig:
@@ -282,9 +290,11 @@ class Model:
         """
         return self._processor.prepare(messages, **options)
 
-    def logits(self, inputs: Inputs) -> np.ndarray:
-        """Logits of every position of a prepared prompt, float32 (L, vocab_size)."""
-        return self._engine.logits(inputs)
+    def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
+        """Logits of every position of a prepared prompt, or of its last ones alone; float32
+        (L, vocab_size).
+        """
+        return self._engine.logits(inputs, last)
 
     def embed(
         self,

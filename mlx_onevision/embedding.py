@@ -231,11 +231,12 @@ class Embedder:
 
     def _blocks(self, item: Item) -> list[dict[str, Any]]:
         blocks = item_blocks(item)
-        for name in ("num_frames", "fps"):
+        for name in ("num_frames", "fps", "ends"):
             if any(name in block for block in blocks):
+                instead = "leave it out" if name == "ends" else f"give {name} to embed"
                 raise RequestError(
                     f"a video has {name} of its own, but vectors are comparable only where all "
-                    f"have the same; give {name} to embed"
+                    f"have the same; {instead}"
                 )
         return blocks
 

@@ -166,9 +166,9 @@ class Engine:
             )
         return replace(request, max_tokens=min(request.max_tokens, limit - length))
 
-    def logits(self, inputs: Inputs) -> np.ndarray:
-        """Logits of every position of a prompt, float32 (L, vocab_size)."""
-        return self._submit(lambda runner: runner.logits(inputs)).result()
+    def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
+        """Logits of the last positions of a prompt, or of every one; float32 (L, vocab_size)."""
+        return self._submit(lambda runner: runner.logits(inputs, last)).result()
 
     def embed_tiles(self, tiles: np.ndarray, normalization: np.ndarray) -> "Future[np.ndarray]":
         """The tower's mean features of tiles (n, S, S, 3), one vector each; float32 (n, width)."""

@@ -192,11 +192,11 @@ class Runner:
                 counters.decode_seconds = time.perf_counter() - started
                 yield int(token)
 
-    def logits(self, inputs: Inputs) -> np.ndarray:
+    def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
         with self.model.bank.in_use(keys):
             self._encode(inputs, ids, 0, lambda: None)
-            return np.array(self.model(mx.array(ids, mx.int32)[None])[0])
+            return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 
     def embed_tiles(
         self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]
