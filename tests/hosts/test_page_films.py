@@ -1,6 +1,8 @@
 """The page in Chromium: films asked about and described, seeked by mouse and keys, taken along."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http import page as page_files
 from mlx_onevision.plugins.results import DescribeResult
+from mlx_onevision.video import load_video
 
 SHAPES = page_files.FILES / "shapes.mp4"
 CIRCLE = EXAMPLES / "circle.mp4"
@@ -334,3 +337,11 @@ def test_captions_are_those_of_the_command(browser: Browser) -> None:
                 [form, asked],
             )
             assert made == write(wanted, form), form
+
+
+def test_the_film_is_what_its_program_draws(tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn.mp4"
+    subprocess.run([sys.executable, EXAMPLES / "draw_film.py", drawn], check=True)
+    kept, again = (load_video(path, 56) for path in (SHAPES, drawn))
+    assert kept.total == again.total == 14 * 24
+    assert abs(kept.tiles.astype(int) - again.tiles).mean() < 2  # of 255: encoders differ
