@@ -93,7 +93,8 @@ def test_every_setting_of_the_contract_is_an_option() -> None:
 def test_the_page_names_every_option_and_command() -> None:
     page = Path(__file__).parents[1].joinpath("docs/llm.md").read_text(encoding="utf-8")
     table = page.partition("| option (`-o name value`) | |")[2].partition("\n\n")[0]
-    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row[:40])}
+    cells = [row.split("|")[1] for row in table.splitlines() if row]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     assert named == set(OneVisionOptions.model_fields)
     for command in onevision.commands.values():
         assert f"llm onevision {command.name}" in page
