@@ -52,14 +52,14 @@ class Part:
         """Raises PluginError for values that have the right types and still make no sense."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; fields that are None are left out, bytes are base64."""
+        """Plain values, for JSON; bytes are base64, and a None that says nothing is left out."""
         values: dict[str, Any] = {}
         if self.discriminator is not None:
             values["kind"] = self.discriminator
-        for name in _hints(type(self)):
-            value = getattr(self, name)
-            if value is not None:
-                values[name] = _plain(value)
+        for field in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                values[field.name] = _plain(value)
         return values
 
     @classmethod

@@ -1,13 +1,11 @@
 """The conformance suite, run on this package's own backends."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endless import endless
 
-from mlx_onevision.hub import EMBEDDED
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.conformance import BackendConformance
 from mlx_onevision.plugins.interface import Backend, GenerateRequest
@@ -28,19 +26,13 @@ class TestFake(BackendConformance):
 
 
 class TestEngine(BackendConformance):
-    """The demo model, which here does not know how to end an answer: a long one is long."""
-
     video = VIDEO
     folder: Path
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
-    def endless(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
-        cls.folder = tmp_path_factory.mktemp("endless") / "model"
-        shutil.copytree(EMBEDDED, cls.folder)
-        settings = cls.folder / "generation_config.json"
-        values = json.loads(settings.read_text(encoding="utf-8"))
-        settings.write_text(json.dumps({**values, "eos_token_id": [0]}), encoding="utf-8")
+    def make(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
+        cls.folder = endless(tmp_path_factory.mktemp("endless") / "model")
 
     @classmethod
     def open_backend(cls) -> Backend:

@@ -53,6 +53,7 @@ RECORDS = [
     GenerateRequest([Message("user", "hello"), Message("assistant", ["a", FILM, "b"])], "be brief"),
     EmbedRequest(["text", PICTURE, Group([PICTURE, FILM])], space="joint", normalize=False),
     DescribeRequest(FILM, segments=2.5, start=1, end=9, timeout=10),
+    DescribeRequest(FILM, longest=None),
     GenerateResult("ü\u0000\n", "stop", USAGE, ("a note",)),
     EmbedResult(((0.1, -1e-30), (1.0, 0.0)), "vision", 2, "m", "r", "mean", True, "4 bits"),
     TOLD,

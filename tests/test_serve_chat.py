@@ -1,19 +1,24 @@
 """Chat over HTTP, by the real server: what clients send, what they get, and when they leave."""
 
+import http.client
+import json
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served import EXAMPLES, PICTURE, Client, image, serving, text, video, wait_for
+from served import EXAMPLES, FILM, JSON, PICTURE, Client, image, serving, text, video, wait_for
+from telling import WORDS, Telling
 
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.policy import MediaPolicy
+from mlx_onevision.plugins.results import ModelInfo
 from mlx_onevision.plugins.service import Limits
 
 CHAT = "/v1/chat/completions"
@@ -65,6 +70,16 @@ def test_settings_arrive(fake: Client) -> None:
         assert (stopped["message"]["content"], stopped["finish_reason"]) == ("one ", "stop")
 
 
+def test_a_limit_below_what_is_usual_refuses_nobody_who_says_nothing() -> None:
+    limits, settings = Limits(max_tokens=2), ServerSettings(max_tokens=2)
+    with serving(FakeBackend(limits=limits), settings) as client:
+        reply = client.chat("one two three")
+        assert reply.json["choices"][0]["finish_reason"] == "length"
+        responded = client.ask("POST", "/v1/responses", {"input": "one two three"})
+        assert responded.json["usage"]["output_tokens"] == 2
+        assert client.chat(max_tokens=3).status == 400
+
+
 def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
     reply = fake.chat(
         model="fake",
@@ -91,9 +106,17 @@ def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
     [
         ({"n": 2}, "n must be 1"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"presence_penalty": False}, "presence_penalty"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+            "response_format.json_schema.name",
+        ),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**9}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
@@ -108,11 +131,19 @@ def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [text("")] * 2 + [{"type": "text"}]}]},
+            "[2].text",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
-        ({"messages": [{"role": "system", "content": [image()]}]}, "only users"),
+        ({"messages": [{"role": "system", "content": [image()]}]}, ".content[0].type"),
         ({"messages": [{"role": "user", "content": [image("")]}]}, "url"),
         ({"messages": [{"role": "user", "content": ""}]}, "conversation"),
     ],
@@ -127,6 +158,86 @@ def test_what_cannot_be_done_is_refused(
     error = reply.json["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error" and named in error["message"]
+
+
+BOTH = [{"logprobs": True}, {"response_format": {"type": "json_object"}}]
+
+
+@pytest.mark.parametrize("fields", BOTH)
+def test_what_the_backend_does_not_claim(fields: dict[str, Any]) -> None:
+    class Plain(FakeBackend):
+        def info(self) -> ModelInfo:
+            return replace(super().info(), capabilities=("generate", "images", "videos"))
+
+    with serving(Plain()) as client:
+        reply = client.chat(**fields)
+    (name,) = fields
+    assert (reply.status, reply.json["error"]["param"]) == (400, name)
+    assert reply.json["error"]["message"].startswith(f"{name} is not supported")
+
+
+def test_how_likely_the_tokens_were() -> None:
+    with serving(Telling()) as client:
+        whole = client.chat(logprobs=True, top_logprobs=2).json["choices"][0]["logprobs"]
+        *chunks, _ = client.chat(logprobs=True, top_logprobs=2, stream=True).events
+        bare = client.chat(logprobs=True).json["choices"][0]["logprobs"]
+        none = client.chat(logprobs=False, top_logprobs=0).json["choices"][0]["logprobs"]
+    likely = whole["content"][1]
+    assert whole["refusal"] is None and [one["token"] for one in whole["content"]] == list(WORDS)
+    assert (likely["bytes"], likely["logprob"]) == (list("é".encode()), -0.25)
+    assert [one["token"] for one in likely["top_logprobs"]] == ["é0", "é1"]
+    assert set(likely["top_logprobs"][0]) == {"token", "bytes", "logprob"}
+    streamed = [chunk["choices"][0] for chunk in chunks]
+    told = [c["logprobs"]["content"] for c in streamed if c["delta"].get("content")]
+    assert [one for part in told for one in part] == whole["content"]
+    assert all(c["logprobs"] is None for c in streamed if not c["delta"].get("content"))
+    assert [one["top_logprobs"] for one in bare["content"]] == [[]] * 3 and none is None
+
+
+def test_the_form_of_an_answer() -> None:
+    schema = {"type": "object", "properties": {"é": {"minimum": 1.0, "maximum": 2.5}}}
+    named = {"name": "one", "schema": schema, "strict": True}
+    backend = Telling()
+    with serving(backend) as client:
+        for form in (
+            {"type": "json_schema", "json_schema": named},
+            {"type": "json_schema", "json_schema": {"name": "any"}},
+            {"type": "json_object"},
+            {"type": "text"},
+        ):
+            assert client.chat(response_format=form).status == 200
+    asked = [request.json_schema for request in backend.asked]
+    assert [None if text is None else json.loads(text) for text in asked] == [
+        schema,
+        {"type": "object"},
+        {"type": "object"},
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *({"type": kind, "image_url": PICTURE} for kind in ("image_url", "input_image")),
+        *({"type": kind, "image_url": {"url": PICTURE}} for kind in ("image_url", "input_image")),
+        *({"type": "image", "image": place} for place in (PICTURE, {"url": PICTURE})),
+        *({"type": kind, "video_url": FILM} for kind in ("video_url", "input_video")),
+        {"type": "video", "video": FILM},
+    ],
+)
+def test_a_picture_by_any_name(fake: Client, part: dict[str, Any]) -> None:
+    reply = fake.chat([{"type": "input_text", "text": "x"}, part])
+    said = reply.json["choices"][0]["message"]["content"]
+    assert said == ("x [0 images][1 video]" if "video" in part["type"] else "x [1 image][0 videos]")
+
+
+def test_numbers_as_any_language_writes_them(fake: Client) -> None:
+    body = (
+        b'{"messages":[{"role":"user","content":"a b"}],"max_tokens":1.0,"seed":7.0,"top_k":-0.0}'
+    )
+    assert fake.ask("POST", CHAT, body).json["usage"]["completion_tokens"] == 1
+    reply = fake.ask("POST", CHAT, body.replace(b"1.0", b"1.5"))
+    assert (reply.status, reply.json["error"]["param"]) == (400, "max_tokens")
 
 
 def test_another_model_is_never_looked_for(fake: Client) -> None:
@@ -204,6 +315,20 @@ def test_a_silent_stream_is_kept_open() -> None:
         reply = client.chat(stream=True)
         assert reply.body.startswith(b": keep-alive\n\n") and reply.events[-1] == "[DONE]"
         assert 3 <= reply.body.count(b": keep-alive") <= 10
+
+
+def test_nothing_waits_for_the_client_to_say_that_it_has_the_last(fake: Client) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=30)
+    took = []
+    for _ in range(20):
+        began = time.monotonic()
+        connection.request("POST", CHAT, body, JSON)
+        connection.getresponse().read()
+        took.append(time.monotonic() - began)
+    connection.close()
+    # Head and body are written one after the other; held back, the second comes 40 ms later.
+    assert sorted(took)[10] < 0.03
 
 
 def test_surplus_is_turned_away_at_once() -> None:

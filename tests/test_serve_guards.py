@@ -89,7 +89,7 @@ def test_every_host_with_every_origin_on_every_route() -> None:
     async def all_of_them() -> None:
         with FakeBackend() as backend:
             app = create_app(backend)
-            for method, path in ROUTES:
+            for method, path in [("GET", "/"), *ROUTES]:
                 for host in [*GOOD_HOSTS, *BAD_HOSTS]:
                     for origin in [None, *BAD_ORIGINS]:
                         said = [("host", host), ("content-type", "application/json")]
@@ -170,9 +170,9 @@ def test_only_json_is_taken(client: Client, kind: str) -> None:
 
 def test_nothing_but_the_routes(client: Client) -> None:
     for method, path, status in (
-        *(("GET", "/", 404), ("GET", "/v1/models/", 404), ("GET", "/../etc/passwd", 404)),
+        *(("GET", "/page/", 404), ("GET", "/v1/models/", 404), ("GET", "/../etc/passwd", 404)),
         *(("GET", CHAT, 405), ("DELETE", "/v1/models/fake", 405), ("GET", "/v1/models/a/b", 404)),
-        *(("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "//evil.example/", 404)),
+        *(("GET", "/docs", 404), ("POST", "/openapi.json", 405), ("GET", "//evil.example/", 404)),
     ):
         reply = client.ask(method, path)
         assert (reply.status, set(reply.json)) == (status, {"error"}), (method, path)
@@ -190,7 +190,7 @@ def test_nothing_but_the_routes(client: Client) -> None:
         (b"[]", "object"),
         (b"5", "object"),
         (b'{"messages":NaN}', "JSON"),
-        (b'{"temperature":1e999,"messages":[{"role":"user","content":"x"}]}', "temperature"),
+        (b'{"temperature":1e999,"messages":[{"role":"user","content":"x"}]}', "number"),
         (b'{"seed":' + b"9" * 5000 + b"}", "JSON"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "deep"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "deep"),
@@ -295,6 +295,7 @@ def test_what_errors_leave_out() -> None:
         assert "/" not in left and "…" in left
     assert without_places("3 tokens and/or 5") == "3 tokens and/or 5"
     assert len(without_places("x" * 5000)) <= 300
+    assert without_places("'data:a,b' is not 'c'") == "… is not 'c'"
 
 
 def test_the_token_file(tmp_path: Path) -> None:

@@ -123,4 +123,6 @@ def test_counts() -> None:
     assert (values[chat % 200], values[chat % 400]) == ("2", "1")
     assert values['mlx_onevision_tokens_total{kind="completion"}'] == "8"
     assert values["mlx_onevision_requests_active"] == "0"
+    model = 'mlx_onevision_requests_total{route="/v1/models/{name:path}",status="404"}'
+    assert values[model] == "1"
     assert not any("whatever" in line or "evil" in line for line in lines)

@@ -10,13 +10,14 @@
         def open_backend(cls):
             return MyBackend("http://127.0.0.1:8000")
 
-pytest (9 or newer) then runs every test of the suite on what ``open_backend`` returns. Importing it
-is all: there is no plugin that every run of pytest would load. :class:`~.subject.Subject` has what
-can be set. What a backend does not claim among the capabilities of its ``info()`` must be refused,
-and is not tested beyond that. It covers: round trips through JSON; that a stream is the whole, in
-order; text of every script; media; vectors; cancellation before, while and after; timeouts;
-threads, asyncio and crowds; errors, which concern one request only; memory given back; the end of
-the backend.
+pytest (9 or newer) then runs every test of the suite on what ``open_backend`` returns.
+:class:`~.subject.Subject` has what can be set. A backend that can be opened by its name needs no
+file: :mod:`plugin` runs the suite on it from the command line.
+
+What a backend does not claim among the capabilities of its ``info()`` must be refused, and is not
+tested beyond that. It covers: round trips through JSON; that a stream is the whole, in order; text
+of every script; media; vectors; cancellation before, while and after; timeouts; threads, asyncio
+and crowds; errors, which concern one request only; memory given back; the end of the backend.
 """
 
 import pytest

@@ -119,7 +119,7 @@ class Ending(Subject):
             before = self.answered(backend, self.question(backend)).text
             backend.unload()
             backend.unload()
-            self.wait_for(lambda: not backend.info().loaded, "it stays loaded")
+            self.check_unloaded(backend)
             assert self.answered(backend, self.question(backend)).text == before
         finally:
             backend.close()
@@ -131,7 +131,7 @@ class Ending(Subject):
             self.started(stream)
             backend.unload()
             assert isinstance(list(stream)[-1], DoneEvent)
-            self.wait_for(lambda: not backend.info().loaded, "it stays loaded")
+            self.check_unloaded(backend)
         finally:
             backend.close()
 

@@ -1,6 +1,8 @@
 """The backend that is tested, and what is asked of it."""
 
+import signal
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +50,9 @@ class Subject:
     """Seconds within which a cancelled request ends."""
     crowd: ClassVar[int] = 32
     """Requests at once, of which some may be refused as busy."""
+    can_unload: ClassVar[bool] = True
+    """Whether ``unload`` frees the model. False where it is somebody else's, as behind a wire: then
+    it must change nothing."""
 
     @classmethod
     def open_backend(cls) -> Backend:
@@ -66,6 +71,22 @@ class Subject:
         backend = cls.open_backend()
         yield backend
         backend.close()
+
+    @pytest.fixture(autouse=True)
+    def out_of_patience(self) -> Iterator[None]:
+        """A test that waits for what never comes fails, and the next one runs."""
+
+        def give_up(*_: object) -> None:
+            pytest.fail(f"nothing has come for {2 * self.patience:g} seconds")
+
+        if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, 2 * self.patience)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
     # What the tests ask with.
 
@@ -148,3 +169,9 @@ class Subject:
         error = self.refused(stream)
         assert error.code == "cancelled"
         assert time.monotonic() - since <= self.soon, "it took too long to end"
+
+    def check_unloaded(self, backend: Backend) -> None:
+        if self.can_unload:
+            self.wait_for(lambda: not backend.info().loaded, "it stays loaded")
+        else:
+            assert backend.info().loaded, "it was said not to be unloaded"

@@ -2,16 +2,21 @@
 
 import asyncio
 import json
+import math
+import re
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault, without_places
-from mlx_onevision.plugins.hosts.http.guards import too_much
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
+
+EXACT = 2**53  # up to here a float holds every whole number
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Reader:
@@ -24,9 +29,10 @@ class Reader:
         """The body, as ``kind``.
 
         Raises:
-            HTTPFault: 413, 408, 429, and 400 with the field's name.
+            HTTPFault: 415, 413, 408, 429, and 400 with the field's name.
             ClientDisconnect: when nobody is there any more.
         """
+        _check_head(request, self._settings)
         data = bytearray()
         try:
             await self._fill(data, request)
@@ -48,7 +54,7 @@ class Reader:
             data += piece
             self._held += len(piece)
             if len(data) > self._settings.body:
-                raise too_much(self._settings)
+                raise _too_much(self._settings)
             if self._held > self._settings.bodies:
                 raise HTTPFault(
                     429,
@@ -58,21 +64,37 @@ class Reader:
             more = message.get("more_body", False)
 
 
+def _check_head(request: Request, settings: ServerSettings) -> None:
+    """Before anything of the body is read. A page of another site cannot send this type unasked."""
+    kinds = request.headers.getlist("content-type")
+    if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
+        raise HTTPFault(415, "the body has to be sent as application/json")
+    if request.headers.getlist("content-encoding") not in ([], ["identity"]):
+        raise HTTPFault(415, "the body must not be compressed")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and (len(length) > 15 or int(length) > settings.body):
+        raise _too_much(settings)
+
+
+def _too_much(settings: ServerSettings) -> HTTPFault:
+    most = settings.body / 2**20
+    return HTTPFault(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
+
+
 def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wanted:
     values = parse(data, settings)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = _field([part for part in first["loc"] if part not in ("text", "image_url")])
-        said = first["msg"].removeprefix("Value error, ").removesuffix(".")
-        said = said[:1].lower() + said[1:]
+        where = _field(first, values)
+        said = _said(first)
         message = without_places(f"{where}: {said}" if where else said)
         raise HTTPFault(400, message, param=where or None) from None
 
 
 def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
-    """A JSON object. NaN, deep nesting and very many values are refused.
+    """A JSON object. NaN, deep nesting, very many values and what is no text are refused.
 
     Raises:
         HTTPFault: 400.
@@ -81,9 +103,14 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
         raise HTTPFault(400, "the JSON holds too many values; send fewer in one request")
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
+        if _SURROGATE.search(data):
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise _too_deep(settings) from None
+    except UnicodeEncodeError:
+        message = "the JSON holds half of a surrogate pair, which is no text; send it whole"
+        raise HTTPFault(400, message) from None
     except ValueError:
         raise HTTPFault(400, "the body is not valid JSON") from None
     _check_depth(values, settings)
@@ -114,9 +141,43 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _field(parts: list[int | str]) -> str:
-    """``messages[0].content``."""
-    text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part[:60]
+def _number(text: str) -> float:
+    """1.0 is a whole number, as in JSON Schema; 1e999 is none."""
+    value = float(text)
+    if math.isinf(value):
+        raise HTTPFault(400, "the JSON holds a number that is too large")
+    return int(value) if value.is_integer() and abs(value) <= EXACT else value
+
+
+def _said(error: ErrorDetails) -> str:
+    """What is wrong, in one sentence without a full stop."""
+    context = error.get("ctx", {})
+    if error["type"] == "union_tag_invalid":
+        tag, known = repr(context["tag"])[:40], context["expected_tags"]
+        return f"it is {tag}; there are {known}"
+    if error["type"] == "union_tag_not_found":
+        return "field required"
+    said = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    return said[:1].lower() + said[1:]
+
+
+def _field(error: ErrorDetails, values: Any) -> str:
+    """Where it is: ``messages[0].content``. What pydantic says of its unions besides is left out:
+    it is nothing that the request holds.
+    """
+    text, at = "", values
+    for part in error["loc"]:
+        if isinstance(part, int):
+            if isinstance(at, list) and part < len(at):
+                text, at = f"{text}[{part}]", at[part]
+        elif isinstance(at, dict) and part in at:
+            text, at = _joined(text, part), at[part]
+    if error["type"] == "missing":
+        text = _joined(text, str(error["loc"][-1]))
+    elif error["type"].startswith("union_tag_"):
+        text = _joined(text, error.get("ctx", {})["discriminator"].strip("'"))
     return text[:120]
+
+
+def _joined(text: str, name: str) -> str:
+    return f"{text}.{name}" if text else name[:60]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from importlib.util import find_spec
+from typing import NoReturn
 
 import click
 
@@ -120,7 +124,9 @@ def serve(
     try:
         made = api_key is None and not is_loopback(host)
         token = running.new_token() if made else api_key
-        settings = ServerSettings(host=host, names=names, token=token, model=name)
+        settings = ServerSettings(
+            host=host, names=names, token=token, model=name, max_tokens=max_tokens
+        )
         with running.listening(settings, port) as listening:
             backend = open_engine(
                 "demo" if model is None else model,
@@ -138,6 +144,31 @@ def serve(
                 shown = f"[{host}]" if ":" in host else host
                 number = listening.getsockname()[1]
                 click.echo(f"Serving at http://{shown}:{number}/v1 (Ctrl-C ends)", err=True)
-                running.server(app, settings).run(sockets=[listening])
+                server = running.Server(app, settings, lambda: backend.info().healthy)
+                server.run(sockets=[listening])
+                outcome = _outcome(server.failed, server.signal)
+                if not running.closed(backend):
+                    _leave(outcome)
+                if outcome is not None:
+                    raise outcome
     except PluginError as error:
         raise RequestError(str(error)) from error
+
+
+def _outcome(failed: bool, told: int | None) -> BaseException | None:
+    """What the command ends with."""
+    if failed:
+        return RequestError("the model cannot answer any more, so the server ends; start it again")
+    return KeyboardInterrupt() if told == signal.SIGINT else None
+
+
+def _leave(outcome: BaseException | None) -> NoReturn:
+    """Ends the process there and then: its model is in the midst of something that cannot be
+    waited for, as the interpreter would.
+    """
+    if isinstance(outcome, RequestError):
+        click.echo(f"error: {outcome}", err=True)
+    code = 0 if outcome is None else 1 if isinstance(outcome, RequestError) else 130
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -4,24 +4,34 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_onevision.plugins.errors import bad_request
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault
-from mlx_onevision.plugins.hosts.http.schemas import (
+from mlx_onevision.plugins.hosts.http.fields import Looking, Sampling
+from mlx_onevision.plugins.hosts.http.formats import schema_text
+from mlx_onevision.plugins.hosts.http.parts import (
+    AnyItem,
     AnyPart,
+    AssistantTurn,
+    GroupPart,
+    ImagePart,
+    NamedImagePart,
+    Place,
+    ShownPart,
+    SystemTurn,
+    TextPart,
+    UserTurn,
+    VideoPart,
+)
+from mlx_onevision.plugins.hosts.http.schemas import (
+    LOGPROBS,
     ChatRequest,
     EmbeddingsRequest,
-    ImagePart,
-    Place,
-    Sampling,
-    TextPart,
-    Turn,
+    ResponsesRequest,
     VideoRequest,
 )
 from mlx_onevision.plugins.media import Kind, Media, Message, Role
-from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest
-
-MAX_TOKENS = 1024  # of an answer for which nothing is said
+from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest, Group
 
 SAMPLING = tuple(Sampling.model_fields)
-LOOKING = ("num_frames", "fps", "start", "end", "tiling", "timeout")
+LOOKING = tuple(Looking.model_fields)  # and with it SAMPLING
 DESCRIBING = ("segments", "start", "end", "num_frames", "longest", "max_tokens", "system")
 
 
@@ -33,21 +43,40 @@ def check_model(named: str | None, served: str) -> None:
         )
 
 
-def question(asked: ChatRequest) -> GenerateRequest:
-    """Raises PluginError for a number out of range and a conversation that is none."""
+def question(asked: ChatRequest, unsaid: int) -> GenerateRequest:
+    """unsaid : tokens of the answer at most, where the request says nothing.
+
+    Raises PluginError for what the contract does not take, as a conversation that is empty.
+    """
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     return GenerateRequest(
         messages=[_message(turn) for turn in asked.messages],
-        max_tokens=MAX_TOKENS if most is None else most,
+        max_tokens=unsaid if most is None else most,
         stop=tuple(asked.stop or ()),
-        **{name: getattr(asked, name) for name in (*SAMPLING, *LOOKING)},
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        json_schema=schema_text(asked.response_format),
+        **{name: getattr(asked, name) for name in LOOKING},
+    )
+
+
+def response_question(asked: ResponsesRequest, unsaid: int) -> GenerateRequest:
+    """As :func:`question`."""
+    most = asked.max_output_tokens
+    told = LOGPROBS in (asked.include or ()) or asked.top_logprobs
+    return GenerateRequest(
+        messages=_instructed(asked.instructions, [_message(turn) for turn in asked.input]),
+        max_tokens=unsaid if most is None else most,
+        logprobs=(asked.top_logprobs or 0) if told else None,
+        json_schema=schema_text(asked.text.format if asked.text else None),
+        **{name: getattr(asked, name) for name in LOOKING},
     )
 
 
 def items(asked: EmbeddingsRequest) -> EmbedRequest:
     """Raises PluginError."""
     return EmbedRequest(
-        items=[_part(part) for part in asked.input], space=asked.space, timeout=asked.timeout
+        items=[_item(item) for item in asked.input],
+        **{name: getattr(asked, name) for name in ("space", "normalize", "tiling", "timeout")},
     )
 
 
@@ -59,20 +88,38 @@ def film(asked: VideoRequest) -> DescribeRequest:
     )
 
 
-def _message(turn: Turn) -> Message:
+def _instructed(instructions: str | None, messages: list[Message]) -> list[Message]:
+    """The model knows one system message: what there is besides instructions goes into it."""
+    if instructions is None:
+        return messages
+    told = instructions
+    if messages[0].role == "system":
+        first = messages.pop(0)
+        told = f"{told}\n\n{''.join(part for part in first.parts if isinstance(part, str))}"
+    return [Message("system", told), *messages]
+
+
+def _message(turn: SystemTurn | UserTurn | AssistantTurn) -> Message:
     role: Role = "system" if turn.role == "developer" else turn.role
-    parts = [_part(part) for part in turn.content]
-    if role != "user" and any(isinstance(part, Media) for part in parts):
-        raise bad_request(f"a message of the {role} holds a picture or a video", "only users show")
-    return Message(role, parts)
+    return Message(role, [_part(part) for part in turn.content])
+
+
+def _item(item: AnyItem) -> str | Group | Media:
+    if isinstance(item, GroupPart):
+        return Group([_shown(part) for part in item.content])
+    return _part(item)
 
 
 def _part(part: AnyPart) -> str | Media:
-    if isinstance(part, TextPart):
-        return part.text
+    return part.text if isinstance(part, TextPart) else _shown(part)
+
+
+def _shown(part: ShownPart) -> Media:
     if isinstance(part, ImagePart):
         return _media("image", part.image_url)
-    return _media("video", part.video_url)
+    if isinstance(part, NamedImagePart):
+        return _media("image", part.image)
+    return _media("video", part.video_url if isinstance(part, VideoPart) else part.video)
 
 
 def _media(kind: Kind, place: Place) -> Media:

@@ -2,12 +2,13 @@
 
 import base64
 import struct
-from typing import Any
+from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.hosts.http import conversation
+from mlx_onevision.plugins.hosts.http import conversation, streaming
+from mlx_onevision.plugins.hosts.http.answers import Embeddings
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault
 from mlx_onevision.plugins.hosts.http.operations import JSON, Operation
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
@@ -21,7 +22,7 @@ def endpoint(serving: Serving) -> Endpoint:
         conversation.check_model(asked.model, serving.model)
         wanted = conversation.items(asked)
         await _check_dimensions(serving, asked)
-        found = await serving.blocking(lambda: serving.backend.embed(wanted))
+        found = await streaming.result(serving.backend.stream_embed(wanted), request.receive)
         # Thousands of numbers take a while to write.
         return await serving.blocking(lambda: JSONResponse(_body(found, asked, serving.model)))
 
@@ -42,8 +43,8 @@ async def _check_dimensions(serving: Serving, asked: EmbeddingsRequest) -> None:
         )
 
 
-def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> dict[str, Any]:
-    encode = _base64 if asked.encoding_format == "base64" else list
+def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embeddings:
+    encode = _base64 if asked.encoding_format == "base64" else _numbers
     return {
         "object": "list",
         "model": model,
@@ -63,7 +64,11 @@ def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> dict[str,
     }
 
 
-def _base64(vector: tuple[float, ...]) -> str:
+def _numbers(vector: Sequence[float]) -> list[float]:
+    return list(vector)
+
+
+def _base64(vector: Sequence[float]) -> str:
     """Little-endian float32, as OpenAI's."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
@@ -75,5 +80,5 @@ OPERATION = Operation(
     name="createEmbedding",
     summary="Vectors of texts, pictures and videos",
     takes=EmbeddingsRequest,
-    gives={JSON: dict[str, Any]},
+    gives={JSON: Embeddings},
 )

@@ -2,8 +2,10 @@
 
 import re
 
+from pydantic import ConfigDict, with_config
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from mlx_onevision.plugins.errors import Code, PluginError, clipped
 
@@ -29,12 +31,26 @@ RETRY_AFTER = 1  # seconds
 # Paths, addresses and data, in quotes or bare. Names of the server's own files are nobody's
 # business, and what a client sent it knows.
 _PLACES = re.compile(
-    r"""(['"])[^'"]*[/\\][^'"]*\1
+    r"""(['"])(?:data:[^'"]*|[^'"]*[/\\][^'"]*)\1
     | \b(?:[a-z][a-z0-9+.-]*://|data:)[^\s;]+
     | (?<![\w/.])/[\w.~-][^\s'",;:]*
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+
+
+class ErrorFields(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+@with_config(ConfigDict(extra="allow"))  # /health says more
+class ErrorBody(TypedDict):
+    """What every refusal looks like; ``code`` is for programs, ``param`` names the field."""
+
+    error: ErrorFields
 
 
 class HTTPFault(Exception):
@@ -66,7 +82,7 @@ def refusal(error: PluginError) -> Response:
     return as_fault(error).response()
 
 
-def error_body(error: PluginError) -> dict[str, object]:
+def error_body(error: PluginError) -> ErrorBody:
     """The same inside a stream that has begun."""
     fault = as_fault(error)
     return _body(fault.status, fault.message, fault.code, None)
@@ -95,6 +111,6 @@ async def not_routed(request: Request, error: Exception) -> Response:
     )
 
 
-def _body(status: int, message: str, code: str, param: str | None) -> dict[str, object]:
+def _body(status: int, message: str, code: str, param: str | None) -> ErrorBody:
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": clipped(message), "type": kind, "param": param, "code": code}}

@@ -19,10 +19,15 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 
 
 class Guards:
-    """Around the application: Host, Origin, token, content type and announced length."""
+    """Around the application: Host, Origin and token.
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self._app, self._settings = app, settings
+    public : paths that are read without a token; their answers are the same for everybody.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, public: frozenset[str] = frozenset()
+    ) -> None:
+        self._app, self._settings, self._public = app, settings, public
         self._any_address = settings.host in WILDCARDS
         named = (settings.host, *settings.names, "127.0.0.1", "localhost", "::1")
         self._names = {_plain(name) for name in named if name not in WILDCARDS}
@@ -34,7 +39,7 @@ class Guards:
         for name, value in scope["headers"]:
             headers.setdefault(name.lower(), []).append(value)
         try:
-            self._check(scope["method"], headers)
+            self._check(scope["method"], scope["path"], headers)
         except HTTPFault as fault:
             extra = {"Connection": "close"}  # what else it sends is not read
             if fault.status == 401:
@@ -43,7 +48,7 @@ class Guards:
             return
         await self._app(scope, receive, send)
 
-    def _check(self, method: str, headers: dict[bytes, list[bytes]]) -> None:
+    def _check(self, method: str, path: str, headers: dict[bytes, list[bytes]]) -> None:
         hosts = headers.get(b"host", [])
         if len(hosts) != 1 or not self._is_named(hosts[0]):
             raise HTTPFault(421, "the Host header does not name this server", "misdirected")
@@ -51,7 +56,8 @@ class Guards:
             # Its own page may speak to it; the host that it names was checked above.
             if origin.lower() != b"http://" + hosts[0].lower():
                 raise HTTPFault(403, "requests from other pages are refused", "forbidden_origin")
-        if self._settings.token is not None:
+        public = method in ("GET", "HEAD") and path in self._public
+        if self._settings.token is not None and not public:
             given = headers.get(b"authorization", [])
             wanted = b"bearer " + self._settings.token.encode()
             good = len(given) == 1 and hmac.compare_digest(_lower_scheme(given[0]), wanted)
@@ -61,18 +67,6 @@ class Guards:
                     "the token is missing or wrong; send it as Authorization: Bearer",
                     "invalid_api_key",
                 )
-        if method in ("POST", "PUT", "PATCH"):
-            self._check_body(headers)
-
-    def _check_body(self, headers: dict[bytes, list[bytes]]) -> None:
-        kinds = headers.get(b"content-type", [])
-        if len(kinds) != 1 or kinds[0].partition(b";")[0].strip().lower() != b"application/json":
-            raise HTTPFault(415, "the body has to be sent as application/json", "bad_request")
-        if headers.get(b"content-encoding", [b"identity"]) != [b"identity"]:
-            raise HTTPFault(415, "the body must not be compressed", "bad_request")
-        length = headers.get(b"content-length", [b"0"])[-1]
-        if length.isdigit() and (len(length) > 15 or int(length) > self._settings.body):
-            raise too_much(self._settings)
 
     def _is_named(self, host: bytes) -> bool:
         found = _HOST.fullmatch(host.decode("latin-1"))
@@ -80,12 +74,6 @@ class Guards:
             return False
         name = _plain(found[1])
         return name in self._names or (self._any_address and _is_address(name))
-
-
-def too_much(settings: ServerSettings) -> HTTPFault:
-    """The refusal of a body that is too long."""
-    most = settings.body / 2**20
-    return HTTPFault(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
 
 
 def _lower_scheme(value: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,16 +65,24 @@ _KINDS = ("prompt", "cached", "media", "completion")
 class Measured:
     """Around the application: counts its answers. Only routes that exist have a name of their own;
     anything else that is asked for could fill the memory with names.
+
+    routes : the paths of them, ``{name}`` and all. endpoints : which of them each answers.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
-        self._app, self._metrics, self._routes = app, metrics, routes
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: frozenset[str],
+        endpoints: Mapping[object, str],
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._routes, self._endpoints = routes, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        route = scope["path"] if scope["path"] in self._routes else "other"
         status, began = 0, monotonic()
 
         async def watched(message: Message) -> None:
@@ -85,4 +94,9 @@ class Measured:
         try:
             await self._app(scope, receive, watched)
         finally:
-            self._metrics.request(route, status, monotonic() - began)
+            self._metrics.request(self._route(scope), status, monotonic() - began)
+
+    def _route(self, scope: Scope) -> str:
+        if scope["path"] in self._routes:
+            return scope["path"]
+        return self._endpoints.get(scope.get("endpoint"), "other")

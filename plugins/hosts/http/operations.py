@@ -12,6 +12,9 @@ JSON = "application/json"
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
 
+DONE = "[DONE]"
+"""The last line of a stream of chat completions, which is no JSON."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -24,6 +27,7 @@ class Operation:
     takes : what the body is checked with; None where there is none.
     gives : of each media type of a good answer what it holds: anything pydantic has a schema for.
         Of an event stream it is what the data of each event holds.
+    ends : the data of its last event, where that is no JSON.
     status : of a good answer.
     refuses : statuses of errors that this route has beside those of every route, and of every route
         that takes a body.
@@ -36,5 +40,6 @@ class Operation:
     summary: str
     gives: Mapping[str, Any]
     takes: type[BaseModel] | None = None
+    ends: str | None = None
     status: int = 200
     refuses: tuple[int, ...] = ()

@@ -1,63 +1,46 @@
-"""What the routes take, field by field, strictly typed.
+"""What the routes take, field by field, strictly typed; the OpenAPI file is made of the same.
 
 Fields that are not known are ignored, as OpenAI's clients expect; those that are known, are not
 supported, and would change what the answer means are refused.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from mlx_onevision.plugins.hosts.http.fields import (
+    AtLeastOne,
+    Looking,
+    Neutral,
+    Refusing,
+    Sampling,
+    Second,
+    Seconds,
+    Timeout,
+    TopLogprobs,
+)
+from mlx_onevision.plugins.hosts.http.formats import ChatFormat, FlatFormat
+from mlx_onevision.plugins.hosts.http.parts import (
+    AnyItem,
+    AssistantTurn,
+    Strict,
+    SystemTurn,
+    Turn,
+    UserTurn,
+    Where,
+)
+from mlx_onevision.plugins.requests import EmbeddingSpace, Tiling
 
 STOPS = 16
 ITEMS = 256
 LONGEST_STOP = 1000  # characters
 
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _as_place(place: Any) -> Any:
-    return {"url": place} if isinstance(place, str) else place
+LOGPROBS = "message.output_text.logprobs"
+"""What ``include`` has to hold for them."""
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-class Strict(BaseModel):
-    """No "1" for 1, no infinity, nothing dropped in silence but unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
-
-
-class Place(Strict):
-    """Where a picture or a video is: a data URI, an address, or a path."""
-
-    url: Annotated[str, Field(min_length=1)]
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ImagePart(Strict):
-    type: Literal["image_url"]
-    image_url: Annotated[Place, BeforeValidator(_as_place)]
-
-
-class VideoPart(Strict):
-    type: Literal["video_url"]
-    video_url: Annotated[Place, BeforeValidator(_as_place)]
-
-
-AnyPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
-
-
-class Turn(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[AnyPart], BeforeValidator(_as_parts)]
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -68,71 +51,111 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Sampling(Strict):
-    """How tokens are chosen; what is left out is the checkpoint's own."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-
-
-# Fields that change what an answer is, and the values with which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "store": (False,),
-}
-
-
-class ChatRequest(Sampling):
-    """``POST /v1/chat/completions``; num_frames to tiling are this server's own."""
+class ChatRequest(Refusing, Looking):
+    """``POST /v1/chat/completions``"""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    stop: Annotated[Stops | None, BeforeValidator(_as_list)] = None
-    n: int | None = None
+    max_tokens: AtLeastOne | None = None
+    max_completion_tokens: AtLeastOne | None = None
+    stop: Annotated[
+        Stops | None, BeforeValidator(_as_list, json_schema_input_type=Stop | Stops | None)
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    num_frames: int | None = None
-    fps: float | None = None
-    start: float | None = None
-    end: float | None = None
-    tiling: Literal["auto", "always", "never"] = "auto"
-    timeout: float | None = None
+    response_format: ChatFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, values: Any) -> Any:
-        for name, neutral in _NEUTRAL.items():
-            value = values.get(name)
-            if value is not None and not any(value == allowed for allowed in neutral):
-                raise ValueError(f"{name} is not supported; leave it out")
-        return values
+    neutral: ClassVar[Neutral] = {
+        "n": (1,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "moderation": (),
+        "store": (False,),
+    }
+    ways_out: ClassVar[dict[str, str]] = {"n": "n must be 1; ask again for another answer"}
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
-        if self.n not in (None, 1):
-            raise ValueError("n must be 1; ask again for another answer")
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs; set it to true")
         return self
+
+
+class SystemItem(SystemTurn):
+    type: Literal["message"] = "message"
+
+
+class UserItem(UserTurn):
+    type: Literal["message"] = "message"
+
+
+class AssistantItem(AssistantTurn):
+    type: Literal["message"] = "message"
+
+
+Item = Annotated[SystemItem | UserItem | AssistantItem, Field(discriminator="role")]
+Items = Annotated[list[Item], Field(min_length=1)]
+
+
+def _as_messages(asked: Any) -> Any:
+    """A text as one message; items of other types are named before their fields are looked at."""
+    if isinstance(asked, str):
+        return [{"role": "user", "content": asked}]
+    for item in asked if isinstance(asked, list) else ():
+        kind = item.get("type", "message") if isinstance(item, dict) else "message"
+        if kind != "message":
+            raise ValueError("only messages are taken; there are no tools and nothing is kept")
+    return asked
+
+
+class TextConfig(Strict):
+    format: FlatFormat | None = None
+
+
+class ResponsesRequest(Refusing, Looking):
+    """``POST /v1/responses``"""
+
+    input: Annotated[Items, BeforeValidator(_as_messages, json_schema_input_type=str | Items)]
+    instructions: str | None = None
+    model: str | None = None
+    max_output_tokens: AtLeastOne | None = None
+    text: TextConfig | None = None
+    include: list[str] | None = None
+    top_logprobs: TopLogprobs | None = None
+    stream: bool | None = None
+    metadata: dict[str, str] | None = None
+
+    neutral: ClassVar[Neutral] = {
+        "store": (False,),
+        "previous_response_id": (),
+        "conversation": (),
+        "background": (False,),
+        "prompt": (),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "truncation": ("disabled",),
+        "context_management": ([],),
+        "moderation": (),
+    }
+    ways_out: ClassVar[dict[str, str]] = {
+        "store": "nothing is stored here; leave store out, or set it to false",
+        "previous_response_id": "nothing is kept from one request to the next; send all messages",
+        "conversation": "nothing is kept from one request to the next; send all messages",
+        "background": "answers are given at once; leave background out, or stream",
+    }
 
 
 def _as_items(value: Any) -> Any:
@@ -154,29 +177,39 @@ def _as_item(item: Any) -> Any:
     return {"type": "text", "text": item}
 
 
+Bounds = Field(min_length=1, max_length=ITEMS)
+
+
 class EmbeddingsRequest(Strict):
-    """``POST /v1/embeddings``; space is this server's own."""
+    """``POST /v1/embeddings``; groups, and space to timeout, are this server's own."""
 
     input: Annotated[
-        list[AnyPart], BeforeValidator(_as_items), Field(min_length=1, max_length=ITEMS)
+        list[AnyItem],
+        Bounds,
+        BeforeValidator(
+            _as_items,
+            json_schema_input_type=str | AnyItem | Annotated[list[str | AnyItem], Bounds],
+        ),
     ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    space: Literal["joint", "vision"] = "joint"
-    timeout: float | None = None
+    dimensions: AtLeastOne | None = None
+    space: EmbeddingSpace = "joint"
+    normalize: bool = True
+    tiling: Tiling = "auto"
+    timeout: Timeout | None = None
 
 
 class VideoRequest(Sampling):
     """``POST /v1/video/describe``; the fields are the contract's."""
 
-    video: Annotated[Place, BeforeValidator(_as_place)]
+    video: Where
     model: str | None = None
-    segments: Literal["scenes"] | float = "scenes"
-    start: float | None = None
-    end: float | None = None
-    num_frames: int = 8
-    longest: float | None = 60.0
-    max_tokens: int = 128
+    segments: Literal["scenes"] | Seconds = "scenes"
+    start: Second | None = None
+    end: Seconds | None = None
+    num_frames: AtLeastOne = 8
+    longest: Seconds | None = 60.0
+    max_tokens: AtLeastOne = 128
     system: str | None = None
-    timeout: float | None = None
+    timeout: Timeout | None = None

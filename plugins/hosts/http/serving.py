@@ -16,6 +16,7 @@ from mlx_onevision.plugins.hosts.http.faults import HTTPFault, refusal
 from mlx_onevision.plugins.hosts.http.metrics import Metrics
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.jobs import Jobs
 from mlx_onevision.plugins.wording import worded
 
 Answer = TypeVar("Answer")
@@ -41,6 +42,7 @@ class Serving:
     created: int
     threads: Executor
     reader: Reader
+    jobs: Jobs
     metrics: Metrics = field(default_factory=Metrics)
 
     async def blocking(self, function: Callable[[], Answer]) -> Answer:
@@ -56,7 +58,7 @@ def answered(endpoint: Endpoint) -> Endpoint:
             return await endpoint(request)
         except HTTPFault as fault:
             # What is left of a body that was refused is not read.
-            unread = fault.status in (408, 413, 429)
+            unread = fault.status in (408, 413, 415, 429)
             return fault.response({"Connection": "close"} if unread else None)
         except ClientDisconnect:
             return Response(status_code=GONE)

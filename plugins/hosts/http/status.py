@@ -1,28 +1,63 @@
 """``GET /health``, ``/v1/models`` and ``/metrics``."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from typing_extensions import TypedDict
 
+from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.hosts.http import conversation
+from mlx_onevision.plugins.hosts.http.faults import error_body
+from mlx_onevision.plugins.hosts.http.json_schemas import Beside
 from mlx_onevision.plugins.hosts.http.metrics import TEXT as PROMETHEUS
 from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, Operation
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
+from mlx_onevision.plugins.results import ModelInfo
+
+Known = Annotated[
+    ModelInfo,
+    Beside(
+        {
+            "object": {"const": "model"},
+            "created": {"type": "integer"},
+            "owned_by": {"type": "string"},
+        }
+    ),
+]
+
+
+class Health(TypedDict):
+    status: Literal["ok"]
+    loaded: bool
+    active: int
+    waiting: int
+
+
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Known]
+
+
+DEAD = PluginError(
+    "internal", "the model cannot answer any more", "the server has to be started again"
+)
 
 
 def health(serving: Serving) -> Endpoint:
     async def answer(_: Request) -> Response:
         info = await serving.blocking(serving.backend.info)
         busy = {"loaded": info.loaded, "active": info.active, "waiting": info.waiting}
-        return JSONResponse({"status": "ok", **busy})
+        if info.healthy:
+            return JSONResponse({"status": "ok", **busy})
+        return JSONResponse({"status": "failed", **busy, **error_body(DEAD)}, 503)
 
     return answer
 
 
 def models(serving: Serving) -> Endpoint:
     async def answer(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model(serving)]})
+        return JSONResponse({"object": "list", "data": [await _model(serving)]})
 
     return answer
 
@@ -30,7 +65,7 @@ def models(serving: Serving) -> Endpoint:
 def model(serving: Serving) -> Endpoint:
     async def answer(request: Request) -> Response:
         conversation.check_model(request.path_params["name"], serving.model)
-        return JSONResponse(_model(serving))
+        return JSONResponse(await _model(serving))
 
     return answer
 
@@ -43,8 +78,11 @@ def metrics(serving: Serving) -> Endpoint:
     return answer
 
 
-def _model(serving: Serving) -> dict[str, object]:
+async def _model(serving: Serving) -> dict[str, Any]:
+    """As OpenAI's; beside it all that the contract says of a model."""
+    info = await serving.blocking(serving.backend.info)
     return {
+        **info.to_dict(),
         "id": serving.model,
         "object": "model",
         "created": serving.created,
@@ -59,7 +97,8 @@ OPERATIONS = (
         health,
         name="health",
         summary="Whether it answers, and how busy it is",
-        gives={JSON: dict[str, Any]},
+        gives={JSON: Health},
+        refuses=(503,),
     ),
     Operation(
         "GET",
@@ -75,7 +114,7 @@ OPERATIONS = (
         models,
         name="listModels",
         summary="The model that is served",
-        gives={JSON: dict[str, Any]},
+        gives={JSON: Models},
     ),
     Operation(
         "GET",
@@ -83,7 +122,7 @@ OPERATIONS = (
         model,
         name="retrieveModel",
         summary="The model of a name, if it is the one served",
-        gives={JSON: dict[str, Any]},
+        gives={JSON: Known},
         refuses=(404,),
     ),
 )
