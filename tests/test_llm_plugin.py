@@ -4,6 +4,7 @@ llm of its answers. tests/hosts/test_llm.py runs the real command on the demo mo
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import click
 import llm
 import pytest
 from click.testing import CliRunner
@@ -23,6 +25,7 @@ from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.fake import DIM, FakeBackend
 from mlx_onevision.plugins.hosts.llm import opened
 from mlx_onevision.plugins.hosts.llm.asking import asked
+from mlx_onevision.plugins.hosts.llm.commands import onevision
 from mlx_onevision.plugins.hosts.llm.options import OneVisionOptions
 from mlx_onevision.plugins.hosts.llm.shelf import BUILT_IN
 from mlx_onevision.plugins.media import Media
@@ -85,6 +88,19 @@ def test_every_setting_of_the_contract_is_an_option() -> None:
     wanted = set(GenerateRequest.__dataclass_fields__) - apart
     assert set(OneVisionOptions.model_fields) == wanted
     assert all(field.description for field in OneVisionOptions.model_fields.values())
+
+
+def test_the_page_names_every_option_and_command() -> None:
+    page = Path(__file__).parents[1].joinpath("docs/llm.md").read_text(encoding="utf-8")
+    table = page.partition("| option (`-o name value`) | |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert named == set(OneVisionOptions.model_fields)
+    for command in onevision.commands.values():
+        assert f"llm onevision {command.name}" in page
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert f"`{parameter.opts[0]}" in page
 
 
 def test_options_schema_and_system_arrive(model: llm.Model) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -214,3 +215,13 @@ def test_as_a_library() -> None:
     model = llm.get_model("onevision-demo")
     content = llm.Attachment(content=SHAPES.read_bytes())
     assert model.prompt("What is in the image?", attachments=[content]).text() == ANSWER
+
+
+def test_the_program_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    page = Path("docs/llm.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(compile(program, "docs/llm.md", "exec"), {})
+    assert capsys.readouterr().out == "There are three shapes.\nThe star is in the centre.\n"
