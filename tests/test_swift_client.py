@@ -2,6 +2,7 @@
 server takes and gives. Names and types of its fields are taken from its source; macOS builds it.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from tree_sitter import Language, Node, Parser
 
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.fake import FakeBackend
-from mlx_onevision.plugins.hosts.http import schemas
 
 FOLDER = Path(__file__).parents[1] / "examples/swift"
 SOURCE = FOLDER.joinpath("Sources/main.swift").read_text(encoding="utf-8")
@@ -147,16 +147,31 @@ def test_where_it_asks() -> None:
     assert set(re.findall(r'Part\(type: "(.*?)"', SOURCE)) == {"text", "image_url", "video_url"}
 
 
-def test_the_server_knows_all_that_it_sends(structs: Structs) -> None:
-    def keys(name: str) -> set[str]:
-        return {field.key for field in structs[name].values()}
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where in a JSON value each field of an object is."""
+    below = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in below:
+        if isinstance(value, dict):
+            yield (*way, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*way, key))
 
-    assert keys("ChatRequest") <= set(schemas.ChatRequest.model_fields)
-    assert keys("Message") <= set(schemas.Turn.model_fields)
-    assert keys("StreamOptions") <= set(schemas.StreamOptions.model_fields)
-    assert keys("Place") <= set(schemas.Place.model_fields)
-    parts = (schemas.TextPart, schemas.ImagePart, schemas.VideoPart)
-    assert keys("Part") == set().union(*(part.model_fields for part in parts))
+
+def test_the_server_knows_all_that_it_sends(structs: Structs, client: Client) -> None:
+    """Fields that it does not know it ignores; of those that it knows it minds the type."""
+    asked = question(structs, ("image_url", PICTURE), ("video_url", FILM))
+    seen = set()
+    for way in places(asked):
+        wrong = copy.deepcopy(asked)
+        holder = wrong
+        for key in way[:-1]:
+            holder = holder[key]
+        holder[way[-1]] = [1] if isinstance(holder[way[-1]], dict) else {"no": "such"}
+        reply = client.ask("POST", "/v1/chat/completions", wrong)
+        assert reply.status == 400, way
+        seen.add(way[-1])
+    sending = ("ChatRequest", "Message", "Part", "Place", "StreamOptions")
+    assert seen == {field.key for name in sending for field in structs[name].values()}
 
 
 def test_it_reads_the_answer(structs: Structs, client: Client) -> None:
