@@ -53,8 +53,9 @@ class Guards:
         if len(hosts) != 1 or not self._is_named(hosts[0]):
             raise HTTPFault(421, "the Host header does not name this server", "misdirected")
         for origin in headers.get(b"origin", []):
-            # Its own page may speak to it; the host that it names was checked above.
-            if origin.lower() != b"http://" + hosts[0].lower():
+            # Its own page may speak to it, behind a proxy with a certificate, too; the host that it
+            # names was checked above.
+            if origin.lower() not in (b"http://" + hosts[0].lower(), b"https://" + hosts[0].lower()):
                 raise HTTPFault(403, "requests from other pages are refused", "forbidden_origin")
         public = method in ("GET", "HEAD") and path in self._public
         if self._settings.token is not None and not public:
