@@ -111,6 +111,20 @@ def test_a_pasted_picture(tab: Tab) -> None:
     assert tab.page.evaluate("navigator.clipboard.readText()") == SEEN
 
 
+def test_copying_without_a_clipboard_for_programs(browser: Browser, client: Client) -> None:
+    """Browsers have none on a page that came over plain HTTP from another machine."""
+    with opened(browser, None, client=client) as tab:
+        tab.page.add_init_script("Object.defineProperty(navigator, 'clipboard', {})")
+        tab.page.reload()
+        tab.ask("What is in the image?")
+        copy = tab.turns.get_by_role("button", name="Copy")
+        copy.click()
+        expect(tab.turns.get_by_role("button", name="Copied")).to_be_focused()
+        tab.page.get_by_label("Your question").focus()
+        tab.page.keyboard.press("Control+V")
+        expect(tab.page.get_by_label("Your question")).to_have_value("There is no image.")
+
+
 def test_two_pictures(tab: Tab) -> None:
     tab.drop(
         ("one.png", "image/png", SHAPES.read_bytes()),

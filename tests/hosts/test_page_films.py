@@ -1,6 +1,8 @@
 """The page in Chromium: films asked about and described, seeked by mouse and keys, taken along."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http import page as page_files
 from mlx_onevision.plugins.results import DescribeResult
+from mlx_onevision.video import load_video
 
 SHAPES = page_files.FILES / "shapes.mp4"
 CIRCLE = EXAMPLES / "circle.mp4"
@@ -33,8 +36,22 @@ TOLD = (
 SUMMARY = (
     "A red circle moves right, then an orange star moves up, and at the end a red star moves down."
 )
-# What stands behind the shapes of each scene; a thumbnail's corner shows it.
+# What stands behind the shapes of each scene, and what is where half way through it, in pixels of a
+# thumbnail.
 BACKGROUNDS = ((244, 241, 234), (219, 234, 254), (220, 252, 231), (253, 230, 200), (236, 232, 246))
+
+SEEN = (
+    ((64, 36), (220, 38, 38)),
+    ((64, 50), (249, 115, 22)),
+    ((64, 48), (147, 51, 234)),
+    ((64, 48), (22, 163, 74)),
+    ((90, 48), (220, 38, 38)),
+)
+COLOURS = """(all, points) => all.map((one, place) => {
+  const { data } = one.getContext("2d").getImageData(0, 0, one.width, one.height);
+  const colour = ([x, y]) => [...data.slice(4 * (y * one.width + x)).slice(0, 3)];
+  return [colour([4, 4]), colour(points[place])];
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +113,9 @@ def test_a_film_is_described_on_a_timeline(tab: Tab) -> None:
     # Every part has a picture of its own moment, and is as wide as it is long.
     parts = tab.page.get_by_role("group", name="Timeline of the film").get_by_role("button")
     expect(parts.locator("canvas")).to_have_count(5)
-    corners = parts.locator("canvas").evaluate_all(
-        "all => all.map(one => [...one.getContext('2d').getImageData(4, 4, 1, 1).data].slice(0, 3))"
-    )
-    assert np.abs(np.array(corners) - np.array(BACKGROUNDS)).max() < 12  # H.264's colours
+    colours = np.array(parts.locator("canvas").evaluate_all(COLOURS, [at for at, _ in SEEN]))
+    assert np.abs(colours[:, 0] - BACKGROUNDS).max() < 16  # of 255; H.264's colours
+    assert np.abs(colours[:, 1] - [colour for _, colour in SEEN]).max() < 16
     wide = parts.evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
     length = [end - start for start, end, _ in TOLD]
     assert np.allclose(np.array(wide) / sum(wide), np.array(length) / 14, atol=0.005)
@@ -321,3 +337,11 @@ def test_captions_are_those_of_the_command(browser: Browser) -> None:
                 [form, asked],
             )
             assert made == write(wanted, form), form
+
+
+def test_the_film_is_what_its_program_draws(tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn.mp4"
+    subprocess.run([sys.executable, EXAMPLES / "draw_film.py", drawn], check=True)
+    kept, again = (load_video(path, 56) for path in (SHAPES, drawn))
+    assert kept.total == again.total == 14 * 24
+    assert abs(kept.tiles.astype(int) - again.tiles).mean() < 2  # of 255: encoders differ

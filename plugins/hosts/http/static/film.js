@@ -25,7 +25,6 @@ export class Film {
       src: medium.url,
       controls: true,
       playsinline: true,
-      muted: true,
       preload: "metadata",
       "aria-label": medium.name,
     });
@@ -62,6 +61,7 @@ export class Film {
 
   /** The timeline, empty again. */
   clear() {
+    for (const watcher of this.#watchers) watcher(-1); // nothing of theirs is shown any more
     this.#parts = [];
     this.#watchers = [];
     this.#strip.replaceChildren();

@@ -41,8 +41,10 @@ export class Thumbnails {
     const video = this.#video;
     await this.#ready;
     if (!video.videoWidth) throw new Error("no picture");
-    const shown = happened(video, "seeked");
+    const sought = happened(video, "seeked");
+    const shown = nextFrame(video);
     video.currentTime = Math.min(time, video.duration || time);
+    await sought;
     await shown;
     const canvas = document.createElement("canvas");
     canvas.height = HIGH;
@@ -54,6 +56,16 @@ export class Thumbnails {
 }
 
 const PATIENCE = 15_000; // milliseconds
+const FRAME = 500; // milliseconds, where no new frame comes because the same one is shown
+
+/** When a frame is there to be drawn, which may be later than the search has ended.
+ * @param {HTMLVideoElement} video */
+function nextFrame(video) {
+  return new Promise((resolve) => {
+    setTimeout(resolve, FRAME);
+    video.requestVideoFrameCallback?.(resolve);
+  });
+}
 
 /**
  * @param {HTMLVideoElement} video
