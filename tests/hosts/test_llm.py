@@ -110,14 +110,13 @@ def test_options_are_listed_and_heeded() -> None:
     assert "image/heic" in listed and "video/quicktime" in listed and "- schemas" in listed
     ask = (*MODEL, "What is in the image?", "-a", SHAPES)
     assert said(*ask, "-o", "max_tokens", "2") == "A red"
-    assert said(*ask, "-o", "stop", " star") == "A red circle, a blue"
+    stopped = run(*ask, "-o", "stop", " star", "-u")
+    assert stopped.stdout == "A red circle, a blue\n" and "Token usage: " in stopped.stderr
     said(*ask, "-o", "tiling", "never")
     tiled, _, alone = (row["input_tokens"] for row in logs())
     assert alone < tiled
     hot = (*ask, "-o", "temperature", "3")
     assert said(*hot, "-o", "seed", "5") == said(*hot, "-o", "seed", "5") != ANSWER
-    usage = run(*ask, "-u")
-    assert usage.stdout.rstrip() == ANSWER and "Token usage: " in usage.stderr
 
 
 def test_wrong_names_and_types(tmp_path: Path) -> None:
@@ -191,7 +190,7 @@ def test_a_model_of_ones_own_and_ctrl_c(tmp_path: Path) -> None:
         asking.send_signal(signal.SIGINT)
         began = time.monotonic()
         _, err = asking.communicate(timeout=30)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10  # of the minute that the answer would take
         assert asking.returncode == 1 and err.decode().strip() == "Aborted!"
     said("onevision", "remove", "mine")
     assert "Unknown model" in refused("-m", "mine", "hi")
