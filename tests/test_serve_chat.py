@@ -1,5 +1,6 @@
 """Chat over HTTP, by the real server: what clients send, what they get, and when they leave."""
 
+import http.client
 import json
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import EXAMPLES, FILM, PICTURE, Client, image, serving, text, video, wait_for
+from served import EXAMPLES, FILM, JSON, PICTURE, Client, image, serving, text, video, wait_for
 from telling import WORDS, Telling
 
 from mlx_onevision.plugins.errors import PluginError
@@ -67,6 +68,16 @@ def test_settings_arrive(fake: Client) -> None:
     for stop in ("two", ["x", "two"]):
         stopped = fake.chat("one two three", stop=stop).json["choices"][0]
         assert (stopped["message"]["content"], stopped["finish_reason"]) == ("one ", "stop")
+
+
+def test_a_limit_below_what_is_usual_refuses_nobody_who_says_nothing() -> None:
+    limits, settings = Limits(max_tokens=2), ServerSettings(max_tokens=2)
+    with serving(FakeBackend(limits=limits), settings) as client:
+        reply = client.chat("one two three")
+        assert reply.json["choices"][0]["finish_reason"] == "length"
+        responded = client.ask("POST", "/v1/responses", {"input": "one two three"})
+        assert responded.json["usage"]["output_tokens"] == 2
+        assert client.chat(max_tokens=3).status == 400
 
 
 def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
@@ -304,6 +315,20 @@ def test_a_silent_stream_is_kept_open() -> None:
         reply = client.chat(stream=True)
         assert reply.body.startswith(b": keep-alive\n\n") and reply.events[-1] == "[DONE]"
         assert 3 <= reply.body.count(b": keep-alive") <= 10
+
+
+def test_nothing_waits_for_the_client_to_say_that_it_has_the_last(fake: Client) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=30)
+    took = []
+    for _ in range(20):
+        began = time.monotonic()
+        connection.request("POST", CHAT, body, JSON)
+        connection.getresponse().read()
+        took.append(time.monotonic() - began)
+    connection.close()
+    # Head and body are written one after the other; held back, the second comes 40 ms later.
+    assert sorted(took)[10] < 0.03
 
 
 def test_surplus_is_turned_away_at_once() -> None:

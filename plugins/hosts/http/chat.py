@@ -29,7 +29,7 @@ def endpoint(serving: Serving) -> Endpoint:
     async def chat(request: Request) -> Response:
         asked = await serving.reader.read(request, ChatRequest)
         conversation.check_model(asked.model, serving.model)
-        wanted = conversation.question(asked)
+        wanted = conversation.question(asked, serving.settings.unsaid)
         await check_able(serving, wanted, logprobs="logprobs", json_schema="response_format")
         answer = Answer(serving.model)
         stream = serving.backend.generate(wanted)

@@ -129,7 +129,12 @@ def serve(
         made = api_key is None and not is_loopback(host)
         token = running.new_token() if made else api_key
         settings = ServerSettings(
-            host=host, names=names, token=token, model=name, places=concurrent + waiting
+            host=host,
+            names=names,
+            token=token,
+            model=name,
+            max_tokens=max_tokens,
+            places=concurrent + waiting,
         )
         with running.listening(settings, port) as listening:
             backend = open_engine(

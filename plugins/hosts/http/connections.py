@@ -1,14 +1,19 @@
-"""Connections: what is said goes out at once, and those on which nothing comes are closed."""
+"""Connections: what is written goes out at once, and those on which nothing comes are closed."""
 
 import asyncio
 import socket
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mlx_onevision.plugins.hosts.http.faults import HTTPFault
+
+CLOSING = {"Connection": "close"}
 
 
 def patient(seconds: float) -> type[H11Protocol]:
     """uvicorn's protocol, that waits so long for a request's head, on a new connection and on one
-    that is used again. Without that, whoever opens connections and says nothing keeps them.
+    that is used again. Without it, whoever opens connections and says nothing keeps them.
     """
 
     class Patient(H11Protocol):
@@ -16,10 +21,10 @@ def patient(seconds: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            # A head and its body are two writes: else the second waits 40 ms for the client's
-            # acknowledgement. asyncio sees to it for sockets that it makes itself.
-            opened = transport.get_extra_info("socket")
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # asyncio does so only where the listening socket was made with the protocol's number. A
+            # token would otherwise wait for the client's word that it has the one before: 40 ms.
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._timer = self.loop.call_later(seconds, self._give_up)
 
         def data_received(self, data: bytes) -> None:
@@ -32,6 +37,20 @@ def patient(seconds: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
             super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """In the form that every refusal has, where there is still a place for an answer."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                answer = HTTPFault(400, "this is not HTTP as it has to be").response(CLOSING)
+                head = h11.Response(
+                    status_code=400, headers=answer.raw_headers, reason=b"Bad Request"
+                )
+                for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
+            if self._asked():  # whoever waits for the rest of the body need not
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
 
         def _asked(self) -> bool:
             """Whether a request is here, whose body and answer have their own limits."""

@@ -30,8 +30,6 @@ from mlx_onevision.plugins.hosts.http.schemas import (
 from mlx_onevision.plugins.media import Kind, Media, Message, Role
 from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest, Group
 
-MAX_TOKENS = 1024  # of an answer for which nothing is said
-
 SAMPLING = tuple(Sampling.model_fields)
 LOOKING = tuple(Looking.model_fields)  # and with it SAMPLING
 DESCRIBING = ("segments", "start", "end", "num_frames", "longest", "max_tokens", "system")
@@ -45,12 +43,15 @@ def check_model(named: str | None, served: str) -> None:
         )
 
 
-def question(asked: ChatRequest) -> GenerateRequest:
-    """Raises PluginError for a number out of range and a conversation that is none."""
+def question(asked: ChatRequest, unsaid: int) -> GenerateRequest:
+    """unsaid : tokens of the answer at most, where the request says nothing.
+
+    Raises PluginError for what the contract does not take, as a conversation that is empty.
+    """
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     return GenerateRequest(
         messages=[_message(turn) for turn in asked.messages],
-        max_tokens=MAX_TOKENS if most is None else most,
+        max_tokens=unsaid if most is None else most,
         stop=tuple(asked.stop or ()),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         json_schema=schema_text(asked.response_format),
@@ -58,13 +59,13 @@ def question(asked: ChatRequest) -> GenerateRequest:
     )
 
 
-def response_question(asked: ResponsesRequest) -> GenerateRequest:
-    """Raises PluginError, as :func:`question`."""
+def response_question(asked: ResponsesRequest, unsaid: int) -> GenerateRequest:
+    """As :func:`question`."""
     most = asked.max_output_tokens
     told = LOGPROBS in (asked.include or ()) or asked.top_logprobs
     return GenerateRequest(
         messages=_instructed(asked.instructions, [_message(turn) for turn in asked.input]),
-        max_tokens=MAX_TOKENS if most is None else most,
+        max_tokens=unsaid if most is None else most,
         logprobs=(asked.top_logprobs or 0) if told else None,
         json_schema=schema_text(asked.text.format if asked.text else None),
         **{name: getattr(asked, name) for name in LOOKING},

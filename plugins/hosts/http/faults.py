@@ -31,7 +31,7 @@ RETRY_AFTER = 1  # seconds
 # Paths, addresses and data, in quotes or bare. Names of the server's own files are nobody's
 # business, and what a client sent it knows.
 _PLACES = re.compile(
-    r"""(['"])[^'"]*[/\\][^'"]*\1
+    r"""(['"])(?:data:[^'"]*|[^'"]*[/\\][^'"]*)\1
     | \b(?:[a-z][a-z0-9+.-]*://|data:)[^\s;]+
     | (?<![\w/.])/[\w.~-][^\s'",;:]*
     """,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Annotated
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -10,12 +11,20 @@ from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.events import ErrorEvent
 from mlx_onevision.plugins.hosts.http import conversation
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault, without_places
+from mlx_onevision.plugins.hosts.http.json_schemas import Beside
 from mlx_onevision.plugins.hosts.http.operations import JSON, Operation
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 from mlx_onevision.plugins.jobs import Job, Jobs, NoSuchJob
 
 PATH = "/v1/video/jobs"
+
+Told = Annotated[
+    Job,
+    Beside(
+        {"object": {"const": "video.job"}, "poll": {"type": "string", "format": "uri-reference"}}
+    ),
+]
 
 
 def start(serving: Serving) -> Endpoint:
@@ -66,7 +75,7 @@ OPERATIONS = (
         name="startVideoJob",
         summary="A description of a video, to be asked after",
         takes=VideoRequest,
-        gives={JSON: Job},
+        gives={JSON: Told},
         status=202,
     ),
     Operation(
@@ -75,7 +84,7 @@ OPERATIONS = (
         status,
         name="retrieveVideoJob",
         summary="How far a description has come; its segments so far, its result or its error",
-        gives={JSON: Job},
+        gives={JSON: Told},
         refuses=(404,),
     ),
     Operation(
@@ -84,7 +93,7 @@ OPERATIONS = (
         cancel,
         name="cancelVideoJob",
         summary="End a description",
-        gives={JSON: Job},
+        gives={JSON: Told},
         refuses=(404,),
     ),
 )

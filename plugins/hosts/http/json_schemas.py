@@ -1,9 +1,29 @@
 """JSON Schemas of requests, answers and the contract's own objects, as pydantic makes them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from mlx_onevision.plugins.wire import API_VERSION, Part, Record
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Annotates a record of the contract that is sent with further keys, each with its schema."""
+
+    keys: Mapping[str, JsonSchemaValue]
+
+    def __get_pydantic_json_schema__(
+        self, core: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core)
+        record = handler.resolve_ref_schema(schema)
+        record["properties"].update(self.keys)
+        record["required"] = list(dict.fromkeys((*record.get("required", ()), *self.keys)))
+        return schema
 
 
 class Generator(GenerateJsonSchema):

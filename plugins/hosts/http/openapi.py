@@ -76,7 +76,9 @@ def document(operations: Sequence[Operation], serving: Serving) -> Document:
     """The whole file, for a server as it is set up."""
     token = serving.settings.token is not None
     schemas, components = _schemas(operations)
-    _name_the_model(operations, components, serving.model)
+    for one in operations:
+        if one.takes is not None:
+            _as_set_up(components[one.takes.__name__], serving)
     paths: dict[str, Document] = {}
     for one in operations:
         statuses = sorted(_refused(one, token))
@@ -127,13 +129,17 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict
     return schemas, shared.get("$defs", {})
 
 
-def _name_the_model(
-    operations: Sequence[Operation], components: dict[str, Document], model: str
-) -> None:
-    """Only one is served, and requests for another are refused."""
-    for one in operations:
-        if one.takes is not None and "model" in one.takes.model_fields:
-            components[one.takes.__name__]["properties"]["model"] = {"enum": [model, None]}
+def _as_set_up(schema: Document, serving: Serving) -> None:
+    """What of a request depends on the server: one model is served, and answers have an end."""
+    fields = schema["properties"]
+    if "model" in fields:
+        fields["model"] = {"enum": [serving.model, None]}
+    most = serving.settings.max_tokens
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        if name in fields and most is not None:
+            for kind in (fields[name], *fields[name].get("anyOf", ())):
+                if kind.get("type") == "integer":
+                    kind["maximum"] = most
 
 
 def _refused(one: Operation, token: bool) -> set[int]:

@@ -32,7 +32,7 @@ def endpoint(serving: Serving) -> Endpoint:
     async def respond(request: Request) -> Response:
         asked = await serving.reader.read(request, ResponsesRequest)
         conversation.check_model(asked.model, serving.model)
-        wanted = conversation.response_question(asked)
+        wanted = conversation.response_question(asked, serving.settings.unsaid)
         named = "include" if asked.top_logprobs is None else "top_logprobs"
         await check_able(serving, wanted, logprobs=named, json_schema="text")
         answer = Answer(asked, serving.model)

@@ -4,6 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 
 LOOPBACK = "127.0.0.1"
+USUAL_TOKENS = 1024
 WILDCARDS = ("0.0.0.0", "::", "")
 
 
@@ -15,6 +16,8 @@ class ServerSettings:
     names : further names that requests may call the server by.
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
+    max_tokens : of an answer, at most, where the backend's limits say so: a request that says
+        nothing then asks for no more.
     places : requests for the model at once, those in line included; None leaves it to the backend.
     body : bytes of a request, at most.
     bodies : bytes of all requests that are being read, together.
@@ -27,6 +30,7 @@ class ServerSettings:
     names: tuple[str, ...] = ()
     token: str | None = None
     model: str | None = None
+    max_tokens: int | None = None
     places: int | None = None
     body: int = 32 << 20
     bodies: int = 256 << 20
@@ -34,6 +38,11 @@ class ServerSettings:
     values: int = 500_000
     patience: float = 15.0
     silence: float = 5.0
+
+    @property
+    def unsaid(self) -> int:
+        """Tokens of an answer for which nothing is said."""
+        return USUAL_TOKENS if self.max_tokens is None else min(USUAL_TOKENS, self.max_tokens)
 
     @property
     def open(self) -> bool:

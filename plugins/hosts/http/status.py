@@ -1,16 +1,43 @@
 """``GET /health``, ``/v1/models`` and ``/metrics``."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from typing_extensions import TypedDict
 
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.hosts.http import conversation
 from mlx_onevision.plugins.hosts.http.faults import error_body
+from mlx_onevision.plugins.hosts.http.json_schemas import Beside
 from mlx_onevision.plugins.hosts.http.metrics import TEXT as PROMETHEUS
 from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, Operation
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
+from mlx_onevision.plugins.results import ModelInfo
+
+Known = Annotated[
+    ModelInfo,
+    Beside(
+        {
+            "object": {"const": "model"},
+            "created": {"type": "integer"},
+            "owned_by": {"type": "string"},
+        }
+    ),
+]
+
+
+class Health(TypedDict):
+    status: Literal["ok"]
+    loaded: bool
+    active: int
+    waiting: int
+
+
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Known]
+
 
 DEAD = PluginError(
     "internal", "the model cannot answer any more", "the server has to be started again"
@@ -70,7 +97,7 @@ OPERATIONS = (
         health,
         name="health",
         summary="Whether it answers, and how busy it is",
-        gives={JSON: dict[str, Any]},
+        gives={JSON: Health},
         refuses=(503,),
     ),
     Operation(
@@ -87,7 +114,7 @@ OPERATIONS = (
         models,
         name="listModels",
         summary="The model that is served",
-        gives={JSON: dict[str, Any]},
+        gives={JSON: Models},
     ),
     Operation(
         "GET",
@@ -95,7 +122,7 @@ OPERATIONS = (
         model,
         name="retrieveModel",
         summary="The model of a name, if it is the one served",
-        gives={JSON: dict[str, Any]},
+        gives={JSON: Known},
         refuses=(404,),
     ),
 )
