@@ -13,8 +13,8 @@ import av
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT, RATE = 320, 240, 24
-SMOOTH = 3  # drawn this many times larger, then reduced, so that edges are smooth
-CODEC = {"crf": "27", "preset": "veryslow", "g": "48"}
+SMOOTH = 2  # drawn this many times larger, then reduced, so that edges are smooth
+CODEC = {"crf": "27", "preset": "slow", "g": "48"}
 
 Shape = tuple[str, str, float, float, float]  # kind, colour, centre, radius
 

@@ -8,51 +8,22 @@ form: no white space but a blank after each comma and colon, so that none is spe
 indentation.
 """
 
-import json
-import subprocess
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.interpreter import MISSING, find_interpreter, import_path
+from mlx_onevision.schemas import LIMITS, OPTIONS, line_of, normal, refusal, work_through
 
 if TYPE_CHECKING:
     import mlx.core as mx
     from llguidance import LLMatcher, LLTokenizer
-    from llguidance._lib import JsonCompileOptions
 
-LONGEST = 1 << 18  # characters of a schema
 KEPT = 16  # schemas that are not worked through again
-SECONDS = 5.0  # that working through one may take
-MEMORY = 1 << 30  # bytes
-POLL_SECONDS = 0.05
-
-# A property that is named twice counts once, so more of them than one cannot be promised.
-MOST_PROPERTIES_PROMISED = 1
-
-OPTIONS: "JsonCompileOptions" = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "coerce_one_of": False,
-    "lenient": False,
-}
-# A quarter of llguidance's own and less: a step of one answer must not hold the others up. Nothing
-# is worked out for all words beforehand, so that a schema that could be worked through once can be
-# again, with any vocabulary.
-LIMITS = {
-    "step_lexer_fuel": 50_000,
-    "max_lexer_states": 50_000,
-    "precompute_large_lexemes": False,
-    "verbose_errors": False,
-}
 
 
 class Vocabulary(Protocol):
@@ -75,7 +46,7 @@ class Grammars:
 
     def __init__(self, vocabulary: Vocabulary, ends: Sequence[int]) -> None:
         """ends : the ids that end an answer."""
-        self._vocabulary, self._ends = vocabulary, tuple(ends)
+        self._vocabulary, self._ends = vocabulary, frozenset(ends)
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
@@ -91,7 +62,7 @@ class Grammars:
             RequestError: in one sentence, for a schema that is none, that uses what is not
                 supported, that is too large, or that allows no document.
         """
-        text = _normal(schema)
+        text = normal(schema)
         if not available():
             raise RequestError(
                 "answers that keep to a JSON schema need llguidance; "
@@ -106,7 +77,7 @@ class Grammars:
             if text in self._kept:
                 self._kept.move_to_end(text)
                 return self._kept[text]
-        _try(text, check)
+        work_through(text, check)
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(self._vocabulary, self._ends)
@@ -152,7 +123,7 @@ class Guide:
             try:
                 return self._guided(tokens, logits)
             except Exception as error:
-                self.failure = _line(f"{type(error).__name__}: {error}")
+                self.failure = line_of(f"{type(error).__name__}: {error}")
         return logits
 
     def _guided(self, tokens: "mx.array", logits: "mx.array") -> "mx.array":
@@ -166,7 +137,7 @@ class Guide:
             return logits  # of a token that mlx-lm computes ahead, and that nobody will see
         allowed = _allowed(matcher)
         if allowed is None:
-            self.failure = _line(matcher.get_error())
+            self.failure = line_of(matcher.get_error())
             return logits
         mask = np.zeros(logits.shape[-1], bool)  # rows that no token has are never allowed
         known = min(len(mask), len(allowed))
@@ -181,98 +152,16 @@ def _allowed(matcher: "LLMatcher") -> np.ndarray | None:
     return None if matcher.is_error() or not allowed.any() else allowed
 
 
-def _normal(schema: str | bool | Mapping[str, Any]) -> str:
-    """A schema as JSON text, without what would loosen it."""
-    try:
-        if not isinstance(schema, str):
-            schema = json.dumps(schema, allow_nan=False)
-        if len(schema) > LONGEST:
-            raise RequestError(
-                f"the JSON schema has {len(schema)} characters; {LONGEST} are read at most"
-            )
-        values = json.loads(schema)
-        if isinstance(values, bool):
-            values = {} if values else {"allOf": [False]}
-        if not isinstance(values, dict):
-            raise RequestError("the JSON schema is no schema; give an object")
-        values.pop("x-guidance", None)  # llguidance's own settings
-        if _promises(values):
-            raise RequestError(
-                f"the JSON schema has a minProperties above {MOST_PROPERTIES_PROMISED}, which is "
-                "not supported; name the properties as required"
-            )
-        return json.dumps(values, allow_nan=False)
-    except RecursionError:
-        raise RequestError("the JSON schema is nested too deeply; simplify it") from None
-    except (ValueError, TypeError):
-        raise RequestError("the JSON schema is not valid JSON") from None
-
-
-def _promises(schema: Any) -> bool:
-    """Whether a number of properties is asked for that repeated names could make up."""
-    if isinstance(schema, list):
-        return any(map(_promises, schema))
-    if not isinstance(schema, dict):
-        return False
-    least = schema.get("minProperties")
-    if isinstance(least, int | float) and least > MOST_PROPERTIES_PROMISED:
-        return True
-    data = ("const", "enum", "default", "examples", "example")
-    return any(_promises(value) for key, value in schema.items() if key not in data)
-
-
-def _try(schema: str, check: Callable[[], None]) -> None:
-    """Works through a schema in a process of its own, see :mod:`schema_trial`."""
-    interpreter = find_interpreter()
-    if interpreter is None:
-        raise RequestError(f"JSON schemas are worked through by {MISSING}")
-    request = {
-        "path": import_path(),
-        "options": OPTIONS,
-        "limits": LIMITS,
-        "memory": MEMORY,
-        "seconds": SECONDS,
-    }
-    program = str(Path(__file__).with_name("schema_trial.py"))
-    process = subprocess.Popen(
-        [interpreter, "-I", program, json.dumps(request)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is this process's business
-    )
-    late = time.monotonic() + SECONDS
-    try:
-        said = b""
-        given: bytes | None = schema.encode()
-        while time.monotonic() < late:
-            check()
-            try:
-                said, _ = process.communicate(given, timeout=POLL_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                given = None
-        error = json.loads(said)
-    except ValueError:
-        raise RequestError(
-            "the JSON schema takes too much time or memory to work through; simplify it"
-        ) from None
-    finally:
-        process.kill()
-        process.communicate()
-    if error is not None:
-        raise _refusal(error)
-
-
-def _tokenizer(vocabulary: Vocabulary, ends: Sequence[int]) -> "LLTokenizer":
+def _tokenizer(vocabulary: Vocabulary, ends: frozenset[int]) -> "LLTokenizer":
     from llguidance import LLTokenizer, TokenizerWrapper
 
     class Tokens:
         """A vocabulary as llguidance wants one. Control tokens have no bytes, so they never fit;
-        nor does an end-of-text token that is a word, as a word.
+        nor does an end-of-text token that is a word, as a word. What a schema leaves no choice
+        about is cut into words as the model's own tokenizer cuts it.
         """
 
-        eos_token_id = ends[0]
+        eos_token_id = min(ends)
         bos_token_id = None
         tokens = tuple(
             b"" if token in ends else vocabulary.token_bytes(token)
@@ -280,11 +169,13 @@ def _tokenizer(vocabulary: Vocabulary, ends: Sequence[int]) -> "LLTokenizer":
         )
 
         def __call__(self, text: str) -> list[int]:
-            return vocabulary.encode(text)
+            ids = vocabulary.encode(text)
+            return ids if made is None or ends.isdisjoint(ids) else made.greedy_tokenize(text)
 
-    return LLTokenizer(
-        TokenizerWrapper(Tokens()), eos_token=list(ends), slices=LLTokenizer.json_slices()
-    )
+    made: LLTokenizer | None = None
+    slices = LLTokenizer.json_slices()
+    made = LLTokenizer(TokenizerWrapper(Tokens()), eos_token=sorted(ends), slices=slices)
+    return made
 
 
 def _matcher(tokenizer: "LLTokenizer", schema: str) -> "LLMatcher":
@@ -293,32 +184,5 @@ def _matcher(tokenizer: "LLTokenizer", schema: str) -> "LLMatcher":
     grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
     if matcher.is_error() or _allowed(matcher) is None:
-        raise _refusal(matcher.get_error())
+        raise refusal(matcher.get_error())
     return matcher
-
-
-def _refusal(error: str) -> RequestError:
-    """llguidance's error in one sentence."""
-    line = _line(error)
-    kind, _, rest = line.partition(": ")
-    if kind == "Unsatisfiable schema":
-        return RequestError(f"the JSON schema allows no document ({rest}); change it")
-    if kind.startswith("NoExtension"):
-        return RequestError("the JSON schema allows no document; change it")
-    if kind == "Unimplemented keys":
-        return RequestError(f"the JSON schema has {rest.strip('[]')}, which is not supported")
-    if kind.startswith("oneOf"):
-        return RequestError(
-            "the JSON schema has a oneOf of which several parts may hold at once, which is not "
-            "supported; write anyOf"
-        )
-    return RequestError(f"the JSON schema cannot be followed ({line}); simplify it")
-
-
-def _line(text: str) -> str:
-    """At most 160 characters on one line; of a pattern's error the reason, without the pattern."""
-    kind, pattern, reason = text.rpartition("\nerror: ")
-    if pattern:
-        text = f"{kind.partition(':')[0]}: {reason}"
-    text = " ".join(text.replace("<non-verbose/>", "").split()).rstrip(".")
-    return text if len(text) <= 160 else f"{text[:159]}…"

@@ -128,7 +128,7 @@ class Piped:
 
 def processes() -> dict[int, tuple[int, str]]:
     """Those of this machine that run: their parent and their command."""
-    columns = ["ps", "-eo", "pid=,ppid=,stat=,args="]
+    columns = ["ps", "-ww", "-eo", "pid=,ppid=,stat=,args="]
     listed = subprocess.run(columns, capture_output=True, text=True).stdout.splitlines()
     rows = (line.split(None, 3) for line in listed)
     return {
@@ -138,11 +138,13 @@ def processes() -> dict[int, tuple[int, str]]:
     }
 
 
-def decoders() -> set[int]:
-    """Those that decode videos."""
-    return {pid for pid, (_, args) in processes().items() if f"{os.sep}decoder.py" in args}
+def children(parent: int | None = None) -> set[int]:
+    """Those that a process has started; this one, where none is named."""
+    wanted = os.getpid() if parent is None else parent
+    return {pid for pid, (its_parent, _) in processes().items() if its_parent == wanted}
 
 
-def children() -> set[int]:
-    """Those that this process has started."""
-    return {pid for pid, (parent, _) in processes().items() if parent == os.getpid()}
+def decoders(server: int) -> set[int]:
+    """Those that decode videos for a server."""
+    running = processes()
+    return {pid for pid in children(server) if "decoder.py" in running.get(pid, (0, ""))[1]}

@@ -118,6 +118,25 @@ def test_hosts_and_origins_twice_or_not_at_all() -> None:
     asyncio.run(all_of_them())
 
 
+def test_the_page_behind_a_proxy_with_a_certificate() -> None:
+    """Only by a name that was given for it."""
+
+    async def status(host: str, origin: str) -> int:
+        with FakeBackend() as backend:
+            app = create_app(backend, ServerSettings(names=("pictures.example",)))
+            return (await call(app, "GET", "/health", ("host", host), ("origin", origin)))[0]
+
+    async def all_of_them() -> None:
+        for host in ("pictures.example", "pictures.example:8443"):
+            assert await status(host, f"https://{host}") == 200
+            assert await status(host, f"http://{host}") == 200
+            assert await status(host, "https://evil.example") == 403
+        assert await status("localhost", "https://localhost") == 403
+        assert await status("localhost", "https://pictures.example") == 403
+
+    asyncio.run(all_of_them())
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with serving(FakeBackend()) as found:

@@ -188,13 +188,16 @@ def test_a_cancelled_call_ends_the_work(album: Path, endless: Path) -> None:
 def test_long_answers_come_in_time(album: Path, endless: Path) -> None:
     async def session(client: Client) -> None:
         arguments = {"path": str(album / "shapes.png"), "question": "Tell.", "max_tokens": 4000}
-        await good(client, "ask_image", **{**arguments, "max_tokens": 1})  # loads the model
+        # While the model loads there is nothing to answer with, which is said, too.
+        until = time.monotonic() + 60
+        while (await client.call_tool("ask_image", {**arguments, "max_tokens": 1})).is_error:
+            assert time.monotonic() < until
         began = time.monotonic()
         said = await good(client, "ask_image", **arguments)
-        assert said["finish_reason"] == "time" and time.monotonic() - began < 3.5
+        assert said["finish_reason"] == "time" and time.monotonic() - began < 4.5
         assert len(said["answer"]) > 10 and "max_tokens" in said["notes"][0]
 
-    run(session, "--allow-dir", album, "--model", endless, "--timeout", "2")
+    run(session, "--allow-dir", album, "--model", endless, "--timeout", "3")
 
 
 def test_folders_are_closed_unless_they_are_opened(album: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from films import film, numbered
-from piped import SERVER, Piped, decoders, fake
+from piped import SERVER, Piped, decoders, fake, processes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = str(EXAMPLES / "shapes.png")
@@ -56,18 +56,24 @@ def test_no_decoder_is_left(how: str, log: Path, tmp_path: Path) -> None:
     """The real server, in the middle of a film that takes long to decode."""
     path = tmp_path / "film.mp4"
     path.write_bytes(film((numbered(n % 1000) for n in range(3000)), options={"g": "3000"}))
-    before = decoders()
     command = [*SERVER, "--allow-dir", str(tmp_path)]
     with Piped(command, log) as server:
         server.begin()
-        server.waited(server.call("describe_video_start", path=str(path), segments=1.0))
-        while not decoders() - before:
+        started = server.waited(server.call("describe_video_start", path=str(path), segments=1.0))[
+            "result"
+        ]
+        assert not started["isError"], started
+        job = started["structuredContent"]["job_id"]
+        until = time.monotonic() + 30
+        while not (ours := decoders(server.process.pid)):
+            told = server.waited(server.call("describe_video_status", job_id=job, wait=0))
+            assert time.monotonic() < until, told
             time.sleep(0.02)
         end(server, how)
         assert server.ended_after(10) <= SOON and server.process.returncode == 0
         server.check_protocol()
     until = time.monotonic() + SOON
-    while decoders() - before:
+    while ours & set(processes()):
         assert time.monotonic() < until, "a decoder is left"
         time.sleep(0.02)
     assert "Traceback" not in log.read_text()

@@ -204,7 +204,7 @@ def test_one_column_on_a_telephone_and_two_on_a_desk(shown: Tab) -> None:
     boxes = {}
     for wide in (390, 1280):
         shown.page.set_viewport_size({"width": wide, "height": 844})
-        places = [shown.page.locator(one).bounding_box() for one in (".film", "#talk")]
+        places = [shown.page.locator(one).bounding_box() for one in ("video", "#talk")]
         assert all(places)
         boxes[wide] = [(box["x"], box["width"]) for box in places if box]
     assert boxes[390][0] == boxes[390][1]

@@ -25,6 +25,7 @@ from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
 from mlx_onevision.plugins.hosts.http.metrics import Measured
 from mlx_onevision.plugins.hosts.http.operations import Operation
+from mlx_onevision.plugins.hosts.http.places import Places
 from mlx_onevision.plugins.hosts.http.serving import Serving, answered
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
@@ -85,7 +86,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said
     return Measured(
-        Guards(app, settings, pages),
+        Guards(Places(app, settings.places), settings, pages),
         serving.metrics,
         pages.union(route.path for route in routes),
         {route.endpoint: route.path for route in routes},

@@ -29,6 +29,7 @@ class Guards:
     ) -> None:
         self._app, self._settings, self._public = app, settings, public
         self._any_address = settings.host in WILDCARDS
+        self._further = {_plain(name) for name in settings.names}
         named = (settings.host, *settings.names, "127.0.0.1", "localhost", "::1")
         self._names = {_plain(name) for name in named if name not in WILDCARDS}
 
@@ -54,7 +55,7 @@ class Guards:
             raise HTTPFault(421, "the Host header does not name this server", "misdirected")
         for origin in headers.get(b"origin", []):
             # Its own page may speak to it; the host that it names was checked above.
-            if origin.lower() != b"http://" + hosts[0].lower():
+            if origin.lower() not in self._own_origins(hosts[0].lower()):
                 raise HTTPFault(403, "requests from other pages are refused", "forbidden_origin")
         public = method in ("GET", "HEAD") and path in self._public
         if self._settings.token is not None and not public:
@@ -67,6 +68,12 @@ class Guards:
                     "the token is missing or wrong; send it as Authorization: Bearer",
                     "invalid_api_key",
                 )
+
+    def _own_origins(self, host: bytes) -> tuple[bytes, ...]:
+        """Of the page at ``host``; by a further name perhaps behind a proxy with a certificate."""
+        found = _HOST.fullmatch(host.decode("latin-1"))
+        proxied = found is not None and _plain(found[1]) in self._further
+        return (b"http://" + host, b"https://" + host) if proxied else (b"http://" + host,)
 
     def _is_named(self, host: bytes) -> bool:
         found = _HOST.fullmatch(host.decode("latin-1"))

@@ -5,6 +5,7 @@ paragraphs, and has no place for a time that every call keeps to.
 """
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import mcp_types as types
@@ -12,7 +13,6 @@ from mcp.server.context import ServerRequestContext
 from mcp.server.lowlevel import Server
 from mcp.shared.exceptions import MCPError
 
-from mlx_onevision import __version__
 from mlx_onevision.plugins.errors import clipped
 from mlx_onevision.plugins.hosts.mcp import contract
 from mlx_onevision.plugins.hosts.mcp.call import Call
@@ -61,7 +61,7 @@ def _serving(tools: Iterable[Tool], instructions: str) -> Server[Any]:
 
     return Server(
         "mlx-onevision",
-        version=__version__,
+        version=version("mlx-onevision"),
         title="LLaVA-OneVision",
         instructions=instructions,
         on_list_tools=list_tools,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import anyio
 import mcp_types as types
 
-from mlx_onevision import captions
+from mlx_onevision.captions import Segment, VideoDescription, write
 from mlx_onevision.plugins.hosts.mcp import schemas
 from mlx_onevision.plugins.hosts.mcp.call import Call, blocking
 from mlx_onevision.plugins.hosts.mcp.looking import UNTRUSTED
@@ -96,18 +96,10 @@ class Telling:
         return schemas.Cancelled(job_id=job.id, status=job.status)
 
 
-def subtitles(result: DescribeResult, form: str = "srt") -> str:
-    """A description as the text of a file."""
-    told = captions.VideoDescription(
-        source="video",
-        duration=result.duration,
-        model="",
-        segments=tuple(captions.Segment(s.start, s.end, s.text) for s in result.segments),
-        summary=result.summary,
-        chapters=tuple(captions.Chapter(c.start, c.title) for c in result.chapters),
-        warnings=result.warnings,
-    )
-    return captions.write(told, form)
+def subtitles(result: DescribeResult) -> str:
+    """A description as the text of an SRT file."""
+    segments = tuple(Segment(s.start, s.end, s.text) for s in result.segments)
+    return write(VideoDescription("video", result.duration, "", segments), "srt")
 
 
 def _shown(job: Job, first: int, srt: bool) -> schemas.Status:
