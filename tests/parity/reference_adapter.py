@@ -80,7 +80,7 @@ class _Tokenizer:
 
 
 def _module() -> Any:
-    """The file of the adapter, which imports decord; transformers, too, looks whether it is there."""
+    """The file of the adapter. It imports decord, for which transformers looks, too."""
     decord = ModuleType("decord")
     vars(decord).update(VideoReader=None, cpu=None)
     sys.modules["decord"] = decord
