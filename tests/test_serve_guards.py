@@ -296,6 +296,8 @@ def test_what_errors_leave_out() -> None:
     assert without_places("3 tokens and/or 5") == "3 tokens and/or 5"
     assert len(without_places("x" * 5000)) <= 300
     assert without_places("'data:a,b' is not 'c'") == "… is not 'c'"
+    for path in ("/a\"b'c", "/it's", 'http://a"b', "/a\\'", "data:'"):
+        assert without_places(f"the video's path {path!r} is bad") == "the video's path … is bad"
 
 
 def test_the_token_file(tmp_path: Path) -> None:
