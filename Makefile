@@ -75,13 +75,13 @@ parity: .venv-parity/.parity
 	@touch .venv/.package .venv/.dev $@
 
 # pip, not uv, so that a CPU build of torch that pip is set up to find is taken. torchvision comes
-# without its dependencies: beside that torch its own pins do not hold. So does mlx-vlm, most of whose
-# dependencies only its server and its audio need.
+# without its dependencies: beside that torch its own pins do not hold. So do mlx-vlm, most of whose
+# dependencies only its server and its audio need, and lmms-eval, which pins an av below 16.
 .venv-parity/.parity: pyproject.toml
 	@echo 'Making .venv-parity with torch and transformers'
 	@$(call venv,.venv-parity,--seed)
 	@$(call pip,.venv-parity) --editable '$(PACKAGE)' --group parity
-	@$(call pip,.venv-parity) --no-deps torchvision==0.28.0 mlx-vlm==0.7.10
+	@$(call pip,.venv-parity) --no-deps torchvision==0.28.0 mlx-vlm==0.7.10 lmms-eval==0.7.3
 	@touch $@
 
 clean:

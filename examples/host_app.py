@@ -2,20 +2,13 @@
 
 python examples/host_app.py [PICTURE [QUESTION [BACKEND]]]
 
-BACKEND is "engine", or "fake", which needs no weights.
+BACKEND is "engine", or "fake", which needs no weights. Ctrl-C ends the request.
 """
 
 import sys
 from pathlib import Path
 
-from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.interface import (
-    ErrorEvent,
-    GenerateRequest,
-    Media,
-    ProgressEvent,
-    TextEvent,
-)
+from mlx_onevision.plugins import interface, open_backend
 
 
 def main(
@@ -24,18 +17,21 @@ def main(
     name: str = "engine",
 ) -> None:
     with open_backend(name) as backend:
-        media = Media("image", data=Path(picture).read_bytes())
-        request = GenerateRequest.ask(question, media, timeout=60)
-        with backend.generate(request) as events:  # leaving it early would cancel the request
+        media = interface.Media("image", data=Path(picture).read_bytes())
+        request = interface.GenerateRequest.ask(question, media, timeout=60)
+        with backend.generate(request) as events:  # leaving it early cancels the request
             for event in events:
-                if isinstance(event, ProgressEvent):
+                if isinstance(event, interface.ProgressEvent):
                     print(f"[{event.stage}]", file=sys.stderr)
-                elif isinstance(event, TextEvent):
+                elif isinstance(event, interface.TextEvent):
                     print(event.delta, end="", flush=True)
-                elif isinstance(event, ErrorEvent):
+                elif isinstance(event, interface.ErrorEvent):
                     sys.exit(f"{event.code}: {event.error}")
     print()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)

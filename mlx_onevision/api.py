@@ -17,6 +17,7 @@ from mlx_onevision.engine import Engine
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.frames import FrameOptions
 from mlx_onevision.generation import Generation, Question, Stream, ask, ask_all
+from mlx_onevision.grammar import Grammars
 from mlx_onevision.identity import identify
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
@@ -40,6 +41,7 @@ def load(
     revision: str | None = None,
     dtype: str | None = None,
     quantize: int | None = None,
+    chat_template: str | None = None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -49,12 +51,15 @@ def load(
     dtype : ``float16``, ``bfloat16`` or ``float32``; None keeps the checkpoint's own.
     quantize : 4 or 8 packs the weights into so many bits while they are read, tensor by tensor, as
         ``mlx-onevision convert -q --q-bits 4`` does; the answers are those of what that writes.
+    chat_template : how conversations become prompts, in Jinja, instead of the checkpoint's own.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
     """
+    recipe, folder = while_loading(quantize), hub.resolve(model, revision)
     recipe = while_loading(quantize)
-    return Model(hub.resolve(model, revision), name=str(model), dtype=dtype, recipe=recipe)
+    folder = hub.resolve(model, revision)
+    return Model(folder, name=str(model), dtype=dtype, recipe=recipe, chat_template=chat_template)
 
 
 class Model:
@@ -67,16 +72,29 @@ class Model:
         name: str | None = None,
         dtype: str | None = None,
         recipe: Recipe | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.path = folder
         self.name = name or str(folder)
         self._made = [dtype, str(recipe)]
         self._engine = Engine(folder, dtype=dtype, recipe=recipe)
         self._processor = Processor.from_folder(folder, self._engine.config)
+        if chat_template is not None:
+            self._processor.template = self._processor.template.with_source(chat_template)
+            self._made.append(chat_template)
+        ends = self._engine.defaults.eos_token_ids
+        self._grammars = Grammars(self._processor.tokenizer, ends)
 
     @property
     def config(self) -> OneVisionConfig:
         return self._engine.config
+
+    @property
+    def healthy(self) -> bool:
+        """False once what runs the model has died: it answers nothing any more, and has to be
+        loaded again. A request that fails does not do that.
+        """
+        return self._engine.healthy
 
     @overload
     def generate(
@@ -235,6 +253,8 @@ class Model:
         end: float | None = None,
         tiling: Tiling = "auto",
         order: Order = "template",
+        logprobs: int | None = None,
+        json_schema: str | bool | Mapping[str, Any] | None = None,
         check: Callable[[], None] = nothing,
     ) -> Question:
         """One row, read and tokenized; the defaults of :class:`~mlx_onevision.options.Options`."""
@@ -247,6 +267,7 @@ class Model:
             seed=seed,
         )
         started = time.perf_counter()
+        grammar = None if json_schema is None else self._grammars.of(json_schema, check)
         inputs = self._processor.prepare(
             normalise_messages(
                 prompt=prompt, images=images, videos=videos, messages=messages, system=system
@@ -266,6 +287,8 @@ class Model:
             max_tokens,
             (stop,) if isinstance(stop, str) else tuple(stop),
             time.perf_counter() - started,
+            grammar,
+            logprobs,
         )
 
     def render(self, messages: Messages, order: Order = "template") -> str:
@@ -282,9 +305,11 @@ class Model:
         """
         return self._processor.prepare(messages, **options)
 
-    def logits(self, inputs: Inputs) -> np.ndarray:
-        """Logits of every position of a prepared prompt, float32 (L, vocab_size)."""
-        return self._engine.logits(inputs)
+    def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
+        """Logits of every position of a prepared prompt, or of its last ones alone; float32
+        (L, vocab_size).
+        """
+        return self._engine.logits(inputs, last)
 
     def embed(
         self,
@@ -300,6 +325,7 @@ class Model:
         cache: MutableMapping[str, Vector] | None = None,
         progress: Callable[[int, int], None] | None = None,
         on_error: Callable[[int, OneVisionError], None] | None = None,
+        check: Callable[[], None] = nothing,
     ) -> Embeddings:
         """One vector for each item, float32.
 
@@ -317,6 +343,8 @@ class Model:
         cache : where vectors are looked up by content and kept; any mapping will do.
         progress : called with how many items are done, and of how many.
         on_error : called with the index of an item that cannot be embedded, which is left out then.
+        check : called while items are read, while the device is waited for, and on its thread
+            between groups of tiles: what it raises ends the work there. From several threads.
 
         Raises:
             OneVisionError: for the first item that cannot be embedded, by its number, unless there
@@ -332,6 +360,7 @@ class Model:
             normalize=normalize,
             tiling=tiling,
             frames=FrameOptions(num_frames, fps, start, end),
+            check=check,
         )
         return embedder.embed(items, cache=cache, progress=progress, on_error=on_error)
 

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from mlx_onevision import memory
+from mlx_onevision.choosing import Choosing
 from mlx_onevision.errors import CancelledError
+from mlx_onevision.grammar import Grammar
+from mlx_onevision.likelihoods import Watch
 from mlx_onevision.processor import Inputs
 from mlx_onevision.runner import Counters, Runner, Unfinished
 from mlx_onevision.sampling import Sampling
@@ -29,12 +32,15 @@ class Request:
     """What to answer, and how.
 
     ends_at : given each token as it is generated; True ends the answer with that one.
+    grammar, watch : see :class:`~mlx_onevision.choosing.Choosing`.
     """
 
     inputs: Inputs
     sampling: Sampling
     max_tokens: int
     ends_at: Callable[[int], bool] = lambda _: False
+    grammar: Grammar | None = None
+    watch: Watch | None = None
 
 
 class Listener(Protocol):
@@ -59,8 +65,10 @@ class Row:
         self.counters = listener.counters
         self.longest = len(request.inputs.input_ids) + request.max_tokens
         """Positions that its keys and values can come to."""
+        self._choosing = Choosing(request.sampling, request.grammar, request.watch)
         self._media = ExitStack()
         self._since = 0.0
+        self._ended = False
         self._unfinished: Unfinished | None = None
 
     def run_alone(self, runner: Runner, company: Callable[[], bool]) -> bool:
@@ -70,10 +78,10 @@ class Row:
             self.listener.check()
             self._unfinished = runner.generate(
                 request.inputs,
-                request.sampling,
+                self._choosing,
                 request.max_tokens,
                 self.counters,
-                self.listener.put,
+                self._deliver,
                 self.listener.check,
                 company,
             )
@@ -94,7 +102,7 @@ class Row:
         """Its number in ``generator``, and whether its prompt is still to be read."""
         text = runner.model.config.text_config
         placeholder = runner.model.config.image_token_index
-        sampling, left, self._unfinished = self.request.sampling, self._unfinished, None
+        left, self._unfinished = self._unfinished, None
         ids = self._begin(runner) if left is None else left.ids
         produced = 0 if left is None else left.produced
         (uid,) = generator.insert(
@@ -102,8 +110,8 @@ class Row:
             max_tokens=[self.request.max_tokens - produced],
             caches=None if left is None else [left.cache],
             all_tokens=None if left is None else [ids[:-1]],
-            samplers=[sampling.sampler(produced)],
-            logits_processors=[sampling.logits_processors(text.vocab_size, placeholder)],
+            samplers=[self._choosing.sampler(produced)],
+            logits_processors=[self._choosing.logits_processors(text.vocab_size, placeholder)],
         )
         return uid, left is None
 
@@ -129,12 +137,23 @@ class Row:
             self.counters.prefill_seconds, self._since = now - self._since, now
         else:
             self.counters.decode_seconds = now - self._since
+        self._deliver(token)
+
+    def _deliver(self, token: int) -> None:
+        self._choosing.chosen(token)
         self.listener.put(token)
 
     def end(self, error: BaseException | None = None) -> None:
-        self._media.close()
-        self.counters.peak_memory = mx.get_peak_memory()
-        self.listener.put(None if isinstance(error, CancelledError) else error)
+        """Tells whoever waits that nothing more comes, once, whatever happens on the way."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self._media.close()
+            self._choosing.end()
+            self.counters.peak_memory = mx.get_peak_memory()
+        finally:
+            self.listener.put(None if isinstance(error, CancelledError) else error)
 
 
 def serve(runner: Runner, line: deque[Row]) -> None:
@@ -184,7 +203,7 @@ class Batch:
                     self._admit(generator)
                     if self._active:
                         self._step(generator)
-            except Exception as error:
+            except BaseException as error:  # nobody may be left waiting
                 failed = list(self._active.values())
                 while generator is None and self._waiting:
                     failed.append(self._waiting.popleft())
@@ -246,11 +265,15 @@ class Batch:
                 self._reading.discard(prompt.uid)
                 self._active[prompt.uid].read()
         for answer in answers:
-            row = self._active[answer.uid]
-            row.add(answer.token)
-            if answer.finish_reason is not None:
+            row, failure = self._active[answer.uid], None
+            try:
+                row.add(answer.token)
+            except Exception as error:  # in what makes text of it, or in its schema: its own
+                failure = error
+                generator.remove([answer.uid])
+            if failure is not None or answer.finish_reason is not None:
                 del self._active[answer.uid]
-                row.end()
+                row.end(failure)
 
     def _drop_cancelled(self, generator: "BatchGenerator") -> None:
         for uid, row in list(self._active.items()):

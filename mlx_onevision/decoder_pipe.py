@@ -1,16 +1,12 @@
 """The process that decodes a video, seen from this side: how it is started, and what it sends.
 
-The process is a Python interpreter that runs ``decoder.py``. Usually that is the one that runs this
-program. A host application that embeds Python has no interpreter under ``sys.executable``: one is
-then looked for where this Python is installed, and ``MLX_ONEVISION_PYTHON`` names it outright. It
-must be the same version of Python, since it imports PyAV from the same place.
+The process is a Python interpreter that runs ``decoder.py``; see :mod:`interpreter`.
 """
 
 import json
 import os
 import selectors
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,8 +23,10 @@ from mlx_onevision.errors import (
     RequestError,
     TooLargeError,
 )
+from mlx_onevision.interpreter import INTERPRETER, MISSING, find_interpreter, import_path
 
-INTERPRETER = "MLX_ONEVISION_PYTHON"
+__all__ = ["INTERPRETER", "Limits", "Pipe", "TooManyFramesError", "nothing", "start", "stop"]
+
 POLL_SECONDS = 0.1  # how often a cancellation is looked for
 MAX_HEADER = 16 << 20  # bytes of a line from the decoder; a long film's has many times in it
 
@@ -67,8 +65,11 @@ def start(
 
     control : a descriptor to read commands from, which the process inherits.
     """
+    interpreter = find_interpreter()
+    if interpreter is None:
+        raise MediaError(f"videos are decoded by {MISSING}")
     whole = {
-        "path": [str(Path(__file__).parents[1]), *map(os.path.abspath, filter(None, sys.path))],
+        "path": import_path(),
         "memory": limits.memory,
         "seconds": limits.seconds,
         "max_pixels": limits.pixels,
@@ -77,7 +78,7 @@ def start(
         **request,
     }
     return subprocess.Popen(
-        [_interpreter(), "-I", str(Path(__file__).with_name("decoder.py")), json.dumps(whole)],
+        [interpreter, "-I", str(Path(__file__).with_name("decoder.py")), json.dumps(whole)],
         stdin=file,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -202,26 +203,6 @@ class Pipe:
             return RequestError(f"{self._name}: {text}")
         cls = TooLargeError if kind == "too_large" else MediaError
         return cls(f"cannot read {self._name}: {text.rstrip('.')}")
-
-
-def _interpreter() -> str:
-    """A Python of this version that is no host application."""
-    named = os.environ.get(INTERPRETER)
-    if named:
-        return named
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    here = Path(sys.executable or "")
-    if here.name.lower().startswith("python") and not getattr(sys, "frozen", False):
-        return str(here)
-    for prefix in (sys.exec_prefix, sys.base_exec_prefix):
-        for name in (version, "python3", "python"):
-            path = Path(prefix) / "bin" / name
-            if path.is_file() and os.access(path, os.X_OK):
-                return str(path)
-    raise MediaError(
-        f"videos are decoded by a separate {version}, and none was found; "
-        f"set {INTERPRETER} to its path"
-    )
 
 
 def upright(pixels: NDArray[np.uint8], matrix: tuple[int, int, int, int]) -> NDArray[np.uint8]:

@@ -23,14 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_onevision.engine import Engine
-from mlx_onevision.errors import ContextOverflowError, OneVisionError, RequestError
+from mlx_onevision.errors import (
+    CancelledError,
+    ContextOverflowError,
+    OneVisionError,
+    RequestError,
+)
 from mlx_onevision.frames import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.image import ImageSource, load_image
 from mlx_onevision.items import item_blocks, item_name
 from mlx_onevision.processor import Inputs, Medium, Processor, Tiling
 from mlx_onevision.resample import resize
 from mlx_onevision.vectors import SPACES, Embeddings
-from mlx_onevision.video import load_video
+from mlx_onevision.video import load_video, nothing
 
 Item: TypeAlias = "ImageSource | Mapping[str, Any] | Medium | Sequence[Any]"
 """A picture or a video as everywhere; a typed block of a conversation; or several in a list."""
@@ -41,6 +46,7 @@ NOUNS = {"text": "sentence", "image": "image", "video": "video"}
 
 GROUP = 10  # items prepared and encoded together: as many tiles as fill the tower
 THREADS = 4
+POLL_SECONDS = 0.1  # how often a cancellation is looked for while others have the device
 PART = ("start", "end")  # which part of a video an item is; a video block may say it
 
 
@@ -60,7 +66,7 @@ class Prepared:
 class Embedder:
     """What turns items into vectors of one space.
 
-    space, normalize, tiling, frames : see :meth:`mlx_onevision.api.Model.embed`.
+    space, normalize, tiling, frames, check : see :meth:`mlx_onevision.api.Model.embed`.
     model, revision : what :func:`~mlx_onevision.identity.identify` says.
     """
 
@@ -75,12 +81,13 @@ class Embedder:
         normalize: bool = True,
         tiling: str = "auto",
         frames: FrameOptions | None = None,
+        check: Callable[[], None] = nothing,
     ) -> None:
         if space not in SPACES:
             raise RequestError(f"space is {space!r}; it must be {' or '.join(SPACES)}")
         if tiling not in ("auto", "always", "never"):
             raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
-        self._engine, self._processor = engine, processor
+        self._engine, self._processor, self._check = engine, processor, check
         self._tiling: Tiling = tiling
         given = vars(frames or FrameOptions())
         self._frames = processor.video_config.frames.over(
@@ -173,7 +180,7 @@ class Embedder:
 
         def finish() -> list[tuple[int, str, Vector | OneVisionError]]:
             if future is not None:
-                found = self._pooled(missing, future.result())
+                found = self._pooled(missing, self._awaited(future))
                 known.update(zip((entry.key for entry in missing), found, strict=True))
                 if cache is not None:
                     cache.update((entry.key, known[entry.key]) for entry in missing)
@@ -186,12 +193,25 @@ class Embedder:
 
         return finish
 
+    def _awaited(self, future: "Future[Vector]") -> Vector:
+        while True:
+            try:
+                self._check()
+                return future.result(POLL_SECONDS)
+            except TimeoutError:
+                if future.done():
+                    raise  # its own
+            except BaseException:
+                future.cancel()  # nothing, once it has begun: then it notices by itself
+                raise
+
     def _submit(self, entries: Sequence[Prepared]) -> "Future[Vector]":
         if self._empty.space == "joint":
-            return self._engine.embed_prompts([e.inputs for e in entries if e.inputs is not None])
+            prompts = [entry.inputs for entry in entries if entry.inputs is not None]
+            return self._engine.embed_prompts(prompts, self._check)
         media = [entry.medium for entry in entries if entry.medium is not None]
         tiles = np.concatenate([_views(medium) for medium in media])
-        return self._engine.embed_tiles(tiles, media[0].normalization)
+        return self._engine.embed_tiles(tiles, media[0].normalization, self._check)
 
     def _pooled(self, entries: Sequence[Prepared], rows: Vector) -> list[Vector]:
         """One vector an item; of a video's frames, the mean."""
@@ -217,6 +237,7 @@ class Embedder:
     def _prepared(self, numbered: tuple[int, Item]) -> Prepared | tuple[int, str, OneVisionError]:
         number, item = numbered
         name = f"item {number}"
+        self._check()
         try:
             if self._empty.space == "vision":
                 name, medium = self._medium(item, name)
@@ -226,16 +247,19 @@ class Embedder:
             inputs = self._prompt(blocks)
             key = self._key(inputs.input_ids.tobytes().hex(), *(m.key for m in inputs.media))
             return Prepared(number, name, key, inputs=inputs)
+        except CancelledError:
+            raise
         except OneVisionError as error:
             return number, name, type(error)(f"item {number}: {error}")
 
     def _blocks(self, item: Item) -> list[dict[str, Any]]:
         blocks = item_blocks(item)
-        for name in ("num_frames", "fps"):
+        for name in ("num_frames", "fps", "ends"):
             if any(name in block for block in blocks):
+                instead = "leave it out" if name == "ends" else f"give {name} to embed"
                 raise RequestError(
                     f"a video has {name} of its own, but vectors are comparable only where all "
-                    f"have the same; give {name} to embed"
+                    f"have the same; {instead}"
                 )
         return blocks
 
@@ -257,7 +281,7 @@ class Embedder:
         if kinds == ["video"]:
             pixels = self._processor.video_config.pixels
             shown = self._frames.over({k: v for k, v in blocks[0].items() if k in PART})
-            clip = load_video(blocks[0]["video"], pixels.size, shown)
+            clip = load_video(blocks[0]["video"], pixels.size, shown, check=self._check)
             return name, Medium("video", clip.tiles, None, None, 0, pixels, clip)
         config = self._processor.image_config
         pixels = load_image(blocks[0]["image"])
@@ -281,6 +305,7 @@ class Embedder:
             [{"role": "user", "content": content}],
             tiling=self._tiling,
             answer=1,
+            check=self._check,
             **vars(self._frames),
         )
         length = len(inputs.input_ids)

@@ -135,8 +135,10 @@ class Engine:
             line = self._line
             line.extend(rows)
             try:
-                self._worker.post(lambda runner: serve(runner, line))
-            except OneVisionError:  # closed
+                self._worker.post(
+                    lambda runner: serve(runner, line), lambda error: _end(rows, error)
+                )
+            except OneVisionError:  # closed, or dead
                 for row in rows:
                     with suppress(ValueError):  # an earlier job has taken it, to see ``closing``
                         line.remove(row)
@@ -166,38 +168,63 @@ class Engine:
             )
         return replace(request, max_tokens=min(request.max_tokens, limit - length))
 
-    def logits(self, inputs: Inputs) -> np.ndarray:
-        """Logits of every position of a prompt, float32 (L, vocab_size)."""
-        return self._submit(lambda runner: runner.logits(inputs)).result()
+    def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
+        """Logits of the last positions of a prompt, or of every one; float32 (L, vocab_size)."""
+        return self._submit(lambda runner: runner.logits(inputs, last)).result()
 
-    def embed_tiles(self, tiles: np.ndarray, normalization: np.ndarray) -> "Future[np.ndarray]":
-        """The tower's mean features of tiles (n, S, S, 3), one vector each; float32 (n, width)."""
-        check = _checking(self._worker.closing)
-        return self._submit(lambda runner: runner.embed_tiles(tiles, normalization, check))
+    def embed_tiles(
+        self,
+        tiles: np.ndarray,
+        normalization: np.ndarray,
+        check: Callable[[], None] = lambda: None,
+    ) -> "Future[np.ndarray]":
+        """The tower's mean features of tiles (n, S, S, 3), one vector each; float32 (n, width).
 
-    def embed_prompts(self, prompts: Sequence[Inputs]) -> "Future[np.ndarray]":
-        """The last hidden state of each prompt; float32 (n, hidden_size)."""
-        check = _checking(self._worker.closing)
-        return self._submit(lambda runner: runner.embed_prompts(prompts, check))
+        check : called on the inference thread between groups of tiles; ends it by raising.
+        """
+        both = _checking(self._worker.closing, check)
+        return self._submit(lambda runner: runner.embed_tiles(tiles, normalization, both))
+
+    def embed_prompts(
+        self, prompts: Sequence[Inputs], check: Callable[[], None] = lambda: None
+    ) -> "Future[np.ndarray]":
+        """The last hidden state of each prompt; float32 (n, hidden_size).
+
+        check : called on the inference thread between prompts, and within them; ends it by raising.
+        """
+        both = _checking(self._worker.closing, check)
+        return self._submit(lambda runner: runner.embed_prompts(prompts, both))
+
+    @property
+    def healthy(self) -> bool:
+        """False once its thread has died: whatever is asked, it does not answer any more."""
+        return self._worker.alive
 
     def forget(self, inputs: Inputs) -> None:
         """Drops the features of a prompt's media once the requests before this have run."""
         keys = [medium.key for medium in inputs.media]
-        self._worker.post(lambda runner: runner.model.bank.forget(keys))
+        self._worker.submit(lambda runner: runner.model.bank.forget(keys))
 
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""
         self._worker.close()
 
 
-def _checking(closing: threading.Event) -> Callable[..., None]:
-    """Raises CancelledError once the model is being closed."""
+def _checking(closing: threading.Event, wanted: Callable[[], None]) -> Callable[..., None]:
+    """Raises CancelledError once the model is being closed, and what ``wanted`` raises."""
 
     def check(*_: object) -> None:
         if closing.is_set():
             raise CancelledError("the request was cancelled")
+        wanted()
 
     return check
+
+
+def _end(rows: Sequence[Row], error: BaseException) -> None:
+    for row in rows:
+        with suppress(BaseException):  # whoever waits has been told, whatever else goes wrong
+            row.end(error)
 
 
 def _worded(function: Callable[[], Result]) -> Result:

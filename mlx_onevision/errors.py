@@ -64,6 +64,12 @@ class CancelledError(OneVisionError):
     code = "cancelled"
 
 
+class DiedError(OneVisionError):
+    """What runs the model has died, and with it every request; the model has to be loaded again."""
+
+    code = "internal"
+
+
 class OutOfMemoryError(OneVisionError):
     """The device has too little memory left for the request."""
 

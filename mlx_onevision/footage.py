@@ -158,7 +158,7 @@ def chosen_frames(
         reached = number
         while place < len(chosen) and chosen[place] < number:
             place += 1  # that one is lost
-        if place < len(chosen) and chosen[place] == number:
+        while place < len(chosen) and chosen[place] == number:  # the same one may come twice
             yield place, frame
             place += 1
     container.close()  # now, not when Python looks for cycles: a long film's index is large

@@ -29,15 +29,18 @@ class FrameOptions:
         or fewer where the model's context holds fewer; all of a list or an array.
     fps : so many a second instead.
     start, end : only what is on screen between these seconds.
+    ends : the first frame and the last are among them, by the rule of the original code; where
+        there are fewer frames than wanted, they come more than once, as they do there.
 
     Raises:
-        RequestError: for a number out of range, and for ``num_frames`` together with ``fps``.
+        RequestError: for a number out of range, and for ``fps`` with ``num_frames`` or ``ends``.
     """
 
     num_frames: int | None = None
     fps: float | None = None
     start: float | None = None
     end: float | None = None
+    ends: bool = False
 
     def __post_init__(self) -> None:
         count = self.num_frames
@@ -54,6 +57,10 @@ class FrameOptions:
                 raise RequestError(f"{name} is {value!r}; it must be {least}")
         if count is not None and self.fps is not None:
             raise RequestError("give either num_frames or fps, not both")
+        if not isinstance(self.ends, bool):
+            raise RequestError(f"ends is {self.ends!r}; it must be true or false")
+        if self.ends and self.fps is not None:
+            raise RequestError("ends has no meaning with fps; use num_frames")
         if self.start is not None and self.end is not None and self.end <= self.start:
             raise RequestError(f"end is {self.end:g} s, which is not after start, {self.start:g} s")
 
@@ -81,6 +88,22 @@ def uniform(total: int, wanted: int) -> list[int]:
     return [index * total // wanted for index in range(wanted)]
 
 
+def end_to_end(total: int, wanted: int) -> list[int]:
+    """Indices of ``wanted`` frames of ``total`` from the first to the last: in the same arithmetic,
+    NumPy's ``linspace(0, total - 1, wanted, dtype=int)``.
+    """
+    if wanted == 1:
+        return [0]
+    step = (total - 1) / (wanted - 1)
+    return [*(int(index * step) for index in range(wanted - 1)), total - 1]
+
+
+def spread(total: int, options: FrameOptions, default: int) -> list[int]:
+    """Indices of frames by the rule of ``options``; ``default`` of them where they do not say."""
+    rule = end_to_end if options.ends else uniform
+    return rule(total, options.num_frames or default)
+
+
 def on_screen(times: Sequence[float], length: float, options: FrameOptions) -> range:
     """The frames on screen between ``start`` and ``end``, the latter not included.
 
@@ -103,14 +126,14 @@ def on_screen(times: Sequence[float], length: float, options: FrameOptions) -> r
 
 
 def choose(times: Sequence[float], length: float, options: FrameOptions, default: int) -> list[int]:
-    """Indices of the frames to decode, rising; at least one.
+    """Indices of the frames to decode, rising; at least one. With ``ends`` some may be equal.
 
     times, length : as in :func:`on_screen`, with at least one frame.
     default : how many where the options do not say.
     """
     window = on_screen(times, length, options)
     if options.fps is None:
-        return [window[i] for i in uniform(len(window), options.num_frames or default)]
+        return [window[i] for i in spread(len(window), options, default)]
     begin = times[window[0]]
     finish = times[window[-1] + 1] if window[-1] + 1 < len(times) else length
     # No more than there are, which may be less than a float holds.

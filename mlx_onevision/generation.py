@@ -8,6 +8,8 @@ from mlx_onevision.batch import Request
 from mlx_onevision.detokenizer import Detokenizer, StopStrings
 from mlx_onevision.engine import Engine, TokenStream
 from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.grammar import Grammar
+from mlx_onevision.likelihoods import Telling, TokenLogprob, Watch, plain
 from mlx_onevision.processor import Inputs
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.text import Tokenizer
@@ -19,8 +21,12 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Question:
     """A prepared conversation, and how to answer it.
 
+    grammar : the schema that the answer keeps to.
+    logprobs : see :class:`~mlx_onevision.options.Options`.
+
     Raises:
-        RequestError: for a max_tokens below 1 and for a stop string that is none.
+        RequestError: for a max_tokens below 1, logprobs out of range, and for a stop string that is
+            none.
     """
 
     inputs: Inputs
@@ -28,6 +34,8 @@ class Question:
     max_tokens: int
     stop: Sequence[str] = ()
     prepare_seconds: float = 0.0
+    grammar: Grammar | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.max_tokens) is not int or self.max_tokens < 1:
@@ -35,6 +43,8 @@ class Question:
                 f"max_tokens must be a whole number, 1 or more, not {self.max_tokens!r}"
             )
         StopStrings(self.stop)
+        if self.logprobs is not None:
+            Watch(self.logprobs)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,8 @@ class Generation:
         context was used up), ``cancelled``, or, for a row of a batch, ``error``.
     notes : what of the videos was not used as it was asked for, a sentence each.
     error : what went wrong with this row of a batch; ``text`` is what had come until then.
+    logprobs : where they were asked for, of every token that the text is made of; see
+        :class:`~mlx_onevision.likelihoods.Telling`.
     """
 
     text: str
@@ -87,6 +99,7 @@ class Generation:
     usage: Usage
     notes: tuple[str, ...] = ()
     error: OneVisionError | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; rates included."""
@@ -100,6 +113,8 @@ class Generation:
             "usage": usage,
             "notes": list(self.notes),
         }
+        if self.logprobs is not None:
+            values["logprobs"] = plain(self.logprobs)
         if self.error is not None:
             values["error"] = {"code": self.error.code, "message": str(self.error)}
         return values
@@ -112,7 +127,12 @@ class Stream:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, question: Question | None, source: TokenStream
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        question: Question | None,
+        source: TokenStream,
+        watch: Watch | None = None,
     ) -> None:
         self._eos = engine.defaults.eos_token_ids
         self._tokens: list[int] = []
@@ -122,6 +142,7 @@ class Stream:
         self._question = question
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(question.stop if question else ())
+        self._telling = None if watch is None else Telling(watch, tokenizer)
         self._source = source
         self._text = self._run()
 
@@ -130,6 +151,13 @@ class Stream:
 
     def __next__(self) -> str:
         return next(self._text)
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob]:
+        """Where they were asked for, those of the tokens that the pieces so far are made of. It has
+        grown when a piece comes.
+        """
+        return () if self._telling is None else self._telling.told
 
     def cancel(self) -> None:
         """Ends the answer before its next token; what has come so far is its result."""
@@ -163,6 +191,7 @@ class Stream:
 
     def _pieces_of_text(self) -> Iterator[str]:
         finish: FinishReason | None = None
+        decoded = shown = 0  # characters
         try:
             for token in self._source:
                 self._tokens.append(token)
@@ -170,10 +199,14 @@ class Stream:
                     finish = "stop"
                     continue  # the engine ends by itself, and fills in the counters
                 if finish is None:
-                    piece = self._stop.add(self._detokenizer.add(token))
+                    if self._telling is not None:
+                        self._telling.add(decoded)
+                    text = self._detokenizer.add(token)
+                    decoded += len(text)
+                    piece = self._stop.add(text)
                     if piece:
-                        self._pieces.append(piece)
-                        yield piece
+                        shown += len(piece)
+                        yield self._shown(piece, shown)
                     if self._stop.found:
                         finish = "stop"
                         break
@@ -186,11 +219,17 @@ class Stream:
         else:
             piece = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
             if piece:
-                self._pieces.append(piece)
-                yield piece
+                yield self._shown(piece, shown + len(piece))
         if finish is None:
             finish = "cancelled" if self._source.interrupted else "length"
         self._result = self._generation(finish)
+
+    def _shown(self, piece: str, length: int) -> str:
+        """A piece that is about to be given out, and ends at ``length`` characters."""
+        self._pieces.append(piece)
+        if self._telling is not None:
+            self._telling.show(length)
+        return piece
 
     def _generation(self, finish: FinishReason, error: OneVisionError | None = None) -> Generation:
         counters, question = self._source.counters, self._question
@@ -214,13 +253,14 @@ class Stream:
                 peak_memory_bytes=counters.peak_memory,
             ),
             notes=question.inputs.notes if question else (),
+            logprobs=None if self._telling is None else tuple(self._telling.told),
         )
 
 
 def ask(engine: Engine, tokenizer: Tokenizer, question: Question) -> Stream:
     """Starts one answer. Raises ContextOverflowError for a prompt beyond the model's context."""
-    source = engine.generate(_request(question, tokenizer))
-    return Stream(engine, tokenizer, question, source)
+    request = _request(question, tokenizer)
+    return Stream(engine, tokenizer, question, engine.generate(request), request.watch)
 
 
 def ask_all(
@@ -229,14 +269,16 @@ def ask_all(
     """Starts answers that run together, one for each question, in order. A question that failed
     while it was prepared has a stream that raises its error, as has one beyond the context.
     """
-    asked = [question for question in questions if isinstance(question, Question)]
-    sources = iter(engine.generate_batch([_request(question, tokenizer) for question in asked]))
-    return [
-        Stream(engine, tokenizer, question, next(sources))
-        if isinstance(question, Question)
-        else Stream(engine, tokenizer, None, engine.failed(question))
-        for question in questions
-    ]
+    asked = [_request(q, tokenizer) for q in questions if isinstance(q, Question)]
+    started = zip(engine.generate_batch(asked), asked, strict=True)
+    streams: list[Stream] = []
+    for question in questions:
+        if isinstance(question, Question):
+            source, request = next(started)
+            streams.append(Stream(engine, tokenizer, question, source, request.watch))
+        else:
+            streams.append(Stream(engine, tokenizer, None, engine.failed(question)))
+    return streams
 
 
 def _request(question: Question, tokenizer: Tokenizer) -> Request:
@@ -245,6 +287,8 @@ def _request(question: Question, tokenizer: Tokenizer) -> Request:
         question.sampling,
         question.max_tokens,
         _StopWatch(tokenizer, question.stop) if question.stop else lambda _: False,
+        question.grammar,
+        None if question.logprobs is None else Watch(question.logprobs),
     )
 
 

@@ -68,18 +68,21 @@ class OneVision(nn.Module):
         inputs: mx.array,
         cache: Sequence[Any] | None = None,
         input_embeddings: mx.array | None = None,
+        last: int | None = None,
     ) -> mx.array:
         """Logits, float32 (B, L, vocab_size).
 
         inputs : mx.array, shape = (B, L)
             Token ids; those at or above vocab_size are virtual ids of the feature bank.
         input_embeddings : mx.array, shape = (B, L, hidden_size), instead of looking ``inputs`` up.
+        last : so many of the last positions alone.
 
         float32 because mlx-lm subtracts a logsumexp before it picks a token: in half precision that
         would round neighbours together and change the greedy choice.
         """
         h = self.embed(inputs) if input_embeddings is None else input_embeddings
         h = self.language_model(h, cache, self.budget.interval)
+        h = h if last is None else h[:, -last:]
         head = (
             self.language_model.embed_tokens.as_linear
             if self.config.tie_word_embeddings

@@ -20,6 +20,11 @@ class Options(TypedDict, total=False):
         say otherwise, or fewer where the context holds fewer.
     tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
         "never" say so for every image.
+    logprobs : how many of the likeliest tokens are told for each token of the answer, 0 for the
+        chosen one alone; None tells nothing. See :mod:`~mlx_onevision.likelihoods`.
+    json_schema : a JSON Schema, as JSON or as what that would be in Python: the answer is a
+        document that it allows and nothing else, unless max_tokens or a stop string cuts it off.
+        Needs the extra ``structured``.
     check : called while images and videos are read, between any two of them and between frames,
         before there is a stream that could be cancelled: what it raises ends the request there.
     order : "template" lets the chat template move media to the front of their message, as the
@@ -41,6 +46,8 @@ class Options(TypedDict, total=False):
     end: float | None
     tiling: Literal["auto", "always", "never"]
     order: Literal["template", "given"]
+    logprobs: int | None
+    json_schema: str | bool | Mapping[str, Any] | None
     check: Callable[[], None]
 
 

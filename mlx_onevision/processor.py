@@ -180,6 +180,7 @@ class Processor:
         fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
+        ends: bool = False,
         answer: int = 256,
         check: Callable[[], None] = lambda: None,
     ) -> Inputs:
@@ -190,7 +191,7 @@ class Processor:
             so for every image.
         order : "template" leaves it to the chat template where in a message its media stand, which
             is in front; "given" keeps them where they stand between the words.
-        num_frames, fps, start, end : which frames of each video, see
+        num_frames, fps, start, end, ends : which frames of each video, see
             :class:`~mlx_onevision.frames.FrameOptions`; a video block may say otherwise of its own.
         answer : tokens of the context to leave for the answer where the number of frames is open.
         check : called between images and frames; ends the work by raising.
@@ -202,7 +203,7 @@ class Processor:
         """
         if tiling not in ("auto", "always", "never"):
             raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
-        given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
+        given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "ends": ends}
         options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
         conversation = normalise_messages(messages=messages, images=images, videos=videos)
         pieces = self._pieces(conversation, order)

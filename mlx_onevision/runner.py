@@ -17,12 +17,12 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision import memory
 from mlx_onevision.checkpoint import Checkpoint
+from mlx_onevision.choosing import Chooser
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.model import OneVision, pool_frames
 from mlx_onevision.pooling import last_hidden, tower_means
 from mlx_onevision.prefix import PrefixCache
 from mlx_onevision.processor import Inputs, Medium
-from mlx_onevision.sampling import Sampling
 
 # Encoded media are kept up to this share of the memory that the device should use, and no more than
 # about twenty large images of the largest model take.
@@ -85,7 +85,7 @@ class Runner:
     def generate(
         self,
         inputs: Inputs,
-        sampling: Sampling,
+        choosing: Chooser,
         max_tokens: int,
         counters: Counters,
         deliver: Callable[[int], None],
@@ -108,7 +108,7 @@ class Runner:
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
             try:
-                for token in self._tokens(ids, cache, sampling, max_tokens, counters, check):
+                for token in self._tokens(ids, cache, choosing, max_tokens, counters, check):
                     produced.append(token)
                     deliver(token)
                     if token in self.checkpoint.generation_defaults.eos_token_ids:
@@ -161,7 +161,7 @@ class Runner:
         self,
         ids: list[int],
         cache: list[Any],
-        sampling: Sampling,
+        choosing: Chooser,
         max_tokens: int,
         counters: Counters,
         check: Callable[..., None],
@@ -175,8 +175,8 @@ class Runner:
             mx.array(ids[matched:], mx.int32),
             self.model,
             max_tokens=max_tokens,
-            sampler=sampling.sampler(),
-            logits_processors=sampling.logits_processors(
+            sampler=choosing.sampler(),
+            logits_processors=choosing.logits_processors(
                 text.vocab_size, placeholder, ids[:matched]
             ),
             prompt_cache=cache,
@@ -192,11 +192,11 @@ class Runner:
                 counters.decode_seconds = time.perf_counter() - started
                 yield int(token)
 
-    def logits(self, inputs: Inputs) -> np.ndarray:
+    def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
         with self.model.bank.in_use(keys):
             self._encode(inputs, ids, 0, lambda: None)
-            return np.array(self.model(mx.array(ids, mx.int32)[None])[0])
+            return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 
     def embed_tiles(
         self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]

@@ -100,6 +100,10 @@ class ChatTemplate:
                 return cls(source, f"chat_template of {name}", variables)
         return cls(ORIGINAL, "the built-in chat template", variables)
 
+    def with_source(self, source: str) -> "ChatTemplate":
+        """Another template for the same tokenizer."""
+        return ChatTemplate(source, "the chat template", self._variables)
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation, as the reference's ``apply_chat_template`` writes it.
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from mlx_onevision.decoding import Decoded, Limits, TooManyFramesError, decoding, nothing
 from mlx_onevision.errors import MediaError, RequestError
 from mlx_onevision.fetch import bare_base64, data_uri, download, is_url, quoted
-from mlx_onevision.frames import DEFAULT_FRAMES, FrameOptions, uniform
+from mlx_onevision.frames import DEFAULT_FRAMES, FrameOptions, spread
 from mlx_onevision.image import load_image
 from mlx_onevision.resample import Pixels, resize
 
@@ -161,7 +161,7 @@ def _from_frames(
     for option in ("fps", "start", "end"):
         if getattr(options, option) is not None:
             raise RequestError(f"{name} has no clock, so {option} has no meaning; use num_frames")
-    indices = uniform(total, options.num_frames or total)
+    indices = spread(total, options, total)
     if most is not None and len(indices) > most:
         raise TooManyFramesError(len(indices))
     tiles = np.empty((len(indices), size, size, 3), np.uint8)

@@ -4,22 +4,28 @@ MLX arrays belong to the thread that made them. So a worker builds an object on 
 runs every job on it there, one after another, and drops it there.
 """
 
+import logging
 import queue
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import mlx.core as mx
 
-from mlx_onevision.errors import OneVisionError
+from mlx_onevision.errors import DiedError, OneVisionError
 
 Owned = TypeVar("Owned")
 Result = TypeVar("Result")
 
 # At interpreter exit, how long a job that does not notice its cancellation is waited for.
 PATIENCE_SECONDS = 10.0
+
+logger = logging.getLogger("mlx_onevision")
 
 
 class Worker(Generic[Owned]):
@@ -29,7 +35,7 @@ class Worker(Generic[Owned]):
     """
 
     def __init__(self, build: Callable[[], Owned]) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[Owned], None] | None] = queue.SimpleQueue()
+        self._jobs: _Jobs[Owned] = _Jobs()
         self.closing = threading.Event()
         """Set when the worker is told to stop; a long job should end early then."""
         built: Future[None] = Future()
@@ -49,24 +55,41 @@ class Worker(Generic[Owned]):
             self.close()
             raise
 
-    def post(self, job: Callable[[Owned], None]) -> None:
-        """Queues ``job``, which must not raise.
+    @property
+    def alive(self) -> bool:
+        """False once a job has killed the thread."""
+        return self._jobs.killer is None
+
+    def post(
+        self, job: Callable[[Owned], None], lost: Callable[[DiedError], None] = lambda _: None
+    ) -> None:
+        """Queues ``job``, which must not raise: that would kill the thread.
+
+        lost : called instead where the thread has died, or dies in the middle of the job.
 
         Raises:
             OneVisionError: when the worker has been closed.
+            DiedError: when its thread has died.
         """
         if self.closing.is_set():
             raise OneVisionError("the model has been closed; load it again")
-        self._jobs.put(job)
+        self._jobs.put(_Job(job, lost))
 
     def call(self, function: Callable[[Owned], Result]) -> Result:
         """Runs ``function`` after the jobs that are queued, and returns or raises what it does."""
         return self.submit(function).result()
 
     def submit(self, function: Callable[[Owned], Result]) -> "Future[Result]":
-        """As :meth:`call`, but returns at once; the future has the result or the error."""
+        """As :meth:`call`, but returns at once; the future has the result or the error. One that is
+        cancelled before its turn is not run.
+        """
         future: Future[Result] = Future()
-        self.post(lambda owned: _resolve(future, function, owned))
+
+        def lost(error: DiedError) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        self.post(lambda owned: _resolve(future, function, owned), lost)
         return future
 
     def close(self) -> None:
@@ -76,11 +99,50 @@ class Worker(Generic[Owned]):
         self._finalizer()
 
 
-def _work(
-    build: Callable[[], Owned],
-    built: Future[None],
-    jobs: "queue.SimpleQueue[Callable[[Owned], None] | None]",
-) -> None:
+@dataclass(frozen=True)
+class _Job(Generic[Owned]):
+    run: Callable[[Owned], None]
+    lost: Callable[[DiedError], None]
+
+
+class _Jobs(Generic[Owned]):
+    """What a thread is to do, until it dies."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
+        self._between = threading.Lock()  # a job is queued or refused, and never left lying
+        self.killer: str | None = None
+        """Of which kind the error was that killed the thread."""
+
+    def put(self, job: _Job[Owned]) -> None:
+        with self._between:
+            if self.killer is not None:
+                raise self._died()
+            self._waiting.put(job)
+
+    def stop(self) -> None:
+        self._waiting.put(None)
+
+    def get(self) -> _Job[Owned] | None:
+        return self._waiting.get()
+
+    def lose(self, error: BaseException, under_way: _Job[Owned] | None) -> None:
+        """The thread dies of ``error``: everybody who waits for it is told."""
+        lost = [] if under_way is None else [under_way]
+        with self._between:
+            self.killer = type(error).__name__
+            while not self._waiting.empty():
+                job = self._waiting.get()
+                lost += [] if job is None else [job]
+        for job in lost:
+            with suppress(BaseException):
+                job.lost(self._died())
+
+    def _died(self) -> DiedError:
+        return DiedError(f"what runs the model has died ({self.killer}); load it again")
+
+
+def _work(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -> None:
     try:
         _run(build, built, jobs)
     finally:
@@ -89,11 +151,7 @@ def _work(
         mx.clear_streams()
 
 
-def _run(
-    build: Callable[[], Owned],
-    built: Future[None],
-    jobs: "queue.SimpleQueue[Callable[[Owned], None] | None]",
-) -> None:
+def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -> None:
     try:
         owned = build()
     except BaseException as error:
@@ -101,23 +159,28 @@ def _run(
         return
     built.set_result(None)
     del build, built
-    while (job := jobs.get()) is not None:
-        job(owned)
-        del job
+    job: _Job[Owned] | None = None
+    try:
+        while (job := jobs.get()) is not None:
+            job.run(owned)
+            job = None
+    except BaseException as error:
+        # As text: a log that kept the error would keep the arrays that its frames hold.
+        told = "".join(traceback.format_exception(error))
+        logger.critical("the model's thread has died:\n%s", told)
+        jobs.lose(error, job)
 
 
-def _stop(
-    thread: threading.Thread,
-    jobs: "queue.SimpleQueue[Callable[[Owned], None] | None]",
-    closing: threading.Event,
-) -> None:
+def _stop(thread: threading.Thread, jobs: _Jobs[Owned], closing: threading.Event) -> None:
     closing.set()
-    jobs.put(None)
+    jobs.stop()
     if thread is not threading.current_thread():
         thread.join(timeout=PATIENCE_SECONDS)
 
 
 def _resolve(future: "Future[Result]", function: Callable[[Owned], Result], owned: Owned) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(function(owned))
     except BaseException as error:

@@ -21,6 +21,7 @@ BUILT_IN = {
     "engine": "mlx_onevision.plugins.onevision:open_engine",
     "fake": "mlx_onevision.plugins.fake:FakeBackend",
     "http": "mlx_onevision.plugins.clients.http:HttpBackend",
+    "mcp": "mlx_onevision.plugins.clients.mcp:McpBackend",
 }
 
 
@@ -35,7 +36,8 @@ def backends() -> dict[str, str]:
 def open_backend(name: str = "engine", **settings: Any) -> Backend:
     """A backend by its name. "engine" is the real one (:func:`onevision.open_engine`), "fake" needs
     no weights (:class:`fake.FakeBackend`), "http" is a server that runs somewhere
-    (:class:`clients.http.HttpBackend`); ``settings`` are theirs.
+    (:class:`clients.http.HttpBackend`), "mcp" one in a process of its own
+    (:class:`clients.mcp.McpBackend`); ``settings`` are theirs.
 
     Raises:
         PluginError: ``bad_request``, for a name that nobody has brought, for one that cannot be

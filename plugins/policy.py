@@ -17,7 +17,8 @@ read.
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -139,8 +140,18 @@ class MediaPolicy:
             raise
         return file
 
-    def _folder(self, path: str) -> tuple[Path, tuple[str, ...]] | None:
-        """The allowed folder that a path is below, and the names from there on."""
+    def open_folder(self, path: str) -> int:
+        """A descriptor of an allowed folder, or of one below it, to list what is in it.
+
+        Raises:
+            PluginError: as :meth:`open`.
+        """
+        with _told_of(path):
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            return _descriptor(path, self._folder(path, itself=True), flags)
+
+    def _folder(self, path: str, itself: bool = False) -> tuple[Path, tuple[str, ...]] | None:
+        """The allowed folder that a path is below (or is, itself), and the names from there on."""
         if self.folders is None:
             return None
         refused = bad_request(f"the path {_named(path)} is not allowed here", ASK_THE_OWNER)
@@ -150,28 +161,18 @@ class MediaPolicy:
         for folder in map(Path, self.folders):
             # As the owner wrote it and as it really is: on a Mac /tmp is a link.
             for root in (folder, Path(os.path.realpath(folder))):
-                if given.is_relative_to(root) and given != root:
+                if given.is_relative_to(root) and (itself or given != root):
                     return folder, given.relative_to(root).parts
         raise refused
 
     def _opened(self, path: str) -> BinaryIO:
         below = self._folder(path)
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would be waited for
-        try:
-            if below is None:
-                descriptor = os.open(os.path.expanduser(path), flags)
-            else:
-                descriptor = _walk(*below, flags)
+        with _told_of(path):
+            # Without waiting, as a pipe would have it.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = _descriptor(path, below, flags)
             os.set_blocking(descriptor, True)
             return open(path, "rb", buffering=0, opener=lambda *_: descriptor)
-        except FileNotFoundError:
-            raise _unreadable(path, "there is no such file") from None
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) in (errno.ELOOP, errno.EMLINK):
-                raise _unreadable(path, "a part of it is a link") from None
-            if getattr(error, "errno", None) == errno.ENOTDIR:
-                raise _unreadable(path, "a part of it is a link or no folder") from None
-            raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
 
     def _check_host(self, url: str) -> None:
         where = split(url)
@@ -198,6 +199,26 @@ class MediaPolicy:
                 f"{name} has {size / 2**20:,.1f} MB",
                 f"{self.size / 2**20:,.1f} MB are read at most",
             )
+
+
+def _descriptor(path: str, below: tuple[Path, tuple[str, ...]] | None, flags: int) -> int:
+    """What a path names, opened from an allowed folder down where there is one."""
+    return os.open(os.path.expanduser(path), flags) if below is None else _walk(*below, flags)
+
+
+@contextmanager
+def _told_of(path: str) -> Iterator[None]:
+    """What the system says of a path, as a refusal."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _unreadable(path, "there is no such file") from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ELOOP, errno.EMLINK):
+            raise _unreadable(path, "a part of it is a link") from None
+        if getattr(error, "errno", None) == errno.ENOTDIR:
+            raise _unreadable(path, "a part of it is a link or no folder") from None
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
 
 
 def _walk(folder: Path, names: Sequence[str], flags: int) -> int:

@@ -97,7 +97,7 @@ class Client:
 def serving(backend: Backend, settings: ServerSettings | None = None) -> Iterator[Client]:
     settings = settings or ServerSettings()
     with backend, running.listening(settings, 0) as listening:
-        server = running.server(create_app(backend, settings), settings)
+        server = running.Server(create_app(backend, settings), settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

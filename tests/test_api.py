@@ -15,6 +15,7 @@ import mlx_onevision
 from mlx_onevision.api import Model, load
 from mlx_onevision.errors import (
     CancelledError,
+    CheckpointError,
     ContextOverflowError,
     MediaError,
     OneVisionError,
@@ -294,10 +295,24 @@ def test_rendering_and_preparing(model: Model) -> None:
     placeholders = (inputs.input_ids == model.config.image_token_index).sum()
     assert placeholders == medium.tokens
     assert medium.pixel_values.dtype == np.float32
-    assert model.logits(inputs).shape == (
-        len(inputs.input_ids),
-        model.config.text_config.vocab_size,
-    )
+    logits = model.logits(inputs)
+    assert logits.shape == (len(inputs.input_ids), model.config.text_config.vocab_size)
+    # As many rows at the end; sums of other lengths round differently.
+    np.testing.assert_allclose(model.logits(inputs, last=3), logits[-3:], atol=1e-5)
+
+
+def test_a_chat_template_of_the_callers_own(folder: Path) -> None:
+    source = "{% for m in messages %}{{ m['role'] }}: <image>{% for b in m['content'] %}"
+    source += "{{ b['text'] }}{% endfor %}{% endfor %}{{ eos_token }}"
+    model = load(folder, chat_template=source)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}]
+    assert model.render(messages) == "user: <image>hi<|im_end|>"
+    assert len(model.prepare(messages, images=[picture(0)]).media) == 1
+    model.close()
+    broken = load(folder, chat_template="{% for %}")
+    with pytest.raises(CheckpointError, match="chat template"):
+        broken.render(messages)
+    broken.close()
 
 
 def test_the_process_ends_cleanly(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The example programs, run as they stand on a small random checkpoint."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,15 @@ def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_the_index_names_all_of_them() -> None:
+    index = EXAMPLES.joinpath("README.md").read_text(encoding="utf-8")
+    there = {path.name for path in EXAMPLES.iterdir() if path.suffix != ".md"} - {"__pycache__"}
+    named = {name.rstrip("/") for name in re.findall(r"`([\w.]+/?)`", index)}
+    assert named == there
+    linked = re.findall(r"\]\((.*?)\)", index)
+    assert all((EXAMPLES / link).exists() for link in linked)
 
 
 def test_ask(folder: Path) -> None:

@@ -3,12 +3,13 @@
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.frames import FrameOptions, choose, uniform
+from mlx_onevision.frames import FrameOptions, choose, end_to_end, uniform
 
 DEFAULT = 32
 
@@ -25,6 +26,18 @@ def test_uniform_is_the_references_integer_rule(total: int, wanted: int) -> None
     else:
         assert chosen == list(range(total))
     assert len(set(chosen)) == len(chosen)
+
+
+@given(total=st.integers(1, 20000), wanted=st.integers(1, 300))
+def test_from_end_to_end_is_numpys_rule(total: int, wanted: int) -> None:
+    assert end_to_end(total, wanted) == np.linspace(0, total - 1, wanted, dtype=int).tolist()
+
+
+def test_from_end_to_end_within_a_part_of_a_video() -> None:
+    options = FrameOptions(num_frames=3, start=2, end=4, ends=True)
+    assert choose(*even(100, 10), options, DEFAULT) == [20, 29, 39]
+    assert choose(*even(3, 10), FrameOptions(num_frames=5, ends=True), DEFAULT) == [0, 0, 1, 1, 2]
+    assert len(choose(*even(100, 10), FrameOptions(ends=True), DEFAULT)) == DEFAULT
 
 
 @given(
@@ -106,6 +119,8 @@ def test_a_start_behind_the_end_is_refused() -> None:
         ({"end": 0}, "end"),
         ({"start": 3, "end": 3}, "not after start"),
         ({"num_frames": 2, "fps": 1}, "not both"),
+        ({"ends": True, "fps": 1}, "ends has no meaning with fps"),
+        ({"ends": 1}, "ends is 1"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], part: str) -> None:

@@ -121,6 +121,12 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: set[str]) -> Non
     assert f"mlx_onevision-{version}.dist-info/licenses/LICENSE" in wheel
 
 
+def test_a_wheel_holds_the_whole_page(wheel: set[str]) -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("plugins/hosts/http/static/*")}
+    assert "plugins/hosts/http/static/index.html" in files
+    assert {f"mlx_onevision/{file}" for file in files} <= wheel
+
+
 def test_a_wheel_holds_the_whole_demo_model(wheel: set[str]) -> None:
     demo = PACKAGE / "demo"
     files = {f"mlx_onevision/demo/{path.relative_to(demo).as_posix()}" for path in demo.rglob("*")}

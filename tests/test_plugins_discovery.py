@@ -87,7 +87,7 @@ def test_the_host_app() -> None:
     assert done.stdout == "A red circle, a blue star and an orange triangle.\n"
     assert done.stderr.split() == ["[queued]", "[loading]", "[preparing]", "[answering]"]
     lines = ROOT.joinpath("examples/host_app.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 44
+    assert len(lines) <= 40
     refused = run("host_app.py", str(ROOT / "README.md"), "What?", "fake")
     assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("unsupported")
 

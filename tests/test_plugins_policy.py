@@ -116,6 +116,26 @@ def test_ways_around_it_are_closed(album: Path, name: str, code: str) -> None:
     assert not any("secret" in path or "album-2" in path for path in opened)
 
 
+def test_folders_are_listed_as_files_are_read(album: Path, tmp_path: Path) -> None:
+    policy = MediaPolicy(folders=[album])
+    for folder in (album, album / "inner"):
+        descriptor = policy.open_folder(str(folder))
+        try:
+            assert sorted(os.listdir(descriptor)) == sorted(os.listdir(folder))
+        finally:
+            os.close(descriptor)
+    for path, code in (
+        (tmp_path, "bad_request"),
+        (album / "inner/../..", "bad_request"),
+        (album / "away", "unsupported_media"),
+        (album / "a.png", "unsupported_media"),
+        (album / "nothing", "unsupported_media"),
+    ):
+        with pytest.raises(PluginError) as raised:
+            policy.open_folder(str(path))
+        assert raised.value.code == code
+
+
 def test_other_forms_of_a_path_are_no_way_around(album: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(album)
     policy = MediaPolicy(folders=[album])

@@ -89,7 +89,7 @@ def test_every_host_with_every_origin_on_every_route() -> None:
     async def all_of_them() -> None:
         with FakeBackend() as backend:
             app = create_app(backend)
-            for method, path in ROUTES:
+            for method, path in [("GET", "/"), *ROUTES]:
                 for host in [*GOOD_HOSTS, *BAD_HOSTS]:
                     for origin in [None, *BAD_ORIGINS]:
                         said = [("host", host), ("content-type", "application/json")]
@@ -114,6 +114,25 @@ def test_hosts_and_origins_twice_or_not_at_all() -> None:
             own, evil = ("origin", "http://localhost"), ("origin", "http://evil.example")
             assert (await call(app, "GET", "/health", good, own))[0] == 200
             assert (await call(app, "GET", "/health", good, own, evil))[0] == 403
+
+    asyncio.run(all_of_them())
+
+
+def test_the_page_behind_a_proxy_with_a_certificate() -> None:
+    """Only by a name that was given for it."""
+
+    async def status(host: str, origin: str) -> int:
+        with FakeBackend() as backend:
+            app = create_app(backend, ServerSettings(names=("pictures.example",)))
+            return (await call(app, "GET", "/health", ("host", host), ("origin", origin)))[0]
+
+    async def all_of_them() -> None:
+        for host in ("pictures.example", "pictures.example:8443"):
+            assert await status(host, f"https://{host}") == 200
+            assert await status(host, f"http://{host}") == 200
+            assert await status(host, "https://evil.example") == 403
+        assert await status("localhost", "https://localhost") == 403
+        assert await status("localhost", "https://pictures.example") == 403
 
     asyncio.run(all_of_them())
 
@@ -170,7 +189,7 @@ def test_only_json_is_taken(client: Client, kind: str) -> None:
 
 def test_nothing_but_the_routes(client: Client) -> None:
     for method, path, status in (
-        *(("GET", "/", 404), ("GET", "/v1/models/", 404), ("GET", "/../etc/passwd", 404)),
+        *(("GET", "/page/", 404), ("GET", "/v1/models/", 404), ("GET", "/../etc/passwd", 404)),
         *(("GET", CHAT, 405), ("DELETE", "/v1/models/fake", 405), ("GET", "/v1/models/a/b", 404)),
         *(("GET", "/docs", 404), ("POST", "/openapi.json", 405), ("GET", "//evil.example/", 404)),
     ):

@@ -75,6 +75,16 @@ def test_more_frames_than_there_are_means_all_of_them() -> None:
     assert load(counting(5)).notes == ()  # nobody asked for more
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_end_to_end_frames_may_come_twice(kind: str) -> None:
+    clip = load(counting(5, kind), num_frames=8, ends=True)
+    assert numbers(clip) == list(clip.indices) == [0, 0, 1, 1, 2, 2, 3, 4]
+    assert clip.notes == ()
+    assert numbers(load(counting(50, kind), num_frames=3, ends=True)) == [0, 24, 49]
+    frames = [np.full((SIZE, SIZE, 3), value, np.uint8) for value in range(3)]
+    assert load(frames, num_frames=4, ends=True).tiles[:, 0, 0, 0].tolist() == [0, 0, 1, 2]
+
+
 @pytest.mark.parametrize("reordered", [0, 2])
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
 def test_what_is_sought_is_what_counting_from_the_start_finds(kind: str, reordered: int) -> None:

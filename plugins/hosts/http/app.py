@@ -15,6 +15,7 @@ from mlx_onevision.plugins.hosts.http import (
     embeddings,
     jobs,
     openapi,
+    page,
     responses,
     status,
     videos,
@@ -24,6 +25,7 @@ from mlx_onevision.plugins.hosts.http.faults import not_routed
 from mlx_onevision.plugins.hosts.http.guards import Guards
 from mlx_onevision.plugins.hosts.http.metrics import Measured
 from mlx_onevision.plugins.hosts.http.operations import Operation
+from mlx_onevision.plugins.hosts.http.places import Places
 from mlx_onevision.plugins.hosts.http.serving import Serving, answered
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
@@ -40,7 +42,7 @@ _SERVED: tuple[Operation, ...] = (
     *jobs.OPERATIONS,
 )
 OPERATIONS = (*_SERVED, openapi.operation(_SERVED))
-"""Every route. What one is stands beside what answers it."""
+"""Every route for programs. What one is stands beside what answers it."""
 
 
 def _by_path() -> dict[str, list[Operation]]:
@@ -77,14 +79,15 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
     )
     routes = [_route(path, ones, serving) for path, ones in _by_path().items()]
+    pages, sent = page.paths(), answered(page.endpoint(serving))
     app = Starlette(
-        routes=routes,
+        routes=[*routes, *(Route(path, sent, methods=["GET"]) for path in sorted(pages))],
         exception_handlers={HTTPException: not_routed},
     )
     app.router.redirect_slashes = False  # a redirect would repeat what the request said
     return Measured(
-        Guards(app, settings),
+        Guards(Places(app, settings.places), settings, pages),
         serving.metrics,
-        frozenset(route.path for route in routes),
+        pages.union(route.path for route in routes),
         {route.endpoint: route.path for route in routes},
     )

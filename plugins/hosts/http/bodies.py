@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
+from mlx_onevision.plugins.hosts.http import places
 from mlx_onevision.plugins.hosts.http.faults import HTTPFault, without_places
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
@@ -38,12 +39,14 @@ class Reader:
 
         Raises:
             HTTPFault: 415, 413, 408, 429, and 400 with the field's name.
+            PluginError: ``busy``, when there is no place for the request.
             ClientDisconnect: when nobody is there any more.
         """
         _check_head(request, self._settings)
         data = bytearray()
         try:
             await self._fill(data, request)
+            places.take(request)
             # Megabytes of base64 take a while; others are answered meanwhile.
             return await asyncio.to_thread(_parsed, data, kind, self._settings)
         finally:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from importlib.util import find_spec
+from typing import NoReturn
 
 import click
 
 from mlx_onevision.errors import RequestError
 
 API_KEY = "MLX_ONEVISION_API_KEY"
+
+# The thread that speaks to all clients waits for as long as this, again and again, while others
+# prepare pictures; Python's own 5 ms add up to half a second in a crowd.
+SWITCH_SECONDS = 0.0005
 
 
 @click.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")
@@ -121,7 +129,12 @@ def serve(
         made = api_key is None and not is_loopback(host)
         token = running.new_token() if made else api_key
         settings = ServerSettings(
-            host=host, names=names, token=token, model=name, max_tokens=max_tokens
+            host=host,
+            names=names,
+            token=token,
+            model=name,
+            max_tokens=max_tokens,
+            places=concurrent + waiting,
         )
         with running.listening(settings, port) as listening:
             backend = open_engine(
@@ -140,6 +153,32 @@ def serve(
                 shown = f"[{host}]" if ":" in host else host
                 number = listening.getsockname()[1]
                 click.echo(f"Serving at http://{shown}:{number}/v1 (Ctrl-C ends)", err=True)
-                running.server(app, settings).run(sockets=[listening])
+                sys.setswitchinterval(SWITCH_SECONDS)
+                server = running.Server(app, settings, lambda: backend.info().healthy)
+                server.run(sockets=[listening])
+                outcome = _outcome(server.failed, server.signal)
+                if not running.closed(backend):
+                    _leave(outcome)
+                if outcome is not None:
+                    raise outcome
     except PluginError as error:
         raise RequestError(str(error)) from error
+
+
+def _outcome(failed: bool, told: int | None) -> BaseException | None:
+    """What the command ends with."""
+    if failed:
+        return RequestError("the model cannot answer any more, so the server ends; start it again")
+    return KeyboardInterrupt() if told == signal.SIGINT else None
+
+
+def _leave(outcome: BaseException | None) -> NoReturn:
+    """Ends the process there and then: its model is in the midst of something that cannot be
+    waited for, as the interpreter would.
+    """
+    if isinstance(outcome, RequestError):
+        click.echo(f"error: {outcome}", err=True)
+    code = 0 if outcome is None else 1 if isinstance(outcome, RequestError) else 130
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -2,8 +2,13 @@
 
 import os
 import secrets
+import signal
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -11,9 +16,12 @@ from starlette.types import ASGIApp
 from mlx_onevision.plugins.errors import bad_request
 from mlx_onevision.plugins.hosts.http.connections import patient
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.interface import Backend
 
 GRACE_SECONDS = 2  # that answers under way have, when the server is told to stop
+CLOSING_SECONDS = 1.5  # that the model has then, which may be in the midst of something long
 BACKLOG = 256
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def listening(settings: ServerSettings, port: int) -> socket.socket:
@@ -33,10 +41,16 @@ def listening(settings: ServerSettings, port: int) -> socket.socket:
         ) from None
 
 
-def server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
-    """What runs the application; ``run(sockets=[…])`` does, and ``should_exit`` ends it."""
-    return uvicorn.Server(
-        uvicorn.Config(
+class Server(uvicorn.Server):
+    """What runs the application; ``run(sockets=[…])`` does, and ``should_exit`` ends it.
+
+    healthy : looked at every second; the server ends when it says False.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, healthy: Callable[[], bool] = lambda: True
+    ) -> None:
+        config = uvicorn.Config(
             app,
             http=patient(settings.patience),
             ws="none",
@@ -49,7 +63,45 @@ def server(app: ASGIApp, settings: ServerSettings) -> uvicorn.Server:
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-    )
+        super().__init__(config)
+        self._healthy = healthy
+        self.failed = False
+        """Whether it ended for its health."""
+        self.signal: int | None = None
+        """What it was told to end with."""
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0 and not self._healthy():
+            self.failed = True
+            return True
+        return await super().on_tick(counter)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but for the end: there the signal would end the process at once, and
+        nothing that it holds could be closed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {kind: signal.signal(kind, self.handle_exit) for kind in ENDING}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.signal = sig
+        super().handle_exit(sig, frame)
+
+
+def closed(backend: Backend) -> bool:
+    """Closes it, and waits for that no longer than for a while; whether it was enough."""
+    closing = threading.Thread(target=backend.close, name="mlx-onevision-closing", daemon=True)
+    closing.start()
+    closing.join(CLOSING_SECONDS)
+    return not closing.is_alive()
 
 
 def token_file() -> Path:

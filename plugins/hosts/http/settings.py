@@ -18,6 +18,7 @@ class ServerSettings:
     model : the name that the model is served under; None for the backend's own.
     max_tokens : of an answer, at most, where the backend's limits say so: a request that says
         nothing then asks for no more.
+    places : requests for the model at once, those in line included; None leaves it to the backend.
     body : bytes of a request, at most.
     bodies : bytes of all requests that are being read, together.
     depth, values : how deep, and how many, a request's JSON may hold.
@@ -30,6 +31,7 @@ class ServerSettings:
     token: str | None = None
     model: str | None = None
     max_tokens: int | None = None
+    places: int | None = None
     body: int = 32 << 20
     bodies: int = 256 << 20
     depth: int = 64

@@ -1,0 +1,175 @@
+"""How likely the tokens of an answer were, and which others could have stood in their places.
+
+The values are natural logarithms of probabilities as the model has them after penalties and a
+schema, and before temperature and filters: what mlx-lm hands to its samplers. They are taken there,
+as a part of the step that they belong to, so that the next step need not wait for them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from mlx_onevision.errors import RequestError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+LEAST = -9999.0
+"""Stands for the logarithm of 0, for which JSON has no number."""
+
+MOST = 20  # tokens told for each place
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token, and how likely it was in its place.
+
+    id : its number. token : its text; where it is a part of a character only, that part is U+FFFD.
+    data : the bytes that it adds to the text; none for a control token, whose text is its name.
+    logprob : natural logarithm of its probability, LEAST where that is 0.
+    """
+
+    id: int
+    token: str
+    data: bytes
+    logprob: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; bytes are numbers."""
+        return {
+            "id": self.id,
+            "token": self.token,
+            "bytes": list(self.data),
+            "logprob": self.logprob,
+        }
+
+
+@dataclass(frozen=True)
+class TokenLogprob(Likelihood):
+    """The token that was chosen, and the likeliest ones in its place, the likeliest first."""
+
+    top: tuple[Likelihood, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "top": [other.to_dict() for other in self.top]}
+
+
+class Names(Protocol):
+    """Who knows what a token is (a tokenizer)."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def id_to_token(self, token_id: int) -> str | None: ...
+
+
+class Watch:
+    """Takes the likelihoods of one answer's tokens on the inference thread, and keeps them until
+    they are asked for on another.
+    """
+
+    def __init__(self, count: int) -> None:
+        """count : how many tokens of each place, 0 for the chosen one alone.
+
+        Raises:
+            RequestError: for a number out of range.
+        """
+        if type(count) is not int or not 0 <= count <= MOST:
+            raise RequestError(f"logprobs must be a whole number from 0 to {MOST}, not {count!r}")
+        self._count = count
+        self._ahead: deque[tuple[mx.array, mx.array]] = deque()
+        self._noted: deque[tuple[np.ndarray, np.ndarray]] = deque()
+
+    def sampler(self, choose: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``choose``, a sampler of mlx-lm's, watched. A new one takes the place of the one
+        before.
+        """
+        import mlx.core as mx
+
+        self._ahead.clear()
+
+        def chosen(logprobs: "mx.array") -> "mx.array":
+            token = choose(logprobs)
+            found = _likeliest(logprobs[0], token, self._count)
+            mx.async_eval(found)
+            self._ahead.append(found)
+            return token
+
+        return chosen
+
+    def note(self) -> None:
+        """The next token has come, and is about to be handed on."""
+        ids, logprobs = self._ahead.popleft()
+        self._noted.append((np.array(ids), np.array(logprobs)))
+
+    def end(self) -> None:
+        """No more will come: what mlx-lm had computed ahead goes, with its arrays."""
+        self._ahead.clear()
+
+    def take(self) -> tuple[list[int], list[float]]:
+        """Of the next token: its id and those of the likeliest, the likeliest first; and the
+        logarithms of all of these.
+        """
+        ids, logprobs = (values.tolist() for values in self._noted.popleft())
+        chosen = (ids[0], logprobs[0])
+        others = list(zip(ids[1:], logprobs[1:], strict=True))
+        # Of several that are just as likely, the device takes any; the chosen one is among them.
+        least = min((logprob for _, logprob in others), default=0.0)
+        if others and chosen not in others and chosen[1] >= least:
+            others[others.index(min(others, key=lambda other: other[1]))] = chosen
+        others.sort(key=lambda other: (-other[1], other[0]))
+        ordered = [chosen, *others]
+        return [i for i, _ in ordered], [min(max(logprob, LEAST), 0.0) for _, logprob in ordered]
+
+
+def _likeliest(logprobs: "mx.array", token: "mx.array", count: int) -> "tuple[mx.array, mx.array]":
+    """The chosen token and the ``count`` likeliest: ids and logarithms, shape = (1 + count,)."""
+    import mlx.core as mx
+
+    ids = token.astype(mx.uint32)
+    count = min(count, logprobs.shape[0])
+    if count:
+        ids = mx.concatenate([ids, mx.argpartition(-logprobs, kth=count - 1)[:count]])
+    return ids, mx.take(logprobs, ids)
+
+
+class Telling:
+    """What is told of an answer's tokens as its text is shown: of those that the text is made of.
+
+    A token that adds nothing to the text, such as the end of text, is left out, and so is one that
+    stands behind the text's end because a stop string came; one of which a part is shown is told
+    whole. Without a stop string, and as long as the tokens make valid UTF-8, their bytes joined are
+    the text's.
+    """
+
+    def __init__(self, watch: Watch, names: Names) -> None:
+        self._watch, self._names = watch, names
+        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
+        self.told: list[TokenLogprob] = []
+
+    def add(self, place: int) -> None:
+        """The next token has come, of which the first character stands at ``place`` in the
+        text.
+        """
+        ids, logprobs = self._watch.take()
+        data = self._names.token_bytes(ids[0])
+        if data:
+            chosen, *top = map(self._named, ids, logprobs)
+            self._waiting.append((place, TokenLogprob(**vars(chosen), top=tuple(top))))
+
+    def show(self, length: int) -> None:
+        """So many characters of the text have been shown; their tokens can be told."""
+        while self._waiting and self._waiting[0][0] < length:
+            self.told.append(self._waiting.popleft()[1])
+
+    def _named(self, token: int, logprob: float) -> Likelihood:
+        data = self._names.token_bytes(token)
+        name = data.decode("utf-8", "replace") if data else self._names.id_to_token(token) or ""
+        return Likelihood(token, name, data, logprob)
+
+
+def plain(told: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [token.to_dict() for token in told]

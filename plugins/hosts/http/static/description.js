@@ -1,0 +1,112 @@
+// A film as it is told: its parts, then chapters and a summary.
+
+import { srt, text, vtt } from "./captions.js";
+import { copyButton, saveButton } from "./clipboard.js";
+import { make, roving } from "./dom.js";
+import { mark } from "./film.js";
+import { clock } from "./numbers.js";
+import { Turn } from "./turn.js";
+
+/** @typedef {import("./captions.js").Segment} Segment */
+
+const STAGES = {
+  queued: "Waiting in line",
+  loading: "Loading the model",
+  preparing: "Opening the film",
+};
+
+export class DescriptionTurn extends Turn {
+  /** @type {{ segments: Segment[], summary: string, warnings: string[] }} */
+  told = { segments: [], summary: "", warnings: [] };
+  #list = make("ol", { class: "parts" });
+  #bar = make("progress", { "aria-label": "How far it is", max: 1 });
+  /** A part that is being told, as far as it is. @type {HTMLElement | null} */
+  #next = null;
+
+  /** @param {import("./film.js").Film} film */
+  constructor(film) {
+    super(`Describe ${film.name}`, []);
+    this.film = film;
+    this.body.append(this.#list);
+    this.body.after(this.#bar);
+    this.wait("Opening the film");
+    roving(this.#list);
+    film.clear();
+    film.watch((time) => mark(this.#list.children, this.told.segments, time));
+  }
+
+  /** @param {{ stage: string, done: number, total?: number }} event */
+  progress({ stage, done, total }) {
+    if (stage === "probe") {
+      this.wait(total ? `Looking for scenes: ${clock(done)} of ${clock(total)}` : "Looking for scenes");
+    } else if (["text", "describing"].includes(stage) && total) {
+      this.#bar.value = done / total;
+      if (done < total) this.wait(`Telling: ${done} of ${total} done`);
+    } else if (stage in STAGES) {
+      this.wait(STAGES[/** @type {keyof STAGES} */ (stage)]);
+    }
+  }
+
+  /** The next characters of the part that is being told. @param {string} delta */
+  add(delta) {
+    if (!this.#next) this.#list.after((this.#next = make("p", { class: "words" })));
+    this.#next?.append(delta);
+  }
+
+  /** @param {Segment} segment */
+  part(segment) {
+    this.#next?.remove();
+    this.#next = null;
+    const { start, end } = segment;
+    const time = make(
+      "button",
+      {
+        type: "button",
+        class: "time",
+        tabindex: this.told.segments.length ? -1 : 0,
+        "aria-label": `Go to ${clock(start)}`,
+        click: () => this.film.show(start),
+      },
+      clock(start),
+      make("span", { class: "until" }, ` – ${clock(end)}`),
+    );
+    this.told.segments.push(segment);
+    this.#list.append(make("li", {}, time, make("p", { class: "words" }, segment.text)));
+    this.film.add(segment);
+  }
+
+  /** @param {any} result */
+  done({ duration, summary, chapters, warnings }) {
+    this.told.summary = summary || "";
+    this.told.warnings = warnings || [];
+    this.film.lasts(duration);
+    if (chapters?.length) {
+      const list = make("ol", { class: "chapters" });
+      for (const { start, title } of chapters) {
+        const go = { type: "button", class: "time", click: () => this.film.show(start) };
+        list.append(make("li", {}, make("button", go, clock(start)), make("p", {}, title)));
+      }
+      this.body.append(make("h3", {}, "Chapters"), list);
+    }
+    if (summary) this.body.append(make("h3", {}, "Summary"), make("p", { class: "words" }, summary));
+    for (const warning of this.told.warnings) this.note(warning);
+  }
+
+  close() {
+    super.close();
+    this.#bar.remove();
+    this.#next?.remove();
+  }
+
+  /** What has been told, to be taken along. */
+  offerCaptions() {
+    if (!this.told.segments.length) return;
+    const stem = this.film.name.replace(/\.[^.]*$/, "") || "film";
+    this.offer(
+      copyButton("Copy as SRT", () => srt(this.told)),
+      copyButton("Copy text", () => text(this.told)),
+      saveButton("Save SRT", () => `${stem}.srt`, () => srt(this.told)),
+      saveButton("Save VTT", () => `${stem}.vtt`, () => vtt(this.told)),
+    );
+  }
+}

@@ -1,0 +1,57 @@
+// Which model answers, and the token, where the server wants one.
+
+import { models, Refusal, useToken } from "./api.js";
+import { byId } from "./dom.js";
+
+export class Greeter {
+  model = "";
+  #form = byId("token");
+  #field = byId("token-field");
+  #fault = byId("server-fault");
+  /** What has to be done once there is a token. @type {() => void} */
+  #next = () => {};
+
+  /** @param {() => void} ongreeted */
+  constructor(ongreeted) {
+    this.ongreeted = ongreeted;
+    byId("reconnect").addEventListener("click", () => this.greet());
+    this.#form.addEventListener("submit", (/** @type {Event} */ event) => {
+      event.preventDefault();
+      if (!this.#field.value.trim()) return;
+      useToken(this.#field.value.trim());
+      this.#field.value = "";
+      this.#form.hidden = true;
+      this.#next();
+    });
+  }
+
+  async greet() {
+    try {
+      [this.model] = await models();
+      this.#fault.hidden = true;
+      byId("model").textContent = this.model;
+      this.ongreeted();
+    } catch (error) {
+      if (this.wantsToken(error, () => this.greet())) return;
+      byId("server-said").textContent = /** @type {Error} */ (error).message;
+      this.#fault.hidden = false;
+    }
+  }
+
+  /**
+   * Asks for a token, if that is what is missing.
+   * @param {unknown} error
+   * @param {() => void} next done with the token
+   */
+  wantsToken(error, next) {
+    if (!(error instanceof Refusal && error.status === 401)) return false;
+    byId("token-said").textContent = error.message;
+    this.#next = () => {
+      next();
+      if (!this.model) this.greet();
+    };
+    this.#form.hidden = false;
+    this.#field.focus();
+    return true;
+  }
+}

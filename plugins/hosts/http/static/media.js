@@ -1,0 +1,99 @@
+// Pictures and films: what a file is, whether it fits into a request, and how it is sent.
+
+import { bytes } from "./numbers.js";
+
+/**
+ * @typedef {object} Medium
+ * @property {"image" | "video"} kind
+ * @property {string} name
+ * @property {File} file
+ * @property {string} url of this page alone, for showing it
+ * @property {string} [data] as it is sent; filled in by `dataUri`
+ */
+
+const SPARE = 4096; // bytes of a request around a file
+
+/** How many bytes the server takes in one request; the page is told when it is sent. */
+export function bodyLimit() {
+  const told = document.querySelector("meta[name=body-limit]")?.getAttribute("content");
+  return Number(told) || 32 << 20;
+}
+
+/**
+ * @param {File} file
+ * @returns {Promise<Medium>}
+ * @throws {Error} a sentence
+ */
+export async function medium(file) {
+  const name = file.name || "The file";
+  let head;
+  try {
+    head = new Uint8Array(await file.slice(0, 32).arrayBuffer());
+  } catch {
+    throw new Error(`${name} cannot be read; a folder has to be opened, and its files chosen.`);
+  }
+  const kind = sniff(head);
+  if (!kind) throw new Error(`${name} is neither a picture nor a film that is known here.`);
+  const most = Math.floor(((bodyLimit() - SPARE) * 3) / 4); // base64 makes four bytes of three
+  if (file.size > most) {
+    const way =
+      kind === "video"
+        ? "mlx-onevision describe takes films of any size."
+        : "make it smaller first.";
+    throw new Error(
+      `${name} has ${bytes(file.size)}, but a request has room for ${bytes(most)}; ${way}`,
+    );
+  }
+  return { kind, name, file, url: URL.createObjectURL(file) };
+}
+
+/**
+ * The file as a data URI. The server looks at the bytes, so the type is only a label.
+ * @param {Medium} medium
+ * @returns {Promise<string>}
+ */
+export async function dataUri(medium) {
+  if (!medium.data) {
+    const reader = new FileReader();
+    const read = new Promise((resolve, reject) => {
+      reader.onload = () => resolve(reader.result);
+      reader.onerror = () => reject(new Error(`${medium.name} cannot be read any more; add it again.`));
+    });
+    reader.readAsDataURL(medium.file);
+    const written = await read;
+    const { kind, file } = medium;
+    const usual = kind === "image" ? "image/png" : "video/mp4";
+    const type = file.type.startsWith(`${kind}/`) ? file.type : usual;
+    medium.data = `data:${type};base64,${written.slice(written.indexOf(",") + 1)}`;
+  }
+  return medium.data;
+}
+
+/**
+ * The part of a message that shows it.
+ * @param {Medium} medium
+ */
+export async function part(medium) {
+  const type = `${medium.kind}_url`;
+  return { type, [type]: { url: await dataUri(medium) } };
+}
+
+const PICTURES = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1", "avif"];
+
+/**
+ * Whether a file begins as a picture or as a film: the rule of the server's `sniff`. Types that
+ * systems guess from names are often wrong.
+ * @param {Uint8Array} head its first 32 bytes
+ * @returns {"image" | "video" | null}
+ */
+export function sniff(head) {
+  const text = String.fromCharCode(...head);
+  if (text.startsWith("\xff\xd8\xff") || text.startsWith("\x89PNG\r\n\x1a\n")) return "image";
+  if (/^(GIF8[79]a|II\*\0|MM\0\*|qoif)/.test(text)) return "image";
+  if (/^BM[^]{4}\0\0\0\0/.test(text)) return "image";
+  if (/^RIFF[^]{4}WEBP/.test(text)) return "image";
+  if (/^RIFF[^]{4}AVI /.test(text)) return "video";
+  if (text.startsWith("ftyp", 4)) return PICTURES.includes(text.slice(8, 12)) ? "image" : "video";
+  if (text.startsWith("\x1aE\xdf\xa3")) return "video";
+  return ["moov", "mdat", "wide", "free"].includes(text.slice(4, 8)) ? "video" : null;
+}

@@ -1,0 +1,124 @@
+// What the conversation is about: pictures, and a film.
+
+import { byId, icon, make } from "./dom.js";
+import { Film } from "./film.js";
+import { bytes } from "./numbers.js";
+
+/** @typedef {import("./media.js").Medium} Medium */
+
+export class Stage {
+  #pictures = byId("pictures");
+  #filmBox = byId("film");
+  #fault = byId("media-fault");
+  /** @type {Film | null} */
+  film = null;
+  /** @type {Map<Medium, HTMLElement>} */
+  #shown = new Map();
+  /** @type {WeakSet<Medium>} */
+  #kept = new WeakSet();
+
+  /** @param {(medium: Medium) => void} onremove */
+  constructor(onremove) {
+    this.onremove = onremove;
+  }
+
+  /** @param {Medium} medium */
+  add(medium) {
+    const element = medium.kind === "image" ? this.#picture(medium) : this.#player(medium);
+    this.#shown.set(medium, element);
+    this.#count();
+  }
+
+  /** @param {Medium} medium */
+  remove(medium) {
+    this.#shown.get(medium)?.remove();
+    this.#shown.delete(medium);
+    if (medium.kind === "video") {
+      this.film?.close();
+      this.film = null;
+    }
+    URL.revokeObjectURL(medium.url);
+    this.#count();
+  }
+
+  /** What was asked about stays until the conversation ends. @param {Medium[]} media */
+  keep(media) {
+    for (const medium of media) {
+      this.#kept.add(medium);
+      this.#shown.get(medium)?.querySelector(".remove")?.remove();
+    }
+  }
+
+  /** @param {Medium} medium */
+  keeps(medium) {
+    return this.#kept.has(medium);
+  }
+
+  clear() {
+    for (const medium of [...this.#shown.keys()]) this.remove(medium);
+    this.fault("");
+  }
+
+  /** A sentence about a file, or none. @param {string} text */
+  fault(text) {
+    this.#fault.textContent = text;
+    this.#fault.hidden = !text;
+  }
+
+  /** @param {Medium} medium */
+  #picture(medium) {
+    const picture = make("img", { src: medium.url, alt: medium.name });
+    picture.addEventListener("error", () => {
+      picture.replaceWith(make("p", { class: "blank" }, "This browser cannot show this picture."));
+    });
+    const figure = make(
+      "figure",
+      {},
+      picture,
+      make("figcaption", {}, make("span", { class: "name" }, medium.name), this.#facts(medium)),
+    );
+    const item = make("li", {}, figure);
+    this.#pictures.append(item);
+    return item;
+  }
+
+  /** @param {Medium} medium */
+  #player(medium) {
+    this.film = new Film(medium);
+    const caption = make(
+      "p",
+      { class: "caption" },
+      make("span", { class: "name" }, medium.name),
+      this.#facts(medium),
+    );
+    this.film.element.append(caption);
+    this.#filmBox.prepend(this.film.element);
+    return this.film.element;
+  }
+
+  /** @param {Medium} medium */
+  #facts(medium) {
+    const remove = make(
+      "button",
+      {
+        type: "button",
+        class: "remove",
+        "data-idle": true,
+        "aria-label": `Remove ${medium.name}`,
+        title: "Remove",
+        click: () => this.onremove(medium),
+      },
+      icon("close"),
+    );
+    return make("span", { class: "facts" }, bytes(medium.file.size), remove);
+  }
+
+  #count() {
+    const count = this.#pictures.childElementCount;
+    this.#pictures.hidden = !count;
+    this.#pictures.classList.toggle("several", count > 1);
+    this.#filmBox.hidden = !this.film;
+    document.body.classList.toggle("has-media", this.#shown.size > 0);
+    document.body.classList.toggle("has-film", Boolean(this.film));
+  }
+}

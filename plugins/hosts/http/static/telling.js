@@ -1,0 +1,60 @@
+// A film described, from the request to the last line.
+
+import * as api from "./api.js";
+import { DescriptionTurn } from "./description.js";
+import { dataUri } from "./media.js";
+import { rounded } from "./numbers.js";
+
+/**
+ * @param {import("./media.js").Medium} film
+ * @param {string} cut "scenes", or seconds
+ * @param {{ stage: import("./stage.js").Stage, work: import("./work.js").Work }} page
+ * @returns {Promise<void>}
+ */
+export async function describe(film, cut, page) {
+  const { stage, work } = page;
+  if (!stage.film) return;
+  stage.keep([film]);
+  const turn = new DescriptionTurn(stage.film);
+  const doing = async (/** @type {AbortSignal} */ signal) => {
+    try {
+      const video = await dataUri(film);
+      const asked = { video, segments: cut === "scenes" ? cut : Number(cut) };
+      await stream(turn, asked, signal, work);
+    } finally {
+      work.follow(() => turn.offerCaptions());
+    }
+  };
+  await work.run(turn, doing, () => describe(film, cut, page));
+}
+
+/**
+ * @param {DescriptionTurn} turn
+ * @param {object} asked
+ * @param {AbortSignal} signal
+ * @param {import("./work.js").Work} work
+ */
+async function stream(turn, asked, signal, work) {
+  const began = performance.now();
+  const passed = () => (performance.now() - began) / 1000;
+  let first = 0;
+  for await (const event of api.describe(asked, signal)) {
+    work.follow(() => {
+      if (event.kind === "progress") turn.progress(event);
+      else if (event.kind === "text") turn.add(event.delta);
+      else if (event.kind === "segment") {
+        first ||= passed();
+        turn.part(event.segment);
+        work.announcer.say(event.segment.text);
+      } else if (event.kind === "done") {
+        turn.done(event.result);
+        work.announcer.say(event.result.summary || "");
+        turn.took([
+          ["Parts", `${event.result.segments.length}`],
+          ["First part", `${rounded(first)} s`],
+          ["All", `${rounded(passed())} s`],
+        ]);
+      }
+    });
+  }
+}

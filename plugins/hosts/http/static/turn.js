@@ -1,0 +1,110 @@
+// A question and its answer, as they are shown.
+
+import { copyButton } from "./clipboard.js";
+import { icon, make } from "./dom.js";
+import { figures } from "./figures.js";
+
+/** @typedef {import("./media.js").Medium} Medium */
+
+export class Turn {
+  /**
+   * @param {string} question
+   * @param {Medium[]} media what is shown small with it
+   */
+  constructor(question, media) {
+    const shown = media.filter(({ kind }) => kind === "image").map(thumbnail);
+    this.body = make("div", { class: "answer", "aria-busy": "true" });
+    this.#waiting = make("p", { class: "waiting" }, "Looking");
+    this.#end = make("div", { class: "end" });
+    this.element = make(
+      "article",
+      { class: "turn" },
+      make(
+        "header",
+        {},
+        make("h2", {}, question),
+        shown.length > 0 && make("div", { class: "shown" }, ...shown),
+      ),
+      this.body,
+      this.#waiting,
+      this.#end,
+    );
+    const began = performance.now();
+    this.#clock = setInterval(() => {
+      const seconds = Math.round((performance.now() - began) / 1000);
+      this.#waiting.dataset.seconds = `${seconds} s`;
+    }, 1000);
+  }
+
+  #waiting;
+  #end;
+  #clock;
+
+  /** What is waited for; nothing once something comes. @param {string} text */
+  wait(text) {
+    this.#waiting.textContent = text;
+    this.#waiting.hidden = !text;
+  }
+
+  /** @param {[string, string, string?][]} rows */
+  took(rows) {
+    this.#end.append(figures(rows));
+  }
+
+  /** A remark on the answer. @param {string} text */
+  note(text) {
+    this.body.after(make("p", { class: "note" }, text));
+  }
+
+  /** @param {...Node} buttons */
+  offer(...buttons) {
+    this.#end.append(make("div", { class: "actions" }, ...buttons));
+  }
+
+  /** Why there is no answer, or not all of it.
+   * @param {string} text
+   * @param {() => void} again */
+  failed(text, again) {
+    const button = make(
+      "button",
+      { type: "button", class: "quiet", "data-idle": true, click: again },
+      icon("again"),
+      "Try again",
+    );
+    this.#end.before(make("div", { class: "fault", role: "alert" }, make("p", {}, text), button));
+  }
+
+  /** Nothing more comes. */
+  close() {
+    clearInterval(this.#clock);
+    this.#waiting.remove();
+    this.body.setAttribute("aria-busy", "false");
+  }
+}
+
+/** The answer of a chat. */
+export class AnswerTurn extends Turn {
+  text = "";
+  #words = make("p", { class: "words" });
+
+  /** @param {string} delta */
+  add(delta) {
+    if (!this.text) {
+      this.wait("");
+      this.body.append(this.#words);
+    }
+    this.text += delta;
+    this.#words.append(delta);
+  }
+
+  offerCopy() {
+    this.offer(copyButton("Copy", () => this.text));
+  }
+}
+
+/** @param {Medium} medium */
+function thumbnail(medium) {
+  const picture = make("img", { src: medium.url, alt: medium.name, title: medium.name });
+  picture.addEventListener("error", () => picture.remove());
+  return picture;
+}

@@ -1,0 +1,72 @@
+// The one request that is under way: shown as it goes, stopped, or ended by an error.
+
+import { Announcer } from "./announcer.js";
+import { byId } from "./dom.js";
+
+/** @typedef {import("./turn.js").Turn} Turn */
+
+const NEAR = 160; // pixels from the page's end within which it is followed
+
+export class Work {
+  announcer = new Announcer();
+  #talk = byId("talk");
+  /** @type {AbortController | null} */
+  #running = null;
+
+  /**
+   * @param {import("./composer.js").Composer} composer
+   * @param {import("./greeter.js").Greeter} greeter
+   */
+  constructor(composer, greeter) {
+    this.composer = composer;
+    this.greeter = greeter;
+  }
+
+  /**
+   * Shows a turn and does its work; whatever happens, the next can be asked afterwards.
+   * @param {Turn} turn
+   * @param {(signal: AbortSignal) => Promise<void>} doing
+   * @param {() => void} again does the same once more, with another turn
+   */
+  async run(turn, doing, again) {
+    const running = (this.#running = new AbortController());
+    this.composer.busy = true;
+    this.#talk.append(turn.element);
+    scrollTo({ top: document.documentElement.scrollHeight });
+    try {
+      await doing(running.signal);
+    } catch (error) {
+      const once = () => {
+        turn.element.remove();
+        again();
+      };
+      if (running.signal.aborted) {
+        turn.note("Stopped.");
+        this.announcer.say("Stopped.");
+      } else if (this.greeter.wantsToken(error, once)) turn.element.remove();
+      else this.follow(() => turn.failed(/** @type {Error} */ (error).message, once));
+    } finally {
+      this.#running = null;
+      this.composer.busy = false;
+      this.follow(() => turn.close());
+    }
+  }
+
+  stop() {
+    this.#running?.abort();
+  }
+
+  clear() {
+    this.stop();
+    this.#talk.replaceChildren();
+  }
+
+  /** Keeps the page's end in sight while something is added, for whoever is looking at it.
+   * @param {() => void} change */
+  follow(change) {
+    const page = document.documentElement;
+    const near = innerHeight + scrollY >= page.scrollHeight - NEAR;
+    change();
+    if (near) scrollTo({ top: page.scrollHeight });
+  }
+}

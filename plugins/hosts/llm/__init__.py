@@ -1,0 +1,48 @@
+"""A plugin of the ``llm`` command and library.
+
+    llm -m onevision-demo "What is this?" -a picture.png
+    llm embed -m onevision-demo-vision --binary -i picture.png
+
+``llm`` imports this whatever it is asked to do: a model is only loaded, and its libraries only
+imported, when it is asked something.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import llm
+
+from mlx_onevision.plugins.hosts.llm import shelf
+from mlx_onevision.plugins.hosts.llm.commands import onevision
+from mlx_onevision.plugins.hosts.llm.embedding import SPACES, OneVisionEmbedding
+from mlx_onevision.plugins.hosts.llm.models import AsyncOneVision, OneVision
+from mlx_onevision.plugins.hosts.llm.refusals import Refusal
+
+
+@llm.hookimpl
+def register_models(register: Callable[..., Any]) -> None:
+    for entry in _entries():
+        register(OneVision(entry), AsyncOneVision(entry), aliases=entry.aliases)
+
+
+@llm.hookimpl
+def register_embedding_models(register: Callable[..., Any]) -> None:
+    for entry in _entries():
+        for space in SPACES:
+            aliases = tuple(f"{alias}-{space}" for alias in entry.aliases)
+            register(OneVisionEmbedding(entry, space), aliases=aliases)
+
+
+@llm.hookimpl
+def register_commands(cli: click.Group) -> None:
+    cli.add_command(onevision)
+
+
+def _entries() -> Iterator[shelf.Entry]:
+    """A spoilt list must not take llm's other models away from a person."""
+    yield from shelf.BUILT_IN
+    try:
+        yield from shelf.added()
+    except Refusal as refusal:
+        click.echo(f"Warning: {refusal}", err=True)

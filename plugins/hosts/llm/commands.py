@@ -1,0 +1,102 @@
+"""``llm onevision``: models of one's own beside those that are always there."""
+
+import json
+from pathlib import Path
+
+import click
+import llm
+
+from mlx_onevision.plugins.hosts.llm import shelf
+from mlx_onevision.plugins.hosts.llm.embedding import SPACES
+from mlx_onevision.plugins.hosts.llm.opened import opened
+from mlx_onevision.plugins.hosts.llm.refusals import Refusal, told
+from mlx_onevision.plugins.hosts.llm.shelf import BUILT_IN, Entry
+
+
+@click.group()
+def onevision() -> None:
+    """Which LLaVA-OneVision models llm knows."""
+
+
+@onevision.command()
+@click.argument("model", metavar="NAME_OR_FOLDER")
+@click.option(
+    "--alias", "aliases", multiple=True, metavar="NAME", help="A shorter name; may be given again."
+)
+@click.option("--name", metavar="NAME", help="What llm calls it. Default: its own name.")
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
+def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | None) -> None:
+    """Make a Hugging Face model or a folder known to llm.
+
+    Nothing is downloaded until the model is asked something.
+
+    \b
+    llm onevision add my-org/my-onevision --alias mine
+    llm onevision add ./llava-onevision-7b-4bit --alias 7b4
+    """
+    from mlx_onevision.hub import repository_of
+
+    known = next((entry for entry in BUILT_IN if entry.model == model.lower()), None)
+    if known is not None and revision is None:
+        raise Refusal(f"{model} is there already; ask {known.id}")
+    if repository_of(model) is not None:
+        entry = Entry(model if name is None else name, model, revision, aliases)
+    else:
+        with told():  # what is no folder of such a model is refused now rather than when asked
+            opened(Entry("", model, revision)).info()
+        folder = Path(model).expanduser().resolve()
+        entry = Entry(
+            f"onevision-{folder.name}" if name is None else name, str(folder), None, aliases
+        )
+    _check_names(entry)
+    shelf.keep([*shelf.added(), entry])
+    click.echo(f"llm -m {entry.names[-1]} asks {entry.model}")
+
+
+@onevision.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="One object a model, as a list.")
+def list_models(as_json: bool) -> None:
+    """Show the models, what they are, and their other names."""
+    entries = [*BUILT_IN, *shelf.added()]
+    if as_json:
+        rows = [
+            {
+                "id": entry.id,
+                "model": entry.model,
+                "revision": entry.revision,
+                "aliases": list(entry.aliases),
+                "embedding_models": [f"{entry.id}-{space}" for space in SPACES],
+            }
+            for entry in entries
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for entry in entries:
+        model = entry.model if entry.revision is None else f"{entry.model} at {entry.revision}"
+        others = f" (aliases: {', '.join(entry.aliases)})" if entry.aliases else ""
+        click.echo(f"{entry.id}: {model}{others}")
+
+
+@onevision.command()
+@click.argument("name")
+def remove(name: str) -> None:
+    """Make llm forget a model that was added, by its name or an alias. Its files stay."""
+    entries = shelf.added()
+    gone = [entry for entry in entries if name in entry.names]
+    if not gone:
+        always = any(name == entry.id for entry in BUILT_IN)
+        why = "is always there" if always else "has not been added"
+        raise Refusal(f"{name} {why}; 'llm onevision list' shows what has")
+    shelf.keep([entry for entry in entries if entry not in gone])
+
+
+def _check_names(entry: Entry) -> None:
+    """Raises Refusal for names that cannot be typed, or ask some model already."""
+    taken = llm.get_model_aliases()
+    for name in entry.names:
+        if not name or any(character.isspace() for character in name):
+            raise Refusal(f"{name!r} is no name; give one without spaces")
+        if name in taken:
+            raise Refusal(
+                f"llm has a model {name!r} already; choose another with --name or --alias"
+            )

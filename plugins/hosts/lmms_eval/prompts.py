@@ -1,0 +1,171 @@
+"""Questions of lmms-eval as conversations, such that their prompts are the reference's.
+
+The reference is lmms-eval's own ``llava_onevision`` with the conversation template ``qwen_1_5`` of
+LLaVA-NeXT: a system message, ``<image>`` for each picture and one for a video, with blanks between
+them and a newline behind, in front of a question that has none of its own. The chat templates of
+the published checkpoints write other prompts (no system message, no newline after a turn), so this
+brings its own.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+from mlx_onevision.errors import RequestError
+from mlx_onevision.frames import end_to_end
+from mlx_onevision.processor import Medium
+
+IMAGE = "<image>"
+FRAMES = 32
+GREY = (127, 127, 127)  # the mean of SigLIP's pixels, rounded down as there
+
+# Media stand where they stand; a conversation that ends with an answer asks for none.
+TEMPLATE = """\
+{% if messages[0]['role'] != 'system' %}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\
+{% endif %}
+{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\\n' }}\
+{% for block in message['content'] %}
+{{ block['text'] if block['type'] == 'text' else '<' + block['type'] + '>' }}\
+{% endfor %}
+{{ '<|im_end|>\\n' }}\
+{% endfor %}
+{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}
+{{ '<|im_start|>assistant\\n' }}\
+{% endif %}
+"""
+
+Message = dict[str, Any]
+Block = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a question is about.
+
+    tiling : of pictures. One that is alone is cut into tiles; of several none is.
+    """
+
+    blocks: tuple[Block, ...] = ()
+    tiling: Literal["always", "never"] = "never"
+
+    @property
+    def placeholders(self) -> str:
+        return " ".join([IMAGE] * len(self.blocks))
+
+    def read(self, media: Sequence[Medium]) -> "Shown":
+        """The same, with the frames of a video, which need not be decoded again.
+
+        media : as they were prepared.
+        """
+        if not self.blocks or self.blocks[0]["type"] != "video":
+            return self
+        return Shown(({"type": "video", "video": media[0].tiles},), self.tiling)
+
+    def in_front_of(self, context: str) -> str:
+        """A question with the marks of what it is about, unless it has some."""
+        if not self.blocks or IMAGE in context:
+            return context
+        return f"{self.placeholders}\n{context}"
+
+
+def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Shown:
+    """What ``doc_to_visual`` of a task returned.
+
+    visuals : pictures; or the path of a video, and whatever comes after it is not heeded; or
+        nothing.
+    metadata : of the task. ``task_type: video`` with ``sample_frames`` makes a video of pictures.
+    frames : so many of a video, from its first to its last.
+
+    Raises:
+        RequestError: for anything else, such as sound.
+    """
+    if not visuals:
+        return Shown()
+    if not isinstance(visuals, Sequence) or isinstance(visuals, str | bytes):
+        raise RequestError(f"doc_to_visual returned a {type(visuals).__name__}; it must be a list")
+    if metadata.get("task_type") == "video" and "sample_frames" in metadata:
+        taken = end_to_end(len(visuals), int(metadata["sample_frames"]))
+        # Pictures of several are squared with grey; frames of a file are squeezed.
+        chosen = [_squared(visuals[index]) for index in taken]
+        return Shown(({"type": "video", "video": chosen},))
+    if isinstance(visuals[0], str | PathLike):
+        film = {"video": visuals[0], "num_frames": frames, "ends": True}
+        return Shown(({"type": "video", **film},))
+    for visual in visuals:
+        if not _is_picture(visual):
+            raise RequestError(f"a {type(visual).__name__} is neither a picture nor a path")
+    blocks = tuple({"type": "image", "image": visual} for visual in visuals)
+    return Shown(blocks, "always" if len(blocks) == 1 else "never")
+
+
+def conversation(context: str, about: Shown) -> list[Message]:
+    """The turns of a question.
+
+    context : the question; or, as JSON, a list of ``{"value": …}`` of the person and the model in
+        turn. ``<image>`` in it stands for what it is about, in order.
+    """
+    media = _in_order(about.blocks)
+    roles = ("user", "assistant")
+    return [
+        {"role": roles[place % 2], "content": list(_blocks(said, media, bool(about.blocks)))}
+        for place, said in enumerate(_turns(about.in_front_of(context)))
+    ]
+
+
+def answered(context: str, about: Shown, answer: str) -> list[Message]:
+    """The same with an answer to the question."""
+    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    return [*conversation(context, about), said]
+
+
+def _turns(question: str) -> list[str]:
+    try:
+        turns = json.loads(question)
+    except ValueError:
+        return [question]
+    # A number is JSON, too, and so is a quoted word.
+    if not isinstance(turns, list) or not turns:
+        return [question]
+    if not all(isinstance(turn, Mapping) and "value" in turn for turn in turns):
+        return [question]
+    if len(turns) % 2 == 0:
+        raise RequestError(f"a conversation of {len(turns)} turns does not end with a question")
+    return [str(turn["value"]) for turn in turns]
+
+
+def _in_order(blocks: Sequence[Block]) -> Iterator[Block]:
+    """One after another; the last one again where more are asked for, as in LLaVA-NeXT."""
+    yield from blocks
+    while blocks:
+        yield blocks[-1]
+
+
+def _blocks(text: str, media: Iterator[Block], has_media: bool) -> Iterator[Block]:
+    """A text in pieces, with media in the place of their marks; without media a mark is text."""
+    for place, piece in enumerate(text.split(IMAGE) if has_media else [text]):
+        if place:
+            yield next(media)
+        if piece:
+            yield {"type": "text", "text": piece}
+
+
+def _is_picture(visual: Any) -> bool:
+    from PIL.Image import Image
+
+    return isinstance(visual, Image)
+
+
+def _squared(picture: Any) -> Any:
+    from PIL import Image
+
+    if not _is_picture(picture):
+        raise RequestError(f"a {type(picture).__name__} is no frame of a video")
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), GREY)
+    left, top = ((side - length) // 2 for length in picture.size)
+    square.paste(picture.convert("RGB"), (left, top))
+    return square

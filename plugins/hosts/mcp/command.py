@@ -1,0 +1,118 @@
+"""``mlx-onevision mcp``."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import click
+
+from mlx_onevision.errors import RequestError
+
+
+@click.command(short_help="Serve a model over MCP, to Claude Desktop and other hosts.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
+)
+@click.option(
+    "--allow-dir",
+    "folders",
+    multiple=True,
+    metavar="FOLDER",
+    help="Files below it may be read; can be given several times. Default: none.",
+)
+@click.option(
+    "--max-tokens",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Of one answer, at most.",
+)
+@click.option(
+    "--timeout",
+    default=50.0,
+    show_default=True,
+    type=click.FloatRange(1, 24 * 3600),
+    metavar="S",
+    help="Seconds after which a call is answered with what there is; many hosts wait for 60.",
+)
+@click.option(
+    "--keep-alive",
+    type=click.FloatRange(0),
+    metavar="S",
+    help="Free the model after S seconds without calls. Default: never.",
+)
+@click.option(
+    "--contract",
+    is_flag=True,
+    help="Offer the plugin contract as tools, too, for hosts that are programs.",
+)
+@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Compute in this type. Default: the checkpoint's.",
+)
+def mcp(
+    model: str | None,
+    folders: tuple[str, ...],
+    max_tokens: int,
+    timeout: float,
+    keep_alive: float | None,
+    contract: bool,
+    revision: str | None,
+    dtype: str | None,
+) -> None:
+    """Serve a model over MCP, to Claude Desktop and other hosts.
+
+    A host starts this itself and speaks to it on stdin and stdout; it ends with its host. Only
+    files below the folders of --allow-dir are read.
+
+    \b
+    mlx-onevision mcp --model 7b --allow-dir ~/Pictures --allow-dir ~/Movies
+    """
+    if find_spec("mcp") is None:
+        raise RequestError("mcp needs the extra of its name; pip install 'mlx-onevision[mcp]'")
+    for folder in folders:
+        if not os.path.isdir(os.path.expanduser(folder)):
+            raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
+    # Before anything is imported that could print.
+    from mlx_onevision.plugins.hosts.mcp import pipes
+
+    try:
+        at_terminal = os.isatty(0)
+        taken = pipes.take()
+    except OSError:
+        raise RequestError("mcp needs an open stdin and stdout; let a host start it") from None
+    if at_terminal:
+        click.echo(
+            "This speaks MCP on stdin and stdout: let a host start it. Ctrl-C ends.", err=True
+        )
+    if model is None:
+        click.echo(
+            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
+        )
+
+    from mlx_onevision.plugins.errors import PluginError
+    from mlx_onevision.plugins.hosts.mcp.settings import PIXELS, McpSettings
+    from mlx_onevision.plugins.onevision import open_engine
+    from mlx_onevision.plugins.policy import MediaPolicy
+    from mlx_onevision.plugins.service import Limits
+
+    try:
+        policy = MediaPolicy(folders=folders, pixels=PIXELS)
+        backend = open_engine(
+            "demo" if model is None else model,
+            revision=revision,
+            dtype=dtype,
+            policy=policy,
+            # Calls have their own time, and descriptions take as long as they take.
+            limits=Limits(timeout=None, max_tokens=max_tokens, keep_alive=keep_alive),
+        )
+        from mlx_onevision.plugins.hosts.mcp.serving import serve
+
+        serve(backend, taken, McpSettings(policy, timeout, max_tokens, contract))
+    except PluginError as error:
+        raise RequestError(str(error)) from error

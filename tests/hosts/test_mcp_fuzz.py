@@ -1,0 +1,160 @@
+"""Whatever comes on stdin: an error or silence, never anything else, and then a good answer."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from piped import Piped, fake
+
+from mlx_onevision.plugins.conformance.subject import png
+
+SHAPES = Path(__file__).parents[2] / "examples/shapes.png"
+LINES = 300
+
+METHODS = (
+    *("initialize", "tools/call", "tools/list", "ping", "resources/read", "prompts/get"),
+    *("logging/setLevel", "server/discover", "notifications/cancelled", "nothing/at/all", ""),
+)
+TOOLS = (
+    *("ask_image", "compare_images", "ask_video", "describe_video_start", "embed"),
+    *("describe_video_status", "describe_video_cancel", "find_similar", "contract_generate"),
+    *("contract_embed", "contract_describe_video", "contract_info", "nothing"),
+)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Piped]:
+    (tmp_path / "a.png").write_bytes(png(8, 8, (1, 2, 3)))
+    command = fake(folders=[str(tmp_path)], settings={"contract": True})
+    with Piped(command, tmp_path / "stderr.txt") as server:
+        yield server
+
+
+def value(dice: random.Random, depth: int = 0) -> Any:
+    """Something that JSON can say."""
+    plain = (
+        *(None, True, 0, -1, 1e308, 2**63, 0.5, "", "x", "/etc/passwd", "\0", "🙂", "a" * 5000),
+        *("../..", "~", "http://127.0.0.1:9/", {}, [], "describe", 1, 5),
+    )
+    if depth > 3 or dice.random() < 0.7:
+        return dice.choice(plain)
+    if dice.random() < 0.5:
+        return [value(dice, depth + 1) for _ in range(dice.randrange(4))]
+    names = (
+        "path",
+        "question",
+        "paths",
+        "texts",
+        "job_id",
+        "messages",
+        "api_version",
+        "_meta",
+        "x",
+    )
+    return {dice.choice(names): value(dice, depth + 1) for _ in range(dice.randrange(5))}
+
+
+def line(dice: random.Random) -> bytes:
+    message: dict[Any, Any] = {"jsonrpc": "2.0"}
+    if dice.random() < 0.8:
+        message["id"] = dice.choice([dice.randrange(10_000, 20_000), value(dice), "id"])
+    message["method"] = dice.choice(METHODS) if dice.random() < 0.9 else value(dice)
+    params = value(dice)
+    if message["method"] == "tools/call" and dice.random() < 0.8:
+        params = {"name": dice.choice(TOOLS), "arguments": value(dice), "_meta": value(dice)}
+    if message["method"] == "notifications/cancelled":
+        params = {"requestId": dice.choice([dice.randrange(30_000), value(dice)])}
+    if dice.random() < 0.9:
+        message["params"] = params
+    if dice.random() < 0.1:
+        message[dice.choice(["jsonrpc", "result", "error"])] = value(dice)
+    text = json.dumps([message] if dice.random() < 0.05 else message).encode()
+    kind = dice.random()
+    if kind < 0.1:
+        return text[: dice.randrange(len(text))]
+    if kind < 0.25:
+        place = dice.randrange(len(text))
+        return (text[:place] + dice.randbytes(3) + text[place + 1 :]).replace(b"\n", b" ")
+    return text
+
+
+def check(server: Piped) -> None:
+    """It still answers as it should, and has said nothing but messages."""
+    picture = server.stderr.with_name("a.png")
+    answer = server.waited(server.call("ask_image", path=str(picture), question="Still there?"))
+    assert answer["result"]["structuredContent"]["answer"] == "Still there? [1 image][0 videos]"
+    server.check_protocol()
+    text = b"".join(server.said)
+    assert b"Traceback" not in text and b"root:x:0" not in text
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_fuzzed_lines(begun: bool, server: Piped) -> None:
+    if begun:
+        server.begin()
+    dice = random.Random(5)
+    for _ in range(LINES):
+        server.send(line(dice))
+    if not begun:
+        server.hello()
+    check(server)
+    assert "Traceback" not in server.stderr.read_text()
+
+
+def test_lines_of_every_bad_kind(server: Piped) -> None:
+    server.begin()
+    for bad, code in (
+        (b"{" * 1000, -32700),
+        (b"\0\0\0", -32700),
+        (b"\xff\xfe\xfd", -32700),
+        (b"[1,2,3]", -32600),
+        (b'{"jsonrpc":"2.0","id":{},"method":"ping"}', -32600),
+        (b'{"jsonrpc":"2.0","id":1e5,"method":"tools/list"}', -32600),
+    ):
+        before = len(server.said)
+        server.send(bad)
+        answer = server.waited(lambda m, b=before: "error" in m and server.said[b:])
+        assert answer["id"] is None
+        assert json.loads(server.said[before])["error"]["code"] == code
+    # Cancelled before it was asked, after it was answered, and never asked at all.
+    for id in (1, 2, 999, "x", None, [], {}):
+        server.tell("notifications/cancelled", {"requestId": id})
+    server.send(b"")
+    server.send(b"   ")
+    server.send(b"\r")
+    check(server)
+
+
+def test_a_line_of_33_megabytes(server: Piped, tmp_path: Path) -> None:
+    """The contract's requests may be as long; other servers let them pass without keeping them."""
+    server.begin()
+    huge = b"x" * (33 << 20)
+    server.send(b'{"jsonrpc":"2.0","id":7000,"method":"tools/list","params":{"x":"' + huge + b'"}}')
+    assert "tools" in server.waited(7000)["result"]
+    server.send(huge)
+    server.waited(lambda m: m.get("error", {}).get("code") == -32700)
+    check(server)
+    with Piped(fake(folders=[str(tmp_path)]), tmp_path / "stderr.txt") as small:
+        small.begin()
+        small.send(b'{"jsonrpc":"2.0","id":7000,"method":"tools/list","params":{"x":"' + huge)
+        error = small.waited(7000)["error"]
+        assert error["code"] == -32600 and error["data"]["code"] == "too_large"
+        small.send(huge)
+        check(small)
+
+
+def test_a_crowd_of_calls_at_once(server: Piped) -> None:
+    """More than it takes on: each is answered, some as busy."""
+    server.begin()
+    picture = str(server.stderr.with_name("a.png"))
+    ids = [server.call("ask_image", path=picture, question=f"number {n}") for n in range(100)]
+    for number, id in enumerate(ids):
+        result = server.waited(id)["result"]
+        if result["isError"]:
+            assert "requests are under way" in result["content"][0]["text"]
+        else:
+            assert result["structuredContent"]["answer"].startswith(f"number {number} ")
+    check(server)

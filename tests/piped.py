@@ -1,0 +1,150 @@
+"""The MCP server of the tests as a host sees it: a process, spoken to in raw lines."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+SERVER = [sys.executable, "-m", "mlx_onevision", "mcp"]
+PROGRAM = [sys.executable, str(Path(__file__).parent / "hosts/mcp_server.py")]
+
+VERSION = "2025-06-18"
+
+
+def fake(**asked: Any) -> list[str]:
+    """The command of a server over the fake backend; see ``hosts/mcp_server.py``."""
+    return [*PROGRAM, json.dumps(asked)]
+
+
+class Piped:
+    """stderr : a file for the server's messages. reads : whether its answers are read."""
+
+    def __init__(self, command: Sequence[str], stderr: Path, reads: bool = True) -> None:
+        self.stderr = stderr
+        self.said: list[bytes] = []
+        """Every line of its stdout, whatever it is."""
+        self._changed = threading.Condition()
+        self._ids = iter(range(1, 1 << 30))
+        with stderr.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
+        self._reader = threading.Thread(target=self._read)
+        if reads:
+            self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.said.append(line)
+                self._changed.notify_all()
+
+    def send(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + b"\n")
+        self.process.stdin.flush()
+
+    def ask(self, method: str, params: dict[str, Any] | None = None) -> int:
+        """Sends a request, and returns its id."""
+        id = next(self._ids)
+        message = {"jsonrpc": "2.0", "id": id, "method": method, "params": params or {}}
+        self.send(json.dumps(message).encode())
+        return id
+
+    def tell(self, method: str, params: dict[str, Any] | None = None) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params or {}}
+        self.send(json.dumps(message).encode())
+
+    def call(self, tool: str, progress: bool = False, **arguments: Any) -> int:
+        meta = {"_meta": {"progressToken": "token"}} if progress else {}
+        return self.ask("tools/call", {"name": tool, "arguments": arguments, **meta})
+
+    def waited(self, wanted: Any, seconds: float = 30.0) -> dict[str, Any]:
+        """The first message for which ``wanted`` holds; or the answer to a request's id."""
+        test = (lambda m: m.get("id") == wanted) if isinstance(wanted, int) else wanted
+        until = time.monotonic() + seconds
+        place = 0
+        with self._changed:
+            while True:
+                while place < len(self.said):
+                    message = json.loads(self.said[place])
+                    if test(message):
+                        return message
+                    place += 1
+                left = until - time.monotonic()
+                assert left > 0, f"it did not come; stderr: {self.stderr.read_text()[-2000:]}"
+                self._changed.wait(left)
+
+    def begin(self) -> Self:
+        """The handshake of hosts that are not of this year."""
+        answer = self.waited(self.hello())
+        assert answer["result"]["serverInfo"]["name"] == "mlx-onevision"
+        self.tell("notifications/initialized")
+        return self
+
+    def hello(self) -> int:
+        client = {"name": "test", "version": "1"}
+        hello = {"protocolVersion": VERSION, "capabilities": {}, "clientInfo": client}
+        return self.ask("initialize", hello)
+
+    def check_protocol(self) -> None:
+        """Nothing but messages has come."""
+        for line in self.said:
+            assert line.endswith(b"\n") and json.loads(line)["jsonrpc"] == "2.0", line
+
+    def ended_after(self, seconds: float) -> float:
+        """Waits for the process to end; how long that took."""
+        began = time.monotonic()
+        self.process.wait(seconds)
+        return time.monotonic() - began
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self._reader.ident is not None:
+            self._reader.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:  # what it had not read
+                    pass
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Those of this machine that run: their parent and their command."""
+    columns = ["ps", "-ww", "-eo", "pid=,ppid=,stat=,args="]
+    listed = subprocess.run(columns, capture_output=True, text=True).stdout.splitlines()
+    rows = (line.split(None, 3) for line in listed)
+    return {
+        int(pid): (int(parent), args)
+        for pid, parent, state, args in rows
+        if not state.startswith("Z") and not args.startswith("ps ")
+    }
+
+
+def children(parent: int | None = None) -> set[int]:
+    """Those that a process has started; this one, where none is named."""
+    wanted = os.getpid() if parent is None else parent
+    return {pid for pid, (its_parent, _) in processes().items() if its_parent == wanted}
+
+
+def decoders(server: int) -> set[int]:
+    """Those that decode videos for a server."""
+    running = processes()
+    return {pid for pid in children(server) if "decoder.py" in running.get(pid, (0, ""))[1]}
