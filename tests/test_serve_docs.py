@@ -38,6 +38,6 @@ def test_every_status_and_code() -> None:
 
 def test_every_option_and_no_other() -> None:
     table = DOCS.partition("## `mlx-onevision serve`")[2].partition("\n## ")[0]
-    named = {name for name in re.findall(r"`(--[a-z-]+)`", table)}
+    named = set(re.findall(r"`(--[a-z-]+)`", table))
     options = {option for param in cli.commands["serve"].params for option in param.opts}
     assert named == {option for option in options if option.startswith("--")}
