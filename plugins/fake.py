@@ -39,6 +39,7 @@ from mlx_onevision.plugins.service import DEAD, Limits, Service
 from mlx_onevision.plugins.streams import Channel
 
 SECONDS = 30.0  # how long every video is
+MOST_SEGMENTS = 100_000  # as the engine
 POLL_SECONDS = 0.005
 
 INFO = ModelInfo(
@@ -209,6 +210,13 @@ class FakeBackend(Service):
             if first >= last:
                 raise PluginError("bad_request", f"start is {first:g} s, behind the video's end")
             window = request.segments if request.segments != "scenes" else 10.0
+            if (last - first) / window > MOST_SEGMENTS:
+                raise PluginError(
+                    "bad_request",
+                    f"{last - first:g} s in segments of {window:g} s are more than "
+                    f"{MOST_SEGMENTS} segments",
+                    "use longer ones",
+                )
             segments: list[Segment] = []
             count = math.ceil((last - first) / window)
             for place in range(count):

@@ -77,6 +77,8 @@ def test_a_limit_below_what_is_usual_refuses_nobody_who_says_nothing() -> None:
         assert reply.json["choices"][0]["finish_reason"] == "length"
         responded = client.ask("POST", "/v1/responses", {"input": "one two three"})
         assert responded.json["usage"]["output_tokens"] == 2
+        film = client.ask("POST", "/v1/video/describe", {"video": FILM})
+        assert film.status == 200
         assert client.chat(max_tokens=3).status == 400
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 import socket
 import stat
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 from served import JSON, Client, serving, wait_for
 
-from mlx_onevision.__main__ import cli
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http import running
@@ -315,6 +313,8 @@ def test_what_errors_leave_out() -> None:
     assert without_places("3 tokens and/or 5") == "3 tokens and/or 5"
     assert len(without_places("x" * 5000)) <= 300
     assert without_places("'data:a,b' is not 'c'") == "… is not 'c'"
+    for path in ("/a\"b'c", "/it's", 'http://a"b', "/a\\'", "data:'"):
+        assert without_places(f"the video's path {path!r} is bad") == "the video's path … is bad"
 
 
 def test_the_token_file(tmp_path: Path) -> None:
@@ -392,11 +392,3 @@ def test_nothing_of_the_server_is_imported_before_it_is_asked_for() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
-def test_the_readme_names_every_option_and_no_other() -> None:
-    readme = ROOT.joinpath("README.md").read_text(encoding="utf-8")
-    table = readme.partition("| `serve` |")[2].partition("\n\n")[0]
-    named = set(re.findall(r"`(--[a-z-]+)", table.replace("`127", "")))
-    options = {option for param in cli.commands["serve"].params for option in param.opts}
-    assert named == {option for option in options if option.startswith("--")}

@@ -16,6 +16,14 @@ from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
 
+# What pydantic says in Python's words.
+_KINDS = {
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "list_type": "a list",
+}
+
 EXACT = 2**53  # up to here a float holds every whole number
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -160,6 +168,8 @@ def _said(error: ErrorDetails) -> str:
         return f"it is {tag}; there are {known}"
     if error["type"] == "union_tag_not_found":
         return "field required"
+    if error["type"] in _KINDS:
+        return f"it has to be {_KINDS[error['type']]}"
     said = error["msg"].removeprefix("Value error, ").removesuffix(".")
     return said[:1].lower() + said[1:]
 

@@ -32,7 +32,7 @@ from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, Genera
 
 SAMPLING = tuple(Sampling.model_fields)
 LOOKING = tuple(Looking.model_fields)  # and with it SAMPLING
-DESCRIBING = ("segments", "start", "end", "num_frames", "longest", "max_tokens", "system")
+DESCRIBING = ("segments", "start", "end", "num_frames", "longest", "system")
 
 
 def check_model(named: str | None, served: str) -> None:
@@ -80,10 +80,14 @@ def items(asked: EmbeddingsRequest) -> EmbedRequest:
     )
 
 
-def film(asked: VideoRequest) -> DescribeRequest:
-    """Raises PluginError."""
+def film(asked: VideoRequest, unsaid: int) -> DescribeRequest:
+    """unsaid : tokens of each segment's text at most, where the request says nothing.
+
+    Raises PluginError.
+    """
     return DescribeRequest(
         video=_media("video", asked.video),
+        max_tokens=unsaid if asked.max_tokens is None else asked.max_tokens,
         **{name: getattr(asked, name) for name in (*SAMPLING, *DESCRIBING, "timeout")},
     )
 

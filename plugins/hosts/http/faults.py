@@ -28,15 +28,16 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 RETRY_AFTER = 1  # seconds
 
-# Paths, addresses and data, in quotes or bare. Names of the server's own files are nobody's
-# business, and what a client sent it knows.
+# What stands in quotes, as Python writes it; paths, addresses and data without any. Names of the
+# server's own files are nobody's business, and what a client sent it knows.
 _PLACES = re.compile(
-    r"""(['"])(?:data:[^'"]*|[^'"]*[/\\][^'"]*)\1
+    r"""(?<!\w) (?P<quote>['"]) (?P<quoted> (?:\\. | (?!(?P=quote))[^\\])* ) (?P=quote)
     | \b(?:[a-z][a-z0-9+.-]*://|data:)[^\s;]+
     | (?<![\w/.])/[\w.~-][^\s'",;:]*
     """,
-    re.IGNORECASE | re.VERBOSE,
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
+_A_PLACE = re.compile(r"[/\\]|^(data|file):", re.IGNORECASE)
 
 
 class ErrorFields(TypedDict):
@@ -95,7 +96,12 @@ def code_of(error: PluginError) -> str:
 
 def without_places(text: str) -> str:
     """``text`` without paths, addresses and data, and never long."""
-    return clipped(_PLACES.sub("…", text))
+    return clipped(_PLACES.sub(_left, text))
+
+
+def _left(found: re.Match[str]) -> str:
+    harmless = found["quote"] and _A_PLACE.search(found["quoted"]) is None
+    return found[0] if harmless else "…"
 
 
 async def not_routed(request: Request, error: Exception) -> Response:

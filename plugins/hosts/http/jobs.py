@@ -31,7 +31,7 @@ def start(serving: Serving) -> Endpoint:
     async def answer(request: Request) -> Response:
         asked = await serving.reader.read(request, VideoRequest)
         conversation.check_model(asked.model, serving.model)
-        wanted = conversation.film(asked)
+        wanted = conversation.film(asked, serving.settings.told)
         return await serving.blocking(lambda: _response(serving.jobs.start(wanted), 202))
 
     return answer

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 GROUPED = 256  # pictures in a group, at most
 
 # What is read at all; which addresses and paths are allowed is for the policy to say.
-_URL = r"^([dD][aA][tT][aA]:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:|/)"
+_URL = r"^([dD][aA][tT][aA]:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:/|/)"
 
 
 class Strict(BaseModel):

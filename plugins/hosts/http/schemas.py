@@ -54,7 +54,10 @@ class StreamOptions(Strict):
 class ChatRequest(Refusing, Looking):
     """``POST /v1/chat/completions``"""
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[
+        list[Turn],
+        Field(min_length=1, examples=[[{"role": "user", "content": "What is in the image?"}]]),
+    ]
     model: str | None = None
     max_tokens: AtLeastOne | None = None
     max_completion_tokens: AtLeastOne | None = None
@@ -128,7 +131,11 @@ class TextConfig(Strict):
 class ResponsesRequest(Refusing, Looking):
     """``POST /v1/responses``"""
 
-    input: Annotated[Items, BeforeValidator(_as_messages, json_schema_input_type=str | Items)]
+    input: Annotated[
+        Items,
+        BeforeValidator(_as_messages, json_schema_input_type=str | Items),
+        Field(examples=["What is in the image?"]),
+    ]
     instructions: str | None = None
     model: str | None = None
     max_output_tokens: AtLeastOne | None = None
@@ -185,7 +192,7 @@ class EmbeddingsRequest(Strict):
 
     input: Annotated[
         list[AnyItem],
-        Bounds,
+        Field(min_length=1, max_length=ITEMS, examples=[["a red circle"]]),
         BeforeValidator(
             _as_items,
             json_schema_input_type=str | AnyItem | Annotated[list[str | AnyItem], Bounds],
@@ -210,6 +217,6 @@ class VideoRequest(Sampling):
     end: Seconds | None = None
     num_frames: AtLeastOne = 8
     longest: Seconds | None = 60.0
-    max_tokens: AtLeastOne = 128
+    max_tokens: AtLeastOne | None = None
     system: str | None = None
     timeout: Timeout | None = None

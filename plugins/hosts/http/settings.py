@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 
 LOOPBACK = "127.0.0.1"
-USUAL_TOKENS = 1024
+USUAL_TOKENS, USUAL_TOLD = 1024, 128
 WILDCARDS = ("0.0.0.0", "::", "")
 
 
@@ -42,7 +42,12 @@ class ServerSettings:
     @property
     def unsaid(self) -> int:
         """Tokens of an answer for which nothing is said."""
-        return USUAL_TOKENS if self.max_tokens is None else min(USUAL_TOKENS, self.max_tokens)
+        return min(USUAL_TOKENS, self.max_tokens or USUAL_TOKENS)
+
+    @property
+    def told(self) -> int:
+        """The same of what is told of a segment of a video."""
+        return min(USUAL_TOLD, self.max_tokens or USUAL_TOLD)
 
     @property
     def open(self) -> bool:

@@ -18,7 +18,7 @@ def endpoint(serving: Serving) -> Endpoint:
     async def describe(request: Request) -> Response:
         asked = await serving.reader.read(request, VideoRequest)
         conversation.check_model(asked.model, serving.model)
-        stream = serving.backend.describe_video(conversation.film(asked))
+        stream = serving.backend.describe_video(conversation.film(asked, serving.settings.told))
         return streaming.SentEvents(stream, _written, serving.settings.silence)
 
     return describe
