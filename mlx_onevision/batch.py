@@ -258,7 +258,7 @@ class Batch:
         """A chunk of the prompts that are being read, and a token of each row whose prompt is."""
         # Only then are all single ids sampled ones; see OneVision.decoding.
         decoding = nullcontext() if self._reading else self._runner.model.decoding()
-        with decoding:
+        with decoding, self._runner.model.interruptible(self._check_all):
             prompts, answers = generator.next()
         for prompt in prompts:
             if prompt.end_of_prompt:
@@ -274,6 +274,16 @@ class Batch:
             if failure is not None or answer.finish_reason is not None:
                 del self._active[answer.uid]
                 row.end(failure)
+
+    def _check_all(self) -> None:
+        """Raises CancelledError in the midst of a step that nobody wants any more."""
+        for row in self._active.values():
+            try:
+                row.listener.check()
+            except CancelledError:
+                continue
+            return
+        raise CancelledError("the requests were cancelled")
 
     def _drop_cancelled(self, generator: "BatchGenerator") -> None:
         for uid, row in list(self._active.items()):

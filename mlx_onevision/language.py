@@ -5,7 +5,7 @@ and videos means the feature bank, is the caller's. Caches are mlx-lm's, or anyt
 ``update_and_fetch``, ``make_mask``, ``offset`` and ``state``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -116,7 +116,11 @@ class Qwen2(nn.Module):
         ]
 
     def __call__(
-        self, h: mx.array, cache: Sequence[Any] | None = None, interval: int = 0
+        self,
+        h: mx.array,
+        cache: Sequence[Any] | None = None,
+        interval: int = 0,
+        check: Callable[[], None] = lambda: None,
     ) -> mx.array:
         """Final hidden states, normalised.
 
@@ -125,6 +129,8 @@ class Qwen2(nn.Module):
         cache : one key-value cache a layer, or None for a sequence that stands alone.
         interval : in long steps, evaluate hidden states and caches after every so many layers, so
             that no more than so many layers' intermediate values are ever held (0: never).
+        check : called after each of these; what it raises leaves the caches of the layers behind
+            as they were.
         """
         caches: Sequence[Any | None] = cache if cache is not None else [None] * len(self.layers)
         masks = {
@@ -138,6 +144,7 @@ class Qwen2(nn.Module):
             h = layer(h, self._rotate, masks[window], layer_cache)
             if interval and step_is_long and number % interval == 0:
                 mx.eval(h, [] if layer_cache is None else layer_cache.state)
+                check()
         return self.norm(h)
 
 

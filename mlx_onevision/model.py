@@ -56,6 +56,7 @@ class OneVision(nn.Module):
         self.bank = FeatureBank(config.text_config.vocab_size, capacity=1 << 30)
         self.budget = Budget(tile_group=5, tower_interval=1, chunk=2048, interval=1)
         self._decoding = False
+        self._check: Callable[[], None] = lambda: None
 
     # What mlx-lm asks of a model.
 
@@ -81,7 +82,7 @@ class OneVision(nn.Module):
         would round neighbours together and change the greedy choice.
         """
         h = self.embed(inputs) if input_embeddings is None else input_embeddings
-        h = self.language_model(h, cache, self.budget.interval)
+        h = self.language_model(h, cache, self.budget.interval, self._check)
         h = h if last is None else h[:, -last:]
         head = (
             self.language_model.embed_tokens.as_linear
@@ -214,6 +215,17 @@ class OneVision(nn.Module):
             yield
         finally:
             self._decoding = False
+
+    @contextmanager
+    def interruptible(self, check: Callable[[], None]) -> Iterator[None]:
+        """Has ``check`` called in the midst of long steps; what it raises ends them, and leaves the
+        caches of some layers ahead of the others'.
+        """
+        self._check = check
+        try:
+            yield
+        finally:
+            self._check = lambda: None
 
 
 def normalize(tiles: np.ndarray, normalization: np.ndarray) -> mx.array:

@@ -75,6 +75,10 @@ class Runner:
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(room, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
+        # A processor is no faster with more, and a prompt can be left off between two of them.
+        processor = mx.default_device().type == mx.cpu
+        self.chunk = memory.CHUNKS[-1] if processor else self.model.budget.chunk
+        """Tokens of a lone prompt that are read at once."""
         self.batch_positions = memory.batch_positions(
             self.model.config.text_config,
             room - weights - self.model.bank.capacity - scratch,
@@ -95,15 +99,16 @@ class Runner:
         """Hands each token to ``deliver`` as it comes, an end-of-text token included.
 
         counters : filled in as the request goes on.
-        check : called between tokens, prefill chunks and groups of tiles; ends the request by
-            raising CancelledError. What was read until then stays in the cache.
+        check : called between tokens, prefill chunks, groups of layers in these, and groups of
+            tiles; ends the request by raising CancelledError. What was read until then stays in the
+            cache.
         company : asked after each token; True leaves the answer off there, and returns it. It goes
             on in a batch then, with those that came meanwhile.
         """
         mx.reset_peak_memory()
         ids, keys = self.virtual_ids(inputs)
         counters.prompt_tokens = len(ids)
-        with _wired(), self.model.bank.in_use(keys):
+        with _wired(), self.model.bank.in_use(keys), self.model.interruptible(check):
             self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
             cache, counters.cached_tokens = self.prefix.take(ids)
             produced: list[int] = []
@@ -117,6 +122,7 @@ class Runner:
                     if company() and len(produced) < max_tokens:
                         return self._left_off(ids + produced, len(produced), cache)
             except CancelledError:
+                _level(cache)
                 self.prefix.put_back(ids + produced, keys, cache)
                 raise
             except BaseException:
@@ -180,7 +186,7 @@ class Runner:
                 text.vocab_size, placeholder, ids[:matched]
             ),
             prompt_cache=cache,
-            prefill_step_size=self.model.budget.chunk,
+            prefill_step_size=self.chunk,
             prompt_progress_callback=check,
         )
         token, _ = next(steps)
@@ -260,6 +266,13 @@ class Runner:
         rows = rows.astype(model.dtype)
         mx.eval(rows)
         return rows
+
+
+def _level(cache: Sequence[Any]) -> None:
+    """Takes back what only some layers have read."""
+    least = min(layer.offset for layer in cache)
+    for layer in cache:
+        layer.trim(layer.offset - least)
 
 
 def _whole(group: mx.array) -> mx.array:

@@ -235,12 +235,16 @@ class Peer:
 
 
 @contextmanager
-def command(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", Client]]:
+def command(
+    *arguments: str, program: Sequence[str] = ("-m", "mlx_onevision")
+) -> Iterator[tuple["subprocess.Popen[str]", Client]]:
     """``mlx-onevision serve`` in a process of its own, on a free port. It is killed at the end, if
     it still lives.
+
+    program : what Python runs.
     """
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlx_onevision", "serve", "--port", "0", *arguments],
+        [sys.executable, *program, "serve", "--port", "0", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         encoding="utf-8",

@@ -22,10 +22,11 @@ def test_every_route() -> None:
         assert one.path.replace(":path", "") in WORDS and one.method in WORDS, one.path
 
 
-ASKED = dict.fromkeys(one.takes for one in OPERATIONS if one.takes)
-
-
-@pytest.mark.parametrize("asked", list(ASKED))
+@pytest.mark.parametrize(
+    "asked",
+    dict.fromkeys(one.takes for one in OPERATIONS if one.takes),
+    ids=lambda one: one.__name__,
+)
 def test_every_field(asked: type[BaseModel]) -> None:
     refused = set(asked.neutral) if issubclass(asked, Refusing) else set()
     left = {"tool_choice", "function_call"}  # go with what they choose from

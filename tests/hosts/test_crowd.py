@@ -3,14 +3,31 @@ told so at once, and the server's health can be asked all the while.
 """
 
 import asyncio
+import re
 import time
 from collections import Counter
 
-from crowding import Heard, Peer, Question, command, percentile, questions, spread, table
-from served import Client
+from crowding import (
+    CHAT,
+    EMBED,
+    Heard,
+    Peer,
+    Question,
+    command,
+    percentile,
+    questions,
+    spread,
+    table,
+)
+from served import Client, serving
+
+from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.service import Limits
 
 CONNECTIONS = 64
 PLACES = 16  # that serve has by default: 8 under way, 8 in line
+CROWDS = 3
 PATIENCE = 120.0
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -23,6 +40,34 @@ async def alone(client: Client, asked: list[Question]) -> list[str]:
         return [question.answer((await peer.ask(question.data)).body) for question in asked]
     finally:
         peer.close()
+
+
+async def crowd(client: Client, asked: list[Question]) -> tuple[list[Heard], list[Heard], float]:
+    """All at once, each on a connection of its own: the answers, what was refused until then, and
+    how long it took.
+    """
+    peers = [await Peer(client.port).open() for _ in asked]
+    sent = [question.data for question in asked]
+    refused: list[Heard] = []
+    began = time.monotonic()
+    try:
+        found = await asyncio.gather(
+            *(until_answered(p, data, refused) for p, data in zip(peers, sent, strict=True))
+        )
+    finally:
+        for peer in peers:
+            peer.close()
+    return found, refused, time.monotonic() - began
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def identities(found: list[Heard]) -> list[bytes]:
+    """The id that each answer has throughout."""
+    ids = [re.search(rb'"id": ?"((?:chatcmpl|resp)[-_][0-9a-f]+)"', heard.body) for heard in found]
+    return [match[1] for match in ids if match]
 
 
 async def until_answered(peer: Peer, data: bytes, refused: list[Heard]) -> Heard:
@@ -49,43 +94,81 @@ async def polled(client: Client, found: list[float], every: float = 0.02) -> Non
 
 
 def test_a_crowd_of_every_kind() -> None:
+    """The machine may be busy with something else for a moment, so the crowd comes three times; the
+    slowest refusal of the middle one counts.
+    """
+    slowest: list[float] = []
+    healthy: list[float] = []
+
     async def main(client: Client) -> None:
         asked = questions(CONNECTIONS)
         wanted = await alone(client, asked)
         assert len(set(wanted)) >= CONNECTIONS - CONNECTIONS // 6, "answers that tell nobody apart"
-        peers = [await Peer(client.port).open() for _ in asked]
-        refused: list[Heard] = []
-        healthy: list[float] = []
-        polling = asyncio.create_task(polled(client, healthy))
-        began = time.monotonic()
-        sent = [question.data for question in asked]
-        found = await asyncio.gather(
-            *(until_answered(p, data, refused) for p, data in zip(peers, sent, strict=True))
-        )
-        took = time.monotonic() - began
-        polling.cancel()
-        for peer in peers:
-            peer.close()
-        crossed = [
-            question.kind
-            for question, heard, answer in zip(asked, found, wanted, strict=True)
-            if heard.status != 200 or question.answer(heard.body) != answer
-        ]
-        waits = [heard.until_status for heard in refused]
-        table(
-            f"{CONNECTIONS} connections, {PLACES} places",
-            {
-                "answered": f"{len(found)} in {took:.1f} s, {dict(Counter(q.kind for q in asked))}",
-                "lost or crossed": f"{len(crossed)} {crossed}",
-                "refused with 429, until its status": spread(waits),
-                "/health": spread(healthy),
-            },
-        )
-        assert crossed == []
-        assert len(refused) >= CONNECTIONS - PLACES - 8
-        assert all(int(heard.headers["retry-after"]) >= 1 for heard in refused)
-        assert max(waits) <= 0.1
-        assert percentile(healthy, 0.99) < 0.25
+        for _ in range(CROWDS):
+            polling = asyncio.create_task(polled(client, healthy))
+            found, refused, took = await crowd(client, asked)
+            polling.cancel()
+            crossed = [
+                question.kind
+                for question, heard, answer in zip(asked, found, wanted, strict=True)
+                if heard.status != 200 or question.answer(heard.body) != answer
+            ]
+            waits = [heard.until_status for heard in refused]
+            slowest.append(max(waits))
+            table(
+                f"{CONNECTIONS} connections, {PLACES} places",
+                {
+                    "answered": f"{len(found)} in {took:.1f} s",
+                    "of these": str(dict(Counter(question.kind for question in asked))),
+                    "lost or crossed": f"{len(crossed)} {crossed}",
+                    "refused with 429, until its status": spread(waits),
+                },
+            )
+            assert crossed == []
+            assert len(set(identities(found))) == sum(q.path != EMBED for q in asked)
+            assert len(refused) >= CONNECTIONS - 2 * PLACES
+            assert all(int(heard.headers["retry-after"]) >= 1 for heard in refused)
 
     with command("--model", "demo") as (_, client):
         asyncio.run(main(client))
+    table("all the while", {"/health": spread(healthy)})
+    assert sorted(slowest)[CROWDS // 2] <= 0.1
+    assert percentile(healthy, 0.99) < 0.25
+
+
+def test_a_crowd_that_says_what_it_was_asked() -> None:
+    """Every client has a word of its own, which the fake repeats to it and to nobody else."""
+
+    async def main(client: Client) -> None:
+        asked = [
+            Question("text", CHAT, {"messages": [said(f"word{n} {n}")], "stream": n % 2 == 0})
+            for n in range(CONNECTIONS)
+        ]
+        for _ in range(5):
+            found, refused, _ = await crowd(client, asked)
+            assert refused
+            for number, (question, heard) in enumerate(zip(asked, found, strict=True)):
+                text = question.answer(heard.body)
+                assert text == f"word{number} {number} [0 images][0 videos]"
+            assert len(set(identities(found))) == CONNECTIONS
+
+    fake = FakeBackend(delay=0.01, limits=Limits(active=24, waiting=24))
+    with serving(fake, ServerSettings(places=48)) as client:
+        asyncio.run(main(client))
+
+
+def test_an_answer_does_not_wait_to_be_acknowledged() -> None:
+    """A head and a body in two packets, on a connection that is kept, are 40 ms each time where the
+    second waits for the client's kernel.
+    """
+
+    async def main(client: Client) -> list[float]:
+        peer = await Peer(client.port).open()
+        try:
+            return [(await peer.ask(HEALTH)).seconds for _ in range(50)]
+        finally:
+            peer.close()
+
+    with serving(FakeBackend()) as client:
+        took = asyncio.run(main(client))
+    assert percentile(took, 0.5) < 0.02

@@ -23,7 +23,7 @@ from mlx_onevision.plugins.service import Limits
 from mlx_onevision.runner import Runner
 
 TIMES = 50
-SECONDS, TOKENS = 1.0, 2  # one or the other may pass until the model stops
+SECONDS = 1.0  # until the model stops; at once is within two tokens of a large one
 SERVED_SECONDS = 2.0
 
 LONG = {"max_tokens": 2000, "temperature": 1.0, "seed": 1}
@@ -134,9 +134,7 @@ class Figures:
         rows["the next is served"] = spread(self.served)
         table(f"{len(self.stopped)} clients left {stage}", rows)
         assert len(self.stopped) == TIMES
-        for place, seconds in enumerate(self.stopped):
-            tokens = self.tokens[place] if self.tokens else TOKENS + 1
-            assert seconds <= SECONDS or tokens <= TOKENS
+        assert max(self.stopped) <= SECONDS
         assert max(self.served) <= SERVED_SECONDS
 
 
@@ -204,7 +202,7 @@ def test_waiting_for_the_whole(client: Client, figures: Figures, watch: Watch) -
 def test_waiting_for_vectors(client: Client, figures: Figures, watch: Watch) -> None:
     parts = [
         {"type": "image_url", "image_url": {"url": uri(picture(number), "image/png")}}
-        for number in range(16)
+        for number in range(12)
     ]
     for number in range(TIMES):
         seen = len(watch.tiles)

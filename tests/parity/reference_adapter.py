@@ -79,15 +79,22 @@ class _Tokenizer:
         return [" an answer "]
 
 
+def _module() -> Any:
+    """The file of the adapter. It imports decord, for which transformers looks, too."""
+    decord = ModuleType("decord")
+    vars(decord).update(VideoReader=None, cpu=None)
+    sys.modules["decord"] = decord
+    try:
+        from lmms_eval.models.simple import llava_onevision
+    finally:
+        del sys.modules["decord"]
+    return llava_onevision
+
+
 @contextmanager
 def reference(documents: Sequence[Any]) -> Iterator[tuple[Any, Seen]]:
     """The adapter, with ``documents`` as the split "test" of the task "task"."""
-    decord = ModuleType("decord")
-    decord.VideoReader = decord.cpu = None  # pyright: ignore
-    sys.modules.setdefault("decord", decord)
-    from lmms_eval.models.simple import llava_onevision as module
-
-    seen = Seen()
+    module, seen = _module(), Seen()
 
     def tokenizer_image_token(prompt: str, *_: Any, **__: Any) -> torch.Tensor:
         seen.prompts.append(prompt)

@@ -154,10 +154,13 @@ def serve(
                 number = listening.getsockname()[1]
                 click.echo(f"Serving at http://{shown}:{number}/v1 (Ctrl-C ends)", err=True)
                 sys.setswitchinterval(SWITCH_SECONDS)
-                server = running.Server(app, settings, lambda: backend.info().healthy)
+                closing = running.Closing(backend)
+                server = running.Server(
+                    app, settings, lambda: backend.info().healthy, closing.begin
+                )
                 server.run(sockets=[listening])
                 outcome = _outcome(server.failed, server.signal)
-                if not running.closed(backend):
+                if not closing.done():
                     _leave(outcome)
                 if outcome is not None:
                     raise outcome

@@ -1,5 +1,6 @@
 """Counts for Prometheus, in its text format."""
 
+import asyncio
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -93,6 +94,8 @@ class Measured:
 
         try:
             await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            pass  # the server ends; what runs it would write a traceback
         finally:
             self._metrics.request(self._route(scope), status, monotonic() - began)
 

@@ -1,5 +1,6 @@
 """The server itself: its socket, its token, its end."""
 
+import asyncio
 import os
 import secrets
 import signal
@@ -45,10 +46,15 @@ class Server(uvicorn.Server):
     """What runs the application; ``run(sockets=[…])`` does, and ``should_exit`` ends it.
 
     healthy : looked at every second; the server ends when it says False.
+    end : ends what is under way, when it has had its time; not waited for.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: ServerSettings, healthy: Callable[[], bool] = lambda: True
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        healthy: Callable[[], bool] = lambda: True,
+        end: Callable[[], object] = lambda: None,
     ) -> None:
         config = uvicorn.Config(
             app,
@@ -61,10 +67,10 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,  # a request does not say who it is from
             server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS + 1,  # for who has not even asked yet
         )
         super().__init__(config)
-        self._healthy = healthy
+        self._healthy, self._end = healthy, end
         self.failed = False
         """Whether it ended for its health."""
         self.signal: int | None = None
@@ -75,6 +81,13 @@ class Server(uvicorn.Server):
             self.failed = True
             return True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but those who still wait for an answer are told that it does not come."""
+        loop = asyncio.get_running_loop()
+        ending = loop.call_later(GRACE_SECONDS, self._end)
+        await super().shutdown(sockets)
+        ending.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -96,12 +109,27 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def closed(backend: Backend) -> bool:
-    """Closes it, and waits for that no longer than for a while; whether it was enough."""
-    closing = threading.Thread(target=backend.close, name="mlx-onevision-closing", daemon=True)
-    closing.start()
-    closing.join(CLOSING_SECONDS)
-    return not closing.is_alive()
+class Closing:
+    """The end of a backend, on a thread of its own: its model may be in the midst of something that
+    takes long.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._thread = threading.Thread(
+            target=backend.close, name="mlx-onevision-closing", daemon=True
+        )
+        self._begin = threading.Lock()
+
+    def begin(self) -> None:
+        with self._begin:
+            if self._thread.ident is None:
+                self._thread.start()
+
+    def done(self) -> bool:
+        """Whether it has ended, after a while at the latest."""
+        self.begin()
+        self._thread.join(CLOSING_SECONDS)
+        return not self._thread.is_alive()
 
 
 def token_file() -> Path:
