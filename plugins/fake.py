@@ -3,16 +3,18 @@ slowly, or fails where it is told to. Queue, limits, media policy, cancellation 
 real ones; standard library only.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import BinaryIO
 
 from mlx_onevision.detokenizer import StopStrings
+from mlx_onevision.plugins.claims import refuse_unclaimed
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.events import ProgressEvent, SegmentEvent, TextEvent
-from mlx_onevision.plugins.media import Media, Message, sniff
+from mlx_onevision.plugins.invented import DIM, Likelihoods, answer, vector
+from mlx_onevision.plugins.media import Media, sniff
 from mlx_onevision.plugins.policy import MediaPolicy
 from mlx_onevision.plugins.requests import (
     DescribeRequest,
@@ -21,6 +23,7 @@ from mlx_onevision.plugins.requests import (
     Group,
 )
 from mlx_onevision.plugins.results import (
+    Capability,
     Chapter,
     DescribeResult,
     EmbedResult,
@@ -31,10 +34,10 @@ from mlx_onevision.plugins.results import (
     Space,
     Usage,
 )
-from mlx_onevision.plugins.service import Limits, Service
+from mlx_onevision.plugins.samples import document
+from mlx_onevision.plugins.service import DEAD, Limits, Service
 from mlx_onevision.plugins.streams import Channel
 
-DIM = 16
 SECONDS = 30.0  # how long every video is
 MOST_SEGMENTS = 100_000  # as the engine
 POLL_SECONDS = 0.005
@@ -43,7 +46,10 @@ INFO = ModelInfo(
     id="fake",
     revision="1",
     context=32768,
-    capabilities=("generate", "embed", "describe_video", "images", "videos"),
+    capabilities=(
+        *("generate", "embed", "describe_video", "images", "videos"),
+        *("logprobs", "json_schema"),
+    ),
     spaces=(
         Space("vision", DIM, ("image", "video"), trained=False),
         Space("joint", DIM, ("text", "image", "video"), trained=False),
@@ -53,11 +59,13 @@ INFO = ModelInfo(
 
 class FakeBackend(Service):
     """pieces : what every answer consists of; without them it repeats the question and counts what
-        came with it.
+        came with it. Where a schema is asked for, it is a document of that instead.
     delay : seconds before each piece, each item that is embedded, each segment.
     load_seconds : how long loading takes.
     fail_at : the piece, item or segment, from 0 on, in whose place ``error`` is raised.
     fail_load : raised instead of loading.
+    die_at : the piece, item or segment in whose place it dies, with all that is under way.
+    without : capabilities that it does not claim, and whose requests it refuses.
     """
 
     def __init__(
@@ -69,6 +77,8 @@ class FakeBackend(Service):
         fail_at: int | None = None,
         error: BaseException | None = None,
         fail_load: BaseException | None = None,
+        die_at: int | None = None,
+        without: Sequence[Capability] = (),
         policy: MediaPolicy | None = None,
         limits: Limits | None = None,
     ) -> None:
@@ -77,9 +87,15 @@ class FakeBackend(Service):
         self.steps = 0
         """Pieces, items and segments that were worked on, those of cancelled requests too."""
         self._pieces, self._delay, self._load_seconds = pieces, delay, load_seconds
-        self._fail_at, self._fail_load = fail_at, fail_load
+        self._fail_at, self._fail_load, self._die_at = fail_at, fail_load, die_at
+        self._alive = True
         self._error = error or PluginError("internal", "the fake backend was told to fail")
-        super().__init__(self._load, lambda: INFO, policy=policy, limits=limits)
+        self._claimed: tuple[Capability, ...] = tuple(
+            claim for claim in INFO.capabilities if claim not in without
+        )
+        spaces = INFO.spaces if "embed" in self._claimed else ()
+        info = replace(INFO, capabilities=self._claimed, spaces=spaces)
+        super().__init__(self._load, lambda: info, policy=policy, limits=limits)
 
     def _load(self) -> "FakeBackend._Model":
         time.sleep(self._load_seconds)
@@ -91,22 +107,38 @@ class FakeBackend(Service):
     def _step(self, place: int, channel: Channel) -> None:
         """Takes its time, and fails where it should."""
         until = time.monotonic() + self._delay
-        channel.check()
+        self._look(channel)
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, POLL_SECONDS))
-            channel.check()
+            self._look(channel)
+        if place == self._die_at:
+            self._alive = False
+            raise DEAD
         if place == self._fail_at:
             raise self._error
         self.steps += 1
+
+    def _look(self, channel: Channel) -> None:
+        channel.check()
+        if not self._alive:
+            raise DEAD
 
     class _Model:
         def __init__(self, owner: "FakeBackend") -> None:
             self._owner = owner
 
+        @property
+        def healthy(self) -> bool:
+            return self._owner._alive
+
         def generate(
             self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
         ) -> GenerateResult:
+            refuse_unclaimed(request, self._owner._claimed)
             channel.put(ProgressEvent("preparing"))
+            pieces = self._owner._pieces or answer(request.messages)
+            if request.json_schema is not None:
+                pieces = document(request.json_schema)
             for medium in request.media:
                 _read(medium, policy)
                 channel.check()
@@ -118,15 +150,14 @@ class FakeBackend(Service):
                     f"the prompt has {prompt} tokens, but the context holds {INFO.context}",
                     "use fewer media or a shorter text",
                 )
-            pieces = self._owner._pieces or _answer(request.messages)
             channel.put(ProgressEvent("answering"))
-            stop = StopStrings(request.stop)
+            stop, likely = StopStrings(request.stop), Likelihoods(request.logprobs)
             text, count = "", 0
             finish: FinishReason = "stop"
 
             def say(piece: str) -> str:
                 if piece:
-                    channel.put(TextEvent(piece))
+                    channel.put(TextEvent(piece, logprobs=likely.show(piece)))
                 return piece
 
             for place, piece in enumerate(pieces):
@@ -135,6 +166,7 @@ class FakeBackend(Service):
                     break
                 self._owner._step(place, channel)
                 count += 1
+                likely.add(piece)
                 text += say(stop.add(piece))
                 if stop.found is not None:
                     break
@@ -142,20 +174,22 @@ class FakeBackend(Service):
             usage = Usage(
                 prompt_tokens=prompt, media_tokens=196 * len(request.media), completion_tokens=count
             )
-            return GenerateResult(text, finish, usage)
+            return GenerateResult(text, finish, usage, logprobs=likely.told)
 
         def embed(
             self, request: EmbedRequest, policy: MediaPolicy, channel: Channel
         ) -> EmbedResult:
+            refuse_unclaimed(request, self._owner._claimed)
             vectors = []
             for place, item in enumerate(request.items):
+                channel.put(ProgressEvent("embedding", place, len(request.items)))
                 self._owner._step(place, channel)
                 media = item.media if isinstance(item, Group) else [item]
                 try:
                     parts = [m.encode() if isinstance(m, str) else _read(m, policy) for m in media]
                 except PluginError as error:
                     raise error.of(f"item {place + 1}") from None
-                vectors.append(_vector(b"\0".join(parts), request.normalize))
+                vectors.append(vector(b"\0".join(parts), request.normalize))
             return EmbedResult(
                 vectors=tuple(vectors),
                 space=request.space,
@@ -169,6 +203,7 @@ class FakeBackend(Service):
         def describe_video(
             self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
         ) -> DescribeResult:
+            refuse_unclaimed(request, self._owner._claimed)
             channel.put(ProgressEvent("preparing"))
             _read(request.video, policy)
             first, last = request.start or 0.0, min(request.end or SECONDS, SECONDS)
@@ -203,17 +238,6 @@ class FakeBackend(Service):
             """Nothing is held."""
 
 
-def _answer(messages: Sequence[Message]) -> list[str]:
-    """What was asked last, word by word, and what came with all of it."""
-    said = [part for message in messages for part in message.parts if isinstance(part, str)]
-    media = [medium for message in messages for medium in message.media]
-    pieces = [f"{word} " for word in (said[-1].split() if said else [])]
-    for kind in ("image", "video"):
-        count = sum(medium.kind == kind for medium in media)
-        pieces.append(f"[{count} {kind}{'' if count == 1 else 's'}]")
-    return pieces
-
-
 def _read(medium: Media, policy: MediaPolicy) -> bytes:
     source = policy.open(medium)
     data = source if isinstance(source, bytes) else _whole(source)
@@ -233,10 +257,3 @@ def _whole(file: BinaryIO) -> bytes:
 
 def _given(medium: Media) -> str:
     return "bytes" if medium.data is not None else "a path" if medium.path is not None else "a URL"
-
-
-def _vector(data: bytes, normalize: bool) -> tuple[float, ...]:
-    digest = hashlib.blake2b(data, digest_size=DIM).digest()
-    values = [byte - 127.5 for byte in digest]
-    length = math.sqrt(sum(value * value for value in values)) if normalize else 1.0
-    return tuple(value / length for value in values)

@@ -38,6 +38,11 @@ class Keeper(Generic[Kept]):
     def loaded(self) -> bool:
         return self._model is not None
 
+    @property
+    def kept(self) -> Kept | None:
+        """The model, if it is in memory just now; to look at, not to use."""
+        return self._model
+
     def borrow(self, check: Callable[[], None]) -> Kept:
         """The model, loaded if need be. :meth:`give_back` belongs to it.
 

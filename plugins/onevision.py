@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_onevision.errors import OneVisionError
+from mlx_onevision.plugins.about import model_info
 from mlx_onevision.plugins.errors import PluginError, cancelled
 from mlx_onevision.plugins.events import ProgressEvent, SegmentEvent, TextEvent
 from mlx_onevision.plugins.media import Media
@@ -25,9 +26,10 @@ from mlx_onevision.plugins.results import (
     DescribeResult,
     EmbedResult,
     GenerateResult,
+    Likelihood,
     ModelInfo,
     Segment,
-    Space,
+    TokenLogprob,
     Usage,
 )
 from mlx_onevision.plugins.service import Limits, Service
@@ -37,15 +39,15 @@ from mlx_onevision.plugins.wording import worded
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
     from mlx_onevision.generation import Generation, Question
+    from mlx_onevision.likelihoods import Likelihood as LibraryLikelihood
+    from mlx_onevision.likelihoods import TokenLogprob as LibraryTokenLogprob
     from mlx_onevision.vectors import Embeddings
 
 GROUP = 10  # items that are read and embedded together
 
 # Settings have the library's own names.
 SETTINGS = [
-    f.name
-    for f in fields(GenerateRequest)
-    if f.name not in ("messages", "stop", "timeout", "logprobs", "json_schema")
+    f.name for f in fields(GenerateRequest) if f.name not in ("messages", "stop", "timeout")
 ]
 DESCRIBING = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
 
@@ -75,7 +77,7 @@ def open_engine(
 
     def describe() -> ModelInfo:
         if not found:
-            found.append(_info(model, revision))
+            found.append(model_info(model, revision))
         return found[0]
 
     return Service(load, describe, policy=policy, limits=limits)
@@ -87,6 +89,10 @@ class _Engine:
     def __init__(self, model: "Model") -> None:
         self._model = model
 
+    @property
+    def healthy(self) -> bool:
+        return self._model.healthy
+
     def generate(
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
     ) -> GenerateResult:
@@ -97,9 +103,12 @@ class _Engine:
         (stream,) = self._model.answers([question])
         del question  # and with it the tiles, once they are encoded
         channel.at_end(stream.cancel)
+        told: list[TokenLogprob] = []
         for piece in stream:
-            channel.put(TextEvent(piece))
-        return _generated(stream.result())
+            news = tuple(map(_token, stream.logprobs[len(told) :]))
+            told += news
+            channel.put(TextEvent(piece, logprobs=news))
+        return _generated(stream.result(), None if request.logprobs is None else tuple(told))
 
     def _question(
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
@@ -175,6 +184,7 @@ class _Engine:
                 normalize=request.normalize,
                 tiling=request.tiling,
                 on_error=refuse,
+                check=channel.check,
             )
 
     def describe_video(
@@ -235,7 +245,15 @@ def _source(medium: Media, policy: MediaPolicy, files: ExitStack) -> Any:
         return Image.fromarray(load_image(source, policy.pixels))
 
 
-def _generated(answer: "Generation") -> GenerateResult:
+def _token(told: "LibraryTokenLogprob") -> TokenLogprob:
+    return TokenLogprob(told.token, told.data, told.logprob, tuple(map(_likelihood, told.top)))
+
+
+def _likelihood(told: "LibraryLikelihood") -> Likelihood:
+    return Likelihood(told.token, told.data, told.logprob)
+
+
+def _generated(answer: "Generation", logprobs: tuple[TokenLogprob, ...] | None) -> GenerateResult:
     if answer.finish_reason not in ("stop", "length"):
         raise cancelled()
     return GenerateResult(
@@ -243,35 +261,5 @@ def _generated(answer: "Generation") -> GenerateResult:
         finish_reason=answer.finish_reason,
         usage=Usage(**{field.name: getattr(answer.usage, field.name) for field in fields(Usage)}),
         notes=answer.notes,
-    )
-
-
-def _info(model: str | Path, revision: str | None) -> ModelInfo:
-    from mlx_onevision.checkpoint import read_config
-    from mlx_onevision.config import OneVisionConfig
-    from mlx_onevision.embedding import described
-    from mlx_onevision.hub import resolve
-    from mlx_onevision.identity import identify
-    from mlx_onevision.vectors import NOTES
-
-    folder = resolve(model, revision=revision)
-    config = OneVisionConfig.from_dict(read_config(folder))
-    name, commit = identify(folder)
-    wide = config.vision_config.hidden_size * len(config.feature_layers)
-    return ModelInfo(
-        id=name,
-        revision=commit,
-        context=config.text_config.max_position_embeddings,
-        quantization=described(config.quantization),
-        capabilities=("generate", "embed", "describe_video", "images", "videos"),
-        spaces=(
-            Space("vision", wide, ("image", "video"), trained=False, note=NOTES["vision"]),
-            Space(
-                "joint",
-                config.text_config.hidden_size,
-                ("text", "image", "video"),
-                trained=False,
-                note=NOTES["joint"],
-            ),
-        ),
+        logprobs=logprobs,
     )

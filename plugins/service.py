@@ -29,6 +29,8 @@ from mlx_onevision.plugins.wording import worded
 Request = GenerateRequest | EmbedRequest | DescribeRequest
 Answer = TypeVar("Answer", bound=Result)
 
+DEAD = PluginError("internal", "what runs the model has died", "open the backend again")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -62,6 +64,11 @@ class Answering(Protocol):
     Each call may put events into the channel, looks at ``channel.check`` as it goes, and returns
     its result or raises. It reads media by way of ``policy`` alone.
     """
+
+    @property
+    def healthy(self) -> bool:
+        """False once it has died: whatever it is asked, it fails at once, what is under way too."""
+        ...
 
     def generate(
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
@@ -99,7 +106,7 @@ class Service:
         self._keeper: Keeper[Answering] = Keeper(load, self.limits.keep_alive)
         self._turns = Turns(self.limits.active, self.limits.waiting)
         self._channels: set[Channel] = set()
-        self._closed = False
+        self._closed = self._dead = False
         self._lock = threading.Lock()
 
     def info(self) -> ModelInfo:
@@ -109,7 +116,13 @@ class Service:
         except Exception as error:
             raise worded(error) from error
         active, waiting = self._turns.counts
-        return replace(known, loaded=self._keeper.loaded, active=active, waiting=waiting)
+        return replace(
+            known,
+            loaded=self._keeper.loaded,
+            active=active,
+            waiting=waiting,
+            healthy=known.healthy and not self._has_died(self._keeper.kept),
+        )
 
     def generate(self, request: GenerateRequest) -> EventStream[GenerateResult]:
         return self._start(
@@ -210,21 +223,31 @@ class Service:
             channel.put(ProgressEvent("queued"))
             if not turn_came():
                 return cancelled()
+            if self._has_died(self._keeper.kept):
+                return DEAD
             if not self._keeper.loaded:
                 channel.put(ProgressEvent("loading"))
             answering = self._keeper.borrow(channel.check)
             try:
                 return work(answering, channel)
             finally:
+                self._has_died(answering)
                 del answering
                 self._keeper.give_back()
         except BaseException as error:
             return worded(error)
 
+    def _has_died(self, answering: Answering | None) -> bool:
+        """It stays so, also where what has died was freed since."""
+        self._dead = self._dead or (answering is not None and not answering.healthy)
+        return self._dead
+
     def _admit(self, request: Any, kind: type[Request]) -> None:
         """What can be said of a request before it waits."""
         if self._closed:
             raise CLOSED
+        if self._has_died(self._keeper.kept):
+            raise DEAD
         if not isinstance(request, kind):
             raise bad_request(f"a {type(request).__name__} came where a {kind.__name__} belongs")
         self.policy.admit(request.media)

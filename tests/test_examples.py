@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from checkpoints import write
 from PIL import Image, ImageChops, ImageStat
+from served import serving
 
 from mlx_onevision import load
+from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.video import load_video
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -179,3 +181,14 @@ def test_the_video_is_small_and_its_program_draws_it(tmp_path: Path) -> None:
     assert kept.total == drawn.total == 48
     apart = abs(kept.tiles.astype(int) - drawn.tiles)
     assert apart.mean() < 2  # of 255: encoders differ
+
+
+def test_throughput() -> None:
+    with serving(FakeBackend(delay=0.005)) as client:
+        done = run("throughput.py", f"http://127.0.0.1:{client.port}", "4", "24")
+    said = re.fullmatch(
+        r"1 stream: +([\d.]+) tokens/s\n4 streams: +[\d.]+ tokens/s, ([\d.]+) times as many\n",
+        done.stdout,
+    )
+    # The fake takes its time for each token, so four take no longer than one, or little.
+    assert said and 20 < float(said[1]) < 200 and float(said[2]) > 2

@@ -31,7 +31,7 @@ def ended(jobs: Jobs, job: Job) -> Job:
 
 @pytest.fixture
 def slow() -> Iterator[FakeBackend]:
-    with FakeBackend(delay=0.05, limits=Limits(active=1, waiting=4)) as backend:
+    with FakeBackend(delay=0.02, limits=Limits(active=1, waiting=4)) as backend:
         yield backend
 
 
@@ -49,7 +49,7 @@ def test_started_followed_and_collected(slow: FakeBackend) -> None:
         assert done.status == "done" and done.result is not None and done.error is None
         assert done.segments == done.result.segments and len(done.segments) == 10
         assert done.segments[: len(seen.segments)] == seen.segments
-        assert done.seconds >= 0.5 and 890 < (done.forgotten_after or 0) <= 900
+        assert done.seconds >= 0.2 and 890 < (done.forgotten_after or 0) <= 900
         assert jobs.status(job.id).seconds == done.seconds
         assert Job.from_dict(json.loads(json.dumps(done.to_dict()))) == done
         assert ended(jobs, behind).status == "done"

@@ -16,13 +16,14 @@ file: :mod:`plugin` runs the suite on it from the command line.
 
 What a backend does not claim among the capabilities of its ``info()`` must be refused, and is not
 tested beyond that. It covers: round trips through JSON; that a stream is the whole, in order; text
-of every script; media; vectors; cancellation before, while and after; timeouts; threads, asyncio
-and crowds; errors, which concern one request only; memory given back; the end of the backend.
+of every script; media; likelihoods; schemas; vectors; cancellation before, while and after;
+timeouts; threads, asyncio and crowds; errors, which concern one request only; memory given back;
+the end of the backend.
 """
 
 import pytest
 
-_PARTS = ("answering", "embedding", "ending", "films", "sharing", "subject")
+_PARTS = ("answering", "embedding", "ending", "films", "sharing", "subject", "telling")
 for _part in _PARTS:
     pytest.register_assert_rewrite(f"{__name__}.{_part}")
 
@@ -31,9 +32,10 @@ from mlx_onevision.plugins.conformance.embedding import Embedding  # noqa: E402
 from mlx_onevision.plugins.conformance.ending import Ending  # noqa: E402
 from mlx_onevision.plugins.conformance.films import Films  # noqa: E402
 from mlx_onevision.plugins.conformance.sharing import Sharing  # noqa: E402
+from mlx_onevision.plugins.conformance.telling import Telling  # noqa: E402
 
 __all__ = ["BackendConformance"]
 
 
-class BackendConformance(Answering, Embedding, Films, Ending, Sharing):
+class BackendConformance(Answering, Telling, Embedding, Films, Ending, Sharing):
     """All of it; see the module."""

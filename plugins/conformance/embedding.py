@@ -2,11 +2,21 @@
 
 import json
 import math
+import time
+from typing import Any, cast
 
 import pytest
 
 from mlx_onevision.plugins.conformance.subject import Subject
-from mlx_onevision.plugins.interface import Backend, EmbedRequest, EmbedResult, Media, PluginError
+from mlx_onevision.plugins.interface import (
+    Backend,
+    DoneEvent,
+    EmbedRequest,
+    EmbedResult,
+    Media,
+    PluginError,
+    ProgressEvent,
+)
 
 
 class Embedding(Subject):
@@ -14,7 +24,9 @@ class Embedding(Subject):
         if not self.claims(backend, "embed"):
             with pytest.raises(PluginError) as raised:
                 backend.embed(EmbedRequest([self.picture()]))
-            return self.check_sentence(raised.value)
+            self.check_sentence(raised.value)
+            assert self.refused(backend.stream_embed(EmbedRequest([self.picture()]))).message
+            return
         for space in backend.info().spaces:
             items: list[str | Media] = []
             if "image" in space.inputs:
@@ -43,14 +55,51 @@ class Embedding(Subject):
             assert together[place] == pytest.approx(alone, abs=1e-3)
         assert backend.embed(EmbedRequest([])).vectors == ()
 
+    def test_vectors_come_with_the_end_of_a_stream(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed", "images"):
+            return
+        request = EmbedRequest([self.picture(number) for number in range(12)])
+        stream = backend.stream_embed(request)
+        events = list(stream)
+        self.check_order(events)
+        last = events[-1]
+        assert isinstance(last, DoneEvent) and isinstance(last.result, EmbedResult), last
+        assert stream.result() == last.result and len(last.result.vectors) == 12
+        for vector, same in zip(last.result.vectors, backend.embed(request).vectors, strict=True):
+            assert vector == pytest.approx(same, abs=1e-4)
+        for event in events[:-1]:
+            assert isinstance(event, ProgressEvent)
+            assert event.total is None or 0 <= event.done <= event.total
+
+    def test_vectors_can_be_cancelled(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed", "images"):
+            return
+        request = EmbedRequest([self.picture(number) for number in range(12)])
+        for read in (0, 1):
+            stream = backend.stream_embed(request)
+            for _ in range(read):
+                next(stream)
+            since = time.monotonic()
+            stream.cancel()
+            self.check_cancelled(stream, since)
+        with backend.stream_embed(request) as stream:
+            pass
+        assert stream.ended
+        self.wait_until_idle(backend)
+
     def test_an_item_that_cannot_be_read_is_named(self, backend: Backend) -> None:
         if not self.claims(backend, "embed", "images"):
             return
         broken = Media("image", data=b"no picture")
+        request = EmbedRequest([self.picture(), broken])
         with pytest.raises(PluginError) as raised:
-            backend.embed(EmbedRequest([self.picture(), broken]))
+            backend.embed(request)
         self.check_sentence(raised.value)
-        assert raised.value.code == "unsupported_media" and "item 2" in raised.value.message
+        for error in (raised.value, self.refused(backend.stream_embed(request))):
+            assert error.code == "unsupported_media" and "item 2" in error.message
+
+    def test_what_is_no_request_for_vectors_is_refused(self, backend: Backend) -> None:
+        assert self.refused(backend.stream_embed(cast(Any, {"items": []}))).code == "bad_request"
 
     def test_the_vision_space_has_no_place_for_text(self, backend: Backend) -> None:
         with pytest.raises(PluginError) as raised:
