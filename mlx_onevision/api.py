@@ -1,6 +1,5 @@
 """The library's face: a model that is loaded once and asked often, from any thread."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,22 +16,18 @@ from mlx_onevision.engine import Engine
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.frames import FrameOptions
 from mlx_onevision.generation import Generation, Question, Stream, ask, ask_all
-from mlx_onevision.grammar import Grammars
 from mlx_onevision.identity import identify
 from mlx_onevision.image import ImageSource
-from mlx_onevision.messages import normalise_messages
 from mlx_onevision.narrator import Narrator
 from mlx_onevision.options import Options, rows
 from mlx_onevision.outline import wording
 from mlx_onevision.plan import DescribeOptions, Plan
 from mlx_onevision.processor import Inputs, Order, Processor, Tiling
+from mlx_onevision.questions import Messages, Questions
 from mlx_onevision.recipes import Recipe, while_loading
-from mlx_onevision.sampling import Sampling
 from mlx_onevision.telling import Progress
 from mlx_onevision.vectors import Embeddings
 from mlx_onevision.video import VideoSource, nothing
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 def load(
@@ -82,8 +77,7 @@ class Model:
         if chat_template is not None:
             self._processor.template = self._processor.template.with_source(chat_template)
             self._made.append(chat_template)
-        ends = self._engine.defaults.eos_token_ids
-        self._grammars = Grammars(self._processor.tokenizer, ends)
+        self._read = Questions(self._processor, self._engine.defaults)
 
     @property
     def config(self) -> OneVisionConfig:
@@ -199,7 +193,7 @@ class Model:
     ) -> Stream:
         if options is not None:
             raise RequestError("options are the rows' of a batch; give settings by their names")
-        return ask(self._engine, self._processor.tokenizer, self._question(prompt, **given))
+        return ask(self._engine, self._processor.tokenizer, self._read(prompt, **given))
 
     def _ask_all(
         self,
@@ -213,7 +207,7 @@ class Model:
         questions: list[Question | OneVisionError] = []
         for row, settings in rows(batch, options):
             try:
-                question = self._question(**row, **{**given, **settings})
+                question = self._read(**row, **{**given, **settings})
             except OneVisionError as error:
                 questions.append(error)
             else:
@@ -225,71 +219,11 @@ class Model:
 
         given : as in :meth:`stream`, and so are the errors.
         """
-        return self._question(messages=messages, **given)
+        return self._read(messages=messages, **given)
 
     def answers(self, questions: Sequence[Question]) -> list[Stream]:
         """Starts the answers to questions that are ready, which run together; in order."""
         return ask_all(self._engine, self._processor.tokenizer, questions)
-
-    def _question(
-        self,
-        prompt: str | None = None,
-        *,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-        messages: Messages | None = None,
-        system: str | None = None,
-        max_tokens: int = 256,
-        stop: str | Sequence[str] = (),
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        tiling: Tiling = "auto",
-        order: Order = "template",
-        logprobs: int | None = None,
-        json_schema: str | bool | Mapping[str, Any] | None = None,
-        check: Callable[[], None] = nothing,
-    ) -> Question:
-        """One row, read and tokenized; the defaults of :class:`~mlx_onevision.options.Options`."""
-        sampling = self._sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        started = time.perf_counter()
-        grammar = None if json_schema is None else self._grammars.of(json_schema, check)
-        inputs = self._processor.prepare(
-            normalise_messages(
-                prompt=prompt, images=images, videos=videos, messages=messages, system=system
-            ),
-            num_frames=num_frames,
-            fps=fps,
-            start=start,
-            end=end,
-            tiling=tiling,
-            order=order,
-            answer=max_tokens,
-            check=check,
-        )
-        return Question(
-            inputs,
-            sampling,
-            max_tokens,
-            (stop,) if isinstance(stop, str) else tuple(stop),
-            time.perf_counter() - started,
-            grammar,
-            logprobs,
-        )
 
     def render(self, messages: Messages, order: Order = "template") -> str:
         """The prompt text that the chat template makes of a conversation, placeholders
@@ -411,7 +345,7 @@ class Model:
         name, revision = self._identity
         return DescriptionStream(
             video,
-            Narrator(self._engine, self._processor, self._question, settings),
+            Narrator(self._engine, self._processor, self._read, settings),
             plan,
             model=name,
             about={
@@ -429,15 +363,3 @@ class Model:
     def close(self) -> None:
         """Cancels what is under way and frees the weights. A forgotten model closes itself."""
         self._engine.close()
-
-    def _sampling(self, *, seed: int | None, **given: Any) -> Sampling:
-        """What the caller gave, over what the checkpoint's generation_config.json says."""
-        defaults = self._engine.defaults
-        chosen: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty}
-        if defaults.do_sample or given["temperature"]:
-            chosen |= {
-                name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")
-            }
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        return Sampling(seed=seed, **chosen)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from mlx_onevision.chat_command import chat
 from mlx_onevision.describe_command import describe
 from mlx_onevision.embed_command import embed
-from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.errors import RequestError, sentence
 
 if TYPE_CHECKING:
     from mlx_onevision.generation import Usage
@@ -51,18 +52,6 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     line = " ".join(sentence(error).split()).removesuffix(".")
     click.echo(f"error: {line}", err=True)
     ctx.exit(1)
-
-
-def sentence(error: Exception) -> str:
-    """What to tell a person about ``error``."""
-    if isinstance(error, OneVisionError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return "out of memory; a smaller image, fewer --max-tokens or a smaller model needs less"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    detail = f"{type(error).__name__}: {error}".rstrip(": ")
-    return f"a defect ({detail}); please report it with what the same command prints with --debug"
 
 
 def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -124,6 +113,14 @@ def cli() -> None:
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT.")
 @click.option(
+    "--json-schema",
+    metavar="FILE",
+    help="Answer with a document of this JSON Schema: a file, or the schema itself.",
+)
+@click.option(
+    "--logprobs", type=int, metavar="N", help="With --json, tell the N likeliest tokens each time."
+)
+@click.option(
     "--stream/--no-stream", default=None, help="Print as it comes. Default: on a terminal."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -157,6 +154,8 @@ def generate(
     repetition_penalty: float | None,
     seed: int | None,
     stop: tuple[str, ...],
+    json_schema: str | None,
+    logprobs: int | None,
     stream: bool | None,
     as_json: bool,
     verbose: bool,
@@ -175,7 +174,10 @@ def generate(
         raise click.UsageError(
             "--json prints one object when the answer is complete; drop --stream"
         )
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs are printed by --json; add it")
     question = read_prompt(prompt)
+    schema = None if json_schema is None else read_schema(json_schema)
     if model is None:
         click.echo(
             "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
@@ -209,6 +211,8 @@ def generate(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            json_schema=schema,
+            logprobs=logprobs,
         )
         try:
             for delta in answer:
@@ -228,73 +232,6 @@ def generate(
         click.echo(report(result.usage), err=True)
 
 
-@cli.command(short_help="Talk with a model.")
-@click.option("--model", metavar="MODEL", help="As for generate. Default: the demo model.")
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Shown with the first line.")
-@click.option("--video", "videos", multiple=True, metavar="FILE", help="Shown with the first line.")
-@click.option("--frames", "num_frames", type=int, metavar="N", help="N frames of each video.")
-@click.option("--fps", type=float, metavar="F", help="F frames of each second of a video instead.")
-@click.option("--start", type=float, metavar="S", help="Begin S seconds into each video.")
-@click.option("--end", type=float, metavar="S", help="End S seconds into each video.")
-@click.option("--system", metavar="TEXT", help="The system message.")
-@click.option("--max-tokens", default=1024, show_default=True, help="The longest answer.")
-@click.option("--temperature", type=float, help="0 is greedy. Default: the model's own.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total mass.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--verbose", is_flag=True, help="After each answer: what was read, cached, encoded.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Compute in this type."
-)
-@debug_option
-@click.pass_context
-def chat(
-    ctx: click.Context,
-    model: str | None,
-    images: tuple[str, ...],
-    videos: tuple[str, ...],
-    verbose: bool,
-    revision: str | None,
-    dtype: str | None,
-    **options: Any,
-) -> None:
-    """Talk with a model, about images, videos or neither; /help says how.
-
-    Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends.
-    """
-    if model is None:
-        click.echo(
-            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
-        )
-
-    from mlx_onevision.api import load
-    from mlx_onevision.chat import Conversation, Terminal
-    from mlx_onevision.lines import line_reader
-
-    def show(piece: str) -> None:
-        click.echo(piece, nl=False)
-
-    def note(line: str) -> None:
-        click.echo(line, err=True)
-
-    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
-    try:
-        talk = Conversation(loaded, **options)
-        for image in images:
-            talk.attach("image", image)
-        for video in videos:
-            talk.attach("video", video)
-        read, interactive = line_reader()
-        terminal = Terminal(
-            *(talk, read, show, note, sentence), interactive=interactive, verbose=verbose
-        )
-        failed = terminal.run()
-    finally:
-        loaded.close()
-    if failed and not interactive:
-        ctx.exit(1)
-
-
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or all of stdin for ``-``; RequestError where it is not text."""
     try:
@@ -304,6 +241,17 @@ def read_prompt(prompt: str) -> str:
     except UnicodeError:
         raise RequestError("the prompt is not UTF-8 text; save it as UTF-8") from None
     return prompt
+
+
+def read_schema(given: str) -> str:
+    """The schema itself, or what is in the file of that name."""
+    if given.lstrip().startswith("{"):
+        return given
+    try:
+        with open(given, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeError:
+        raise RequestError(f"{given} is not UTF-8 text; save it as UTF-8") from None
 
 
 def report(usage: Usage) -> str:
@@ -322,7 +270,7 @@ def report(usage: Usage) -> str:
     return "\n".join(rows)
 
 
-for command in (describe, embed):
+for command in (chat, describe, embed):
     debug_option(command)
     cli.add_command(command)
 

@@ -74,3 +74,15 @@ class OutOfMemoryError(OneVisionError):
     """The device has too little memory left for the request."""
 
     code = "out_of_memory"
+
+
+def sentence(error: Exception) -> str:
+    """What to tell a person about ``error``."""
+    if isinstance(error, OneVisionError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller image, fewer --max-tokens or a smaller model needs less"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    detail = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"a defect ({detail}); please report it with what the same command prints with --debug"

@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from mlx_onevision.errors import RequestError
@@ -62,6 +63,7 @@ class Sampling:
         if self.temperature < GREEDY or self.top_p < GREEDY:
             return greedy_sampler
         key = mx.random.key(secrets.randbits(64) if self.seed is None else self.seed)
+        one, scale = _draw(), mx.array(1 / self.temperature)
         for _ in range(drawn):
             key, _ = mx.random.split(key)
             mx.eval(key)
@@ -74,8 +76,8 @@ class Sampling:
                 logprobs = apply_min_p(logprobs, self.min_p)
             if 0 < self.top_k < logprobs.shape[-1]:
                 logprobs = apply_top_k(logprobs, self.top_k)
-            key, now = mx.random.split(key)
-            return mx.random.categorical(logprobs * (1 / self.temperature), key=now)
+            key, token = one(logprobs, key, scale)
+            return token
 
         return draw
 
@@ -103,6 +105,20 @@ class Sampling:
             return penalize(mx.where(tokens < vocab_size, tokens, stand_in), logits)
 
         return [process]
+
+
+@cache
+def _draw() -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """A draw in one piece, since every answer of a batch makes its own: from log-probabilities, a
+    key and 1 / temperature to the next key and the token.
+    """
+    import mlx.core as mx
+
+    def draw(logprobs: mx.array, key: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
+        key, now = mx.random.split(key)
+        return key, mx.random.categorical(logprobs * scale, key=now)
+
+    return mx.compile(draw)
 
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:

@@ -176,6 +176,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         *("--start", "1", "--end", "2.5", "--tiling", "never"),
         *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
         *("--repetition-penalty", "1.1", "--seed", "3", "--stop", "x", "--stop", "y"),
+        *("--json-schema", '{"const": 1}', "--logprobs", "2", "--json"),
     )
     assert result.exit_code == 0
     loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
@@ -199,6 +200,8 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
             "repetition_penalty": 1.1,
             "seed": 3,
             "stop": ("x", "y"),
+            "json_schema": '{"const": 1}',
+            "logprobs": 2,
         },
     )
     assert model.closed
@@ -214,6 +217,22 @@ def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
     assert options.pop("max_tokens") == 256
     assert options.pop("tiling") == "auto"
     assert not any(options.values())
+
+
+def test_a_schema_in_a_file_and_likelihoods(folder: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["rot", "grün"]}', encoding="utf-8")
+    arguments = ("generate", "--model", folder, "--prompt", "x", "--json-schema")
+    done = run(*arguments, schema, "--json", "--logprobs", "1")
+    found = json.loads(done.stdout)
+    assert json.loads(found["text"]) in ("rot", "grün") and found["finish_reason"] == "stop"
+    told = found["logprobs"]
+    assert bytes(byte for token in told for byte in token["bytes"]).decode() == found["text"]
+    assert all(len(token["top"]) == 1 and token["logprob"] <= 0 for token in told)
+    missing = CliRunner().invoke(cli, [*map(str, arguments), "none.json"])
+    assert missing.exit_code == 1 and missing.stderr == (
+        "error: none.json: No such file or directory\n"
+    )
 
 
 def test_only_the_default_model_is_announced_and_only_on_stderr(
@@ -336,6 +355,7 @@ def test_wrong_usage_is_2() -> None:
         ["generate", "--prompt", "x", "--max-tokens", "many"],
         ["generate", "--prompt", "x", "--dtype", "int8"],
         ["generate", "--prompt", "x", "--json", "--stream"],
+        ["generate", "--prompt", "x", "--logprobs", "2"],
         ["generate", "--prompt", "x", "--nonsense"],
         ["paint"],
     ):

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 from checkpoints import write
+from faults import PLACES, error_of, survived
 
 from mlx_onevision.errors import CheckpointError, OutOfMemoryError
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.interface import (
     EmbedRequest,
-    ErrorEvent,
-    EventStream,
     GenerateRequest,
     Media,
     ProgressEvent,
@@ -29,12 +28,6 @@ from mlx_onevision.runner import Runner
 
 HELLO = GenerateRequest.ask("hello there")
 SHAPES = Path(__file__).parents[1].joinpath("examples/shapes.png").read_bytes()
-
-
-def error_of(stream: EventStream[Any]) -> PluginError:
-    last = list(stream)[-1]
-    assert isinstance(last, ErrorEvent), last
-    return last.error
 
 
 def eventually(what: Callable[[], bool]) -> None:
@@ -228,7 +221,7 @@ def asked(number: int = 0, **settings: Any) -> GenerateRequest:
 
 
 @pytest.mark.parametrize("place", ["generate", "fill_bank", "virtual_ids"])
-def test_a_fault_in_the_engine_ends_its_request_only(
+def test_a_fault_before_the_first_token_ends_its_request_only(
     engine: Service, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
@@ -243,12 +236,23 @@ def test_a_fault_in_the_engine_ends_its_request_only(
         return real(*given, **named)
 
     monkeypatch.setattr(Runner, place, faulty)
-    for _ in range(5):
+    for _ in range(2):
         faults["left"] = 1
         error = error_of(engine.generate(asked()))
         assert error.code == "internal" and "device" not in str(error)
-        faults["left"] = 0
         assert engine.generate(asked()).result().text == good
+    assert engine.info().healthy
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_while_it_answers_ends_what_is_under_way_only(
+    engine: Service, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hundred of them are put in by tests/hosts/test_faults.py."""
+    caplog.set_level(logging.CRITICAL)
+    requests = [asked(number, repetition_penalty=1.1) for number in range(3)]
+    good = engine.generate(requests[0]).result().text
+    assert survived(engine, requests, good, place, 3) == 3
 
 
 def test_hosts_that_go_away_at_any_moment(engine: Service) -> None:

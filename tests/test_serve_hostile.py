@@ -38,6 +38,21 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "num_frames": 4,
         "start": 0.5,
     },
+    "/v1/responses": {
+        "model": "fake",
+        "instructions": "be short",
+        "input": [
+            {"role": "user", "content": [{"type": "input_image", "image_url": SMALL}]},
+            {"type": "message", "role": "assistant", "content": [text("a")], "id": "msg_1"},
+            {"role": "user", "content": "and now?"},
+        ],
+        "max_output_tokens": 5,
+        "text": {"format": {"type": "text"}},
+        "include": ["reasoning.encrypted_content"],
+        "metadata": {"a": "b"},
+        "store": False,
+        "stream": True,
+    },
     "/v1/embeddings": {
         "input": ["a", image(SMALL), text("b")],
         "encoding_format": "float",

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import FILM, PICTURE, Client, image, serving, text, video
+from served import FILM, PICTURE, Client, image, serving, text, video, wait_for
 
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.events import DoneEvent, ErrorEvent, SegmentEvent, event_from_dict
 from mlx_onevision.plugins.fake import DIM, FakeBackend
 from mlx_onevision.plugins.results import DescribeResult
+from mlx_onevision.plugins.service import Limits
 
 EMBED, DESCRIBE = "/v1/embeddings", "/v1/video/describe"
 
@@ -42,6 +43,17 @@ def test_vectors(fake: Client) -> None:
     assert alone["data"][0]["embedding"] == vectors[0]
     one = fake.ask("POST", EMBED, {"input": image(), "space": "vision"}).json
     assert (one["space"], one["data"][0]["embedding"]) == ("vision", vectors[1])
+
+
+def test_vectors_nobody_waits_for_are_not_made() -> None:
+    backend = FakeBackend(delay=0.03, limits=Limits(active=1))
+    with serving(backend) as client:
+        connection = client.begin("POST", EMBED, {"input": ["a"] * 200})
+        wait_for(lambda: backend.steps >= 3)
+        connection.close()
+        at_end = backend.steps
+        wait_for(lambda: backend.info().active == 0, 2.0)
+        assert backend.steps - at_end <= 2
 
 
 @pytest.mark.parametrize(

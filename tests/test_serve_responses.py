@@ -146,6 +146,7 @@ def test_the_form_of_an_answer() -> None:
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.name"),
         ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ({"instructions": "\ud800"}, "surrogate"),
     ],
 )

@@ -2,11 +2,12 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import pytest
 
-from mlx_onevision.errors import OneVisionError
+from mlx_onevision.errors import DiedError, OneVisionError
 from mlx_onevision.worker import Worker
 
 
@@ -61,6 +62,58 @@ def test_closing_drops_the_object_and_refuses_more() -> None:
     assert gone() is None
     with pytest.raises(OneVisionError, match="closed"):
         worker.call(lambda _: None)
+    worker.close()
+
+
+class Killed(BaseException):
+    """What no job may raise, and one does."""
+
+
+@pytest.mark.parametrize("killer", [Killed, SystemExit, RuntimeError])
+def test_a_job_that_kills_the_thread_is_told_to_all(
+    killer: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that wait behind it, those that come later, and who is under way; nobody hangs."""
+    worker = Worker(Thing)
+    gone = weakref.ref(worker.call(lambda thing: thing))
+    held = threading.Event()
+    told: list[Exception] = []
+    under_way = worker.submit(lambda _: held.wait(5))
+
+    def kill(_: Thing) -> None:
+        raise killer("at /secret/path")
+
+    worker.post(kill, told.append)
+    behind = [worker.submit(lambda _: 1) for _ in range(3)]
+    assert worker.alive
+    held.set()
+    assert under_way.result(5) is True
+    for future in behind:
+        with pytest.raises(DiedError, match=killer.__name__) as raised:
+            future.result(5)
+        assert "secret" not in str(raised.value) and "; " in str(raised.value)
+    assert not worker.alive and isinstance(told[0], DiedError)
+    for ask in (worker.submit, worker.call, worker.post):
+        with pytest.raises(DiedError):
+            ask(lambda _: None)
+    worker.close()
+    assert not worker._thread.is_alive()
+    gc.collect()
+    assert gone() is None, "its object was kept, by the log or by an error"
+    assert "has died" in caplog.text and killer.__name__ in caplog.text
+
+
+def test_what_is_not_wanted_any_more_is_not_begun() -> None:
+    worker = Worker(Thing)
+    held, ran = threading.Event(), []
+    first = worker.submit(lambda _: held.wait(5))
+    while not first.running():
+        time.sleep(0.001)
+    second = worker.submit(lambda _: ran.append(2))
+    assert second.cancel() and not first.cancel()
+    held.set()
+    worker.call(lambda _: None)
+    assert ran == [] and worker.alive
     worker.close()
 
 

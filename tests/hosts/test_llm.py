@@ -119,6 +119,20 @@ def test_options_are_listed_and_heeded() -> None:
     assert said(*hot, "-o", "seed", "5") == said(*hot, "-o", "seed", "5") != ANSWER
 
 
+def test_schemas() -> None:
+    """The demo model knows no JSON; what it says is of the schema all the same."""
+    ask = (*MODEL, "Which colour is the circle?", "-a", SHAPES)
+    assert json.loads(said(*ask, "--schema", '{"enum": ["blue", "red"]}')) == "red"
+    count = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = {"type": "object", "properties": {"count": count}, "required": ["count"]}
+    closed = json.dumps({**schema, "additionalProperties": False})
+    for way in ((), ("--no-stream",), ("--async",)):
+        answer = json.loads(said(*ask, "--schema", closed, *way))
+        assert list(answer) == ["count"] and answer["count"] in range(10)
+    assert logs()[1]["schema_json"] == json.loads(closed)
+    assert "schema" in refused(*ask, "--schema", '{"type": "nonsense"}')
+
+
 def test_wrong_names_and_types(tmp_path: Path) -> None:
     import pillow_heif
 

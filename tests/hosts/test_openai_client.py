@@ -23,7 +23,7 @@ from mlx_onevision.plugins.service import Limits
 
 class Shape(BaseModel):
     shape: Literal["circle", "square", "triangle"]
-    count: int
+    count: Literal[1, 2, 3]
 
 
 SHAPE = ('{"shape": ', '"circle", ', '"count": 2}')

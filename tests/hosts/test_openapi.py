@@ -2,16 +2,20 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 from served import Client, serving
-from telling import Telling
 
 from mlx_onevision.plugins import open_backend
+from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.hosts.http.app import OPERATIONS
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.service import Limits
 
@@ -62,9 +66,22 @@ def clean(report: Report, log: pytest.LogCaptureFixture) -> int:
     return report["test_cases"]["generated"]
 
 
+def test_the_file_is_openapi_and_says_what_there_is() -> None:
+    with serving(FakeBackend()) as client:
+        told = client.ask("GET", "/openapi.json").json
+    assert list(OPENAPI_31_VALIDATOR.iter_errors(told)) == []
+    Draft202012Validator.check_schema({"$defs": told["components"]["schemas"]})
+    names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(told)))
+    assert names <= set(told["components"]["schemas"])
+    said = {(how.upper(), path) for path, ones in told["paths"].items() for how in ones}
+    assert said == {(one.method, one.path.replace(":path", "")) for one in OPERATIONS}
+    operations = [one for ones in told["paths"].values() for one in ones.values()]
+    assert len({one["operationId"] for one in operations}) == len(operations)
+
+
 def test_the_fake(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Everything that the file says, and what it does not."""
-    with serving(Telling(), ServerSettings(max_tokens=4096)) as client:
+    with serving(FakeBackend(), ServerSettings(max_tokens=4096)) as client:
         report = explored(client, tmp_path, "--max-examples", "40")
     assert clean(report, caplog) >= 2000
 
@@ -81,7 +98,7 @@ def test_the_demo_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 def test_a_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With one, nothing is answered without it, and the file says so."""
-    with serving(Telling(), ServerSettings(token=TOKEN, max_tokens=4096)) as client:
+    with serving(FakeBackend(), ServerSettings(token=TOKEN, max_tokens=4096)) as client:
         bearer = ("--header", f"Authorization: Bearer {TOKEN}")
         report = explored(client, tmp_path, *bearer, "--phases", "fuzzing", "--max-examples", "10")
         bare = client.ask("GET", "/openapi.json")

@@ -93,11 +93,16 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+# One mistake is told, so the rest is not looked for: there may be hundreds of thousands.
 Words = Annotated[
-    list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])
+    list[TextPart],
+    Field(fail_fast=True),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
 ]
 Parts = Annotated[
-    list[AnyPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[AnyPart])
+    list[AnyPart],
+    Field(fail_fast=True),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[AnyPart]),
 ]
 
 

@@ -34,6 +34,7 @@ from mlx_onevision.plugins.requests import EmbeddingSpace, Tiling
 STOPS = 16
 ITEMS = 256
 LONGEST_STOP = 1000  # characters
+PAIRS = 16  # of metadata, as OpenAI's
 
 LOGPROBS = "message.output_text.logprobs"
 """What ``include`` has to hold for them."""
@@ -56,7 +57,11 @@ class ChatRequest(Refusing, Looking):
 
     messages: Annotated[
         list[Turn],
-        Field(min_length=1, examples=[[{"role": "user", "content": "What is in the image?"}]]),
+        Field(
+            min_length=1,
+            fail_fast=True,
+            examples=[[{"role": "user", "content": "What is in the image?"}]],
+        ),
     ]
     model: str | None = None
     max_tokens: AtLeastOne | None = None
@@ -110,7 +115,7 @@ class AssistantItem(AssistantTurn):
 
 
 Item = Annotated[SystemItem | UserItem | AssistantItem, Field(discriminator="role")]
-Items = Annotated[list[Item], Field(min_length=1)]
+Items = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
 
 
 def _as_messages(asked: Any) -> Any:
@@ -122,6 +127,13 @@ def _as_messages(asked: Any) -> Any:
         if kind != "message":
             raise ValueError("only messages are taken; there are no tools and nothing is kept")
     return asked
+
+
+def _few(pairs: Any) -> Any:
+    """Looked at before the pairs themselves are, of which there may be very many."""
+    if isinstance(pairs, dict) and len(pairs) > PAIRS:
+        raise ValueError(f"there are {len(pairs)} pairs; {PAIRS} are kept")
+    return pairs
 
 
 class TextConfig(Strict):
@@ -140,10 +152,12 @@ class ResponsesRequest(Refusing, Looking):
     model: str | None = None
     max_output_tokens: AtLeastOne | None = None
     text: TextConfig | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(fail_fast=True)] | None = None
     top_logprobs: TopLogprobs | None = None
     stream: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=PAIRS), BeforeValidator(_few)] | None = (
+        None
+    )
 
     neutral: ClassVar[Neutral] = {
         "store": (False,),
