@@ -270,6 +270,13 @@ def test_a_server_that_says_nothing() -> None:
             wait_for(lambda: not requests())  # nobody waits for it any more
 
 
+def test_a_refusal_is_read_though_the_server_does_not_take_all_of_it(backend: HttpBackend) -> None:
+    large = Media("image", data=PICTURE.read_bytes() + bytes(26 << 20))
+    with pytest.raises(PluginError, match=r"more than 32\.0 MB; send less") as raised:
+        backend.generate(GenerateRequest.ask("what?", large)).result()
+    assert raised.value.code == "too_large"
+
+
 def test_closing_leaves_nothing_behind(server: Client) -> None:
     backend = HttpBackend(url=server.url)
     streams = [backend.generate(GenerateRequest.ask("word " * 2000)) for _ in range(8)]
