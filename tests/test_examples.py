@@ -184,11 +184,11 @@ def test_the_video_is_small_and_its_program_draws_it(tmp_path: Path) -> None:
 
 
 def test_throughput() -> None:
-    with serving(FakeBackend(delay=0.005)) as client:
-        done = run("throughput.py", f"http://127.0.0.1:{client.port}", "4", "24")
+    with serving(FakeBackend(delay=0.03)) as client:
+        done = run("throughput.py", f"http://127.0.0.1:{client.port}", "4", "16")
     said = re.fullmatch(
         r"1 stream: +([\d.]+) tokens/s\n4 streams: +[\d.]+ tokens/s, ([\d.]+) times as many\n",
         done.stdout,
     )
     # The fake takes its time for each token, so four take no longer than one, or little.
-    assert said and 20 < float(said[1]) < 200 and float(said[2]) > 2
+    assert said and 0 < float(said[1]) <= 1 / 0.03 and float(said[2]) > 2
