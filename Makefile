@@ -37,10 +37,16 @@ test: .venv/.dev
 	OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # The long tests of the hosts: official clients, the page in Chromium, crowds, made-up requests.
-# Chromium is the system's; CHROMIUM=... names another.
+# Chromium is the system's; CHROMIUM=... names another. Tests that measure time come last, one after
+# another, with the machine to themselves.
+HOSTS := OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest
 hosts: .venv/.hosts
-	OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
-		$(or $(ARGS),tests/hosts)
+ifdef ARGS
+	$(HOSTS) $(ARGS)
+else
+	$(HOSTS) --numprocesses 2 --dist loadfile -m 'not measured' tests/hosts
+	$(HOSTS) -m measured tests/hosts
+endif
 
 lint: .venv/.dev
 	.venv/bin/ruff check

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import pytest
 from crowding import (
     CHAT,
     EMBED,
@@ -25,6 +26,8 @@ from served import Client, serving
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.service import Limits
+
+pytestmark = pytest.mark.measured
 
 CONNECTIONS = 64
 PLACES = 16  # that serve has by default: 8 under way, 8 in line

@@ -22,6 +22,8 @@ from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service import Limits
 from mlx_onevision.runner import Runner
 
+pytestmark = pytest.mark.measured
+
 TIMES = 50
 SECONDS = 1.0  # until the model stops; at once is within two tokens of a large one
 SERVED_SECONDS = 2.0

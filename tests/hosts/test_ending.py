@@ -14,6 +14,8 @@ from crowding import CHAT, EMBED, clip, command, picture, spread, table, uri
 from endless import endless
 from served import Client, image, text, video, wait_for
 
+pytestmark = pytest.mark.measured
+
 SECONDS = 5.0
 TIMES = 3  # of each stage
 
