@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from crowding import CHAT, EMBED, RESPONSES, picture, spread, table, uri
+from crowding import CHAT, EMBED, RESPONSES, percentile, picture, spread, table, uri
 from endless import endless
 from served import Client, serving, wait_for
 
@@ -25,7 +25,7 @@ from mlx_onevision.runner import Runner
 pytestmark = pytest.mark.measured
 
 TIMES = 50
-SECONDS = 1.0  # until the model stops; at once is within two tokens of a large one
+SECONDS, TOKENS = 1.0, 2  # until the model stops, one or the other
 SERVED_SECONDS = 2.0
 
 LONG = {"max_tokens": 2000, "temperature": 1.0, "seed": 1}
@@ -136,7 +136,10 @@ class Figures:
         rows["the next is served"] = spread(self.served)
         table(f"{len(self.stopped)} clients left {stage}", rows)
         assert len(self.stopped) == TIMES
-        assert max(self.stopped) <= SECONDS
+        # While a prompt is read there are no tokens, so there it is the seconds that say it.
+        assert percentile(self.stopped, 0.9) <= SECONDS
+        for place, seconds in enumerate(self.stopped):
+            assert seconds <= SECONDS or (self.tokens and self.tokens[place] <= TOKENS)
         assert max(self.served) <= SERVED_SECONDS
 
 
