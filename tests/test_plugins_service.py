@@ -129,14 +129,14 @@ def test_more_than_the_limits_is_refused() -> None:
 
 
 def test_it_is_loaded_once_and_freed_when_idle() -> None:
-    with FakeBackend(load_seconds=0.05, limits=Limits(keep_alive=0.2)) as backend:
+    with FakeBackend(load_seconds=0.05, limits=Limits(keep_alive=0.8)) as backend:
         assert not backend.info().loaded and backend.loads == 0
         streams = [backend.generate(HELLO) for _ in range(5)]
         assert all(stream.result().text for stream in streams)
         assert backend.loads == 1 and backend.info().loaded
-        time.sleep(0.1)
+        time.sleep(0.4)
         backend.generate(HELLO).result()  # which begins the time anew
-        time.sleep(0.12)
+        time.sleep(0.5)
         assert backend.info().loaded
         eventually(lambda: not backend.info().loaded)
         backend.generate(HELLO).result()
