@@ -38,6 +38,7 @@ class Limits:
 
     active : requests at once. waiting : in line behind them; more are refused as ``busy``.
     timeout : seconds that a request may take, waiting in line included; its own may be shorter.
+    film_timeout : the same for a video that is described, which may last for hours.
     max_tokens : of one answer.
     keep_alive : seconds after the last request when the model is freed; None for never.
     """
@@ -45,6 +46,7 @@ class Limits:
     active: int = 8
     waiting: int = 8
     timeout: float | None = 300.0
+    film_timeout: float | None = 6 * 3600.0
     max_tokens: int = 4096
     keep_alive: float | None = 300.0
 
@@ -53,7 +55,7 @@ class Limits:
         for name, least in (("active", 1), ("waiting", 0), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise bad_request(f"the limit {name} is {getattr(self, name)}, below {least}")
-        for name in ("timeout", "keep_alive"):
+        for name in ("timeout", "film_timeout", "keep_alive"):
             if (getattr(self, name) or 0) < 0:
                 raise bad_request(f"the limit {name} is {getattr(self, name)}, below 0")
 
@@ -260,7 +262,9 @@ class Service:
                 )
 
     def _limit_time(self, request: Request, channel: Channel) -> None:
-        limits = [limit for limit in (request.timeout, self.limits.timeout) if limit is not None]
+        film = isinstance(request, DescribeRequest)
+        most = self.limits.film_timeout if film else self.limits.timeout
+        limits = [limit for limit in (request.timeout, most) if limit is not None]
         if not limits:
             return
         seconds = min(limits)

@@ -15,6 +15,7 @@ from mlx_onevision.errors import CheckpointError, OutOfMemoryError
 from mlx_onevision.plugins.errors import PluginError
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.interface import (
+    DescribeRequest,
     EmbedRequest,
     GenerateRequest,
     Media,
@@ -28,6 +29,7 @@ from mlx_onevision.runner import Runner
 
 HELLO = GenerateRequest.ask("hello there")
 SHAPES = Path(__file__).parents[1].joinpath("examples/shapes.png").read_bytes()
+MP4 = b"\0\0\0\x18ftypisom"
 
 
 def eventually(what: Callable[[], bool]) -> None:
@@ -91,6 +93,15 @@ def test_cancelled_work_stops() -> None:
         steps = backend.steps
         eventually(lambda: backend.info().active == 0)
         assert backend.steps <= steps + 2
+
+
+def test_a_film_that_is_described_has_a_time_of_its_own() -> None:
+    film = DescribeRequest(Media("video", data=MP4), segments=10.0)
+    with FakeBackend(delay=0.1, limits=Limits(timeout=0.05)) as backend:
+        assert len(backend.describe_video(film).result().segments) == 3
+    with FakeBackend(delay=5, limits=Limits(film_timeout=0.1)) as backend:
+        error = error_of(backend.describe_video(film))
+        assert error.code == "cancelled" and "0.1 seconds" in error.message
 
 
 def test_the_sooner_of_two_timeouts_counts() -> None:

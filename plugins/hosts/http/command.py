@@ -71,6 +71,13 @@ SWITCH_SECONDS = 0.0005
     "--timeout", default=300.0, show_default=True, metavar="S", help="Seconds for one request."
 )
 @click.option(
+    "--film-timeout",
+    default=6 * 3600.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds for a film that is described.",
+)
+@click.option(
     "--keep-alive", type=float, metavar="S", help="Free the model after S seconds without requests."
 )
 @click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
@@ -92,6 +99,7 @@ def serve(
     waiting: int,
     max_tokens: int,
     timeout: float,
+    film_timeout: float,
     keep_alive: float | None,
     revision: str | None,
     dtype: str | None,
@@ -142,7 +150,14 @@ def serve(
                 revision=revision,
                 dtype=dtype,
                 policy=MediaPolicy(folders=folders, hosts=media_hosts),
-                limits=Limits(concurrent, waiting, timeout, max_tokens, keep_alive),
+                limits=Limits(
+                    active=concurrent,
+                    waiting=waiting,
+                    timeout=timeout,
+                    film_timeout=film_timeout,
+                    max_tokens=max_tokens,
+                    keep_alive=keep_alive,
+                ),
             )
             with backend:
                 app = create_app(backend, settings)

@@ -109,7 +109,9 @@ def mcp(
             dtype=dtype,
             policy=policy,
             # Calls have their own time, and descriptions take as long as they take.
-            limits=Limits(timeout=None, max_tokens=max_tokens, keep_alive=keep_alive),
+            limits=Limits(
+                timeout=None, film_timeout=None, max_tokens=max_tokens, keep_alive=keep_alive
+            ),
         )
         from mlx_onevision.plugins.hosts.mcp.serving import serve
 
