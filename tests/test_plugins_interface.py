@@ -26,6 +26,7 @@ from mlx_onevision.plugins.interface import (
     GenerateRequest,
     GenerateResult,
     Group,
+    Likelihood,
     Media,
     Message,
     ModelInfo,
@@ -35,6 +36,7 @@ from mlx_onevision.plugins.interface import (
     SegmentEvent,
     Space,
     TextEvent,
+    TokenLogprob,
     Usage,
     UsageEvent,
     event_from_dict,
@@ -47,6 +49,12 @@ ASKED = GenerateRequest.ask("what?", PICTURE, FILM, temperature=0, stop=["a", "\
 USAGE = Usage(10, 2, 5, 4, 0.1, 0.2, 0.3, 0.4, 1 << 40)
 SEGMENT = Segment(0, 0.0, 1.5, "a 🙂 circle", (0.0, 0.75))
 TOLD = DescribeResult(9.5, (SEGMENT,), "short", (Chapter(0, "All"),), ("no sound",), USAGE)
+LIKELY = (
+    TokenLogprob(
+        "\ufffd", b"\xc3", -0.5, (Likelihood("a", b"a", -0.25), Likelihood("", b"", -9999))
+    ),
+    TokenLogprob("\ufffd", b"\xbc", 0.0),
+)
 
 RECORDS = [
     ASKED,
@@ -57,12 +65,16 @@ RECORDS = [
     GenerateResult("ü\u0000\n", "stop", USAGE, ("a note",)),
     EmbedResult(((0.1, -1e-30), (1.0, 0.0)), "vision", 2, "m", "r", "mean", True, "4 bits"),
     TOLD,
+    GenerateRequest.ask("a", logprobs=20, json_schema='{"const": "\u00fc"}'),
+    GenerateResult("ü", "stop", logprobs=LIKELY),
     ModelInfo("id", "r", 32768, ("generate", "images"), None, (Space("v", 2, ("image",), False),)),
+    ModelInfo("id", "r", 1, ("logprobs", "json_schema"), healthy=False),
 ]
 EVENTS: list[Event] = [
     ProgressEvent("preparing", 1, 2.5, "half"),
     ProgressEvent("queued"),
     TextEvent("\u0301🙂", 3),
+    TextEvent("ü", logprobs=LIKELY),
     SegmentEvent(SEGMENT),
     UsageEvent(USAGE),
     DoneEvent(GenerateResult("text", "length")),
@@ -170,6 +182,8 @@ NUMBERS: list[tuple[str, list[Any]]] = [
     ("tiling", ["sometimes", 1]),
     ("order", ["reversed"]),
     ("system", [5]),
+    ("logprobs", [-1, 21, 1.5, True]),
+    ("json_schema", ["{", "3", "[]", {}, '{"a": ' * 2000, "{}" + " " * (1 << 18)]),
 ]
 for name, values in NUMBERS:
     BAD += [(GenerateRequest, {**SAID, name: value}, name.split("_")[0]) for value in values]
