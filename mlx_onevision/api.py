@@ -221,6 +221,16 @@ class Model:
         """
         return self._read(messages=messages, **given)
 
+    def work_through(
+        self, json_schema: str | bool | Mapping[str, Any], check: Callable[[], None] = nothing
+    ) -> None:
+        """Works a JSON schema through and keeps it, so that the first answer to it need not wait.
+
+        Raises:
+            RequestError: for one that cannot be followed, in one sentence.
+        """
+        self._read.grammar(json_schema, check)
+
     def answers(self, questions: Sequence[Question]) -> list[Stream]:
         """Starts the answers to questions that are ready, which run together; in order."""
         return ask_all(self._engine, self._processor.tokenizer, questions)

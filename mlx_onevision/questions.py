@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_onevision.defaults import GenerationDefaults
 from mlx_onevision.generation import Question
-from mlx_onevision.grammar import Grammars
+from mlx_onevision.grammar import Grammar, Grammars
 from mlx_onevision.image import ImageSource
 from mlx_onevision.messages import normalise_messages
 from mlx_onevision.processor import Order, Processor, Tiling
@@ -22,6 +22,12 @@ class Questions:
     def __init__(self, processor: Processor, defaults: GenerationDefaults) -> None:
         self._processor, self._defaults = processor, defaults
         self._grammars = Grammars(processor.tokenizer, defaults.eos_token_ids)
+
+    def grammar(
+        self, schema: str | bool | Mapping[str, Any], check: Callable[[], None] = nothing
+    ) -> Grammar:
+        """See :meth:`~mlx_onevision.grammar.Grammars.of`."""
+        return self._grammars.of(schema, check)
 
     def __call__(
         self,
@@ -59,7 +65,7 @@ class Questions:
             seed=seed,
         )
         started = time.perf_counter()
-        grammar = None if json_schema is None else self._grammars.of(json_schema, check)
+        grammar = None if json_schema is None else self.grammar(json_schema, check)
         inputs = self._processor.prepare(
             normalise_messages(
                 prompt=prompt, images=images, videos=videos, messages=messages, system=system

@@ -1,4 +1,4 @@
-"""The process that works through a stranger's schema: started by :mod:`grammar`, never imported.
+"""The process that works through a stranger's schema: started by :mod:`schemas`, never imported.
 
 llguidance has limits of its own, but where a schema cuts patterns or multiples with each other they
 do not hold: a hundred characters take minutes and all memory, and a long chain of references
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import time
 
 STACK = 1 << 20  # bytes; less than any thread has that will do the same again
 
@@ -37,9 +38,9 @@ def main() -> None:
     schema = sys.stdin.buffer.read().decode()
 
     def work() -> None:
-        from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-
         try:
+            from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=request["options"])
             limits = LLParserLimits(**request["limits"])
             tokenizer = LLTokenizer(TokenizerWrapper(Bytes()), slices=[])
@@ -47,8 +48,8 @@ def main() -> None:
             if not matcher.is_error():
                 matcher.compute_bitmask()
             error = matcher.get_error() if matcher.is_error() else None
-        except ValueError as refused:
-            error = str(refused)
+        except Exception as refused:
+            error = str(refused) or type(refused).__name__
         out.write(json.dumps(error))
         out.flush()
 
@@ -60,17 +61,31 @@ def main() -> None:
 
 
 def _limit(memory: int, seconds: float) -> None:
+    """Bounds this process: what the system enforces, and a watch where it does not (macOS)."""
     import resource
 
-    # macOS takes RLIMIT_AS and does not keep to it; the seconds bound the memory there.
-    for kind, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, int(seconds) + 1),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, most = resource.getrlimit(kind)
-        if most == resource.RLIM_INFINITY or value < most:
-            resource.setrlimit(kind, (value, value))
+    wanted = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_CPU: int(seconds) + 1,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, value in wanted.items():
+        try:
+            resource.setrlimit(limit, (value, value))
+        except (OSError, ValueError):
+            pass  # a stricter one is in force, or the system has none
+    parent = os.getppid()
+    unit = 1 if sys.platform == "darwin" else 1024
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.1)
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            if used > memory or os.getppid() != parent:
+                os._exit(9)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ class _Engine:
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
     ) -> GenerateResult:
         channel.put(ProgressEvent("preparing"))
+        if request.json_schema is not None:  # refused before anything is read
+            self._model.work_through(request.json_schema, channel.check)
         question = self._question(request, policy, channel)
         channel.check()
         channel.put(ProgressEvent("answering"))

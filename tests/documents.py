@@ -108,6 +108,28 @@ SCHEMAS: dict[str, Any] = {
 }
 
 
+# Each takes llguidance minutes and more memory than there is, or overflows its stack.
+HEAVY = {
+    "multiples": {"allOf": [{"type": "integer", "multipleOf": n} for n in (9973, 9967)]},
+    "within": {
+        "type": "object",
+        "properties": {
+            "a": {"type": "string"},
+            "b": {
+                "allOf": [
+                    {"type": "string", "pattern": f"(.*[a-{chr(98 + n)}].*){{{n + 3}}}"}
+                    for n in range(20)
+                ]
+            },
+        },
+    },
+    "a long chain": {
+        "$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(5000)} | {"d5000": {}},
+        "$ref": "#/$defs/d0",
+    },
+}
+
+
 def valid(schema: Any, text: str) -> bool:
     """Whether a text is JSON that a schema allows."""
     try:

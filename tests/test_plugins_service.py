@@ -266,6 +266,20 @@ def test_a_fault_while_it_answers_ends_what_is_under_way_only(
     assert survived(engine, requests, good, place, 3) == 3
 
 
+def test_a_schema_is_refused_before_anything_is_read(
+    engine: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = GenerateRequest.ask("a", Media("image", data=b"none"), json_schema='{"type": "frob"}')
+    error = error_of(engine.generate(asked))
+    assert (error.code, error.hint) == ("bad_request", "simplify it") and "frob" in error.message
+    assert {"logprobs", "json_schema"} < set(engine.info().capabilities)
+    monkeypatch.setattr("mlx_onevision.grammar.find_spec", lambda _: None)
+    with open_engine("demo") as without:
+        assert "json_schema" not in without.info().capabilities
+    error = error_of(engine.generate(asked))
+    assert error.code == "bad_request" and "mlx-onevision[structured]" in error.hint
+
+
 def test_hosts_that_go_away_at_any_moment(engine: Service) -> None:
     """In line, while prepared, in the middle, unread: what comes after is answered as ever."""
     request = asked(1, temperature=1.0, seed=5)

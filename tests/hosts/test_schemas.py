@@ -3,13 +3,15 @@ JSON that the schema allows, by the reading of the ``jsonschema`` package.
 """
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from documents import SCHEMAS, valid, walk
+from documents import HEAVY, SCHEMAS, valid, walk
 
 from mlx_onevision import grammar as grammars
+from mlx_onevision import schemas
 from mlx_onevision.api import Model, load
 from mlx_onevision.errors import RequestError
 from mlx_onevision.grammar import Grammar
@@ -117,3 +119,14 @@ def test_made_up_schemas(model: Model) -> None:
                     assert valid(schema, text), (schema, text)
             ended += ends[-1]
     assert followed >= 250 and ended >= 2 * followed
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_schema_that_is_too_much_costs_little(
+    model: Model, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schemas, "SECONDS", 1.0)
+    since = time.monotonic()
+    with pytest.raises(RequestError, match=r"too much time or memory|too deeply"):
+        model.generate("who", json_schema=HEAVY[name])
+    assert time.monotonic() - since < 3
