@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 LONGEST = 1 << 18  # characters
+DEEPEST = 100  # objects and lists in each other; llguidance reads 128
 SECONDS = 5.0  # that working through one may take
 MEMORY = 1 << 30  # bytes
 POLL_SECONDS = 0.05
@@ -63,6 +64,8 @@ def normal(schema: str | bool | Mapping[str, Any]) -> str:
                 f"the JSON schema has {len(schema)} characters; {LONGEST} are read at most"
             )
         values = json.loads(schema)
+        if _is_deep(values):
+            raise RecursionError
         if isinstance(values, bool):
             values = {} if values else {"allOf": [False]}
         if not isinstance(values, dict):
@@ -80,6 +83,18 @@ def normal(schema: str | bool | Mapping[str, Any]) -> str:
         raise RequestError("the JSON schema is nested too deeply; simplify it") from None
     except (ValueError, TypeError):
         raise RequestError("the JSON schema is not valid JSON") from None
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return bool(level)
 
 
 def _promises(schema: Any) -> bool:

@@ -147,6 +147,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"const": float("nan")}, "not valid JSON"),
     ({"const": object()}, "not valid JSON"),
     ('{"items":' * 900 + "true" + "}" * 900, "nested too deeply"),
+    ('{"items":' * 101 + "true" + "}" * 101, "nested too deeply"),
     ('{"enum":["' + "x" * (1 << 18) + '"]}', "characters"),
     (False, "allows no document"),
     ({"enum": []}, "allows no document"),
@@ -166,7 +167,7 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("schema", "named"), REFUSED)
+@pytest.mark.parametrize(("schema", "named"), REFUSED, ids=range(len(REFUSED)))
 def test_what_cannot_be_followed_is_said_in_one_sentence(
     model: Model, schema: Any, named: str
 ) -> None:
