@@ -68,11 +68,25 @@ def test_ends_soon_with_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -
     assert len(str(caught.value)) < 300
 
 
-def test_the_real_limit_is_below_three_seconds() -> None:
+def test_the_real_limits_are_below_three_seconds() -> None:
+    """Of time or of steps: which of them comes first is the machine's doing."""
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match="longer than"):
+    with pytest.raises(CheckpointError, match=r"longer than|more than [\d,]+ steps"):
         BoundedTemplate(TOO_MUCH[2], "T").render({})
     assert time.monotonic() - start < 3
+
+
+def test_the_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metering, "MAX_SECONDS", 0.05)
+    with pytest.raises(CheckpointError, match="longer than"):
+        BoundedTemplate(TOO_MUCH[2], "T").render({})
+
+
+def test_the_limit_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metering, "MAX_SECONDS", 60)
+    monkeypatch.setattr(metering, "MAX_WORK", 100_000)
+    with pytest.raises(CheckpointError, match="more than 100,000 steps"):
+        BoundedTemplate(TOO_MUCH[2], "T").render({})
 
 
 HOSTILE = [
