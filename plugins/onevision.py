@@ -4,10 +4,10 @@ Pictures are read and checked on the request's own thread; the model runs on its
 an answer joins those that are under way.
 """
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_onevision.errors import OneVisionError
 from mlx_onevision.plugins.about import model_info
@@ -19,7 +19,6 @@ from mlx_onevision.plugins.requests import (
     DescribeRequest,
     EmbedRequest,
     GenerateRequest,
-    Group,
 )
 from mlx_onevision.plugins.results import (
     Chapter,
@@ -33,6 +32,7 @@ from mlx_onevision.plugins.results import (
     Usage,
 )
 from mlx_onevision.plugins.service import Limits, Service
+from mlx_onevision.plugins.sources import Desk, Sources
 from mlx_onevision.plugins.streams import Channel
 from mlx_onevision.plugins.wording import worded
 
@@ -83,11 +83,18 @@ def open_engine(
     return Service(load, describe, policy=policy, limits=limits)
 
 
+def import_engine() -> None:
+    """Imports everything that running a model takes, which otherwise the first request does."""
+    import mlx_lm.generate  # noqa: F401
+
+    import mlx_onevision.api  # noqa: F401
+
+
 class _Engine:
     """A loaded model; see :class:`~mlx_onevision.plugins.service.Answering`."""
 
     def __init__(self, model: "Model") -> None:
-        self._model = model
+        self._model, self._desk = model, Desk()
 
     @property
     def healthy(self) -> bool:
@@ -116,11 +123,9 @@ class _Engine:
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
     ) -> "Question":
         given = {name: getattr(request, name) for name in SETTINGS}
-        with ExitStack() as files:
-            read = {}
-            for medium in request.media:
-                channel.check()
-                read[id(medium)] = _source(medium, policy, files)
+        films = any(medium.kind == "video" for medium in request.media)
+        with Sources(policy, self._desk, channel) as sources:
+            read = {id(medium): sources.of(medium) for medium in request.media}
             messages = [
                 {
                     "role": message.role,
@@ -133,9 +138,11 @@ class _Engine:
                 }
                 for message in request.messages
             ]
-            question = self._model.question(
-                messages, check=channel.check, stop=tuple(request.stop), **given
-            )
+            # A film is waited for, and whoever waits must not keep others from preparing.
+            with nullcontext() if films else self._desk.place(channel):
+                question = self._model.question(
+                    messages, check=channel.check, stop=tuple(request.stop), **given
+                )
         for medium in question.inputs.media:
             if medium.clip is not None:
                 policy.check_frames(len(medium.tiles))
@@ -164,12 +171,12 @@ class _Engine:
         self, request: EmbedRequest, first: int, policy: MediaPolicy, channel: Channel
     ) -> "Embeddings":
         """A group of items; no more of them are ever held at once."""
-        with ExitStack() as files:
+        with Sources(policy, self._desk, channel) as sources:
             items = []
             for number, item in enumerate(request.items[first : first + GROUP], first + 1):
                 channel.check()
                 try:
-                    items.append(_item(item, policy, files))
+                    items.append(sources.item(item))
                 except (PluginError, OneVisionError) as error:
                     raise worded(error).of(f"item {number}") from None
 
@@ -197,10 +204,10 @@ class _Engine:
 
         given = {name: getattr(request, name) for name in DESCRIBING}
         segments: list[Segment] = []
-        with ExitStack() as files:
+        with Sources(policy, self._desk, channel) as sources:
             channel.put(ProgressEvent("preparing"))
-            source = _source(request.video, policy, files)
-            stream = files.enter_context(self._model.stream_description(source, **given))
+            film = sources.of(request.video)
+            stream = sources.enter_context(self._model.stream_description(film, **given))
             channel.at_end(stream.cancel)
             for event in stream:
                 if isinstance(event, Progress):
@@ -220,31 +227,6 @@ class _Engine:
 
     def close(self) -> None:
         self._model.close()
-
-
-def _item(item: str | Media | Group, policy: MediaPolicy, files: ExitStack) -> Any:
-    """An item as :meth:`mlx_onevision.api.Model.embed` takes it."""
-    if isinstance(item, str):
-        return {"type": "text", "text": item}
-    if isinstance(item, Media):
-        return {"type": item.kind, item.kind: _source(item, policy, files)}
-    return [_item(medium, policy, files) for medium in item.media]
-
-
-def _source(medium: Media, policy: MediaPolicy, files: ExitStack) -> Any:
-    """What the engine reads: of a picture its pixels, of a video its bytes or its open file, which
-    ``files`` closes.
-    """
-    source = policy.open(medium)
-    if medium.kind == "video":
-        return source if isinstance(source, bytes) else files.enter_context(source)
-    from PIL import Image
-
-    from mlx_onevision.image import load_image
-
-    with nullcontext() if isinstance(source, bytes) else source:
-        # As an object, not an array: of a picture three pixels high an array would be ambiguous.
-        return Image.fromarray(load_image(source, policy.pixels))
 
 
 def _token(told: "LibraryTokenLogprob") -> TokenLogprob:

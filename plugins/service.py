@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from mlx_onevision.plugins.aside import aside
 from mlx_onevision.plugins.errors import PluginError, bad_request, cancelled
 from mlx_onevision.plugins.events import DoneEvent, ProgressEvent, Result, UsageEvent
 from mlx_onevision.plugins.keeper import CLOSED, Keeper
@@ -23,7 +24,7 @@ from mlx_onevision.plugins.results import (
     ModelInfo,
 )
 from mlx_onevision.plugins.streams import Channel, EventStream
-from mlx_onevision.plugins.turns import Turns
+from mlx_onevision.plugins.turns import Turn, Turns
 from mlx_onevision.plugins.wording import worded
 
 Request = GenerateRequest | EmbedRequest | DescribeRequest
@@ -195,24 +196,36 @@ class Service:
             channel.fail(CLOSED)
         channel.at_end(lambda: self._turns.leave_line(turn))
         channel.at_end(self._keeper.wake)
-        self._limit_time(request, channel)
+        film = isinstance(request, DescribeRequest)
+        most = self.limits.film_timeout if film else self.limits.timeout
+        channel.limit(request.timeout, most)
 
         def run() -> None:
-            outcome = self._outcome(channel, lambda: self._turns.wait(turn), work)
-            # Before the host hears of the end: it may ask again at once.
-            self._turns.end(turn)
-            with self._lock:
-                self._channels.discard(channel)
-            if isinstance(outcome, PluginError):
-                channel.fail(outcome)
-            else:
-                usage = None if isinstance(outcome, EmbedResult) else outcome.usage
-                if usage is not None:
-                    channel.put(UsageEvent(usage))
-                channel.put(DoneEvent(outcome))
+            self._end(turn, channel, self._outcome(channel, lambda: self._turns.wait(turn), work))
 
-        threading.Thread(target=run, name="mlx-onevision-request", daemon=True).start()
+        def begin() -> None:
+            thread = threading.Thread(target=run, name="mlx-onevision-request", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread left
+                self._end(turn, channel, worded(error))
+
+        # It waits until the thread runs, which in a crowd takes a while.
+        aside.soon(begin)
         return stream
+
+    def _end(self, turn: Turn, channel: Channel, outcome: Result | PluginError) -> None:
+        # Before the host hears of the end: it may ask again at once.
+        self._turns.end(turn)
+        with self._lock:
+            self._channels.discard(channel)
+        if isinstance(outcome, PluginError):
+            channel.fail(outcome)
+            return
+        usage = None if isinstance(outcome, EmbedResult) else outcome.usage
+        if usage is not None:
+            channel.put(UsageEvent(usage))
+        channel.put(DoneEvent(outcome))
 
     def _outcome(
         self,
@@ -260,16 +273,3 @@ class Service:
                 raise bad_request(
                     f"max_tokens is {asked}", f"{self.limits.max_tokens} are allowed here"
                 )
-
-    def _limit_time(self, request: Request, channel: Channel) -> None:
-        film = isinstance(request, DescribeRequest)
-        most = self.limits.film_timeout if film else self.limits.timeout
-        limits = [limit for limit in (request.timeout, most) if limit is not None]
-        if not limits:
-            return
-        seconds = min(limits)
-        late = cancelled(f"the request was not done after {seconds:g} seconds")
-        timer = threading.Timer(seconds, channel.fail, [late])
-        timer.daemon = True
-        channel.at_end(timer.cancel)
-        timer.start()

@@ -6,13 +6,13 @@ A backend makes a :class:`Channel`, puts events in from whichever thread it work
 """
 
 import asyncio
-import queue
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from mlx_onevision.plugins.aside import aside
 from mlx_onevision.plugins.errors import PluginError, cancelled
 from mlx_onevision.plugins.events import DoneEvent, ErrorEvent, Event, Result
 
@@ -24,6 +24,7 @@ class Channel:
     """The backend's end. It ends once, with a done or an error event; later events are dropped."""
 
     def __init__(self) -> None:
+        aside.start()
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._ended = False
@@ -54,6 +55,14 @@ class Channel:
     def fail(self, error: PluginError) -> bool:
         """Ends it with an error; False when it has ended already."""
         return self.put(ErrorEvent.of(error))
+
+    def limit(self, *seconds: float | None) -> None:
+        """Ends it with an error after the shortest of these times; None is no limit."""
+        limits = [limit for limit in seconds if limit is not None]
+        if limits:
+            least = min(limits)
+            late = cancelled(f"the request was not done after {least:g} seconds")
+            self.at_end(aside.later(least, lambda: self.fail(late)).cancel)
 
     @property
     def ended(self) -> bool:
@@ -121,8 +130,7 @@ class EventStream(Iterator[Event], AsyncIterator[Event], Generic[Wanted]):
         self._channel = channel
         self._place = 0
         self._closed = False
-        _undertaker.start()
-        weakref.finalize(self, _undertaker.take, channel).atexit = False
+        weakref.finalize(self, _given_up, channel).atexit = False
 
     def cancel(self) -> None:
         """Ends the request, wherever it is. Nothing happens if it has ended."""
@@ -211,6 +219,12 @@ def _result(last: Event) -> Any:
     raise last.error
 
 
+def _given_up(channel: Channel) -> None:
+    # Elsewhere: a stream may be collected while the thread that does it is inside the very locks
+    # that cancelling needs.
+    aside.soon(lambda: channel.fail(cancelled("the request was given up")))
+
+
 def _wake(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[None]") -> None:
     def settle() -> None:
         if not future.done():
@@ -220,33 +234,3 @@ def _wake(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[None]") -> No
         loop.call_soon_threadsafe(settle)
     except RuntimeError:  # the loop is closed, and with it whoever waited
         pass
-
-
-class _Undertaker:
-    """Cancels the channels of forgotten streams, on a thread of its own: a stream may be collected
-    while the thread that does it is inside the very locks that cancelling needs.
-    """
-
-    def __init__(self) -> None:
-        self._left: queue.SimpleQueue[Channel] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
-
-    def start(self) -> None:
-        with self._starting:
-            if self._thread is None or not self._thread.is_alive():  # as after a fork
-                self._thread = threading.Thread(
-                    target=self._run, name="mlx-onevision-forgotten", daemon=True
-                )
-                self._thread.start()
-
-    def take(self, channel: Channel) -> None:
-        # Only this: it may be called at any point of any thread.
-        self._left.put(channel)
-
-    def _run(self) -> None:
-        while True:
-            self._left.get().fail(cancelled("the request was given up"))
-
-
-_undertaker = _Undertaker()

@@ -144,19 +144,9 @@ class HttpBackend:
         except PluginError as error:
             channel.fail(error)
             return stream
-        self._limit_time(request, channel)
+        channel.limit(request.timeout, self._timeout)
         thread.start()
         return stream
-
-    def _limit_time(self, request: Request, channel: Channel) -> None:
-        limits = [limit for limit in (request.timeout, self._timeout) if limit is not None]
-        if not limits:
-            return
-        late = cancelled(f"the request was not done after {min(limits):g} seconds")
-        timer = threading.Timer(min(limits), channel.fail, [late])
-        timer.daemon = True
-        channel.at_end(timer.cancel)
-        timer.start()
 
     # On the request's thread.
 

@@ -4,6 +4,8 @@ import asyncio
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -24,6 +26,7 @@ _KINDS = {
     "list_type": "a list",
 }
 
+SMALL = 64 << 10  # bytes that are parsed sooner than a thread takes them over
 EXACT = 2**53  # up to here a float holds every whole number
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -33,6 +36,9 @@ class Reader:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings, self._held = settings, 0
+        # Megabytes of base64 take a while; others are answered meanwhile. Several threads would not
+        # parse any faster, and each would be one more that has the interpreter now and then.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
 
     async def read(self, request: Request, kind: type[Wanted]) -> Wanted:
         """The body, as ``kind``.
@@ -47,8 +53,10 @@ class Reader:
         try:
             await self._fill(data, request)
             places.take(request)
-            # Megabytes of base64 take a while; others are answered meanwhile.
-            return await asyncio.to_thread(_parsed, data, kind, self._settings)
+            parse = partial(_parsed, data, kind, self._settings)
+            if len(data) <= SMALL:
+                return parse()
+            return await asyncio.get_running_loop().run_in_executor(self._thread, parse)
         finally:
             self._held -= len(data)
 

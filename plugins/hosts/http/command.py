@@ -14,10 +14,6 @@ from mlx_onevision.errors import RequestError
 
 API_KEY = "MLX_ONEVISION_API_KEY"
 
-# The thread that speaks to all clients waits for as long as this, again and again, while others
-# prepare pictures; Python's own 5 ms add up to half a second in a crowd.
-SWITCH_SECONDS = 0.0005
-
 
 @click.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")
 @click.option(
@@ -127,7 +123,7 @@ def serve(
     from mlx_onevision.plugins.hosts.http import running
     from mlx_onevision.plugins.hosts.http.app import create_app
     from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
-    from mlx_onevision.plugins.onevision import open_engine
+    from mlx_onevision.plugins.onevision import import_engine, open_engine
     from mlx_onevision.plugins.policy import MediaPolicy
     from mlx_onevision.plugins.service import Limits
 
@@ -165,10 +161,11 @@ def serve(
                     file = running.token_file()
                     running.keep_token(token, file)
                     click.echo(f"The token for requests is in {file}", err=True)
+                import_engine()  # or else the first request waits for it
+                running.steady()
                 shown = f"[{host}]" if ":" in host else host
                 number = listening.getsockname()[1]
                 click.echo(f"Serving at http://{shown}:{number}/v1 (Ctrl-C ends)", err=True)
-                sys.setswitchinterval(SWITCH_SECONDS)
                 closing = running.Closing(backend)
                 server = running.Server(
                     app, settings, lambda: backend.info().healthy, closing.begin
