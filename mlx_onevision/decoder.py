@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from mlx_onevision.footage import Index
 
+FILES = 32  # open at once
+
 
 def main() -> None:
     request = json.loads(sys.argv[1])
@@ -43,9 +45,11 @@ def main() -> None:
 
     try:
         from mlx_onevision import footage  # before the limits: PyAV opens and maps many files
+        from mlx_onevision.confinement import confine
 
         gc.freeze()  # so that looking for cycles takes no time
-        _limit(request)
+        _allow(request, 0.0)
+        confine(request["memory"], files=FILES)
         try:
             _decode(request, send) if request["control"] is None else _serve(request, send)
         except footage.Refusal as error:
@@ -57,38 +61,6 @@ def main() -> None:
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         send("error", {"text": text, "kind": "media"})
-
-
-def _limit(request: dict[str, Any]) -> None:
-    """Bounds this process: what the system enforces, and a watch where it does not (macOS)."""
-    import resource
-    import threading
-    import time
-
-    memory = request["memory"]
-    _allow(request, 0.0)
-    wanted = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: 32,
-        resource.RLIMIT_CORE: 0,
-    }
-    for limit, value in wanted.items():
-        try:
-            resource.setrlimit(limit, (value, value))
-        except (OSError, ValueError):
-            pass  # a stricter one is in force, or the system has none
-    parent = os.getppid()
-    unit = 1 if sys.platform == "darwin" else 1024
-
-    def watch() -> None:
-        while True:
-            time.sleep(0.2)
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            if used > memory or os.getppid() != parent:
-                os._exit(9)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _allow(request: dict[str, Any], film: float) -> None:

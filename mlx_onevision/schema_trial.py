@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import threading
-import time
 
 STACK = 1 << 20  # bytes; less than any thread has that will do the same again
 
@@ -34,7 +33,9 @@ def main() -> None:
     sys.path[:] = request["path"]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    _limit(request["memory"], request["seconds"])
+    from mlx_onevision.confinement import confine
+
+    confine(request["memory"], seconds=int(request["seconds"]) + 1)
     schema = sys.stdin.buffer.read().decode()
 
     def work() -> None:
@@ -58,34 +59,6 @@ def main() -> None:
     worker.start()
     worker.join()
     os._exit(0)
-
-
-def _limit(memory: int, seconds: float) -> None:
-    """Bounds this process: what the system enforces, and a watch where it does not (macOS)."""
-    import resource
-
-    wanted = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_CPU: int(seconds) + 1,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_CORE: 0,
-    }
-    for limit, value in wanted.items():
-        try:
-            resource.setrlimit(limit, (value, value))
-        except (OSError, ValueError):
-            pass  # a stricter one is in force, or the system has none
-    parent = os.getppid()
-    unit = 1 if sys.platform == "darwin" else 1024
-
-    def watch() -> None:
-        while True:
-            time.sleep(0.1)
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            if used > memory or os.getppid() != parent:
-                os._exit(9)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
