@@ -242,6 +242,14 @@ def test_numbers_as_any_language_writes_them(fake: Client) -> None:
     assert (reply.status, reply.json["error"]["param"]) == (400, "max_tokens")
 
 
+def test_by_whatever_name_it_is_served_it_says_what_it_is() -> None:
+    with serving(FakeBackend(), ServerSettings(model="house")) as client:
+        (told,) = client.ask("GET", "/v1/models").json["data"]
+        assert (told["id"], told["root"]) == ("house", "fake")
+        assert client.ask("GET", "/v1/models/house").json == told
+        assert client.ask("GET", "/v1/models/fake").status == 404
+
+
 def test_another_model_is_never_looked_for(fake: Client) -> None:
     reply = fake.chat(model="org/other")
     assert reply.status == 404 and reply.json["error"]["code"] == "model_not_found"

@@ -68,9 +68,10 @@ def test_a_dropped_picture_is_asked_about_and_asked_on(tab: Tab, client: Client)
 
 
 def test_what_is_asked_about_stays_and_what_is_not_can_go(tab: Tab) -> None:
-    tab.choose(SHAPES)
-    tab.choose(SQUARE)
     figures = tab.page.locator("#pictures figure")
+    tab.choose(SHAPES)
+    expect(figures).to_have_count(1)
+    tab.choose(SQUARE)
     expect(figures).to_have_count(2)
     tab.button("Remove shapes.png").click()
     expect(figures).to_have_count(1)

@@ -246,6 +246,7 @@ def test_a_description_appears_as_it_is_told_and_can_be_stopped(browser: Browser
 def test_one_film_at_a_time(browser: Browser) -> None:
     with opened(browser, FakeBackend()) as tab:
         tab.choose(CIRCLE)
+        expect(tab.page.get_by_text("circle.mp4", exact=True)).to_be_visible()
         tab.choose(SHAPES)  # in the place of the other, about which nothing was asked
         expect(tab.page.locator("video")).to_have_count(1)
         expect(tab.page.get_by_text("shapes.mp4", exact=True)).to_be_visible()

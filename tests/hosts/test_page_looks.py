@@ -9,6 +9,7 @@ from hosts.browser import Tab, launched, opened
 from playwright.sync_api import Browser, expect
 from served import EXAMPLES
 
+from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
@@ -49,7 +50,8 @@ def shown(browser: Browser) -> Iterator[Tab]:
 @pytest.fixture(scope="module")
 def empty(browser: Browser) -> Iterator[Tab]:
     """As the demo model greets, with a token asked for."""
-    with opened(browser, FakeBackend(), ServerSettings(model="demo")) as tab:
+    settings = ServerSettings(model="shapes")  # by another name it is the demo model still
+    with open_backend("engine", model="demo") as backend, opened(browser, backend, settings) as tab:
         expect(tab.button("A picture")).to_be_visible()
         tab.page.locator("#token").evaluate("one => { one.hidden = false }")
         yield tab

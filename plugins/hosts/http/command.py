@@ -165,7 +165,8 @@ def serve(
                 running.steady()
                 shown = f"[{host}]" if ":" in host else host
                 number = listening.getsockname()[1]
-                click.echo(f"Serving at http://{shown}:{number}/v1 (Ctrl-C ends)", err=True)
+                address = f"http://{shown}:{number}"
+                click.echo(f"Serving at {address}/v1, a page at {address} (Ctrl-C ends)", err=True)
                 closing = running.Closing(backend)
                 server = running.Server(
                     app, settings, lambda: backend.info().healthy, closing.begin

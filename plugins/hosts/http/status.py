@@ -22,6 +22,7 @@ Known = Annotated[
             "object": {"const": "model"},
             "created": {"type": "integer"},
             "owned_by": {"type": "string"},
+            "root": {"type": "string"},
         }
     ),
 ]
@@ -87,6 +88,7 @@ async def _model(serving: Serving) -> dict[str, Any]:
         "object": "model",
         "created": serving.created,
         "owned_by": "mlx-onevision",
+        "root": info.id,  # as vLLM says what it is, whatever name it is served under
     }
 
 

@@ -23,12 +23,12 @@ export function useToken(token) {
 }
 
 /**
- * The names of what is served.
- * @returns {Promise<string[]>}
+ * What is served: the name it has here, and its own.
+ * @typedef {{ id: string, root: string }} Model
+ * @returns {Promise<Model[]>}
  */
 export async function models() {
-  const answer = await (await ask("v1/models")).json();
-  return answer.data.map((/** @type {{ id: string }} */ model) => model.id);
+  return (await (await ask("v1/models")).json()).data;
 }
 
 /**

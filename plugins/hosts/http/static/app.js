@@ -66,8 +66,8 @@ function remove(medium) {
 }
 
 function suggest() {
-  document.body.classList.toggle("demo", greeter.model === DEMO);
-  composer.suggest(greeter.model === DEMO ? questions(conversation.media) : []);
+  document.body.classList.toggle("demo", greeter.root === DEMO);
+  composer.suggest(greeter.root === DEMO ? questions(conversation.media) : []);
 }
 
 function anew() {

@@ -5,6 +5,8 @@ import { byId } from "./dom.js";
 
 export class Greeter {
   model = "";
+  /** What that is, whatever its name here. */
+  root = "";
   #form = byId("token");
   #field = byId("token-field");
   #fault = byId("server-fault");
@@ -27,7 +29,7 @@ export class Greeter {
 
   async greet() {
     try {
-      [this.model] = await models();
+      [{ id: this.model, root: this.root }] = await models();
       this.#fault.hidden = true;
       byId("model").textContent = this.model;
       this.ongreeted();
