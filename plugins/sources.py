@@ -1,5 +1,6 @@
 """What the engine reads of a request's media: pictures as their pixels, videos as they are."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -12,9 +13,9 @@ from mlx_onevision.plugins.requests import Group
 from mlx_onevision.plugins.streams import Channel
 from mlx_onevision.plugins.turns import Turns
 
-# Of work that waits for nothing but the processor. All requests at once would be no faster, for
+# Of work that waits for nothing but the processor. All requests at once would be hardly faster, for
 # Python lets one thread have the interpreter, and whoever speaks to the clients is behind them all.
-READERS = 2
+READERS = max(2, (os.cpu_count() or 1) // 2)
 
 
 class Desk:
