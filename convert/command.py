@@ -20,6 +20,7 @@ from mlx_onevision.convert.choices import (
     recipe_of,
     require_usage,
 )
+from mlx_onevision.model_options import revision_option
 
 if TYPE_CHECKING:
     from mlx_onevision.convert.conversion import Conversion
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--mlx-path", "--output", "mlx_path", type=click.Path(path_type=Path), help="FOLDER, likewise."
 )
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
+@revision_option
 @click.option("-q", "--quantize", is_flag=True, help="Pack the weights; 4 bits unless told.")
 @click.option("--q-bits", type=click.Choice(BITS), help="Bits of the language model.")
 @click.option("--q-group-size", type=click.Choice(["32", "64", "128"]), help="Values a scale.")

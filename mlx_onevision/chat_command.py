@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from mlx_onevision.errors import sentence
+from mlx_onevision.model_options import dtype_option, model_option, revision_option
 
 
 @click.command(short_help="Talk with a model.")
-@click.option("--model", metavar="MODEL", help="As for generate. Default: the demo model.")
+@model_option
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Shown with the first line.")
 @click.option("--video", "videos", multiple=True, metavar="FILE", help="Shown with the first line.")
 @click.option("--frames", "num_frames", type=int, metavar="N", help="N frames of each video.")
@@ -23,10 +24,8 @@ from mlx_onevision.errors import sentence
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total mass.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--verbose", is_flag=True, help="After each answer: what was read, cached, encoded.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Compute in this type."
-)
+@revision_option
+@dtype_option
 @click.pass_context
 def chat(
     ctx: click.Context,

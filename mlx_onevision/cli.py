@@ -21,6 +21,7 @@ from mlx_onevision.chat_command import chat
 from mlx_onevision.describe_command import describe
 from mlx_onevision.embed_command import embed
 from mlx_onevision.errors import RequestError, sentence
+from mlx_onevision.model_options import dtype_option, model_option, revision_option
 
 if TYPE_CHECKING:
     from mlx_onevision.generation import Usage
@@ -81,11 +82,7 @@ def cli() -> None:
 
 
 @cli.command(short_help="Answer one prompt.")
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
-)
+@model_option
 @click.option("--image", "images", multiple=True, metavar="FILE", help="An image: a file or a URL.")
 @click.option("--video", "videos", multiple=True, metavar="FILE", help="A video: a file or a URL.")
 @click.option(
@@ -125,12 +122,8 @@ def cli() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--verbose", is_flag=True, help="Print counts, seconds and peak memory to stderr.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Compute in this type. Default: the checkpoint's.",
-)
+@revision_option
+@dtype_option
 @click.option(
     "--quantize", type=click.Choice(["4", "8"]), help="Pack the weights while they are loaded."
 )

@@ -18,6 +18,7 @@ import click
 from mlx_onevision.captions import FORMS, SILENT, write
 from mlx_onevision.destinations import Job, cache_folder, jobs_for
 from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.model_options import dtype_option, model_option, revision_option
 from mlx_onevision.sidecar import save
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ DOING = {"probe": "looking for scenes", "text": "telling"}
 
 @click.command(short_help="Say what happens in videos.")
 @click.argument("videos", nargs=-1, required=True, metavar="VIDEO|FOLDER...")
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
-)
+@model_option
 @click.option(
     "--format",
     "form",
@@ -79,12 +76,8 @@ DOING = {"probe": "looking for scenes", "text": "telling"}
     help="Where what is done is kept, a file a video. Default: the user's cache folder.",
 )
 @click.option("--force", is_flag=True, help="Start over, and replace files that are there.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Compute in this type. Default: the checkpoint's.",
-)
+@revision_option
+@dtype_option
 @click.pass_context
 def describe(
     ctx: click.Context,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_onevision.errors import OneVisionError
+from mlx_onevision.model_options import dtype_option, model_option, revision_option
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -25,11 +26,7 @@ BATCH = 100  # items between two looks at what has come
 
 @click.command(short_help="Turn pictures, videos or texts into vectors.")
 @click.argument("files", nargs=-1, metavar="FILE...")
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
-)
+@model_option
 @click.option(
     "--space",
     type=click.Choice(["vision", "joint"]),
@@ -54,12 +51,8 @@ BATCH = 100  # items between two looks at what has come
 @click.option("--fps", type=float, metavar="F", help="F frames of each second of a video instead.")
 @click.option("--start", type=float, metavar="S", help="Begin S seconds into each video.")
 @click.option("--end", type=float, metavar="S", help="End S seconds into each video.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Compute in this type. Default: the checkpoint's.",
-)
+@revision_option
+@dtype_option
 @click.pass_context
 def embed(
     ctx: click.Context,

@@ -11,16 +11,13 @@ from typing import NoReturn
 import click
 
 from mlx_onevision.errors import RequestError
+from mlx_onevision.model_options import dtype_option, model_option, revision_option
 
 API_KEY = "MLX_ONEVISION_API_KEY"
 
 
 @click.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
-)
+@model_option
 @click.option("--name", metavar="NAME", help="What clients call the model. Default: its own name.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Where to listen; others need a token."
@@ -76,12 +73,8 @@ API_KEY = "MLX_ONEVISION_API_KEY"
 @click.option(
     "--keep-alive", type=float, metavar="S", help="Free the model after S seconds without requests."
 )
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Compute in this type. Default: the checkpoint's.",
-)
+@revision_option
+@dtype_option
 def serve(
     model: str | None,
     name: str | None,

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import llm
 
+from mlx_onevision.model_options import revision_option
 from mlx_onevision.plugins.hosts.llm import shelf
 from mlx_onevision.plugins.hosts.llm.embedding import SPACES
 from mlx_onevision.plugins.hosts.llm.opened import opened
@@ -24,7 +25,7 @@ def onevision() -> None:
     "--alias", "aliases", multiple=True, metavar="NAME", help="A shorter name; may be given again."
 )
 @click.option("--name", metavar="NAME", help="What llm calls it. Default: its own name.")
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
+@revision_option
 def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | None) -> None:
     """Make a Hugging Face model or a folder known to llm.
 

@@ -8,14 +8,11 @@ from importlib.util import find_spec
 import click
 
 from mlx_onevision.errors import RequestError
+from mlx_onevision.model_options import dtype_option, model_option, revision_option
 
 
 @click.command(short_help="Serve a model over MCP, to Claude Desktop and other hosts.")
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
-)
+@model_option
 @click.option(
     "--allow-dir",
     "folders",
@@ -49,12 +46,8 @@ from mlx_onevision.errors import RequestError
     is_flag=True,
     help="Offer the plugin contract as tools, too, for hosts that are programs.",
 )
-@click.option("--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Compute in this type. Default: the checkpoint's.",
-)
+@revision_option
+@dtype_option
 def mcp(
     model: str | None,
     folders: tuple[str, ...],
