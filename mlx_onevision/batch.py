@@ -1,159 +1,23 @@
 """Several requests at once on the inference thread: mlx-lm's continuous batching, with rows that
 come in as memory allows and that end, fail and are cancelled each for itself.
 
-A lone request does not come here: one sequence decodes faster by itself (:mod:`runner`), and has a
-prefix cache. It comes when it gets company, in the middle of its answer.
+A lone request does not come here: one sequence decodes faster by itself (:mod:`runner`). It comes
+when it gets company, in the middle of its answer.
 """
 
-import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_onevision import memory
-from mlx_onevision.choosing import Choosing
 from mlx_onevision.errors import CancelledError
-from mlx_onevision.grammar import Grammar
-from mlx_onevision.likelihoods import Watch
-from mlx_onevision.processor import Inputs
-from mlx_onevision.runner import Counters, Runner, Unfinished
-from mlx_onevision.sampling import Sampling
+from mlx_onevision.row import Row
+from mlx_onevision.runner import Runner
 
 if TYPE_CHECKING:
     from mlx_lm.generate import BatchGenerator
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What to answer, and how.
-
-    ends_at : given each token as it is generated; True ends the answer with that one.
-    grammar, watch : see :class:`~mlx_onevision.choosing.Choosing`.
-    """
-
-    inputs: Inputs
-    sampling: Sampling
-    max_tokens: int
-    ends_at: Callable[[int], bool] = lambda _: False
-    grammar: Grammar | None = None
-    watch: Watch | None = None
-
-
-class Listener(Protocol):
-    """Who waits for a row's tokens."""
-
-    @property
-    def counters(self) -> Counters: ...
-
-    def check(self, *_: object) -> None:
-        """Raises CancelledError once the row is not wanted any more."""
-
-    def put(self, item: int | BaseException | None) -> None:
-        """A token; at the end None, or what went wrong."""
-
-
-class Row:
-    """One request of a batch, from the queue to its end."""
-
-    def __init__(self, request: Request, listener: Listener) -> None:
-        self.request = request
-        self.listener = listener
-        self.counters = listener.counters
-        self.longest = len(request.inputs.input_ids) + request.max_tokens
-        """Positions that its keys and values can come to."""
-        self._choosing = Choosing(request.sampling, request.grammar, request.watch)
-        self._media = ExitStack()
-        self._since = 0.0
-        self._ended = False
-        self._unfinished: Unfinished | None = None
-
-    def run_alone(self, runner: Runner, company: Callable[[], bool]) -> bool:
-        """Answers it by itself; False where company came, with whom it is to go on."""
-        request = self.request
-        try:
-            self.listener.check()
-            self._unfinished = runner.generate(
-                request.inputs,
-                self._choosing,
-                request.max_tokens,
-                self.counters,
-                self._deliver,
-                self.listener.check,
-                company,
-            )
-        except BaseException as error:
-            self.end(error)
-            return True
-        self._since = time.perf_counter() - self.counters.decode_seconds
-        if self._unfinished is None:
-            self.end()
-        return self._unfinished is None
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether it was begun alone, and is to go on in a batch."""
-        return self._unfinished is not None
-
-    def join(self, runner: Runner, generator: "BatchGenerator") -> tuple[int, bool]:
-        """Its number in ``generator``, and whether its prompt is still to be read."""
-        text = runner.model.config.text_config
-        placeholder = runner.model.config.image_token_index
-        left, self._unfinished = self._unfinished, None
-        ids = self._begin(runner) if left is None else left.ids
-        produced = 0 if left is None else left.produced
-        (uid,) = generator.insert(
-            [ids if left is None else ids[-1:]],
-            max_tokens=[self.request.max_tokens - produced],
-            caches=None if left is None else [left.cache],
-            all_tokens=None if left is None else [ids[:-1]],
-            samplers=[self._choosing.sampler(produced)],
-            logits_processors=[self._choosing.logits_processors(text.vocab_size, placeholder)],
-        )
-        return uid, left is None
-
-    def _begin(self, runner: Runner) -> list[int]:
-        """Its prompt with virtual ids; their rows are in the bank and stay there until :meth:`read`
-        or :meth:`end`.
-        """
-        ids, keys = runner.virtual_ids(self.request.inputs)
-        self._media.enter_context(runner.model.bank.in_use(keys))
-        self.counters.prompt_tokens = len(ids)
-        runner.fill_bank(self.request.inputs, ids, 0, self.counters, self.listener.check)
-        self._since = time.perf_counter()
-        return ids
-
-    def read(self) -> None:
-        """The prompt has been read, so its media are not needed any more."""
-        self._media.close()
-
-    def add(self, token: int) -> None:
-        self.counters.completion_tokens += 1
-        now = time.perf_counter()
-        if self.counters.completion_tokens == 1:
-            self.counters.prefill_seconds, self._since = now - self._since, now
-        else:
-            self.counters.decode_seconds = now - self._since
-        self._deliver(token)
-
-    def _deliver(self, token: int) -> None:
-        self._choosing.chosen(token)
-        self.listener.put(token)
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Tells whoever waits that nothing more comes, once, whatever happens on the way."""
-        if self._ended:
-            return
-        self._ended = True
-        try:
-            self._media.close()
-            self._choosing.end()
-            self.counters.peak_memory = mx.get_peak_memory()
-        finally:
-            self.listener.put(None if isinstance(error, CancelledError) else error)
 
 
 def serve(runner: Runner, line: deque[Row]) -> None:
@@ -272,8 +136,12 @@ class Batch:
                 failure = error
                 generator.remove([answer.uid])
             if failure is not None or answer.finish_reason is not None:
-                del self._active[answer.uid]
-                row.end(failure)
+                try:
+                    if failure is None and answer.prompt_cache and answer.all_tokens:
+                        row.put_by(self._runner, answer.all_tokens, answer.prompt_cache)
+                finally:  # the answer is there, whatever becomes of its cache
+                    del self._active[answer.uid]
+                    row.end(failure)
 
     def _check_all(self) -> None:
         """Raises CancelledError in the midst of a step that nobody wants any more."""
@@ -290,10 +158,14 @@ class Batch:
             try:
                 row.listener.check()
             except CancelledError as cancelled:
-                generator.remove([uid])
-                del self._active[uid]
-                self._reading.discard(uid)
-                row.end(cancelled)
+                left = generator.remove([uid], return_prompt_caches=uid not in self._reading)
+                try:
+                    for cache, ids in left.values():  # it may have ended at a stop text
+                        row.put_by(self._runner, ids, cache)
+                finally:
+                    del self._active[uid]
+                    self._reading.discard(uid)
+                    row.end(cancelled)
         for row in self._waiting.copy():  # other threads add to it
             try:
                 row.listener.check()

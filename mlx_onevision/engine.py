@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mlx_onevision.batch import Request, Row, serve
+from mlx_onevision.batch import serve
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.errors import (
     CancelledError,
@@ -29,6 +29,7 @@ from mlx_onevision.errors import (
 )
 from mlx_onevision.processor import Inputs
 from mlx_onevision.recipes import Recipe
+from mlx_onevision.row import Request, Row
 from mlx_onevision.runner import Counters, Runner
 from mlx_onevision.worker import Worker
 
@@ -40,7 +41,7 @@ class TokenStream:
     ended.
 
     closing : set when the model is being closed, which cancels.
-    ends_at : see :class:`~mlx_onevision.batch.Request`.
+    ends_at : see :class:`~mlx_onevision.row.Request`.
     """
 
     def __init__(
@@ -201,9 +202,9 @@ class Engine:
         return self._worker.alive
 
     def forget(self, inputs: Inputs) -> None:
-        """Drops the features of a prompt's media once the requests before this have run."""
+        """Drops what is kept of a prompt's media once the requests before this have run."""
         keys = [medium.key for medium in inputs.media]
-        self._worker.submit(lambda runner: runner.model.bank.forget(keys))
+        self._worker.submit(lambda runner: runner.forget(keys))
 
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mlx_onevision.batch import Request
 from mlx_onevision.detokenizer import Detokenizer, StopStrings
 from mlx_onevision.engine import Engine, TokenStream
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.grammar import Grammar
 from mlx_onevision.likelihoods import Telling, TokenLogprob, Watch, plain
 from mlx_onevision.processor import Inputs
+from mlx_onevision.row import Request
 from mlx_onevision.sampling import Sampling
 from mlx_onevision.text import Tokenizer
 

@@ -1,11 +1,15 @@
-"""The last conversation's key-value cache, so that its next turn reads only what is new.
+"""The key-value caches of the last conversations, so that the next turn of each reads only what is
+new.
 
-A lone conversation trims its own cache in place: nothing is copied and there is one set of keys and
-values. That ids name media by content is what makes a match on ids safe.
+A conversation that goes on trims its own cache in place: nothing is copied and there is one set of
+keys and values. That ids name media by content is what makes a match on ids safe.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_onevision.model import OneVision
 
@@ -14,14 +18,42 @@ from mlx_onevision.model import OneVision
 LEAST_MATCH = 64
 
 
-class PrefixCache:
-    """Keys and values of one sequence of ids, held with the virtual ids of the media in it."""
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The cache of one conversation.
 
-    def __init__(self, model: OneVision) -> None:
+    ids : what it holds, one for each position. keys : the media whose virtual ids are among them.
+    """
+
+    ids: list[int]
+    keys: tuple[str, ...]
+    cache: list[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.cache)
+
+    def common(self, ids: Sequence[int]) -> int:
+        """How many of the first ``ids`` it holds."""
+        for place, (held, wanted) in enumerate(zip(self.ids, ids, strict=False)):
+            if held != wanted:
+                return place
+        return min(len(self.ids), len(ids))
+
+
+class PrefixCache:
+    """Caches by what they hold. The last one is kept whatever it takes; those before it while all
+    together are within ``capacity`` bytes, and those used longest ago go first.
+    """
+
+    def __init__(self, model: OneVision, capacity: int = 0) -> None:
+        self.capacity = capacity
         self._model = model
-        self._ids: list[int] = []
-        self._keys: tuple[str, ...] = ()
-        self._cache: list[Any] | None = None
+        self._kept: list[Kept] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self._kept)
 
     def take(self, ids: Sequence[int]) -> tuple[list[Any], int]:
         """A cache to continue from, and how many of ``ids`` it already holds.
@@ -31,37 +63,80 @@ class PrefixCache:
         """
         from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
-        matched = self.match(ids)
-        cache = self._cache
-        self._cache = None
-        if matched and cache is not None:
-            trim_prompt_cache(cache, cache[0].offset - matched)
-            return cache, matched
-        self.clear()
-        return make_prompt_cache(self._model), 0
+        kept, matched = self._best(ids)
+        if kept is None:
+            self._evict(self.capacity)
+            return make_prompt_cache(self._model), 0
+        self._kept.remove(kept)
+        if matched < len(kept.ids) - matched:
+            # Another conversation that began alike: its own rest is worth more than a copy.
+            self._kept.append(kept)
+            self._evict(self.capacity)
+            return [_first(layer, matched) for layer in kept.cache], matched
+        self._model.bank.release(kept.keys)
+        self._evict(self.capacity)
+        trim_prompt_cache(kept.cache, kept.cache[0].offset - matched)
+        return kept.cache, matched
 
     def match(self, ids: Sequence[int]) -> int:
         """How many of the first ``ids`` a cache could be had for."""
-        if self._cache is None:
-            return 0
-        common = 0
-        for cached, wanted in zip(self._ids, ids[:-1], strict=False):
-            if cached != wanted:
-                break
-            common += 1
-        return common if common >= LEAST_MATCH else 0
+        return self._best(ids)[1]
 
     def put_back(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
         """Keeps ``cache`` for the next turn; it holds the first of ``ids``, as far as it
-        reaches.
+        reaches. ``keys`` : the media in them, whose ids are still somebody's.
         """
-        held = self._keys
-        self._model.bank.hold(keys)
-        self._model.bank.release(held)
-        self._keys = tuple(keys)
-        self._ids = list(ids[: cache[0].offset])
-        self._cache = cache
+        new = Kept(list(ids[: cache[0].offset]), tuple(keys), cache)
+        self._model.bank.hold(new.keys)
+        for kept in self._kept.copy():
+            if kept.common(new.ids) == len(kept.ids):  # an earlier turn
+                self._drop(kept)
+        self._evict(self.capacity - new.nbytes)
+        self._kept.append(new)
+
+    def put_by(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
+        """As :meth:`put_back`, for a row of a batch, whose cache is not cut out of it yet. One that
+        alone would take too much is not kept, and where memory is short none is.
+        """
+        if sum(layer.nbytes for layer in cache) > self.capacity:
+            return
+        try:
+            mx.eval([layer.state[:2] for layer in cache])
+        except RuntimeError:
+            self.clear()
+            return
+        self.put_back(ids, keys, cache)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Drops the conversations about any of these media."""
+        for kept in self._kept.copy():
+            if not set(keys).isdisjoint(kept.keys):
+                self._drop(kept)
 
     def clear(self) -> None:
-        self._model.bank.release(self._keys)
-        self._ids, self._keys, self._cache = [], (), None
+        self._evict(-1)
+
+    def _best(self, ids: Sequence[int]) -> tuple[Kept | None, int]:
+        best, most = None, LEAST_MATCH - 1
+        for kept in self._kept:
+            common = min(kept.common(ids), len(ids) - 1)
+            if common > most:
+                best, most = kept, common
+        return best, 0 if best is None else most
+
+    def _evict(self, room: int) -> None:
+        """Drops the oldest until all are within ``room`` bytes."""
+        while self._kept and self.nbytes > room:
+            self._drop(self._kept[0])
+
+    def _drop(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        self._model.bank.release(kept.keys)
+
+
+def _first(layer: Any, count: int) -> Any:
+    """A layer's cache, of the first positions only."""
+    keys, values, _ = layer.state
+    copy = type(layer)()
+    copy.state = keys[..., :count, :], values[..., :count, :], count
+    return copy

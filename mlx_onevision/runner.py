@@ -29,17 +29,24 @@ from mlx_onevision.processor import Inputs, Medium
 BANK_SHARE = 32
 MOST_BANK_BYTES = 1 << 31
 
+# Keys and values of conversations before the last one are kept up to this share of the memory that
+# nothing else is planned for.
+PREFIX_SHARE = 8
+MOST_PREFIX_BYTES = 1 << 32
+
 
 @dataclass(frozen=True)
 class Unfinished:
     """An answer that was left off between two tokens, with all that it takes to go on.
 
     ids : the prompt's, virtual ones among them, and the answer's so far.
+    keys : the media among them.
     cache : holds all of them but the last.
     produced : how many of them are the answer's.
     """
 
     ids: list[int]
+    keys: list[str]
     cache: list[Any]
     produced: int
 
@@ -75,13 +82,15 @@ class Runner:
         itemsize = self.model.vision_tower.dtype.size
         scratch = memory.scratch_bytes(room, weights)
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
+        free = max(0, room - weights - self.model.bank.capacity - scratch)
+        self.prefix.capacity = min(free // PREFIX_SHARE, MOST_PREFIX_BYTES)
         # A processor is no faster with more, and a prompt can be left off between two of them.
         processor = mx.default_device().type == mx.cpu
         self.chunk = memory.CHUNKS[-1] if processor else self.model.budget.chunk
         """Tokens of a lone prompt that are read at once."""
         self.batch_positions = memory.batch_positions(
             self.model.config.text_config,
-            room - weights - self.model.bank.capacity - scratch,
+            free - self.prefix.capacity,
             itemsize,
         )
         """How many positions, padding included, the rows of a batch may have together."""
@@ -120,13 +129,13 @@ class Runner:
                         break
                     check()
                     if company() and len(produced) < max_tokens:
-                        return self._left_off(ids + produced, len(produced), cache)
+                        return self._left_off(ids + produced, keys, len(produced), cache)
             except CancelledError:
                 _level(cache)
                 self.prefix.put_back(ids + produced, keys, cache)
                 raise
             except BaseException:
-                self.prefix.clear()  # its layers may not agree on how far they got
+                self.prefix.clear()  # memory may be short
                 raise
             finally:
                 counters.completion_tokens = len(produced)
@@ -134,12 +143,13 @@ class Runner:
             self.prefix.put_back(ids + produced, keys, cache)
         return None
 
-    def _left_off(self, ids: list[int], produced: int, cache: list[Any]) -> Unfinished:
+    def _left_off(
+        self, ids: list[int], keys: list[str], produced: int, cache: list[Any]
+    ) -> Unfinished:
         from mlx_lm.models.cache import trim_prompt_cache
 
-        self.prefix.clear()
         trim_prompt_cache(cache, cache[0].offset - (len(ids) - 1))  # mlx-lm runs a token ahead
-        return Unfinished(ids, cache, produced)
+        return Unfinished(ids, keys, cache, produced)
 
     def fill_bank(
         self,
@@ -221,6 +231,11 @@ class Runner:
                 self._encode(inputs, ids, 0, check)
                 rows.append(ids)
             return last_hidden(self.model, rows, check)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Drops the features of media, and the conversations about them."""
+        self.prefix.forget(keys)
+        self.model.bank.forget(keys)
 
     def virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
         """The prompt with every placeholder replaced by its medium's virtual ids, and their

@@ -15,11 +15,12 @@ from checkpoints import write
 
 from examples.demo_model.cases import make_cases
 from mlx_onevision.api import Model, load
-from mlx_onevision.batch import Batch, Request, Row, serve
+from mlx_onevision.batch import Batch, serve
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.options import Options
 from mlx_onevision.processor import Inputs, Processor
+from mlx_onevision.row import Request, Row
 from mlx_onevision.runner import Counters, Runner
 from mlx_onevision.sampling import Sampling
 

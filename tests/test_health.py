@@ -17,7 +17,7 @@ from faults import error_of
 
 from mlx_onevision import memory
 from mlx_onevision.api import load
-from mlx_onevision.batch import Row, serve
+from mlx_onevision.batch import serve
 from mlx_onevision.errors import CancelledError, DiedError
 from mlx_onevision.model import OneVision
 from mlx_onevision.plugins.conformance.subject import png
@@ -32,6 +32,7 @@ from mlx_onevision.plugins.interface import (
 )
 from mlx_onevision.plugins.onevision import open_engine
 from mlx_onevision.plugins.service import Limits, Service
+from mlx_onevision.row import Row
 
 LONG = GenerateRequest.ask("a long story", max_tokens=4000, temperature=2.0, seed=1)
 MANY = EmbedRequest([Media("image", data=png(9, 9, (n, 0, 0))) for n in range(16)])

@@ -76,7 +76,9 @@ def test_demo_is_embedded_and_cannot_be_shadowed(
     ["nothing", "", " ", "/no/such/folder", "./a/b/c", "a/b/c", "org/na me", "../x", "~nobody/x",
      "org/..", "-org/name", "http://host/org/name", "x" * 5000, "a\0b", "org/name\n", "8b"],
 )  # fmt: skip
-def test_neither_folder_nor_id(name: str) -> None:
+def test_neither_folder_nor_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # with nothing beside it
     message = refusal(name)
     takes = "a folder, a Hugging Face id (org/name), 0.5b, 7b, 72b or demo"
     assert message.startswith("There is no model '") and message.endswith(takes)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from checkpoints import write
 
-from mlx_onevision.batch import Request, Row, serve
+from mlx_onevision.batch import serve
 from mlx_onevision.checkpoint import load_checkpoint
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.processor import Inputs, Processor
+from mlx_onevision.row import Request, Row
 from mlx_onevision.runner import Counters, Runner
 from mlx_onevision.sampling import Sampling
 
@@ -90,10 +91,12 @@ def test_together(runner: Runner, prompts: list[Inputs]) -> None:
     whole = [listener.tokens for listener in answered(runner, prompts, [1 << 30] * 2)]
     # Both go in the midst of the step that reads their prompts.
     for times in range(4, 4 + len(runner.model.layers) - 1):
+        runner.prefix.clear()
         gone, first = answered(runner, prompts, [times, 0])
         assert gone.tokens == first.tokens == [] and gone.asked == times + 1
     # One that stays is answered, whenever the other goes.
     for times in range(8):
+        runner.prefix.clear()
         gone, kept = answered(runner, prompts, [times, 1 << 30])
         assert kept.tokens == whole[1] and gone.tokens == whole[0][: len(gone.tokens)]
     after = answered(runner, prompts, [1 << 30] * 2)

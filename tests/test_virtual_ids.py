@@ -207,6 +207,7 @@ def test_no_image_is_taken_for_another(processor: Processor, name: str) -> None:
     first, second = (processor.prepare(ask(image)) for image in PAIRS[name])
     assert first.input_ids.shape == second.input_ids.shape
     runner = Runner(load_checkpoint(FOLDER))
+    runner.prefix.capacity = 0  # the last conversation alone
     for inputs in (first, second, first):
         warm, fresh = answer(runner, inputs), cold(inputs)
         assert warm.counters.cached_tokens == 0
@@ -252,7 +253,7 @@ def test_the_same_image_is_encoded_once(processor: Processor) -> None:
 def test_rows_that_were_dropped_come_back(processor: Processor) -> None:
     """A bank too small for any image: each is encoded anew, and the answers stay the same."""
     runner = Runner(load_checkpoint(FOLDER))
-    runner.model.bank.capacity = 1
+    runner.model.bank.capacity, runner.prefix.capacity = 1, 0
     prompts = [processor.prepare(ask(picture(SIZE, seed))) for seed in (0, 1, 0, 2, 1)]
     for inputs in prompts:
         warm, fresh = answer(runner, inputs), cold(inputs)
