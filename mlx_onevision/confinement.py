@@ -34,11 +34,17 @@ def confine(memory: int, *, seconds: int | None = None, files: int | None = None
     parent = os.getppid()
     unit = 1 if sys.platform == "darwin" else 1024
 
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    # On Linux a process begins with the peak of the one that started it, which may be a host with a
+    # whole model in it; there the system enforces the limit by itself.
+    allowed = max(memory, peak())
+
     def watch() -> None:
         while True:
             time.sleep(POLL_SECONDS)
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            if used > memory or os.getppid() != parent:
+            if peak() > allowed or os.getppid() != parent:
                 os._exit(9)
 
     threading.Thread(target=watch, daemon=True).start()
