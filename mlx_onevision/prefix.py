@@ -17,6 +17,9 @@ from mlx_onevision.model import OneVision
 # without this a new picture after them would start from a cache instead of afresh.
 LEAST_MATCH = 64
 
+# All of them are looked at with every request.
+MOST_KEPT = 32
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -28,21 +31,22 @@ class Kept:
     ids: list[int]
     keys: tuple[str, ...]
     cache: list[Any]
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.cache)
-
-    def common(self, ids: Sequence[int]) -> int:
+    def common(self, ids: list[int]) -> int:
         """How many of the first ``ids`` it holds."""
-        for place, (held, wanted) in enumerate(zip(self.ids, ids, strict=False)):
-            if held != wanted:
-                return place
-        return min(len(self.ids), len(ids))
+        least, most = 0, min(len(self.ids), len(ids))
+        while least < most:  # by halves: lists are compared much faster than their items
+            middle = (least + most + 1) // 2
+            if self.ids[least:middle] == ids[least:middle]:
+                least = middle
+            else:
+                most = middle - 1
+        return least
 
 
 class PrefixCache:
-    """Caches by what they hold. The last one is kept whatever it takes; those before it while all
+    """Caches by what they hold. The last one is kept whatever it takes; a few before it while all
     together are within ``capacity`` bytes, and those used longest ago go first.
     """
 
@@ -55,7 +59,7 @@ class PrefixCache:
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in self._kept)
 
-    def take(self, ids: Sequence[int]) -> tuple[list[Any], int]:
+    def take(self, ids: list[int]) -> tuple[list[Any], int]:
         """A cache to continue from, and how many of ``ids`` it already holds.
 
         The last id is never among them, because its logits are what generation begins with. The
@@ -78,7 +82,7 @@ class PrefixCache:
         trim_prompt_cache(kept.cache, kept.cache[0].offset - matched)
         return kept.cache, matched
 
-    def match(self, ids: Sequence[int]) -> int:
+    def match(self, ids: list[int]) -> int:
         """How many of the first ``ids`` a cache could be had for."""
         return self._best(ids)[1]
 
@@ -86,19 +90,19 @@ class PrefixCache:
         """Keeps ``cache`` for the next turn; it holds the first of ``ids``, as far as it
         reaches. ``keys`` : the media in them, whose ids are still somebody's.
         """
-        new = Kept(list(ids[: cache[0].offset]), tuple(keys), cache)
+        new = Kept(list(ids[: cache[0].offset]), tuple(keys), cache, _size(cache))
         self._model.bank.hold(new.keys)
         for kept in self._kept.copy():
             if kept.common(new.ids) == len(kept.ids):  # an earlier turn
                 self._drop(kept)
-        self._evict(self.capacity - new.nbytes)
+        self._evict(self.capacity - new.nbytes, MOST_KEPT - 1)
         self._kept.append(new)
 
     def put_by(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
         """As :meth:`put_back`, for a row of a batch, whose cache is not cut out of it yet. One that
         alone would take too much is not kept, and where memory is short none is.
         """
-        if sum(layer.nbytes for layer in cache) > self.capacity:
+        if _size(cache) > self.capacity:
             return
         try:
             mx.eval([layer.state[:2] for layer in cache])
@@ -116,7 +120,7 @@ class PrefixCache:
     def clear(self) -> None:
         self._evict(-1)
 
-    def _best(self, ids: Sequence[int]) -> tuple[Kept | None, int]:
+    def _best(self, ids: list[int]) -> tuple[Kept | None, int]:
         best, most = None, LEAST_MATCH - 1
         for kept in self._kept:
             common = min(kept.common(ids), len(ids) - 1)
@@ -124,14 +128,18 @@ class PrefixCache:
                 best, most = kept, common
         return best, 0 if best is None else most
 
-    def _evict(self, room: int) -> None:
-        """Drops the oldest until all are within ``room`` bytes."""
-        while self._kept and self.nbytes > room:
+    def _evict(self, room: int, most: int = MOST_KEPT) -> None:
+        """Drops the oldest until there are no more than ``most``, within ``room`` bytes."""
+        while self._kept and (self.nbytes > room or len(self._kept) > most):
             self._drop(self._kept[0])
 
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)
         self._model.bank.release(kept.keys)
+
+
+def _size(cache: list[Any]) -> int:
+    return sum(layer.nbytes for layer in cache)
 
 
 def _first(layer: Any, count: int) -> Any:

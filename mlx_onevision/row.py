@@ -89,7 +89,7 @@ class Row:
         if self._unfinished is None:
             self.end()
             return True
-        self._hold(runner, self._unfinished.keys)
+        self._let_go_at_end(runner, self._unfinished.keys)
         return False
 
     @property
@@ -123,7 +123,8 @@ class Row:
         """
         ids, keys = runner.virtual_ids(self.request.inputs)
         self._media.enter_context(runner.model.bank.in_use(keys))
-        self._hold(runner, keys)
+        runner.model.bank.hold(keys)
+        self._let_go_at_end(runner, keys)
         self.counters.prompt_tokens = len(ids)
         matched = runner.prefix.match(ids)
         runner.fill_bank(self.request.inputs, ids, matched, self.counters, self.listener.check)
@@ -131,9 +132,8 @@ class Row:
         self._since = time.perf_counter()
         return ids, cache, self.counters.cached_tokens
 
-    def _hold(self, runner: Runner, keys: list[str]) -> None:
-        """Keeps the virtual ids of ``keys`` its own until :meth:`end`."""
-        runner.model.bank.hold(keys)
+    def _let_go_at_end(self, runner: Runner, keys: list[str]) -> None:
+        """The virtual ids of ``keys``, which are held for it."""
         self._keys = keys
         self._holding.callback(runner.model.bank.release, keys)
 

@@ -40,7 +40,7 @@ class Unfinished:
     """An answer that was left off between two tokens, with all that it takes to go on.
 
     ids : the prompt's, virtual ones among them, and the answer's so far.
-    keys : the media among them.
+    keys : the media among them, whose ids the bank holds for whoever goes on.
     cache : holds all of them but the last.
     produced : how many of them are the answer's.
     """
@@ -149,6 +149,7 @@ class Runner:
         from mlx_lm.models.cache import trim_prompt_cache
 
         trim_prompt_cache(cache, cache[0].offset - (len(ids) - 1))  # mlx-lm runs a token ahead
+        self.model.bank.hold(keys)
         return Unfinished(ids, keys, cache, produced)
 
     def fill_bank(

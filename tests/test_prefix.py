@@ -12,7 +12,7 @@ from checkpoints import write
 
 from mlx_onevision import bank
 from mlx_onevision.api import Model, load
-from mlx_onevision.prefix import PrefixCache
+from mlx_onevision.prefix import Kept, PrefixCache
 
 TOKENS = 12
 MANY = 5
@@ -143,6 +143,33 @@ def test_one_that_had_company_is_kept(model: Model, cold: Model) -> None:
     again = model.generate(messages=talk, max_tokens=TOKENS)
     assert again.tokens == cold.generate(messages=talk, max_tokens=TOKENS).tokens
     assert again.usage.encoded_media == 0 and again.usage.cached_tokens > 64
+
+
+def test_one_that_had_company_when_the_bank_was_full(model: Model, cold: Model) -> None:
+    """Its rows go in the moment in which it is left off; its ids must not."""
+    set_capacity(model, 0)
+    model._engine._worker.call(lambda runner: setattr(runner.model.bank, "capacity", 1))
+    talks = [about(seed, "tell a long story " * 20) for seed in range(3)]
+    for talk, other in zip(talks, talks[1:] + talks[:1], strict=True):
+        stream = model.stream(messages=talk, max_tokens=80)
+        next(stream)
+        joined = model.generate(messages=other, max_tokens=TOKENS)
+        assert joined.tokens == cold.generate(messages=other, max_tokens=TOKENS).tokens
+        assert stream.result().tokens == cold.generate(messages=talk, max_tokens=80).tokens
+
+
+def test_many_small_ones_are_bounded_in_number(model: Model) -> None:
+    """Every one is looked at with every request, so memory must not be the only bound."""
+    for number in range(40):
+        model.generate(f"{number} is a number " * 20, max_tokens=1)
+    assert prefix(model)[0] == 32
+
+
+@pytest.mark.parametrize("shared", [0, 1, 63, 64, 65, 99, 100])
+def test_what_two_have_in_common(shared: int) -> None:
+    kept = Kept(list(range(100)), (), [], 0)
+    assert kept.common([*range(shared), *range(1000, 1050)]) == shared
+    assert kept.common(list(range(shared))) == shared
 
 
 def test_one_that_a_stop_text_ended_in_company_is_kept(model: Model) -> None:
