@@ -3,7 +3,7 @@ show pictures.
 
 Their code is used as it stands. It expects a language model of mlx-lm's making, which this one is
 all but: here stand the few things that differ. Each method packs the language model of a
-:class:`~mlx_onevision.model.OneVision` in place; tower and projector are not touched.
+:class:`~mlx_onevision.network.onevision.OneVision` in place; tower and projector are not touched.
 
 - GPTQ collects what goes into every matrix, and takes prompts of any length. It knows 2, 4 and 8
   bits. It is fed float32 embeddings, because it multiplies activations with each other.
@@ -24,11 +24,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.convert.methods import METHODS, Method, require_packing
 from mlx_onevision.errors import RequestError
-from mlx_onevision.language import Attention, DecoderLayer, RotaryEmbedding
-from mlx_onevision.model import OneVision
-from mlx_onevision.quantization import ModuleQuantization
+from mlx_onevision.network.language import Attention, DecoderLayer, RotaryEmbedding
+from mlx_onevision.network.onevision import OneVision
 
 # Of a distribution that DWQ trains towards, the entries that are kept, as mlx-lm keeps them.
 KEPT = 1024

@@ -11,16 +11,16 @@ from contextlib import ExitStack
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_onevision.checkpoint import load_checkpoint
+from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.convert import probe_images as draw
 from mlx_onevision.convert.calibrated import calibrate
 from mlx_onevision.convert.conversion import Conversion
 from mlx_onevision.convert.methods import Method
 from mlx_onevision.convert.probes import Probe
-from mlx_onevision.convert.shards import Part
+from mlx_onevision.convert.writer import Part
+from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError
-from mlx_onevision.processor import Processor
-from mlx_onevision.runner import Counters, Runner
+from mlx_onevision.prompt.processor import Processor
 
 # The language model's, in the network's own names.
 LANGUAGE = ("language_model.", "lm_head.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_onevision.convert.facts import Facts, size
-from mlx_onevision.convert.sources import Source
+from mlx_onevision.convert.hub import Source
 
 logger = logging.getLogger("mlx_onevision")
 

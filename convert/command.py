@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.convert.choices import (
+from mlx_onevision.cli.options import revision_option
+from mlx_onevision.convert.options import (
     BITS,
     Bytes,
     command_of,
@@ -20,14 +21,13 @@ from mlx_onevision.convert.choices import (
     recipe_of,
     require_usage,
 )
-from mlx_onevision.model_options import revision_option
 
 if TYPE_CHECKING:
+    from mlx_onevision.checkpoint.recipes import Recipe
     from mlx_onevision.convert.conversion import Conversion
     from mlx_onevision.convert.facts import Facts
     from mlx_onevision.convert.figures import Loss
-    from mlx_onevision.convert.sources import Source
-    from mlx_onevision.recipes import Recipe
+    from mlx_onevision.convert.hub import Source
 
 
 @click.command(short_help="Write a model in MLX's layout, smaller if you like.")
@@ -152,7 +152,8 @@ def convert(
         raise click.UsageError("Say which MODEL to convert")
     require_usage(click.get_current_context().params | {"folder": target})
 
-    from mlx_onevision.convert import conversion, fit, sources
+    from mlx_onevision.convert import conversion, fit
+    from mlx_onevision.convert import hub as sources
     from mlx_onevision.convert.plot import require_plot
     from mlx_onevision.convert.staging import require_target
 
@@ -210,7 +211,7 @@ def convert(
     else:
         click.echo(report(facts, dry_run))
         if loss:
-            from mlx_onevision.convert.loss_table import table
+            from mlx_onevision.convert.report import table
 
             click.echo("\n" + table(loss, layers=False), nl=False)
         if uploaded:
@@ -221,7 +222,8 @@ def _write(
     planned: Conversion, verify: bool | None, overwrite: bool, command: str
 ) -> tuple[Facts, Loss | None, str | None]:
     """What was written, what it lost, and what to warn of."""
-    from mlx_onevision.convert import conversion, verification
+    from mlx_onevision.convert import conversion
+    from mlx_onevision.convert import verify as verification
 
     source, name = planned.source.folder, planned.target.name
     refused = verification.too_large(source) if verify is None else None
@@ -239,8 +241,8 @@ def _compare(
     source: Source, asked: list[Recipe], dtype: str | None, plot: Path | None, as_json: bool
 ) -> None:
     from mlx_onevision.convert.comparing import compare
-    from mlx_onevision.convert.loss_table import comparison
     from mlx_onevision.convert.plot import plot_compare
+    from mlx_onevision.convert.report import comparison
 
     with _progress("comparing", "steps") as progress:
         losses = compare(source, asked, dtype, progress)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.convert.conversion import prepare, write
 from mlx_onevision.convert.figures import Loss
+from mlx_onevision.convert.hub import Source
 from mlx_onevision.convert.loss import Progress, Reference
 from mlx_onevision.convert.probes import Probe, probes
-from mlx_onevision.convert.sources import Source
-from mlx_onevision.convert.verification import computing_dtype
-from mlx_onevision.recipes import Recipe
+from mlx_onevision.convert.verify import computing_dtype
 
 
 def compare(

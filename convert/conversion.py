@@ -10,22 +10,22 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_onevision import manifest
-from mlx_onevision.checkpoint import Opened, open_checkpoint
-from mlx_onevision.config import DTYPES, OneVisionConfig
+from mlx_onevision.checkpoint import manifest
+from mlx_onevision.checkpoint.load import Opened, open_checkpoint
+from mlx_onevision.checkpoint.packing import CODES, Files, Piece
+from mlx_onevision.checkpoint.plan import Plan, make_plan
+from mlx_onevision.checkpoint.recipes import Recipe
+from mlx_onevision.checkpoint.tensors import INDEX, NORM, written_name
+from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.convert.card import card
+from mlx_onevision.convert.config_files import config_json, processor_files
 from mlx_onevision.convert.durable import Writer
 from mlx_onevision.convert.facts import Facts
-from mlx_onevision.convert.shards import Part, Shard, divide, index, write_shard
-from mlx_onevision.convert.sidecars import config_json, processor_files
-from mlx_onevision.convert.sources import Source, find
+from mlx_onevision.convert.hub import Source, find
 from mlx_onevision.convert.staging import Staging, require_space, require_target
+from mlx_onevision.convert.writer import Part, Shard, divide, index, write_shard
 from mlx_onevision.errors import CheckpointError, RequestError
-from mlx_onevision.packing import CODES, Files, Piece
-from mlx_onevision.planning import Plan, make_plan
-from mlx_onevision.processor import Processor
-from mlx_onevision.recipes import Recipe
-from mlx_onevision.weights import INDEX, NORM, written_name
+from mlx_onevision.prompt.processor import Processor
 
 SHARD_BYTES = 5 << 30
 MARGIN = 1 << 20  # bytes of a disk that are left alone
@@ -63,7 +63,7 @@ def convert(
     """Converts a model into a folder, which afterwards is whole and checked, or as it was.
 
     model, revision : as for ``load``.
-    recipe : see :mod:`mlx_onevision.recipes`; None packs nothing.
+    recipe : see :mod:`mlx_onevision.checkpoint.recipes`; None packs nothing.
     dtype : ``float16``, ``bfloat16`` or ``float32`` for all that is not packed; None keeps the
         source's.
     dequantize : unpacks what is packed in the source.

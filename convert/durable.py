@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from mlx_onevision.checkpoint.manifest import File
 from mlx_onevision.errors import StorageError
-from mlx_onevision.manifest import File
 
 CHUNK = 1 << 24  # bytes written at once, and between two looks at Ctrl-C
 

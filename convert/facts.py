@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.config import OneVisionConfig
-from mlx_onevision.quantization import ModuleQuantization
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.quantization import ModuleQuantization
 
 
 @dataclass(frozen=True)

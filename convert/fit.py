@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_onevision.checkpoint import open_checkpoint
-from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.checkpoint.load import open_checkpoint
+from mlx_onevision.checkpoint.plan import make_plan
+from mlx_onevision.checkpoint.recipes import Recipe, mixed, uniform
+from mlx_onevision.checkpoint.tensors import Tensor
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.convert.facts import size
 from mlx_onevision.convert.footprint import ANSWER_TOKENS, Footprint, footprint
 from mlx_onevision.errors import RequestError
-from mlx_onevision.planning import make_plan
-from mlx_onevision.quantization import ModuleQuantization
-from mlx_onevision.recipes import Recipe, mixed, uniform
-from mlx_onevision.weights import Tensor
 
 # Metal's recommendedMaxWorkingSetSize, as people have printed it (MiB of GiB): 10,923 of 16 and
 # 21,845 of 32 are two thirds; 49,152 of 64 and 73,728 of 96 are three quarters
@@ -74,7 +74,7 @@ def best(
 ) -> Fit:
     """The best recipe with which a model and a prompt fit into ``memory`` bytes of unified memory.
 
-    tensors, packed : as for :func:`~mlx_onevision.planning.make_plan`.
+    tensors, packed : as for :func:`~mlx_onevision.checkpoint.plan.make_plan`.
     context : tokens of the prompt; None for a question about one image of ten tiles.
 
     Raises:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from mlx_onevision.anyres import plan_packing
-from mlx_onevision.config import OneVisionConfig
-from mlx_onevision.memory import scratch_bytes
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.media.anyres import plan_packing
+from mlx_onevision.network.memory_budget import scratch_bytes
 
 # The prompt that sizes are stated for: one image of 3 x 3 tiles (and the base tile), the words
 # around it, and an answer. 1152 x 1152 pixels in tiles of 384.

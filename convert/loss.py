@@ -13,8 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_onevision.checkpoint import load_checkpoint
-from mlx_onevision.config import OneVisionConfig
+from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.checkpoint.tensors import read_weights
+from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.convert.divergence import Divergence, Numbers, diverge
 from mlx_onevision.convert.figures import Figures, LayerLoss, Loss
 from mlx_onevision.convert.footprint import footprint
@@ -27,8 +28,7 @@ from mlx_onevision.convert.recording import (
     record,
 )
 from mlx_onevision.errors import CheckpointError, RequestError
-from mlx_onevision.processor import Inputs, Processor
-from mlx_onevision.weights import read_weights
+from mlx_onevision.prompt.processor import Inputs, Processor
 
 # Logits compared at once, for each model; as float64 these are 32 MB.
 LOGITS = 1 << 22

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import RequestError
-from mlx_onevision.quantization import ModuleQuantization
 
 Method = Literal["awq", "gptq", "dwq"]
 METHODS = ("awq", "gptq", "dwq")

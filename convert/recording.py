@@ -17,12 +17,12 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.checkpoint import Checkpoint, load_checkpoint
+from mlx_onevision.checkpoint.load import Checkpoint, load_checkpoint
+from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import CheckpointError
-from mlx_onevision.memory import Budget
-from mlx_onevision.model import OneVision
-from mlx_onevision.processor import Inputs
-from mlx_onevision.runner import Counters, Runner
+from mlx_onevision.network.memory_budget import Budget
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.prompt.processor import Inputs
 
 # Longest answer that the source gives to a probe; both models are compared on every token of it.
 ANSWER = 24

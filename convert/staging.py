@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mlx_onevision.checkpoint.hub import FILES
 from mlx_onevision.convert.durable import failure, flush_folder
 from mlx_onevision.convert.exchange import exchange
 from mlx_onevision.convert.facts import size
 from mlx_onevision.errors import RequestError, StorageError
-from mlx_onevision.hub import FILES
 
 logger = logging.getLogger("mlx_onevision")
 

@@ -3,8 +3,8 @@
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mlx_onevision.checkpoint.hub import FILES, HUB_ID
 from mlx_onevision.errors import ModelNotFoundError, OneVisionError, RequestError
-from mlx_onevision.hub import FILES, HUB_ID
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, create_pr: bool = False) -> str:

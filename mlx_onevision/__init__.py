@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model, load
-    from mlx_onevision.captions import VideoDescription
-    from mlx_onevision.description import DescriptionStream
+    from mlx_onevision.describe.formats import VideoDescription
+    from mlx_onevision.describe.options import DescribeOptions
+    from mlx_onevision.describe.stream import DescriptionStream
+    from mlx_onevision.embed.embeddings import Embeddings
+    from mlx_onevision.engine.generation import Generation, Stream, Usage
+    from mlx_onevision.engine.options import Options
     from mlx_onevision.errors import OneVisionError
-    from mlx_onevision.generation import Generation, Stream, Usage
-    from mlx_onevision.options import Options
-    from mlx_onevision.plan import DescribeOptions
-    from mlx_onevision.processor import Inputs
-    from mlx_onevision.vectors import Embeddings
+    from mlx_onevision.prompt.processor import Inputs
 
     __version__: str
 
@@ -41,17 +41,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DescribeOptions": "plan",
-    "DescriptionStream": "description",
-    "Embeddings": "vectors",
-    "Generation": "generation",
-    "Inputs": "processor",
+    "DescribeOptions": "describe.options",
+    "DescriptionStream": "describe.stream",
+    "Embeddings": "embed.embeddings",
+    "Generation": "engine.generation",
+    "Inputs": "prompt.processor",
     "Model": "api",
     "OneVisionError": "errors",
-    "Options": "options",
-    "Stream": "generation",
-    "Usage": "generation",
-    "VideoDescription": "captions",
+    "Options": "engine.options",
+    "Stream": "engine.generation",
+    "Usage": "engine.generation",
+    "VideoDescription": "describe.formats",
     "load": "api",
 }
 

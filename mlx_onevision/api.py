@@ -7,27 +7,27 @@ from typing import Any, Unpack, overload
 
 import numpy as np
 
-from mlx_onevision import hub
-from mlx_onevision.captions import VideoDescription
-from mlx_onevision.config import OneVisionConfig
-from mlx_onevision.description import DescriptionStream
-from mlx_onevision.embedding import Embedder, Item, Vector
-from mlx_onevision.engine import Engine
+from mlx_onevision.checkpoint import hub
+from mlx_onevision.checkpoint.identity import identify
+from mlx_onevision.checkpoint.recipes import Recipe, while_loading
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.describe.formats import VideoDescription
+from mlx_onevision.describe.narrator import Narrator
+from mlx_onevision.describe.options import DescribeOptions, Plan
+from mlx_onevision.describe.outline import wording
+from mlx_onevision.describe.pipeline import Progress
+from mlx_onevision.describe.stream import DescriptionStream
+from mlx_onevision.embed.embedder import Embedder, Item, Vector
+from mlx_onevision.embed.embeddings import Embeddings
+from mlx_onevision.engine.engine import Engine
+from mlx_onevision.engine.generation import Generation, Question, Stream, ask, ask_all
+from mlx_onevision.engine.options import Options, rows
+from mlx_onevision.engine.questions import Messages, Questions
 from mlx_onevision.errors import OneVisionError, RequestError
-from mlx_onevision.frames import FrameOptions
-from mlx_onevision.generation import Generation, Question, Stream, ask, ask_all
-from mlx_onevision.identity import identify
-from mlx_onevision.image import ImageSource
-from mlx_onevision.narrator import Narrator
-from mlx_onevision.options import Options, rows
-from mlx_onevision.outline import wording
-from mlx_onevision.plan import DescribeOptions, Plan
-from mlx_onevision.processor import Inputs, Order, Processor, Tiling
-from mlx_onevision.questions import Messages, Questions
-from mlx_onevision.recipes import Recipe, while_loading
-from mlx_onevision.telling import Progress
-from mlx_onevision.vectors import Embeddings
-from mlx_onevision.video import VideoSource, nothing
+from mlx_onevision.media.frame_sampling import FrameOptions
+from mlx_onevision.media.image import ImageSource
+from mlx_onevision.media.video import VideoSource, nothing
+from mlx_onevision.prompt.processor import Inputs, Order, Processor, Tiling
 
 
 def load(
@@ -172,7 +172,7 @@ class Model:
         batch : several conversations instead, or prompts, which are answered together. Rows may be
             of any length, with any media or none. Each is answered as it would be alone, with the
             same seed too, up to the rounding of half precision.
-        given : settings, by the names in :class:`~mlx_onevision.options.Options`; for a batch they
+        given : settings, by the names in ``Options``; for a batch they
             hold for every row.
         options : for a batch, settings of each row, which come before those for all.
 
@@ -343,7 +343,7 @@ class Model:
         sidecar : a file that is told what is done, at once. Another run with the same video, model
             and settings goes on from there. In a folder, the file gets a name of its own.
         force : starts over, whatever stands in the sidecar.
-        given : settings, by the names in :class:`~mlx_onevision.plan.DescribeOptions`.
+        given : settings, by the names in :class:`~mlx_onevision.describe.options.DescribeOptions`.
 
         Raises, the last three as it is iterated:
             RequestError: for a setting that does not exist or is out of range.

@@ -11,17 +11,17 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from mlx_onevision.plugins.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.interface import Backend
 
 GROUP = "mlx_onevision.backends"
 
 # As in this package's own metadata, but there without it, too: in a checkout that is not installed.
 BUILT_IN = {
-    "engine": "mlx_onevision.plugins.onevision:open_engine",
-    "fake": "mlx_onevision.plugins.fake:FakeBackend",
-    "http": "mlx_onevision.plugins.clients.http:HttpBackend",
-    "mcp": "mlx_onevision.plugins.clients.mcp:McpBackend",
+    "engine": "mlx_onevision.plugins.adapters.engine:open_engine",
+    "fake": "mlx_onevision.plugins.adapters.fake:FakeBackend",
+    "http": "mlx_onevision.plugins.adapters.http:HttpBackend",
+    "mcp": "mlx_onevision.plugins.adapters.mcp:McpBackend",
 }
 
 

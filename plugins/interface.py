@@ -15,8 +15,8 @@ standard library and nothing else.
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from mlx_onevision.plugins.errors import CODES, Code, PluginError
-from mlx_onevision.plugins.events import (
+from mlx_onevision.plugins.contract.errors import CODES, Code, PluginError
+from mlx_onevision.plugins.contract.events import (
     DoneEvent,
     ErrorEvent,
     Event,
@@ -27,9 +27,14 @@ from mlx_onevision.plugins.events import (
     UsageEvent,
     event_from_dict,
 )
-from mlx_onevision.plugins.media import Media, Message, sniff
-from mlx_onevision.plugins.requests import DescribeRequest, EmbedRequest, GenerateRequest, Group
-from mlx_onevision.plugins.results import (
+from mlx_onevision.plugins.contract.media import Media, Message, sniff
+from mlx_onevision.plugins.contract.requests import (
+    DescribeRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Group,
+)
+from mlx_onevision.plugins.contract.results import (
     Capability,
     Chapter,
     DescribeResult,
@@ -42,8 +47,8 @@ from mlx_onevision.plugins.results import (
     TokenLogprob,
     Usage,
 )
-from mlx_onevision.plugins.streams import Channel, EventStream
-from mlx_onevision.plugins.wire import API_VERSION
+from mlx_onevision.plugins.contract.streams import Channel, EventStream
+from mlx_onevision.plugins.contract.wire import API_VERSION
 
 __all__ = [
     "API_VERSION",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jsonschema import Draft202012Validator
 
-from mlx_onevision.grammar import Grammar, _allowed
-from mlx_onevision.text import Tokenizer
+from mlx_onevision.prompt.tokenizer import Tokenizer
+from mlx_onevision.sampling.grammar import Grammar, _allowed
 
 PERSON = {
     "type": "object",

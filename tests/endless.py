@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from mlx_onevision.hub import EMBEDDED
+from mlx_onevision.checkpoint.hub import EMBEDDED
 
 
 def endless(folder: Path) -> Path:

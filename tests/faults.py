@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from mlx_onevision.detokenizer import Detokenizer
-from mlx_onevision.model import OneVision
-from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.interface import ErrorEvent, EventStream, GenerateRequest
-from mlx_onevision.plugins.service import Service
-from mlx_onevision.sampling import Sampling
+from mlx_onevision.plugins.service.service import Service
+from mlx_onevision.sampling.detokenizer import Detokenizer
+from mlx_onevision.sampling.sampler import Sampling
 
 PLACES = ("step", "prefill", "sampler", "processor", "detokenizer")
 

@@ -19,10 +19,10 @@ SERVER = """
 import json, os, resource, signal, sys, time
 from pathlib import Path
 import mlx.core, mlx.nn
-from mlx_onevision import recipes
+from mlx_onevision.checkpoint import recipes
 from mlx_onevision.convert import conversion, staging
 from mlx_onevision.errors import OneVisionError
-import mlx_onevision.text, tokenizers, yaml
+import mlx_onevision.prompt.tokenizer, tokenizers, yaml
 
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "fcntl.flock",
          "ctypes.dlsym"}

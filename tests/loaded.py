@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_onevision.checkpoint import load_checkpoint
+from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.errors import CheckpointError
-from mlx_onevision.model import OneVision
+from mlx_onevision.network.onevision import OneVision
 
 IDS = [[1, 7, 200, 319, 5, 90, 2, 33]]
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.config import OneVisionConfig, TextConfig, VisionConfig
+from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
 
 REFERENCE = Path(__file__).parent / "reference"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.plugins.hosts.http import running
+from mlx_onevision.plugins.hosts.http import server as running
 from mlx_onevision.plugins.hosts.http.app import create_app
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend

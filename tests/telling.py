@@ -5,18 +5,18 @@ words were.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mlx_onevision.plugins.events import TextEvent
-from mlx_onevision.plugins.fake import FakeBackend
-from mlx_onevision.plugins.policy import MediaPolicy
-from mlx_onevision.plugins.requests import GenerateRequest
-from mlx_onevision.plugins.results import (
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.contract.events import TextEvent
+from mlx_onevision.plugins.contract.requests import GenerateRequest
+from mlx_onevision.plugins.contract.results import (
     GenerateResult,
     Likelihood,
     ModelInfo,
     TokenLogprob,
     Usage,
 )
-from mlx_onevision.plugins.streams import Channel, EventStream
+from mlx_onevision.plugins.contract.streams import Channel, EventStream
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 WORDS = ("a ", "é", " b")
 

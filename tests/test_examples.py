@@ -16,8 +16,8 @@ from PIL import Image, ImageChops, ImageStat
 from served import serving
 
 from mlx_onevision import load
-from mlx_onevision.plugins.fake import FakeBackend
-from mlx_onevision.video import load_video
+from mlx_onevision.media.video import load_video
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHAPES = EXAMPLES / "shapes.png"

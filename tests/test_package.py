@@ -79,7 +79,7 @@ def test_the_changelog_knows_the_version() -> None:
 def test_no_module_imports_the_package_itself() -> None:
     """``from mlx_onevision import name`` would go through the roof, or hide which file it needs."""
     public = set(mlx_onevision.__all__)
-    for path in [*PACKAGE.glob("*.py"), *ROOT.glob("convert/*.py"), *ROOT.glob("plugins/**/*.py")]:
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("convert/*.py"), *ROOT.glob("plugins/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and path.name != "__init__.py":
                 names = {alias.name for alias in node.names}
@@ -112,7 +112,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: set[str]) -> Non
     tops = {name.partition("/")[0] for name in wheel}
     version = mlx_onevision.__version__
     assert tops == {"mlx_onevision", f"mlx_onevision-{version}.dist-info"}
-    modules = {f"mlx_onevision/{path.name}" for path in PACKAGE.glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     for folder in ("convert", "plugins"):
         paths = (ROOT / folder).rglob("*.py")
         modules |= {f"mlx_onevision/{path.relative_to(ROOT).as_posix()}" for path in paths}

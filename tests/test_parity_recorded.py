@@ -13,7 +13,7 @@ import pytest
 from parity.cases import recorded_conversations
 from parity.ours import Ours
 
-from mlx_onevision.processor import Inputs
+from mlx_onevision.prompt.processor import Inputs
 
 FOLDER = Path(__file__).parent / "reference" / "model"
 CONVERSATIONS = recorded_conversations()

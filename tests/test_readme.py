@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from checkpoints import write
 
-from mlx_onevision import Model, hub
+from mlx_onevision import Model
 from mlx_onevision.__main__ import cli
+from mlx_onevision.checkpoint import hub
 from mlx_onevision.plugins.discovery import GROUP
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ from random import Random
 
 from recorded_prompts import SPECIALS
 
-from mlx_onevision.ordering import PRIVATE
-from mlx_onevision.template import STAND_INS
+from mlx_onevision.prompt.chat_template import STAND_INS
+from mlx_onevision.prompt.ordering import PRIVATE
 
 
 def _pieces(text: str) -> list[str]:

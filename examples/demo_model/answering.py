@@ -14,9 +14,9 @@ from examples.demo_model.packing import PATCHES
 from examples.demo_model.tiling import CONFIG
 from examples.demo_model.words import END, VIDEO
 from mlx_onevision import Inputs, load
-from mlx_onevision.anyres import video_tokens
-from mlx_onevision.processor import Medium
-from mlx_onevision.resample import resize
+from mlx_onevision.media.anyres import video_tokens
+from mlx_onevision.media.resize import resize
+from mlx_onevision.prompt.processor import Medium
 
 LONGEST = 120  # tokens of an answer
 FILMS = (".mp4", ".gif")

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from examples.demo_model.answering import LONGEST, conversation
 from examples.demo_model.cases import Question
-from mlx_onevision import hub
+from mlx_onevision.checkpoint import hub
 
 
 class Reference:

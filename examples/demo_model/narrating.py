@@ -1,6 +1,6 @@
 """What happens in a clip, and what a film's captions come to: a summary, a title.
 
-The questions are the package's own (`mlx_onevision.narration`); the answers follow rules that are
+The questions are the package's own (`describe.narration`); the answers follow rules that are
 short enough to be learnt. A caption tells of what moves, from left to right, then of what stays
 still: "A red circle moves right, and a blue star stays still." A summary takes the first thing of
 each caption, leaves out what it has just said, and of more than three keeps the first two and the
@@ -16,7 +16,7 @@ from random import Random
 
 from examples.demo_model.questions import NO_SHAPES, Turn, article, listed, sentence
 from examples.demo_model.world import COLOURS, KINDS, MOTIONS, ORDER_GAP, Scene
-from mlx_onevision.narration import SEGMENT, summary_question, title_question
+from mlx_onevision.describe.narration import SEGMENT, summary_question, title_question
 
 SEGMENTS = (
     *(SEGMENT,) * 12,

@@ -1,6 +1,6 @@
 """Which tile tokens make each row that the language model reads: four indices and four weights.
 
-The geometry is the package's own (`mlx_onevision.anyres`); this turns it into arrays, so that the
+The geometry is the package's own (`media.anyres`); this turns it into arrays, so that the
 packing of a whole batch is one matrix product, whose backward pass is one too.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.anyres import Packing, Size, fitted_size, plan_packing, video_side
+from mlx_onevision.media.anyres import Packing, Size, fitted_size, plan_packing, video_side
 
 TILE = 56
 PATCH = 14

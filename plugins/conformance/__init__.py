@@ -27,10 +27,10 @@ _PARTS = ("answering", "embedding", "ending", "films", "sharing", "subject", "te
 for _part in _PARTS:
     pytest.register_assert_rewrite(f"{__name__}.{_part}")
 
-from mlx_onevision.plugins.conformance.answering import Answering  # noqa: E402
+from mlx_onevision.plugins.conformance.answers import Answering  # noqa: E402
 from mlx_onevision.plugins.conformance.embedding import Embedding  # noqa: E402
-from mlx_onevision.plugins.conformance.ending import Ending  # noqa: E402
 from mlx_onevision.plugins.conformance.films import Films  # noqa: E402
+from mlx_onevision.plugins.conformance.lifecycle import Ending  # noqa: E402
 from mlx_onevision.plugins.conformance.sharing import Sharing  # noqa: E402
 from mlx_onevision.plugins.conformance.telling import Telling  # noqa: E402
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mlx_onevision.plugins.conformance.subject import Subject
+from mlx_onevision.plugins.contract.results import LEAST
 from mlx_onevision.plugins.interface import (
     Backend,
     DoneEvent,
@@ -12,7 +13,6 @@ from mlx_onevision.plugins.interface import (
     GenerateResult,
     TextEvent,
 )
-from mlx_onevision.plugins.results import LEAST
 
 SCHEMA = {
     "type": "object",

@@ -13,7 +13,7 @@ import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 
-from mlx_onevision.plugins.fake import FakeBackend  # noqa: E402
+from mlx_onevision.plugins.adapters.fake import FakeBackend  # noqa: E402
 from mlx_onevision.plugins.hosts.mcp.serving import serve  # noqa: E402
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings  # noqa: E402
 from mlx_onevision.plugins.interface import (  # noqa: E402
@@ -21,8 +21,8 @@ from mlx_onevision.plugins.interface import (  # noqa: E402
     GenerateRequest,
     GenerateResult,
 )
-from mlx_onevision.plugins.policy import MediaPolicy  # noqa: E402
-from mlx_onevision.plugins.service import Limits  # noqa: E402
+from mlx_onevision.plugins.service.media_policy import MediaPolicy  # noqa: E402
+from mlx_onevision.plugins.service.service import Limits  # noqa: E402
 
 
 class Noisy(FakeBackend):

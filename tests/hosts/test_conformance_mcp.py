@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_onevision.hub import EMBEDDED
+from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.conformance import BackendConformance
 from mlx_onevision.plugins.interface import Backend, GenerateRequest

@@ -16,7 +16,7 @@ from mlx_onevision.plugins import discovery
 BACKENDS = '''
 import threading
 
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.interface import (
     Channel, DoneEvent, ErrorEvent, EventStream, TextEvent, UsageEvent
 )

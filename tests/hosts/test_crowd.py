@@ -23,9 +23,9 @@ from crowding import (
 )
 from served import Client, serving
 
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
-from mlx_onevision.plugins.service import Limits
+from mlx_onevision.plugins.service.service import Limits
 
 pytestmark = pytest.mark.measured
 

@@ -16,11 +16,11 @@ from crowding import CHAT, EMBED, RESPONSES, percentile, picture, spread, table,
 from endless import endless
 from served import Client, serving, wait_for
 
-from mlx_onevision.engine import TokenStream
+from mlx_onevision.engine.engine import TokenStream
+from mlx_onevision.engine.runner import Runner
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.interface import Backend
-from mlx_onevision.plugins.service import Limits
-from mlx_onevision.runner import Runner
+from mlx_onevision.plugins.service.service import Limits
 
 pytestmark = pytest.mark.measured
 

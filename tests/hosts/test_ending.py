@@ -105,7 +105,7 @@ def test_a_model_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
     program = tmp_path / "stuck.py"
     program.write_text(
         "import sys, time\n"
-        "from mlx_onevision.runner import Runner\n"
+        "from mlx_onevision.engine.runner import Runner\n"
         "Runner.fill_bank = lambda *_: time.sleep(60)\n"
         "from mlx_onevision.__main__ import main\n"
         "sys.argv[0] = 'mlx-onevision'\n"
@@ -126,7 +126,7 @@ def test_a_model_that_is_dead_ends_the_server(tmp_path: Path) -> None:
     program = tmp_path / "dies.py"
     program.write_text(
         "import sys\n"
-        "from mlx_onevision import engine\n"
+        "from mlx_onevision.engine import engine\n"
         "serve = engine.serve\n"
         "def dies(runner, line):\n"
         "    if len(line[0].request.inputs.input_ids) > 200:\n"

@@ -10,9 +10,9 @@ import pytest
 from checkpoints import write
 from faults import PLACES, survived
 
+from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.interface import GenerateRequest, Media
-from mlx_onevision.plugins.onevision import open_engine
-from mlx_onevision.plugins.service import Service
+from mlx_onevision.plugins.service.service import Service
 
 PICTURE = Media(
     "image", data=Path(__file__).parents[2].joinpath("examples/shapes.png").read_bytes()

@@ -13,8 +13,8 @@ import pytest
 from piped import SERVER, children, fake, processes
 
 from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.clients.mcp import McpBackend
-from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.adapters.mcp import McpBackend
+from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.interface import (
     EmbedRequest,
     GenerateRequest,

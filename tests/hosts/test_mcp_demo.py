@@ -17,7 +17,7 @@ from mcp.client.stdio import stdio_client
 from mcp_types import TextContent
 from PIL import Image, ImageDraw
 
-from mlx_onevision.hub import EMBEDDED
+from mlx_onevision.checkpoint.hub import EMBEDDED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = EXAMPLES / "shapes.png"

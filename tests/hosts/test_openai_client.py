@@ -16,9 +16,9 @@ from served import FILM, PICTURE, Client, image, serving, text, wait_for
 from telling import WORDS, Telling
 
 from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
-from mlx_onevision.plugins.service import Limits
+from mlx_onevision.plugins.service.service import Limits
 
 
 class Shape(BaseModel):

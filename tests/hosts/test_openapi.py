@@ -14,10 +14,10 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 from served import Client, serving
 
 from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.app import OPERATIONS
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
-from mlx_onevision.plugins.service import Limits
+from mlx_onevision.plugins.service.service import Limits
 
 CHECKS = Path(__file__).with_name("openapi_checks.py")
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")

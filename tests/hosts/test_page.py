@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, expect
 from served import EXAMPLES, PICTURE, Client, image, serving, text
 
 from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 
 SHAPES = EXAMPLES / "shapes.png"
 SQUARE = EXAMPLES / "square.png"

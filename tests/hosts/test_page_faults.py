@@ -11,10 +11,10 @@ from hosts.browser import Tab, launched, opened
 from playwright.sync_api import Browser, Route, expect
 from served import EXAMPLES, serving, wait_for
 
-from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
-from mlx_onevision.plugins.service import Limits
+from mlx_onevision.plugins.service.service import Limits
 
 SHAPES = EXAMPLES / "shapes.png"
 CHAT = "/v1/chat/completions"

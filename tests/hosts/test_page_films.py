@@ -15,12 +15,12 @@ from hosts.browser import Tab, launched, opened
 from playwright.sync_api import Browser, expect
 from served import EXAMPLES, Client, serving, wait_for
 
-from mlx_onevision.captions import Chapter, Segment, VideoDescription, write
+from mlx_onevision.describe.formats import Chapter, Segment, VideoDescription, write
+from mlx_onevision.media.video import load_video
 from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.contract.results import DescribeResult
 from mlx_onevision.plugins.hosts.http import page as page_files
-from mlx_onevision.plugins.results import DescribeResult
-from mlx_onevision.video import load_video
 
 SHAPES = page_files.FILES / "shapes.mp4"
 CIRCLE = EXAMPLES / "circle.mp4"

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, expect
 from served import EXAMPLES
 
 from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 SHAPES, CIRCLE = EXAMPLES / "shapes.png", EXAMPLES / "circle.mp4"

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import pytest
 from served import Client, serving
 
-from mlx_onevision.plugins.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
-from mlx_onevision.plugins.service import Limits
+from mlx_onevision.plugins.service.service import Limits
 
 CASES = 320
 PATIENCE = 1.0  # seconds, of the server

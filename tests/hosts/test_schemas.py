@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from documents import HEAVY, SCHEMAS, valid, walk
 
-from mlx_onevision import grammar as grammars
-from mlx_onevision import schemas
 from mlx_onevision.api import Model, load
+from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
-from mlx_onevision.grammar import Grammar
-from mlx_onevision.options import Options
-from mlx_onevision.schemas import normal
+from mlx_onevision.sampling import grammar as grammars
+from mlx_onevision.sampling import json_schema as schemas
+from mlx_onevision.sampling.grammar import Grammar
+from mlx_onevision.sampling.json_schema import normal
 
 SEEDS = 9
 MOST = 150  # tokens of an answer

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_onevision import load
-from mlx_onevision.checkpoint import load_checkpoint
-from mlx_onevision.model import normalize
-from mlx_onevision.processor import Inputs, Medium
+from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.network.onevision import normalize
+from mlx_onevision.prompt.processor import Inputs, Medium
 
 Messages = Sequence[dict[str, Any]]
 

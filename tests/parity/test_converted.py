@@ -12,7 +12,7 @@ from parity.ours import Ours
 from parity.pairs import Checkpoints
 from parity.peer import ask_mlx_vlm
 
-from mlx_onevision import recipes
+from mlx_onevision.checkpoint import recipes
 from mlx_onevision.convert.conversion import convert
 
 TOKENS = 24

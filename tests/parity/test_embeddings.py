@@ -15,8 +15,8 @@ from parity.oracle import Oracle
 from parity.pairs import Checkpoints
 
 from examples.demo_model.cases import make_cases
-from mlx_onevision import hub
 from mlx_onevision.api import Model, load
+from mlx_onevision.checkpoint import hub
 
 KINDS = [
     Tiny(template=template, tied=tied) for template, tied in (("space", True), ("newline", False))

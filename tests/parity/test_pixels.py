@@ -17,9 +17,9 @@ from parity import torchvision_ops  # noqa: F401  before transformers
 from pictures import CLIP_MEAN, CLIP_STD, arrays, noise, objects, smooth
 from PIL import Image
 
-from mlx_onevision.config import ImageConfig
-from mlx_onevision.image import load_image, pad_to_square_tile, pixel_values, tile_image
-from mlx_onevision.resample import resize
+from mlx_onevision.config.model import ImageConfig
+from mlx_onevision.media.image import load_image, pad_to_square_tile, pixel_values, tile_image
+from mlx_onevision.media.resize import resize
 
 from transformers import LlavaOnevisionImageProcessor  # isort: skip
 from transformers.image_utils import load_image as reference_load_image  # isort: skip

@@ -1,9 +1,9 @@
 """What not every backend can do is asked for only where it can."""
 
-from mlx_onevision.plugins.hosts.http.faults import HTTPFault
+from mlx_onevision.plugins.contract.requests import GenerateRequest
+from mlx_onevision.plugins.contract.results import Capability
+from mlx_onevision.plugins.hosts.http.errors import HTTPFault
 from mlx_onevision.plugins.hosts.http.serving import Serving
-from mlx_onevision.plugins.requests import GenerateRequest
-from mlx_onevision.plugins.results import Capability
 
 
 async def check_able(

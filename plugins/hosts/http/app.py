@@ -20,16 +20,16 @@ from mlx_onevision.plugins.hosts.http import (
     status,
     videos,
 )
-from mlx_onevision.plugins.hosts.http.bodies import Reader
-from mlx_onevision.plugins.hosts.http.faults import not_routed
-from mlx_onevision.plugins.hosts.http.guards import Guards
+from mlx_onevision.plugins.hosts.http.errors import not_routed
 from mlx_onevision.plugins.hosts.http.metrics import Measured
+from mlx_onevision.plugins.hosts.http.middleware import Guards
 from mlx_onevision.plugins.hosts.http.operations import Operation
 from mlx_onevision.plugins.hosts.http.places import Places
+from mlx_onevision.plugins.hosts.http.request_body import Reader
 from mlx_onevision.plugins.hosts.http.serving import Serving, answered
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
-from mlx_onevision.plugins.jobs import Jobs
+from mlx_onevision.plugins.service.jobs import Jobs
 
 THREADS = 64
 

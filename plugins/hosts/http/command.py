@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import click
 
+from mlx_onevision.cli.options import dtype_option, model_option, revision_option
 from mlx_onevision.errors import RequestError
-from mlx_onevision.model_options import dtype_option, model_option, revision_option
 
 API_KEY = "MLX_ONEVISION_API_KEY"
 
@@ -112,13 +112,13 @@ def serve(
             "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
         )
 
-    from mlx_onevision.plugins.errors import PluginError
-    from mlx_onevision.plugins.hosts.http import running
+    from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
+    from mlx_onevision.plugins.contract.errors import PluginError
+    from mlx_onevision.plugins.hosts.http import server as running
     from mlx_onevision.plugins.hosts.http.app import create_app
     from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
-    from mlx_onevision.plugins.onevision import import_engine, open_engine
-    from mlx_onevision.plugins.policy import MediaPolicy
-    from mlx_onevision.plugins.service import Limits
+    from mlx_onevision.plugins.service.media_policy import MediaPolicy
+    from mlx_onevision.plugins.service.service import Limits
 
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
         raise click.UsageError("--api-key has to be printable ASCII")

@@ -6,7 +6,7 @@ import socket
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mlx_onevision.plugins.hosts.http.faults import HTTPFault
+from mlx_onevision.plugins.hosts.http.errors import HTTPFault
 
 CLOSING = {"Connection": "close"}
 

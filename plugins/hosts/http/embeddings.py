@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.hosts.http import conversation, streaming
-from mlx_onevision.plugins.hosts.http.answers import Embeddings
-from mlx_onevision.plugins.hosts.http.faults import HTTPFault
+from mlx_onevision.plugins.contract.results import EmbedResult
+from mlx_onevision.plugins.hosts.http import conversion as conversation
+from mlx_onevision.plugins.hosts.http import streaming
+from mlx_onevision.plugins.hosts.http.errors import HTTPFault
 from mlx_onevision.plugins.hosts.http.operations import JSON, Operation
+from mlx_onevision.plugins.hosts.http.response_types import Embeddings
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
-from mlx_onevision.plugins.results import EmbedResult
 
 
 def endpoint(serving: Serving) -> Endpoint:

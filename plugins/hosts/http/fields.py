@@ -6,8 +6,8 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from mlx_onevision.plugins.hosts.http.parts import Strict
-from mlx_onevision.plugins.requests import LONGEST_TIMEOUT, MOST_LOGPROBS, Order, Tiling
+from mlx_onevision.plugins.contract.requests import LONGEST_TIMEOUT, MOST_LOGPROBS, Order, Tiling
+from mlx_onevision.plugins.hosts.http.content import Strict
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlx_onevision.plugins.hosts.http.parts import Strict
+from mlx_onevision.plugins.hosts.http.content import Strict
 
 
 class TextFormat(Strict):

@@ -7,15 +7,15 @@ from typing import Annotated
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.events import ErrorEvent
-from mlx_onevision.plugins.hosts.http import conversation
-from mlx_onevision.plugins.hosts.http.faults import HTTPFault, without_places
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.events import ErrorEvent
+from mlx_onevision.plugins.hosts.http import conversion as conversation
+from mlx_onevision.plugins.hosts.http.errors import HTTPFault, without_places
 from mlx_onevision.plugins.hosts.http.json_schemas import Beside
 from mlx_onevision.plugins.hosts.http.operations import JSON, Operation
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
-from mlx_onevision.plugins.jobs import Job, Jobs, NoSuchJob
+from mlx_onevision.plugins.service.jobs import Job, Jobs, NoSuchJob
 
 PATH = "/v1/video/jobs"
 

@@ -7,7 +7,7 @@ from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from mlx_onevision.plugins.wire import API_VERSION, Part, Record
+from mlx_onevision.plugins.contract.wire import API_VERSION, Part, Record
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_onevision.plugins.results import ModelInfo, Usage
+from mlx_onevision.plugins.contract.results import ModelInfo, Usage
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 

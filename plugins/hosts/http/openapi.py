@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.hosts.http.faults import ErrorBody
+from mlx_onevision.plugins.hosts.http.errors import ErrorBody
 from mlx_onevision.plugins.hosts.http.json_schemas import Generator
 from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, Operation
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving

@@ -6,7 +6,7 @@ would hold up everybody.
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.contract.errors import PluginError
 
 _KEY = "mlx_onevision.place"
 

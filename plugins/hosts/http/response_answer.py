@@ -5,9 +5,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.hosts.http.answers import chosen, took
-from mlx_onevision.plugins.hosts.http.faults import as_fault
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.results import GenerateResult, TokenLogprob, Usage
+from mlx_onevision.plugins.hosts.http.errors import as_fault
 from mlx_onevision.plugins.hosts.http.response_objects import (
     MessageStatus,
     OutputMessage,
@@ -15,8 +15,8 @@ from mlx_onevision.plugins.hosts.http.response_objects import (
     ResponseObject,
     ResponseUsage,
 )
+from mlx_onevision.plugins.hosts.http.response_types import chosen, took
 from mlx_onevision.plugins.hosts.http.schemas import ResponsesRequest
-from mlx_onevision.plugins.results import GenerateResult, TokenLogprob, Usage
 
 
 class Answer:

@@ -4,7 +4,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from mlx_onevision.plugins.hosts.http.answers import Chosen, Took
+from mlx_onevision.plugins.hosts.http.response_types import Chosen, Took
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 MessageStatus = Literal["in_progress", "completed", "incomplete"]

@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.events import (
+from mlx_onevision.plugins.contract.events import (
     DoneEvent,
     ErrorEvent,
     Event,
     ProgressEvent,
     TextEvent,
 )
-from mlx_onevision.plugins.hosts.http import conversation, streaming
+from mlx_onevision.plugins.contract.results import GenerateResult
+from mlx_onevision.plugins.hosts.http import conversion as conversation
+from mlx_onevision.plugins.hosts.http import streaming
 from mlx_onevision.plugins.hosts.http.abilities import check_able
-from mlx_onevision.plugins.hosts.http.answers import chosen
 from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, Operation
 from mlx_onevision.plugins.hosts.http.response_answer import Answer, text_part
 from mlx_onevision.plugins.hosts.http.response_objects import (
@@ -23,9 +24,9 @@ from mlx_onevision.plugins.hosts.http.response_objects import (
     ResponseObject,
     WholeType,
 )
+from mlx_onevision.plugins.hosts.http.response_types import chosen
 from mlx_onevision.plugins.hosts.http.schemas import ResponsesRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
-from mlx_onevision.plugins.results import GenerateResult
 
 
 def endpoint(serving: Serving) -> Endpoint:

@@ -8,6 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from mlx_onevision.plugins.contract.requests import EmbeddingSpace, Tiling
+from mlx_onevision.plugins.hosts.http.content import (
+    AnyItem,
+    AssistantTurn,
+    Strict,
+    SystemTurn,
+    Turn,
+    UserTurn,
+    Where,
+)
 from mlx_onevision.plugins.hosts.http.fields import (
     AtLeastOne,
     Looking,
@@ -20,16 +30,6 @@ from mlx_onevision.plugins.hosts.http.fields import (
     TopLogprobs,
 )
 from mlx_onevision.plugins.hosts.http.formats import ChatFormat, FlatFormat
-from mlx_onevision.plugins.hosts.http.parts import (
-    AnyItem,
-    AssistantTurn,
-    Strict,
-    SystemTurn,
-    Turn,
-    UserTurn,
-    Where,
-)
-from mlx_onevision.plugins.requests import EmbeddingSpace, Tiling
 
 STOPS = 16
 ITEMS = 256

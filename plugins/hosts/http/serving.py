@@ -10,14 +10,14 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.hosts.http.bodies import Reader
-from mlx_onevision.plugins.hosts.http.faults import HTTPFault, refusal
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.wording import worded
+from mlx_onevision.plugins.hosts.http.errors import HTTPFault, refusal
 from mlx_onevision.plugins.hosts.http.metrics import Metrics
+from mlx_onevision.plugins.hosts.http.request_body import Reader
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
-from mlx_onevision.plugins.jobs import Jobs
-from mlx_onevision.plugins.wording import worded
+from mlx_onevision.plugins.service.jobs import Jobs
 
 Answer = TypeVar("Answer")
 Endpoint = Callable[[Request], Awaitable[Response]]

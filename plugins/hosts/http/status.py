@@ -6,14 +6,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from typing_extensions import TypedDict
 
-from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.hosts.http import conversation
-from mlx_onevision.plugins.hosts.http.faults import error_body
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.results import ModelInfo
+from mlx_onevision.plugins.hosts.http import conversion as conversation
+from mlx_onevision.plugins.hosts.http.errors import error_body
 from mlx_onevision.plugins.hosts.http.json_schemas import Beside
 from mlx_onevision.plugins.hosts.http.metrics import TEXT as PROMETHEUS
 from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, Operation
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
-from mlx_onevision.plugins.results import ModelInfo
 
 Known = Annotated[
     ModelInfo,

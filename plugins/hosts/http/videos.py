@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.events import ErrorEvent, Event
-from mlx_onevision.plugins.hosts.http import conversation, streaming
-from mlx_onevision.plugins.hosts.http.faults import without_places
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.events import ErrorEvent, Event
+from mlx_onevision.plugins.hosts.http import conversion as conversation
+from mlx_onevision.plugins.hosts.http import streaming
+from mlx_onevision.plugins.hosts.http.errors import without_places
 from mlx_onevision.plugins.hosts.http.operations import EVENTS, Operation
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving

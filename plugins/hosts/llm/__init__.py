@@ -13,7 +13,7 @@ from typing import Any
 import click
 import llm
 
-from mlx_onevision.plugins.hosts.llm import shelf
+from mlx_onevision.plugins.hosts.llm import registry as shelf
 from mlx_onevision.plugins.hosts.llm.commands import onevision
 from mlx_onevision.plugins.hosts.llm.embedding import SPACES, OneVisionEmbedding
 from mlx_onevision.plugins.hosts.llm.models import AsyncOneVision, OneVision

@@ -7,11 +7,11 @@ import llm
 from llm.models import AsyncResponse
 from llm.parts import AttachmentPart, ReasoningPart, TextPart
 
-from mlx_onevision.plugins.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.media import Media, Message, Role
+from mlx_onevision.plugins.contract.requests import GenerateRequest
+from mlx_onevision.plugins.contract.results import GenerateResult, ModelInfo
 from mlx_onevision.plugins.hosts.llm.attachments import media
-from mlx_onevision.plugins.media import Media, Message, Role
-from mlx_onevision.plugins.requests import GenerateRequest
-from mlx_onevision.plugins.results import GenerateResult, ModelInfo
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 

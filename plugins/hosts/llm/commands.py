@@ -6,12 +6,12 @@ from pathlib import Path
 import click
 import llm
 
-from mlx_onevision.model_options import revision_option
-from mlx_onevision.plugins.hosts.llm import shelf
+from mlx_onevision.cli.options import revision_option
+from mlx_onevision.plugins.hosts.llm import registry as shelf
 from mlx_onevision.plugins.hosts.llm.embedding import SPACES
 from mlx_onevision.plugins.hosts.llm.opened import opened
 from mlx_onevision.plugins.hosts.llm.refusals import Refusal, told
-from mlx_onevision.plugins.hosts.llm.shelf import BUILT_IN, Entry
+from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry
 
 
 @click.group()
@@ -35,7 +35,7 @@ def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | 
     llm onevision add my-org/my-onevision --alias mine
     llm onevision add ./llava-onevision-7b-4bit --alias 7b4
     """
-    from mlx_onevision.hub import repository_of
+    from mlx_onevision.checkpoint.hub import repository_of
 
     known = next((entry for entry in BUILT_IN if entry.model == model.lower()), None)
     if known is not None and revision is None:

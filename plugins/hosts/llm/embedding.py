@@ -5,13 +5,13 @@ from itertools import islice
 
 from llm.models import EmbeddingModel
 
-from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.media import Media
+from mlx_onevision.plugins.contract.requests import EmbeddingSpace, EmbedRequest
 from mlx_onevision.plugins.hosts.llm.attachments import kind
 from mlx_onevision.plugins.hosts.llm.opened import opened
 from mlx_onevision.plugins.hosts.llm.refusals import Refusal, told
-from mlx_onevision.plugins.hosts.llm.shelf import Entry
-from mlx_onevision.plugins.media import Media
-from mlx_onevision.plugins.requests import EmbeddingSpace, EmbedRequest
+from mlx_onevision.plugins.hosts.llm.registry import Entry
 
 SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
 BATCH = 32  # items that are held at once

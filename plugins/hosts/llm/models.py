@@ -6,13 +6,13 @@ from collections.abc import AsyncGenerator, Iterator
 import llm
 from llm.models import AsyncConversation, AsyncResponse
 
-from mlx_onevision.plugins.events import TextEvent
+from mlx_onevision.plugins.contract.events import TextEvent
 from mlx_onevision.plugins.hosts.llm.asking import asked, report
 from mlx_onevision.plugins.hosts.llm.attachments import TYPES, media
 from mlx_onevision.plugins.hosts.llm.opened import opened
 from mlx_onevision.plugins.hosts.llm.options import OneVisionOptions
 from mlx_onevision.plugins.hosts.llm.refusals import told
-from mlx_onevision.plugins.hosts.llm.shelf import Entry
+from mlx_onevision.plugins.hosts.llm.registry import Entry
 
 
 class OneVision(llm.Model):

@@ -3,9 +3,9 @@
 import atexit
 import threading
 
-from mlx_onevision.plugins.hosts.llm.shelf import Entry
+from mlx_onevision.plugins.hosts.llm.registry import Entry
 from mlx_onevision.plugins.interface import Backend
-from mlx_onevision.plugins.policy import MediaPolicy
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 # It is the person's own command, or program: whatever that may read, this may.
 POLICY = MediaPolicy.trusting()
@@ -28,8 +28,8 @@ def opened(entry: Entry) -> Backend:
 
 
 def _open(entry: Entry) -> Backend:
-    from mlx_onevision.plugins.onevision import open_engine
-    from mlx_onevision.plugins.service import Limits
+    from mlx_onevision.plugins.adapters.engine import open_engine
+    from mlx_onevision.plugins.service.service import Limits
 
     # Nobody else has to be protected, and the first question may have to wait for a download.
     limits = Limits(waiting=100_000, timeout=None, max_tokens=1 << 20)

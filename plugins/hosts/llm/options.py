@@ -7,7 +7,7 @@ from pydantic import Field
 
 
 class OneVisionOptions(llm.Model.Options):
-    """The names and meanings of :class:`~mlx_onevision.plugins.requests.GenerateRequest`; what is
+    """The names and meanings of ``GenerateRequest``; what is
     left out is the model's own.
     """
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import click
 import llm
 
-from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.contract.errors import PluginError
 
 
 class Refusal(llm.ModelError, click.ClickException):

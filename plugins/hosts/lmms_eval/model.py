@@ -11,8 +11,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from mlx_onevision.api import Model, load
+from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
-from mlx_onevision.options import Options
 from mlx_onevision.plugins.hosts.lmms_eval.likelihood import likelihood
 from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     FRAMES,
@@ -24,7 +24,7 @@ from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     shown,
 )
 from mlx_onevision.plugins.hosts.lmms_eval.settings import options, unknown
-from mlx_onevision.processor import Inputs
+from mlx_onevision.prompt.processor import Inputs
 
 END = "<|im_end|>"
 
@@ -174,7 +174,7 @@ class OneVision(lmms):
     @cached_property
     def _end(self) -> int:
         """The id of the token that ends a turn."""
-        from mlx_onevision.text import Tokenizer
+        from mlx_onevision.prompt.tokenizer import Tokenizer
 
         found = Tokenizer.from_folder(self.model.path).token_to_id(END)
         if found is None:

@@ -14,8 +14,8 @@ from os import PathLike
 from typing import Any, Literal
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.frames import end_to_end
-from mlx_onevision.processor import Medium
+from mlx_onevision.media.frame_sampling import end_to_end
+from mlx_onevision.prompt.processor import Medium
 
 IMAGE = "<image>"
 FRAMES = 32

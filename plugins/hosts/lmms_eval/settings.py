@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
-from mlx_onevision.options import Options
 
 MAX_NEW_TOKENS = 1024  # where a task says nothing
 

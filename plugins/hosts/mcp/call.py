@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 import anyio
 
-from mlx_onevision.plugins.events import ProgressEvent, TextEvent
+from mlx_onevision.plugins.contract.events import ProgressEvent, TextEvent
 from mlx_onevision.plugins.interface import Event
 
 Result = TypeVar("Result")

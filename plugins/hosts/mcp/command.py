@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import click
 
+from mlx_onevision.cli.options import dtype_option, model_option, revision_option
 from mlx_onevision.errors import RequestError
-from mlx_onevision.model_options import dtype_option, model_option, revision_option
 
 
 @click.command(short_help="Serve a model over MCP, to Claude Desktop and other hosts.")
@@ -88,11 +88,11 @@ def mcp(
             "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
         )
 
-    from mlx_onevision.plugins.errors import PluginError
+    from mlx_onevision.plugins.adapters.engine import open_engine
+    from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.mcp.settings import PIXELS, McpSettings
-    from mlx_onevision.plugins.onevision import open_engine
-    from mlx_onevision.plugins.policy import MediaPolicy
-    from mlx_onevision.plugins.service import Limits
+    from mlx_onevision.plugins.service.media_policy import MediaPolicy
+    from mlx_onevision.plugins.service.service import Limits
 
     try:
         policy = MediaPolicy(folders=folders, pixels=PIXELS)

@@ -7,9 +7,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from mlx_onevision.plugins.errors import PluginError
-from mlx_onevision.plugins.hosts.mcp.places import HEAD, Places
-from mlx_onevision.plugins.media import Kind, Media, sniff
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.media import Kind, Media, sniff
+from mlx_onevision.plugins.hosts.mcp.allowed_files import HEAD, Places
 
 SIZE = 64 << 20  # bytes of all vectors; some 10,000 pictures
 OVERHEAD = 200  # bytes of an entry beside its value, roughly

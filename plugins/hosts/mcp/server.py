@@ -13,17 +13,17 @@ from mcp.server.context import ServerRequestContext
 from mcp.server.lowlevel import Server
 from mcp.shared.exceptions import MCPError
 
-from mlx_onevision.plugins.errors import clipped
+from mlx_onevision.plugins.contract.errors import clipped
 from mlx_onevision.plugins.hosts.mcp import contract
+from mlx_onevision.plugins.hosts.mcp.allowed_files import Places
+from mlx_onevision.plugins.hosts.mcp.ask import UNTRUSTED, Looking
 from mlx_onevision.plugins.hosts.mcp.call import Call
-from mlx_onevision.plugins.hosts.mcp.finding import Finding
-from mlx_onevision.plugins.hosts.mcp.looking import UNTRUSTED, Looking
-from mlx_onevision.plugins.hosts.mcp.places import Places
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
+from mlx_onevision.plugins.hosts.mcp.similar import Finding
 from mlx_onevision.plugins.hosts.mcp.telling import Telling
-from mlx_onevision.plugins.hosts.mcp.tools import Tool, answered
+from mlx_onevision.plugins.hosts.mcp.tool import Tool, answered
 from mlx_onevision.plugins.interface import Backend
-from mlx_onevision.plugins.jobs import Jobs
+from mlx_onevision.plugins.service.jobs import Jobs
 
 Context = ServerRequestContext[Any, Any]
 

@@ -14,7 +14,7 @@ from mlx_onevision.plugins.hosts.mcp.server import make_server
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
 from mlx_onevision.plugins.hosts.mcp.transport import transport
 from mlx_onevision.plugins.interface import Backend
-from mlx_onevision.plugins.jobs import Jobs
+from mlx_onevision.plugins.service.jobs import Jobs
 
 GRACE_SECONDS = 1.5  # from the end of stdin to the end of the process
 JOBS_SECONDS = 24 * 3600.0  # that a description can be asked for; its host may come back late

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mlx_onevision.plugins.policy import MediaPolicy
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 PIXELS = 110_000_000  # of a picture: those are the owner's own, and cameras make large ones
 TIMEOUT = 50.0  # seconds; hosts cut a call off after 60

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import anyio
 import mcp_types as types
 
-from mlx_onevision.captions import Segment, VideoDescription, write
+from mlx_onevision.describe.formats import Segment, VideoDescription, write
+from mlx_onevision.plugins.contract.requests import DescribeRequest
+from mlx_onevision.plugins.contract.results import DescribeResult
 from mlx_onevision.plugins.hosts.mcp import schemas
+from mlx_onevision.plugins.hosts.mcp.allowed_files import Places
+from mlx_onevision.plugins.hosts.mcp.ask import UNTRUSTED
 from mlx_onevision.plugins.hosts.mcp.call import Call, blocking
-from mlx_onevision.plugins.hosts.mcp.looking import UNTRUSTED
-from mlx_onevision.plugins.hosts.mcp.places import Places
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
-from mlx_onevision.plugins.hosts.mcp.tools import Tool, offered
-from mlx_onevision.plugins.jobs import UNDER_WAY, Job, Jobs
-from mlx_onevision.plugins.requests import DescribeRequest
-from mlx_onevision.plugins.results import DescribeResult
+from mlx_onevision.plugins.hosts.mcp.tool import Tool, offered
+from mlx_onevision.plugins.service.jobs import UNDER_WAY, Job, Jobs
 
 POLL_SECONDS = 0.2
 SEGMENTS = 100  # of one answer; hosts cut long ones off

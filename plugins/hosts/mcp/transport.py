@@ -20,10 +20,10 @@ from mcp.shared.message import SessionMessage
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from mlx_onevision.plugins.errors import PluginError
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.wording import worded
 from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, lines
 from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
-from mlx_onevision.plugins.wording import worded
 
 logger = logging.getLogger("mlx_onevision")
 

@@ -1,0 +1,193 @@
+"""Everything beside the weights: config.json for any reader, and what prepares a prompt."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_onevision.checkpoint.hub import SIDECARS
+from mlx_onevision.checkpoint.load import Opened
+from mlx_onevision.checkpoint.plan import Plan
+from mlx_onevision.config import original_layout as lmms_lab
+from mlx_onevision.config.model import ImageConfig, OneVisionConfig
+from mlx_onevision.config.quantization import ModuleQuantization, Quantization
+from mlx_onevision.convert.hub import Source
+from mlx_onevision.errors import CheckpointError
+from mlx_onevision.files import read_json
+from mlx_onevision.prompt.chat_template import ChatTemplate
+
+LICENSES = "LICENSE*"
+MOST = 100_000_000  # bytes of one of them
+
+TEXT_FIELDS = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads hidden_act max_position_embeddings rms_norm_eps
+""".split()
+DROPPED = ("_name_or_path", "torch_dtype", "quantization", "quantization_config", "auto_map")
+
+
+def config_json(opened: Opened, plan: Plan, source: Source, version: str, recipe: str) -> bytes:
+    """The config.json of what ``plan`` makes.
+
+    Defaults are written out, because other readers have other ones, under the keys of the Hub's
+    layout. The source's own keys are kept where they say nothing else.
+
+    Raises:
+        CheckpointError: when it would not be read back as the model that was made.
+    """
+    values = dict(opened.values)
+    if lmms_lab.is_original(values):
+        values = lmms_lab.to_hub(values)
+        values["architectures"] = ["LlavaOnevisionForConditionalGeneration"]
+    for key in DROPPED:
+        values.pop(key, None)
+    config, text, vision = plan.config, plan.config.text_config, plan.config.vision_config
+    own_text = {key: getattr(text, key) for key in TEXT_FIELDS}
+    values |= {
+        "model_type": "llava_onevision",
+        "text_config": {
+            **{k: v for k, v in (values.get("text_config") or {}).items() if k not in DROPPED},
+            **own_text,
+            "model_type": "qwen2",
+            "rope_theta": text.rope.rope_theta,
+            "tie_word_embeddings": config.tie_word_embeddings,
+        },
+        "vision_config": {
+            **{k: v for k, v in (values.get("vision_config") or {}).items() if k not in DROPPED},
+            **dataclasses.asdict(vision),
+            "model_type": "siglip_vision_model",
+        },
+        "image_token_index": config.image_token_index,
+        "video_token_index": config.video_token_index,
+        "image_grid_pinpoints": [list(pair) for pair in config.image_grid_pinpoints],
+        "vision_aspect_ratio": config.vision_aspect_ratio,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": plan.dtype,
+        "mlx_onevision": _origin(source, version, recipe),
+    }
+    values["text_config"].pop("dtype", None)
+    values.pop("dtype", None)
+    if config.quantization is not None:
+        values["quantization"] = quantization_json(config.quantization)
+        values["quantization_config"] = values["quantization"]
+    written = json.loads(json.dumps(values, allow_nan=False))
+    if OneVisionConfig.from_dict(written) != config:
+        raise CheckpointError("config.json has settings that the converted one would lose")
+    return (json.dumps(dict(sorted(values.items())), indent=2) + "\n").encode()
+
+
+def quantization_json(quantization: Quantization) -> dict[str, Any]:
+    """The entry as MLX converters write it: a default, and the modules that differ from it."""
+
+    def entry(way: ModuleQuantization | None) -> dict[str, Any] | bool:
+        return False if way is None else dataclasses.asdict(way)
+
+    default = entry(quantization.default)
+    assert isinstance(default, dict)
+    return default | {name: entry(way) for name, way in sorted(quantization.modules.items())}
+
+
+def processor_files(opened: Opened) -> dict[str, bytes]:
+    """The files that prepare prompts and pictures, those that the source lacks made for it.
+
+    Raises:
+        CheckpointError: for one that cannot be read.
+    """
+    folder, config = opened.folder, opened.config
+    licenses = sorted(path.name for path in folder.glob(LICENSES))
+    files = {name: _read(folder / name) for name in (*SIDECARS, *licenses)}
+    found = {name: data for name, data in files.items() if data is not None}
+    if "chat_template.json" not in found and "chat_template.jinja" not in found:
+        found["chat_template.jinja"] = ChatTemplate.from_folder(folder).source.encode()
+    if "preprocessor_config.json" not in found:
+        image = ImageConfig.from_dict(None, config)
+        found["preprocessor_config.json"] = _json(_pixels(image) | _tiles(image))
+        found.setdefault(
+            "video_preprocessor_config.json",
+            _json(_pixels(image) | {"video_processor_type": "LlavaOnevisionVideoProcessor"}),
+        )
+    if "processor_config.json" not in found:
+        found["processor_config.json"] = _json(
+            {
+                "processor_class": "LlavaOnevisionProcessor",
+                "image_token": "<image>",
+                "video_token": "<video>",
+                "num_image_tokens": config.tokens_per_tile,
+                "vision_feature_select_strategy": "full",
+                "vision_aspect_ratio": config.vision_aspect_ratio,
+            }
+        )
+    if "tokenizer.json" in found:
+        found["tokenizer.json"] = _with_placeholders(found["tokenizer.json"], folder, config)
+    return found
+
+
+def _origin(source: Source, version: str, recipe: str) -> dict[str, Any]:
+    """Where the model came from; a folder's path is nobody's business, its name may be."""
+    given = {"version": version, "recipe": recipe, "base_model": source.base}
+    return {k: v for k, v in (given | {"revision": source.commit}).items() if v is not None}
+
+
+def _with_placeholders(tokenizer: bytes, folder: Path, config: OneVisionConfig) -> bytes:
+    """The tokenizer with a token for images and one for videos. The original checkpoints' have
+    none; this package does not need them, other programs look the placeholders up.
+    """
+    from tokenizers import Tokenizer
+
+    if not lmms_lab.is_original(read_json(folder / "config.json") or {}):
+        return tokenizer
+    wanted = {"<image>": config.image_token_index, "<video>": config.video_token_index}
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    lacking = {token: index for token, index in wanted.items() if known.token_to_id(token) is None}
+    values = read_json(folder / "tokenizer.json") or {}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"] = [
+        *(values.get("added_tokens") or []),
+        *(
+            {"id": index, "content": token, **flags, "special": True}
+            for token, index in sorted(lacking.items(), key=lambda item: item[1])
+        ),
+    ]
+    text = json.dumps(values, ensure_ascii=False, indent=2)
+    made = Tokenizer.from_str(text)  # which counts on from the last token, whatever the id
+    right = all(made.token_to_id(token) == index for token, index in wanted.items())
+    return text.encode() if lacking and right else tokenizer
+
+
+def _pixels(image: ImageConfig) -> dict[str, Any]:
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(image.image_mean),
+        "image_std": list(image.image_std),
+        "processor_class": "LlavaOnevisionProcessor",
+        "resample": 3,
+        "rescale_factor": image.rescale_factor,
+        "size": {"height": image.size, "width": image.size},
+    }
+
+
+def _tiles(image: ImageConfig) -> dict[str, Any]:
+    return {
+        "do_pad": True,
+        "image_grid_pinpoints": [list(pair) for pair in image.image_grid_pinpoints],
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+    }
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        if path.stat().st_size > MOST:
+            raise CheckpointError(f"{path.name} is larger than {MOST} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None

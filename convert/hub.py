@@ -1,0 +1,126 @@
+"""What is converted: a folder, and where it came from; or, before a download, its outline."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mlx_onevision.checkpoint import hub
+from mlx_onevision.checkpoint.identity import COMMIT, identify
+from mlx_onevision.files import read_json
+
+# What a plan needs beside the headers of the weight files.
+OUTLINE = ("*.json", "*.jinja", "README.md")
+NOT_OUTLINE = (*hub.NOT_FILES, "tokenizer.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert.
+
+    name : the Hub's id of it, or the folder's own name.
+    base : the Hub's id of the model that it is, if that is known.
+    commit : of the Hub's repository ``base``, if that is known.
+    download : bytes that are not on this machine yet.
+    """
+
+    folder: Path
+    name: str
+    base: str | None
+    commit: str | None
+    download: int = 0
+
+
+def find(model: str | Path, revision: str | None = None) -> Source:
+    """A model's folder, downloaded if need be.
+
+    Raises:
+        ModelNotFoundError: if there is none, or it cannot be reached.
+    """
+    folder = hub.resolve(model, revision)
+    name, commit = identify(folder)
+    if folder.parent.name == "snapshots" and COMMIT.fullmatch(commit):
+        return Source(folder, name, name, commit)
+    origin = (read_json(folder / "config.json") or {}).get("mlx_onevision")
+    if isinstance(origin, dict):  # a folder that this converter wrote
+        base, commit = origin.get("base_model"), origin.get("revision")
+        if isinstance(base, str) and hub.HUB_ID.fullmatch(base):
+            known = isinstance(commit, str) and COMMIT.fullmatch(commit)
+            return Source(folder, name, base, commit if known else None)
+    return Source(folder, name, None, None)
+
+
+@contextmanager
+def outline(model: str | Path, revision: str | None = None) -> Iterator[Source]:
+    """A model without downloading it: weight files that are not here yet stand in as their headers
+    alone, with holes where the weights will be.
+
+    Raises:
+        ModelNotFoundError: if there is none, or it cannot be reached.
+    """
+    repository = hub.repository_of(model)
+    if repository is None:
+        yield find(model, revision)
+        return
+    with TemporaryDirectory(prefix="mlx-onevision-") as scratch:
+        with hub.answers(repository, revision):
+            source = _outline(repository, revision, Path(scratch))
+        yield source if source is not None else find(model, revision)
+
+
+def _outline(repository: str, revision: str | None, folder: Path) -> Source | None:
+    """None when nothing of the model needs downloading, or nothing can be."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    commit = HfApi().model_info(repository, revision=revision).sha
+    disable_progress_bars()
+    try:
+        files = snapshot_download(
+            repository,
+            revision=commit,
+            allow_patterns=list(hub.FILES),
+            ignore_patterns=list(hub.NOT_FILES),
+            dry_run=True,
+        )
+        if not any(file.will_download for file in files):
+            return None
+        snapshot_download(
+            repository,
+            revision=commit,
+            local_dir=folder,
+            allow_patterns=list(OUTLINE),
+            ignore_patterns=list(NOT_OUTLINE),
+        )
+        for file in files:
+            if file.filename.endswith(".safetensors"):
+                header = HfApi().parse_safetensors_file_metadata(
+                    repository, file.filename, revision=commit
+                )
+                tensors = {
+                    name: {
+                        "dtype": tensor.dtype,
+                        "shape": list(tensor.shape),
+                        "data_offsets": list(tensor.data_offsets),
+                    }
+                    for name, tensor in header.tensors.items()
+                }
+                _write_outline(folder / file.filename, tensors)
+    finally:
+        enable_progress_bars()
+    download = sum(file.file_size or 0 for file in files if file.will_download)
+    return Source(folder, repository, repository, commit, download)
+
+
+def _write_outline(path: Path, tensors: dict[str, dict[str, Any]]) -> None:
+    """A safetensors file of these tensors that takes no room: its data are a hole."""
+    text = json.dumps(tensors).encode()
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

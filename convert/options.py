@@ -1,0 +1,175 @@
+"""What the options of ``mlx-onevision convert`` ask for, and which of them exclude each other."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_onevision.checkpoint.hub import HUB_ID
+
+if TYPE_CHECKING:
+    from mlx_onevision.checkpoint.recipes import Recipe
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# What --compare decides by itself, or has no use for.
+WRITING = ("quantize", "q_bits", "q_mode", "recipe", "rules", "method", "dequantize")
+WRITING += ("overwrite", "dry_run", "upload_repo")
+BITS = ("2", "3", "4", "5", "6", "8")
+
+
+class Bytes(click.ParamType):
+    """A number of bytes: ``5GB``, ``512MiB``, ``1000``.
+
+    binary : GB means GiB, as it does of a computer's memory and not of a disk.
+    """
+
+    name = "size"
+
+    def __init__(self, binary: bool = False) -> None:
+        self._binary = binary
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+        if found is None or found[2].upper() not in UNITS:
+            self.fail(f"'{value}' is not a size such as 8GB", param, ctx)
+        unit = found[2].upper()
+        unit = unit.replace("B", "iB").upper() if self._binary and len(unit) == 2 else unit
+        number = int(float(found[1]) * UNITS[unit])
+        if not 0 < number < 2**60:
+            self.fail(f"'{value}' is not a possible size", param, ctx)
+        return number
+
+
+def recipe_of(
+    quantize: bool,
+    q_bits: str | None,
+    q_group_size: str | None,
+    q_mode: str | None,
+    quantize_vision: str | None,
+    recipe: str | None,
+    rules: Path | None,
+    method: str | None = None,
+    **_: Any,
+) -> Recipe | None:
+    """The recipe that the options ask for; None where they ask for none."""
+    from dataclasses import replace
+
+    from mlx_onevision.checkpoint import recipes
+
+    vision = None if quantize_vision in (None, "none") else int(quantize_vision or 0)
+    group = int(q_group_size) if q_group_size else None
+    if rules is not None:
+        made = recipes.from_file(rules)
+        if quantize_vision is not None:
+            made = replace(made, vision=recipes.vision_packing(vision))
+        return made
+    default = recipes.VISION_BITS if quantize_vision is None else vision
+    if recipe is not None:
+        return recipes.mixed(recipe, group, default)
+    if quantize or q_bits or q_group_size or q_mode or method:
+        bits = int(q_bits) if q_bits else None
+        made = recipes.uniform(bits, group, q_mode or "affine", default)
+        return made if method is None else _calibrated(made, method)
+    if vision is not None:
+        return recipes.Recipe(f"vision-{vision}-bit", None, recipes.vision_packing(vision))
+    return None
+
+
+def _calibrated(recipe: Recipe, method: str) -> Recipe:
+    from dataclasses import replace
+
+    from mlx_onevision.convert.methods import require_packing
+
+    assert recipe.language is not None
+    require_packing(method, recipe.language)
+    return replace(recipe, name=f"{method}-{recipe.name}")
+
+
+def require_usage(options: dict[str, Any]) -> None:
+    """Refuses options that say two things, or nothing."""
+    recipe, rules, packing = options["recipe"], options["rules"], options
+    upload_repo, private, create_pr = (
+        options[name] for name in ("upload_repo", "private", "create_pr")
+    )
+    if recipe and rules:
+        raise click.UsageError("Give --recipe or --rules, not both")
+    if (recipe or rules) and (packing["q_bits"] or packing["q_mode"] not in (None, "affine")):
+        raise click.UsageError("A recipe has bits and modes of its own; drop --q-bits and --q-mode")
+    if rules and packing["q_group_size"]:
+        raise click.UsageError("The rules name group sizes themselves; drop --q-group-size")
+    if (recipe == "fit") != (packing["memory"] is not None):
+        raise click.UsageError("--recipe fit and --memory belong together")
+    if packing["context"] and recipe != "fit":
+        raise click.UsageError("--context is for --recipe fit")
+    if recipe == "fit" and (packing["q_group_size"] or packing["quantize_vision"]):
+        raise click.UsageError("fit chooses by itself; drop the other options of quantizing")
+    if (private or create_pr) and not upload_repo:
+        raise click.UsageError("--private and --create-pr need --upload-repo")
+    if upload_repo and not HUB_ID.fullmatch(upload_repo):
+        raise click.UsageError(f"'{upload_repo}' is not a repository's id, such as name/model")
+    if packing["method"] and (recipe or rules or packing["dequantize"]):
+        raise click.UsageError("--method packs in one way; drop --recipe, --rules or --dequantize")
+    if packing["compare"]:
+        _require_nothing_written(options)
+    if packing["plot"] and (packing["verify"] is False or options["dry_run"]):
+        raise click.UsageError("--plot draws the measured loss; drop --no-verify or --dry-run")
+
+
+def either(given: Any, option: Any, name: str, flag: str) -> Any:
+    """What was said as an argument, or as an option instead."""
+    if given is not None and option is not None:
+        raise click.UsageError(f"Give {name} or {flag}, not both")
+    return option if given is None else given
+
+
+def default_target(model: str, recipe: Recipe | None, dequantize: bool, dtype: str | None) -> Path:
+    """A folder here, called after the model and what becomes of it."""
+    from mlx_onevision.checkpoint.hub import repository_of
+
+    name = repository_of(model) or Path(model).expanduser().resolve().name
+    kind = dtype or ("dequantized" if dequantize else "mlx")
+    kind = recipe.name if recipe is not None else kind
+    return Path(f"{name.rpartition('/')[2]}-{kind}")
+
+
+def command_of(model: str, target: Path) -> str:
+    """What was typed, for the model card, without anybody's folders."""
+    words = sys.argv[1:] if "convert" in sys.argv[1:2] else ["convert", model, target.name]
+    return shlex.join(["mlx-onevision", *(Path(w).name if _is_path(w) else w for w in words)])
+
+
+def _is_path(word: str) -> bool:
+    return word.startswith(("/", "~", ".")) or Path(word).exists()
+
+
+def compared_recipes(names: str, group_size: str | None, vision: str | None) -> list[Recipe]:
+    """The recipes of ``--compare``: bits of the language model, or names, between commas.
+
+    Raises:
+        RequestError: for a name that no recipe has.
+    """
+    found = {}
+    for name in (word.strip() for word in names.split(",")):
+        bits = name if name in BITS else None
+        recipe = None if bits else name
+        found[name] = recipe_of(False, bits, group_size, None, vision, recipe, None)
+    return list(found.values())
+
+
+def _require_nothing_written(options: dict[str, Any]) -> None:
+    if options["folder"] or options["mlx_path"]:
+        raise click.UsageError("--compare writes no model; leave FOLDER out")
+    for name in WRITING:
+        if options[name]:
+            flag = name.replace("_", "-")
+            raise click.UsageError(f"--compare chooses and removes by itself; drop --{flag}")
+    if options["verify"] is False:
+        raise click.UsageError("--compare measures; drop --no-verify")

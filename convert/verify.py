@@ -1,0 +1,107 @@
+"""What is measured of a new folder before it takes its place, and what is said about it."""
+
+import dataclasses
+from pathlib import Path
+
+from mlx_onevision.checkpoint.load import Opened, open_checkpoint
+from mlx_onevision.checkpoint.packing import FLOATS
+from mlx_onevision.convert.facts import Facts, size
+from mlx_onevision.convert.figures import Loss
+from mlx_onevision.convert.loss import Progress, measure
+from mlx_onevision.convert.probes import quick_probes
+from mlx_onevision.convert.report import table
+from mlx_onevision.engine.runner import working_set
+from mlx_onevision.errors import CheckpointError
+from mlx_onevision.network import memory_budget as memory
+
+WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}
+
+# Mean KL divergences, in nats, that no model should come near to at so many bits: on the
+# checkpoints that this was tried on, losses were a tenth of it and less. Below 4 bits a model may
+# well be lost, and that is no error of anybody's.
+SUSPICIOUS = {8: 0.02, 4: 0.5}
+
+
+class Verification:
+    """Measures a folder against its source: the ``measure`` of a conversion.
+
+    loss : what was measured, once it has been.
+    warning : a sentence about a loss that the recipe does not explain.
+    """
+
+    def __init__(
+        self, facts: Facts, unchanged: bool, progress: Progress = lambda done, total: None
+    ) -> None:
+        self._facts = facts
+        self._unchanged = unchanged
+        self._progress = progress
+        self.loss: Loss | None = None
+        self.warning: str | None = None
+
+    def __call__(self, source: Path, result: Path) -> str:
+        """Markdown for the model card."""
+        probes = quick_probes() if self._unchanged else None
+        # What is the same is the same in any type, and quickest in its own.
+        dtype = None if self._unchanged else computing_dtype(source, result)
+        try:
+            loss = measure(source, result, dtype=dtype, probe_set=probes, progress=self._progress)
+        except CheckpointError as error:
+            text = str(error).replace(str(result), "the new model")
+            raise CheckpointError(
+                f"{text}; nothing was written, which --no-verify would do all the same"
+            ) from None
+        self.loss = dataclasses.replace(loss, result=str(self._facts.target))
+        self.warning = suspicion(self._facts, loss)
+        words = [self.warning + "."] if self.warning else []
+        return "\n\n".join([INTRODUCTION, f"```\n{table(loss)}```", *words])
+
+
+INTRODUCTION = (
+    "Measured against the source on a fixed set of drawn pictures and of texts, which the source's "
+    "own answers belong to:"
+)
+
+
+def suspicion(facts: Facts, loss: Loss) -> str | None:
+    """A sentence about a loss that so many bits do not explain; None for any other."""
+    fewest = min((way.bits for way in facts.ways.values()), default=16)
+    bound = next((most for bits, most in SUSPICIOUS.items() if fewest >= bits), None)
+    if bound is None or loss.all.kl_mean <= bound:
+        return None
+    return (
+        f"the new model is {loss.all.kl_mean:.2g} nats a position from its source, where at most "
+        f"{bound} were to be expected of {facts.recipe}: look at its answers before you use it"
+    )
+
+
+def is_unchanged(opened: Opened, facts: Facts) -> bool:
+    """Whether the plan writes the source's weights as they are."""
+    floats = {FLOATS[t.dtype] for t in opened.tensors.values() if t.dtype in FLOATS}
+    return floats == {facts.dtype} and len(facts.ways) == len(opened.packed)
+
+
+def too_large(source: Path) -> str | None:
+    """Why a source cannot be measured against on this machine: it does not fit even as it is."""
+    needed, room = _loaded_bytes(source, None), working_set()
+    if needed + memory.scratch_bytes(room, needed) <= room:
+        return None
+    return (
+        f"the loss was not measured: the source takes {size(needed)} of memory, of which "
+        f"{size(room)} may be used here; --verify measures it all the same"
+    )
+
+
+def computing_dtype(*folders: Path) -> str | None:
+    """float32, or None, a folder's own type, where float32 would not fit this machine."""
+    needed, room = max(_loaded_bytes(folder, 4) for folder in folders), working_set()
+    return "float32" if needed + memory.scratch_bytes(room, needed) <= room else None
+
+
+def _loaded_bytes(folder: Path, width: int | None) -> int:
+    """Of a folder's weights in memory, floating-point values in ``width`` bytes each."""
+    return sum(
+        (t.stop - t.start) * (width or WIDTHS[t.dtype]) // WIDTHS[t.dtype]
+        if t.dtype in WIDTHS
+        else t.stop - t.start
+        for t in open_checkpoint(folder).tensors.values()
+    )

@@ -1,0 +1,135 @@
+"""safetensors files, written front to back: no more than one module's tensors are in memory.
+
+A plan knows every shape before a weight is read, so a file's header, which comes first, can be
+written first.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_onevision.checkpoint.manifest import File
+from mlx_onevision.checkpoint.packing import Piece
+from mlx_onevision.checkpoint.tensors import SINGLE, written_name
+from mlx_onevision.convert.durable import Writer
+
+DTYPES = {
+    "U8": mx.uint8,
+    "U32": mx.uint32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "F32": mx.float32,
+}
+METADATA = {"format": "mlx"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that are made together: what they are, and how to make them."""
+
+    pieces: tuple[Piece, ...]
+    make: Callable[[], Sequence[mx.array]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file, and what goes into it in order."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The safetensors header, padded so that the data begins at a multiple of 8 bytes."""
+        entries: dict[str, Any] = {"__metadata__": METADATA}
+        at = 0
+        for piece in self.pieces:
+            entries[written_name(piece.name)] = {
+                "dtype": piece.dtype,
+                "shape": list(piece.shape),
+                "data_offsets": [at, at + piece.nbytes],
+            }
+            at += piece.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        return (piece for part in self.parts for piece in part.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """The file's size; :attr:`data_bytes` is that of the tensors alone."""
+        return len(self.header) + self.data_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def divide(parts: Iterable[Part], most: int) -> list[Shard]:
+    """Files of at most ``most`` bytes of tensors, in order; a module that is larger gets its own.
+
+    They are named as mlx-lm and transformers name them.
+    """
+    groups: list[list[Part]] = [[]]
+    size = 0
+    for part in parts:
+        if groups[-1] and size + part.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(part)
+        size += part.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, tuple(groups[0]))]
+    return [
+        Shard(f"model-{n:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for n, group in enumerate(groups, 1)
+    ]
+
+
+def index(shards: Sequence[Shard], values: int) -> bytes:
+    """The index of shards, whose weights stand for so many ``values``."""
+    names = {written_name(piece.name): shard.name for shard in shards for piece in shard.pieces}
+    total = sum(shard.data_bytes for shard in shards)
+    content = {
+        "metadata": {"total_size": total, "total_parameters": values},
+        "weight_map": dict(sorted(names.items())),
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_shard(folder: Path, shard: Shard, progress: Callable[[int], None]) -> File:
+    """Writes one file into a folder, module by module.
+
+    Raises:
+        StorageError: when it cannot be written.
+    """
+    with Writer(folder / shard.name, progress) as file:
+        file.write(shard.header)
+        for part in shard.parts:
+            arrays = list(part.make())
+            mx.eval(arrays)
+            arrays.reverse()
+            for piece in part.pieces:
+                file.write(_raw(arrays.pop(), piece))
+            mx.clear_cache()  # the next module is rarely of the same size
+    return file.written
+
+
+def _raw(array: mx.array, piece: Piece) -> memoryview:
+    """An array's bytes, row after row."""
+    if array.shape != piece.shape or array.dtype != DTYPES[piece.dtype]:
+        raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, planned as {piece}")
+    array = mx.contiguous(array if array.ndim else array.reshape(1))
+    return memoryview(array.view(mx.uint8)).cast("B")  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,237 @@
+"""From what a person calls a model to the folder that holds it, downloading it if need be.
+
+Downloads go through huggingface_hub into its own cache, where a broken connection is taken up again
+and a complete model works offline (``HF_HUB_OFFLINE=1``). Only the files that a model is made of
+are ever asked for: no code, no pickles, no sub-folders. The hub itself (``HF_ENDPOINT``) is
+trusted, as its client trusts it; the repositories on it are not.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_onevision.checkpoint.header import short
+from mlx_onevision.errors import ModelNotFoundError, OneVisionError, RequestError
+
+DEMO = "demo"
+EMBEDDED = Path(__file__).parents[1] / DEMO
+
+# The sizes' final stage ("one vision": images, several images, video). The 7b and 72b also exist as
+# "-ov-chat-hf", tuned further for conversation; those are reached by their full ids.
+ALIASES: Mapping[str, str] = {
+    size: f"llava-hf/llava-onevision-qwen2-{size}-ov-hf" for size in ("0.5b", "7b", "72b")
+}
+
+# What belongs to a model besides its weights and config.json, under the same name everywhere.
+SIDECARS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+FILES = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    *SIDECARS,
+    "mlx_onevision_manifest.json",
+    "README.md",
+    "LICENSE*",
+)
+# Patterns match across slashes, so that sub-folders (an onnx/ with gigabytes) need naming; names
+# that mean something to a file system are never asked for either.
+NOT_FILES = ("*/*", "*\\*", "*:*", "*\0*", ".*")
+
+# What the Hub takes as an id.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+TAKES = "a folder, a Hugging Face id (org/name), 0.5b, 7b, 72b or demo"
+
+
+def resolve(
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    cache_dir: Path | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """The folder of a model.
+
+    model : ``demo`` (the embedded model), a size alias, a folder, or a Hugging Face id, tried in
+        this order; ``./demo`` and a ``Path`` are always folders. An alias stands for the size's
+        ``-ov-hf`` checkpoint (see ``ALIASES``).
+    revision : a branch, tag or commit of a Hugging Face model; its main branch if None.
+    cache_dir, endpoint : instead of huggingface_hub's own, which its environment variables set.
+
+    Raises:
+        ModelNotFoundError: if there is no such model, or none that can be reached.
+        RequestError: for a revision of something that has none.
+    """
+    name = str(model)
+    repository = repository_of(model)
+    if repository is not None:
+        return _download(repository, revision, cache_dir, endpoint)
+    folder = _existing(EMBEDDED if model == DEMO else name)
+    if folder is None:
+        raise ModelNotFoundError(f"There is no model '{short(name)}'; a model is {TAKES}")
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{short(name)} is a file; a model is the folder that holds it")
+    if revision is not None:
+        raise RequestError(f"{short(name)} is a folder and has no revisions; leave it out")
+    return folder
+
+
+def repository_of(model: str | Path) -> str | None:
+    """The Hub's id of what a person calls a model; None for a folder, and for what is neither."""
+    name = str(model)
+    if not isinstance(model, str):
+        return None
+    if name.lower() in ALIASES:
+        return ALIASES[name.lower()]
+    there = _existing(EMBEDDED if model == DEMO else name)
+    return name if there is None and _is_hub_id(name) else None
+
+
+def _existing(name: str | Path) -> Path | None:
+    """A file or folder that is there."""
+    try:
+        path = Path(name).expanduser()
+        return path if str(name) and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a NUL
+        return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def _download(
+    repository: str, revision: str | None, cache_dir: Path | None, endpoint: str | None
+) -> Path:
+    with answers(repository, revision, endpoint), _progress(repository) as bar:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            endpoint=endpoint,
+            allow_patterns=list(FILES),
+            ignore_patterns=list(NOT_FILES),
+            tqdm_class=bar,
+        )
+    return Path(folder)
+
+
+@contextmanager
+def answers(
+    repository: str, revision: str | None = None, endpoint: str | None = None
+) -> Iterator[None]:
+    """Puts what can go wrong between here and the Hub into one sentence each.
+
+    Raises:
+        ModelNotFoundError: for whatever the client raises.
+        RequestError: for a revision that cannot be one.
+    """
+    if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+        raise RequestError(f"'{short(revision)}' is not a branch, tag or commit")
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    host = (endpoint or constants.ENDPOINT).split("://")[-1]
+    named = repository if revision is None else f"{repository} at revision {revision}"
+    try:
+        yield
+    except OneVisionError:
+        raise
+    except errors.GatedRepoError:
+        raise ModelNotFoundError(
+            f"{repository} is gated: accept its terms on https://{host}/{repository}, "
+            "then sign in with 'hf auth login'"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelNotFoundError(
+            f"{repository} is neither a folder nor a model on {host}; check the name, or sign in "
+            "with 'hf auth login' if it is private"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelNotFoundError(f"{repository} has no revision '{revision}'") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(_unreached(named, host, error)) from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        raise ModelNotFoundError(
+            f"{host} answered {status} when asked for {named}; try again later"
+        ) from None
+    except httpx2.HTTPError as error:
+        raise ModelNotFoundError(
+            f"The download of {named} broke off ({type(error).__name__}); run it again, files that "
+            "are complete are kept"
+        ) from None
+    except Exception as error:  # the client's own, a full disk, a proxy: whatever it is
+        raise ModelNotFoundError(f"{named} could not be downloaded: {_first(error)}") from error
+
+
+@contextmanager
+def _progress(repository: str) -> Iterator[Any]:
+    """A tqdm class for snapshot_download, which makes several bars: of them, the first that counts
+    bytes is shown, on a terminal and once it takes longer than a moment.
+    """
+    from huggingface_hub import constants
+    from tqdm import tqdm
+
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            if settings.get("unit") == "B" and not bars:
+                bars.append(self)
+                quiet = True if constants.HF_HUB_DISABLE_PROGRESS_BARS else None
+                settings |= {"desc": repository, "bar_format": None, "disable": quiet, "delay": 0.5}
+            else:
+                settings["disable"] = True
+            super().__init__(*args, **settings)
+
+        def set_description(self, *_: Any, **__: Any) -> None:
+            """Keeps the model's name where the client would say what it is doing."""
+
+        set_description_str = set_postfix_str = set_description
+
+    try:
+        yield Bar
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _unreached(named: str, host: str, error: Exception) -> str:
+    """Why something that is not (wholly) in the cache could not be fetched, and the way out."""
+    from huggingface_hub import constants, errors
+
+    state = "is not in the cache"
+    if "incomplete" in str(error):
+        state = "is only partly in the cache"
+    if constants.HF_HUB_OFFLINE:
+        return f"{named} {state}, and HF_HUB_OFFLINE is set; unset it once to download the model"
+    cause = error.__cause__
+    if isinstance(cause, errors.HfHubHTTPError):
+        problem = f"{host} answered {cause.response.status_code}; try again later"
+    else:
+        problem = f"{host} cannot be reached; connect to the network"
+    return f"{named} {state}, and {problem}, or pass the folder of a model"
+
+
+def _first(error: Exception) -> str:
+    """The first line of a message, as one sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")

@@ -1,0 +1,228 @@
+"""What will be made of a checkpoint, before a byte of it is read.
+
+A plan knows the name, type and shape of every tensor, so sizes can be told and headers written
+first; its steps make them (:mod:`packing`). Recipes say which matrices are packed, and how.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from mlx_onevision.checkpoint.packing import CODES, FLOATS, PARTS, PATCHES, Piece, Step
+from mlx_onevision.checkpoint.recipes import Recipe
+from mlx_onevision.checkpoint.tensors import Tensor, written_name
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.quantization import ModuleQuantization, Quantization
+from mlx_onevision.errors import RequestError
+
+POSITIONS = "vision_tower.embeddings.position_embedding.weight"
+NOT_ZERO_AT_ZERO = frozenset({"sigmoid"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made. ``config`` describes it, its quantization by the names that are written.
+
+    ways : how each packed module will be packed, by canonical name.
+    left : modules that the recipe would pack and whose width does not divide into its groups.
+    dtype : MLX's name for the type of what is not packed.
+    """
+
+    config: OneVisionConfig
+    steps: tuple[Step, ...]
+    ways: Mapping[str, ModuleQuantization]
+    left: tuple[str, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for step in self.steps for piece in step.pieces)
+
+    @property
+    def values(self) -> int:
+        return sum(step.values for step in self.steps)
+
+
+def make_plan(
+    config: OneVisionConfig,
+    tensors: Mapping[str, Tensor],
+    packed: Mapping[str, ModuleQuantization],
+    *,
+    recipe: Recipe | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+) -> Plan:
+    """Plans a model from a checkpoint's tensors, which have been held against its configuration.
+
+    tensors : by canonical name.
+    packed : how the modules that are packed on disk are, by canonical name.
+    recipe : packs; None leaves matrices as they are.
+    dtype : float16, bfloat16 or float32 for all that is not packed; None keeps the checkpoint's, or
+        where it mixes them the type that config.json names, or else the one that most bytes have.
+    dequantize : unpacks first what is packed.
+
+    Raises:
+        RequestError: for packing what is packed already, and rules that match nothing.
+    """
+    if recipe is not None and packed and not dequantize:
+        raise RequestError(
+            "the model is quantized already; take the unquantized one, or pack what is left of it "
+            "anew with --dequantize"
+        )
+    if dequantize and not packed:
+        raise RequestError("the model is not quantized; leave --dequantize out")
+    floating = dtype or _one_dtype(tensors.values(), config.dtype)
+    shapes = _shapes(tensors, packed)
+    chosen: dict[str, ModuleQuantization] = {}
+    left: list[str] = []
+    wide = config.vision_config.intermediate_size
+    if recipe is not None:
+        matrices = [m for m in shapes if m not in tensors and f"{m}.weight" != POSITIONS]
+        chosen = _choose(recipe, matrices, config.text_config.num_hidden_layers)
+        wide = _padded_width(config, chosen)
+        widths = {m: wide if m.endswith(".mlp.fc2") else shapes[m][-1] for m in chosen}
+        left = [m for m, way in chosen.items() if widths[m] % way.group_size]
+        chosen = {m: way for m, way in chosen.items() if m not in left}
+    more = wide - config.vision_config.intermediate_size
+    kept = {} if dequantize else packed
+    steps = [
+        _step(module, shape, tensors, floating, packed, chosen, dequantize, more)
+        for module, shape in shapes.items()
+    ]
+    ways = {**kept, **chosen}
+    made = dataclasses.replace(
+        config,
+        vision_config=dataclasses.replace(config.vision_config, intermediate_size=wide),
+        quantization=_described(ways, shapes),
+        dtype=floating,
+    )
+    return Plan(made, tuple(steps), ways, tuple(left), floating)
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor can be packed: a linear layer's weight, or the embedding table."""
+    return name.endswith(".weight") and len(shape) == 2 and name != POSITIONS
+
+
+def _shapes(
+    tensors: Mapping[str, Tensor], packed: Mapping[str, ModuleQuantization]
+) -> dict[str, tuple[int, ...]]:
+    """Every matrix by its module, everything else by its own name, with the unpacked shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if module in packed and part in PARTS:
+            if part == "weight":
+                columns = tensor.shape[1] * 32 // packed[module].bits
+                shapes[module] = (tensor.shape[0], columns)
+        else:
+            shapes[module if _is_matrix(name, tensor.shape) else name] = tensor.shape
+    return shapes
+
+
+def _choose(recipe: Recipe, modules: Iterable[str], layers: int) -> dict[str, ModuleQuantization]:
+    names = {module: written_name(module) for module in modules}
+    unused = [
+        rule.pattern
+        for rule in recipe.rules
+        if not any(rule.matches(name) for name in names.values())
+    ]
+    if unused:
+        raise RequestError(f"no module of the model matches the rule for '{unused[0]}'")
+    found = {module: recipe.way(name, layers) for module, name in names.items()}
+    return {module: way for module, way in found.items() if way is not None}
+
+
+def _padded_width(config: OneVisionConfig, chosen: Mapping[str, ModuleQuantization]) -> int:
+    """The width of the tower's MLPs with which their second matrices divide into groups.
+
+    The zeros are exact: the rows that they add to the first matrix give 0, which every activation
+    but one leaves 0, and so the columns that they add to the second are multiplied by 0.
+    """
+    vision = config.vision_config
+    groups = [
+        way.group_size
+        for module, way in chosen.items()
+        if module.startswith("vision_tower.") and module.endswith(".mlp.fc2")
+    ]
+    if not groups or vision.hidden_act in NOT_ZERO_AT_ZERO:
+        return vision.intermediate_size
+    return -(-vision.intermediate_size // max(groups)) * max(groups)
+
+
+def _step(
+    module: str,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, Tensor],
+    floating: str,
+    packed: Mapping[str, ModuleQuantization],
+    chosen: Mapping[str, ModuleQuantization],
+    dequantize: bool,
+    more: int,
+) -> Step:
+    """The step of one entry of :func:`_shapes`; ``more`` is how much the tower's MLPs grow."""
+    values = math.prod(shape)
+    if module in tensors:  # a lone tensor
+        tensor = tensors[module]
+        pad = (more if module.endswith(".mlp.fc1.bias") else 0, 0)
+        shape = (shape[0] + pad[0], *shape[1:]) if shape else shape
+        if module == PATCHES and shape[1] != shape[2]:
+            shape = (shape[0], *shape[2:], shape[1])
+        code = CODES[floating] if tensor.dtype in FLOATS else tensor.dtype
+        return Step((tensor,), (Piece(module, code, shape),), floating, values, pad=pad)
+    sources = tuple(tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors)
+    if module in packed and not dequantize:
+        pieces = tuple(
+            Piece(t.name, CODES[floating] if t.dtype in FLOATS else t.dtype, t.shape)
+            for t in sources
+        )
+        return Step(sources, pieces, floating, values)
+    pad = (0, 0)
+    if module.startswith("vision_tower."):
+        pad = (more * module.endswith(".mlp.fc1"), more * module.endswith(".mlp.fc2"))
+    shape = (shape[0] + pad[0], shape[1] + pad[1])
+    way = chosen.get(module)
+    pieces = _packed_pieces(module, shape, way, floating)
+    return Step(sources, pieces, floating, values, packed.get(module), way, pad)
+
+
+def _packed_pieces(
+    module: str, shape: tuple[int, ...], way: ModuleQuantization | None, floating: str
+) -> tuple[Piece, ...]:
+    rows, columns = shape
+    if way is None:
+        return (Piece(f"{module}.weight", CODES[floating], shape),)
+    weight = Piece(f"{module}.weight", "U32", (rows, columns * way.bits // 32))
+    groups = (rows, columns // way.group_size)
+    if way.mode != "affine":
+        return weight, Piece(f"{module}.scales", "U8", groups)
+    code = CODES[floating]
+    return weight, Piece(f"{module}.scales", code, groups), Piece(f"{module}.biases", code, groups)
+
+
+def _described(
+    ways: Mapping[str, ModuleQuantization], shapes: Mapping[str, tuple[int, ...]]
+) -> Quantization | None:
+    """The entry of config.json: the packing of most values, and the modules that differ from it."""
+    if not ways:
+        return None
+    values = dict.fromkeys(ways.values(), 0)
+    for module, way in ways.items():
+        values[way] += math.prod(shapes[module])
+    default = max(values, key=lambda way: values[way])
+    named = {written_name(module): way for module, way in ways.items() if way != default}
+    return Quantization(default, named)
+
+
+def _one_dtype(tensors: Iterable[Tensor], named: str | None) -> str:
+    """The type that runs through the network: the one that all floating-point tensors share, or
+    else the one that is named, or that most bytes have.
+    """
+    count = dict.fromkeys(FLOATS, 0)
+    for tensor in tensors:
+        if tensor.dtype in FLOATS:
+            count[tensor.dtype] += tensor.stop - tensor.start
+    if named is not None and sum(map(bool, count.values())) != 1:
+        return named
+    return FLOATS[max(count, key=lambda dtype: count[dtype])]

@@ -1,0 +1,268 @@
+"""A conversation in a terminal: what is said, and the commands between the messages.
+
+Answers go to ``show``; everything else that is printed (what was attached, counts, errors) goes to
+``note``, so that a program at the other end of a pipe reads answers only.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Unpack
+
+from mlx_onevision.api import Model
+from mlx_onevision.cli.interrupts import Interrupts
+from mlx_onevision.cli.terminal import path_of
+from mlx_onevision.engine.generation import Generation, Stream, Usage
+from mlx_onevision.engine.options import Options
+from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.media.frame_sampling import FrameOptions
+from mlx_onevision.media.image import load_image
+from mlx_onevision.media.sources import is_url
+
+HELP = """\
+/image PATH   show the model a picture (a file or a URL), with the next message
+/video PATH   show it a video
+/reset        forget the conversation, its pictures and videos
+/save FILE    write the conversation as JSON
+/help         this
+/exit         end, as Ctrl-D does
+
+Anything else is a message; begin with a space where it begins with a slash.
+Ctrl-C cancels an answer."""
+
+
+class Conversation:
+    """The turns so far. Each answer reads only what is new: the model keeps the rest.
+
+    options : settings of every answer, as for :meth:`Model.generate`.
+    """
+
+    def __init__(self, model: Model, **options: Unpack[Options]) -> None:
+        given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+        self._frames = {name: given.pop(name) for name in FrameOptions.names() if name in given}
+        FrameOptions(**self._frames)  # refused here, not at the first video
+        self._model = model
+        self._options = given
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything that was said and attached."""
+        self.messages: list[dict[str, Any]] = []
+        """With the media themselves; :attr:`record` names where they came from."""
+        self.record: list[dict[str, Any]] = []
+        self._attached: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._answer: Stream | None = None
+        self._cancelled = False
+
+    def attach(self, kind: str, source: str) -> str:
+        """Puts a medium, a file or a URL, before the next message, and says what of it the model
+        will see. It is read once: its file may change afterwards. Raises what reading it raises.
+        """
+        where = {"url": source} if is_url(source) else {"path": str(Path(source).absolute())}
+        if kind == "image":
+            self._attached.append(
+                ({"type": kind, kind: load_image(source)}, {"type": kind, **where})
+            )
+            return source
+        block = {"type": kind, kind: source, **self._frames}
+        (film,) = self._model.prepare([{"role": "user", "content": [block]}]).media
+        number = len(film.tiles)
+        # The number that was taken for want of another is kept, too: a saved conversation has it.
+        chosen = self._frames if "fps" in self._frames else {**self._frames, "num_frames": number}
+        self._attached.append(({"type": kind, kind: film.tiles}, {"type": kind, **where, **chosen}))
+        times = film.clip.times if film.clip else None
+        span = f", from {times[0]:.1f} to {times[-1]:.1f} s" if times else ""
+        return f"{number} frame{'s' * (number != 1)} of {source}{span}"
+
+    def cancel(self) -> None:
+        """Ends the answer under way, from a signal handler or another thread."""
+        self._cancelled = True
+        if self._answer is not None:
+            self._answer.cancel()
+
+    def say(self, text: str, show: Callable[[str], object]) -> Generation:
+        """Sends a message, shows the pieces of the answer as they come, and returns it.
+
+        Where it is cancelled, what had come by then becomes the answer; where nothing had, or where
+        it fails, the conversation is as it was before.
+        """
+        said = {"type": "text", "text": text}
+        media = [block for block, _ in self._attached]
+        messages = [*self.messages, {"role": "user", "content": [*media, said]}]
+        self._cancelled = False
+        answer = self._answer = self._model.stream(messages=messages, **self._options)
+        if self._cancelled:
+            answer.cancel()
+        try:
+            for piece in answer:
+                show(piece)
+            result = answer.result()
+        except BaseException:
+            answer.cancel()
+            raise
+        finally:
+            self._answer = None
+        if result.finish_reason != "cancelled" or result.text:
+            reply = {"role": "assistant", "content": [{"type": "text", "text": result.text}]}
+            named = [block for _, block in self._attached]
+            self.messages = [*messages, reply]
+            self.record += [{"role": "user", "content": [*named, said]}, reply]
+            self._attached = []
+        return result
+
+    def save(self, path: Path, replace: bool = False) -> None:
+        """Writes the conversation as JSON; ``generate(messages=...)`` takes it.
+
+        Raises:
+            RequestError: for a file that is there, unless it is to be replaced.
+            OSError: where it cannot be written; a file that was there is still whole then.
+        """
+        if not replace:
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                raise RequestError(f"{path} is there already; choose another name") from None
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump(self.record, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            if not replace:
+                path.unlink(missing_ok=True)  # it was made here, and is empty
+            raise
+
+
+class Terminal:
+    """Lines in, answers out.
+
+    read : the next line; EOFError at the end, KeyboardInterrupt where the line was given up.
+    interactive : whether a person types them, who may press Ctrl-C and go on: it gives up a line
+        that is being typed, or a file that is being read, and cancels an answer.
+    explain : an error as one sentence.
+    verbose : note what each answer took.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        read: Callable[[], str],
+        show: Callable[[str], object],
+        note: Callable[[str], object],
+        explain: Callable[[Exception], str] = str,
+        *,
+        interactive: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        self._conversation = conversation
+        self._read, self._show, self._note = read, show, note
+        self._explain = explain
+        self._interactive, self._verbose = interactive, verbose
+        self._saved: set[Path] = set()
+        self._interrupts = Interrupts()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": lambda argument: self._attach("image", argument),
+            "/video": lambda argument: self._attach("video", argument),
+            "/reset": self._reset,
+            "/save": self._save,
+            "/help": lambda _: self._help(),
+        }
+
+    def run(self) -> int:
+        """Until the lines end, or ``/exit``. Returns how many of them failed."""
+        with self._interrupts.handled() if self._interactive else nullcontext():
+            return self._run()
+
+    def _run(self) -> int:
+        failed = 0
+        while True:
+            try:
+                with self._interrupts.raising():
+                    line = self._read()
+                if line.split()[:1] in (["/exit"], ["/quit"]):
+                    return failed
+                self._take(line)
+            except EOFError:
+                if self._interactive:
+                    self._note("")  # below the prompt
+                return failed
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                self._note("")  # below the line that was being typed, or that named a file
+            except BrokenPipeError:
+                raise  # nobody reads the answers any more
+            except (OneVisionError, OSError, MemoryError) as error:
+                failed += 1
+                self._note(f"error: {' '.join(self._explain(error).split())}")
+
+    def _take(self, line: str) -> None:
+        if not line.strip():
+            return
+        if not line.startswith("/"):
+            self._say(line.strip())
+            return
+        name, _, argument = line.strip().partition(" ")
+        if name not in self._commands:
+            raise RequestError(f"there is no command {name}; /help lists them")
+        self._commands[name](argument.strip())
+
+    def _say(self, text: str) -> None:
+        shown = False
+
+        def show(piece: str) -> None:
+            nonlocal shown
+            shown = True
+            self._show(piece)
+
+        try:
+            with self._interrupts.calling(self._conversation.cancel):
+                result = self._conversation.say(text, show)
+        except Exception:
+            if shown:
+                self._show("\n")
+            raise
+        self._show("\n")
+        if result.finish_reason == "cancelled":
+            self._note("(cancelled)" if result.text else "(cancelled; the message is taken back)")
+        elif result.finish_reason == "length":
+            self._note("(cut off at --max-tokens, or at the end of the model's context)")
+        if self._verbose:
+            self._note(counts(result.usage))
+
+    def _attach(self, kind: str, argument: str) -> None:
+        if not argument:
+            raise RequestError(f"/{kind} needs a file or a URL")
+        source = path_of(argument)
+        with self._interrupts.raising():
+            shown = self._conversation.attach(kind, source)
+        self._note(f"(the next message shows {shown})")
+
+    def _reset(self, _: str) -> None:
+        self._conversation.reset()
+        self._note("(a new conversation)")
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            raise RequestError("/save needs a file")
+        path = Path(path_of(argument)).absolute()
+        self._conversation.save(path, replace=path in self._saved)
+        self._saved.add(path)
+        self._note(f"(saved as {path})")
+
+    def _help(self) -> None:
+        self._note(HELP)
+
+
+def counts(usage: Usage) -> str:
+    """What an answer read, encoded and wrote, on one line."""
+    read = usage.prompt_tokens - usage.cached_tokens
+    return (
+        f"[read {read} of {usage.prompt_tokens} tokens, {usage.cached_tokens} were in the cache; "
+        f"encoded {usage.encoded_media} media in {usage.encode_seconds:.2f} s; "
+        f"first token after {usage.prefill_seconds:.2f} s; "
+        f"{usage.completion_tokens} tokens at {usage.tokens_per_second:.1f} tok/s]"
+    )

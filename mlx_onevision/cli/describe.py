@@ -1,0 +1,219 @@
+"""``mlx-onevision describe``: videos in, what they show out.
+
+Of several videos, one that cannot be described is reported on stderr, the others are described, and
+the exit code is 1 in the end. What is done is kept at once, so the same command goes on where one
+was stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_onevision.cli.destinations import Job, cache_folder, jobs_for
+from mlx_onevision.cli.options import dtype_option, model_option, revision_option
+from mlx_onevision.describe.formats import FORMS, SILENT, write
+from mlx_onevision.describe.journal import save
+from mlx_onevision.errors import OneVisionError, RequestError
+
+if TYPE_CHECKING:
+    from mlx_onevision.api import Model
+    from mlx_onevision.describe.pipeline import Progress
+
+DOING = {"probe": "looking for scenes", "text": "telling"}
+
+
+@click.command(short_help="Say what happens in videos.")
+@click.argument("videos", nargs=-1, required=True, metavar="VIDEO|FOLDER...")
+@model_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(list(FORMS)),
+    help="Default: what --output FILE ends with, else text.",
+)
+@click.option(
+    "--output",
+    metavar="FILE|FOLDER",
+    help="Default: stdout for one video; for several, a file beside each of them.",
+)
+@click.option(
+    "--segments",
+    default="scenes",
+    show_default=True,
+    metavar="scenes|SECONDS",
+    help="Cut where the film is cut, or into parts of equal length.",
+)
+@click.option("--frames", type=int, default=8, show_default=True, help="Of each segment.")
+@click.option("--start", type=float, metavar="S", help="Begin S seconds into the video.")
+@click.option("--end", type=float, metavar="S", help="End S seconds into the video.")
+@click.option(
+    "--longest",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Divide longer scenes; 0 divides none.",
+)
+@click.option(
+    "--finder",
+    type=click.Choice(["histogram", "pyscenedetect"]),
+    default="histogram",
+    show_default=True,
+    help="How cuts are found; pyscenedetect needs the extra scenes.",
+)
+@click.option(
+    "--max-tokens", type=int, default=128, show_default=True, help="Of each segment's text."
+)
+@click.option(
+    "--sidecar",
+    metavar="FOLDER",
+    help="Where what is done is kept, a file a video. Default: the user's cache folder.",
+)
+@click.option("--force", is_flag=True, help="Start over, and replace files that are there.")
+@revision_option
+@dtype_option
+@click.pass_context
+def describe(
+    ctx: click.Context,
+    videos: tuple[str, ...],
+    model: str | None,
+    form: str | None,
+    output: str | None,
+    segments: str,
+    frames: int,
+    longest: float,
+    sidecar: str | None,
+    force: bool,
+    revision: str | None,
+    dtype: str | None,
+    **options: Any,
+) -> None:
+    """Say what happens in videos: scene by scene, with times, chapters and a summary. Only the
+    picture is described, not the sound.
+
+    \b
+    mlx-onevision describe film.mp4
+    mlx-onevision describe film.mp4 --output film.srt
+    mlx-onevision describe holidays/ --format md --output texts/
+
+    What is done is kept in the user's cache folder, so that the same command goes on where it was
+    stopped, and videos that are done are skipped. A file that somebody else may have written is
+    replaced with --force only.
+    """
+    options |= {
+        "segments": segments if segments == "scenes" else _seconds(segments),
+        "longest": longest or None,
+        "num_frames": frames,
+    }
+    jobs = jobs_for(videos, output, form)
+    records = Path(sidecar) if sidecar else cache_folder()
+    records.mkdir(parents=True, exist_ok=True)
+    if model is None:
+        click.echo(
+            "No --model: the embedded demo model describes; it knows coloured shapes only.",
+            err=True,
+        )
+    click.echo(SILENT, err=True)
+
+    from mlx_onevision.api import load
+
+    failed = 0
+    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
+    try:
+        for job in jobs:
+            try:
+                run(loaded, job, records, force, options)
+            except (OneVisionError, OSError) as error:
+                if len(jobs) == 1:
+                    raise
+                failed += 1
+                click.echo(f"error: {_sentence(job.video, error)}", err=True)
+    except KeyboardInterrupt:
+        click.echo("\nWhat is done is kept; the same command goes on from there.", err=True)
+        raise
+    finally:
+        loaded.close()
+    if failed:
+        click.echo(f"{failed} of {len(jobs)} could not be described.", err=True)
+        ctx.exit(1)
+
+
+def run(model: Model, job: Job, records: Path, force: bool, options: dict[str, Any]) -> None:
+    """Describes one video, and writes it down.
+
+    Raises:
+        OneVisionError: for a video that cannot be described, and for a file in the way.
+        OSError: for a file that cannot be written.
+    """
+    from mlx_onevision.describe.pipeline import Progress
+
+    there = job.target is not None and not job.named and not force and job.target.exists()
+    with (
+        model.stream_description(job.video, sidecar=records, force=force, **options) as stream,
+        _bar(Path(job.video).name) as show,
+    ):
+        for event in stream:
+            if not isinstance(event, Progress):
+                continue
+            if there:
+                raise RequestError(
+                    f"{job.target} is there, and is not of a run like this; give --force to "
+                    "replace it, or another --output"
+                )
+            show(event)
+        described = stream.result()
+    for warning in described.warnings:
+        click.echo(f"{job.video}: {warning}", err=True)
+    if job.target is None:
+        click.echo(write(described, job.form), nl=False)
+    elif there:
+        click.echo(f"{job.video}: done before, in {job.target}", err=True)
+    else:
+        save(job.target, write(described, job.form))
+        click.echo(f"{job.video}: written to {job.target}", err=True)
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[Progress], None]]:
+    """A bar on stderr, where that is a terminal."""
+    from tqdm import tqdm
+
+    form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+    with tqdm(disable=None, leave=False, delay=0.3, file=sys.stderr, bar_format=form) as bar:
+        now = ""
+
+        def show(progress: Progress) -> None:
+            nonlocal now
+            if progress.stage not in DOING:
+                return
+            if progress.stage != now:
+                now = progress.stage
+                bar.set_description(f"{name}: {DOING[now]}", refresh=False)
+                bar.reset(progress.total)
+            bar.update(progress.done - bar.n)
+
+        yield show
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.UsageError(
+            f"--segments {text} is neither scenes nor a number of seconds"
+        ) from None
+
+
+def _sentence(video: str, error: OneVisionError | OSError) -> str:
+    """What is wrong with which video."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    line = " ".join(text.split())
+    return line if video in line else f"{video}: {line}"

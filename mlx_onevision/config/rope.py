@@ -1,0 +1,143 @@
+"""Rotary positions: what a configuration asks for, and the frequencies that follow from it.
+
+The formulas are the reference's, in float32 as it computes them. Frequencies that depend on the
+length of the prompt (``dynamic``, ``longrope``) are refused: keys in a cache would need turning
+again.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mlx_onevision.config.json_fields import Json, Reader
+from mlx_onevision.errors import ConfigError
+
+# The numbers that each kind reads.
+ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions: ``rope_type`` and the numbers that its formula takes."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    parameters: Mapping[str, float | bool] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, text: Json) -> "RopeConfig":
+        """Reads ``rope_parameters`` (new files) or ``rope_theta`` with ``rope_scaling`` (old
+        ones).
+        """
+        given = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"text_config's rope settings are {given!r}, not an object")
+        rope = {"rope_type": given.get("type", "default"), **given}
+        rope.pop("type", None)
+        kind = rope.pop("rope_type")
+        if kind not in ROPE_PARAMETERS:
+            raise ConfigError(
+                f"text_config asks for rope_type {kind!r}; "
+                f"supported are {', '.join(ROPE_PARAMETERS)}"
+            )
+        theta = Reader(
+            {"rope_theta": rope.pop("rope_theta", text.get("rope_theta"))}, "text_config"
+        )
+        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError("text_config asks for partial_rotary_factor, which is not supported")
+        known = ROPE_PARAMETERS[kind]
+        parameters: dict[str, float | bool] = {}
+        for key, value in rope.items():
+            if value is None:
+                continue
+            if not isinstance(value, bool | int | float) or not math.isfinite(value):
+                raise ConfigError(f"text_config's rope setting {key} is {value!r}, not a number")
+            if key in known:
+                parameters[key] = value
+            elif kind != "default":
+                raise ConfigError(f"text_config's rope setting {key} is not known for {kind!r}")
+        if "factor" in known and parameters.get("factor", 0) <= 0:
+            raise ConfigError(f"rope_type {kind!r} needs a positive factor in text_config")
+        if kind == "llama3":
+            for key in ("low_freq_factor", "high_freq_factor"):
+                if parameters.get(key, 0) <= 0:
+                    raise ConfigError(f"rope_type 'llama3' needs a positive {key} in text_config")
+        return cls(theta.positive("rope_theta", cls.rope_theta), kind, parameters)
+
+    def frequencies(self, dims: int, max_position: int) -> tuple[np.ndarray, float]:
+        """Inverse frequencies, float32 (dims / 2,), in radians a position; and the factor by which
+        ``yarn`` lengthens rotated queries and keys (1.0 elsewhere).
+        """
+        numbers = self.parameters
+        factor = float(numbers.get("factor", 1.0))
+        context = float(numbers.get("original_max_position_embeddings", max_position))
+        exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+        periods = np.float32(self.rope_theta) ** exponents
+        inverse = np.float32(1.0) / periods
+        if self.rope_type == "linear":
+            return inverse / np.float32(factor), 1.0
+        if self.rope_type == "llama3":
+            return self._llama3(inverse, factor, context), 1.0
+        if self.rope_type == "yarn":
+            return self._yarn(periods, dims, factor, context), self._yarn_length(factor)
+        return inverse, 1.0
+
+    def _llama3(self, inverse: np.ndarray, factor: float, context: float) -> np.ndarray:
+        low, high = self.parameters["low_freq_factor"], self.parameters["high_freq_factor"]
+        wavelength = 2 * np.pi / inverse
+        slowed = np.where(wavelength > context / low, inverse / np.float32(factor), inverse)
+        smooth = (context / wavelength - low) / (high - low)
+        blended = (1 - smooth) * slowed / factor + smooth * slowed
+        between = (wavelength >= context / high) & (wavelength <= context / low)
+        return np.where(between, blended, slowed).astype(np.float32)
+
+    def _yarn(self, periods: np.ndarray, dims: int, factor: float, context: float) -> np.ndarray:
+        def dimension(rotations: float) -> float:
+            return (dims * math.log(context / (rotations * 2 * math.pi))) / (
+                2 * math.log(self.rope_theta)
+            )
+
+        low = dimension(self.parameters.get("beta_fast") or 32)
+        high = dimension(self.parameters.get("beta_slow") or 1)
+        if self.parameters.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
+        if low == high:
+            high += 0.001
+        ramp = np.clip((np.arange(dims // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+        kept = np.float32(1) - ramp.astype(np.float32)
+        blended = 1 / (np.float32(factor) * periods) * (1 - kept) + 1 / periods * kept
+        return blended.astype(np.float32)
+
+    def _yarn_length(self, factor: float) -> float:
+        def length(scale: float, weight: float = 1.0) -> float:
+            return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+        given = self.parameters.get("attention_factor")
+        if given is not None:
+            return float(given)
+        weight, all_dims = self.parameters.get("mscale"), self.parameters.get("mscale_all_dim")
+        if weight and all_dims:
+            return length(factor, weight) / length(factor, all_dims)
+        return length(factor)

@@ -1,0 +1,194 @@
+"""What is done of a description, kept in a file beside it, so that the rest can be done later.
+
+A line of JSON each: first what it all depends on (the video, the model, the settings), then where
+the scenes are, each segment, each answer that was made from words, and at last the description. A
+line is on the disk before the next one is begun; a last line that was cut short does not count.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlx_onevision.describe.formats import Segment, VideoDescription
+from mlx_onevision.errors import RequestError
+
+VERSION = 1
+SAMPLES, SAMPLE = 64, 1 << 16  # of a video: places, and bytes at each
+
+Span = tuple[float, float]
+
+
+def fingerprint(file: BinaryIO) -> str:
+    """A mark that another video has not: its size, and a hash of 64 KB at 64 places of it, or of
+    all of it where it is no larger.
+    """
+    size = os.fstat(file.fileno()).st_size
+    digest = blake2b(str(size).encode(), digest_size=20)
+    last = max(size - SAMPLE, 0)
+    for place in sorted({last * number // (SAMPLES - 1) for number in range(SAMPLES)}):
+        digest.update(os.pread(file.fileno(), SAMPLE, place))
+    return digest.hexdigest()
+
+
+def save(path: Path, text: str) -> None:
+    """Writes a text file, or leaves the one that was there as it is.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Sidecar:
+    """The file, or with no path only what it would hold.
+
+    path : where it is, or will be; its folder is there.
+    about : what a description depends on, plain values.
+    force : start over, whatever is there.
+
+    Raises:
+        RequestError: for a file that cannot be opened, that is none of these, that is about
+            something else, and that another run is writing.
+        OSError: where it cannot be read or written after that.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any], force: bool = False) -> None:
+        self.spans: list[Span] | None = None
+        self.segments: dict[int, tuple[Segment, list[str]]] = {}
+        """By number, with the warnings of each."""
+        self.answers: dict[str, str] = {}
+        """By question."""
+        self.description: VideoDescription | None = None
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._ours = False
+        if path is None:
+            return
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise RequestError(
+                f"{path} cannot be written: {error.strerror}; give another file for what is done"
+            ) from error
+        self._file = file = os.fdopen(descriptor, "r+b")
+        try:
+            self._lock(file)
+            header = {"type": "describes", "version": VERSION, **about}
+            if not self._is_ours(file):
+                raise RequestError(f"{path} is no record of a description; use another file")
+            if force:
+                file.truncate(0)
+            if not self._read(file, json.loads(json.dumps(header))):
+                self._append(header)
+            self._ours = True
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Sidecar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """What has been added is in the file already; with nothing in it, it goes."""
+        if self._file is not None:
+            if self._path is not None and self._ours and not (self.spans or self.segments):
+                self._path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def add_spans(self, spans: Sequence[Span]) -> None:
+        self.spans = list(spans)
+        self._append({"type": "scenes", "spans": self.spans})
+
+    def add_segment(self, index: int, segment: Segment, warnings: Sequence[str]) -> None:
+        self.segments[index] = segment, list(warnings)
+        row = {"index": index, **segment.to_dict(), "warnings": list(warnings)}
+        self._append({"type": "segment", **row})
+
+    def add_answer(self, question: str, text: str) -> None:
+        self.answers[question] = text
+        self._append({"type": "answer", "question": question, "text": text})
+
+    def finish(self, description: VideoDescription) -> None:
+        self.description = description
+        self._append({"type": "description", **description.to_dict()})
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _lock(self, file: BinaryIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(
+                f"{self._path} is being written by another run; wait for it, or use another file"
+            ) from None
+
+    def _read(self, file: BinaryIO, header: Mapping[str, Any]) -> bool:
+        """Takes what is there; False where there is no header yet. Writing goes on behind the last
+        whole line.
+        """
+        file.seek(0)
+        whole = 0
+        for number, line in enumerate(file):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                if number:
+                    self._take(row)
+            except (ValueError, KeyError, TypeError, RequestError):
+                break  # what was written after a line that is spoilt does not count either
+            if not number and row != header:
+                raise RequestError(
+                    f"{self._path} is about {_difference(row, header)}; "
+                    "start over (force), or use another file"
+                )
+            whole += len(line)
+        file.seek(whole)
+        file.truncate()
+        return whole > 0
+
+    def _is_ours(self, file: BinaryIO) -> bool:
+        """Whether it begins as one of these, as far as it goes; nothing else is ever changed."""
+        begin = b'{"type": "describes", '
+        return begin.startswith(file.read(len(begin)))
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        kind = row["type"]
+        if kind == "scenes":
+            self.spans = [(float(start), float(end)) for start, end in row["spans"]]
+        elif kind == "segment":
+            warnings = [str(warning) for warning in row["warnings"]]
+            self.segments[int(row["index"])] = Segment.from_dict(row), warnings
+        elif kind == "answer":
+            self.answers[str(row["question"])] = str(row["text"])
+        elif kind == "description":
+            self.description = VideoDescription.from_dict(row)
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    for name in ("version", "video", "model", "settings"):
+        if found.get(name) != wanted.get(name):
+            return {"version": "an older form of this file", "settings": "other settings"}.get(
+                name, f"another {name}"
+            )
+    return "something else"

@@ -1,0 +1,338 @@
+"""Vectors of pictures, videos and texts; see :class:`~mlx_onevision.embed.embeddings.Embeddings`.
+
+``vision``: the mean over the patches of the tower's features, of the base view (the whole picture
+squeezed into one tile); of a video, the mean over its frames. How many frames are taken is part of
+how a vector was made; which part of a video is shown is part of what it is of.
+
+``joint``: the hidden state from which the model would say its first word, asked as E5-V (arXiv
+2407.12580) asks: "Summary above image in one word:". Checkpoints that were trained to embed have
+prompts of their own, but none that is known here names them in its files (LLaVE's stand on its
+model card), so every checkpoint is asked in the same way.
+
+Pictures are read and tiled on a few threads, while the device works on the ones before them.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.embed.embeddings import SPACES, Embeddings
+from mlx_onevision.engine.engine import Engine
+from mlx_onevision.errors import (
+    CancelledError,
+    ContextOverflowError,
+    OneVisionError,
+    RequestError,
+)
+from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
+from mlx_onevision.media.image import ImageSource, load_image
+from mlx_onevision.media.items import item_blocks, item_name
+from mlx_onevision.media.resize import resize
+from mlx_onevision.media.video import load_video, nothing
+from mlx_onevision.prompt.processor import Inputs, Medium, Processor, Tiling
+
+Item: TypeAlias = "ImageSource | Mapping[str, Any] | Medium | Sequence[Any]"
+"""A picture or a video as everywhere; a typed block of a conversation; or several in a list."""
+Vector: TypeAlias = NDArray[np.float32]
+
+PROMPT = "Summary above {} in one word:"
+NOUNS = {"text": "sentence", "image": "image", "video": "video"}
+
+GROUP = 10  # items prepared and encoded together: as many tiles as fill the tower
+THREADS = 4
+POLL_SECONDS = 0.1  # how often a cancellation is looked for while others have the device
+PART = ("start", "end")  # which part of a video an item is; a video block may say it
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One item, ready for the model: its tiles for ``vision``, its prompt for ``joint``."""
+
+    number: int
+    """From 1 on, as in messages."""
+    name: str
+    key: str
+    """Equal for what gives equal vectors."""
+    medium: Medium | None = None
+    inputs: Inputs | None = None
+
+
+class Embedder:
+    """What turns items into vectors of one space.
+
+    space, normalize, tiling, frames, check : see :meth:`mlx_onevision.api.Model.embed`.
+    model, revision : what :func:`~mlx_onevision.checkpoint.identity.identify` says.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        processor: Processor,
+        *,
+        space: str,
+        model: str,
+        revision: str,
+        normalize: bool = True,
+        tiling: str = "auto",
+        frames: FrameOptions | None = None,
+        check: Callable[[], None] = nothing,
+    ) -> None:
+        if space not in SPACES:
+            raise RequestError(f"space is {space!r}; it must be {' or '.join(SPACES)}")
+        if tiling not in ("auto", "always", "never"):
+            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
+        self._engine, self._processor, self._check = engine, processor, check
+        self._tiling: Tiling = tiling
+        given = vars(frames or FrameOptions())
+        self._frames = processor.video_config.frames.over(
+            {name: value for name, value in given.items() if value is not None}
+        )
+        config = engine.config
+        layers = config.feature_layers
+        edge = processor.image_config.size
+        if space == "vision":
+            dim = config.vision_config.hidden_size * len(layers)
+            method = f"mean of tower features {list(layers)} over the {edge}x{edge} base view"
+        else:
+            dim = config.text_config.hidden_size
+            method = f"last hidden state under the E5-V prompts, tiling {tiling}"
+        rate, number = self._frames.fps, self._frames.num_frames or DEFAULT_FRAMES
+        method += f", {number} frames a video" if rate is None else f", {rate:g} frames a second"
+        self._empty = Embeddings(
+            vectors=np.zeros((0, dim), np.float32),
+            space=space,
+            model=model,
+            revision=revision,
+            quantization=described(config.quantization),
+            method=method,
+            normalized=normalize,
+            names=(),
+        )
+        mark = {**self._empty.provenance, "normalized": None}
+        self._mark = blake2b(repr(mark).encode(), digest_size=20).digest()
+
+    def embed(
+        self,
+        items: Iterable[Item],
+        *,
+        cache: MutableMapping[str, Vector] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        on_error: Callable[[int, OneVisionError], None] | None = None,
+    ) -> Embeddings:
+        """The vectors of ``items``, in order; see :meth:`mlx_onevision.api.Model.embed`."""
+        if isinstance(items, str | bytes | Mapping | os.PathLike) or hasattr(items, "shape"):
+            raise RequestError(f"items is one {type(items).__name__}; give a list of items")
+        items = list(items)
+        names, vectors = [], []
+        done = 0
+        for group in self._vectors(items, cache):
+            for number, name, found in group:
+                vector = self._finished(number, found)
+                if isinstance(vector, OneVisionError):
+                    if on_error is None:
+                        raise vector
+                    on_error(number - 1, vector)
+                    continue
+                names.append(name)
+                vectors.append(vector)
+            done += len(group)
+            if progress is not None:
+                progress(done, len(items))
+        values = {**vars(self._empty), "names": tuple(names)}
+        if vectors:
+            values["vectors"] = np.stack(vectors)
+        return Embeddings(**values)
+
+    def _vectors(
+        self, items: Sequence[Item], cache: MutableMapping[str, Vector] | None
+    ) -> Iterator[list[tuple[int, str, Vector | OneVisionError]]]:
+        """Groups of number, name, and the vector or why there is none."""
+        numbered = list(enumerate(items, 1))
+        waiting: Callable[[], list[tuple[int, str, Vector | OneVisionError]]] | None = None
+        with ThreadPoolExecutor(THREADS, "mlx-onevision-tiles") as pool:
+            for start in range(0, len(items), GROUP):
+                prepared = list(pool.map(self._prepared, numbered[start : start + GROUP]))
+                started = self._start(prepared, cache)
+                if waiting is not None:
+                    yield waiting()
+                waiting = started
+            if waiting is not None:
+                yield waiting()
+
+    def _start(
+        self,
+        prepared: Sequence[Prepared | tuple[int, str, OneVisionError]],
+        cache: MutableMapping[str, Vector] | None,
+    ) -> Callable[[], list[tuple[int, str, Vector | OneVisionError]]]:
+        """Sends a group to the model; the function that is returned waits for it."""
+        good = [entry for entry in prepared if isinstance(entry, Prepared)]
+        known: dict[str, Vector] = {}
+        if cache is not None:
+            known = {entry.key: cache[entry.key] for entry in good if entry.key in cache}
+        missing = list({e.key: e for e in good if e.key not in known}.values())
+        future = self._submit(missing) if missing else None
+
+        def finish() -> list[tuple[int, str, Vector | OneVisionError]]:
+            if future is not None:
+                found = self._pooled(missing, self._awaited(future))
+                known.update(zip((entry.key for entry in missing), found, strict=True))
+                if cache is not None:
+                    cache.update((entry.key, known[entry.key]) for entry in missing)
+            return [
+                (entry.number, entry.name, known[entry.key])
+                if isinstance(entry, Prepared)
+                else entry
+                for entry in prepared
+            ]
+
+        return finish
+
+    def _awaited(self, future: "Future[Vector]") -> Vector:
+        while True:
+            try:
+                self._check()
+                return future.result(POLL_SECONDS)
+            except TimeoutError:
+                if future.done():
+                    raise  # its own
+            except BaseException:
+                future.cancel()  # nothing, once it has begun: then it notices by itself
+                raise
+
+    def _submit(self, entries: Sequence[Prepared]) -> "Future[Vector]":
+        if self._empty.space == "joint":
+            prompts = [entry.inputs for entry in entries if entry.inputs is not None]
+            return self._engine.embed_prompts(prompts, self._check)
+        media = [entry.medium for entry in entries if entry.medium is not None]
+        tiles = np.concatenate([_views(medium) for medium in media])
+        return self._engine.embed_tiles(tiles, media[0].normalization, self._check)
+
+    def _pooled(self, entries: Sequence[Prepared], rows: Vector) -> list[Vector]:
+        """One vector an item; of a video's frames, the mean."""
+        counts = [1 if e.medium is None else len(_views(e.medium)) for e in entries]
+        ends = np.cumsum(counts)
+        return [
+            rows[end - count] if count == 1 else rows[end - count : end].mean(axis=0)
+            for count, end in zip(counts, ends, strict=True)
+        ]
+
+    def _finished(self, number: int, vector: Vector | OneVisionError) -> Vector | OneVisionError:
+        if isinstance(vector, OneVisionError):
+            return vector
+        length = np.linalg.norm(vector)
+        if not np.isfinite(length) or length == 0:
+            return OneVisionError(
+                f"item {number}: the model's features are not finite; load it with dtype float32"
+            )
+        return np.float32(1) / length * vector if self._empty.normalized else vector
+
+    # One item, on a thread of the pool.
+
+    def _prepared(self, numbered: tuple[int, Item]) -> Prepared | tuple[int, str, OneVisionError]:
+        number, item = numbered
+        name = f"item {number}"
+        self._check()
+        try:
+            if self._empty.space == "vision":
+                name, medium = self._medium(item, name)
+                return Prepared(number, name, self._key(medium.key), medium=medium)
+            blocks = self._blocks(item)
+            name = item_name(blocks, name)
+            inputs = self._prompt(blocks)
+            key = self._key(inputs.input_ids.tobytes().hex(), *(m.key for m in inputs.media))
+            return Prepared(number, name, key, inputs=inputs)
+        except CancelledError:
+            raise
+        except OneVisionError as error:
+            return number, name, type(error)(f"item {number}: {error}")
+
+    def _blocks(self, item: Item) -> list[dict[str, Any]]:
+        blocks = item_blocks(item)
+        for name in ("num_frames", "fps", "ends"):
+            if any(name in block for block in blocks):
+                instead = "leave it out" if name == "ends" else f"give {name} to embed"
+                raise RequestError(
+                    f"a video has {name} of its own, but vectors are comparable only where all "
+                    f"have the same; {instead}"
+                )
+        return blocks
+
+    def _medium(self, item: Item, name: str) -> tuple[str, Medium]:
+        if isinstance(item, Medium):
+            if item.kind == "image" and item.packing is None:
+                raise RequestError("this medium is a padded image, which has no base view")
+            return name, item
+        blocks = self._blocks(item)
+        name = item_name(blocks, name)
+        kinds = [block["type"] for block in blocks]
+        if "text" in kinds:
+            raise RequestError("the vision space has no place for text; take space='joint'")
+        if len(kinds) != 1:
+            raise RequestError(
+                f"the vision space takes one picture or video an item, not {len(kinds)}; "
+                "take space='joint' for several"
+            )
+        if kinds == ["video"]:
+            pixels = self._processor.video_config.pixels
+            shown = self._frames.over({k: v for k, v in blocks[0].items() if k in PART})
+            clip = load_video(blocks[0]["video"], pixels.size, shown, check=self._check)
+            return name, Medium("video", clip.tiles, None, None, 0, pixels, clip)
+        config = self._processor.image_config
+        pixels = load_image(blocks[0]["image"])
+        tile = resize(pixels, (config.size, config.size))[None]
+        size = (pixels.shape[0], pixels.shape[1])
+        return name, Medium("image", tile, size, None, 0, config)
+
+    def _prompt(self, blocks: Sequence[dict[str, Any]]) -> Inputs:
+        kinds = {block["type"] for block in blocks}
+        if len(kinds) != 1:
+            raise RequestError(
+                f"an item holds {' and '.join(sorted(kinds))}; it must be of one kind"
+            )
+        question = PROMPT.format(NOUNS[kinds.pop()])
+        if blocks[0]["type"] == "text":
+            words = "\n".join(block["text"] for block in blocks)
+            content = [{"type": "text", "text": f"{words}\n{question}"}]
+        else:
+            content = [*blocks, {"type": "text", "text": question}]
+        inputs = self._processor.prepare(
+            [{"role": "user", "content": content}],
+            tiling=self._tiling,
+            answer=1,
+            check=self._check,
+            **vars(self._frames),
+        )
+        length = len(inputs.input_ids)
+        limit = self._engine.config.text_config.max_position_embeddings
+        if length > limit:
+            raise ContextOverflowError(
+                f"it takes {length} tokens, but the model's context holds {limit}; "
+                "use fewer media or a shorter text"
+            )
+        return inputs
+
+    def _key(self, *parts: str) -> str:
+        digest = blake2b(self._mark, digest_size=20)
+        digest.update("/".join(parts).encode())
+        return digest.hexdigest()
+
+
+def _views(medium: Medium) -> NDArray[np.uint8]:
+    """The tiles that a medium's vector is the mean of: every frame, or the base view."""
+    return medium.tiles if medium.kind == "video" else medium.tiles[:1]
+
+
+def described(quantization: Any) -> str | None:
+    """How a checkpoint is packed, in words; what differs from the rest is counted in."""
+    if quantization is None:
+        return None
+    ways = {quantization.default, *quantization.modules.values()} - {None}
+    return ", ".join(
+        sorted(f"{way.bits} bits in groups of {way.group_size} ({way.mode})" for way in ways)
+    )

@@ -1,0 +1,82 @@
+"""The settings of a request, by the names that callers use."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from mlx_onevision.errors import RequestError
+
+
+class Options(TypedDict, total=False):
+    """What may be said about how to answer; each has a default.
+
+    system : instructions that stand before the conversation.
+    max_tokens : the answer's length at most, 256 by default; the context may end it earlier.
+    temperature, top_p, top_k, min_p, repetition_penalty, seed : see
+        :class:`~mlx_onevision.sampling.sampler.Sampling`. None takes what the checkpoint's
+        generation_config.json says, which for the published ones is greedy.
+    stop : a text, or texts, at which the answer ends; they are not part of it.
+    num_frames, fps, start, end : which frames of each video, see
+        ``FrameOptions``. Of a file it is 32, evenly spread, unless they
+        say otherwise, or fewer where the context holds fewer.
+    tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
+        "never" say so for every image.
+    logprobs : how many of the likeliest tokens are told for each token of the answer, 0 for the
+        chosen one alone; None tells nothing. See :mod:`~mlx_onevision.sampling.logprobs`.
+    json_schema : a JSON Schema, as JSON or as what that would be in Python: the answer is a
+        document that it allows and nothing else, unless max_tokens or a stop string cuts it off.
+        Needs the extra ``structured``.
+    check : called while images and videos are read, between any two of them and between frames,
+        before there is a stream that could be cancelled: what it raises ends the request there.
+    order : "template" lets the chat template move media to the front of their message, as the
+        reference does; "given" keeps them where they stand between the words.
+    """
+
+    system: str | None
+    max_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str]
+    num_frames: int | None
+    fps: float | None
+    start: float | None
+    end: float | None
+    tiling: Literal["auto", "always", "never"]
+    order: Literal["template", "given"]
+    logprobs: int | None
+    json_schema: str | bool | Mapping[str, Any] | None
+    check: Callable[[], None]
+
+
+def rows(
+    batch: Sequence[Any], options: Sequence[Options] | None
+) -> Iterator[tuple[dict[str, Any], Options]]:
+    """Each row of a batch as ``prompt`` or ``messages``, with the settings that are its own.
+
+    Raises:
+        RequestError: for a batch or options that are no lists of the same length, and for a setting
+            of a row that does not exist.
+    """
+    if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence):
+        raise RequestError(f"the batch is a {type(batch).__name__}; it must be a list")
+    if batch and all(isinstance(row, Mapping) for row in batch):
+        raise RequestError("the batch is one conversation; give a list of conversations")
+    if options is None:
+        options = [Options() for _ in batch]
+    if isinstance(options, str | Mapping) or not isinstance(options, Sequence):
+        raise RequestError("options must be a list, with the settings of each row of the batch")
+    if len(options) != len(batch):
+        raise RequestError(f"the batch has {len(batch)} rows, but {len(options)} have options")
+    for number, own in enumerate(options, 1):
+        if not isinstance(own, Mapping):
+            raise RequestError(f"the options of row {number} are a {type(own).__name__}")
+        unknown = sorted(map(str, own.keys() - Options.__annotations__.keys()))
+        if unknown:
+            raise RequestError(f"the options of row {number} have {unknown[0]!r}; see Options")
+    return (
+        ({"prompt": row} if isinstance(row, str) else {"messages": row}, own)
+        for row, own in zip(batch, options, strict=True)
+    )

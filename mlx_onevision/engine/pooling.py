@@ -1,0 +1,89 @@
+"""What an embedding is made of, on the inference thread: pooled tower features and hidden states.
+
+Sums and means are taken in float32, whatever type the model computes in.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.network.onevision import OneVision, normalize
+
+
+def tower_means(
+    model: OneVision,
+    tiles: NDArray[np.uint8],
+    normalization: NDArray[np.float32],
+    check: Callable[[], None],
+) -> NDArray[np.float32]:
+    """The mean over its patches of each tile's selected tower features, before the projector.
+
+    tiles : uint8, shape = (tiles, S, S, 3).
+    normalization : float32 (256, 3), the pixel value of each code in each channel.
+    check : called while the device works on a group of tiles; what it raises ends the work.
+
+    Returns float32 (tiles, tower width * selected layers).
+    """
+    size = model.budget.tile_group
+    groups = []
+    for start in range(0, len(tiles), size):
+        pixels = normalize(tiles[start : start + size], normalization)
+        means = model.vision_features(pixels).astype(mx.float32).mean(axis=1)
+        mx.async_eval(means)
+        check()
+        groups.append(np.array(means))
+    return np.concatenate(groups)
+
+
+def last_hidden(
+    model: OneVision, prompts: Sequence[Sequence[int]], check: Callable[[], None]
+) -> NDArray[np.float32]:
+    """The hidden state after the final norm at the last position of each prompt.
+
+    prompts : ids, virtual ones included; every medium's rows have to be in the feature bank.
+
+    Returns float32 (prompts, hidden_size).
+    """
+    states: list[NDArray[np.float32]] = []
+    for group in _groups(prompts, model.budget.chunk):
+        check()
+        longest = max(map(len, group))
+        if longest > model.budget.chunk:  # then it is alone
+            states.append(np.array(_in_chunks(model, group[0], check)))
+            continue
+        # Padding comes after the last id, where a causal model cannot see it.
+        padded = [[*ids, *[0] * (longest - len(ids))] for ids in group]
+        h = model.embed(mx.array(padded, mx.int32))
+        h = model.language_model(h, None, model.budget.interval)
+        last = mx.array([len(ids) - 1 for ids in group])
+        states.append(np.array(h[mx.arange(len(group)), last].astype(mx.float32)))
+    return np.concatenate(states)
+
+
+def _groups(prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Neighbours that together, padded to the longest, have at most ``most`` ids."""
+    group: list[Sequence[int]] = []
+    for ids in prompts:
+        if group and (len(group) + 1) * max(len(ids), *map(len, group)) > most:
+            yield group
+            group = []
+        group.append(ids)
+    if group:
+        yield group
+
+
+def _in_chunks(model: OneVision, ids: Sequence[int], check: Callable[[], None]) -> mx.array:
+    """One long prompt, read in steps that fit the memory budget."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    chunk = model.budget.chunk
+    state = mx.zeros((1, model.config.text_config.hidden_size))
+    for start in range(0, len(ids), chunk):
+        h = model.embed(mx.array([ids[start : start + chunk]], mx.int32))
+        state = model.language_model(h, cache, model.budget.interval)[:, -1].astype(mx.float32)
+        mx.eval(state, [layer.state for layer in cache])
+        check()
+    return state

@@ -1,0 +1,160 @@
+"""Qwen2, the language model: a pre-norm decoder with grouped-query attention and rotary positions.
+
+Follows transformers' ``Qwen2Model``. It takes embeddings, not ids: looking ids up, which for images
+and videos means the feature bank, is the caller's. Caches are mlx-lm's, or anything that has their
+``update_and_fetch``, ``make_mask``, ``offset`` and ``state``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_onevision.config.model import TextConfig
+from mlx_onevision.network.activations import ACTIVATIONS
+
+# Steps of more tokens than this, rows times length, get evaluation points: a decoding step never
+# does, a prefill chunk does.
+LONG_STEP = 256
+
+Mask = mx.array | str | None
+
+
+class RotaryEmbedding:
+    """Turns pairs of dimensions half a head apart by an angle that grows with the position."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.dims = config.head_dim
+        inverse, self.length = config.rope.frequencies(
+            config.head_dim, config.max_position_embeddings
+        )
+        # mx.fast.rope takes the periods, not the frequencies.
+        self.periods = mx.array(1.0 / inverse.astype("float64"), mx.float32)
+
+    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        x = mx.fast.rope(
+            x,
+            self.dims,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self.periods,
+        )
+        return x if self.length == 1.0 else x * self.length
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        dims, head_dim = config.hidden_size, config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.scale = head_dim**-0.5
+        self.q_proj = nn.Linear(dims, self.num_heads * head_dim)
+        self.k_proj = nn.Linear(dims, self.num_kv_heads * head_dim)
+        self.v_proj = nn.Linear(dims, self.num_kv_heads * head_dim)
+        self.o_proj = nn.Linear(self.num_heads * head_dim, dims, bias=False)
+
+    def __call__(
+        self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
+    ) -> mx.array:
+        B, L, _ = x.shape
+        queries = self.q_proj(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)
+        keys = self.k_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        values = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        # Read before the update, which moves a batch cache's offset in place.
+        offset = 0 if cache is None else cache.offset
+        queries, keys = rotate(queries, offset), rotate(keys, offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        output = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask=mask
+        )
+        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), rotate, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._rotate = RotaryEmbedding(config)
+        # Each layer's window: how many positions back a query sees, itself included.
+        self._windows = [
+            config.sliding_window if kind == "sliding_attention" else None
+            for kind in config.layer_types
+        ]
+
+    def __call__(
+        self,
+        h: mx.array,
+        cache: Sequence[Any] | None = None,
+        interval: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ) -> mx.array:
+        """Final hidden states, normalised.
+
+        h : mx.array, shape = (B, L, hidden_size)
+            Embeddings of the positions that follow those in the cache.
+        cache : one key-value cache a layer, or None for a sequence that stands alone.
+        interval : in long steps, evaluate hidden states and caches after every so many layers, so
+            that no more than so many layers' intermediate values are ever held (0: never).
+        check : called after each of these; what it raises leaves the caches of the layers behind
+            as they were.
+        """
+        caches: Sequence[Any | None] = cache if cache is not None else [None] * len(self.layers)
+        masks = {
+            window: attention_mask(h, caches[self._windows.index(window)], window)
+            for window in set(self._windows)
+        }
+        step_is_long = h.shape[0] * h.shape[1] > LONG_STEP
+        for number, (layer, window, layer_cache) in enumerate(
+            zip(self.layers, self._windows, caches, strict=True), start=1
+        ):
+            h = layer(h, self._rotate, masks[window], layer_cache)
+            if interval and step_is_long and number % interval == 0:
+                mx.eval(h, [] if layer_cache is None else layer_cache.state)
+                check()
+        return self.norm(h)
+
+
+def attention_mask(h: mx.array, cache: Any | None, window: int | None) -> Mask:
+    """Causal, or causal within a window; in the cheapest form that says it."""
+    L = h.shape[1]
+    if cache is not None:
+        return cache.make_mask(L, return_array=False, window_size=window)
+    if window is None or L <= window:
+        return None if L == 1 else "causal"
+    positions = mx.arange(L)
+    behind = positions[:, None] - positions[None]
+    return (behind >= 0) & (behind < window)

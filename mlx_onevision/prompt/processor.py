@@ -1,0 +1,299 @@
+"""A conversation in, what the model reads out: ids, with a placeholder for every media row.
+
+The ids are the reference's (transformers' ``apply_chat_template(tokenize=True)``), as long as no
+text holds a special string; those stay text here. As there, one image in a conversation is cut
+into tiles, and two or more become one tile each.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.config.model import ImageConfig, OneVisionConfig
+from mlx_onevision.errors import ConfigError, RequestError
+from mlx_onevision.files import read_json
+from mlx_onevision.media.anyres import (
+    Packing,
+    Size,
+    plan_packing,
+    single_tile_tokens,
+    video_tokens,
+)
+from mlx_onevision.media.image import (
+    load_image,
+    normalization_table,
+    pad_to_square_tile,
+    pixel_values,
+    tile_image,
+)
+from mlx_onevision.media.video import Clip
+from mlx_onevision.media.video_config import VideoConfig
+from mlx_onevision.prompt.chat_template import ChatTemplate, Piece
+from mlx_onevision.prompt.messages import Message, normalise_messages, sources, video_blocks
+from mlx_onevision.prompt.ordering import pieces_in_given_order
+from mlx_onevision.prompt.tokenizer import Tokenizer
+from mlx_onevision.prompt.video_budget import Space, load_clips
+
+Tiling = Literal["auto", "always", "never"]
+Order = Literal["template", "given"]
+
+
+@dataclass(frozen=True, eq=False)
+class Medium:
+    """One image or video as the tower takes it, and how many rows of the prompt it will fill."""
+
+    kind: Literal["image", "video"]
+    tiles: NDArray[np.uint8]
+    """(n, S, S, 3): tiles of an image, the base tile first, or frames of a video."""
+    size: Size | None
+    """(height, width) of an image in pixels, before it was resized."""
+    packing: Packing | None
+    """How a tiled image is packed; None for an image of one tile and for a video."""
+    tokens: int
+    config: ImageConfig
+    clip: Clip | None = None
+    """Which frames of a video these are."""
+    key: str = field(init=False)
+    """Equal for equal rows of one model: a hash of the pixels and of all that shapes them."""
+
+    def __post_init__(self) -> None:
+        # At once, on the thread that prepares, so that the inference thread need not wait for it.
+        shape = (self.kind, self.size, self.packing, self.tokens, self.tiles.shape)
+        pixels = (self.config.image_mean, self.config.image_std, self.config.rescale_factor)
+        digest = blake2b(repr((shape, pixels)).encode(), digest_size=20)
+        digest.update(np.ascontiguousarray(self.tiles).data)
+        object.__setattr__(self, "key", digest.hexdigest())
+
+    @property
+    def normalization(self) -> NDArray[np.float32]:
+        """(256, 3): the pixel value of each code in each channel."""
+        return normalization_table(self.config)
+
+    @property
+    def pixel_values(self) -> NDArray[np.float32]:
+        """(n, 3, S, S): the tiles as the reference's processor returns them, without padding."""
+        return pixel_values(self.tiles, self.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A prompt, ready for the model."""
+
+    input_ids: NDArray[np.int32]
+    """(L,): one placeholder id for each row of each medium, text ids between them."""
+    media: tuple[Medium, ...]
+    """In the order of their placeholders."""
+    prompt: str
+    """The text that the chat template made, each medium one placeholder."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the videos is not there as it was asked for, a sentence each."""
+        return tuple(note for medium in self.media if medium.clip for note in medium.clip.notes)
+
+
+class Processor:
+    """The tokenizer, the chat template and the image settings of a checkpoint."""
+
+    def __init__(
+        self,
+        config: OneVisionConfig,
+        image_config: ImageConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        video_config: VideoConfig | None = None,
+    ) -> None:
+        """Raises ConfigError when the tokenizer has another id for a placeholder than config."""
+        self.config = config
+        self.image_config = image_config
+        self.video_config = video_config or VideoConfig(image_config)
+        self.tokenizer = tokenizer
+        self.template = template
+        self._placeholders = {
+            "<image>": config.image_token_index,
+            "<video>": config.video_token_index,
+        }
+        for token, index in self._placeholders.items():
+            known, taken = tokenizer.token_to_id(token), tokenizer.id_to_token(index)
+            # The original checkpoints' tokenizers know no placeholder: theirs is not a token.
+            if known not in (index, None) or taken not in (token, None):
+                raise ConfigError(
+                    f"config.json has id {index} for {token}; the tokenizer has {known} for it and "
+                    f"{taken!r} for {index}"
+                )
+        self._specials = {**tokenizer.specials, **self._placeholders}
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: OneVisionConfig) -> "Processor":
+        """From a checkpoint's files.
+
+        Raises:
+            CheckpointError: for a file that cannot be read.
+            ConfigError: for a setting that is not supported, or differs from config.json.
+        """
+        settings = read_json(folder / "processor_config.json") or {}
+        _check(settings, config)
+        images = settings.get("image_processor") or read_json(folder / "preprocessor_config.json")
+        if images is not None and not isinstance(images, Mapping):
+            raise ConfigError("processor_config.json has an image_processor that is no object")
+        image_config = ImageConfig.from_dict(images, config)
+        return cls(
+            config,
+            image_config,
+            Tokenizer.from_folder(folder),
+            ChatTemplate.from_folder(folder),
+            VideoConfig.from_folder(folder, settings, image_config, config),
+        )
+
+    def render(self, messages: Sequence[Mapping[str, Any]], order: Order = "template") -> str:
+        """The prompt text of a conversation, the user's words verbatim, media as placeholders.
+
+        Needs no sources: ``{"type": "image"}`` and ``{"type": "video"}`` will do.
+        """
+        conversation = normalise_messages(messages=messages, unfilled=True)
+        if order == "template":
+            return self.template.render(conversation)
+        return "".join(piece.text for piece in self._pieces(conversation, order))
+
+    def _pieces(self, conversation: Sequence[Message], order: Order) -> list[Piece]:
+        """The prompt, cut at special strings; with ``order="given"`` media between words too."""
+        if order == "template":
+            return self.template.pieces(conversation, self._specials)
+        if order == "given":
+            return pieces_in_given_order(self.template, conversation, self._specials)
+        raise RequestError(f"order is {order!r}; it must be template or given")
+
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        images: Iterable[Any] | None = None,
+        videos: Iterable[Any] | None = None,
+        tiling: Tiling = "auto",
+        order: Order = "template",
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        ends: bool = False,
+        answer: int = 256,
+        check: Callable[[], None] = lambda: None,
+    ) -> Inputs:
+        """Ids and pixels of a conversation.
+
+        messages, images, videos : as in :func:`~mlx_onevision.prompt.messages.normalise_messages`.
+        tiling : "auto" tiles an image that is alone in the conversation; "always" and "never" say
+            so for every image.
+        order : "template" leaves it to the chat template where in a message its media stand, which
+            is in front; "given" keeps them where they stand between the words.
+        num_frames, fps, start, end, ends : which frames of each video, see
+            ``FrameOptions``; a video block may say otherwise of its own.
+        answer : tokens of the context to leave for the answer where the number of frames is open.
+        check : called between images and frames; ends the work by raising.
+
+        Raises:
+            RequestError: for a conversation that cannot be, or whose media the template leaves out.
+            MediaError: for an image or a video that cannot be read.
+            ContextOverflowError: for more frames than the context has room for.
+        """
+        if tiling not in ("auto", "always", "never"):
+            raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
+        given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "ends": ends}
+        options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
+        conversation = normalise_messages(messages=messages, images=images, videos=videos)
+        pieces = self._pieces(conversation, order)
+        blocks = video_blocks(conversation)
+        _match(pieces, "<image>", len(sources(conversation, "image")))
+        _match(pieces, "<video>", len(blocks))
+        pictures = self._images(conversation, tiling, check)
+        texts = [[] if piece.control else self.tokenizer.encode(piece.text) for piece in pieces]
+        taken = sum(map(len, texts)) + sum(piece.control for piece in pieces) - len(blocks)
+        taken += sum(picture.tokens - 1 for picture in pictures)
+        space = Space(
+            limit=self.config.text_config.max_position_embeddings,
+            taken=taken,
+            answer=answer,
+            patches=self.config.vision_config.patches_per_side,
+        )
+        clips = load_clips(blocks, options, self.video_config.pixels.size, space, check)
+        films = [self._film(clip) for clip in clips]
+        return self._assemble(pieces, texts, {"<image>": pictures, "<video>": films})
+
+    def _images(
+        self, conversation: Sequence[Message], tiling: Tiling, check: Callable[[], None]
+    ) -> list[Medium]:
+        given = sources(conversation, "image")
+        tiled = tiling == "always" or (tiling == "auto" and len(given) == 1)
+        media = []
+        for source in given:
+            check()
+            media.append(self._image(source, tiled))
+        return media
+
+    def _image(self, source: Any, tiled: bool) -> Medium:
+        pixels = load_image(source)
+        size = (pixels.shape[0], pixels.shape[1])
+        patches = self.config.vision_config.patches_per_side
+        if not tiled:
+            tile = pad_to_square_tile(pixels, self.image_config)
+            tokens = single_tile_tokens(patches)
+            return Medium("image", tile, size, None, tokens, self.image_config)
+        packing = plan_packing(
+            size,
+            self.image_config.image_grid_pinpoints,
+            self.image_config.size,
+            patches,
+            self.config.max_tiles,
+        )
+        tiles = tile_image(pixels, self.image_config)
+        return Medium("image", tiles, size, packing, packing.tokens, self.image_config)
+
+    def _film(self, clip: Clip) -> Medium:
+        tokens = video_tokens(len(clip.tiles), self.config.vision_config.patches_per_side)
+        return Medium("video", clip.tiles, None, None, tokens, self.video_config.pixels, clip)
+
+    def _assemble(
+        self,
+        pieces: Sequence[Piece],
+        texts: Sequence[Sequence[int]],
+        media: Mapping[str, Sequence[Medium]],
+    ) -> Inputs:
+        waiting = {token: iter(given) for token, given in media.items()}
+        ids: list[int] = []
+        placed: list[Medium] = []
+        for piece, text in zip(pieces, texts, strict=True):
+            if not piece.control:
+                ids += text
+            elif piece.text in waiting:
+                placed.append(next(waiting[piece.text]))
+                ids += [self._specials[piece.text]] * placed[-1].tokens
+            else:
+                ids.append(self._specials[piece.text])
+        prompt = "".join(piece.text for piece in pieces)
+        return Inputs(np.array(ids, np.int32), tuple(placed), prompt)
+
+
+def _match(pieces: Sequence[Piece], token: str, given: int) -> None:
+    written = sum(piece.control and piece.text == token for piece in pieces)
+    if written != given:
+        raise RequestError(f"the chat template writes {written} {token} for {given} of them")
+
+
+def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
+    """processor_config.json against config.json, since counts and features must agree."""
+    expected = {
+        "num_image_tokens": config.tokens_per_tile,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": config.vision_aspect_ratio,
+        "image_token": "<image>",
+        "video_token": "<video>",
+    }
+    for name, value in expected.items():
+        found = settings.get(name)
+        if found is not None and found != value:
+            raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}")

@@ -1,0 +1,249 @@
+"""The engine as a backend: this package's own model behind the plugin contract.
+
+Pictures are read and checked on the request's own thread; the model runs on its one thread, where
+an answer joins those that are under way.
+"""
+
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_onevision.errors import OneVisionError
+from mlx_onevision.plugins.adapters.about import model_info
+from mlx_onevision.plugins.adapters.sources import Desk, Sources
+from mlx_onevision.plugins.contract.errors import PluginError, cancelled
+from mlx_onevision.plugins.contract.events import ProgressEvent, SegmentEvent, TextEvent
+from mlx_onevision.plugins.contract.media import Media
+from mlx_onevision.plugins.contract.requests import (
+    DescribeRequest,
+    EmbedRequest,
+    GenerateRequest,
+)
+from mlx_onevision.plugins.contract.results import (
+    Chapter,
+    DescribeResult,
+    EmbedResult,
+    GenerateResult,
+    Likelihood,
+    ModelInfo,
+    Segment,
+    TokenLogprob,
+    Usage,
+)
+from mlx_onevision.plugins.contract.streams import Channel
+from mlx_onevision.plugins.contract.wording import worded
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
+from mlx_onevision.plugins.service.service import Limits, Service
+
+if TYPE_CHECKING:
+    from mlx_onevision.api import Model
+    from mlx_onevision.embed.embeddings import Embeddings
+    from mlx_onevision.engine.generation import Generation, Question
+    from mlx_onevision.sampling.logprobs import Likelihood as LibraryLikelihood
+    from mlx_onevision.sampling.logprobs import TokenLogprob as LibraryTokenLogprob
+
+GROUP = 10  # items that are read and embedded together
+
+# Settings have the library's own names.
+SETTINGS = [
+    f.name for f in fields(GenerateRequest) if f.name not in ("messages", "stop", "timeout")
+]
+DESCRIBING = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
+
+
+def open_engine(
+    model: str | Path = "demo",
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    policy: MediaPolicy | None = None,
+    limits: Limits | None = None,
+) -> Service:
+    """A backend that runs a model in this process; loaded when it is first asked.
+
+    model, revision, dtype : as :func:`mlx_onevision.load` takes them.
+    policy : which files and addresses requests may name. By default none: pictures come as bytes.
+        A program that asks for itself alone takes ``MediaPolicy.trusting()``.
+    limits : how much is taken on at once, and for how long.
+    """
+
+    def load() -> "_Engine":
+        from mlx_onevision.api import load
+
+        return _Engine(load(model, revision=revision, dtype=dtype))
+
+    found: list[ModelInfo] = []
+
+    def describe() -> ModelInfo:
+        if not found:
+            found.append(model_info(model, revision))
+        return found[0]
+
+    return Service(load, describe, policy=policy, limits=limits)
+
+
+def import_engine() -> None:
+    """Imports everything that running a model takes, which otherwise the first request does."""
+    import mlx_lm.generate  # noqa: F401
+
+    import mlx_onevision.api  # noqa: F401
+
+
+class _Engine:
+    """A loaded model; see :class:`~mlx_onevision.plugins.service.service.Answering`."""
+
+    def __init__(self, model: "Model") -> None:
+        self._model, self._desk = model, Desk()
+
+    @property
+    def healthy(self) -> bool:
+        return self._model.healthy
+
+    def generate(
+        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
+    ) -> GenerateResult:
+        channel.put(ProgressEvent("preparing"))
+        if request.json_schema is not None:  # refused before anything is read
+            self._model.work_through(request.json_schema, channel.check)
+        question = self._question(request, policy, channel)
+        channel.check()
+        channel.put(ProgressEvent("answering"))
+        (stream,) = self._model.answers([question])
+        del question  # and with it the tiles, once they are encoded
+        channel.at_end(stream.cancel)
+        told: list[TokenLogprob] = []
+        for piece in stream:
+            news = tuple(map(_token, stream.logprobs[len(told) :]))
+            told += news
+            channel.put(TextEvent(piece, logprobs=news))
+        return _generated(stream.result(), None if request.logprobs is None else tuple(told))
+
+    def _question(
+        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
+    ) -> "Question":
+        given = {name: getattr(request, name) for name in SETTINGS}
+        films = any(medium.kind == "video" for medium in request.media)
+        with Sources(policy, self._desk, channel) as sources:
+            read = {id(medium): sources.of(medium) for medium in request.media}
+            messages = [
+                {
+                    "role": message.role,
+                    "content": [
+                        {"type": part.kind, part.kind: read[id(part)]}
+                        if isinstance(part, Media)
+                        else {"type": "text", "text": part}
+                        for part in message.parts
+                    ],
+                }
+                for message in request.messages
+            ]
+            # A film is waited for, and whoever waits must not keep others from preparing.
+            with nullcontext() if films else self._desk.place(channel):
+                question = self._model.question(
+                    messages, check=channel.check, stop=tuple(request.stop), **given
+                )
+        for medium in question.inputs.media:
+            if medium.clip is not None:
+                policy.check_frames(len(medium.tiles))
+        return question
+
+    def embed(self, request: EmbedRequest, policy: MediaPolicy, channel: Channel) -> EmbedResult:
+        total = len(request.items)
+        parts = []
+        for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
+            channel.check()
+            channel.put(ProgressEvent("embedding", first, total))
+            parts.append(self._embedded(request, first, policy, channel))
+        first_part = parts[0]
+        return EmbedResult(
+            vectors=tuple(tuple(vector) for part in parts for vector in part.vectors.tolist()),
+            space=first_part.space,
+            dim=first_part.dim,
+            model=first_part.model,
+            revision=first_part.revision,
+            quantization=first_part.quantization,
+            method=first_part.method,
+            normalized=first_part.normalized,
+        )
+
+    def _embedded(
+        self, request: EmbedRequest, first: int, policy: MediaPolicy, channel: Channel
+    ) -> "Embeddings":
+        """A group of items; no more of them are ever held at once."""
+        with Sources(policy, self._desk, channel) as sources:
+            items = []
+            for number, item in enumerate(request.items[first : first + GROUP], first + 1):
+                channel.check()
+                try:
+                    items.append(sources.item(item))
+                except (PluginError, OneVisionError) as error:
+                    raise worded(error).of(f"item {number}") from None
+
+            def refuse(index: int, error: OneVisionError) -> None:
+                # It says which item of the group it was; the host knows them by their own numbers.
+                found = worded(error)
+                plain = found.message.removeprefix(f"item {index + 1}: ")
+                whole = PluginError(found.code, plain, found.hint)
+                raise whole.of(f"item {first + index + 1}")
+
+            return self._model.embed(
+                items,
+                request.space,
+                normalize=request.normalize,
+                tiling=request.tiling,
+                on_error=refuse,
+                check=channel.check,
+            )
+
+    def describe_video(
+        self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
+    ) -> DescribeResult:
+        from mlx_onevision.describe.formats import Segment as Told
+        from mlx_onevision.describe.pipeline import Progress
+
+        given = {name: getattr(request, name) for name in DESCRIBING}
+        segments: list[Segment] = []
+        with Sources(policy, self._desk, channel) as sources:
+            channel.put(ProgressEvent("preparing"))
+            film = sources.of(request.video)
+            stream = sources.enter_context(self._model.stream_description(film, **given))
+            channel.at_end(stream.cancel)
+            for event in stream:
+                if isinstance(event, Progress):
+                    channel.put(ProgressEvent(event.stage, event.done, event.total))
+                elif isinstance(event, Told):
+                    told = (event.start, event.end, event.text, event.frames)
+                    segments.append(Segment(len(segments), *told))
+                    channel.put(SegmentEvent(segments[-1]))
+            found = stream.result()
+        return DescribeResult(
+            duration=found.duration,
+            segments=tuple(segments),
+            summary=found.summary,
+            chapters=tuple(Chapter(chapter.start, chapter.title) for chapter in found.chapters),
+            warnings=found.warnings,
+        )
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def _token(told: "LibraryTokenLogprob") -> TokenLogprob:
+    return TokenLogprob(told.token, told.data, told.logprob, tuple(map(_likelihood, told.top)))
+
+
+def _likelihood(told: "LibraryLikelihood") -> Likelihood:
+    return Likelihood(told.token, told.data, told.logprob)
+
+
+def _generated(answer: "Generation", logprobs: tuple[TokenLogprob, ...] | None) -> GenerateResult:
+    if answer.finish_reason not in ("stop", "length"):
+        raise cancelled()
+    return GenerateResult(
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        usage=Usage(**{field.name: getattr(answer.usage, field.name) for field in fields(Usage)}),
+        notes=answer.notes,
+        logprobs=logprobs,
+    )

@@ -1,0 +1,234 @@
+"""What a host may ask; standard library only.
+
+Settings have the names, meanings and defaults of ``Options``. A number
+that is left out, or None, is the checkpoint's own.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from mlx_onevision.plugins.contract.errors import bad_request
+from mlx_onevision.plugins.contract.media import Media, Message
+from mlx_onevision.plugins.contract.wire import Part, Record
+
+Tiling = Literal["auto", "always", "never"]
+Order = Literal["template", "given"]
+EmbeddingSpace = Literal["vision", "joint"]
+
+LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
+MOST_LOGPROBS = 20  # of each token
+LONGEST_SCHEMA = 1 << 18  # characters
+
+
+class _Asked(Record):
+    """What every request has."""
+
+    timeout: float | None
+
+    def check(self) -> None:
+        _between(self, "timeout", above=0, most=LONGEST_TIMEOUT)
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """Everything that has to be read for it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class GenerateRequest(_Asked):
+    """An answer to a conversation. ``timeout`` is in seconds, waiting in the queue included.
+
+    logprobs : how many of the likeliest tokens are told for each token of the answer, 0 for the
+        chosen one alone; None tells nothing.
+    json_schema : a JSON Schema, as JSON: the answer is a document that it allows, and nothing else.
+    """
+
+    messages: Sequence[Message]
+    system: str | None = None
+    max_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    num_frames: int | None = None
+    fps: float | None = None
+    start: float | None = None
+    end: float | None = None
+    tiling: Tiling = "auto"
+    order: Order = "template"
+    logprobs: int | None = None
+    json_schema: str | None = None
+    timeout: float | None = None
+
+    @classmethod
+    def ask(cls, question: str, *media: Media, **settings: Any) -> "GenerateRequest":
+        """One question about pictures and videos."""
+        return cls(messages=[Message("user", [*media, question])], **settings)
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        return tuple(medium for message in self.messages for medium in message.media)
+
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise bad_request("there are no messages", "ask something")
+        if self.system is not None and self.messages[0].role == "system":
+            raise bad_request("there are two system messages: in messages, and beside them")
+        said = [part for message in self.messages for part in message.parts]
+        if not any(isinstance(part, Media) or part.strip() for part in said):
+            raise bad_request("the conversation is empty", "ask something")
+        if not all(self.stop):
+            raise bad_request("a stop string is empty")
+        _between(self, "fps", above=0)
+        if self.num_frames is not None and self.fps is not None:
+            raise bad_request("there are both num_frames and fps", "give one of them")
+        _between(self, "logprobs", least=0, most=MOST_LOGPROBS)
+        if self.json_schema is not None:
+            _check_schema(self.json_schema)
+        _check_window(self)
+        _check_sampling(self)
+
+
+@dataclass(frozen=True)
+class Group(Part):
+    """Several pictures that share one vector; in the joint space only."""
+
+    discriminator: ClassVar[str | None] = "group"
+
+    media: Sequence[Media]
+
+    def check(self) -> None:
+        if not self.media:
+            raise bad_request("a group holds no pictures")
+
+
+@dataclass(frozen=True)
+class EmbedRequest(_Asked):
+    """A vector for each item: a text, a picture, a video, or a group of pictures."""
+
+    items: Sequence[str | Group | Media]
+    space: EmbeddingSpace = "vision"
+    normalize: bool = True
+    tiling: Tiling = "auto"
+    timeout: float | None = None
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        found: list[Media] = []
+        for item in self.items:
+            if isinstance(item, Group):
+                found += item.media
+            elif isinstance(item, Media):
+                found.append(item)
+        return tuple(found)
+
+    def check(self) -> None:
+        super().check()
+        for place, item in enumerate(self.items):
+            if isinstance(item, str) and not item.strip():
+                raise bad_request(f"items[{place}] is an empty text")
+            if self.space == "vision" and not isinstance(item, Media):
+                what = "a text" if isinstance(item, str) else "a group"
+                raise bad_request(
+                    f"items[{place}] is {what}, for which the vision space has no place",
+                    "take the joint space",
+                )
+
+
+@dataclass(frozen=True)
+class DescribeRequest(_Asked):
+    """A long video, told segment by segment, with chapters and a summary. The settings are those of
+    :class:`mlx_onevision.describe.options.DescribeOptions`.
+
+    segments : "scenes", where the picture changes; or seconds, for parts of that length.
+    num_frames : so many of each segment are looked at.
+    longest : seconds; a scene that lasts longer is divided.
+    max_tokens : of each segment's text.
+    """
+
+    video: Media
+    segments: Literal["scenes"] | float = "scenes"
+    start: float | None = None
+    end: float | None = None
+    num_frames: int = 8
+    longest: float | None = 60.0
+    max_tokens: int = 128
+    system: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    timeout: float | None = None
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        return (self.video,)
+
+    def check(self) -> None:
+        super().check()
+        if self.video.kind != "video":
+            raise bad_request("the medium is an image", "describe_video takes a video")
+        if self.segments != "scenes":
+            _between(self, "segments", above=0)
+        _between(self, "longest", above=0)
+        _check_window(self)
+        _check_sampling(self)
+
+
+def _check_schema(text: str) -> None:
+    """Whether it can be a schema at all; which keywords are known is for the backend to say."""
+    if len(text) > LONGEST_SCHEMA:
+        raise bad_request(f"json_schema has {len(text)} characters", f"{LONGEST_SCHEMA} are read")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        raise bad_request("json_schema is not valid JSON") from None
+    if not isinstance(schema, dict | bool):
+        raise bad_request("json_schema is no JSON Schema", "give an object")
+
+
+def _check_window(request: Part) -> None:
+    """Which frames of a video, as far as it is told by start, end and num_frames."""
+    _between(request, "num_frames", least=1)
+    _between(request, "start", least=0)
+    _between(request, "end", above=0)
+    start, end = getattr(request, "start", None), getattr(request, "end", None)
+    if start is not None and end is not None and end <= start:
+        raise bad_request(f"end is {end:g} s, which is not after start, {start:g} s")
+
+
+def _check_sampling(request: Part) -> None:
+    _between(request, "max_tokens", least=1)
+    _between(request, "temperature", least=0)
+    _between(request, "top_p", above=0, most=1)
+    _between(request, "top_k", least=0)
+    _between(request, "min_p", least=0, most=1)
+    _between(request, "repetition_penalty", above=0)
+    _between(request, "seed", least=0, most=2**64 - 1)
+
+
+def _between(
+    request: Part,
+    name: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> None:
+    value = getattr(request, name)
+    if value is None:
+        return
+    good = (least is None or value >= least) and (above is None or value > above)
+    if good and (most is None or value <= most):
+        return
+    low = f"{least} or more" if above is None else f"above {above}"
+    high = "" if most is None else f" and at most {most:g}" if most < 2**63 else " and below 2**64"
+    raise bad_request(f"{name} is {str(value)[:30]}; it must be {low}{high}")

@@ -1,0 +1,174 @@
+"""What a backend answers; standard library only."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mlx_onevision.plugins.contract.errors import bad_request
+from mlx_onevision.plugins.contract.wire import Part, Record
+
+Capability = Literal[
+    "generate", "embed", "describe_video", "images", "videos", "logprobs", "json_schema"
+]
+Input = Literal["text", "image", "video"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Space(Part):
+    """A space of vectors.
+
+    trained : whether the model was trained for what the space is used for; if not, how well it
+        finds things has to be tried.
+    """
+
+    id: str
+    dim: int
+    inputs: tuple[Input, ...]
+    trained: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo(Record):
+    """The model of a backend, and how busy it is.
+
+    context : tokens of prompt and answer together.
+    loaded : whether its weights are in memory. active, waiting : requests.
+    healthy : False once it cannot answer any more, whatever it is asked, until it is opened again.
+    """
+
+    id: str
+    revision: str
+    context: int
+    capabilities: tuple[Capability, ...]
+    quantization: str | None = None
+    spaces: tuple[Space, ...] = ()
+    loaded: bool = False
+    active: int = 0
+    waiting: int = 0
+    healthy: bool = True
+
+
+@dataclass(frozen=True)
+class Usage(Part):
+    """What an answer took: tokens, seconds of wall time, bytes of the device at the peak.
+
+    cached_tokens : of the prompt, those that had not to be read again. media_tokens : of the
+        prompt, those that stand for pictures.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    media_tokens: int = 0
+    completion_tokens: int = 0
+    prepare_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Likelihood(Part):
+    """A token, and how likely it was in its place.
+
+    token : its text; where it is a part of a character only, that part is U+FFFD.
+    data : its bytes.
+    logprob : natural logarithm of its probability before temperature and filters, after penalties
+        and schema; LEAST where that is 0.
+    """
+
+    token: str
+    data: bytes
+    logprob: float
+
+
+LEAST = -9999.0
+"""Stands for the logarithm of 0, for which JSON has no number."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob(Likelihood):
+    """The token that was chosen, and the likeliest ones in its place, the likeliest first."""
+
+    top: tuple[Likelihood, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerateResult(Record):
+    """A whole answer.
+
+    finish_reason : "stop", the model ended or a stop string came; "length", it was cut off.
+    notes : what of the videos was not used as it was asked for, a sentence each.
+    logprobs : where they were asked for, of every token that the text is made of.
+    """
+
+    discriminator: ClassVar[str | None] = "generation"
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage = Usage()
+    notes: tuple[str, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EmbedResult(Record):
+    """Vectors, one for each item, with all that has to be known to compare them with others.
+
+    Two vectors mean the same only if space, model, revision, quantization and method agree.
+    """
+
+    discriminator: ClassVar[str | None] = "embeddings"
+
+    vectors: tuple[tuple[float, ...], ...]
+    space: str
+    dim: int
+    model: str
+    revision: str
+    method: str
+    normalized: bool
+    quantization: str | None = None
+
+    def check(self) -> None:
+        if any(len(vector) != self.dim for vector in self.vectors):
+            raise bad_request(f"a vector has another length than dim, {self.dim}")
+
+
+@dataclass(frozen=True)
+class Segment(Part):
+    """A part of a video and what is seen in it. Times are seconds from the video's beginning.
+
+    frames : when those appear that were looked at.
+    """
+
+    index: int
+    start: float
+    end: float
+    text: str
+    frames: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chapter(Part):
+    """Where a chapter begins, in seconds, and its title. It ends where the next one begins."""
+
+    start: float
+    title: str
+
+
+@dataclass(frozen=True)
+class DescribeResult(Record):
+    """A whole video, described. Sound is not.
+
+    duration : seconds. warnings : what was left out, or could not be read.
+    """
+
+    discriminator: ClassVar[str | None] = "description"
+
+    duration: float
+    segments: tuple[Segment, ...]
+    summary: str = ""
+    chapters: tuple[Chapter, ...] = ()
+    warnings: tuple[str, ...] = ()
+    usage: Usage | None = None

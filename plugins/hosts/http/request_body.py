@@ -1,0 +1,204 @@
+"""A request's JSON, read within bounds."""
+
+import asyncio
+import json
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect, Request
+
+from mlx_onevision.plugins.hosts.http import places
+from mlx_onevision.plugins.hosts.http.errors import HTTPFault, without_places
+from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+
+Wanted = TypeVar("Wanted", bound=BaseModel)
+
+# What pydantic says in Python's words.
+_KINDS = {
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "list_type": "a list",
+}
+
+SMALL = 64 << 10  # bytes that are parsed sooner than a thread takes them over
+EXACT = 2**53  # up to here a float holds every whole number
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class Reader:
+    """Reads the bodies of a server's requests, and knows how much of them it holds together."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings, self._held = settings, 0
+        # Megabytes of base64 take a while; others are answered meanwhile. Several threads would not
+        # parse any faster, and each would be one more that has the interpreter now and then.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
+
+    async def read(self, request: Request, kind: type[Wanted]) -> Wanted:
+        """The body, as ``kind``.
+
+        Raises:
+            HTTPFault: 415, 413, 408, 429, and 400 with the field's name.
+            PluginError: ``busy``, when there is no place for the request.
+            ClientDisconnect: when nobody is there any more.
+        """
+        _check_head(request, self._settings)
+        data = bytearray()
+        try:
+            await self._fill(data, request)
+            places.take(request)
+            parse = partial(_parsed, data, kind, self._settings)
+            if len(data) <= SMALL:
+                return parse()
+            return await asyncio.get_running_loop().run_in_executor(self._thread, parse)
+        finally:
+            self._held -= len(data)
+
+    async def _fill(self, data: bytearray, request: Request) -> None:
+        more = True
+        while more:
+            try:
+                message = await asyncio.wait_for(request.receive(), self._settings.patience)
+            except TimeoutError:
+                raise HTTPFault(408, "the body did not come; send it again") from None
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            piece = message.get("body", b"")
+            data += piece
+            self._held += len(piece)
+            if len(data) > self._settings.body:
+                raise _too_much(self._settings)
+            if self._held > self._settings.bodies:
+                raise HTTPFault(
+                    429,
+                    "too much is being sent by all clients together; try again in a moment",
+                    "rate_limit_exceeded",
+                )
+            more = message.get("more_body", False)
+
+
+def _check_head(request: Request, settings: ServerSettings) -> None:
+    """Before anything of the body is read. A page of another site cannot send this type unasked."""
+    kinds = request.headers.getlist("content-type")
+    if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
+        raise HTTPFault(415, "the body has to be sent as application/json")
+    if request.headers.getlist("content-encoding") not in ([], ["identity"]):
+        raise HTTPFault(415, "the body must not be compressed")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and (len(length) > 15 or int(length) > settings.body):
+        raise _too_much(settings)
+
+
+def _too_much(settings: ServerSettings) -> HTTPFault:
+    most = settings.body / 2**20
+    return HTTPFault(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
+
+
+def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wanted:
+    values = parse(data, settings)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = _field(first, values)
+        said = _said(first)
+        message = without_places(f"{where}: {said}" if where else said)
+        raise HTTPFault(400, message, param=where or None) from None
+
+
+def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
+    """A JSON object. NaN, deep nesting, very many values and what is no text are refused.
+
+    Raises:
+        HTTPFault: 400.
+    """
+    # Before it is parsed: every value costs far more memory than its characters.
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
+        raise HTTPFault(400, "the JSON holds too many values; send fewer in one request")
+    try:
+        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
+        if _SURROGATE.search(data):
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise _too_deep(settings) from None
+    except UnicodeEncodeError:
+        message = "the JSON holds half of a surrogate pair, which is no text; send it whole"
+        raise HTTPFault(400, message) from None
+    except ValueError:
+        raise HTTPFault(400, "the body is not valid JSON") from None
+    _check_depth(values, settings)
+    if not isinstance(values, dict):
+        raise HTTPFault(400, "the body has to be a JSON object")
+    return values
+
+
+def _check_depth(values: Any, settings: ServerSettings) -> None:
+    level = [values]
+    for _ in range(settings.depth):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise _too_deep(settings)
+
+
+def _too_deep(settings: ServerSettings) -> HTTPFault:
+    return HTTPFault(400, f"the JSON is nested more than {settings.depth} deep")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _number(text: str) -> float:
+    """1.0 is a whole number, as in JSON Schema; 1e999 is none."""
+    value = float(text)
+    if math.isinf(value):
+        raise HTTPFault(400, "the JSON holds a number that is too large")
+    return int(value) if value.is_integer() and abs(value) <= EXACT else value
+
+
+def _said(error: ErrorDetails) -> str:
+    """What is wrong, in one sentence without a full stop."""
+    context = error.get("ctx", {})
+    if error["type"] == "union_tag_invalid":
+        tag, known = repr(context["tag"])[:40], context["expected_tags"]
+        return f"it is {tag}; there are {known}"
+    if error["type"] == "union_tag_not_found":
+        return "field required"
+    if error["type"] in _KINDS:
+        return f"it has to be {_KINDS[error['type']]}"
+    said = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    return said[:1].lower() + said[1:]
+
+
+def _field(error: ErrorDetails, values: Any) -> str:
+    """Where it is: ``messages[0].content``. What pydantic says of its unions besides is left out:
+    it is nothing that the request holds.
+    """
+    text, at = "", values
+    for part in error["loc"]:
+        if isinstance(part, int):
+            if isinstance(at, list) and part < len(at):
+                text, at = f"{text}[{part}]", at[part]
+        elif isinstance(at, dict) and part in at:
+            text, at = _joined(text, part), at[part]
+    if error["type"] == "missing":
+        text = _joined(text, str(error["loc"][-1]))
+    elif error["type"].startswith("union_tag_"):
+        text = _joined(text, error.get("ctx", {})["discriminator"].strip("'"))
+    return text[:120]
+
+
+def _joined(text: str, name: str) -> str:
+    return f"{text}.{name}" if text else name[:60]

@@ -1,0 +1,153 @@
+"""What the routes answer, key by key: the OpenAPI file says it, and the type checker holds the code
+to it.
+"""
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from mlx_onevision.plugins.contract.results import FinishReason, Likelihood, TokenLogprob, Usage
+
+
+class PromptDetails(TypedDict):
+    cached_tokens: int
+    media_tokens: int
+
+
+class Took(TypedDict):
+    """Seconds of wall time."""
+
+    prepare: float
+    encode: float
+    prefill: float
+    decode: float
+
+
+class ChatUsage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    seconds: Took
+    peak_memory_bytes: int
+
+
+class Likely(TypedDict):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class Chosen(Likely):
+    top_logprobs: list[Likely]
+
+
+class ChoiceLogprobs(TypedDict):
+    content: list[Chosen]
+    refusal: None
+
+
+class Said(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(TypedDict):
+    index: int
+    message: Said
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: ChatUsage
+    notes: NotRequired[list[str]]
+
+
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[ChatUsage | None]
+    notes: NotRequired[list[str]]
+
+
+class Embedding(TypedDict):
+    """As numbers, or as little-endian float32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(TypedDict):
+    """Vectors mean the same only where space, revision, quantization and method agree."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+    space: str
+    dim: int
+    revision: str
+    quantization: str | None
+    method: str
+    normalized: bool
+
+
+def usage_body(usage: Usage) -> ChatUsage:
+    """Tokens, as OpenAI counts them; seconds and bytes beside them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "media_tokens": usage.media_tokens,
+        },
+        "seconds": took(usage),
+        "peak_memory_bytes": usage.peak_memory_bytes,
+    }
+
+
+def took(usage: Usage) -> Took:
+    return {
+        "prepare": usage.prepare_seconds,
+        "encode": usage.encode_seconds,
+        "prefill": usage.prefill_seconds,
+        "decode": usage.decode_seconds,
+    }
+
+
+def chosen(token: TokenLogprob) -> Chosen:
+    """How likely a token was, and what else was."""
+    return {**_likely(token), "top_logprobs": [_likely(one) for one in token.top]}
+
+
+def _likely(one: Likelihood) -> Likely:
+    return {"token": one.token, "bytes": list(one.data), "logprob": one.logprob}

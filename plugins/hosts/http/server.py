@@ -1,0 +1,174 @@
+"""The server itself: its socket, its token, its end."""
+
+import asyncio
+import gc
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from mlx_onevision.plugins.contract.errors import bad_request
+from mlx_onevision.plugins.hosts.http.connections import patient
+from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.interface import Backend
+
+GRACE_SECONDS = 2  # that answers under way have, when the server is told to stop
+CLOSING_SECONDS = 1.5  # that the model has then, which may be in the midst of something long
+SWITCH_SECONDS = 0.0005  # that a thread has the interpreter, when others want it
+BACKLOG = 256
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+def listening(settings: ServerSettings, port: int) -> socket.socket:
+    """The socket; port 0 is any that is free.
+
+    Raises:
+        PluginError: ``bad_request``, where that is not possible.
+    """
+    where = (settings.host, port)
+    try:
+        family = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server(where, family=family, backlog=BACKLOG)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise bad_request(
+            f"cannot listen on {settings.host} port {port} ({why})", "choose another with --port"
+        ) from None
+
+
+class Server(uvicorn.Server):
+    """What runs the application; ``run(sockets=[…])`` does, and ``should_exit`` ends it.
+
+    healthy : looked at every second; the server ends when it says False.
+    end : ends what is under way, when it has had its time; not waited for.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        healthy: Callable[[], bool] = lambda: True,
+        end: Callable[[], object] = lambda: None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            http=patient(settings.patience),
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,  # a request does not say who it is from
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS + 1,  # for who has not even asked yet
+        )
+        super().__init__(config)
+        self._healthy, self._end = healthy, end
+        self.failed = False
+        """Whether it ended for its health."""
+        self.signal: int | None = None
+        """What it was told to end with."""
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0 and not self._healthy():
+            self.failed = True
+            return True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but those who still wait for an answer are told that it does not come."""
+        loop = asyncio.get_running_loop()
+        ending = loop.call_later(GRACE_SECONDS, self._end)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but for the end: there the signal would end the process at once, and
+        nothing that it holds could be closed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {kind: signal.signal(kind, self.handle_exit) for kind in ENDING}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.signal = sig
+        super().handle_exit(sig, frame)
+
+
+def steady() -> None:
+    """Sees to it that the thread that speaks to all clients is never held up for long.
+
+    Call it when everything has been imported. It concerns the whole process, so it is for a program
+    that is nothing but a server.
+    """
+    # It waits for as long as this, again and again, while others prepare pictures; Python's own
+    # 5 ms add up to half a second in a crowd.
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # Modules are never garbage, but looking through all of their objects for it stops every thread
+    # for 70 ms.
+    gc.collect()
+    gc.freeze()
+
+
+class Closing:
+    """The end of a backend, on a thread of its own: its model may be in the midst of something that
+    takes long.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._thread = threading.Thread(
+            target=backend.close, name="mlx-onevision-closing", daemon=True
+        )
+        self._begin = threading.Lock()
+
+    def begin(self) -> None:
+        with self._begin:
+            if self._thread.ident is None:
+                self._thread.start()
+
+    def done(self) -> bool:
+        """Whether it has ended, after a while at the latest."""
+        self.begin()
+        self._thread.join(CLOSING_SECONDS)
+        return not self._thread.is_alive()
+
+
+def token_file() -> Path:
+    """Where a token that was made up is kept."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "mlx-onevision" / "token"
+
+
+def new_token() -> str:
+    """A token that nobody guesses."""
+    return secrets.token_urlsafe(32)
+
+
+def keep_token(token: str, file: Path) -> None:
+    """Writes the token where only its owner can read it, in the place of an older one."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as out:
+            out.write(token + "\n")
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)

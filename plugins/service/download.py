@@ -1,0 +1,169 @@
+"""Downloads for somebody else: only from where the policy allows, and not through tricks.
+
+Every address, the first and each that a redirect leads to, is judged by its host's name, and by
+what the name stands for: it is looked up once, and the very address that was judged is connected
+to. Environment variables that name a proxy are not heeded here.
+"""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from urllib.parse import urljoin, urlsplit
+
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request
+
+REDIRECTS = 3
+SILENCE = 10.0  # seconds without a sign of life
+DEADLINE = 60.0  # seconds for all of it
+USUAL = {"http": 80, "https": 443}
+_MOVED = (301, 302, 303, 307, 308)
+
+
+@dataclass(frozen=True)
+class Where:
+    """An address, taken apart."""
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @property
+    def named(self) -> str:
+        """The host, with its port where it is not the usual one."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == USUAL[self.scheme] else f"{host}:{self.port}"
+
+
+def split(url: str) -> Where:
+    """``url`` in its parts.
+
+    Raises:
+        PluginError: ``bad_request``, for what is not a plain http or https address.
+    """
+    bad = bad_request(f"{_shown(url)} is not an address that is read", "give an http or https one")
+    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+        raise bad
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise bad from None
+    if parts.scheme not in USUAL or not parts.hostname or "@" in parts.netloc:
+        raise bad
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Where(parts.scheme, parts.hostname.rstrip("."), port or USUAL[parts.scheme], target)
+
+
+def download(
+    url: str, allowed: Callable[[str], None], *, most: int, private: bool = False
+) -> bytes:
+    """What is behind an address, of at most ``most`` bytes.
+
+    allowed : raises for an address whose host is not.
+    private : whether hosts may be on this machine or in its network.
+
+    Raises:
+        PluginError: what ``allowed`` raises; ``bad_request`` for a private address;
+            ``unsupported_media`` when nothing comes; ``too_large``.
+    """
+    deadline = monotonic() + DEADLINE
+    for _ in range(REDIRECTS + 1):
+        allowed(url)
+        where = split(url)
+        connection = _connection(where, _resolved(where, private))
+        try:
+            connection.request("GET", where.target, headers={"User-Agent": "mlx-onevision"})
+            with connection.getresponse() as answer:
+                if answer.status in _MOVED:
+                    url = urljoin(url, answer.getheader("Location") or "")
+                    continue
+                if answer.status != 200:
+                    raise _failed(where, f"it answers {answer.status}")
+                return _body(answer, where, most, deadline)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _failed(where, _reason(error)) from error
+        finally:
+            connection.close()
+    raise _failed(split(url), f"it redirects more than {REDIRECTS} times")
+
+
+def _resolved(where: Where, private: bool) -> str:
+    """The one address that is connected to, judged."""
+    try:
+        found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise _failed(where, _reason(error)) from None
+    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
+    if not private:
+        for address in addresses:
+            if not _is_global(address):
+                raise bad_request(
+                    f"{where.named[:80]!r} is an address of this machine or its network",
+                    "whoever opens the backend can allow it with private in its MediaPolicy",
+                )
+    return addresses[0]
+
+
+def _is_global(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        # An IPv4 address in another dress is judged as what it is.
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is not None:
+            return _is_global(str(inner))
+        if address.teredo is not None or address in ipaddress.ip_network("64:ff9b::/96"):
+            return False
+    return address.is_global and not address.is_multicast
+
+
+def _connection(where: Where, address: str) -> http.client.HTTPConnection:
+    secure = where.scheme == "https"
+    cls = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connection = cls(where.host, where.port, timeout=SILENCE)
+
+    def connect(*_: object, **__: object) -> socket.socket:
+        return socket.create_connection((address, where.port), timeout=SILENCE)
+
+    # The hook that http.client itself opens sockets by; names and certificates stay the host's.
+    connection._create_connection = connect  # pyright: ignore
+    return connection
+
+
+def _body(answer: http.client.HTTPResponse, where: Where, most: int, deadline: float) -> bytes:
+    too_large = PluginError(
+        "too_large",
+        f"what {where.named[:80]!r} sends has more than {most / 2**20:,.1f} MB",
+        "send something smaller",
+    )
+    promised = int(answer.getheader("Content-Length") or 0)
+    if promised > most:
+        raise too_large
+    body = bytearray()
+    while chunk := answer.read1(1 << 16):
+        body += chunk
+        if len(body) > most:
+            raise too_large
+        if monotonic() > deadline:
+            raise _failed(where, f"it was not done after {DEADLINE:.0f} seconds")
+    if len(body) < promised:
+        raise _failed(where, "it broke off")
+    return bytes(body)
+
+
+def _failed(where: Where, why: str) -> PluginError:
+    return PluginError("unsupported_media", f"cannot read from {where.named[:80]!r}: {why}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"its certificate or encryption is not good ({error.reason or 'unknown'})"
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def _shown(url: str) -> str:
+    return ascii(url if len(url) <= 80 else url[:77] + "…")

@@ -1,0 +1,203 @@
+"""Long descriptions that are asked after: started, looked at now and then, and collected, for hosts
+whose calls are cut off before a film is told. Over any backend; standard library only.
+
+    jobs = Jobs(backend)
+    job = jobs.start(DescribeRequest(film))
+    while job.status in UNDER_WAY:
+        time.sleep(1)
+        job = jobs.status(job.id)
+
+Who knows a job's id may ask for it and cancel it, so ids cannot be guessed, and there is no list.
+"""
+
+import threading
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.events import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    ProgressEvent,
+    SegmentEvent,
+)
+from mlx_onevision.plugins.contract.requests import DescribeRequest
+from mlx_onevision.plugins.contract.results import DescribeResult
+from mlx_onevision.plugins.contract.streams import EventStream
+from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.service.job import NO_END, UNDER_WAY, Job, Kept, NoSuchJob, size_of
+
+__all__ = ["UNDER_WAY", "Job", "Jobs", "NoSuchJob"]
+
+PATIENCE_SECONDS = 2.0  # that a backend has to end what was cancelled, before it is reported as is
+
+
+class Jobs:
+    """backend : stays its owner's to close, after this.
+    most : jobs that are known at once. under_way : of these, not ended; more are refused as busy,
+        so that a part of the backend's places is left for requests that are waited for.
+    size : bytes of all together, films that came with their requests included.
+    kept : seconds after its end when a job is forgotten; the oldest are forgotten earlier where
+        there is no room for new ones.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        most: int = 64,
+        under_way: int = 4,
+        size: int = 256 << 20,
+        kept: float = 900.0,
+    ) -> None:
+        self._backend, self._most, self._under_way = backend, most, under_way
+        self._size, self._kept = size, kept
+        self._jobs: dict[str, Kept] = {}  # in the order in which they were started
+        self._changed = threading.Condition()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+
+    def start(self, request: DescribeRequest) -> Job:
+        """Begins a description, and returns at once.
+
+        Raises:
+            PluginError: ``busy`` when there are too many; what the backend refuses at once.
+        """
+        media = sum(len(medium.data or medium.url or b"") for medium in request.media)
+        with self._changed:
+            self._admit(media)
+            # Under the lock: the place that it was given must not be another's meanwhile.
+            stream = self._backend.describe_video(request)
+            if stream.ended:
+                stream.result()  # refused; nothing can be done already
+            job = Kept(stream, media)
+            self._jobs[job.id] = job
+            thread = threading.Thread(
+                target=self._follow, args=(job, stream), name="mlx-onevision-job", daemon=True
+            )
+            self._threads.add(thread)
+            thread.start()
+            return job.shown(self._kept)
+
+    def status(self, id: str) -> Job:
+        """Raises NoSuchJob."""
+        with self._changed:
+            return self._found(id).shown(self._kept)
+
+    def cancel(self, id: str) -> Job:
+        """Ends a job. Nothing happens to one that has ended.
+
+        Raises:
+            NoSuchJob
+        """
+        with self._changed:
+            job = self._found(id)
+            job.asked_to_end = True
+            stream = job.stream
+        if stream is not None:
+            stream.cancel()
+        with self._changed:
+            self._changed.wait_for(lambda: job.ended is not None, PATIENCE_SECONDS)
+            return job.shown(self._kept)
+
+    def close(self) -> None:
+        """Cancels and forgets all of them."""
+        with self._changed:
+            self._closed = True
+            streams = [job.stream for job in self._jobs.values() if job.stream is not None]
+            threads = list(self._threads)
+            self._jobs.clear()
+        for stream in streams:
+            stream.cancel()
+        for thread in threads:
+            thread.join(PATIENCE_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Under the lock.
+
+    def _admit(self, size: int) -> None:
+        if self._closed:
+            raise bad_request("no more descriptions are started", "open it again")
+        self._forget()
+        working = sum(job.ended is None for job in self._jobs.values())
+        if working >= self._under_way:
+            raise PluginError(
+                "busy", f"{working} descriptions are under way", "try again when one has ended"
+            )
+        if size > self._size:
+            raise PluginError(
+                "too_large", f"the video has {size / 2**20:,.1f} MB", "send something smaller"
+            )
+        if not self._make_room(size, 1):
+            raise PluginError(
+                "busy", "the videos of all descriptions are too large", "try again in a moment"
+            )
+
+    def _make_room(self, size: int, number: int = 0) -> bool:
+        """Forgets ended jobs, the oldest first, until there is room; False if there is none."""
+        while (
+            len(self._jobs) + number > self._most
+            or sum(job.size for job in self._jobs.values()) + size > self._size
+        ):
+            ended = [job for job in self._jobs.values() if job.ended is not None]
+            if not ended:
+                return False
+            del self._jobs[min(ended, key=lambda job: job.ended or 0).id]
+        return True
+
+    def _forget(self) -> None:
+        before = monotonic() - self._kept
+        for job in list(self._jobs.values()):
+            if job.ended is not None and job.ended <= before:
+                del self._jobs[job.id]
+
+    def _found(self, id: str) -> Kept:
+        self._forget()
+        job = self._jobs.get(id)
+        if job is None:
+            raise NoSuchJob(self._kept)
+        return job
+
+    def _take(self, job: Kept, event: Event) -> None:
+        if isinstance(event, ProgressEvent):
+            job.progress = event
+            if event.stage != "queued":
+                job.status = "running"
+        elif isinstance(event, SegmentEvent):
+            job.segments.append(event.segment)
+            job.told += size_of(event.segment)
+        elif isinstance(event, DoneEvent | ErrorEvent):
+            job.end(event)
+        if not self._make_room(0) and job.ended is None:
+            message = "there is no room for what is told of this video"
+            job.end(ErrorEvent("too_large", message, "take longer segments"))
+
+    # On the job's own thread.
+
+    def _follow(self, job: Kept, stream: EventStream[DescribeResult]) -> None:
+        try:
+            for event in stream:
+                with self._changed:
+                    self._take(job, event)
+                    self._changed.notify_all()
+                if job.ended is not None:
+                    break
+        finally:
+            stream.close()
+            with self._changed:
+                if job.ended is None:
+                    job.end(NO_END)
+                self._threads.discard(threading.current_thread())
+                self._changed.notify_all()

@@ -1,0 +1,247 @@
+"""What a backend may read for those who ask it. It belongs to whoever opens the backend; nothing in
+a request can widen it.
+
+    MediaPolicy()                                  bytes only: neither files nor addresses
+    MediaPolicy(folders=["/photos"])               and files below /photos
+    MediaPolicy(hosts=["images.example.org"])      and that host, over https and http
+    MediaPolicy.trusting()                         whatever this process may read
+
+The first is the default everywhere, also in process: a host that hands on what somebody else wrote
+cannot forget to lock the door. A program that asks for itself alone says ``trusting()``.
+
+Files are opened from the allowed folder down, one name after another and through no link, and are
+judged and read by the open descriptor: whatever is renamed or linked meanwhile, nothing outside is
+read.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mlx_onevision.errors import OneVisionError
+from mlx_onevision.media.sources import data_uri
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.media import Media
+from mlx_onevision.plugins.contract.wording import worded
+from mlx_onevision.plugins.service.download import download, split
+
+ASK_THE_OWNER = "whoever opens the backend can allow it in its MediaPolicy"
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """What may be read, and how much of it.
+
+    folders : files below these; None for every file.
+    hosts : names, with a port where it is not the usual one; None for every host.
+    private : whether these hosts may have addresses of this machine or its network. A name that
+        somebody else controls could otherwise point at a service next door.
+    images, videos : of one request, at most.
+    size : bytes of a picture's file, and of whatever comes with a request or from a host.
+    pixels : of a picture; what has more is not decoded.
+    frames : of one video.
+    """
+
+    folders: Sequence[str | os.PathLike[str]] | None = ()
+    hosts: Sequence[str] | None = ()
+    private: bool = False
+    images: int = 16
+    videos: int = 1
+    size: int = 32 << 20
+    pixels: int = 40_000_000
+    frames: int = 128
+
+    @classmethod
+    def trusting(cls) -> "MediaPolicy":
+        """For a program that asks for itself: every file and host, and the engine's own limits."""
+        return cls(
+            folders=None,
+            hosts=None,
+            private=True,
+            images=1000,
+            videos=100,
+            size=256 << 20,
+            pixels=178_956_970,
+            frames=1 << 20,
+        )
+
+    def __post_init__(self) -> None:
+        """Raises PluginError for a folder that is none, and for a single text instead of a list."""
+        for name in ("folders", "hosts"):
+            if isinstance(getattr(self, name), str | os.PathLike):
+                raise bad_request(f"the policy's {name} are one text; give a list")
+        if self.folders is not None:
+            folders = tuple(Path(os.path.abspath(os.path.expanduser(f))) for f in self.folders)
+            for folder in folders:
+                if not folder.is_dir():
+                    raise bad_request(f"the policy allows {str(folder)!r}, which is not a folder")
+            object.__setattr__(self, "folders", folders)
+        if self.hosts is not None:
+            object.__setattr__(self, "hosts", tuple(host.lower() for host in self.hosts))
+
+    def admit(self, media: Iterable[Media]) -> None:
+        """Looks at what a request brings, and touches nothing yet.
+
+        Raises:
+            PluginError: ``too_large`` for too many or too much, ``bad_request`` for a path or an
+                address that is not allowed.
+        """
+        media = tuple(media)
+        for kind, most in (("image", self.images), ("video", self.videos)):
+            count = sum(medium.kind == kind for medium in media)
+            if count > most:
+                raise PluginError(
+                    "too_large", f"there are {count} {kind}s", f"send {most} at most in one request"
+                )
+        for medium in media:
+            if medium.data is not None:
+                self._check_size(len(medium.data), f"the {medium.kind} sent as data")
+            elif medium.path is not None:
+                self._folder(medium.path)
+            elif not _is_data(medium.url or ""):
+                self._check_host(medium.url or "")
+
+    def check_frames(self, count: int | None) -> None:
+        """Raises PluginError ``too_large`` for more frames of one video than are allowed."""
+        if count is not None and count > self.frames:
+            raise PluginError(
+                "too_large", f"{count} frames of one video are too many", f"{self.frames} are read"
+            )
+
+    def open(self, medium: Media) -> BinaryIO | bytes:
+        """A medium's bytes, or its open file, whose ``name`` is the path that was asked for.
+
+        Raises:
+            PluginError: ``bad_request`` for what is not allowed, ``too_large``, and
+                ``unsupported_media`` for what cannot be read.
+        """
+        self.admit([medium])
+        if medium.data is not None:
+            return medium.data
+        if medium.url is not None:
+            return self._fetched(medium)
+        assert medium.path is not None
+        file = self._opened(medium.path)
+        try:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
+                raise _unreadable(medium.path, f"it is {kind}")
+            # A video is read in place, and only its sampled frames are ever held.
+            if medium.kind == "image":
+                self._check_size(status.st_size, f"the image {_named(medium.path)}")
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def open_folder(self, path: str) -> int:
+        """A descriptor of an allowed folder, or of one below it, to list what is in it.
+
+        Raises:
+            PluginError: as :meth:`open`.
+        """
+        with _told_of(path):
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            return _descriptor(path, self._folder(path, itself=True), flags)
+
+    def _folder(self, path: str, itself: bool = False) -> tuple[Path, tuple[str, ...]] | None:
+        """The allowed folder that a path is below (or is, itself), and the names from there on."""
+        if self.folders is None:
+            return None
+        refused = bad_request(f"the path {_named(path)} is not allowed here", ASK_THE_OWNER)
+        given = Path(path)
+        if not given.is_absolute() or ".." in given.parts:
+            raise refused
+        for folder in map(Path, self.folders):
+            # As the owner wrote it and as it really is: on a Mac /tmp is a link.
+            for root in (folder, Path(os.path.realpath(folder))):
+                if given.is_relative_to(root) and (itself or given != root):
+                    return folder, given.relative_to(root).parts
+        raise refused
+
+    def _opened(self, path: str) -> BinaryIO:
+        below = self._folder(path)
+        with _told_of(path):
+            # Without waiting, as a pipe would have it.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = _descriptor(path, below, flags)
+            os.set_blocking(descriptor, True)
+            return open(path, "rb", buffering=0, opener=lambda *_: descriptor)
+
+    def _check_host(self, url: str) -> None:
+        where = split(url)
+        if self.hosts is not None and where.named not in self.hosts:
+            raise bad_request(f"addresses at {where.named[:80]!r} are not allowed", ASK_THE_OWNER)
+
+    def _fetched(self, medium: Media) -> bytes:
+        url = medium.url or ""
+        if not _is_data(url):
+            return download(url, self._check_host, most=self.size, private=self.private)
+        # Refused by length before a second copy is made of it.
+        self._check_size(len(url) // 4 * 3 - 4096, f"the {medium.kind} in the data URI")
+        try:
+            data = data_uri(url)
+        except OneVisionError as error:
+            raise worded(error) from None
+        self._check_size(len(data), f"the {medium.kind} in the data URI")
+        return data
+
+    def _check_size(self, size: int, name: str) -> None:
+        if size > self.size:
+            raise PluginError(
+                "too_large",
+                f"{name} has {size / 2**20:,.1f} MB",
+                f"{self.size / 2**20:,.1f} MB are read at most",
+            )
+
+
+def _descriptor(path: str, below: tuple[Path, tuple[str, ...]] | None, flags: int) -> int:
+    """What a path names, opened from an allowed folder down where there is one."""
+    return os.open(os.path.expanduser(path), flags) if below is None else _walk(*below, flags)
+
+
+@contextmanager
+def _told_of(path: str) -> Iterator[None]:
+    """What the system says of a path, as a refusal."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _unreadable(path, "there is no such file") from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ELOOP, errno.EMLINK):
+            raise _unreadable(path, "a part of it is a link") from None
+        if getattr(error, "errno", None) == errno.ENOTDIR:
+            raise _unreadable(path, "a part of it is a link or no folder") from None
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
+
+
+def _walk(folder: Path, names: Sequence[str], flags: int) -> int:
+    """A descriptor of what lies below ``folder``, reached through no link."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for place, name in enumerate(names):
+        last = place == len(names) - 1
+        how = flags if last else os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            inner = os.open(name, how | os.O_NOFOLLOW, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = inner
+    return descriptor
+
+
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def _named(path: str) -> str:
+    return repr(path if len(path) <= 160 else f"{path[:90]}…{path[-60:]}")
+
+
+def _unreadable(path: str, why: str) -> PluginError:
+    return PluginError("unsupported_media", f"cannot read {_named(path)}: {why}")

@@ -1,0 +1,510 @@
+"""The command: what goes to stdout, to stderr and into the exit code, for good input and bad."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import write
+from click.testing import CliRunner, Result
+from films import counting
+from PIL import Image
+
+from mlx_onevision import api
+from mlx_onevision.api import Model, load
+from mlx_onevision.cli.main import cli
+from mlx_onevision.engine.generation import Generation, Usage
+from mlx_onevision.errors import MediaError
+
+COMMAND = (sys.executable, "-m", "mlx_onevision")
+USAGE = Usage(
+    prompt_tokens=40,
+    cached_tokens=8,
+    media_tokens=30,
+    encoded_media=1,
+    completion_tokens=5,
+    prepare_seconds=0.5,
+    import_seconds=1.0,
+    encode_seconds=0.25,
+    prefill_seconds=0.125,
+    decode_seconds=2.0,
+    peak_memory_bytes=3_000_000_000,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Model]:
+    model = load(folder)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "red.png"
+    Image.new("RGB", (90, 60), (200, 30, 30)).save(path)
+    return path
+
+
+def run(
+    *arguments: str | Path, stdin: str | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a person's shell runs it."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, **(environment or {})},
+        timeout=120,
+    )
+
+
+class FakeStream:
+    """A stream of two pieces, between which it raises, if there is something to raise."""
+
+    def __init__(self, text: str, error: BaseException | None) -> None:
+        self.text = text
+        self.error = error
+        self.cancelled = False
+
+    def __iter__(self) -> Iterator[str]:
+        yield self.text[:6]
+        if self.error:
+            raise self.error
+        yield self.text[6:]
+
+    def result(self) -> Generation:
+        return Generation(self.text, (1, 2, 3), "stop", USAGE)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeModel:
+    """A model that keeps what it was asked."""
+
+    name = "fake"
+
+    def __init__(self, text: str = "A red square.", error: BaseException | None = None) -> None:
+        self.answer = FakeStream(text, error)
+        self.loaded: tuple[str, dict[str, Any]] | None = None
+        self.asked: tuple[str, dict[str, Any]] | None = None
+        self.closed = False
+
+    def load(self, model: str, **options: Any) -> "FakeModel":
+        self.loaded = (model, options)
+        return self
+
+    def stream(self, prompt: str, **options: Any) -> FakeStream:
+        self.asked = (prompt, options)
+        return self.answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def fake(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, error: BaseException | None = None
+) -> tuple[Result, FakeModel]:
+    """``generate`` with a fake model behind it."""
+    model = FakeModel(error=error)
+    monkeypatch.setattr(api, "load", model.load)
+    return CliRunner().invoke(cli, ["generate", "--prompt", "What?", *arguments]), model
+
+
+# What it prints.
+
+
+def test_the_answer_is_the_librarys_and_stands_alone_on_stdout(
+    folder: Path, model: Model, picture: Path
+) -> None:
+    expected = model.generate("What is it?", images=[picture], max_tokens=12)
+    common = ("generate", "--model", folder, "--image", picture, "--max-tokens", "12")
+    plain = run(*common, "--prompt", "What is it?")
+    assert (plain.returncode, plain.stdout, plain.stderr) == (0, expected.text + "\n", "")
+    streamed = run(*common, "--prompt", "-", "--stream", stdin="What is it?\n")
+    assert (streamed.returncode, streamed.stdout, streamed.stderr) == (0, plain.stdout, "")
+
+
+def test_json_is_one_object_of_the_librarys_numbers(
+    folder: Path, model: Model, picture: Path
+) -> None:
+    expected = model.generate("What is it?", images=[picture], max_tokens=12)
+    done = run(
+        *("generate", "--model", folder, "--image", picture, "--max-tokens", "12", "--json"),
+        *("--prompt", "What is it?"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"text", "tokens", "finish_reason", "usage", "notes", "model"}
+    assert answer["text"] == expected.text
+    assert answer["tokens"] == list(expected.tokens)
+    assert answer["finish_reason"] == expected.finish_reason
+    assert answer["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+    assert answer["usage"]["media_tokens"] == expected.usage.media_tokens > 0
+    assert answer["model"] == str(folder)
+
+
+def test_a_seed_repeats_a_sampled_answer(folder: Path) -> None:
+    common = ("generate", "--model", folder, "--prompt", "Describe", "--temperature", "1.5")
+    first, second, other = (
+        run(*common, "--seed", seed, "--max-tokens", "24", "--json") for seed in "772"
+    )
+    tokens = [json.loads(done.stdout)["tokens"] for done in (first, second, other)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, model = fake(
+        monkeypatch,
+        *("--model", "7b", "--revision", "v1", "--dtype", "float16", "--quantize", "8"),
+        *("--image", "a.png", "--system", "Be brief.", "--max-tokens", "9"),
+        *("--video", "b.mp4", "--video", "c.gif", "--frames", "8", "--fps", "2"),
+        *("--start", "1", "--end", "2.5", "--tiling", "never"),
+        *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
+        *("--repetition-penalty", "1.1", "--seed", "3", "--stop", "x", "--stop", "y"),
+        *("--json-schema", '{"const": 1}', "--logprobs", "2", "--json"),
+    )
+    assert result.exit_code == 0
+    loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
+    assert model.loaded == ("7b", loading)
+    assert model.asked == (
+        "What?",
+        {
+            "images": ("a.png",),
+            "videos": ("b.mp4", "c.gif"),
+            "num_frames": 8,
+            "fps": 2.0,
+            "start": 1.0,
+            "end": 2.5,
+            "tiling": "never",
+            "system": "Be brief.",
+            "max_tokens": 9,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 40,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "seed": 3,
+            "stop": ("x", "y"),
+            "json_schema": '{"const": 1}',
+            "logprobs": 2,
+        },
+    )
+    assert model.closed
+
+
+def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, model = fake(monkeypatch)
+    assert model.loaded == ("demo", {"revision": None, "dtype": None, "quantize": None})
+    assert model.asked is not None
+    options = model.asked[1]
+    assert options.pop("max_tokens") == 256
+    assert options.pop("tiling") == "auto"
+    assert not any(options.values())
+
+
+def test_a_schema_in_a_file_and_likelihoods(folder: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["rot", "grün"]}', encoding="utf-8")
+    arguments = ("generate", "--model", folder, "--prompt", "x", "--json-schema")
+    done = run(*arguments, schema, "--json", "--logprobs", "1")
+    found = json.loads(done.stdout)
+    assert json.loads(found["text"]) in ("rot", "grün") and found["finish_reason"] == "stop"
+    told = found["logprobs"]
+    assert bytes(byte for token in told for byte in token["bytes"]).decode() == found["text"]
+    assert all(len(token["top"]) == 1 and token["logprob"] <= 0 for token in told)
+    missing = CliRunner().invoke(cli, [*map(str, arguments), "none.json"])
+    assert missing.exit_code == 1 and missing.stderr == (
+        "error: none.json: No such file or directory\n"
+    )
+
+
+def test_only_the_default_model_is_announced_and_only_on_stderr(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    silent, _ = fake(monkeypatch, "--model", "demo")
+    assert (silent.stdout, silent.stderr) == ("A red square.\n", "")
+    default, _ = fake(monkeypatch)
+    assert default.stdout == "A red square.\n"
+    assert "demo model" in default.stderr and len(default.stderr.splitlines()) == 1
+
+
+def test_verbose_says_what_it_took_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = fake(monkeypatch, "--model", "demo", "--verbose")
+    assert result.stdout == "A red square.\n"
+    assert result.stderr.splitlines() == [
+        "prompt   40 tokens (30 of images and videos, 8 cached)",
+        "prepare  0.500 s",
+        "import   1.000 s",
+        "encode   0.250 s",
+        "prefill  0.125 s, 256.0 tok/s",
+        "answer   5 tokens in 2.000 s, 2.0 tok/s",
+        "memory   3.000 GB at the peak",
+    ]
+
+
+def test_an_answer_that_the_locale_cannot_print_is_escaped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = FakeModel(text="Schön 🙂!")
+    monkeypatch.setattr(api, "load", model.load)
+    for option in ("--stream", "--no-stream"):
+        result = CliRunner(charset="latin-1").invoke(
+            cli, ["generate", "--model", "demo", "--prompt", "x", option]
+        )
+        assert (result.exit_code, result.stdout) == (0, "Schön \\U0001f642!\n")
+
+
+# How it ends.
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MediaError("cannot read 'a.png'.\nIt is\n empty."), "cannot read 'a.png'. It is empty"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "x: No such file or directory"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (
+            MemoryError(),
+            "out of memory; a smaller image, fewer --max-tokens or a smaller model needs less",
+        ),
+        (
+            ValueError("odd"),
+            "a defect (ValueError: odd); please report it with what the same command prints"
+            " with --debug",
+        ),
+        (
+            KeyError(),
+            "a defect (KeyError); please report it with what the same command prints with --debug",
+        ),
+    ],
+)
+def test_an_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    result, model = fake(monkeypatch, "--model", "demo", error=error)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {message}\n")
+    assert model.answer.cancelled and model.closed
+
+
+def test_debug_shows_the_traceback_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = fake(monkeypatch, "--model", "demo", "--debug", error=ValueError("odd"))
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 1
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("error: a defect (ValueError: odd)")
+
+
+def test_an_interrupt_cancels_and_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, model = fake(monkeypatch, "--model", "demo", "--stream", error=KeyboardInterrupt())
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "A red ", "\n")
+    assert model.answer.cancelled and model.closed
+
+
+def endless(folder: Path) -> subprocess.Popen[bytes]:
+    """A stream that goes on for as long as anybody listens."""
+    options = ("--prompt", "Go on", "--max-tokens", "30000", "--stream", "--temperature", "3")
+    return subprocess.Popen(
+        [*COMMAND, "generate", "--model", str(folder), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_ctrl_c_ends_a_stream_at_once(folder: Path) -> None:
+    process = endless(folder)
+    assert process.stdout is not None and process.stdout.read(1)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == b""
+    assert time.monotonic() - started < 5
+
+
+def test_a_reader_that_leaves_ends_the_stream_silently(folder: Path) -> None:
+    process = endless(folder)
+    assert process.stdout is not None and process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert err == b""
+    process.stderr.close()
+
+
+def test_wrong_usage_is_2() -> None:
+    for arguments in (
+        ["generate"],
+        ["generate", "--prompt", "x", "--max-tokens", "many"],
+        ["generate", "--prompt", "x", "--dtype", "int8"],
+        ["generate", "--prompt", "x", "--json", "--stream"],
+        ["generate", "--prompt", "x", "--logprobs", "2"],
+        ["generate", "--prompt", "x", "--nonsense"],
+        ["paint"],
+    ):
+        result = CliRunner().invoke(cli, arguments)
+        assert (result.exit_code, result.stdout) == (2, ""), arguments
+        assert "Usage: " in result.stderr and "Traceback" not in result.stderr
+
+
+# Bad input, as a person meets it.
+
+
+def one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 1, nothing on stdout, one line that names what is wrong."""
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert "Traceback" not in lines[0] and "defect" not in lines[0]
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("case", ["missing", "not an image", "truncated", "empty", "a folder"])
+def test_a_bad_image_is_one_sentence(
+    folder: Path, picture: Path, tmp_path: Path, case: str
+) -> None:
+    path = tmp_path / "bad.png"
+    if case == "not an image":
+        path.write_text("dear diary")
+    elif case == "truncated":
+        noise = Image.effect_noise((64, 64), 90)
+        noise.save(path)
+        path.write_bytes(path.read_bytes()[:-900])
+    elif case == "empty":
+        path.touch()
+    elif case == "a folder":
+        path.mkdir()
+    one_sentence(
+        run("generate", "--model", folder, "--prompt", "What?", "--image", path), "bad.png"
+    )
+
+
+@pytest.mark.parametrize("case", ["missing", "not a video", "broken off", "a folder", "a number"])
+def test_a_bad_video_is_one_sentence(folder: Path, tmp_path: Path, case: str) -> None:
+    path = tmp_path / "bad.mp4"
+    more: tuple[str, ...] = ()
+    if case == "not a video":
+        path.write_text("dear diary")
+    elif case == "broken off":
+        path.write_bytes(counting(9)[:-99])
+    elif case == "a folder":
+        path.mkdir()
+    elif case == "a number":
+        path.write_bytes(counting(9))
+        more = ("--frames", "2000000")
+    done = run("generate", "--model", folder, "--prompt", "What?", "--video", path, *more)
+    if case == "a number":  # nine frames are there, and nine are used
+        assert done.returncode == 0 and "9 frames" in done.stderr
+    else:
+        one_sentence(done, "bad.mp4")
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_one_sentence(folder: Path, picture: Path, prompt: str) -> None:
+    common = ("generate", "--model", folder, "--image", picture, "--prompt")
+    one_sentence(run(*common, prompt), "prompt")
+    one_sentence(run(*common, "-", stdin=prompt), "prompt")
+
+
+def test_a_prompt_that_is_not_utf8_is_one_sentence(folder: Path) -> None:
+    argument = os.fsdecode(b"caf\xe9")
+    one_sentence(run("generate", "--model", folder, "--prompt", argument), "UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--max-tokens", "0"), ("--temperature", "-1"), ("--top-p", "2"), ("--top-k", "-3")],
+)
+def test_a_number_out_of_range_is_one_sentence(folder: Path, option: str, value: str) -> None:
+    name = option.removeprefix("--").replace("-", "_")
+    one_sentence(run("generate", "--model", folder, "--prompt", "x", option, value), name)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "nonsense", ""])
+def test_an_unknown_model_is_one_sentence(name: str) -> None:
+    one_sentence(run("generate", "--model", name, "--prompt", "x"), f"'{name}'")
+
+
+def test_a_size_without_a_network_is_one_sentence(tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    for name in ("0.5b", "llava-hf/llava-onevision-qwen2-7b-ov-hf"):
+        done = run("generate", "--model", name, "--prompt", "x", environment=nowhere)
+        one_sentence(done, "llava-hf/llava-onevision-qwen2-", "network")
+    done = run(
+        *("generate", "--model", "72b", "--prompt", "x"),
+        environment={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    one_sentence(done, "HF_HUB_OFFLINE")
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    def ask(folder: Path) -> subprocess.CompletedProcess[str]:
+        return run("generate", "--model", folder, "--prompt", "x")
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    one_sentence(ask(empty), "config.json")
+
+    bare = write(tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    one_sentence(ask(bare), "safetensors")
+
+    sharded = write(tmp_path / "sharded", shards=3)
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    one_sentence(ask(sharded), "model-00002-of-00003.safetensors")
+
+    other = write(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (other / "config.json").write_text(json.dumps(config))
+    one_sentence(ask(other), "mlp")
+
+    wordless = write(tmp_path / "wordless")
+    (wordless / "tokenizer.json").unlink()
+    one_sentence(ask(wordless), "tokenizer.json")
+
+
+# How light it is.
+
+
+def test_help_is_quick_and_imports_little() -> None:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = run("--help")
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0 and "generate" in done.stdout
+    assert min(seconds) < 0.5
+    heavy = ("mlx", "mlx_lm", "transformers", "torch", "av", "PIL", "numpy", "huggingface_hub")
+    program = (
+        "import sys, mlx_onevision.cli.main\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_the_version_is_the_packages() -> None:
+    from importlib.metadata import version
+
+    result = CliRunner().invoke(cli, ["--version"], prog_name="mlx-onevision")
+    assert result.stdout == f"mlx-onevision {version('mlx-onevision')}\n"

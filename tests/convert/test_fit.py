@@ -1,0 +1,189 @@
+"""Which recipe fits which Mac, for the published sizes; and what a stated prompt takes."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import Sizes, write
+from packing import quantize
+
+from mlx_onevision.checkpoint.load import open_checkpoint
+from mlx_onevision.checkpoint.plan import make_plan
+from mlx_onevision.checkpoint.tensors import Tensor
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.convert.fit import Fit, best, candidates, choose, usable_bytes
+from mlx_onevision.convert.footprint import ANSWER_TOKENS, footprint, image_tokens
+from mlx_onevision.errors import RequestError
+
+# Width, MLP, layers, heads, heads of keys, vocabulary, tied; as in the published files.
+PUBLISHED = {
+    "0.5b": (896, 4864, 24, 14, 2, 152000, True),
+    "7b": (3584, 18944, 28, 28, 4, 152128, False),
+    "72b": (8192, 29568, 80, 64, 8, 152128, False),
+}
+
+
+def published(size: str) -> tuple[OneVisionConfig, dict[str, Tensor]]:
+    """A published model's configuration and the shapes of its tensors; weights, nobody needs."""
+    width, inner, layers, heads, kv_heads, vocab, tied = PUBLISHED[size]
+    config = OneVisionConfig.from_dict(
+        {
+            "model_type": "llava_onevision",
+            "tie_word_embeddings": tied,
+            "text_config": {
+                "model_type": "qwen2",
+                "hidden_size": width,
+                "intermediate_size": inner,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads,
+                "vocab_size": vocab,
+                "max_position_embeddings": 32768,
+            },
+        }
+    )
+    keys = width // heads * kv_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "image_newline": (width,),
+        "language_model.embed_tokens.weight": (vocab, width),
+        "language_model.norm.weight": (width,),
+        "multi_modal_projector.linear_1.weight": (width, 1152),
+        "multi_modal_projector.linear_1.bias": (width,),
+        "multi_modal_projector.linear_2.weight": (width, width),
+        "multi_modal_projector.linear_2.bias": (width,),
+        "vision_tower.embeddings.patch_embedding.weight": (1152, 14, 14, 3),
+        "vision_tower.embeddings.patch_embedding.bias": (1152,),
+        "vision_tower.embeddings.position_embedding.weight": (729, 1152),
+    }
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, width)
+    for n in range(layers):
+        layer = f"language_model.layers.{n}"
+        for name, rows in (("q", width), ("k", keys), ("v", keys)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, width)
+            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (width, width)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (inner, width)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (inner, width)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (width, inner)
+        shapes[f"{layer}.input_layernorm.weight"] = (width,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
+    for n in range(config.vision_config.num_hidden_layers):
+        layer = f"vision_tower.encoder.layers.{n}"
+        matrices = {f"self_attn.{name}": (1152, 1152) for name in ("q_proj", "k_proj", "v_proj")}
+        matrices |= {"self_attn.out_proj": (1152, 1152), "mlp.fc1": (4304, 1152)}
+        for name, shape in (matrices | {"mlp.fc2": (1152, 4304)}).items():
+            shapes[f"{layer}.{name}.weight"] = shape
+            shapes[f"{layer}.{name}.bias"] = shape[:1]
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (1152,)
+    tensors = {}
+    for name, shape in shapes.items():
+        length = 2
+        for edge in shape:
+            length *= edge
+        tensors[name] = Tensor(name, name, Path("none.safetensors"), "BF16", shape, 0, length)
+    return config, tensors
+
+
+def chosen(size: str, gigabytes: int, context: int | None = None) -> Fit:
+    config, tensors = published(size)
+    return best(config, tensors, {}, gigabytes << 30, context)
+
+
+@pytest.mark.parametrize(
+    ("size", "gigabytes", "name"),
+    [
+        ("0.5b", 8, None),
+        ("0.5b", 128, None),
+        ("7b", 8, "4-bit"),
+        ("7b", 16, "8-bit"),
+        ("7b", 32, None),
+        ("7b", 128, None),
+        ("72b", 64, "mixed_4_6"),
+        ("72b", 128, "8-bit"),
+    ],
+)
+def test_the_best_that_fits_a_mac(size: str, gigabytes: int, name: str | None) -> None:
+    found = chosen(size, gigabytes)
+    assert (found.recipe.name if found.recipe else None) == name
+    usable = usable_bytes(gigabytes << 30)
+    assert found.footprint.total <= usable < gigabytes << 30
+    config, tensors = published(size)
+    for better in candidates()[: candidates().index(found.recipe)]:
+        plan = make_plan(config, tensors, {}, recipe=better)
+        assert footprint(config, plan.nbytes, working_set=usable).total > usable
+    assert f"A Mac of {gigabytes} GB has" in found.why and "7,451 tokens" in found.why
+    assert ("too large" in found.why) == (name is not None)
+
+
+@pytest.mark.parametrize(("size", "gigabytes"), [("72b", 8), ("72b", 16), ("72b", 32), ("7b", 4)])
+def test_nothing_fits(size: str, gigabytes: int) -> None:
+    with pytest.raises(RequestError, match=r"nothing fits: a Mac of .* take a smaller model"):
+        chosen(size, gigabytes)
+
+
+def test_more_memory_and_shorter_prompts_never_cost_quality() -> None:
+    order = candidates()
+    ranks = [order.index(chosen("7b", n).recipe) for n in (8, 9, 10, 11, 12, 14, 16, 20, 24, 32)]
+    assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) > 4
+    ranks = [order.index(chosen("7b", 12, n).recipe) for n in (32000, 16000, 8000, 1000)]
+    assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) > 1
+
+
+def test_what_a_gpu_may_use() -> None:
+    """As printed by Metal on such machines, in MiB."""
+    for gigabytes, mebibytes in ((16, 10922.67), (32, 21845.34), (64, 49152), (96, 73728)):
+        assert usable_bytes(gigabytes << 30) / 2**20 == pytest.approx(mebibytes, abs=0.1)
+
+
+def test_the_stated_prompt() -> None:
+    """One image of 3 x 3 tiles: 81 rows of 81 and a newline, and the base tile."""
+    config, _ = published("7b")
+    assert image_tokens(config) == 729 + 81 * 82 == 7371
+    room = footprint(config, 15 * 10**9)
+    assert room.tokens == 7371 + 80 + ANSWER_TOKENS
+    # 28 layers, 4 heads of 128, keys and values, 2 bytes: 57,344 bytes each of 31 x 256 positions.
+    assert room.cache == 57_344 * 31 * 256
+    assert room.scratch == 192 << 20
+    for tokens, positions in ((512, 512), (513, 768)):
+        assert footprint(config, 10**9, tokens=tokens).cache == 57_344 * positions
+
+
+def test_published_sizes() -> None:
+    """The published 0.5B file holds 1.79 GB, the 7B 16 GB and the 72B 146 GB; each candidate is
+    smaller than the one before it.
+    """
+    for size, gigabytes in (("0.5b", 1.79), ("7b", 16.06), ("72b", 146.3)):
+        config, tensors = published(size)
+        sizes = [make_plan(config, tensors, {}, recipe=recipe).nbytes for recipe in candidates()]
+        assert sizes[0] / 1e9 == pytest.approx(gigabytes, rel=4e-3)
+        assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+
+
+def test_of_a_folder(tmp_path: Path) -> None:
+    """From "as it is" down to what does not fit at all."""
+    sizes = Sizes(hidden=256, intermediate=512, layers=4)
+    folder = write(tmp_path / "model", sizes=sizes, dtype="bfloat16")
+    opened = open_checkpoint(folder)
+    for recipe in candidates():
+        plan = make_plan(opened.config, opened.tensors, {}, recipe=recipe)
+        room = footprint(opened.config, plan.nbytes, tokens=100 + ANSWER_TOKENS).total
+        found = choose(folder, -(-room * 3 // 2), context=100)
+        assert found.recipe == recipe and found.why.endswith("fits")
+    with pytest.raises(RequestError, match=r"nothing fits: a Mac of 0\.25 GB has"):
+        choose(folder, 2**28)
+    with pytest.raises(RequestError, match="shorter --context"):
+        choose(folder, 10**9, context=5 * 10**6)
+
+
+def test_twice_the_room_in_single_precision(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    single, half = (choose(folder, 10**9, dtype=name).footprint for name in ("float32", "float16"))
+    assert (single.cache, single.features) == (2 * half.cache, 2 * half.features)
+
+
+def test_of_a_packed_model(tmp_path: Path) -> None:
+    packed = quantize(write(tmp_path / "a", "mlx-vlm"), tmp_path / "b")
+    assert choose(packed, 10**9).recipe is None
+    with pytest.raises(RequestError, match="nothing fits"):
+        choose(packed, 2**28)

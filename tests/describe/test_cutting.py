@@ -1,0 +1,97 @@
+"""The exact frames at which scenes begin, from small pictures of every frame."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from mlx_onevision.describe.cutting import cuts
+from mlx_onevision.errors import RequestError
+
+Picture = NDArray[np.uint8]
+COLOURS = ((200, 40, 40), (50, 160, 60), (40, 60, 190), (220, 200, 40), (4, 4, 4))
+
+
+def plain(scene: int, seed: int) -> Picture:
+    grain = np.random.default_rng(seed).integers(-12, 13, (18, 32, 3))
+    return np.clip(np.array(COLOURS[scene % len(COLOURS)]) + grain, 0, 255).astype(np.uint8)
+
+
+def film(times: list[float], begins: list[float]) -> Iterator[tuple[float, Picture]]:
+    """A frame at each time; a scene begins at each of ``begins`` after the first."""
+    for number, time in enumerate(times):
+        yield time, plain(sum(time >= begin for begin in begins), number)
+
+
+@settings(max_examples=12)
+@given(st.integers(9, 61), st.lists(st.integers(30, 90), min_size=1, max_size=3), st.floats(0, 5))
+def test_a_cut_is_its_very_frame_at_any_rate(rate: int, lengths: list[int], start: float) -> None:
+    frames, begins = 0, []
+    for length in lengths:
+        frames += max(length, 2 * rate)
+        begins.append(start + frames / rate)
+    total = frames + 2 * rate
+    times = [start + number / rate for number in range(total)]
+    begins = [times[round((begin - start) * rate)] for begin in begins]
+    assert list(cuts(film(times, begins), start, start + total / rate)) == begins
+
+
+def test_pictures_that_stay_are_scenes() -> None:
+    """A slide show: a frame every ten seconds, and one that stays for an hour."""
+    times = [0.0, 10.1, 20.3, 3620.7]
+    assert list(cuts(film(times, times[1:]), 0.0, 3630.0)) == times[1:]
+
+
+def test_a_picture_that_stays_for_years_takes_no_time() -> None:
+    times = [0.0, 1e9]
+    assert list(cuts(film(times, times[1:]), 0.0, 1e9 + 5)) == times[1:]
+
+
+def test_only_the_last_seconds_are_kept() -> None:
+    alive = 0
+
+    class Counted(np.ndarray):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    most = 0
+
+    def long() -> Iterator[tuple[float, Picture]]:
+        nonlocal alive, most
+        for number in range(800):
+            alive += 1
+            most = max(most, alive)
+            yield number / 25, plain(number // 200, number).view(Counted)
+
+    assert list(cuts(long(), 0.0, 32.0)) == [8.0, 16.0, 24.0]
+    assert most < 5 * 25
+
+
+def test_how_far_it_is() -> None:
+    seen: list[float] = []
+    list(cuts(film([n / 10 for n in range(30)], []), 0.0, 3.0, seen=seen.append))
+    assert seen == [n / 4 for n in range(12)]
+
+
+def test_nothing_is_cut_of_no_film() -> None:
+    assert list(cuts([], 0.0, 5.0)) == []
+    assert list(cuts(film([0.0], []), 0.0, 5.0)) == []
+
+
+def test_other_finders() -> None:
+    with pytest.raises(RequestError, match="must be histogram or pyscenedetect"):
+        list(cuts([], 0, 1, "eyes"))  # type: ignore
+    program = (
+        "import sys; sys.modules['scenedetect'] = None\n"
+        "from mlx_onevision.describe.cutting import cuts\n"
+        "try: list(cuts([], 0, 1, 'pyscenedetect'))\n"
+        "except Exception as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("PySceneDetect is not installed; pip install")

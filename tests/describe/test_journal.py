@@ -1,0 +1,162 @@
+"""What is done of a description, in a file: torn, foreign, locked, started over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from films import written
+
+from mlx_onevision.describe.formats import Segment, VideoDescription
+from mlx_onevision.describe.journal import SAMPLE, SAMPLES, Sidecar, fingerprint, save
+from mlx_onevision.errors import RequestError
+
+ABOUT: dict[str, Any] = {"video": "v", "model": ["m", "r"], "settings": {"num_frames": 8}}
+ONE = Segment(0.0, 2.5, "A dog — runs\u2028on.", (0.0, 1.25))
+TWO = Segment(2.5, 4.0, "")
+WHOLE = VideoDescription("a.mp4", 4.0, "m", (ONE, TWO), "A dog.", (), ("dark",))
+
+
+def filled(path: Path) -> bytes:
+    with Sidecar(path, ABOUT) as sidecar:
+        sidecar.add_spans([(0.0, 2.5), (2.5, 4.0)])
+        sidecar.add_segment(0, ONE, [])
+        sidecar.add_segment(1, TWO, ["dark"])
+        sidecar.add_answer("What?", "A dog.")
+        sidecar.finish(WHOLE)
+    return path.read_bytes()
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    filled(tmp_path / "a.jsonl")
+    with Sidecar(tmp_path / "a.jsonl", ABOUT) as sidecar:
+        assert sidecar.spans == [(0.0, 2.5), (2.5, 4.0)]
+        assert sidecar.segments == {0: (ONE, []), 1: (TWO, ["dark"])}
+        assert sidecar.answers == {"What?": "A dog."}
+        assert sidecar.description == WHOLE
+
+
+def test_each_line_is_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Sidecar(path, ABOUT) as sidecar:
+        sidecar.add_spans([(0.0, 2.5)])
+        sidecar.add_segment(0, ONE, [])
+        assert [json.loads(line)["type"] for line in path.read_text().split("\n")[:-1]] == [
+            "describes", "scenes", "segment",
+        ]  # fmt: skip
+
+
+def test_a_file_cut_short_anywhere_goes_on_from_its_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    data = filled(path)
+    ends = [place for place, byte in enumerate(data) if byte == ord("\n")]
+    for size in sorted({*range(0, len(data), 41), *ends, *(end + 1 for end in ends[:-1])}):
+        path.write_bytes(data[:size])
+        whole = data[:size].count(b"\n")
+        with Sidecar(path, ABOUT) as sidecar:
+            assert (sidecar.spans is not None) == (whole >= 2)
+            assert len(sidecar.segments) == min(max(whole - 2, 0), 2)
+            assert len(sidecar.answers) == (whole >= 5)
+            assert sidecar.description is None
+            sidecar.add_spans([(0.0, 1.0)])
+        lines = path.read_bytes().split(b"\n")
+        assert lines[-1] == b"" and len(lines) == max(whole, 1) + 2
+        for line in lines[:-1]:
+            json.loads(line)
+
+
+def test_nothing_that_is_spoilt_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = filled(path).splitlines(keepends=True)
+    for bad in (b"nonsense\n", b"[]\n", b'{"type": "segment", "index": 0}\n', b"\xff\n", b"\n"):
+        path.write_bytes(b"".join([*lines[:3], bad, *lines[3:]]))
+        with Sidecar(path, ABOUT) as sidecar:
+            assert sidecar.segments == {0: (ONE, [])} and sidecar.description is None
+        assert path.read_bytes() == b"".join(lines[:3])
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"video": "w"}, "another video"),
+        ({"model": ["m", "s"]}, "another model"),
+        ({"settings": {"num_frames": 9}}, "other settings"),
+    ],
+)
+def test_another_ones_is_not_used(change: dict[str, Any], part: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    data = filled(path)
+    with pytest.raises(RequestError, match=part) as error:
+        Sidecar(path, ABOUT | change)
+    assert "force" in str(error.value) and path.read_bytes() == data
+    with Sidecar(path, ABOUT | change, force=True) as sidecar:
+        assert sidecar.spans is None and not sidecar.segments
+        sidecar.add_spans([(0.0, 1.0)])
+    with Sidecar(path, ABOUT | change) as sidecar:
+        assert sidecar.spans == [(0.0, 1.0)]
+
+
+@pytest.mark.parametrize("data", [b"\x00\x00\x00 ftypisom", b"notes\n", b'{"a": 1}\n', b"{"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_of_another_kind_is_never_touched(data: bytes, force: bool, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.mp4", data)
+    if data == b"{":  # the torn beginning of one of ours
+        with Sidecar(path, ABOUT, force) as sidecar:
+            sidecar.add_spans([])
+        return
+    with pytest.raises(RequestError, match="no record"):
+        Sidecar(path, ABOUT, force)
+    assert path.read_bytes() == data
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Sidecar(path, ABOUT) as sidecar:
+        sidecar.add_spans([(0.0, 1.0)])
+        with pytest.raises(RequestError, match="another run"):
+            Sidecar(path, ABOUT, force=True)
+    with Sidecar(path, ABOUT) as sidecar:
+        assert sidecar.spans == [(0.0, 1.0)]
+
+
+def test_one_with_nothing_in_it_does_not_stay(tmp_path: Path) -> None:
+    with Sidecar(tmp_path / "a.jsonl", ABOUT):
+        pass
+    with Sidecar(None, ABOUT) as sidecar:
+        sidecar.add_segment(0, ONE, [])
+        assert sidecar.segments
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none" / "a.jsonl"):
+        with pytest.raises(RequestError, match=r"cannot be written: .*; give another file"):
+            Sidecar(path, ABOUT)
+
+
+def test_a_fingerprint_is_the_contents(tmp_path: Path) -> None:
+    def mark(data: bytes | bytearray, name: str = "a") -> str:
+        with written(tmp_path / name, bytes(data)).open("rb") as file:
+            return fingerprint(file)
+
+    large = bytearray(SAMPLE * SAMPLES)
+    first = mark(large)
+    assert mark(large, "b") == first
+    for place in (0, len(large) // 2, len(large) - 1):
+        changed = large.copy()
+        changed[place] ^= 1
+        assert mark(changed) != first
+    assert mark(large + b"\0") != first
+    assert len({mark(b""), mark(b"\0"), mark(b"\0\0")}) == 3
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.srt"
+    save(path, "one\r\n")
+    assert path.read_bytes() == b"one\r\n"
+    with pytest.raises(UnicodeEncodeError):
+        save(path, "two\ud800")
+    assert path.read_bytes() == b"one\r\n"
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / "none" / "a.srt", "")
+    assert list(tmp_path.iterdir()) == [path]

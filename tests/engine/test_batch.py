@@ -1,0 +1,436 @@
+"""Batches: every row is what it would be alone, and what befalls one row befalls no other."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write
+
+from examples.demo_model.cases import make_cases
+from mlx_onevision.api import Model, load
+from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.engine.batch import Batch, serve
+from mlx_onevision.engine.options import Options
+from mlx_onevision.engine.request import Request, Row
+from mlx_onevision.engine.runner import Counters, Runner
+from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
+from mlx_onevision.prompt.processor import Inputs, Processor
+from mlx_onevision.sampling.sampler import Sampling
+
+LONG = "one two three four five six seven eight nine ten " * 30  # prompts of several chunks
+TOKENS = 16
+
+
+def picture(seed: int, height: int = 150, width: int = 200) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def turn(text: str, *media: Any) -> dict[str, Any]:
+    """One message about pictures, and arrays of four axes, which are videos."""
+    kinds = ["video" if getattr(medium, "ndim", 3) == 4 else "image" for medium in media]
+    blocks = [{"type": kind, kind: medium} for kind, medium in zip(kinds, media, strict=True)]
+    return {"role": "user", "content": [*blocks, {"type": "text", "text": text}]}
+
+
+ROWS: list[list[dict[str, Any]]] = [
+    [turn("hello")],
+    [turn("what is in this image", picture(0))],
+    [turn("which of the two", picture(1), picture(2, 40, 90))],
+    [turn(LONG)],
+    [
+        turn("what is it", picture(0)),
+        {"role": "assistant", "content": "a red star"},
+        turn("where"),
+    ],
+    [turn(LONG + "and this", picture(3, 300, 500))],
+    [turn("what moves here", np.stack([picture(n, 40, 60) for n in range(5)]))],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Model]:
+    model = load(folder)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> list[tuple[int, ...]]:
+    """The greedy answer to each row, asked by itself."""
+    return [model.generate(messages=row, max_tokens=TOKENS).tokens for row in ROWS]
+
+
+# Through the library.
+
+
+def test_mixed_rows_are_what_they_are_alone(model: Model, alone: list[tuple[int, ...]]) -> None:
+    answers = model.generate(batch=ROWS, max_tokens=TOKENS)
+    assert [answer.tokens for answer in answers] == alone
+    for row, answer in zip(ROWS, answers, strict=True):
+        inputs = model.prepare(row)
+        assert answer.usage.prompt_tokens == len(inputs.input_ids)
+        assert answer.usage.media_tokens == sum(medium.tokens for medium in inputs.media)
+        assert answer.usage.completion_tokens == len(answer.tokens) == TOKENS
+        assert answer.finish_reason == "length" and answer.error is None
+        assert answer.usage.prefill_seconds > 0 and answer.usage.decode_seconds > 0
+
+
+def test_every_row_has_settings_of_its_own(model: Model) -> None:
+    settings: list[Options] = [
+        {"temperature": 2.0, "seed": 1},
+        {"temperature": 2.0, "seed": 2, "top_k": 20, "max_tokens": 5},
+        {"repetition_penalty": 1.5},
+        {"temperature": 2.0, "seed": 1, "top_p": 0.9},
+        {"system": "be brief", "temperature": 1.5, "min_p": 0.01, "seed": 2**64 - 1},
+        {"temperature": 2.0, "seed": 3, "repetition_penalty": 1.2},
+        {"num_frames": 2, "max_tokens": 7},
+    ]
+    answers = model.generate(batch=ROWS, options=settings, max_tokens=TOKENS)
+    for row, own, answer in zip(ROWS, settings, answers, strict=True):
+        merged: Options = {"max_tokens": TOKENS, **own}
+        assert answer.tokens == model.generate(messages=row, **merged).tokens, own
+    assert answers[-1].usage.media_tokens == 2 * 1 + 1
+
+
+def test_the_penalty_sees_the_whole_prompt_of_a_row(model: Model) -> None:
+    """So strong that nothing of the prompt, the placeholder included, can be said again."""
+    answers = model.generate(batch=ROWS, max_tokens=TOKENS, repetition_penalty=1e6)
+    for row, answer in zip(ROWS, answers, strict=True):
+        said = answer.tokens
+        known = set(model.prepare(row).input_ids.tolist())
+        assert known.isdisjoint(said) and len(set(said)) == len(said)
+
+
+def test_a_stop_string_ends_its_row_only(model: Model) -> None:
+    options: Options = {"max_tokens": 60, "temperature": 2.0, "seed": 3}
+    whole = model.generate("hello", **options)
+    stop = whole.text[20:24]
+    first, second = model.generate(batch=["hello"] * 2, options=[{"stop": stop}, {}], **options)
+    assert first.text == whole.text[: whole.text.index(stop)]
+    assert first.finish_reason == "stop" and len(first.tokens) < 60
+    assert second.tokens == whole.tokens
+
+
+def test_the_models_own_end_is_the_last_token(folder: Path, tmp_path: Path) -> None:
+    """A token that some of the greedy answers hold is made the end of text."""
+    import json
+    import shutil
+
+    ended = tmp_path / "ended"
+    shutil.copytree(folder, ended)
+    plain = load(folder)
+    free = [answer.tokens for answer in plain.generate(batch=ROWS[:3], max_tokens=TOKENS)]
+    plain.close()
+    eos = free[1][4]
+    (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos]}))
+    model = load(ended)
+    for answer, tokens in zip(model.generate(batch=ROWS[:3], max_tokens=TOKENS), free, strict=True):
+        if eos in tokens:
+            assert answer.tokens == tokens[: tokens.index(eos) + 1]
+            assert answer.finish_reason == "stop"
+        else:
+            assert answer.tokens == tokens and answer.finish_reason == "length"
+    model.close()
+
+
+def test_a_bad_row_fails_alone(model: Model, alone: list[tuple[int, ...]]) -> None:
+    bad: list[Any] = [
+        [turn("what is it", "no/such/picture.png")],
+        "   ",
+        [{"role": "nobody", "content": "x"}],
+        [turn(LONG * 300)],
+        [{"role": "user", "content": [{"type": "video", "path": __file__}]}],
+    ]
+    batch = [ROWS[0], *bad, ROWS[1], ROWS[2]]
+    settings: list[Options] = [Options() for _ in batch]
+    settings[-1] = {"temperature": -1.0}
+    answers = model.generate(batch=batch, options=settings, max_tokens=TOKENS)
+    assert [answers[n].tokens for n in (0, 6)] == alone[:2]
+    failed = [answer for answer in answers if answer.finish_reason == "error"]
+    named = ["picture.png", "empty", "nobody", "context", "test_batch.py", "temperature"]
+    assert len(failed) == len(named)
+    for answer, part in zip(failed, named, strict=True):
+        assert part in str(answer.error) and answer.tokens == ()
+        assert answer.to_dict()["error"]["message"] == str(answer.error)
+    assert [answer.error.code for answer in failed[:4:3] if answer.error] == [
+        "unsupported_media",
+        "context_overflow",
+    ]
+
+
+def test_a_batch_of_one_or_none(model: Model, alone: list[tuple[int, ...]]) -> None:
+    (only,) = model.generate(batch=[ROWS[1]], max_tokens=TOKENS)
+    assert only.tokens == alone[1]
+    assert model.generate(batch=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"batch": "hello"}, "str"),
+        ({"batch": ROWS[0]}, "one conversation"),
+        ({"batch": ["a", "b"], "options": [{}]}, "2 rows, but 1"),
+        ({"batch": ["a"], "options": {"seed": 1}}, "list"),
+        ({"batch": ["a"], "options": [{"temprature": 1}]}, "'temprature'"),
+        ({"batch": ["a"], "options": [3]}, "row 1"),
+        ({"batch": ["a"], "prompt": "b"}, "not both"),
+        ({"batch": ["a"], "messages": ROWS[0]}, "not both"),
+        ({"prompt": "a", "options": [{}]}, "options"),
+    ],
+)
+def test_what_is_no_batch_is_refused_as_a_whole(
+    model: Model, given: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(RequestError, match=named):
+        model.generate(**given)
+
+
+def test_rows_stream_and_one_is_cancelled(model: Model) -> None:
+    options: Options = {"max_tokens": 400, "temperature": 2.0, "seed": 1}
+    expected = model.generate("hello", **options).tokens
+    streams = model.stream(batch=["hello", ROWS[1], "hello"], **options)
+    next(streams[1])
+    streams[1].cancel()
+    cancelled = streams[1].result()
+    assert cancelled.finish_reason == "cancelled" and 0 < len(cancelled.tokens) < 400
+    assert streams[0].result().tokens == streams[2].result().tokens == expected
+    assert "".join(streams[0]) == ""
+
+
+def test_all_are_cancelled_and_the_next_is_right(
+    model: Model, alone: list[tuple[int, ...]]
+) -> None:
+    streams = model.stream(batch=ROWS, max_tokens=4000, temperature=2.0)
+    next(streams[0])
+    for stream in streams:
+        stream.cancel()
+    assert {stream.result().finish_reason for stream in streams} == {"cancelled"}
+    assert model.generate(messages=ROWS[1], max_tokens=TOKENS).tokens == alone[1]
+
+
+def test_closing_ends_every_row(folder: Path) -> None:
+    model = load(folder)
+    streams = model.stream(batch=ROWS, max_tokens=4000, temperature=2.0)
+    next(streams[0])
+    model.close()
+    assert {stream.outcome().finish_reason for stream in streams} == {"cancelled"}
+
+
+def test_an_interrupt_cancels_every_row(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_onevision.engine.generation import Stream
+
+    streams: list[Stream] = []
+
+    def interrupted(stream: Stream) -> None:
+        streams.append(stream)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stream, "outcome", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(batch=["hello", "hello"], max_tokens=30_000, temperature=2.0)
+    started = time.monotonic()
+    model.generate("hello", max_tokens=1)  # waits for the batch to end
+    assert time.monotonic() - started < 5
+
+
+def test_batches_and_lone_requests_take_turns(model: Model, alone: list[tuple[int, ...]]) -> None:
+    found: dict[str, Any] = {}
+
+    def ask(name: str) -> None:
+        if name == "batch":
+            found[name] = [a.tokens for a in model.generate(batch=ROWS[:3], max_tokens=TOKENS)]
+        else:
+            found[name] = model.generate(messages=ROWS[4], max_tokens=TOKENS).tokens
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("batch", "lone")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"batch": alone[:3], "lone": alone[4]}
+
+
+def test_the_demo_model_answers_drawings_together() -> None:
+    batch: list[list[dict[str, Any]]] = []
+    for case in [*islice(make_cases("pictures", 3), 3), *islice(make_cases("several", 1), 1)]:
+        question = next(q for q in case.questions if not q.history)
+        batch.append([turn(question.text, *case.draw())])
+    batch.append([turn("What is in the image?", "examples/shapes.png")])
+    model = load("demo", dtype="float32")
+    together = model.generate(batch=batch, max_tokens=32)
+    expected = [model.generate(messages=row, max_tokens=32) for row in batch]
+    model.close()
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in expected]
+    assert together[-1].text == "A red circle, a blue star and an orange triangle."
+    assert {answer.finish_reason for answer in together} == {"stop"}
+
+
+# On the inference thread.
+
+
+class Waiting:
+    """A listener that keeps what it is told."""
+
+    def __init__(self, cancel_after: int | None = None) -> None:
+        self.counters = Counters()
+        self.tokens: list[int] = []
+        self.ends: list[BaseException | None] = []
+        self._cancel_after = cancel_after
+
+    def check(self, *_: object) -> None:
+        if self._cancel_after is not None and len(self.tokens) >= self._cancel_after:
+            raise CancelledError("the request was cancelled")
+
+    def put(self, item: int | BaseException | None) -> None:
+        if isinstance(item, int):
+            assert not self.ends
+            self.tokens.append(item)
+        else:
+            self.ends.append(item)
+
+
+@pytest.fixture(scope="module")
+def inputs(folder: Path) -> list[Inputs]:
+    processor = Processor.from_folder(folder, load_checkpoint(folder).config)
+    return [processor.prepare(row) for row in ROWS]
+
+
+@pytest.fixture
+def runner(folder: Path) -> Runner:
+    runner = Runner(load_checkpoint(folder))
+    runner.model.budget = replace(runner.model.budget, chunk=2048)
+    return runner
+
+
+def together(
+    runner: Runner, inputs: Sequence[Inputs], listeners: Sequence[Waiting] | None = None
+) -> list[Waiting]:
+    listeners = listeners or [Waiting() for _ in inputs]
+    requests = [Request(prompt, Sampling(), TOKENS) for prompt in inputs]
+    serve(runner, deque(Row(*pair) for pair in zip(requests, listeners, strict=True)))
+    assert all(len(listener.ends) == 1 for listener in listeners)
+    runner.model.bank.capacity = 0
+    with runner.model.bank.in_use([]):
+        pass
+    assert runner.model.bank.nbytes == 0  # no row holds on to its media
+    return list(listeners)
+
+
+@pytest.mark.parametrize("positions", [0, 700, 1 << 40])
+@pytest.mark.parametrize("chunk", [256, 2048])
+def test_memory_changes_who_waits_and_not_what_is_said(
+    runner: Runner,
+    inputs: list[Inputs],
+    alone: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    positions: int,
+    chunk: int,
+) -> None:
+    runner.batch_positions = positions
+    runner.model.budget = replace(runner.model.budget, chunk=chunk)
+    most = 0
+    step = Batch._step
+
+    def watched(batch: Batch, generator: Any) -> None:
+        nonlocal most
+        active = batch._active.values()
+        assert len(active) == 1 or len(active) * max(r.longest for r in active) <= positions
+        most = max(most, len(active))
+        step(batch, generator)
+
+    monkeypatch.setattr(Batch, "_step", watched)
+    listeners = together(runner, inputs)
+    assert [tuple(listener.tokens) for listener in listeners] == alone
+    assert most == {0: 1, 700: 3, 1 << 40: 7}[positions]
+
+
+def test_a_picture_of_several_rows_is_encoded_once(runner: Runner, inputs: list[Inputs]) -> None:
+    listeners = together(runner, [inputs[1], inputs[4], inputs[2], inputs[1]])
+    assert [listener.counters.encoded_media for listener in listeners] == [1, 0, 2, 0]
+
+
+def test_cancelled_before_within_and_after_the_prompt(
+    runner: Runner, inputs: list[Inputs], alone: list[tuple[int, ...]]
+) -> None:
+    listeners = [Waiting(), Waiting(0), Waiting(3), Waiting(), Waiting(1), Waiting(), Waiting(2)]
+    together(runner, inputs, listeners)
+    assert [listener.ends for listener in listeners] == [[None]] * 7
+    lengths = [TOKENS, 0, 3, TOKENS, 1, TOKENS, 2]
+    for listener, length, expected in zip(listeners, lengths, alone, strict=True):
+        assert tuple(listener.tokens) == expected[:length]
+
+
+def test_a_row_that_cannot_be_encoded_fails_alone(
+    runner: Runner,
+    inputs: list[Inputs],
+    alone: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode = runner.model.encode_tiles
+
+    def failing(tiles: np.ndarray, *rest: Any) -> Any:
+        if len(tiles) == len(inputs[1].media[0].tiles):
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+        return encode(tiles, *rest)
+
+    monkeypatch.setattr(runner.model, "encode_tiles", failing)
+    listeners = together(runner, [inputs[0], inputs[1], inputs[2]])
+    assert [tuple(listeners[n].tokens) for n in (0, 2)] == [alone[0], alone[2]]
+    assert listeners[1].tokens == [] and isinstance(listeners[1].ends[0], RuntimeError)
+
+
+def test_those_that_wait_outlive_a_failure(
+    runner: Runner,
+    inputs: list[Inputs],
+    alone: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two rows at a time; the step in which the first two are decoding fails."""
+    runner.batch_positions = 2 * (len(inputs[1].input_ids) + TOKENS)
+    step, calls = Batch._step, 0
+
+    def failing(batch: Batch, generator: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+        step(batch, generator)
+
+    monkeypatch.setattr(Batch, "_step", failing)
+    listeners = together(runner, [inputs[0], inputs[1], inputs[2], inputs[4]])
+    assert [isinstance(listener.ends[0], RuntimeError) for listener in listeners] == [
+        *(True, True),
+        *(False, False),
+    ]
+    assert [tuple(listener.tokens) for listener in listeners[2:]] == [alone[2], alone[4]]
+
+
+def test_no_memory_is_said_in_our_words(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    monkeypatch.setattr(Batch, "_step", failing)
+    answers = model.generate(batch=["hello", "hello"])
+    assert all(isinstance(answer.error, OutOfMemoryError) for answer in answers)
+
+
+def test_a_defect_is_raised(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(Batch, "_step", failing)
+    with pytest.raises(ValueError, match="odd"):
+        model.generate(batch=["hello", "hello"])

@@ -1,0 +1,103 @@
+"""A prompt that nobody waits for any more is not read to its end, and what was read is right."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import write
+
+from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.engine.batch import serve
+from mlx_onevision.engine.request import Request, Row
+from mlx_onevision.engine.runner import Counters, Runner
+from mlx_onevision.errors import CancelledError
+from mlx_onevision.prompt.processor import Inputs, Processor
+from mlx_onevision.sampling.sampler import Sampling
+
+TEXTS = ("one two three four five six seven eight nine ten " * 12, "ten nine eight seven " * 35)
+TOKENS = 8
+
+
+class Patient:
+    """A listener that is content so many times, and then wants nothing any more."""
+
+    def __init__(self, times: int = 1 << 30) -> None:
+        self.counters = Counters()
+        self.times = times
+        self.asked = 0
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def check(self, *_: object) -> None:
+        self.asked += 1
+        if self.asked > self.times:
+            raise CancelledError("the request was cancelled")
+
+    def put(self, item: int | BaseException | None) -> None:
+        assert not self.ended and not isinstance(item, BaseException)
+        self.ended = item is None
+        if item is not None:
+            self.tokens.append(item)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    runner = Runner(load_checkpoint(write(tmp_path_factory.mktemp("checkpoint"), tied=False)))
+    # Each prompt is one chunk, and every layer of it is evaluated by itself.
+    runner.chunk = 8192
+    runner.model.budget = replace(runner.model.budget, chunk=8192, interval=1)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Inputs]:
+    folder = write(tmp_path_factory.mktemp("processor"), tied=False)
+    processor = Processor.from_folder(Path(folder), load_checkpoint(folder).config)
+    return [processor.prepare([{"role": "user", "content": text}]) for text in TEXTS]
+
+
+def answered(runner: Runner, prompts: Sequence[Inputs], patience: Sequence[int]) -> list[Patient]:
+    listeners = [Patient(times) for times in patience]
+    serve(
+        runner,
+        deque(
+            Row(Request(prompt, Sampling(), TOKENS), listener)
+            for prompt, listener in zip(prompts, listeners, strict=True)
+        ),
+    )
+    assert all(listener.ended for listener in listeners)
+    return listeners
+
+
+def test_alone(runner: Runner, prompts: list[Inputs]) -> None:
+    runner.prefix.clear()
+    (whole,) = answered(runner, prompts[:1], [1 << 30])
+    layers = len(runner.model.layers)
+    assert len(whole.tokens) == TOKENS and layers >= 2
+    looks = whole.asked - TOKENS  # those before the first token
+    assert looks > layers, "it was not asked between layers"
+    for times in range(looks):
+        runner.prefix.clear()
+        (gone,) = answered(runner, prompts[:1], [times])
+        assert gone.tokens == [] and gone.asked == times + 1
+        # What it left in the cache, and what it did not, makes the same answer.
+        (again,) = answered(runner, prompts[:1], [1 << 30])
+        assert again.tokens == whole.tokens
+
+
+def test_together(runner: Runner, prompts: list[Inputs]) -> None:
+    whole = [listener.tokens for listener in answered(runner, prompts, [1 << 30] * 2)]
+    # Both go in the midst of the step that reads their prompts.
+    for times in range(4, 4 + len(runner.model.layers) - 1):
+        runner.prefix.clear()
+        gone, first = answered(runner, prompts, [times, 0])
+        assert gone.tokens == first.tokens == [] and gone.asked == times + 1
+    # One that stays is answered, whenever the other goes.
+    for times in range(8):
+        runner.prefix.clear()
+        gone, kept = answered(runner, prompts, [times, 1 << 30])
+        assert kept.tokens == whole[1] and gone.tokens == whole[0][: len(gone.tokens)]
+    after = answered(runner, prompts, [1 << 30] * 2)
+    assert [listener.tokens for listener in after] == whole

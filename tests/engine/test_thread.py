@@ -1,0 +1,126 @@
+"""One thread builds, runs and drops an object; everybody else waits for answers."""
+
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+
+from mlx_onevision.engine.thread import Worker
+from mlx_onevision.errors import DiedError, OneVisionError
+
+
+class Thing:
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+
+
+def test_everything_happens_on_one_thread() -> None:
+    worker = Worker(Thing)
+    home = worker.call(lambda thing: thing.thread)
+    assert home is not threading.current_thread()
+    seen: list[threading.Thread] = []
+    callers = [
+        threading.Thread(
+            target=lambda: seen.append(worker.call(lambda _: threading.current_thread()))
+        )
+        for _ in range(8)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert seen == [home] * 8
+    worker.close()
+
+
+def test_failures_reach_the_caller_and_the_worker_goes_on() -> None:
+    worker = Worker(Thing)
+    with pytest.raises(ZeroDivisionError):
+        worker.call(lambda _: 1 / 0)
+    assert worker.call(lambda _: 1) == 1
+    worker.close()
+
+
+def test_a_failed_build_is_raised_and_leaves_no_thread() -> None:
+    before = threading.active_count()
+
+    def build() -> None:
+        raise OneVisionError("no such thing")
+
+    with pytest.raises(OneVisionError, match="no such thing"):
+        Worker(build)
+    assert threading.active_count() == before
+
+
+def test_closing_drops_the_object_and_refuses_more() -> None:
+    worker = Worker(Thing)
+    gone = weakref.ref(worker.call(lambda thing: thing))
+    worker.close()
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(OneVisionError, match="closed"):
+        worker.call(lambda _: None)
+    worker.close()
+
+
+class Killed(BaseException):
+    """What no job may raise, and one does."""
+
+
+@pytest.mark.parametrize("killer", [Killed, SystemExit, RuntimeError])
+def test_a_job_that_kills_the_thread_is_told_to_all(
+    killer: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that wait behind it, those that come later, and who is under way; nobody hangs."""
+    worker = Worker(Thing)
+    gone = weakref.ref(worker.call(lambda thing: thing))
+    held = threading.Event()
+    told: list[Exception] = []
+    under_way = worker.submit(lambda _: held.wait(5))
+
+    def kill(_: Thing) -> None:
+        raise killer("at /secret/path")
+
+    worker.post(kill, told.append)
+    behind = [worker.submit(lambda _: 1) for _ in range(3)]
+    assert worker.alive
+    held.set()
+    assert under_way.result(5) is True
+    for future in behind:
+        with pytest.raises(DiedError, match=killer.__name__) as raised:
+            future.result(5)
+        assert "secret" not in str(raised.value) and "; " in str(raised.value)
+    assert not worker.alive and isinstance(told[0], DiedError)
+    for ask in (worker.submit, worker.call, worker.post):
+        with pytest.raises(DiedError):
+            ask(lambda _: None)
+    worker.close()
+    assert not worker._thread.is_alive()
+    gc.collect()
+    assert gone() is None, "its object was kept, by the log or by an error"
+    assert "has died" in caplog.text and killer.__name__ in caplog.text
+
+
+def test_what_is_not_wanted_any_more_is_not_begun() -> None:
+    worker = Worker(Thing)
+    held, ran = threading.Event(), []
+    first = worker.submit(lambda _: held.wait(5))
+    while not first.running():
+        time.sleep(0.001)
+    second = worker.submit(lambda _: ran.append(2))
+    assert second.cancel() and not first.cancel()
+    held.set()
+    worker.call(lambda _: None)
+    assert ran == [] and worker.alive
+    worker.close()
+
+
+def test_a_forgotten_worker_closes_itself() -> None:
+    worker = Worker(Thing)
+    thread = worker.call(lambda thing: thing.thread)
+    del worker
+    gc.collect()
+    thread.join(timeout=5)
+    assert not thread.is_alive()

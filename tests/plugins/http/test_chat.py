@@ -1,0 +1,426 @@
+"""Chat over HTTP, by the real server: what clients send, what they get, and when they leave."""
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import EXAMPLES, FILM, JSON, PICTURE, Client, image, serving, text, video, wait_for
+from telling import WORDS, Telling
+
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.results import ModelInfo
+from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
+from mlx_onevision.plugins.service.service import Limits
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[Client]:
+    with serving(FakeBackend()) as client:
+        yield client
+
+
+def test_an_answer(fake: Client) -> None:
+    reply = fake.chat([text("what is this"), image(), video()])
+    assert reply.status == 200 and reply.headers["content-type"] == "application/json"
+    assert reply.json["object"] == "chat.completion" and reply.json["model"] == "fake"
+    (choice,) = reply.json["choices"]
+    assert choice["message"]["content"] == "what is this [1 image][1 video]"
+    assert choice["finish_reason"] == "stop"
+    usage = reply.json["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens_details"]["media_tokens"] == 2 * 196
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_a_stream(fake: Client, usage: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    reply = fake.chat("one two", stream=True, **options)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *chunks, end = reply.events
+    assert end == "[DONE]" and len({chunk["id"] for chunk in chunks}) == 1
+    if usage:
+        *chunks, last = chunks
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
+        assert all(chunk["usage"] is None for chunk in chunks)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    said = "".join(delta.get("content", "") for delta in deltas)
+    assert said == fake.chat("one two").json["choices"][0]["message"]["content"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[-2:]] == [None, "stop"]
+
+
+def test_settings_arrive(fake: Client) -> None:
+    cut = fake.chat("one two three", max_tokens=2).json["choices"][0]
+    assert (cut["message"]["content"], cut["finish_reason"]) == ("one two ", "length")
+    cut = fake.chat("one two three", max_completion_tokens=1).json["choices"][0]
+    assert cut["finish_reason"] == "length"
+    for stop in ("two", ["x", "two"]):
+        stopped = fake.chat("one two three", stop=stop).json["choices"][0]
+        assert (stopped["message"]["content"], stopped["finish_reason"]) == ("one ", "stop")
+
+
+def test_a_limit_below_what_is_usual_refuses_nobody_who_says_nothing() -> None:
+    limits, settings = Limits(max_tokens=2), ServerSettings(max_tokens=2)
+    with serving(FakeBackend(limits=limits), settings) as client:
+        reply = client.chat("one two three")
+        assert reply.json["choices"][0]["finish_reason"] == "length"
+        responded = client.ask("POST", "/v1/responses", {"input": "one two three"})
+        assert responded.json["usage"]["output_tokens"] == 2
+        film = client.ask("POST", "/v1/video/describe", {"video": FILM})
+        assert film.status == 200
+        assert client.chat(max_tokens=3).status == 400
+
+
+def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
+    reply = fake.chat(
+        model="fake",
+        user="u",
+        n=1,
+        logprobs=False,
+        presence_penalty=0,
+        tools=[],
+        response_format={"type": "text"},
+        metadata={},
+        temperature=1,
+        seed=7,
+        stream=None,
+        stop=None,
+        max_tokens=None,
+        reasoning_effort="low",
+        new=1,
+    )
+    assert reply.status == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"n": 2}, "n must be 1"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": False}, "presence_penalty"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+            "response_format.json_schema.name",
+        ),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**9}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [text("")] * 2 + [{"type": "text"}]}]},
+            "[2].text",
+        ),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
+        ({"messages": [{"role": "system", "content": [image()]}]}, ".content[0].type"),
+        ({"messages": [{"role": "user", "content": [image("")]}]}, "url"),
+        ({"messages": [{"role": "user", "content": ""}]}, "conversation"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_be_done_is_refused(
+    fake: Client, fields: dict[str, Any], named: str, stream: bool
+) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
+    reply = fake.ask("POST", CHAT, body)
+    assert reply.status == 400, reply.body
+    error = reply.json["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and named in error["message"]
+
+
+BOTH = [{"logprobs": True}, {"response_format": {"type": "json_object"}}]
+
+
+@pytest.mark.parametrize("fields", BOTH)
+def test_what_the_backend_does_not_claim(fields: dict[str, Any]) -> None:
+    class Plain(FakeBackend):
+        def info(self) -> ModelInfo:
+            return replace(super().info(), capabilities=("generate", "images", "videos"))
+
+    with serving(Plain()) as client:
+        reply = client.chat(**fields)
+    (name,) = fields
+    assert (reply.status, reply.json["error"]["param"]) == (400, name)
+    assert reply.json["error"]["message"].startswith(f"{name} is not supported")
+
+
+def test_how_likely_the_tokens_were() -> None:
+    with serving(Telling()) as client:
+        whole = client.chat(logprobs=True, top_logprobs=2).json["choices"][0]["logprobs"]
+        *chunks, _ = client.chat(logprobs=True, top_logprobs=2, stream=True).events
+        bare = client.chat(logprobs=True).json["choices"][0]["logprobs"]
+        none = client.chat(logprobs=False, top_logprobs=0).json["choices"][0]["logprobs"]
+    likely = whole["content"][1]
+    assert whole["refusal"] is None and [one["token"] for one in whole["content"]] == list(WORDS)
+    assert (likely["bytes"], likely["logprob"]) == (list("é".encode()), -0.25)
+    assert [one["token"] for one in likely["top_logprobs"]] == ["é0", "é1"]
+    assert set(likely["top_logprobs"][0]) == {"token", "bytes", "logprob"}
+    streamed = [chunk["choices"][0] for chunk in chunks]
+    told = [c["logprobs"]["content"] for c in streamed if c["delta"].get("content")]
+    assert [one for part in told for one in part] == whole["content"]
+    assert all(c["logprobs"] is None for c in streamed if not c["delta"].get("content"))
+    assert [one["top_logprobs"] for one in bare["content"]] == [[]] * 3 and none is None
+
+
+def test_the_form_of_an_answer() -> None:
+    schema = {"type": "object", "properties": {"é": {"minimum": 1.0, "maximum": 2.5}}}
+    named = {"name": "one", "schema": schema, "strict": True}
+    backend = Telling()
+    with serving(backend) as client:
+        for form in (
+            {"type": "json_schema", "json_schema": named},
+            {"type": "json_schema", "json_schema": {"name": "any"}},
+            {"type": "json_object"},
+            {"type": "text"},
+        ):
+            assert client.chat(response_format=form).status == 200
+    asked = [request.json_schema for request in backend.asked]
+    assert [None if text is None else json.loads(text) for text in asked] == [
+        schema,
+        {"type": "object"},
+        {"type": "object"},
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *({"type": kind, "image_url": PICTURE} for kind in ("image_url", "input_image")),
+        *({"type": kind, "image_url": {"url": PICTURE}} for kind in ("image_url", "input_image")),
+        *({"type": "image", "image": place} for place in (PICTURE, {"url": PICTURE})),
+        *({"type": kind, "video_url": FILM} for kind in ("video_url", "input_video")),
+        {"type": "video", "video": FILM},
+    ],
+)
+def test_a_picture_by_any_name(fake: Client, part: dict[str, Any]) -> None:
+    reply = fake.chat([{"type": "input_text", "text": "x"}, part])
+    said = reply.json["choices"][0]["message"]["content"]
+    assert said == ("x [0 images][1 video]" if "video" in part["type"] else "x [1 image][0 videos]")
+
+
+def test_numbers_as_any_language_writes_them(fake: Client) -> None:
+    body = (
+        b'{"messages":[{"role":"user","content":"a b"}],"max_tokens":1.0,"seed":7.0,"top_k":-0.0}'
+    )
+    assert fake.ask("POST", CHAT, body).json["usage"]["completion_tokens"] == 1
+    reply = fake.ask("POST", CHAT, body.replace(b"1.0", b"1.5"))
+    assert (reply.status, reply.json["error"]["param"]) == (400, "max_tokens")
+
+
+def test_by_whatever_name_it_is_served_it_says_what_it_is() -> None:
+    with serving(FakeBackend(), ServerSettings(model="house")) as client:
+        (told,) = client.ask("GET", "/v1/models").json["data"]
+        assert (told["id"], told["root"]) == ("house", "fake")
+        assert client.ask("GET", "/v1/models/house").json == told
+        assert client.ask("GET", "/v1/models/fake").status == 404
+
+
+def test_another_model_is_never_looked_for(fake: Client) -> None:
+    reply = fake.chat(model="org/other")
+    assert reply.status == 404 and reply.json["error"]["code"] == "model_not_found"
+
+
+def test_only_what_was_allowed_is_read(tmp_path: Path) -> None:
+    inside = tmp_path / "in" / "a b.png"
+    outside = tmp_path / "secret.png"
+    inside.parent.mkdir()
+    for file in (inside, outside):
+        file.write_bytes(EXAMPLES.joinpath("shapes.png").read_bytes())
+    inside.with_name("link.png").symlink_to(outside)
+    with serving(FakeBackend(policy=MediaPolicy(folders=[inside.parent]))) as client:
+        for good in (str(inside), inside.as_uri(), PICTURE):
+            assert client.chat([text("x"), image(good)]).status == 200, good
+        texts = set()
+        for bad in (
+            *(str(outside), outside.as_uri(), "/etc/passwd", "/nothing/here.png"),
+            *(f"{inside.parent}/../secret.png", f"{inside.parent}/link.png", "file://host/a.png"),
+            *("http://127.0.0.1:9/a.png", "https://evil.example/a.png", "ftp://a/b", "a.png"),
+            *("gopher://a/", "http:\\\\a", "http://a@127.0.0.1/", "concat:a|b", "data:x,y"),
+            *("http://169.254.169.254/", "http://2130706433/", "http://[::ffff:127.0.0.1]/"),
+        ):
+            for part in (image(bad), video(bad)):
+                reply = client.chat([text("x"), part])
+                assert reply.status == 400, (bad, reply.body)
+                message = reply.json["error"]["message"]
+                assert str(tmp_path) not in message and "passwd" not in message, message
+                assert "/" not in message and len(message) <= 300, message
+                texts.add((bad, message))
+        said = dict(texts)
+        assert said["/etc/passwd"] == said["/nothing/here.png"]  # it does not tell what exists
+
+
+def test_too_many_and_too_large() -> None:
+    with serving(FakeBackend(policy=MediaPolicy(images=2, size=1000))) as client:
+        small = "data:image/png;base64,iVBORw0KGgo="
+        reply = client.chat([image(small)] * 3)
+        assert reply.status == 413 and "3 images" in reply.json["error"]["message"]
+        reply = client.chat([image()])
+        assert reply.status == 413 and reply.json["error"]["code"] == "too_large"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (PluginError("context_overflow", "it is too long"), 400, "context_length_exceeded"),
+        (PluginError("out_of_memory", "there is too little memory"), 503, "out_of_memory"),
+        (RuntimeError("secret at /home/me"), 500, "internal"),
+    ],
+)
+def test_errors_of_the_backend(error: Exception, status: int, code: str, stream: bool) -> None:
+    with serving(FakeBackend(fail_at=0, error=error)) as client:
+        reply = client.chat(stream=stream)
+        assert (reply.status, reply.json["error"]["code"]) == (status, code)
+        assert "secret" not in reply.body.decode()
+
+
+def test_an_error_in_mid_stream_is_told_and_the_next_is_served() -> None:
+    backend = FakeBackend(fail_at=1, error=PluginError("out_of_memory", "no memory at /a/b"))
+    with serving(backend) as client:
+        reply = client.chat("one two three", stream=True)
+        assert reply.status == 200
+        assert reply.events[-1]["error"]["code"] == "out_of_memory"
+        assert "/a/b" not in reply.body.decode()
+        assert client.chat("one", max_tokens=1).status == 200
+
+
+def test_a_silent_stream_is_kept_open() -> None:
+    settings = ServerSettings(silence=0.05)
+    with serving(FakeBackend(pieces=["late"], delay=0.4), settings) as client:
+        reply = client.chat(stream=True)
+        assert reply.body.startswith(b": keep-alive\n\n") and reply.events[-1] == "[DONE]"
+        assert 3 <= reply.body.count(b": keep-alive") <= 10
+
+
+def test_nothing_waits_for_the_client_to_say_that_it_has_the_last(fake: Client) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    connection = http.client.HTTPConnection("127.0.0.1", fake.port, timeout=30)
+    took = []
+    for _ in range(20):
+        began = time.monotonic()
+        connection.request("POST", CHAT, body, JSON)
+        connection.getresponse().read()
+        took.append(time.monotonic() - began)
+    connection.close()
+    # Head and body are written one after the other; held back, the second comes 40 ms later.
+    assert sorted(took)[10] < 0.03
+
+
+def test_surplus_is_turned_away_at_once() -> None:
+    limits = Limits(active=1, waiting=1)
+    with serving(FakeBackend(pieces=["x"] * 60, delay=0.01, limits=limits)) as client:
+        first = client.begin("POST", CHAT, {"messages": [{"role": "user", "content": "a"}]})
+        wait_for(lambda: client.ask("GET", "/health").json["active"] == 1)
+        second = client.begin("POST", CHAT, {"messages": [{"role": "user", "content": "b"}]})
+        wait_for(lambda: client.ask("GET", "/health").json["waiting"] == 1)
+        for stream in (True, False):
+            took = []
+            for _ in range(5):
+                reply = client.chat("c", stream=stream)
+                assert reply.status == 429 and int(reply.headers["retry-after"]) >= 1
+                assert reply.json["error"]["code"] == "rate_limit_exceeded"
+                took.append(reply.seconds)
+            assert sorted(took)[2] < 0.1
+        assert first.getresponse().status == second.getresponse().status == 200
+        first.close()
+        second.close()
+
+
+LONG = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 500}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_is_not_worked_for(stream: bool) -> None:
+    backend = FakeBackend(pieces=["x "] * 500, delay=0.03, limits=Limits(active=1))
+    with serving(backend) as client:
+        for _ in range(5):
+            began = backend.steps
+            connection = client.begin("POST", CHAT, {**LONG, "stream": stream})
+            if stream:
+                connection.getresponse().read(1)
+            wait_for(lambda began=began: backend.steps >= began + 3)
+            connection.sock.close() if connection.sock else connection.close()
+            connection.close()
+            at_end = backend.steps
+            wait_for(lambda: backend.info().active == 0, 2.0)
+            assert backend.steps - at_end <= 2
+        assert client.chat("y", max_tokens=1).status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_before_the_first_token_and_in_line(stream: bool) -> None:
+    backend = FakeBackend(pieces=["x "] * 500, delay=0.5, limits=Limits(active=1))
+    with serving(backend) as client:
+        for _ in range(5):
+            first = client.begin("POST", CHAT, {**LONG, "stream": stream})
+            wait_for(lambda: backend.info().active == 1)
+            queued = client.begin("POST", CHAT, {**LONG, "stream": stream})
+            wait_for(lambda: backend.info().waiting == 1)
+            queued.close()
+            wait_for(lambda: backend.info().waiting == 0, 1.0)
+            first.close()
+            wait_for(lambda: backend.info().active == 0, 1.0)
+        assert backend.steps == 0
+        assert client.chat("y", max_tokens=1).status == 200
+
+
+def test_sixty_four_connections_and_no_answer_crossed() -> None:
+    limits = Limits(active=8, waiting=8)
+    with serving(FakeBackend(delay=0.02, limits=limits)) as client:
+        stop, looks = threading.Event(), []
+
+        def look() -> None:
+            while not stop.is_set():
+                looks.append(client.ask("GET", "/health").seconds)
+                time.sleep(0.01)
+
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        with ThreadPoolExecutor(64) as pool:
+            replies = list(
+                pool.map(lambda n: client.chat(f"nonce{n} a b", stream=n % 2 == 0), range(64))
+            )
+        stop.set()
+        watcher.join()
+    assert {reply.status for reply in replies} <= {200, 429}
+    served = [(n, reply) for n, reply in enumerate(replies) if reply.status == 200]
+    assert len(served) >= 16
+    for number, reply in served:
+        assert f"nonce{number} ".encode() in reply.body
+        assert reply.body.count(b"nonce") == 1
+    assert sorted(looks)[int(len(looks) * 0.9)] < 0.25

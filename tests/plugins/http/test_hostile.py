@@ -1,0 +1,144 @@
+"""Requests that are wrong in any way get an answer that says so, never a fault of the server."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from served import Client, image, serving, text, video
+
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+
+SMALL = "data:image/png;base64,iVBORw0KGgo="
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "model": "fake",
+        "messages": [
+            {"role": "system", "content": "be short"},
+            {
+                "role": "user",
+                "content": [text("what"), image(SMALL)],
+            },
+        ],
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop": ["x"],
+        "seed": 1,
+        "n": 1,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "tools": [],
+        "top_k": 3,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "num_frames": 4,
+        "start": 0.5,
+    },
+    "/v1/responses": {
+        "model": "fake",
+        "instructions": "be short",
+        "input": [
+            {"role": "user", "content": [{"type": "input_image", "image_url": SMALL}]},
+            {"type": "message", "role": "assistant", "content": [text("a")], "id": "msg_1"},
+            {"role": "user", "content": "and now?"},
+        ],
+        "max_output_tokens": 5,
+        "text": {"format": {"type": "text"}},
+        "include": ["reasoning.encrypted_content"],
+        "metadata": {"a": "b"},
+        "store": False,
+        "stream": True,
+    },
+    "/v1/embeddings": {
+        "input": ["a", image(SMALL), text("b")],
+        "encoding_format": "float",
+        "dimensions": 16,
+        "space": "joint",
+        "model": "fake",
+    },
+    "/v1/video/describe": {
+        "video": video("data:video/mp4;base64,AAAAHGZ0eXBpc29t")["video_url"],
+        "segments": 10.0,
+        "num_frames": 2,
+        "max_tokens": 5,
+        "start": 1.0,
+        "end": 20.0,
+    },
+}
+STATED = {200, 400, 404, 413}
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20),
+    st.sampled_from(
+        ["", "\ud800", "\0", "data:,", "/etc/passwd", "file:///", "http://[", "1", "é"]
+    ),
+)
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with serving(FakeBackend()) as found:
+        yield found
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value within."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], junk: Any) -> Any:
+    """A copy with junk at a place."""
+    copy = json.loads(json.dumps(value))
+    if not path:
+        return junk
+    at = copy
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = junk
+    return copy
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_as_they_stand_they_are_served(client: Client, path: str) -> None:
+    assert client.ask("POST", path, REQUESTS[path]).status == 200
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+@pytest.mark.parametrize("path", REQUESTS)
+def test_junk_anywhere(client: Client, path: str, data: st.DataObject) -> None:
+    request = REQUESTS[path]
+    place = data.draw(st.sampled_from(list(places(request))))
+    junk = data.draw(JUNK)
+    reply = client.ask("POST", path, json.dumps(changed(request, place, junk)).encode())
+    assert reply.status in STATED, reply.body
+    if reply.status != 200:
+        error = reply.json["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["message"]
+        assert len(error["message"]) <= 300 and "Traceback" not in error["message"]
+        assert "/etc" not in error["message"] and "base64," not in error["message"]
+    assert b"internal" not in reply.body
+
+
+@settings(max_examples=80)
+@given(data=st.binary(max_size=200))
+def test_bytes_that_are_no_request(client: Client, data: bytes) -> None:
+    assert client.ask("POST", "/v1/embeddings", data or b"x").status == 400

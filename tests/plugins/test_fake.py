@@ -1,0 +1,108 @@
+"""What the backend without a model makes up."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from documents import SCHEMAS, valid
+from faults import error_of
+
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.adapters.samples import document
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.interface import GenerateRequest, Media, TextEvent
+
+UNKNOWN = {
+    "multiples": "multipleOf",
+    "optional": "minProperties",
+    "free names": "maxProperties",
+    "named by pattern": "patternProperties",
+    "tuple": "pattern",
+    "date": "format",
+    "loosened": "x-guidance",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_document_of_a_schema_or_a_refusal(name: str) -> None:
+    schema = json.dumps(SCHEMAS[name])
+    if name in UNKNOWN:
+        with pytest.raises(PluginError, match=UNKNOWN[name]):
+            document(schema)
+        return
+    pieces = document(schema)
+    assert valid(SCHEMAS[name], "".join(pieces)) and all(pieces)
+
+
+MORE: list[Any] = [
+    {"type": "integer", "exclusiveMinimum": 3.5, "maximum": 4.2},
+    {"type": "integer", "exclusiveMaximum": -2},
+    {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.1},
+    {"type": "number", "maximum": -3},
+    {"type": "array", "prefixItems": [{"type": "null"}], "items": False, "minItems": 1},
+    {"type": "object", "required": ["x"], "additionalProperties": {"type": "string"}},
+    {"type": "object", "properties": {"a": {"$ref": "#"}}},
+    {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "boolean"}}},
+    {"allOf": [{"type": "object", "properties": {"a": {"type": "integer"}}}, {"required": ["a"]}]},
+    {"properties": {"a": {"minLength": 7}}, "required": ["a"]},
+]
+NONE: list[Any] = [
+    False,
+    {"enum": []},
+    {"$ref": "#"},
+    {"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 2},
+    {"type": "array", "items": False, "minItems": 1},
+    {"type": "string", "minLength": 3, "maxLength": 2},
+    {"anyOf": [False, {"enum": []}]},
+    {"allOf": [{"type": "integer"}, False]},
+]
+NO_SCHEMAS: list[Any] = [
+    {"anyOf": "x"},
+    {"enum": 3},
+    {"$ref": 5},
+    {"type": "frob"},
+    {"required": 5, "type": "object"},
+    {"$ref": "#/$defs/none"},
+    {"allOf": [{"minimum": 1}, {"minimum": 2}]},
+]
+
+
+def test_documents_of_more_schemas() -> None:
+    for schema in MORE:
+        assert valid(schema, "".join(document(json.dumps(schema)))), schema
+    for schema in (*NONE, *NO_SCHEMAS):
+        with pytest.raises(PluginError, match="JSON schema") as raised:
+            document(json.dumps(schema))
+        assert raised.value.code == "bad_request"
+        assert schema not in NONE or "no document" in raised.value.message
+
+
+def test_what_it_does_not_claim_it_refuses() -> None:
+    picture, film = Media("image", data=b"\x89PNG"), Media("video", data=b"RIFF")
+    with FakeBackend(without=["images", "videos", "logprobs", "json_schema"]) as backend:
+        assert backend.info().capabilities == ("generate", "embed", "describe_video")
+        for asked, code in (
+            (GenerateRequest.ask("what?", picture), "unsupported_media"),
+            (GenerateRequest.ask("what?", film), "unsupported_media"),
+            (GenerateRequest.ask("what?", logprobs=0), "bad_request"),
+            (GenerateRequest.ask("what?", json_schema="true"), "bad_request"),
+        ):
+            assert error_of(backend.generate(asked)).code == code
+
+
+def test_likelihoods_are_told_as_the_text_is_shown() -> None:
+    """A piece that may become a stop string is held back, and so is what is told of it."""
+    with FakeBackend(pieces=["ab", "cd", "ef", "gh"]) as backend:
+        asked = GenerateRequest.ask("what?", stop=["dx", "fg"], logprobs=2)
+        stream = backend.generate(asked)
+        pieces = [event for event in stream if isinstance(event, TextEvent)]
+        assert [event.delta for event in pieces] == ["ab", "c", "de"]
+        told = [[token.token for token in event.logprobs] for event in pieces]
+        assert told == [["ab"], ["cd"], ["ef"]]
+        result = stream.result()
+        assert result.text == "abcde" and result.finish_reason == "stop"
+        assert result.logprobs is not None and len(result.logprobs) == 3
+        for token in result.logprobs:
+            assert token.top[0].logprob == token.logprob and len(token.top) == 2
+            assert 0 < sum(math.exp(other.logprob) for other in token.top) < 1.5

@@ -1,0 +1,182 @@
+"""The tokenizer against ids recorded from transformers, and through every layout of files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recorded_prompts import REFERENCE, SPECIALS, checkpoint, recorded, vocabulary
+
+from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.prompt.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.from_folder(checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+def split_files(folder: Path, *, special: bool = True) -> Path:
+    """The recorded tokenizer as vocab.json, merges.txt and, with ``special``, added_tokens.json."""
+    whole = json.loads((REFERENCE / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    if special:
+        added = {token["content"]: token["id"] for token in whole["added_tokens"]}
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+        names = {"eos_token": "<|im_end|>", "additional_special_tokens": list(SPECIALS)}
+        (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    return folder
+
+
+def test_ids_equal_the_reference(tokenizer: Tokenizer) -> None:
+    for case in recorded()["texts"]:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+
+
+def test_vocab_and_merges_give_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = Tokenizer.from_folder(split_files(tmp_path))
+    assert other.specials == tokenizer.specials and len(other) == len(tokenizer)
+    for case in recorded()["texts"]:
+        assert other.encode(case["text"]) == case["ids"]
+
+
+def test_special_tokens_only_in_tokenizer_config(tmp_path: Path) -> None:
+    split_files(tmp_path, special=False)
+    first = vocabulary()
+    decoder = {
+        str(first + n): {"content": token, "special": True} for n, token in enumerate(SPECIALS)
+    }
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"added_tokens_decoder": decoder}))
+    expected = {token: first + n for n, token in enumerate(SPECIALS)}
+    assert Tokenizer.from_folder(tmp_path).specials == expected
+
+
+def test_names_without_an_id_get_the_next_one(tmp_path: Path) -> None:
+    split_files(tmp_path, special=False)
+    names = {"pad_token": {"content": "<|endoftext|>"}, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert set(tokenizer.specials) == {"<|endoftext|>", "<|im_end|>"}
+    assert set(tokenizer.specials.values()) == {vocabulary(), vocabulary() + 1}
+
+
+def test_placeholders_are_special_even_where_they_were_added_as_words(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in whole["added_tokens"]:
+        token["special"] = token["content"] not in ("<image>", "<video>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert set(tokenizer.specials) == set(SPECIALS)
+    assert tokenizer.token_to_id("<image>") not in tokenizer.encode("a <image> b")
+
+
+def test_a_word_that_is_named_as_padding_stays_a_word(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert "!" not in tokenizer.specials
+    assert tokenizer.decode(tokenizer.encode("oh!")) == "oh!"
+
+
+@given(text=st.text(st.characters(codec="utf-8")))
+@settings(max_examples=200, deadline=None)
+def test_no_text_becomes_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+    for tricky in (text, "<image>".join(text), f"<|im_start|>{text}<|im_end|>"):
+        ids = tokenizer.encode(tricky)
+        assert not set(ids) & set(tokenizer.specials.values())
+
+
+def test_text_survives_the_round_trip(tokenizer: Tokenizer) -> None:
+    for text in ("plain", "<image> <|im_start|>user\n", "é 中 😀 \u200d \r\n\t", "< image>"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ids_without_a_token_decode_to_nothing(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("Hi")
+    assert tokenizer.decode([-1, ids[0], len(tokenizer), 10**9, 2**40, *ids[1:]]) == "Hi"
+    assert tokenizer.id_to_token(2**40) is None and tokenizer.token_bytes(10**9) == b""
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="surrogate"):
+        tokenizer.encode("\ud800")
+
+
+def changed(folder: Path, **parts: object) -> Path:
+    whole = json.loads((REFERENCE / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**whole, **parts}))
+    return folder
+
+
+def test_padding_and_truncation_of_the_file_are_switched_off(tmp_path: Path) -> None:
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = Tokenizer.from_folder(changed(tmp_path, truncation=truncation))
+    assert len(tokenizer.encode("one two three four five six")) > 3
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, "WordPiece"),
+        ({"decoder": None}, "none"),
+        ({"model": {"type": "Nonsense"}}, "tokenizer.json"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"SpecialToken": {"id": "<image>", "type_id": 0}},
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                    ],
+                    "pair": [],
+                    "special_tokens": {
+                        "<image>": {"id": "<image>", "ids": [1], "tokens": ["<image>"]}
+                    },
+                }
+            },
+            "around every text",
+        ),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path: Path, parts: dict, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        Tokenizer.from_folder(changed(tmp_path, **parts))
+
+
+def test_a_special_token_that_eats_spaces_is_refused(tmp_path: Path) -> None:
+    whole = json.loads((REFERENCE / "tokenizer.json").read_text())
+    whole["added_tokens"][3]["lstrip"] = True
+    with pytest.raises(CheckpointError, match="lstrip"):
+        Tokenizer.from_folder(changed(tmp_path, added_tokens=whole["added_tokens"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("added_tokens.json", '{"<image>": 9}', "<image>.* 9 "),
+        ("added_tokens.json", '{"<image>": "many"}', "added_tokens.json"),
+        ("added_tokens.json", "[1]", "added_tokens.json"),
+        ("added_tokens.json", "{", "added_tokens.json"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"3": 4}}', "tokenizer_config.json"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, named: str) -> None:
+    checkpoint(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=named):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="merges"):
+        Tokenizer.from_folder(tmp_path)

@@ -1,0 +1,101 @@
+"""Sampling numbers are checked, and penalties never see a virtual id."""
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_onevision.errors import RequestError
+from mlx_onevision.sampling.sampler import Sampling
+
+LOGPROBS = mx.log(mx.full((1, 1000), 1e-3))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"top_k": -5},
+        {"top_k": 2.5},
+        {"repetition_penalty": 0},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"seed": True},
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_no_temperature_is_greedy() -> None:
+    choose = Sampling().sampler()
+    assert choose(mx.array([[0.1, 0.7, 0.2]])).item() == 1
+
+
+@pytest.mark.parametrize("least", [{"temperature": 1e-300}, {"temperature": 1.0, "top_p": 1e-300}])
+def test_next_to_no_choice_is_greedy(least: dict[str, Any]) -> None:
+    choose = Sampling(**least, seed=0).sampler()
+    logprobs = mx.log(mx.array([[0.1, 0.7, 0.2]]))
+    assert {choose(logprobs).item() for _ in range(20)} == {1}
+
+
+def test_a_seed_repeats_the_draws() -> None:
+    def draws(seed: int | None) -> list[int]:
+        choose = Sampling(temperature=1.0, seed=seed).sampler()
+        return [choose(LOGPROBS).item() for _ in range(8)]
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+    assert draws(2**64 - 1) != draws(0)
+    assert draws(None) != draws(None)
+
+
+def test_answers_do_not_disturb_each_others_draws() -> None:
+    alone = Sampling(temperature=1.0, seed=5).sampler()
+    expected = [alone(LOGPROBS).item() for _ in range(8)]
+    first, second = (Sampling(temperature=1.0, seed=seed).sampler() for seed in (5, 6))
+    found = []
+    for _ in range(8):
+        found.append(first(LOGPROBS).item())
+        second(LOGPROBS)
+    assert found == expected
+
+
+def test_filters_leave_only_what_they_allow() -> None:
+    logprobs = mx.log(mx.array([[0.4, 0.3, 0.2, 0.1]]))
+    allowed = {
+        "top_k": (1, {0}),
+        "top_p": (0.65, {0, 1}),
+        "min_p": (0.4, {0, 1, 2}),
+        "temperature": (0.01, {0}),
+    }
+    for name, (value, ids) in allowed.items():
+        options: dict[str, Any] = {"temperature": 1.0, "seed": 0, name: value}
+        choose = Sampling(**options).sampler()
+        assert {choose(logprobs).item() for _ in range(100)} == ids, name
+
+
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
+    choose = Sampling(temperature=1.0, top_k=1000, seed=0).sampler()
+    assert 0 <= choose(LOGPROBS).item() < 1000
+
+
+def test_the_penalty_sees_placeholders_where_virtual_ids_stand() -> None:
+    vocab_size, placeholder = 6, 5
+    (penalize,) = Sampling(repetition_penalty=2.0).logits_processors(
+        vocab_size, placeholder, before=[0]
+    )
+    logits = mx.array([[4.0, 4.0, -4.0, 4.0, 4.0, 4.0]])
+    penalized = penalize(mx.array([2, 1000, 1001]), logits)
+    # 0 came from the cache, 2 from the prompt, 5 stands for the two virtual ids.
+    assert penalized.tolist() == [[2.0, 4.0, -8.0, 4.0, 4.0, 2.0]]
+
+
+def test_no_penalty_costs_nothing() -> None:
+    assert Sampling().logits_processors(6, 5) == []
