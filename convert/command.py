@@ -201,7 +201,7 @@ def convert(
         draw(loss, plot)
     uploaded = None
     if upload_repo and not dry_run:
-        from mlx_onevision.convert.upload import upload
+        from mlx_onevision.convert.hub import upload
 
         uploaded = upload(facts.target, upload_repo, private=private, create_pr=create_pr)
     if as_json:
@@ -240,9 +240,9 @@ def _write(
 def _compare(
     source: Source, asked: list[Recipe], dtype: str | None, plot: Path | None, as_json: bool
 ) -> None:
-    from mlx_onevision.convert.comparing import compare
     from mlx_onevision.convert.plot import plot_compare
     from mlx_onevision.convert.report import comparison
+    from mlx_onevision.convert.verify import compare
 
     with _progress("comparing", "steps") as progress:
         losses = compare(source, asked, dtype, progress)

@@ -10,7 +10,8 @@ from mlx_onevision.checkpoint.hub import SIDECARS
 from mlx_onevision.checkpoint.load import Opened
 from mlx_onevision.checkpoint.plan import Plan
 from mlx_onevision.config import original_layout as lmms_lab
-from mlx_onevision.config.model import ImageConfig, OneVisionConfig
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.config.quantization import ModuleQuantization, Quantization
 from mlx_onevision.convert.hub import Source
 from mlx_onevision.errors import CheckpointError

@@ -12,18 +12,16 @@ import mlx.core as mx
 
 from mlx_onevision.checkpoint import manifest
 from mlx_onevision.checkpoint.load import Opened, open_checkpoint
-from mlx_onevision.checkpoint.packing import CODES, Files, Piece
-from mlx_onevision.checkpoint.plan import Plan, make_plan
+from mlx_onevision.checkpoint.plan import CODES, Files, Piece, Plan, make_plan
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.tensors import INDEX, NORM, written_name
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.convert.card import card
 from mlx_onevision.convert.config_files import config_json, processor_files
-from mlx_onevision.convert.durable import Writer
 from mlx_onevision.convert.facts import Facts
 from mlx_onevision.convert.hub import Source, find
 from mlx_onevision.convert.staging import Staging, require_space, require_target
-from mlx_onevision.convert.writer import Part, Shard, divide, index, write_shard
+from mlx_onevision.convert.writer import Part, Shard, Writer, divide, index, write_shard
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.processor import Processor
 

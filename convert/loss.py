@@ -16,9 +16,8 @@ import numpy as np
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.tensors import read_weights
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.convert.divergence import Divergence, Numbers, diverge
-from mlx_onevision.convert.figures import Figures, LayerLoss, Loss
-from mlx_onevision.convert.footprint import footprint
+from mlx_onevision.convert.figures import Divergence, Figures, LayerLoss, Loss, Numbers, diverge
+from mlx_onevision.convert.fit import footprint
 from mlx_onevision.convert.probes import VERSION, Probe, probes
 from mlx_onevision.convert.recording import (
     Check,

@@ -86,7 +86,7 @@ def recipe_of(
 def _calibrated(recipe: Recipe, method: str) -> Recipe:
     from dataclasses import replace
 
-    from mlx_onevision.convert.methods import require_packing
+    from mlx_onevision.convert.calibration import require_packing
 
     assert recipe.language is not None
     require_packing(method, recipe.language)

@@ -6,7 +6,122 @@ Changing anything here changes every figure that was ever printed: then raise ``
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_onevision.convert import probe_images as draw
+import numpy as np
+from numpy.typing import NDArray
+
+# Pictures to measure with: drawn by numbers, so that they are the same everywhere and for ever.
+#
+# They need not be beautiful. They need to be unlike each other in what a vision tower answers to:
+# smooth colour, edges, small writing, noise, and the rough and shaded surfaces of photographs.
+
+Picture = NDArray[np.uint8]
+Field = NDArray[np.float64]
+
+
+def gradient(height: int, width: int) -> Picture:
+    """Colour that changes slowly across the picture, in other directions for each channel."""
+    y, x = _grid(height, width)
+    return _picture(x, y, 1 - (x + y) / 2)
+
+
+def shapes(height: int, width: int) -> Picture:
+    """A red circle, a blue square and a green triangle on a pale ground."""
+    y, x = _grid(height, width)
+    canvas = np.stack([np.full_like(x, level) for level in (0.93, 0.92, 0.88)], axis=-1)
+    aspect = width / height
+    canvas[((x - 0.2) * aspect) ** 2 + (y - 0.4) ** 2 < 0.02] = (0.86, 0.12, 0.15)
+    canvas[(abs(x - 0.5) * aspect < 0.15) & (abs(y - 0.6) < 0.15)] = (0.12, 0.30, 0.85)
+    canvas[(y > 0.25) & (y < 0.6) & (abs(x - 0.8) * aspect < (y - 0.25) / 2)] = (0.13, 0.6, 0.27)
+    return _picture(*np.moveaxis(canvas, -1, 0))
+
+
+def strokes(height: int, width: int, seed: int = 1) -> Picture:
+    """Lines of small dark strokes on white, of the density of a printed page."""
+    rng = np.random.default_rng(seed)
+    page = np.full((height, width), 0.97)
+    line = max(12, height // 40)
+    for top in range(line, height - line, line):
+        left = line
+        end = width - line - int(rng.integers(0, width // 3)) * (rng.random() < 0.2)
+        while left < end:
+            for _ in range(int(rng.integers(2, 9))):  # a word
+                _glyph(page[top : top + line * 2 // 3, left : left + line // 2], rng)
+                left += line // 2
+            left += line // 2
+    return _picture(page, page, page)
+
+
+def noise(height: int, width: int, seed: int = 2) -> Picture:
+    """Every value of every pixel for itself."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def landscape(height: int, width: int, seed: int = 3) -> Picture:
+    """Rough surfaces under a shaded sky: detail at every scale, as photographs have it."""
+    y, x = _grid(height, width)
+    ridge = 0.45 + 0.15 * _rough(1, width, seed)[0]
+    land = y > ridge
+    ground, cloud = _rough(height, width, seed + 1), _rough(height, width, seed + 2)
+    light = 0.55 + 0.3 * (1 - y) + 0.1 * x
+    sky = (0.55 + 0.3 * cloud, 0.7 + 0.2 * cloud, 0.95 - 0.05 * cloud)
+    soil = (0.45 * ground + 0.15, 0.5 * ground + 0.1, 0.3 * ground + 0.05)
+    return _picture(*(np.where(land, s * light * 1.3, k) for s, k in zip(soil, sky, strict=True)))
+
+
+def film(frames: int, height: int, width: int) -> NDArray[np.uint8]:
+    """A yellow disc that crosses a slowly changing ground, left to right: (frames, H, W, 3)."""
+    ground = gradient(height, width) // 2
+    y, x = _grid(height, width)
+    pictures = []
+    for number in range(frames):
+        centre = 0.15 + 0.7 * number / max(frames - 1, 1)
+        picture = ground.copy()
+        disc = ((x - centre) * width / height) ** 2 + (y - 0.5) ** 2 < 0.03
+        picture[disc] = (250, 220, 30)
+        pictures.append(picture)
+    return np.stack(pictures)
+
+
+def _grid(height: int, width: int) -> tuple[Field, Field]:
+    """Rows and columns from 0 to 1."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    return y / max(height - 1, 1), x / max(width - 1, 1)
+
+
+def _picture(*channels: Field) -> Picture:
+    levels = np.stack(channels, axis=-1)
+    return np.rint(np.clip(levels, 0, 1) * 255).astype(np.uint8)
+
+
+def _glyph(box: Field, rng: np.random.Generator) -> None:
+    """Three strokes between points of a 3 x 3 grid, into a view of the page."""
+    height, width = box.shape
+    if height < 3 or width < 3:
+        return
+    for _ in range(3):
+        (y0, x0), (y1, x1) = rng.integers(0, 3, (2, 2)) / 2
+        steps = np.linspace(0, 1, 2 * height)
+        rows = ((y0 + (y1 - y0) * steps) * (height - 1)).astype(int)
+        cols = ((x0 + (x1 - x0) * steps) * (width * 0.8 - 1)).astype(int)
+        box[rows, np.clip(cols, 0, width - 1)] = 0.1
+
+
+def _rough(height: int, width: int, seed: int) -> Field:
+    """Value noise of seven octaves, each 0.65 times as strong as the one before; 0 to 1."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width))
+    for octave in range(7):
+        cells = 3 * 2**octave
+        coarse = rng.random((cells + 1, cells + 1))
+        rows = np.linspace(0, cells - 1e-9, height)
+        cols = np.linspace(0, cells - 1e-9, width)
+        i, j = rows.astype(int), cols.astype(int)
+        v, u = (rows - i)[:, None], (cols - j)[None]
+        top = coarse[i][:, j] * (1 - u) + coarse[i][:, j + 1] * u
+        below = coarse[i + 1][:, j] * (1 - u) + coarse[i + 1][:, j + 1] * u
+        total += (top * (1 - v) + below * v) * 0.65**octave
+    return (total - total.min()) / max(float(np.ptp(total)), 1e-9)
+
 
 VERSION = 1
 QUICK = ("shapes", "question", "prose")
@@ -27,19 +142,19 @@ class Probe:
 def probes() -> list[Probe]:
     """All of them, drawn anew."""
     return [
-        _about("shapes", "What is in the image?", draw.shapes(252, 336)),
-        _about("shapes, large", "How many shapes are there?", draw.shapes(900, 1200)),
-        _about("gradient", "Describe the colours of this picture.", draw.gradient(480, 640)),
-        _about("page", "Read what is written at the top of the page.", draw.strokes(1024, 768)),
-        _about("noise", "Is there anything to be seen here?", draw.noise(200, 200)),
-        _about("landscape", "Décris cette image en une phrase.", draw.landscape(683, 1024)),
-        _about("panorama", "这张图片里有什么？", draw.landscape(200, 1600, seed=7)),
-        _about("speck", "Which colour is it?", draw.gradient(40, 40)),
+        _about("shapes", "What is in the image?", shapes(252, 336)),
+        _about("shapes, large", "How many shapes are there?", shapes(900, 1200)),
+        _about("gradient", "Describe the colours of this picture.", gradient(480, 640)),
+        _about("page", "Read what is written at the top of the page.", strokes(1024, 768)),
+        _about("noise", "Is there anything to be seen here?", noise(200, 200)),
+        _about("landscape", "Décris cette image en une phrase.", landscape(683, 1024)),
+        _about("panorama", "这张图片里有什么？", landscape(200, 1600, seed=7)),
+        _about("speck", "Which colour is it?", gradient(40, 40)),
         _about(
             "two images",
             "What is in the second image, and how does it differ from the first?",
-            draw.shapes(300, 300),
-            draw.landscape(480, 640, seed=11),
+            shapes(300, 300),
+            landscape(480, 640, seed=11),
         ),
         _film("video", "How does the circle move?"),
         Probe("question", ({"role": "user", "content": "Why is the sky blue?"},)),
@@ -52,7 +167,7 @@ def quick_probes() -> list[Probe]:
     return [probe for probe in probes() if probe.name in QUICK]
 
 
-def _about(name: str, question: str, *pictures: draw.Picture) -> Probe:
+def _about(name: str, question: str, *pictures: Picture) -> Probe:
     content = [{"type": "image", "image": picture} for picture in pictures]
     return Probe(
         name,
@@ -61,7 +176,7 @@ def _about(name: str, question: str, *pictures: draw.Picture) -> Probe:
 
 
 def _film(name: str, question: str) -> Probe:
-    frames = draw.film(8, 240, 320)
+    frames = film(8, 240, 320)
     content = [{"type": "video", "video": frames}, {"type": "text", "text": question}]
     return Probe(name, ({"role": "user", "content": content},), options={"num_frames": len(frames)})
 

@@ -5,12 +5,15 @@ locked while its maker lives. A run that was killed leaves it behind, unlocked, 
 removes it.
 """
 
+import ctypes
+import errno
 import fcntl
 import logging
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -19,10 +22,43 @@ from types import TracebackType
 from typing import Self
 
 from mlx_onevision.checkpoint.hub import FILES
-from mlx_onevision.convert.durable import failure, flush_folder
-from mlx_onevision.convert.exchange import exchange
 from mlx_onevision.convert.facts import size
+from mlx_onevision.convert.writer import failure, flush_folder
 from mlx_onevision.errors import RequestError, StorageError
+
+# Two folders swapped in one step, where the system can: at no moment is either name without
+# one.
+
+# From linux/fs.h and macOS' stdio.h.
+RENAME_EXCHANGE = 2
+RENAME_SWAP = 2
+AT_FDCWD = -100
+
+UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders of one file system; False, and nothing done, where it cannot be.
+
+    Raises:
+        OSError: when the system can, but does not.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "darwin":
+            failed = library.renamex_np(*names, RENAME_SWAP)
+        else:
+            failed = library.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE)
+    except AttributeError:  # a C library without it
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in UNABLE:
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
 
 logger = logging.getLogger("mlx_onevision")
 

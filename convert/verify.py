@@ -1,14 +1,20 @@
 """What is measured of a new folder before it takes its place, and what is said about it."""
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mlx_onevision.checkpoint.load import Opened, open_checkpoint
-from mlx_onevision.checkpoint.packing import FLOATS
+from mlx_onevision.checkpoint.plan import FLOATS
+from mlx_onevision.checkpoint.recipes import Recipe
+from mlx_onevision.convert.conversion import prepare, write
 from mlx_onevision.convert.facts import Facts, size
 from mlx_onevision.convert.figures import Loss
-from mlx_onevision.convert.loss import Progress, measure
-from mlx_onevision.convert.probes import quick_probes
+from mlx_onevision.convert.hub import Source
+from mlx_onevision.convert.loss import Progress, Reference, measure
+from mlx_onevision.convert.probes import Probe, probes, quick_probes
 from mlx_onevision.convert.report import table
 from mlx_onevision.engine.runner import working_set
 from mlx_onevision.errors import CheckpointError
@@ -105,3 +111,44 @@ def _loaded_bytes(folder: Path, width: int | None) -> int:
         else t.stop - t.start
         for t in open_checkpoint(folder).tensors.values()
     )
+
+
+# Recipes beside each other: each is converted, measured against the source, and removed.
+
+
+def compare(
+    source: Source,
+    recipes: Sequence[Recipe],
+    dtype: str | None = None,
+    progress: Progress = lambda done, total: None,
+    probe_set: Sequence[Probe] | None = None,
+) -> list[tuple[str, Loss]]:
+    """The loss of each recipe, by its name.
+
+    One converted model is on the disk at a time, in a temporary folder (``TMPDIR``).
+
+    dtype : as for a conversion.
+    progress : called with how many steps are done, and of how many.
+    probe_set : other probes than the fixed ones.
+
+    Raises:
+        OneVisionError: as a conversion and its measurement do; nothing is left then.
+    """
+    given = probes() if probe_set is None else probe_set
+    reference = Reference(source.folder, dtype=computing_dtype(source.folder), probe_set=given)
+    done = 0
+    total = (1 + 2 * len(recipes)) * len(given)  # the source answers once
+
+    def step(_: int, __: int) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    losses = []
+    with TemporaryDirectory(prefix="mlx-onevision-") as room:
+        for recipe in recipes:
+            conversion = prepare(source, Path(room) / recipe.name, recipe, dtype)
+            folder = write(conversion).target
+            losses.append((recipe.name, reference.measure(folder, step)))
+            shutil.rmtree(folder)
+    return losses

@@ -3,7 +3,8 @@
 The doors do not know each other, so this is the one place that knows them all.
 """
 
-from mlx_onevision.cli.main import cli, debug_option, main
+from mlx_onevision.cli.main import cli, main
+from mlx_onevision.cli.options import debug_option
 from mlx_onevision.convert.command import convert
 from mlx_onevision.plugins.hosts.http.command import serve
 from mlx_onevision.plugins.hosts.mcp.command import mcp

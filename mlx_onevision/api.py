@@ -8,21 +8,27 @@ from typing import Any, Unpack, overload
 import numpy as np
 
 from mlx_onevision.checkpoint import hub
-from mlx_onevision.checkpoint.identity import identify
+from mlx_onevision.checkpoint.hub import identify
 from mlx_onevision.checkpoint.recipes import Recipe, while_loading
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.describe.formats import VideoDescription
-from mlx_onevision.describe.narrator import Narrator
 from mlx_onevision.describe.options import DescribeOptions, Plan
 from mlx_onevision.describe.outline import wording
-from mlx_onevision.describe.pipeline import Progress
+from mlx_onevision.describe.pipeline import Narrator, Progress
 from mlx_onevision.describe.stream import DescriptionStream
 from mlx_onevision.embed.embedder import Embedder, Item, Vector
 from mlx_onevision.embed.embeddings import Embeddings
 from mlx_onevision.engine.engine import Engine
-from mlx_onevision.engine.generation import Generation, Question, Stream, ask, ask_all
+from mlx_onevision.engine.generation import (
+    Generation,
+    Messages,
+    Question,
+    Questions,
+    Stream,
+    ask,
+    ask_all,
+)
 from mlx_onevision.engine.options import Options, rows
-from mlx_onevision.engine.questions import Messages, Questions
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import ImageSource

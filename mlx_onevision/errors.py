@@ -86,3 +86,9 @@ def sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     detail = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"a defect ({detail}); please report it with what the same command prints with --debug"
+
+
+def short(name: str, most: int = 100) -> str:
+    """A name that is safe to print: it comes from the file, which may be hostile."""
+    text = name if len(name) <= most else f"{name[:most]}…"
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -1,6 +1,7 @@
 """The JSON files of a checkpoint folder."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,3 +34,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} is not a JSON object")
     return value
+
+
+def save(path: Path, text: str) -> None:
+    """Writes a text file, or leaves the one that was there as it is.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

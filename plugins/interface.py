@@ -16,36 +16,36 @@ from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from mlx_onevision.plugins.contract.errors import CODES, Code, PluginError
-from mlx_onevision.plugins.contract.events import (
-    DoneEvent,
-    ErrorEvent,
-    Event,
-    ProgressEvent,
-    Result,
-    SegmentEvent,
-    TextEvent,
-    UsageEvent,
-    event_from_dict,
-)
-from mlx_onevision.plugins.contract.media import Media, Message, sniff
 from mlx_onevision.plugins.contract.requests import (
     DescribeRequest,
     EmbedRequest,
     GenerateRequest,
     Group,
+    Media,
+    Message,
+    sniff,
 )
 from mlx_onevision.plugins.contract.results import (
     Capability,
     Chapter,
     DescribeResult,
+    DoneEvent,
     EmbedResult,
+    ErrorEvent,
+    Event,
     GenerateResult,
     Likelihood,
     ModelInfo,
+    ProgressEvent,
+    Result,
     Segment,
+    SegmentEvent,
     Space,
+    TextEvent,
     TokenLogprob,
     Usage,
+    UsageEvent,
+    event_from_dict,
 )
 from mlx_onevision.plugins.contract.streams import Channel, EventStream
 from mlx_onevision.plugins.contract.wire import API_VERSION

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.contract.events import TextEvent
 from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.contract.results import (
     GenerateResult,
     Likelihood,
     ModelInfo,
+    TextEvent,
     TokenLogprob,
     Usage,
 )

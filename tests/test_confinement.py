@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 CHILD = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from mlx_onevision.confinement import confine
+from mlx_onevision.subprocesses import confine
 confine({LIMIT})
 time.sleep(0.5)
 print("it lives")
@@ -50,7 +50,7 @@ child = subprocess.Popen(
     [sys.executable, "-I", "-c", '''
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from mlx_onevision.confinement import confine
+from mlx_onevision.subprocesses import confine
 confine({LIMIT})
 print("begun", flush=True)
 time.sleep(60)

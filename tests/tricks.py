@@ -4,8 +4,7 @@ from random import Random
 
 from recorded_prompts import SPECIALS
 
-from mlx_onevision.prompt.chat_template import STAND_INS
-from mlx_onevision.prompt.ordering import PRIVATE
+from mlx_onevision.prompt.chat_template import PRIVATE, STAND_INS
 
 
 def _pieces(text: str) -> list[str]:

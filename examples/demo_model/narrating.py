@@ -16,7 +16,7 @@ from random import Random
 
 from examples.demo_model.questions import NO_SHAPES, Turn, article, listed, sentence
 from examples.demo_model.world import COLOURS, KINDS, MOTIONS, ORDER_GAP, Scene
-from mlx_onevision.describe.narration import SEGMENT, summary_question, title_question
+from mlx_onevision.describe.outline import SEGMENT, summary_question, title_question
 
 SEGMENTS = (
     *(SEGMENT,) * 12,

@@ -62,12 +62,12 @@ def _grid_rows(box: tuple[int, int, int, int], shape: Size, cols: int, first: in
     index = np.stack([token(y0, x0), token(y0, x1), token(y1, x0), token(y1, x1)], -1)
     wy, wx = np.stack([1 - ly, ly], -1), np.stack([1 - lx, lx], -1)
     weight = (wy[:, None, :, None] * wx[None, :, None, :]).reshape(*shape, 4)
-    padded = ((0, 0), (0, 1), (0, 0))
+    last = np.zeros((shape[0], 1, 4))  # the column of the newlines, which has no weight
     newline = np.zeros((shape[0], shape[1] + 1), bool)
     newline[:, -1] = True
     return Rows(
-        np.pad(index, padded).reshape(-1, 4).astype(np.int16),
-        np.pad(weight, padded).reshape(-1, 4).astype(np.float32),
+        np.concatenate([index, last], 1).reshape(-1, 4).astype(np.int16),
+        np.concatenate([weight, last], 1).reshape(-1, 4).astype(np.float32),
         newline.reshape(-1),
     )
 

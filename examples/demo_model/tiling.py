@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from examples.demo_model.drawing import draw_scene, through_film, through_jpeg
 from examples.demo_model.packing import GRIDS, TILE
 from examples.demo_model.samples import Medium
-from mlx_onevision.config.model import ImageConfig
+from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.media.image import pad_to_square_tile, tile_image
 from mlx_onevision.media.resize import resize
 

@@ -16,15 +16,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import manifest
-from mlx_onevision.checkpoint.header import short
-from mlx_onevision.checkpoint.packing import FLOATS, PARTS, PATCHES, Files
-from mlx_onevision.checkpoint.plan import make_plan
+from mlx_onevision.checkpoint.plan import FLOATS, PARTS, PATCHES, Files, make_plan
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
-from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError
+from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError, short
 from mlx_onevision.files import read_json
 from mlx_onevision.network.onevision import OneVision
 

@@ -11,8 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.checkpoint.header import short
-from mlx_onevision.errors import CheckpointError
+from mlx_onevision.errors import CheckpointError, short
 from mlx_onevision.files import read_json
 
 NAME = "mlx_onevision_manifest.json"

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_onevision.api import Model
-from mlx_onevision.cli.interrupts import Interrupts
-from mlx_onevision.cli.terminal import path_of
+from mlx_onevision.cli.terminal import Interrupts, path_of
 from mlx_onevision.engine.generation import Generation, Stream, Usage
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import OneVisionError, RequestError

@@ -12,7 +12,6 @@ import io
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
@@ -20,14 +19,19 @@ import click
 from mlx_onevision.cli.chat import chat
 from mlx_onevision.cli.describe import describe
 from mlx_onevision.cli.embed import embed
-from mlx_onevision.cli.options import dtype_option, model_option, revision_option
+from mlx_onevision.cli.options import (
+    DEBUG,
+    debug_option,
+    dtype_option,
+    model_option,
+    revision_option,
+)
 from mlx_onevision.errors import RequestError, sentence
 
 if TYPE_CHECKING:
     from mlx_onevision.engine.generation import Usage
 
 INTERRUPTED = 130
-DEBUG = "mlx_onevision.debug"
 
 
 class ErrorsAsSentences(click.Group):
@@ -53,23 +57,6 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     line = " ".join(sentence(error).split()).removesuffix(".")
     click.echo(f"error: {line}", err=True)
     ctx.exit(1)
-
-
-def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.meta[DEBUG] = value
-
-
-def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--debug``, which the group reads when the command has failed."""
-    option = click.option(
-        "--debug",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_remember_debug,
-        help="Show the traceback of an error.",
-    )
-    return option(command)
 
 
 @click.group(cls=ErrorsAsSentences, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,6 +1,15 @@
 """The options that say which model is meant; every command has the same."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import click
+
+if TYPE_CHECKING:
+    pass
+
 
 model_option = click.option(
     "--model",
@@ -15,3 +24,23 @@ dtype_option = click.option(
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Compute in this type. Default: the checkpoint's.",
 )
+
+
+DEBUG = "mlx_onevision.debug"
+
+
+def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[DEBUG] = value
+
+
+def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--debug``, which the group reads when the command has failed."""
+    option = click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_remember_debug,
+        help="Show the traceback of an error.",
+    )
+    return option(command)

@@ -9,7 +9,6 @@ checkpoints): a ``vision_config`` that is present but partial is completed with 
 one that is absent altogether is SigLIP-so400m.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +16,154 @@ from typing import Any
 from mlx_onevision.config import original_layout as lmms_lab
 from mlx_onevision.config.json_fields import ACTIVATIONS, Json, Reader, report_unknown, require_type
 from mlx_onevision.config.quantization import Quantization
-from mlx_onevision.config.text_config import TextConfig
-from mlx_onevision.config.vision_config import VisionConfig
+from mlx_onevision.config.rope import RopeConfig
 from mlx_onevision.errors import ConfigError
+
+# The ``vision_config`` of a checkpoint: a SigLIP tower.
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP tower. ``image_size`` and ``patch_size`` are edge lengths in pixels."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one edge of a tile; the pixels that do not fill a patch are dropped."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_dict(cls, values: Json | None) -> "VisionConfig":
+        if values is None:
+            return cls(1152, 4304, 26, 16, 3, 384, 14)
+        require_type(values, "vision_config", "siglip_vision_model")
+        report_unknown(values, cls, "vision_config")
+        read = Reader(values, "vision_config")
+        config = cls(
+            hidden_size=read.integer("hidden_size", cls.hidden_size, 32768),
+            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
+            num_hidden_layers=read.integer("num_hidden_layers", cls.num_hidden_layers, 256),
+            num_attention_heads=read.integer("num_attention_heads", cls.num_attention_heads, 1024),
+            num_channels=read.integer("num_channels", cls.num_channels, 3),
+            image_size=read.square("image_size", cls.image_size, 4096),
+            patch_size=read.square("patch_size", cls.patch_size, 1024),
+            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
+            layer_norm_eps=read.positive("layer_norm_eps", cls.layer_norm_eps),
+        )
+        if config.num_channels != 3:
+            raise ConfigError(
+                f"vision_config.num_channels is {config.num_channels}; only 3 (RGB) is supported"
+            )
+        if config.hidden_size % config.num_attention_heads:
+            raise ConfigError(
+                f"vision_config.hidden_size {config.hidden_size} does not divide into "
+                f"{config.num_attention_heads} attention heads"
+            )
+        if config.patches_per_side < 1:
+            raise ConfigError(
+                f"vision_config.patch_size {config.patch_size} exceeds its image_size"
+            )
+        return config
+
+
+# The ``text_config`` of a checkpoint: a Qwen2 decoder.
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The Qwen2 decoder. ``layer_types`` names each layer's attention, full or sliding."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    layer_types: tuple[str, ...] = ("full_attention",) * 32
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Json | None) -> "TextConfig":
+        values = values or {}
+        require_type(values, "text_config", "qwen2")
+        report_unknown(values, cls, "text_config", ("rope_parameters", "dtype", "torch_dtype"))
+        read = Reader(values, "text_config")
+        layers = read.integer("num_hidden_layers", cls.num_hidden_layers, 256)
+        heads = read.integer("num_attention_heads", cls.num_attention_heads, 1024)
+        # A null here means "as many as query heads"; an absent key means the class default.
+        kv_heads = (
+            heads
+            if "num_key_value_heads" in values and values["num_key_value_heads"] is None
+            else read.integer("num_key_value_heads", cls.num_key_value_heads, 1024)
+        )
+        hidden = read.integer("hidden_size", cls.hidden_size, 32768)
+        if heads % kv_heads:
+            raise ConfigError(
+                f"text_config has {heads} attention heads, not a multiple of {kv_heads} for keys"
+            )
+        head_dim = read.integer("head_dim", hidden // heads, 1024)
+        if head_dim % 2:
+            raise ConfigError(
+                f"text_config's head_dim is {head_dim}; rotary positions need an even one"
+            )
+        window = None
+        if (
+            read.flag("use_sliding_window", False)
+            and values.get("sliding_window", 4096) is not None
+        ):
+            window = read.integer("sliding_window", 4096, 2**31 - 1)
+        first_sliding = read.integer("max_window_layers", 28, 2**31 - 1, least=0)
+        kinds = values.get("layer_types")
+        if kinds is None:
+            kinds = [
+                "sliding_attention"
+                if window is not None and i >= first_sliding
+                else "full_attention"
+                for i in range(layers)
+            ]
+        if not isinstance(kinds, Sequence) or len(kinds) != layers:
+            raise ConfigError(f"text_config.layer_types does not name {layers} layers")
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ConfigError(f"text_config.layer_types names {kind!r}, which is not supported")
+            if kind == "sliding_attention" and window is None:
+                raise ConfigError(
+                    "text_config.layer_types asks for sliding attention without a window"
+                )
+        return cls(
+            vocab_size=read.integer("vocab_size", cls.vocab_size, 2_000_000),
+            hidden_size=hidden,
+            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
+            max_position_embeddings=read.integer(
+                "max_position_embeddings", cls.max_position_embeddings, 2**31 - 1
+            ),
+            rms_norm_eps=read.positive("rms_norm_eps", cls.rms_norm_eps),
+            rope=RopeConfig.from_dict(values),
+            layer_types=tuple(kinds),
+            sliding_window=window,
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
+        )
+
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -125,66 +269,6 @@ class OneVisionConfig:
         return config
 
 
-@dataclass(frozen=True)
-class ImageConfig:
-    """How pictures become pixel values (preprocessor_config.json). ``size`` is a tile's edge in
-    pixels.
-    """
-
-    size: int = 384
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
-    image_grid_pinpoints: tuple[tuple[int, int], ...] = DEFAULT_PINPOINTS
-
-    @classmethod
-    def from_dict(
-        cls, values: Json | None, config: OneVisionConfig, where: str = "preprocessor_config.json"
-    ) -> "ImageConfig":
-        """From preprocessor_config.json (None: a checkpoint without one, as the lmms-lab originals
-        are). ``where`` names it in errors.
-
-        Raises:
-            ConfigError: for a step that the file switches off or changes, and for a tile size or
-            grid list
-                that differs from the model's, because token counts and features would then
-                disagree.
-        """
-        size = config.vision_config.image_size
-        if values is None:
-            return cls(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
-        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"):
-            if values.get(step) is False and step != "do_pad":
-                raise ConfigError(f"{where} switches {step} off, which is not supported")
-        if values.get("do_center_crop"):
-            raise ConfigError(f"{where} asks for do_center_crop, which is not supported")
-        if values.get("resample", 3) != 3:
-            raise ConfigError(
-                f"{where} asks for resample {values['resample']}; only 3 (bicubic) is supported"
-            )
-        given = values.get("size", size)
-        edges = list(given.values()) if isinstance(given, Mapping) else [given]
-        if any(edge != size for edge in edges):
-            raise ConfigError(
-                f"{where} has tiles of {given}, config.json of {size} pixels; they must agree"
-            )
-        pinpoints = config.image_grid_pinpoints
-        if values.get("image_grid_pinpoints") is not None:
-            pinpoints = read_pinpoints(values["image_grid_pinpoints"], size, where)
-            if pinpoints != config.image_grid_pinpoints:
-                raise ConfigError(f"{where} and config.json list different image_grid_pinpoints")
-        # A file without mean and std gets the reference class's values, which are CLIP's.
-        mean = values.get("image_mean") or (0.48145466, 0.4578275, 0.40821073)
-        std = values.get("image_std") or (0.26862954, 0.26130258, 0.27577711)
-        return cls(
-            size=size,
-            image_mean=_three(mean, f"{where} image_mean", positive=False),
-            image_std=_three(std, f"{where} image_std", positive=True),
-            rescale_factor=Reader(values, where).positive("rescale_factor", 1 / 255),
-            image_grid_pinpoints=pinpoints,
-        )
-
-
 def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], ...]:
     """Grid resolutions as (height, width) pairs in pixels; None is the reference's list of 36.
 
@@ -249,12 +333,3 @@ def _dtype(values: Json) -> str | None:
                     )
                 return name
     return None
-
-
-def _three(given: Any, where: str, *, positive: bool) -> tuple[float, float, float]:
-    numbers = given if isinstance(given, Sequence) and not isinstance(given, str) else [given] * 3
-    if len(numbers) != 3 or not all(
-        isinstance(n, int | float) and math.isfinite(n) and (n > 0 or not positive) for n in numbers
-    ):
-        raise ConfigError(f"{where} is {given!r}, not three numbers")
-    return float(numbers[0]), float(numbers[1]), float(numbers[2])

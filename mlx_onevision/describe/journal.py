@@ -34,23 +34,6 @@ def fingerprint(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, text: str) -> None:
-    """Writes a text file, or leaves the one that was there as it is.
-
-    Raises:
-        OSError: where it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class Sidecar:
     """The file, or with no path only what it would hold.
 

@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any, Literal, TypedDict, get_args
 
-from mlx_onevision.describe.cutting import Finder
-from mlx_onevision.describe.scenes import Span, scenes, windows
+from mlx_onevision.describe.scenes import Finder, Span, scenes, windows
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 

@@ -13,13 +13,12 @@ from typing import Any, TypeAlias
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.journal import Sidecar, fingerprint
-from mlx_onevision.describe.narration import SEGMENT
-from mlx_onevision.describe.narrator import Narrator
 from mlx_onevision.describe.options import Plan
-from mlx_onevision.describe.pipeline import Progress, Telling
+from mlx_onevision.describe.outline import SEGMENT
+from mlx_onevision.describe.pipeline import Narrator, Progress, Telling
 from mlx_onevision.engine.generation import Stream
 from mlx_onevision.errors import CancelledError, OneVisionError, RequestError
-from mlx_onevision.media.reel import Reel
+from mlx_onevision.media.decoder import Reel
 from mlx_onevision.media.video import VideoSource, is_file, opened
 
 LONGEST_NAME = 4096

@@ -32,9 +32,10 @@ from mlx_onevision.errors import (
 )
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.media.image import ImageSource, load_image
-from mlx_onevision.media.items import item_blocks, item_name
 from mlx_onevision.media.resize import resize
+from mlx_onevision.media.sources import is_video
 from mlx_onevision.media.video import load_video, nothing
+from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Medium, Processor, Tiling
 
 Item: TypeAlias = "ImageSource | Mapping[str, Any] | Medium | Sequence[Any]"
@@ -67,7 +68,7 @@ class Embedder:
     """What turns items into vectors of one space.
 
     space, normalize, tiling, frames, check : see :meth:`mlx_onevision.api.Model.embed`.
-    model, revision : what :func:`~mlx_onevision.checkpoint.identity.identify` says.
+    model, revision : what :func:`~mlx_onevision.checkpoint.hub.identify` says.
     """
 
     def __init__(
@@ -336,3 +337,31 @@ def described(quantization: Any) -> str | None:
     return ", ".join(
         sorted(f"{way.bits} bits in groups of {way.group_size} ({way.mode})" for way in ways)
     )
+
+
+LONGEST_NAME = 4096
+
+
+def item_blocks(item: object) -> list[dict[str, Any]]:
+    """An item as a message's content, in its one form."""
+    parts = item if isinstance(item, list | tuple) else [item]
+    content = [part if isinstance(part, Mapping) else _block(part) for part in parts]
+    if not content:
+        raise RequestError("it is an empty list")
+    return normalise_messages(messages=[{"role": "user", "content": content}])[0]["content"]
+
+
+def _block(source: object) -> dict[str, Any]:
+    kind = "video" if is_video(source) else "image"
+    return {"type": kind, kind: source}
+
+
+def item_name(blocks: Sequence[Mapping[str, Any]], otherwise: str) -> str:
+    """Paths, addresses and texts as they were given; other things have no name."""
+    given = [block[block["type"]] for block in blocks]
+    if any(not isinstance(value, str | os.PathLike) for value in given):
+        return otherwise
+    names = [str(os.fspath(value)) for value in given]
+    if any(len(name) > LONGEST_NAME or name.startswith("data:") for name in names):
+        return otherwise
+    return " + ".join(names)

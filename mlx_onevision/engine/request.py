@@ -13,10 +13,9 @@ import mlx.core as mx
 from mlx_onevision.engine.runner import Counters, Runner, Unfinished
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.prompt.processor import Inputs
-from mlx_onevision.sampling.choosing import Choosing
 from mlx_onevision.sampling.grammar import Grammar
 from mlx_onevision.sampling.logprobs import Watch
-from mlx_onevision.sampling.sampler import Sampling
+from mlx_onevision.sampling.sampler import Choosing, Sampling
 
 if TYPE_CHECKING:
     from mlx_lm.generate import BatchGenerator
@@ -27,7 +26,7 @@ class Request:
     """What to answer, and how.
 
     ends_at : given each token as it is generated; True ends the answer with that one.
-    grammar, watch : see :class:`~mlx_onevision.sampling.choosing.Choosing`.
+    grammar, watch : see :class:`~mlx_onevision.sampling.sampler.Choosing`.
     """
 
     inputs: Inputs

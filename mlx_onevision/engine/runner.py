@@ -22,7 +22,7 @@ from mlx_onevision.errors import CancelledError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.onevision import OneVision, pool_frames
 from mlx_onevision.prompt.processor import Inputs, Medium
-from mlx_onevision.sampling.choosing import Chooser
+from mlx_onevision.sampling.sampler import Chooser
 
 # Encoded media are kept up to this share of the memory that the device should use, and no more than
 # about twenty large images of the largest model take.

@@ -8,9 +8,11 @@ import os
 import selectors
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,9 +25,10 @@ from mlx_onevision.errors import (
     RequestError,
     TooLargeError,
 )
+from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.subprocesses import INTERPRETER, MISSING, find_interpreter, import_path
 
-__all__ = ["INTERPRETER", "Limits", "Pipe", "TooManyFramesError", "nothing", "start", "stop"]
+__all__ = ["INTERPRETER", "Decoded", "Header", "Limits", "Pipe", "TooManyFramesError", "nothing"]
 
 POLL_SECONDS = 0.1  # how often a cancellation is looked for
 MAX_HEADER = 16 << 20  # bytes of a line from the decoder; a long film's has many times in it
@@ -217,3 +220,287 @@ def upright(pixels: NDArray[np.uint8], matrix: tuple[int, int, int, int]) -> NDA
     else:
         return pixels
     return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+# A video file in, the chosen frames out, one after another; decoded in a process of its own.
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a video before its frames come.
+
+    total : frames in the file. length : seconds.
+    indices, times : of the frames that are coming, and the second at which each appears.
+    claimed : frames that the file says it has; 0 where it says nothing.
+    """
+
+    total: int
+    length: float
+    claimed: int
+    indices: tuple[int, ...]
+    times: tuple[float, ...]
+    codec: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """``frames`` yields (position in ``header.indices``, uint8 RGB (H, W, 3)); one that cannot be
+    decoded is left out.
+    """
+
+    header: Header
+    frames: Iterator[tuple[int, NDArray[np.uint8]]]
+
+
+@contextmanager
+def decoding(
+    file: BinaryIO,
+    name: str,
+    options: FrameOptions,
+    *,
+    default: int = DEFAULT_FRAMES,
+    most: int | None = None,
+    limits: Limits | None = None,
+    check: Callable[[], None] = nothing,
+) -> Iterator[Decoded]:
+    """Decodes the chosen frames of an open file, for as long as the context lasts.
+
+    file : a real file, seekable. name : what errors call it.
+    default : how many frames where the options do not say.
+    most : more than that are refused.
+    check : called a few times a second; ends the decoding by raising.
+
+    Raises:
+        MediaError: when it cannot be read as a video, in one sentence.
+        TooLargeError: beyond ``limits``.
+        RequestError: when the options do not fit the video.
+        TooManyFramesError: beyond ``most``.
+    """
+    limits = limits or Limits()
+    request = {"options": asdict(options), "default": default, "most": most}
+    process = start(file, limits, request)
+    try:
+        pipe = Pipe(process, name, limits, check)
+        header = _header(pipe)
+        yield Decoded(header, _frames(pipe, header))
+    finally:
+        stop(process)
+
+
+def _header(pipe: Pipe) -> Header:
+    values = pipe.message("video")
+    try:
+        header = Header(
+            total=int(values["total"]),
+            length=float(values["length"]),
+            claimed=int(values["claimed"]),
+            indices=tuple(map(int, values["indices"])),
+            times=tuple(map(float, values["times"])),
+            codec=str(values["codec"]),
+        )
+        if len(header.indices) != len(header.times):
+            raise ValueError("times and indices differ")
+    except (KeyError, TypeError, ValueError):
+        raise pipe.failed() from None
+    return header
+
+
+def _frames(pipe: Pipe, header: Header) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    last = -1
+    while (about := pipe.message("frame", "end")) is not None:
+        try:
+            place = int(about["place"])
+        except (KeyError, TypeError, ValueError):
+            raise pipe.failed() from None
+        if not last < place < len(header.indices):
+            raise pipe.failed()
+        last = place
+        yield place, pipe.pixels(about)
+
+
+# A video file that is looked at many times: all of it small, then parts of it as they are.
+#
+# One process decodes for as long as the file is open (see :mod:`decoder_pipe`), so the file is read
+# through once for its index, not once for each part. Where it breaks off, the next look starts
+# another one. Looks come one after another; each is to be read to its end, or given up.
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a video.
+
+    total : frames in the file. length : seconds.
+    claimed : frames that the file says it has; 0 where it says nothing.
+    """
+
+    total: int
+    length: float
+    claimed: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """Chosen frames. ``frames`` yields (position in ``indices``, uint8 RGB (H, W, 3)); one that
+    cannot be decoded is left out.
+    """
+
+    indices: tuple[int, ...]
+    times: tuple[float, ...]
+    frames: Iterator[tuple[int, Pixels]]
+
+
+class Reel:
+    """An open video file.
+
+    file : a real file, seekable. name : what errors call it.
+    limits : their seconds are for each look, and for each small picture of a long film.
+    check : called a few times a second; ends a look by raising.
+
+    Raises, when it is made and when it is looked at:
+        MediaError: when it cannot be read as a video, in one sentence.
+        TooLargeError: beyond ``limits``.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        name: str,
+        limits: Limits | None = None,
+        check: Callable[[], None] = nothing,
+    ) -> None:
+        self.name = name
+        self._file, self._limits, self._check = file, limits or Limits(), check
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Pipe | None = None
+        self._commands: int | None = None
+        self._answering = False
+        self.facts = self._start()
+
+    def __enter__(self) -> "Reel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process; another look starts another one."""
+        process, commands = self._process, self._commands
+        self._process = self._commands = self._pipe = None
+        if process is not None:
+            stop(process)
+        if commands is not None:
+            os.close(commands)
+
+    def thumbnails(
+        self, begin: float | None = None, end: float | None = None
+    ) -> Iterator[tuple[float, Pixels]]:
+        """All frames on screen between two times that can be decoded: the second at which each
+        appears, and its pixels, 64x64 of them or fewer, uint8 RGB (h, w, 3).
+
+        Raises:
+            RequestError: for a beginning behind the end of the video.
+        """
+        options = FrameOptions(start=begin, end=end)
+        with self._answer({"do": "thumbnails", "options": asdict(options)}) as pipe:
+            for _, about in _messages(pipe, self.facts.total):
+                try:
+                    time = float(about["time"])
+                except (KeyError, TypeError, ValueError):
+                    raise pipe.failed() from None
+                pixels = pipe.pixels(about)
+                pipe.renew()
+                yield time, pixels
+
+    def look(self, options: FrameOptions, default: int = DEFAULT_FRAMES) -> Look:
+        """Chosen frames of the video, or of a part of it.
+
+        default : how many of them where ``options`` do not say.
+
+        Raises:
+            RequestError: when the options do not fit the video.
+        """
+        answer = self._looked({"do": "frames", "options": asdict(options), "default": default})
+        indices, times = next(answer)
+        return Look(indices, times, answer)
+
+    def _looked(self, command: Mapping[str, Any]) -> Iterator[Any]:
+        """Which frames are coming, and then the frames."""
+        with self._answer(command) as pipe:
+            values = pipe.message("chosen")
+            try:
+                indices = tuple(map(int, values["indices"]))
+                times = tuple(map(float, values["times"]))
+                if len(indices) != len(times):
+                    raise ValueError("times and indices differ")
+            except (KeyError, TypeError, ValueError):
+                raise pipe.failed() from None
+            yield indices, times
+            for place, about in _messages(pipe, len(indices)):
+                yield place, pipe.pixels(about)
+
+    @contextmanager
+    def _answer(self, command: Mapping[str, Any]) -> Iterator[Pipe]:
+        """The process's answer to a command; what is not read to its end ends the process."""
+        if self._answering:  # the look before was given up, and its frames are still coming
+            self.close()
+        if self._pipe is None:
+            self._start()
+        assert self._pipe is not None and self._commands is not None
+        self._answering = True
+        pipe = self._pipe
+        try:
+            pipe.renew()
+            try:
+                os.write(self._commands, json.dumps(command).encode() + b"\n")
+            except OSError:
+                raise pipe.failed() from None
+            yield pipe
+        except BaseException:
+            if pipe is self._pipe:
+                self.close()
+                self._answering = False
+            raise
+        self._answering = False
+
+    def _start(self) -> Facts:
+        self.close()
+        inherited, self._commands = os.pipe()
+        try:
+            self._process = start(self._file, self._limits, {}, inherited)
+        finally:
+            os.close(inherited)
+        self._pipe = pipe = Pipe(self._process, self.name, self._limits, self._check)
+        self._answering = False
+        try:
+            values = pipe.message("video")
+            try:
+                return Facts(
+                    total=int(values["total"]),
+                    length=float(values["length"]),
+                    claimed=int(values["claimed"]),
+                    codec=str(values["codec"]),
+                )
+            except (KeyError, TypeError, ValueError):
+                raise pipe.failed() from None
+        except BaseException:
+            self.close()
+            raise
+
+
+def _messages(pipe: Pipe, total: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The places of frames, rising, and what was said of each; their pixels come next."""
+    last = -1
+    while (about := pipe.message("frame", "end")) is not None:
+        try:
+            place = int(about["place"])
+        except (KeyError, TypeError, ValueError):
+            raise pipe.failed() from None
+        if not last < place < total:
+            raise pipe.failed()
+        last = place
+        yield place, about

@@ -44,8 +44,8 @@ def main() -> None:
         out.flush()
 
     try:
-        from mlx_onevision.confinement import confine
         from mlx_onevision.media import libav  # before the limits: PyAV opens and maps many files
+        from mlx_onevision.subprocesses import confine
 
         gc.freeze()  # so that looking for cycles takes no time
         _allow(request, 0.0)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.config.model import ImageConfig
+from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.media.anyres import fitted_size, select_best_resolution
 from mlx_onevision.media.resize import Pixels, resize, resize_on_square

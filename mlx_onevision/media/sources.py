@@ -6,8 +6,41 @@ import base64
 import binascii
 import os
 import re
+import stat
+from urllib.parse import urlsplit
 
 from mlx_onevision.errors import MediaError, TooLargeError
+
+# What stands for one thing among many: a picture, a video, a text, or pictures in a list.
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+# How MP4 and MOV, Matroska and WebM, and AVI begin; HEIF, which is a picture, begins as MP4 does.
+_VIDEO = re.compile(
+    rb"....(ftyp(?!heic|heix|heim|heis|hevc|hevx|mif1|msf1|avif|avis)|moov|mdat|wide)"
+    rb"|\x1a\x45\xdf\xa3|RIFF....AVI ",
+    re.DOTALL,
+)
+
+
+def is_video(source: object) -> bool:
+    """By how it begins, and by its name where it cannot be looked into, as behind an address."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _VIDEO.match(bytes(source[:16])) is not None
+    if not isinstance(source, str | os.PathLike):
+        return getattr(source, "ndim", None) == 4
+    path = str(os.fspath(source))
+    if path[:5].lower() == "data:":
+        return path[:11].lower() == "data:video/"
+    try:
+        # Not waiting: opening a pipe that nobody writes to would never end.
+        descriptor = os.open(os.path.expanduser(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return urlsplit(path).path.lower().endswith(VIDEOS)
+    with os.fdopen(descriptor, "rb") as file:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        begins = _VIDEO.match(file.read(16)) if regular else None
+    return begins is not None or path.lower().endswith(VIDEOS)
+
 
 MAX_DOWNLOAD = 256 << 20  # bytes
 TIMEOUT = 30.0  # seconds without a sign of life

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.config.model import ImageConfig, OneVisionConfig
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, RequestError
 from mlx_onevision.files import read_json
 from mlx_onevision.media.anyres import (
@@ -31,11 +32,9 @@ from mlx_onevision.media.image import (
     pixel_values,
     tile_image,
 )
-from mlx_onevision.media.video import Clip
-from mlx_onevision.media.video_config import VideoConfig
-from mlx_onevision.prompt.chat_template import ChatTemplate, Piece
+from mlx_onevision.media.video import Clip, VideoConfig
+from mlx_onevision.prompt.chat_template import ChatTemplate, Piece, pieces_in_given_order
 from mlx_onevision.prompt.messages import Message, normalise_messages, sources, video_blocks
-from mlx_onevision.prompt.ordering import pieces_in_given_order
 from mlx_onevision.prompt.tokenizer import Tokenizer
 from mlx_onevision.prompt.video_budget import Space, load_clips
 

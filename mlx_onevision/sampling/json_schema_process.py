@@ -33,7 +33,7 @@ def main() -> None:
     sys.path[:] = request["path"]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    from mlx_onevision.confinement import confine
+    from mlx_onevision.subprocesses import confine
 
     confine(request["memory"], seconds=int(request["seconds"]) + 1)
     schema = sys.stdin.buffer.read().decode()

@@ -17,17 +17,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mlx_onevision.plugins.adapters.mcp_process import GONE, called, connected, unstarted
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request, cancelled
-from mlx_onevision.plugins.contract.events import DoneEvent, Result
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request, cancelled, worded
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.contract.results import (
     DescribeResult,
+    DoneEvent,
     EmbedResult,
     GenerateResult,
     ModelInfo,
+    Result,
 )
 from mlx_onevision.plugins.contract.streams import Channel, EventStream
-from mlx_onevision.plugins.contract.wording import worded
 from mlx_onevision.plugins.service.model_keeper import CLOSED
 
 if TYPE_CHECKING:

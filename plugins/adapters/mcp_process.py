@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.contract.events import Event, event_from_dict
+from mlx_onevision.plugins.contract.results import Event, event_from_dict
 from mlx_onevision.plugins.contract.streams import Channel
 
 if TYPE_CHECKING:

@@ -23,16 +23,17 @@ the end of the backend.
 
 import pytest
 
-_PARTS = ("answering", "embedding", "ending", "films", "sharing", "subject", "telling")
+_PARTS = ("answers", "lifecycle", "subject")
 for _part in _PARTS:
     pytest.register_assert_rewrite(f"{__name__}.{_part}")
 
-from mlx_onevision.plugins.conformance.answers import Answering  # noqa: E402
-from mlx_onevision.plugins.conformance.embedding import Embedding  # noqa: E402
-from mlx_onevision.plugins.conformance.films import Films  # noqa: E402
-from mlx_onevision.plugins.conformance.lifecycle import Ending  # noqa: E402
-from mlx_onevision.plugins.conformance.sharing import Sharing  # noqa: E402
-from mlx_onevision.plugins.conformance.telling import Telling  # noqa: E402
+from mlx_onevision.plugins.conformance.answers import (  # noqa: E402
+    Answering,
+    Embedding,
+    Films,
+    Telling,
+)
+from mlx_onevision.plugins.conformance.lifecycle import Ending, Sharing  # noqa: E402
 
 __all__ = ["BackendConformance"]
 

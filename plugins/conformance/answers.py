@@ -2,25 +2,268 @@
 
 import base64
 import json
+import math
+import time
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
 
 from mlx_onevision.plugins.conformance.subject import Subject
+from mlx_onevision.plugins.contract.results import LEAST
 from mlx_onevision.plugins.interface import (
     API_VERSION,
     Backend,
+    DescribeRequest,
+    DescribeResult,
     DoneEvent,
+    EmbedRequest,
+    EmbedResult,
     GenerateRequest,
     GenerateResult,
     Media,
     Message,
     ModelInfo,
     PluginError,
+    ProgressEvent,
+    SegmentEvent,
     TextEvent,
     UsageEvent,
     event_from_dict,
 )
+
+# Videos: asked about, and told segment by segment.
+
+
+class Films(Subject):
+    def test_a_question_about_a_video(self, backend: Backend) -> None:
+        film = self.film() if self.claims(backend, "videos") else Media("video", data=b"\0" * 64)
+        request = GenerateRequest.ask("What happens?", film, num_frames=4, max_tokens=4)
+        if self.claims(backend, "videos"):
+            assert self.answered(backend, request).usage.prompt_tokens >= 0
+        else:
+            assert self.refused(backend.generate(request)).code == "unsupported_media"
+
+    def test_a_video_is_told_in_segments(self, backend: Backend) -> None:
+        if not self.claims(backend, "describe_video"):
+            request = DescribeRequest(Media("video", data=b"\0" * 64))
+            self.refused(backend.describe_video(request))
+            return
+        stream = backend.describe_video(DescribeRequest(self.film(), segments=1.0, num_frames=2))
+        events = list(stream)
+        self.check_order(events)
+        last = events[-1]
+        assert isinstance(last, DoneEvent) and isinstance(last.result, DescribeResult), last
+        told = tuple(event.segment for event in events if isinstance(event, SegmentEvent))
+        assert told == last.result.segments and len(told) >= 2
+        assert [segment.index for segment in told] == list(range(len(told)))
+        for one, next_one in pairwise(told):
+            assert one.start < one.end <= next_one.start + 1e-6
+        assert told[-1].end <= last.result.duration + 1e-6
+        for event in events:
+            assert event_from_dict(json.loads(json.dumps(event.to_dict()))) == event
+
+    def test_a_description_can_be_cancelled(self, backend: Backend) -> None:
+        if not self.claims(backend, "describe_video"):
+            return
+        request = DescribeRequest(self.film(), segments=0.5)
+        with backend.describe_video(request) as stream:
+            next(stream)
+        with pytest.raises(PluginError) as raised:
+            stream.result()
+        assert raised.value.code == "cancelled"
+        self.wait_until_idle(backend)
+
+    def test_a_picture_is_not_described_as_a_video(self) -> None:
+        with pytest.raises(PluginError) as raised:
+            DescribeRequest(self.picture())
+        assert raised.value.code == "bad_request"
+
+
+# Vectors: how many, how long, in what order, and of what.
+
+
+class Embedding(Subject):
+    def test_vectors_of_every_space(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed"):
+            with pytest.raises(PluginError) as raised:
+                backend.embed(EmbedRequest([self.picture()]))
+            self.check_sentence(raised.value)
+            assert self.refused(backend.stream_embed(EmbedRequest([self.picture()]))).message
+            return
+        for space in backend.info().spaces:
+            items: list[str | Media] = []
+            if "image" in space.inputs:
+                items += [self.picture(1), self.picture(2), self.picture(1)]
+            if "text" in space.inputs:
+                items += ["a red circle", "ein blauer Stern ★", "a red circle"]
+            values = {**EmbedRequest(items, space="joint").to_dict(), "space": space.id}
+            found = backend.embed(EmbedRequest.from_dict(values))
+            assert found.space == space.id and found.dim == space.dim
+            assert len(found.vectors) == len(items)
+            for vector in found.vectors:
+                assert math.isclose(math.hypot(*vector), 1.0, abs_tol=1e-3)
+            for first in range(0, len(items), 3):
+                one, other, again = found.vectors[first : first + 3]
+                assert one == pytest.approx(again, abs=1e-4), "equal items, other vectors"
+                assert one != pytest.approx(other, abs=1e-6), "other items, equal vectors"
+            assert EmbedResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+    def test_many_vectors_are_those_of_each_alone(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed", "images"):
+            return
+        items = [self.picture(number) for number in range(12)]
+        together = backend.embed(EmbedRequest(items)).vectors
+        for place in (0, 11):
+            (alone,) = backend.embed(EmbedRequest([items[place]])).vectors
+            assert together[place] == pytest.approx(alone, abs=1e-3)
+        assert backend.embed(EmbedRequest([])).vectors == ()
+
+    def test_vectors_come_with_the_end_of_a_stream(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed", "images"):
+            return
+        request = EmbedRequest([self.picture(number) for number in range(12)])
+        stream = backend.stream_embed(request)
+        events = list(stream)
+        self.check_order(events)
+        last = events[-1]
+        assert isinstance(last, DoneEvent) and isinstance(last.result, EmbedResult), last
+        assert stream.result() == last.result and len(last.result.vectors) == 12
+        for vector, same in zip(last.result.vectors, backend.embed(request).vectors, strict=True):
+            assert vector == pytest.approx(same, abs=1e-4)
+        for event in events[:-1]:
+            assert isinstance(event, ProgressEvent)
+            assert event.total is None or 0 <= event.done <= event.total
+
+    def test_vectors_can_be_cancelled(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed", "images"):
+            return
+        request = EmbedRequest([self.picture(number) for number in range(12)])
+        for read in (0, 1):
+            stream = backend.stream_embed(request)
+            for _ in range(read):
+                next(stream)
+            since = time.monotonic()
+            stream.cancel()
+            self.check_cancelled(stream, since)
+        with backend.stream_embed(request) as stream:
+            pass
+        assert stream.ended
+        self.wait_until_idle(backend)
+
+    def test_an_item_that_cannot_be_read_is_named(self, backend: Backend) -> None:
+        if not self.claims(backend, "embed", "images"):
+            return
+        broken = Media("image", data=b"no picture")
+        request = EmbedRequest([self.picture(), broken])
+        with pytest.raises(PluginError) as raised:
+            backend.embed(request)
+        self.check_sentence(raised.value)
+        for error in (raised.value, self.refused(backend.stream_embed(request))):
+            assert error.code == "unsupported_media" and "item 2" in error.message
+
+    def test_what_is_no_request_for_vectors_is_refused(self, backend: Backend) -> None:
+        assert self.refused(backend.stream_embed(cast(Any, {"items": []}))).code == "bad_request"
+
+    def test_the_vision_space_has_no_place_for_text(self, backend: Backend) -> None:
+        with pytest.raises(PluginError) as raised:
+            backend.embed(EmbedRequest(["a red circle"], space="vision"))
+        assert raised.value.code == "bad_request"
+
+
+# Likelihoods of tokens, and answers that are documents of a schema.
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "grün", "blue"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "round": {"type": "boolean"},
+        "sides": {"type": "array", "items": {"enum": [3, 4]}, "maxItems": 2},
+    },
+    "required": ["colour", "count", "round", "sides"],
+    "additionalProperties": False,
+}
+
+
+class Telling(Subject):
+    @pytest.mark.parametrize("count", [0, 3])
+    def test_how_likely_every_token_was(self, backend: Backend, count: int) -> None:
+        values = {**self.question(backend).to_dict(), "logprobs": count}
+        request = GenerateRequest.from_dict(values)
+        if not self.claims(backend, "logprobs"):
+            assert self.refused(backend.generate(request)).code == "bad_request"
+            return
+        events = list(backend.generate(request))
+        self.check_order(events)
+        last = events[-1]
+        assert isinstance(last, DoneEvent) and isinstance(last.result, GenerateResult), last
+        told = last.result.logprobs
+        assert told, "nothing is told"
+        pieces = [event for event in events if isinstance(event, TextEvent)]
+        assert told == tuple(token for event in pieces for token in event.logprobs)
+        if "\ufffd" not in last.result.text:  # else the model has said what is no text
+            assert b"".join(token.data for token in told) == last.result.text.encode()
+        for token in told:
+            assert token.token == token.data.decode("utf-8", "replace")
+            assert LEAST <= token.logprob <= 1e-6
+            likely = [other.logprob for other in token.top]
+            assert likely == sorted(likely, reverse=True) and len(likely) <= count
+            assert all(LEAST <= value <= 1e-6 for value in likely)
+            if count:  # it was chosen for being the likeliest
+                assert token.logprob >= likely[0] - 1e-3
+        copy = GenerateResult.from_dict(json.loads(json.dumps(last.result.to_dict())))
+        assert copy == last.result
+
+    def test_telling_changes_no_answer(self, backend: Backend) -> None:
+        request = self.question(backend)
+        plain = self.answered(backend, request)
+        assert plain.logprobs is None
+        if self.claims(backend, "logprobs"):
+            asked = GenerateRequest.from_dict({**request.to_dict(), "logprobs": 1})
+            assert self.answered(backend, asked).text == plain.text
+
+    def test_a_stop_string_cuts_what_is_told(self, backend: Backend) -> None:
+        if not self.claims(backend, "logprobs"):
+            return
+        request = self.question(backend)
+        whole = self.answered(backend, request).text
+        stop = whole[len(whole) // 2 :][:2]
+        values = {**request.to_dict(), "stop": [stop], "logprobs": 0}
+        result = self.answered(backend, GenerateRequest.from_dict(values))
+        assert result.text == whole[: whole.index(stop)] and result.logprobs is not None
+        data = b"".join(token.data for token in result.logprobs)
+        assert data.decode("utf-8", "replace").startswith(result.text)
+        assert len(data) < len(whole.encode())
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_an_answer_is_a_document_of_a_schema(self, backend: Backend, seed: int) -> None:
+        media = [self.picture(seed)] if seed % 2 and self.claims(backend, "images") else []
+        request = GenerateRequest.ask(
+            "What is it? Answer in JSON.",
+            *media,
+            json_schema=json.dumps(SCHEMA),
+            max_tokens=200,
+            temperature=float(seed > 0),
+            seed=seed,
+        )
+        if not self.claims(backend, "json_schema"):
+            assert self.refused(backend.generate(request)).code == "bad_request"
+            return
+        result = self.answered(backend, request)
+        assert result.finish_reason == "stop", result
+        found = json.loads(result.text)
+        assert set(found) == set(SCHEMA["required"])
+        assert found["colour"] in ("red", "grün", "blue")
+        assert type(found["count"]) is int and 0 <= found["count"] <= 99
+        assert type(found["round"]) is bool
+        assert len(found["sides"]) <= 2 and set(found["sides"]) <= {3, 4}
+
+    def test_a_schema_that_nothing_fits_is_refused(self, backend: Backend) -> None:
+        nothing = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+        request = GenerateRequest.ask("What is it?", json_schema=json.dumps(nothing))
+        assert self.refused(backend.generate(request)).code == "bad_request"
+
 
 TEXTS = (
     "Grüße aus Köln: 3 × 4 = 12?",

@@ -25,9 +25,8 @@ from typing import BinaryIO
 
 from mlx_onevision.errors import OneVisionError
 from mlx_onevision.media.sources import data_uri
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.contract.media import Media
-from mlx_onevision.plugins.contract.wording import worded
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request, worded
+from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.service.download import download, split
 
 ASK_THE_OWNER = "whoever opens the backend can allow it in its MediaPolicy"

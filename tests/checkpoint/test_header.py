@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from mlx_onevision.checkpoint.header import BITS, MAX_ITEMS, MAX_TENSORS, read_header
+from mlx_onevision.checkpoint.tensors import BITS, MAX_ITEMS, MAX_TENSORS, read_header
 from mlx_onevision.errors import CheckpointError
 
 MUTANTS = 5000

@@ -19,7 +19,7 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.cli.main import cli
 from mlx_onevision.describe.formats import FORMS
 from mlx_onevision.describe.formats import write as to_text
-from mlx_onevision.describe.narrator import Narrator
+from mlx_onevision.describe.pipeline import Narrator
 
 SILENT = "Only the picture is described, not the sound.\n"
 QUICK = ("--segments", "1", "--frames", "2", "--max-tokens", "4")

@@ -13,10 +13,9 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.quantization import ModuleQuantization
-from mlx_onevision.convert import probe_images
-from mlx_onevision.convert.calibrated import calibrate, packed_modules
-from mlx_onevision.convert.divergence import diverge
-from mlx_onevision.convert.methods import METHODS, Method
+from mlx_onevision.convert import probes
+from mlx_onevision.convert.calibration import METHODS, Method, calibrate, packed_modules
+from mlx_onevision.convert.figures import diverge
 from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.language import Attention, DecoderLayer
@@ -36,10 +35,10 @@ class Subject:
         self.runner = Runner(load_checkpoint(folder, dtype))
         self.model = self.runner.model
         self.processor = Processor.from_folder(folder, self.model.config)
-        self.prompts = [self.ids(probe_images.landscape(50, 40 + n, n), n) for n in range(6)]
-        self.others = [self.ids(probe_images.noise(40, 50 + n, n), n + 1) for n in range(4)]
+        self.prompts = [self.ids(probes.landscape(50, 40 + n, n), n) for n in range(6)]
+        self.others = [self.ids(probes.noise(40, 50 + n, n), n + 1) for n in range(4)]
 
-    def ids(self, picture: probe_images.Picture, number: int) -> list[int]:
+    def ids(self, picture: probes.Picture, number: int) -> list[int]:
         content = [
             {"type": "image", "image": picture},
             {"type": "text", "text": QUESTIONS[number % 3]},

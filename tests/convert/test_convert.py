@@ -13,9 +13,9 @@ from packing import dequantized, quantize
 
 from mlx_onevision import api
 from mlx_onevision.checkpoint import manifest, recipes
-from mlx_onevision.checkpoint.header import read_header
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
+from mlx_onevision.checkpoint.tensors import read_header
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.convert.conversion import Facts, convert
 from mlx_onevision.errors import CheckpointError, OneVisionError, RequestError

@@ -10,8 +10,16 @@ from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import make_plan
 from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.convert.fit import Fit, best, candidates, choose, usable_bytes
-from mlx_onevision.convert.footprint import ANSWER_TOKENS, footprint, image_tokens
+from mlx_onevision.convert.fit import (
+    ANSWER_TOKENS,
+    Fit,
+    best,
+    candidates,
+    choose,
+    footprint,
+    image_tokens,
+    usable_bytes,
+)
 from mlx_onevision.errors import RequestError
 
 # Width, MLP, layers, heads, heads of keys, vocabulary, tied; as in the published files.

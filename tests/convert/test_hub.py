@@ -17,7 +17,7 @@ from mlx_onevision.checkpoint import manifest, recipes
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.convert import hub as sources
 from mlx_onevision.convert.conversion import convert, prepare
-from mlx_onevision.convert.upload import upload
+from mlx_onevision.convert.hub import upload
 from mlx_onevision.errors import ModelNotFoundError, OneVisionError
 
 NAME = "org/picture-model"

@@ -20,10 +20,9 @@ from processor_files import dump
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe, vision_packing
-from mlx_onevision.convert import probe_images
+from mlx_onevision.convert import probes
 from mlx_onevision.convert.conversion import convert
-from mlx_onevision.convert.divergence import diverge
-from mlx_onevision.convert.figures import Loss
+from mlx_onevision.convert.figures import Loss, diverge
 from mlx_onevision.convert.loss import measure
 from mlx_onevision.convert.probes import Probe
 from mlx_onevision.convert.recording import count_values
@@ -41,9 +40,9 @@ def asked(name: str, question: str, **media: Any) -> Probe:
 
 
 FEW = [
-    asked("shapes", "What is in the image?", image=probe_images.shapes(100, 140)),
-    asked("number", "How many shapes are there?", image=probe_images.shapes(56, 110)),
-    asked("video", "What is in the video?", video=list(probe_images.film(3, 60, 80))),
+    asked("shapes", "What is in the image?", image=probes.shapes(100, 140)),
+    asked("number", "How many shapes are there?", image=probes.shapes(56, 110)),
+    asked("video", "What is in the video?", video=list(probes.film(3, 60, 80))),
     Probe("captions", text="A red circle and a blue square. There are two shapes."),
 ]
 
@@ -295,12 +294,12 @@ def test_without_media_or_texts(tmp_path: Path) -> None:
 def test_probes_are_the_same_everywhere() -> None:
     """Recorded: a picture that changes makes figures that compare with no older ones."""
     pictures = (
-        probe_images.gradient(9, 16),
-        probe_images.shapes(30, 40),
-        probe_images.strokes(60, 50),
-        probe_images.noise(8, 8),
-        probe_images.landscape(24, 32),
-        probe_images.film(3, 20, 30),
+        probes.gradient(9, 16),
+        probes.shapes(30, 40),
+        probes.strokes(60, 50),
+        probes.noise(8, 8),
+        probes.landscape(24, 32),
+        probes.film(3, 20, 30),
     )
     marks = [hashlib.blake2b(picture.tobytes(), digest_size=4).hexdigest() for picture in pictures]
     assert marks == ["38fe2770", "7f90186f", "faccd555", "dcdcfef8", "afdfef56", "c7d62887"]

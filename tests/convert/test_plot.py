@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mlx_onevision.convert.figures import Figures, LayerLoss, Loss
-from mlx_onevision.convert.footprint import Footprint
+from mlx_onevision.convert.fit import Footprint
 from mlx_onevision.convert.plot import COLOURS, THEMES, Theme, plot, plot_compare
 from mlx_onevision.errors import RequestError
 

@@ -19,7 +19,7 @@ from loaded import edit
 
 from mlx_onevision.checkpoint import recipes
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.convert import conversion, durable, staging
+from mlx_onevision.convert import conversion, staging, writer
 from mlx_onevision.convert.conversion import convert
 from mlx_onevision.errors import OneVisionError, RequestError, StorageError
 
@@ -208,12 +208,12 @@ def test_a_disk_that_fails(
     place = Place(tmp_path, made)
     before = digest(place.source)
     total = sum(path.stat().st_size for path in place.new.iterdir())
-    open_new = durable.open_new
+    open_new = writer.open_new
     place.begin(older=True)
     for n in range(20):
         left = [total * n // 20]
         monkeypatch.setattr(
-            durable, "open_new", lambda path, left=left: Failing(open_new(path), left, number)
+            writer, "open_new", lambda path, left=left: Failing(open_new(path), left, number)
         )
         with pytest.raises(StorageError) as refused:
             convert(place.source, place.target, recipe=NEW, overwrite=True, shard_bytes=250_000)
@@ -227,7 +227,7 @@ def test_a_disk_that_does_not_flush(
 ) -> None:
     place = Place(tmp_path, made)
     place.begin(older=True)
-    flush, calls = durable.flush, 0
+    flush, calls = writer.flush, 0
 
     def failing(descriptor: int) -> None:
         nonlocal calls
@@ -236,7 +236,7 @@ def test_a_disk_that_does_not_flush(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         flush(descriptor)
 
-    monkeypatch.setattr(durable, "flush", failing)
+    monkeypatch.setattr(writer, "flush", failing)
     with pytest.raises(StorageError, match="Input/output error"):
         convert(place.source, place.target, recipe=NEW, overwrite=True)
     assert place.found() == "old" and temporary(tmp_path) == []

@@ -24,16 +24,16 @@ from mlx_onevision.checkpoint import recipes
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.checkpoint.load import load_checkpoint, open_checkpoint
 from mlx_onevision.checkpoint.tensors import read_weights
-from mlx_onevision.convert import comparing, probe_images
 from mlx_onevision.convert import hub as sources
+from mlx_onevision.convert import probes as probe_set
+from mlx_onevision.convert import verify
 from mlx_onevision.convert import verify as verification
 from mlx_onevision.convert.calibration import calibrated, calibration_set
-from mlx_onevision.convert.comparing import compare
 from mlx_onevision.convert.conversion import convert, prepare
 from mlx_onevision.convert.conversion import write as write_planned
 from mlx_onevision.convert.loss import measure
 from mlx_onevision.convert.probes import QUICK, Probe, probes
-from mlx_onevision.convert.verify import suspicion
+from mlx_onevision.convert.verify import compare, suspicion
 from mlx_onevision.errors import RequestError
 
 COMMAND = (sys.executable, "-m", "mlx_onevision")
@@ -220,7 +220,7 @@ def test_the_command_compares(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(comparing, "probes", lambda: FEW)
+    monkeypatch.setattr(verify, "probes", lambda: FEW)
     result = run(source, "--compare", "4", "--plot", "curve.png", "--json")
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
@@ -264,7 +264,7 @@ def test_what_cannot_be_asked_for(
 
 def asked(number: int) -> Probe:
     """A small picture, and a question about it."""
-    picture = probe_images.landscape(40, 50 + number, number)
+    picture = probe_set.landscape(40, 50 + number, number)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
     return Probe(f"{number}", ({"role": "user", "content": content},))
 

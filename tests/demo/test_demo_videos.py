@@ -13,7 +13,7 @@ from examples.demo_model.questions import ask_video
 from examples.demo_model.scenes import sample_video
 from examples.demo_model.world import MOTIONS
 from mlx_onevision.api import Model, load
-from mlx_onevision.describe.narration import SEGMENT
+from mlx_onevision.describe.outline import SEGMENT
 
 
 @pytest.fixture(scope="module")

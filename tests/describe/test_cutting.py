@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mlx_onevision.describe.cutting import cuts
+from mlx_onevision.describe.scenes import cuts
 from mlx_onevision.errors import RequestError
 
 Picture = NDArray[np.uint8]
@@ -89,7 +89,7 @@ def test_other_finders() -> None:
         list(cuts([], 0, 1, "eyes"))  # type: ignore
     program = (
         "import sys; sys.modules['scenedetect'] = None\n"
-        "from mlx_onevision.describe.cutting import cuts\n"
+        "from mlx_onevision.describe.scenes import cuts\n"
         "try: list(cuts([], 0, 1, 'pyscenedetect'))\n"
         "except Exception as error: print(error)"
     )

@@ -8,8 +8,9 @@ import pytest
 from films import written
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
-from mlx_onevision.describe.journal import SAMPLE, SAMPLES, Sidecar, fingerprint, save
+from mlx_onevision.describe.journal import SAMPLE, SAMPLES, Sidecar, fingerprint
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import save
 
 ABOUT: dict[str, Any] = {"video": "v", "model": ["m", "r"], "settings": {"num_frames": 8}}
 ONE = Segment(0.0, 2.5, "A dog — runs\u2028on.", (0.0, 1.25))

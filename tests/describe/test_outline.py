@@ -7,8 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_onevision.describe.formats import Segment
-from mlx_onevision.describe.narration import summary_question, title_question
-from mlx_onevision.describe.outline import MOST_CHAPTERS, Outline, chapter_firsts
+from mlx_onevision.describe.outline import (
+    MOST_CHAPTERS,
+    Outline,
+    chapter_firsts,
+    summary_question,
+    title_question,
+)
 from mlx_onevision.errors import ContextOverflowError
 
 

@@ -25,9 +25,8 @@ from examples.demo_model.scenes import sample_video
 from mlx_onevision.api import Model, load
 from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.formats import write as to_text
-from mlx_onevision.describe.narration import SEGMENT
-from mlx_onevision.describe.narrator import Narrator
-from mlx_onevision.describe.pipeline import Progress
+from mlx_onevision.describe.outline import SEGMENT
+from mlx_onevision.describe.pipeline import Narrator, Progress
 from mlx_onevision.describe.stream import DescriptionStream
 from mlx_onevision.errors import (
     CancelledError,

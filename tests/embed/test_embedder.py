@@ -20,11 +20,10 @@ from PIL import Image
 from mlx_onevision.api import Model, load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.cli.main import cli
-from mlx_onevision.embed.embedder import GROUP
+from mlx_onevision.embed.embedder import GROUP, item_blocks
 from mlx_onevision.embed.embeddings import Embeddings
 from mlx_onevision.errors import ContextOverflowError, MediaError, OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
-from mlx_onevision.media.items import item_blocks
 from mlx_onevision.media.video import load_video
 from mlx_onevision.network.onevision import OneVision, normalize
 from mlx_onevision.prompt.processor import Medium

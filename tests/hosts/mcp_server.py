@@ -3,9 +3,9 @@
 python mcp_server.py '{"settings": {}, "fake": {}, "folders": [], "noisy": true}'
 """
 
-from mlx_onevision.plugins.hosts.mcp import pipes
+from mlx_onevision.plugins.hosts.mcp import transport
 
-taken = pipes.take()
+taken = transport.take()
 
 import ctypes  # noqa: E402
 import json  # noqa: E402
@@ -14,8 +14,8 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend  # noqa: E402
-from mlx_onevision.plugins.hosts.mcp.serving import serve  # noqa: E402
-from mlx_onevision.plugins.hosts.mcp.settings import McpSettings  # noqa: E402
+from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings  # noqa: E402
+from mlx_onevision.plugins.hosts.mcp.server import serve  # noqa: E402
 from mlx_onevision.plugins.interface import (  # noqa: E402
     EventStream,
     GenerateRequest,

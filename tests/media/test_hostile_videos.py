@@ -25,7 +25,7 @@ from PIL import Image
 
 from mlx_onevision.cli.main import cli
 from mlx_onevision.errors import MediaError, RequestError, TooLargeError
-from mlx_onevision.media.decoding import Limits
+from mlx_onevision.media.decoder import Limits
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.video import Clip, load_video
 

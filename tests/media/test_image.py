@@ -19,7 +19,7 @@ from pictures import CLIP_MEAN, CLIP_STD, TILED_SIZES, arrays, digest, noise, ob
 from PIL import Image
 from recorded_pixels import names, recorded
 
-from mlx_onevision.config.model import ImageConfig
+from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.media import image as module
 from mlx_onevision.media.image import (

@@ -13,9 +13,8 @@ import pytest
 from films import HIGH, KINDS, counting, film, number_of, turned, written
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError, TooLargeError
-from mlx_onevision.media.decoder import INTERPRETER, Limits
+from mlx_onevision.media.decoder import INTERPRETER, Limits, Reel
 from mlx_onevision.media.frame_sampling import FrameOptions
-from mlx_onevision.media.reel import Reel
 
 
 @contextmanager
@@ -152,7 +151,7 @@ def test_it_can_be_cancelled_and_has_limits(
 PEAK = """
 import resource, sys
 from mlx_onevision.media.frame_sampling import FrameOptions
-from mlx_onevision.media.reel import Reel
+from mlx_onevision.media.decoder import Reel
 with open(sys.argv[1], "rb") as file, Reel(file, "it") as reel:
     print(len(list(n for n, _ in enumerate(reel.thumbnails()))))
     print(sum(1 for _ in reel.look(FrameOptions(num_frames=100)).frames))

@@ -15,7 +15,7 @@ from films import BITS, KINDS, counting, film, number_of, numbered, turned, writ
 from PIL import Image
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError
-from mlx_onevision.media.decoding import INTERPRETER, Limits, decoding
+from mlx_onevision.media.decoder import INTERPRETER, Limits, decoding
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.resize import resize
 from mlx_onevision.media.video import Clip, TooManyFramesError, load_video

@@ -18,8 +18,13 @@ from parity.reference_adapter import reference, request
 from PIL import Image
 
 from mlx_onevision.api import Model, load
-from mlx_onevision.plugins.hosts.lmms_eval.prompts import TEMPLATE, answered, conversation, shown
-from mlx_onevision.plugins.hosts.lmms_eval.settings import options
+from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
+    TEMPLATE,
+    answered,
+    conversation,
+    options,
+    shown,
+)
 from mlx_onevision.prompt.chat_template import ChatTemplate
 
 from lmms_eval.api.instance import GenerationResult  # isort: skip

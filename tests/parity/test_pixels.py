@@ -17,7 +17,7 @@ from parity import torchvision_ops  # noqa: F401  before transformers
 from pictures import CLIP_MEAN, CLIP_STD, arrays, noise, objects, smooth
 from PIL import Image
 
-from mlx_onevision.config.model import ImageConfig
+from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.media.image import load_image, pad_to_square_tile, pixel_values, tile_image
 from mlx_onevision.media.resize import resize
 

@@ -8,11 +8,10 @@ import weakref
 
 import pytest
 
+from mlx_onevision.plugins.adapters.engine import Desk
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.adapters.sources import Desk
-from mlx_onevision.plugins.contract.aside import Aside
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.streams import Channel
+from mlx_onevision.plugins.contract.streams import Aside, Channel
 from mlx_onevision.plugins.interface import GenerateRequest
 from mlx_onevision.plugins.service.service import Limits
 

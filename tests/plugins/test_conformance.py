@@ -8,10 +8,7 @@ from endless import endless
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.conformance import BackendConformance
-from mlx_onevision.plugins.conformance.answers import Answering
-from mlx_onevision.plugins.conformance.embedding import Embedding
-from mlx_onevision.plugins.conformance.films import Films
-from mlx_onevision.plugins.conformance.telling import Telling
+from mlx_onevision.plugins.conformance.answers import Answering, Embedding, Films, Telling
 from mlx_onevision.plugins.interface import Backend, GenerateRequest
 
 VIDEO = Path(__file__).parents[2].joinpath("examples/circle.mp4").read_bytes()

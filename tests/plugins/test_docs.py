@@ -16,7 +16,7 @@ from mlx_onevision.plugins.adapters.http import HttpBackend
 from mlx_onevision.plugins.adapters.mcp import McpBackend
 from mlx_onevision.plugins.conformance import plugin
 from mlx_onevision.plugins.contract.errors import CODES
-from mlx_onevision.plugins.contract.events import Event
+from mlx_onevision.plugins.contract.results import Event
 from mlx_onevision.plugins.interface import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.service.jobs import Jobs
 from mlx_onevision.plugins.service.media_policy import MediaPolicy

@@ -8,8 +8,7 @@ import pytest
 from documents import SCHEMAS, valid
 from faults import error_of
 
-from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.adapters.samples import document
+from mlx_onevision.plugins.adapters.fake import FakeBackend, document
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.interface import GenerateRequest, Media, TextEvent
 

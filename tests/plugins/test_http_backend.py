@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from served import EXAMPLES, Client, serving, wait_for
 
-from mlx_onevision.plugins.adapters import bodies
+from mlx_onevision.plugins.adapters import http
 from mlx_onevision.plugins.adapters.fake import DIM, INFO, FakeBackend
 from mlx_onevision.plugins.adapters.http import HttpBackend
 from mlx_onevision.plugins.adapters.http_call import Call, Server
@@ -152,7 +152,7 @@ def test_the_other_requests_arrive_too(backend: HttpBackend, recorder: Recorder)
 def test_many_items_go_in_groups(
     backend: HttpBackend, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bodies, "ITEMS", 3)
+    monkeypatch.setattr(http, "ITEMS", 3)
     before = len(recorder.asked)
     stream = backend.stream_embed(EmbedRequest([f"text {n}" for n in range(8)], space="joint"))
     assert len(stream.result().vectors) == 8
@@ -163,7 +163,7 @@ def test_many_items_go_in_groups(
     with pytest.raises(PluginError, match=r"^item 5: ") as raised:
         backend.embed(EmbedRequest(["a"] * 4 + [broken], space="joint"))
     assert raised.value.code == "unsupported_media"
-    monkeypatch.setattr(bodies, "BYTES", 100)
+    monkeypatch.setattr(http, "BYTES", 100)
     assert len(backend.embed(EmbedRequest(["a" * 60] * 3, space="joint")).vectors) == 3
     assert len(recorder.asked[-1].items) == 1
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.events import (
+from mlx_onevision.plugins.contract.results import (
     DoneEvent,
     ErrorEvent,
     Event,
+    GenerateResult,
     ProgressEvent,
     TextEvent,
 )
-from mlx_onevision.plugins.contract.results import GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel
 
 DONE = DoneEvent(GenerateResult("ab", "stop"))

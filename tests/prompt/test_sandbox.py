@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_onevision.errors import CheckpointError, OneVisionError, RequestError
-from mlx_onevision.prompt import metering
+from mlx_onevision.prompt import sandbox
 from mlx_onevision.prompt.sandbox import BoundedTemplate
 
 MILLION = "{% set big = 'a' * 1000000 %}"
@@ -60,7 +60,7 @@ TOO_MUCH = [
 
 @pytest.mark.parametrize("source", TOO_MUCH, ids=lambda source: source[:60])
 def test_ends_soon_with_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metering, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.3)
     start = time.thread_time()
     with pytest.raises(CheckpointError) as caught:
         BoundedTemplate(source, "T").render({"messages": []})
@@ -77,14 +77,14 @@ def test_the_real_limits_are_below_three_seconds() -> None:
 
 
 def test_the_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metering, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
     with pytest.raises(CheckpointError, match="longer than"):
         BoundedTemplate(TOO_MUCH[2], "T").render({})
 
 
 def test_the_limit_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metering, "MAX_SECONDS", 60)
-    monkeypatch.setattr(metering, "MAX_WORK", 100_000)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 60)
+    monkeypatch.setattr(sandbox, "MAX_WORK", 100_000)
     with pytest.raises(CheckpointError, match="more than 100,000 steps"):
         BoundedTemplate(TOO_MUCH[2], "T").render({})
 

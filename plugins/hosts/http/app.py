@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 from mlx_onevision.plugins.hosts.http import (
     chat,
     embeddings,
-    jobs,
     openapi,
     page,
     responses,
@@ -21,12 +20,9 @@ from mlx_onevision.plugins.hosts.http import (
     videos,
 )
 from mlx_onevision.plugins.hosts.http.errors import not_routed
-from mlx_onevision.plugins.hosts.http.metrics import Measured
-from mlx_onevision.plugins.hosts.http.middleware import Guards
-from mlx_onevision.plugins.hosts.http.operations import Operation
-from mlx_onevision.plugins.hosts.http.places import Places
+from mlx_onevision.plugins.hosts.http.middleware import Guards, Measured, Places
+from mlx_onevision.plugins.hosts.http.operations import Operation, Serving, answered
 from mlx_onevision.plugins.hosts.http.request_body import Reader
-from mlx_onevision.plugins.hosts.http.serving import Serving, answered
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import Jobs
@@ -39,7 +35,7 @@ _SERVED: tuple[Operation, ...] = (
     responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
-    *jobs.OPERATIONS,
+    *videos.OPERATIONS,
 )
 OPERATIONS = (*_SERVED, openapi.operation(_SERVED))
 """Every route for programs. What one is stands beside what answers it."""

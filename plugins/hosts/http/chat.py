@@ -7,13 +7,28 @@ from collections.abc import Iterator, Sequence
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.contract.events import DoneEvent, ErrorEvent, Event, TextEvent
-from mlx_onevision.plugins.contract.results import FinishReason, GenerateResult, TokenLogprob, Usage
+from mlx_onevision.plugins.contract.results import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    FinishReason,
+    GenerateResult,
+    TextEvent,
+    TokenLogprob,
+    Usage,
+)
 from mlx_onevision.plugins.hosts.http import conversion as conversation
 from mlx_onevision.plugins.hosts.http import streaming
-from mlx_onevision.plugins.hosts.http.abilities import check_able
 from mlx_onevision.plugins.hosts.http.errors import ErrorBody, error_body
-from mlx_onevision.plugins.hosts.http.operations import DONE, EVENTS, JSON, Operation
+from mlx_onevision.plugins.hosts.http.operations import (
+    DONE,
+    EVENTS,
+    JSON,
+    Endpoint,
+    Operation,
+    Serving,
+    check_able,
+)
 from mlx_onevision.plugins.hosts.http.response_types import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -23,7 +38,6 @@ from mlx_onevision.plugins.hosts.http.response_types import (
     usage_body,
 )
 from mlx_onevision.plugins.hosts.http.schemas import ChatRequest
-from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 
 
 def endpoint(serving: Serving) -> Endpoint:

@@ -3,12 +3,15 @@
 from urllib.parse import unquote, urlsplit
 
 from mlx_onevision.plugins.contract.errors import bad_request
-from mlx_onevision.plugins.contract.media import Kind, Media, Message, Role
 from mlx_onevision.plugins.contract.requests import (
     DescribeRequest,
     EmbedRequest,
     GenerateRequest,
     Group,
+    Kind,
+    Media,
+    Message,
+    Role,
 )
 from mlx_onevision.plugins.hosts.http.content import (
     AnyItem,
@@ -23,15 +26,16 @@ from mlx_onevision.plugins.hosts.http.content import (
     TextPart,
     UserTurn,
     VideoPart,
+    schema_text,
 )
 from mlx_onevision.plugins.hosts.http.errors import HTTPFault
-from mlx_onevision.plugins.hosts.http.fields import Looking, Sampling
-from mlx_onevision.plugins.hosts.http.formats import schema_text
 from mlx_onevision.plugins.hosts.http.schemas import (
     LOGPROBS,
     ChatRequest,
     EmbeddingsRequest,
+    Looking,
     ResponsesRequest,
+    Sampling,
     VideoRequest,
 )
 

@@ -11,10 +11,9 @@ from mlx_onevision.plugins.contract.results import EmbedResult
 from mlx_onevision.plugins.hosts.http import conversion as conversation
 from mlx_onevision.plugins.hosts.http import streaming
 from mlx_onevision.plugins.hosts.http.errors import HTTPFault
-from mlx_onevision.plugins.hosts.http.operations import JSON, Operation
+from mlx_onevision.plugins.hosts.http.operations import JSON, Endpoint, Operation, Serving
 from mlx_onevision.plugins.hosts.http.response_types import Embeddings
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
-from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
 
 
 def endpoint(serving: Serving) -> Endpoint:

@@ -12,7 +12,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
+from mlx_onevision.plugins.hosts.http.operations import Endpoint, Serving
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 FILES = Path(__file__).with_name("static")

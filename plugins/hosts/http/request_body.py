@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
-from mlx_onevision.plugins.hosts.http import places
+from mlx_onevision.plugins.hosts.http import middleware
 from mlx_onevision.plugins.hosts.http.errors import HTTPFault, without_places
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
@@ -52,7 +52,7 @@ class Reader:
         data = bytearray()
         try:
             await self._fill(data, request)
-            places.take(request)
+            middleware.take(request)
             parse = partial(_parsed, data, kind, self._settings)
             if len(data) <= SMALL:
                 return parse()

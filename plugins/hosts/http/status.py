@@ -10,10 +10,9 @@ from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.results import ModelInfo
 from mlx_onevision.plugins.hosts.http import conversion as conversation
 from mlx_onevision.plugins.hosts.http.errors import error_body
-from mlx_onevision.plugins.hosts.http.json_schemas import Beside
-from mlx_onevision.plugins.hosts.http.metrics import TEXT as PROMETHEUS
-from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, Operation
-from mlx_onevision.plugins.hosts.http.serving import Endpoint, Serving
+from mlx_onevision.plugins.hosts.http.middleware import TEXT as PROMETHEUS
+from mlx_onevision.plugins.hosts.http.openapi import Beside
+from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, Endpoint, Operation, Serving
 
 Known = Annotated[
     ModelInfo,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from mlx_onevision.plugins.contract.events import ErrorEvent, Event, ProgressEvent, Result
+from mlx_onevision.plugins.contract.results import ErrorEvent, Event, ProgressEvent, Result
 from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.hosts.http.errors import refusal
 

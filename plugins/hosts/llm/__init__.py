@@ -15,9 +15,13 @@ import llm
 
 from mlx_onevision.plugins.hosts.llm import registry as shelf
 from mlx_onevision.plugins.hosts.llm.commands import onevision
-from mlx_onevision.plugins.hosts.llm.embedding import SPACES, OneVisionEmbedding
-from mlx_onevision.plugins.hosts.llm.models import AsyncOneVision, OneVision
-from mlx_onevision.plugins.hosts.llm.refusals import Refusal
+from mlx_onevision.plugins.hosts.llm.models import (
+    SPACES,
+    AsyncOneVision,
+    OneVision,
+    OneVisionEmbedding,
+)
+from mlx_onevision.plugins.hosts.llm.registry import Refusal
 
 
 @llm.hookimpl

@@ -9,8 +9,8 @@ import os
 import llm
 
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.media import Kind, Media, sniff
-from mlx_onevision.plugins.hosts.llm.opened import POLICY
+from mlx_onevision.plugins.contract.requests import Kind, Media, sniff
+from mlx_onevision.plugins.hosts.llm.registry import POLICY
 
 BEGINNING = 32  # bytes that tell a picture from a video
 

@@ -8,10 +8,8 @@ import llm
 
 from mlx_onevision.cli.options import revision_option
 from mlx_onevision.plugins.hosts.llm import registry as shelf
-from mlx_onevision.plugins.hosts.llm.embedding import SPACES
-from mlx_onevision.plugins.hosts.llm.opened import opened
-from mlx_onevision.plugins.hosts.llm.refusals import Refusal, told
-from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry
+from mlx_onevision.plugins.hosts.llm.models import SPACES
+from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, opened, told
 
 
 @click.group()

@@ -1,18 +1,220 @@
 """The models that answer, for ``llm`` and for programs that use it, sync and async."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+import json
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from itertools import islice
+from typing import Any, Literal
 
 import llm
-from llm.models import AsyncConversation, AsyncResponse
+from llm.models import AsyncConversation, AsyncResponse, EmbeddingModel
+from llm.parts import AttachmentPart, ReasoningPart, TextPart
+from pydantic import Field
 
-from mlx_onevision.plugins.contract.events import TextEvent
-from mlx_onevision.plugins.hosts.llm.asking import asked, report
-from mlx_onevision.plugins.hosts.llm.attachments import TYPES, media
-from mlx_onevision.plugins.hosts.llm.opened import opened
-from mlx_onevision.plugins.hosts.llm.options import OneVisionOptions
-from mlx_onevision.plugins.hosts.llm.refusals import told
-from mlx_onevision.plugins.hosts.llm.registry import Entry
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.requests import (
+    EmbeddingSpace,
+    EmbedRequest,
+    GenerateRequest,
+    Media,
+    Message,
+    Role,
+)
+from mlx_onevision.plugins.contract.results import GenerateResult, ModelInfo, TextEvent
+from mlx_onevision.plugins.hosts.llm.attachments import TYPES, kind, media
+from mlx_onevision.plugins.hosts.llm.registry import Entry, Refusal, opened, told
+
+# What may be said with ``-o`` at the ``llm`` command, and by keyword in Python.
+
+
+class OneVisionOptions(llm.Model.Options):
+    """The names and meanings of ``GenerateRequest``; what is
+    left out is the model's own.
+    """
+
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="The longest answer, in tokens; 256 by default"
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, description="0 always takes the likeliest token; more varies the answer"
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Choose among the likeliest tokens that make up this much probability",
+    )
+    top_k: int | None = Field(
+        default=None, ge=0, description="Choose among so many of the likeliest tokens; 0 for all"
+    )
+    min_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Choose among tokens at least this likely, relative to the likeliest one",
+    )
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, description="Above 1 makes repeated tokens less likely"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**64, description="Makes a varied answer repeatable"
+    )
+    stop: str | list[str] | None = Field(
+        default=None, description="A text, or a list of texts, before which the answer ends"
+    )
+    num_frames: int | None = Field(
+        default=None, ge=1, description="So many frames of each video, evenly spread; 32 by default"
+    )
+    fps: float | None = Field(
+        default=None, gt=0, description="So many frames of each second of a video instead"
+    )
+    start: float | None = Field(
+        default=None, ge=0, description="Only what comes after these seconds of a video"
+    )
+    end: float | None = Field(
+        default=None, gt=0, description="Only what comes before these seconds of a video"
+    )
+    tiling: Literal["auto", "always", "never"] | None = Field(
+        default=None,
+        description=(
+            "auto cuts a picture into tiles that is alone in the conversation; always and never "
+            "say so for every one"
+        ),
+    )
+    order: Literal["template", "given"] | None = Field(
+        default=None,
+        description=(
+            "template shows pictures before the words of their message; given leaves them where "
+            "they stand"
+        ),
+    )
+
+
+# The models that embed, two for each that answers: a model of ``llm`` has one space.
+
+SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
+BATCH = 32  # items that are held at once
+
+
+class OneVisionEmbedding(EmbeddingModel):
+    """``vision`` is for pictures and videos that look alike; ``joint`` holds texts, too."""
+
+    supports_binary = True
+    batch_size = BATCH
+
+    def __init__(self, entry: Entry, space: EmbeddingSpace) -> None:
+        self.model_id = f"{entry.id}-{space}"
+        self.supports_text = space == "joint"
+        self._entry = entry
+        self._space: EmbeddingSpace = space
+
+    def _check(self, item: str | bytes) -> None:
+        # In llm a ValueError, which `llm embed` shows as a traceback.
+        if isinstance(item, str) and not self.supports_text:
+            other = self.model_id.removesuffix("vision") + "joint"
+            raise Refusal(
+                f"{self.model_id} has no place for texts; give it pictures with --binary, or take "
+                f"{other}"
+            )
+
+    def embed_batch(
+        self, items: Iterable[str | bytes], *, key: str | None = None
+    ) -> Iterator[list[float]]:
+        rest = iter(items)
+        while group := list(islice(rest, BATCH)):
+            with told():
+                vectors = self._vectors(group)
+            yield from vectors
+
+    def _vectors(self, group: list[str | bytes]) -> list[list[float]]:
+        alone = len(group) == 1
+        wanted = [
+            item
+            if isinstance(item, str)
+            else Media(kind(item, "the input" if alone else f"item {place}"), data=item)
+            for place, item in enumerate(group, 1)
+        ]
+        try:
+            found = opened(self._entry).embed(EmbedRequest(wanted, space=self._space))
+        except PluginError as error:
+            # Of a single item it need not be said which one it is.
+            plain = error.message.removeprefix("item 1: ") if alone else error.message
+            raise PluginError(error.code, plain, error.hint) from None
+        return [list(vector) for vector in found.vectors]
+
+
+# From a prompt of ``llm`` to a request of the contract, and from its result back.
+
+ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+
+
+def asked(prompt: llm.Prompt) -> GenerateRequest:
+    """The whole conversation, earlier turns and their media included, with its settings. Reads the
+    beginnings of files, and what is behind addresses.
+
+    Raises:
+        PluginError: for what the model cannot take.
+    """
+    given: dict[str, Any] = prompt.options.model_dump(exclude_none=True)
+    stop = given.pop("stop", ())
+    if prompt.schema is not None:
+        given["json_schema"] = json.dumps(prompt.schema)
+    messages = [_message(message.role, message.parts) for message in prompt.messages]
+    return GenerateRequest(
+        messages=[message for message in messages if message.parts],
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        **given,
+    )
+
+
+def report(
+    response: "llm.Response | AsyncResponse", result: GenerateResult, info: ModelInfo
+) -> None:
+    """What it took, for ``llm -u`` and ``llm logs``."""
+    usage = result.usage
+    details = {"media_tokens": usage.media_tokens, "cached_tokens": usage.cached_tokens}
+    response.set_usage(
+        input=usage.prompt_tokens,
+        output=usage.completion_tokens,
+        details={name: count for name, count in details.items() if count} or None,
+    )
+    response.set_resolved_model(info.id)
+    response.response_json = {
+        "finish_reason": result.finish_reason,
+        "notes": list(result.notes),
+        "revision": info.revision,
+        "quantization": info.quantization,
+        "seconds": {
+            "prepare": usage.prepare_seconds,
+            "encode": usage.encode_seconds,
+            "prefill": usage.prefill_seconds,
+            "decode": usage.decode_seconds,
+        },
+        "peak_memory_bytes": usage.peak_memory_bytes,
+    }
+
+
+def _message(role: str, parts: list[Any]) -> Message:
+    if role not in ROLES:
+        raise bad_request(f"a message of the role {role!r} is not understood by this model")
+    found: list[str | Media] = []
+    for part in parts:
+        if isinstance(part, TextPart):
+            found.append(part.text)
+        elif isinstance(part, AttachmentPart):
+            found.append(_shown(part))
+        elif not isinstance(part, ReasoningPart):  # another model's thoughts are not its answer
+            raise bad_request(
+                f"the conversation holds a {type(part).__name__}, which this model cannot take",
+                "it has no tools",
+            )
+    return Message(ROLES[role], [part for part in found if part])
+
+
+def _shown(part: AttachmentPart) -> Media:
+    if part.attachment is None:
+        raise PluginError("unsupported_media", "an attachment of an earlier turn was not kept")
+    return media(part.attachment)
 
 
 class OneVision(llm.Model):

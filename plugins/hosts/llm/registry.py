@@ -5,17 +5,41 @@ The latter are kept in ``onevision.json`` in llm's own folder, by their names th
     {"my-org/my-model": {"model": "my-org/my-model", "revision": null, "aliases": ["mine"]}}
 """
 
+import atexit
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import llm
 
-from mlx_onevision.plugins.hosts.llm.refusals import Refusal
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
+
+# What a person at the ``llm`` command sees of an error: one sentence.
+
+
+class Refusal(llm.ModelError, click.ClickException):
+    """Programs catch it as ``llm.ModelError``. Some of llm's commands (``embed``, ``chat``) catch
+    nothing; there click writes it, in place of a traceback.
+    """
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Raises Refusal for what the plugin contract refuses."""
+    try:
+        yield
+    except PluginError as error:
+        raise Refusal(str(error)) from error
+
 
 FILE = "onevision.json"
 KEYS = {"model", "revision", "aliases"}
@@ -93,3 +117,42 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
 
 def _spoilt(path: Path, why: str) -> Refusal:
     return Refusal(f"{path} cannot be read ({why}); mend it, or delete it and add models again")
+
+
+# The backends of this process: one for each model that was asked something, until its end.
+
+# It is the person's own command, or program: whatever that may read, this may.
+POLICY = MediaPolicy.trusting()
+
+GOODBYE_SECONDS = 2.0  # for what is under way at the end, such as a download
+
+_backends: dict[tuple[str, str | None], Backend] = {}
+_lock = threading.Lock()
+
+
+def opened(entry: Entry) -> Backend:
+    """A model's backend, the same one every time; it loads when it is first asked, and frees its
+    memory after some minutes without a question.
+    """
+    key = entry.model, entry.revision
+    with _lock:
+        if key not in _backends:
+            _backends[key] = _open(entry)
+        return _backends[key]
+
+
+def _open(entry: Entry) -> Backend:
+    from mlx_onevision.plugins.adapters.engine import open_engine
+    from mlx_onevision.plugins.service.service import Limits
+
+    # Nobody else has to be protected, and the first question may have to wait for a download.
+    limits = Limits(waiting=100_000, timeout=None, max_tokens=1 << 20)
+    backend = open_engine(entry.model, revision=entry.revision, policy=POLICY, limits=limits)
+    atexit.register(_close, backend)
+    return backend
+
+
+def _close(backend: Backend) -> None:
+    closing = threading.Thread(target=backend.close, daemon=True)
+    closing.start()
+    closing.join(GOODBYE_SECONDS)

@@ -1,19 +1,21 @@
 """The model, for lmms-eval."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Any
 
+import numpy as np
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from loguru import logger
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
-from mlx_onevision.plugins.hosts.lmms_eval.likelihood import likelihood
 from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     FRAMES,
     TEMPLATE,
@@ -21,10 +23,38 @@ from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     Shown,
     answered,
     conversation,
+    options,
     shown,
+    unknown,
 )
-from mlx_onevision.plugins.hosts.lmms_eval.settings import options, unknown
 from mlx_onevision.prompt.processor import Inputs
+
+# How likely an answer is, as the reference measures it.
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """loss : minus the mean logarithm of the probabilities of the answer's tokens, its end of turn
+    included. greedy : whether each of the answer's own tokens is the likeliest in its place.
+    """
+
+    loss: float
+    greedy: bool
+
+
+def likelihood(
+    logits: NDArray[np.floating], following: NDArray[np.integer], own: int
+) -> Likelihood:
+    """logits : (n, vocabulary), of the positions before each of ``following``, (n,).
+    own : so many of these are the answer's, the others end it.
+    """
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=-1, keepdims=True)
+    chosen = rows[np.arange(len(following)), following]
+    losses = np.log(np.exp(rows).sum(axis=-1)) - chosen
+    greedy = rows.argmax(axis=-1)[:own] == following[:own]
+    return Likelihood(float(losses.mean()), bool(greedy.all()))
+
 
 END = "<|im_end|>"
 

@@ -72,11 +72,11 @@ def mcp(
         if not os.path.isdir(os.path.expanduser(folder)):
             raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
     # Before anything is imported that could print.
-    from mlx_onevision.plugins.hosts.mcp import pipes
+    from mlx_onevision.plugins.hosts.mcp import transport
 
     try:
         at_terminal = os.isatty(0)
-        taken = pipes.take()
+        taken = transport.take()
     except OSError:
         raise RequestError("mcp needs an open stdin and stdout; let a host start it") from None
     if at_terminal:
@@ -90,7 +90,7 @@ def mcp(
 
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
-    from mlx_onevision.plugins.hosts.mcp.settings import PIXELS, McpSettings
+    from mlx_onevision.plugins.hosts.mcp.allowed_files import PIXELS, McpSettings
     from mlx_onevision.plugins.service.media_policy import MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 
@@ -106,7 +106,7 @@ def mcp(
                 timeout=None, film_timeout=None, max_tokens=max_tokens, keep_alive=keep_alive
             ),
         )
-        from mlx_onevision.plugins.hosts.mcp.serving import serve
+        from mlx_onevision.plugins.hosts.mcp.server import serve
 
         serve(backend, taken, McpSettings(policy, timeout, max_tokens, contract))
     except PluginError as error:

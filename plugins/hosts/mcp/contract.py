@@ -12,14 +12,12 @@ from typing import Any
 import mcp_types as types
 
 from mlx_onevision.plugins.adapters.mcp_process import EVENTS
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.contract.events import DoneEvent, ErrorEvent
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request, worded
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
+from mlx_onevision.plugins.contract.results import DoneEvent, ErrorEvent
 from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.contract.wire import API_VERSION
-from mlx_onevision.plugins.contract.wording import worded
-from mlx_onevision.plugins.hosts.mcp.call import Call, blocking
-from mlx_onevision.plugins.hosts.mcp.tool import READS, Tool
+from mlx_onevision.plugins.hosts.mcp.tool import READS, Call, Tool, blocking
 from mlx_onevision.plugins.interface import Backend
 
 FREES = types.ToolAnnotations(

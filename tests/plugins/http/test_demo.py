@@ -10,8 +10,12 @@ import pytest
 from served import EXAMPLES, FILM, PICTURE, Client, image, serving, text, video
 
 from mlx_onevision.plugins import open_backend
-from mlx_onevision.plugins.contract.events import DoneEvent, SegmentEvent, event_from_dict
-from mlx_onevision.plugins.contract.results import DescribeResult
+from mlx_onevision.plugins.contract.results import (
+    DescribeResult,
+    DoneEvent,
+    SegmentEvent,
+    event_from_dict,
+)
 from mlx_onevision.plugins.interface import Backend, EmbedRequest, Media
 
 

@@ -10,7 +10,7 @@ from mlx_onevision.__main__ import cli
 from mlx_onevision.plugins.contract.errors import CODES, PluginError
 from mlx_onevision.plugins.hosts.http.app import OPERATIONS
 from mlx_onevision.plugins.hosts.http.errors import as_fault
-from mlx_onevision.plugins.hosts.http.fields import Refusing
+from mlx_onevision.plugins.hosts.http.schemas import Refusing
 
 DOCS = Path(__file__).parents[3].joinpath("docs", "http.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`([^`]+)`", DOCS))

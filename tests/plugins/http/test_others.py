@@ -10,13 +10,13 @@ from served import FILM, PICTURE, Client, image, serving, text, video, wait_for
 
 from mlx_onevision.plugins.adapters.fake import DIM, FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.events import (
+from mlx_onevision.plugins.contract.results import (
+    DescribeResult,
     DoneEvent,
     ErrorEvent,
     SegmentEvent,
     event_from_dict,
 )
-from mlx_onevision.plugins.contract.results import DescribeResult
 from mlx_onevision.plugins.service.service import Limits
 
 EMBED, DESCRIBE = "/v1/embeddings", "/v1/video/describe"

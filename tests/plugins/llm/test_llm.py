@@ -23,12 +23,10 @@ from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart
 
 from mlx_onevision.plugins.adapters.fake import DIM, FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.media import Media
-from mlx_onevision.plugins.contract.requests import GenerateRequest
-from mlx_onevision.plugins.hosts.llm import opened
-from mlx_onevision.plugins.hosts.llm.asking import asked
+from mlx_onevision.plugins.contract.requests import GenerateRequest, Media
+from mlx_onevision.plugins.hosts.llm import registry
 from mlx_onevision.plugins.hosts.llm.commands import onevision
-from mlx_onevision.plugins.hosts.llm.options import OneVisionOptions
+from mlx_onevision.plugins.hosts.llm.models import OneVisionOptions, asked
 from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN
 from mlx_onevision.plugins.service.service import Limits
 
@@ -47,8 +45,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackend]:
     """In the place of the demo model."""
-    with FakeBackend(policy=opened.POLICY, limits=Limits(waiting=100)) as backend:
-        monkeypatch.setitem(opened._backends, ("demo", None), backend)
+    with FakeBackend(policy=registry.POLICY, limits=Limits(waiting=100)) as backend:
+        monkeypatch.setitem(registry._backends, ("demo", None), backend)
         yield backend
 
 
@@ -244,8 +242,8 @@ def test_an_answer_left_early_is_ended(monkeypatch: pytest.MonkeyPatch, model: l
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with FakeBackend(pieces=["a"] * 10_000, delay=0.01, policy=opened.POLICY) as backend:
-        monkeypatch.setitem(opened._backends, ("demo", None), backend)
+    with FakeBackend(pieces=["a"] * 10_000, delay=0.01, policy=registry.POLICY) as backend:
+        monkeypatch.setitem(registry._backends, ("demo", None), backend)
         pieces = iter(model.prompt("hi"))
         assert next(pieces) == "a"
         del pieces
@@ -261,8 +259,8 @@ def test_an_answer_left_early_is_ended(monkeypatch: pytest.MonkeyPatch, model: l
 
 def test_what_the_backend_refuses(monkeypatch: pytest.MonkeyPatch, model: llm.Model) -> None:
     error = PluginError("out_of_memory", "there is too little memory", "close something")
-    with FakeBackend(fail_at=1, error=error, policy=opened.POLICY) as backend:
-        monkeypatch.setitem(opened._backends, ("demo", None), backend)
+    with FakeBackend(fail_at=1, error=error, policy=registry.POLICY) as backend:
+        monkeypatch.setitem(registry._backends, ("demo", None), backend)
         with pytest.raises(llm.ModelError, match="too little memory; close something"):
             model.prompt("one two three").text()
         done = CliRunner().invoke(cli, ["-m", "onevision-demo", "one two three"])

@@ -14,15 +14,16 @@ from PIL import Image
 
 from mlx_onevision.api import load
 from mlx_onevision.errors import RequestError
-from mlx_onevision.plugins.hosts.lmms_eval.likelihood import likelihood
+from mlx_onevision.plugins.hosts.lmms_eval.model import likelihood
 from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     TEMPLATE,
     Shown,
     answered,
     conversation,
+    options,
     shown,
+    unknown,
 )
-from mlx_onevision.plugins.hosts.lmms_eval.settings import options, unknown
 from mlx_onevision.prompt.chat_template import ChatTemplate
 
 CIRCLE = Path(__file__).parents[3] / "examples/circle.mp4"

@@ -14,9 +14,9 @@ from mcp import Client
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
 from mlx_onevision.plugins.hosts.mcp.command import mcp
 from mlx_onevision.plugins.hosts.mcp.server import make_server
-from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
 from mlx_onevision.plugins.interface import Backend, GenerateRequest
 from mlx_onevision.plugins.service.jobs import Jobs
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -40,7 +40,7 @@ def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
         "from mlx_onevision.__main__ import cli\n"
         "import mlx_onevision.plugins.adapters.mcp\n"
         "import mlx_onevision.plugins.hosts.mcp.allowed_files\n"
-        "import mlx_onevision.plugins.hosts.mcp.pipes\n"
+        "import mlx_onevision.plugins.hosts.mcp.transport\n"
         "for words in (['--help'], ['mcp', '--help']):\n"
         "    cli(words, standalone_mode=False)\n"
         f"print(sorted(set(sys.modules) & set({HEAVY!r})))\n"

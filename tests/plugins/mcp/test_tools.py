@@ -15,8 +15,8 @@ from mcp_types import CallToolResult, TextContent
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.conformance.subject import png
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
 from mlx_onevision.plugins.hosts.mcp.server import make_server
-from mlx_onevision.plugins.hosts.mcp.settings import McpSettings
 from mlx_onevision.plugins.interface import Channel, EmbedRequest, EmbedResult, EventStream
 from mlx_onevision.plugins.service.jobs import Jobs
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
