@@ -14,7 +14,7 @@ from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.describe.formats import VideoDescription
 from mlx_onevision.describe.options import DescribeOptions, Plan
 from mlx_onevision.describe.outline import wording
-from mlx_onevision.describe.pipeline import Narrator, Progress
+from mlx_onevision.describe.pipeline import Captioner, Progress
 from mlx_onevision.describe.stream import DescriptionStream
 from mlx_onevision.embed.embedder import Embedder, Item, Vector
 from mlx_onevision.embed.embeddings import Embeddings
@@ -22,7 +22,7 @@ from mlx_onevision.engine.engine import Engine
 from mlx_onevision.engine.generation import (
     Generation,
     Messages,
-    Question,
+    PromptRequest,
     Questions,
     Stream,
     ask,
@@ -32,7 +32,7 @@ from mlx_onevision.engine.options import Options, rows
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import ImageSource
-from mlx_onevision.media.video import VideoSource, nothing
+from mlx_onevision.media.video import VideoSource, no_check
 from mlx_onevision.prompt.processor import Inputs, Order, Processor, Tiling
 
 
@@ -210,7 +210,7 @@ class Model:
     ) -> list[Stream]:
         if prompt is not None or given.keys() & {"messages", "images", "videos"}:
             raise RequestError("give a batch or one prompt or conversation, not both")
-        questions: list[Question | OneVisionError] = []
+        questions: list[PromptRequest | OneVisionError] = []
         for row, settings in rows(batch, options):
             try:
                 question = self._read(**row, **{**given, **settings})
@@ -220,7 +220,7 @@ class Model:
                 questions.append(question)
         return ask_all(self._engine, self._processor.tokenizer, questions)
 
-    def question(self, messages: Messages, **given: Unpack[Options]) -> Question:
+    def question(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:
         """A conversation, read and tokenized but not yet asked; see :meth:`answers`.
 
         given : as in :meth:`stream`, and so are the errors.
@@ -228,7 +228,7 @@ class Model:
         return self._read(messages=messages, **given)
 
     def work_through(
-        self, json_schema: str | bool | Mapping[str, Any], check: Callable[[], None] = nothing
+        self, json_schema: str | bool | Mapping[str, Any], check: Callable[[], None] = no_check
     ) -> None:
         """Works a JSON schema through and keeps it, so that the first answer to it need not wait.
 
@@ -237,7 +237,7 @@ class Model:
         """
         self._read.grammar(json_schema, check)
 
-    def answers(self, questions: Sequence[Question]) -> list[Stream]:
+    def answers(self, questions: Sequence[PromptRequest]) -> list[Stream]:
         """Starts the answers to questions that are ready, which run together; in order."""
         return ask_all(self._engine, self._processor.tokenizer, questions)
 
@@ -275,7 +275,7 @@ class Model:
         cache: MutableMapping[str, Vector] | None = None,
         progress: Callable[[int, int], None] | None = None,
         on_error: Callable[[int, OneVisionError], None] | None = None,
-        check: Callable[[], None] = nothing,
+        check: Callable[[], None] = no_check,
     ) -> Embeddings:
         """One vector for each item, float32.
 
@@ -361,7 +361,7 @@ class Model:
         name, revision = self._identity
         return DescriptionStream(
             video,
-            Narrator(self._engine, self._processor, self._read, settings),
+            Captioner(self._engine, self._processor, self._read, settings),
             plan,
             model=name,
             about={

@@ -70,7 +70,7 @@ def clip(number: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptRequest:
     """A request, and what of its answer nobody else gets.
 
     kind : for the figures. path, body : as they are sent.
@@ -104,7 +104,7 @@ class Question:
         return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
-def questions(count: int) -> list[Question]:
+def questions(count: int) -> list[PromptRequest]:
     """Of every kind, each with a picture or a text of its own."""
     return [_KINDS[number % len(_KINDS)](number) for number in range(count)]
 
@@ -122,36 +122,36 @@ def _shown(number: int) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": uri(picture(number), "image/png")}}
 
 
-def _streamed(number: int) -> Question:
-    return Question("image, streamed", CHAT, _about(_shown(number), True))
+def _streamed(number: int) -> PromptRequest:
+    return PromptRequest("image, streamed", CHAT, _about(_shown(number), True))
 
 
-def _whole(number: int) -> Question:
-    return Question("image, whole", CHAT, _about(_shown(number), False))
+def _whole(number: int) -> PromptRequest:
+    return PromptRequest("image, whole", CHAT, _about(_shown(number), False))
 
 
-def _response(number: int) -> Question:
+def _response(number: int) -> PromptRequest:
     content = [
         {"type": "input_image", "image_url": uri(picture(number), "image/png")},
         {"type": "input_text", "text": "What is in the image?"},
     ]
     body = {"input": [{"role": "user", "content": content}], "stream": number % 2 == 0}
-    return Question("image, response", RESPONSES, body)
+    return PromptRequest("image, response", RESPONSES, body)
 
 
-def _filmed(number: int) -> Question:
+def _filmed(number: int) -> PromptRequest:
     part = {"type": "video_url", "video_url": {"url": uri(clip(number), "video/mp4")}}
-    return Question("video", CHAT, {**_about(part, number % 2 == 0), "num_frames": 2})
+    return PromptRequest("video", CHAT, {**_about(part, number % 2 == 0), "num_frames": 2})
 
 
-def _vector(number: int) -> Question:
+def _vector(number: int) -> PromptRequest:
     body = {"input": [_shown(number)], "space": "vision"}
-    return Question("vectors", EMBED, body)
+    return PromptRequest("vectors", EMBED, body)
 
 
-def _said(number: int) -> Question:
+def _said(number: int) -> PromptRequest:
     messages = [{"role": "user", "content": f"How many {list(COLOURS)[number % 7]} {number}?"}]
-    return Question("text", CHAT, {"messages": messages, "stream": number % 2 == 0})
+    return PromptRequest("text", CHAT, {"messages": messages, "stream": number % 2 == 0})
 
 
 _KINDS = (_streamed, _whole, _said, _response, _vector, _filmed)

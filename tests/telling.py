@@ -9,10 +9,10 @@ from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.contract.results import (
     GenerateResult,
-    Likelihood,
     ModelInfo,
     TextEvent,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from mlx_onevision.plugins.contract.streams import Channel, EventStream
@@ -65,5 +65,5 @@ class Telling(FakeBackend):
 def _token(word: str, top: int | None) -> TokenLogprob | None:
     if top is None:
         return None
-    others = [Likelihood(f"{word}{n}", f"{word}{n}".encode(), -1.0 - n) for n in range(top)]
+    others = [TopLogprob(f"{word}{n}", f"{word}{n}".encode(), -1.0 - n) for n in range(top)]
     return TokenLogprob(word, word.encode(), -0.25, tuple(others))

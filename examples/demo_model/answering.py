@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from examples.demo_model.cases import Question
+from examples.demo_model.cases import PromptRequest
 from examples.demo_model.packing import PATCHES
 from examples.demo_model.tiling import CONFIG
 from examples.demo_model.words import END, VIDEO
@@ -43,13 +43,13 @@ class Package:
             rows = video_tokens(len(tiles), PATCHES)
             self._video = Medium("video", tiles, None, None, rows, CONFIG)
 
-    def answer(self, question: Question) -> str:
+    def answer(self, question: PromptRequest) -> str:
         if self._video:
             return self._answer_video(question, self._video)
         media = [{"type": self._kind, "path": str(path)} for path in self._paths]
         return self.model.generate(messages=conversation(question, media), max_tokens=LONGEST).text
 
-    def _answer_video(self, question: Question, video: Medium) -> str:
+    def _answer_video(self, question: PromptRequest, video: Medium) -> str:
         prompt = self.model.render(conversation(question, [{"type": "video"}]))
         ids = self._encode(prompt)
         mark = ids.index(self._encode(VIDEO)[0])
@@ -71,7 +71,7 @@ class Package:
         return logits[-count:].argmax(-1).tolist()
 
 
-def conversation(question: Question, media: list[dict[str, str]]) -> list[dict[str, Any]]:
+def conversation(question: PromptRequest, media: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Messages: the media and the first question, then its answer and the next question."""
     messages: list[dict[str, Any]] = []
     for asked, answered in question.history:

@@ -14,7 +14,7 @@ with contextlib.suppress(ImportError):
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from examples.demo_model.answering import LONGEST, conversation
-from examples.demo_model.cases import Question
+from examples.demo_model.cases import PromptRequest
 from mlx_onevision.checkpoint import hub
 
 
@@ -35,7 +35,7 @@ class Reference:
         self._video = video
 
     @torch.no_grad()
-    def answer(self, question: Question) -> str:
+    def answer(self, question: PromptRequest) -> str:
         media = [{"type": "video"}] if self._video else [{"type": "image"} for _ in self._pictures]
         messages = conversation(question, media)
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)

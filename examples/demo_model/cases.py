@@ -42,7 +42,7 @@ RATE = 12  # frames a second of the films
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptRequest:
     """One question, after the turns (question, answer) of `history`."""
 
     kind: str
@@ -59,7 +59,7 @@ class Case:
     medium: Medium
     smooth: bool  # anti-aliased edges
     jpeg: int | None  # quality, where the pictures are JPEG files
-    questions: tuple[Question, ...]
+    questions: tuple[PromptRequest, ...]
     film: str | None = None  # "mp4" or "gif", where the frames are those of a film file
 
     def draw(self) -> list[Image.Image]:
@@ -130,13 +130,13 @@ def _any_medium(rng: Random, name: str, number: int) -> Medium:
     return sample_medium(rng, image_group(size), size, 4)
 
 
-def _ask(rng: Random, medium: Medium, kind: str) -> Question | None:
+def _ask(rng: Random, medium: Medium, kind: str) -> PromptRequest | None:
     if kind in narrating.TOLD_KINDS:
         turn = narrating.ask_told(narrating.sample_story(rng), kind)
-        return Question(*turn)
+        return PromptRequest(*turn)
     if kind in ("off topic", "no image"):
         turn = q.ask_off_topic(rng) if kind == "off topic" else q.ask_no_image(rng)
-        return Question(kind, vary(rng, turn[1]), turn[2])
+        return PromptRequest(kind, vary(rng, turn[1]), turn[2])
     first, *others = medium.scenes
     if kind == "segment":
         turn = narrating.ask_segment(rng, first)
@@ -146,16 +146,16 @@ def _ask(rng: Random, medium: Medium, kind: str) -> Question | None:
         turn = q.ask_images(rng, medium.scenes, kind)
     else:
         turn = (q.ask_video if medium.video else q.ask_picture)(rng, first, kind)
-    return Question(kind, vary(rng, turn[1]), turn[2]) if turn else None
+    return PromptRequest(kind, vary(rng, turn[1]), turn[2]) if turn else None
 
 
-def _later(rng: Random, found: list[Question], turns: int) -> Question | None:
+def _later(rng: Random, found: list[PromptRequest], turns: int) -> PromptRequest | None:
     """One of the questions again, after others of them."""
     if len(found) < turns:
         return None
     *before, last = rng.sample(found, turns)
     kind = TURNS[turns - 2]
-    return Question(kind, last.text, last.answer, tuple((b.text, b.answer) for b in before))
+    return PromptRequest(kind, last.text, last.answer, tuple((b.text, b.answer) for b in before))
 
 
 def make_cases(name: str, count: int, seed: int = 0) -> Iterator[Case]:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from examples.demo_model.cases import KINDS, SETS, Case, Question, make_cases
+from examples.demo_model.cases import KINDS, SETS, Case, PromptRequest, make_cases
 from examples.demo_model.sheet import Mistake, contact_sheet
 
 SETTINGS = ("model", "through", "dtype", "seed", "count")
@@ -31,7 +31,7 @@ class Answerer(Protocol):
 
     def look(self, paths: list[Path], video: bool) -> None: ...
 
-    def answer(self, question: Question) -> str: ...
+    def answer(self, question: PromptRequest) -> str: ...
 
 
 def judge(answerer: Answerer, cases: list[Case], said: Callable[[str], None]) -> dict[str, Any]:

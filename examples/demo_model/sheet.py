@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageOps
 
-from examples.demo_model.cases import Case, Question
+from examples.demo_model.cases import Case, PromptRequest
 
 CELL = (300, 300)  # width, height
 _PICTURES = 190  # of the height
@@ -19,7 +19,7 @@ class Mistake:
     """A question that was answered wrongly."""
 
     case: Case
-    question: Question
+    question: PromptRequest
     answer: str
 
     def to_dict(self) -> dict[str, object]:

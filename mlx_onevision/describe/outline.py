@@ -47,7 +47,7 @@ Ask = Callable[[str, int], str]
 """The answer to a question, of so many tokens at most."""
 Fits = Callable[[str, int], bool]
 """Whether a model can read a question at once and answer with so many tokens."""
-Question = Callable[[Sequence[str]], str]
+PromptRequest = Callable[[Sequence[str]], str]
 
 
 def chapter_firsts(segments: Sequence[tuple[float, float]], most: int = MOST_CHAPTERS) -> list[int]:
@@ -113,7 +113,7 @@ class Outline:
         captions = self._condensed(captions, summary_question)
         return self._ask(summary_question(captions), self._summary_tokens)
 
-    def _condensed(self, captions: list[str], question: Question) -> list[str]:
+    def _condensed(self, captions: list[str], question: PromptRequest) -> list[str]:
         """Captions, or summaries of them, that fit into ``question``."""
         while not self._fits(question(captions), self._summary_tokens):
             if len(captions) < 2:

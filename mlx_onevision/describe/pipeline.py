@@ -18,10 +18,10 @@ from mlx_onevision.describe.options import Plan
 from mlx_onevision.describe.outline import SEGMENT, Outline, chapter_firsts
 from mlx_onevision.describe.scenes import Span, cuts
 from mlx_onevision.engine.engine import Engine
-from mlx_onevision.engine.generation import Question, Stream, ask
+from mlx_onevision.engine.generation import PromptRequest, Stream, ask
 from mlx_onevision.errors import CancelledError, ContextOverflowError, MediaError
 from mlx_onevision.media.anyres import video_tokens
-from mlx_onevision.media.decoder import Reel
+from mlx_onevision.media.decoder import VideoReader
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.resize import resize
 from mlx_onevision.prompt.processor import Processor
@@ -34,11 +34,11 @@ LONGEST_READING = 8192
 Tiles = NDArray[np.uint8]
 
 
-Prepare = Callable[..., Question]
+Prepare = Callable[..., PromptRequest]
 """Makes a question of a prompt, ``videos`` and settings by their names."""
 
 
-class Narrator:
+class Captioner:
     """Asks a loaded model, one question at a time, and keeps no frames of what it was asked about:
     a film does not come back to them.
 
@@ -88,7 +88,7 @@ class Narrator:
         limit = self._engine.config.text_config.max_position_embeddings
         return length + max_tokens <= min(limit, LONGEST_READING)
 
-    def _question(self, question: str, max_tokens: int, tiles: Tiles | None) -> Question:
+    def _question(self, question: str, max_tokens: int, tiles: Tiles | None) -> PromptRequest:
         videos = [] if tiles is None else [tiles]
         return self._prepare(question, videos=videos, max_tokens=max_tokens, **self._settings)
 
@@ -129,9 +129,9 @@ class Telling:
 
     def __init__(
         self,
-        narrator: Narrator,
+        narrator: Captioner,
         plan: Plan,
-        reel: Reel,
+        reel: VideoReader,
         done: Sidecar,
         pool: ThreadPoolExecutor,
         check: Callable[[], None],

@@ -15,10 +15,10 @@ from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.journal import Sidecar, fingerprint
 from mlx_onevision.describe.options import Plan
 from mlx_onevision.describe.outline import SEGMENT
-from mlx_onevision.describe.pipeline import Narrator, Progress, Telling
+from mlx_onevision.describe.pipeline import Captioner, Progress, Telling
 from mlx_onevision.engine.generation import Stream
 from mlx_onevision.errors import CancelledError, OneVisionError, RequestError
-from mlx_onevision.media.decoder import Reel
+from mlx_onevision.media.decoder import VideoReader
 from mlx_onevision.media.video import VideoSource, is_file, opened
 
 LONGEST_NAME = 4096
@@ -47,7 +47,7 @@ class DescriptionStream:
     def __init__(
         self,
         video: VideoSource,
-        narrator: Narrator,
+        narrator: Captioner,
         plan: Plan,
         model: str,
         about: dict[str, Any],
@@ -132,7 +132,7 @@ class DescriptionStream:
             done = stack.enter_context(Sidecar(path, about, self._force))
             described = done.description
             if described is None:
-                reel = stack.enter_context(Reel(file, name, check=self._check))
+                reel = stack.enter_context(VideoReader(file, name, check=self._check))
                 pool = stack.enter_context(ThreadPoolExecutor(1, "mlx-onevision-frames"))
                 stack.callback(self._cancelled.set)  # nothing is waited for that nobody wants
                 telling = Telling(self._narrator, self._plan, reel, done, pool, self._check)

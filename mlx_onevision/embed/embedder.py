@@ -34,7 +34,7 @@ from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.media.image import ImageSource, load_image
 from mlx_onevision.media.resize import resize
 from mlx_onevision.media.sources import is_video
-from mlx_onevision.media.video import load_video, nothing
+from mlx_onevision.media.video import load_video, no_check
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Medium, Processor, Tiling
 
@@ -82,7 +82,7 @@ class Embedder:
         normalize: bool = True,
         tiling: str = "auto",
         frames: FrameOptions | None = None,
-        check: Callable[[], None] = nothing,
+        check: Callable[[], None] = no_check,
     ) -> None:
         if space not in SPACES:
             raise RequestError(f"space is {space!r}; it must be {' or '.join(SPACES)}")

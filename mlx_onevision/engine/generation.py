@@ -10,20 +10,20 @@ from mlx_onevision.engine.engine import Engine, TokenStream
 from mlx_onevision.engine.request import Request
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.image import ImageSource
-from mlx_onevision.media.video import VideoSource, nothing
+from mlx_onevision.media.video import VideoSource, no_check
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Order, Processor, Tiling
 from mlx_onevision.prompt.tokenizer import Tokenizer
 from mlx_onevision.sampling.detokenizer import Detokenizer, StopStrings
 from mlx_onevision.sampling.grammar import Grammar, Grammars
-from mlx_onevision.sampling.logprobs import Telling, TokenLogprob, Watch, plain
+from mlx_onevision.sampling.logprobs import LogprobRecorder, Telling, TokenLogprob, plain
 from mlx_onevision.sampling.sampler import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class PromptRequest:
     """A prepared conversation, and how to answer it.
 
     grammar : the schema that the answer keeps to.
@@ -49,7 +49,7 @@ class Question:
             )
         StopStrings(self.stop)
         if self.logprobs is not None:
-            Watch(self.logprobs)
+            LogprobRecorder(self.logprobs)
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ class Stream:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        question: Question | None,
+        question: PromptRequest | None,
         source: TokenStream,
-        watch: Watch | None = None,
+        watch: LogprobRecorder | None = None,
     ) -> None:
         self._eos = engine.defaults.eos_token_ids
         self._tokens: list[int] = []
@@ -262,23 +262,23 @@ class Stream:
         )
 
 
-def ask(engine: Engine, tokenizer: Tokenizer, question: Question) -> Stream:
+def ask(engine: Engine, tokenizer: Tokenizer, question: PromptRequest) -> Stream:
     """Starts one answer. Raises ContextOverflowError for a prompt beyond the model's context."""
     request = _request(question, tokenizer)
     return Stream(engine, tokenizer, question, engine.generate(request), request.watch)
 
 
 def ask_all(
-    engine: Engine, tokenizer: Tokenizer, questions: Sequence[Question | OneVisionError]
+    engine: Engine, tokenizer: Tokenizer, questions: Sequence[PromptRequest | OneVisionError]
 ) -> list[Stream]:
     """Starts answers that run together, one for each question, in order. A question that failed
     while it was prepared has a stream that raises its error, as has one beyond the context.
     """
-    asked = [_request(q, tokenizer) for q in questions if isinstance(q, Question)]
+    asked = [_request(q, tokenizer) for q in questions if isinstance(q, PromptRequest)]
     started = zip(engine.generate_batch(asked), asked, strict=True)
     streams: list[Stream] = []
     for question in questions:
-        if isinstance(question, Question):
+        if isinstance(question, PromptRequest):
             source, request = next(started)
             streams.append(Stream(engine, tokenizer, question, source, request.watch))
         else:
@@ -286,14 +286,14 @@ def ask_all(
     return streams
 
 
-def _request(question: Question, tokenizer: Tokenizer) -> Request:
+def _request(question: PromptRequest, tokenizer: Tokenizer) -> Request:
     return Request(
         question.inputs,
         question.sampling,
         question.max_tokens,
         _StopWatch(tokenizer, question.stop) if question.stop else lambda _: False,
         question.grammar,
-        None if question.logprobs is None else Watch(question.logprobs),
+        None if question.logprobs is None else LogprobRecorder(question.logprobs),
     )
 
 
@@ -315,7 +315,7 @@ def _rate(count: int, seconds: float) -> float:
     return count / seconds if count > 0 and seconds > 0 else 0.0
 
 
-# What was asked, and how to answer it, as one ``Question``.
+# What was asked, and how to answer it, as one ``PromptRequest``.
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -328,7 +328,7 @@ class Questions:
         self._grammars = Grammars(processor.tokenizer, defaults.eos_token_ids)
 
     def grammar(
-        self, schema: str | bool | Mapping[str, Any], check: Callable[[], None] = nothing
+        self, schema: str | bool | Mapping[str, Any], check: Callable[[], None] = no_check
     ) -> Grammar:
         """See :meth:`~mlx_onevision.sampling.grammar.Grammars.of`."""
         return self._grammars.of(schema, check)
@@ -357,8 +357,8 @@ class Questions:
         order: Order = "template",
         logprobs: int | None = None,
         json_schema: str | bool | Mapping[str, Any] | None = None,
-        check: Callable[[], None] = nothing,
-    ) -> Question:
+        check: Callable[[], None] = no_check,
+    ) -> PromptRequest:
         """One row, read and tokenized; the defaults of ``Options``."""
         sampling = self._sampling(
             temperature=temperature,
@@ -383,7 +383,7 @@ class Questions:
             answer=max_tokens,
             check=check,
         )
-        return Question(
+        return PromptRequest(
             inputs,
             sampling,
             max_tokens,

@@ -14,7 +14,7 @@ from mlx_onevision.engine.runner import Counters, Runner, Unfinished
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.grammar import Grammar
-from mlx_onevision.sampling.logprobs import Watch
+from mlx_onevision.sampling.logprobs import LogprobRecorder
 from mlx_onevision.sampling.sampler import Choosing, Sampling
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Request:
     max_tokens: int
     ends_at: Callable[[int], bool] = lambda _: False
     grammar: Grammar | None = None
-    watch: Watch | None = None
+    watch: LogprobRecorder | None = None
 
 
 class Listener(Protocol):

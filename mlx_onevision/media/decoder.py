@@ -28,7 +28,7 @@ from mlx_onevision.errors import (
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.subprocesses import INTERPRETER, MISSING, find_interpreter, import_path
 
-__all__ = ["INTERPRETER", "Decoded", "Header", "Limits", "Pipe", "TooManyFramesError", "nothing"]
+__all__ = ["INTERPRETER", "Decoded", "Header", "Limits", "Pipe", "TooManyFramesError", "no_check"]
 
 POLL_SECONDS = 0.1  # how often a cancellation is looked for
 MAX_HEADER = 16 << 20  # bytes of a line from the decoder; a long film's has many times in it
@@ -57,7 +57,7 @@ class TooManyFramesError(ContextOverflowError):
         self.wanted = wanted
 
 
-def nothing() -> None:
+def no_check() -> None:
     """No cancellation."""
 
 
@@ -261,7 +261,7 @@ def decoding(
     default: int = DEFAULT_FRAMES,
     most: int | None = None,
     limits: Limits | None = None,
-    check: Callable[[], None] = nothing,
+    check: Callable[[], None] = no_check,
 ) -> Iterator[Decoded]:
     """Decodes the chosen frames of an open file, for as long as the context lasts.
 
@@ -342,7 +342,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Look:
+class FrameSelection:
     """Chosen frames. ``frames`` yields (position in ``indices``, uint8 RGB (H, W, 3)); one that
     cannot be decoded is left out.
     """
@@ -352,7 +352,7 @@ class Look:
     frames: Iterator[tuple[int, Pixels]]
 
 
-class Reel:
+class VideoReader:
     """An open video file.
 
     file : a real file, seekable. name : what errors call it.
@@ -369,7 +369,7 @@ class Reel:
         file: BinaryIO,
         name: str,
         limits: Limits | None = None,
-        check: Callable[[], None] = nothing,
+        check: Callable[[], None] = no_check,
     ) -> None:
         self.name = name
         self._file, self._limits, self._check = file, limits or Limits(), check
@@ -379,7 +379,7 @@ class Reel:
         self._answering = False
         self.facts = self._start()
 
-    def __enter__(self) -> "Reel":
+    def __enter__(self) -> "VideoReader":
         return self
 
     def __exit__(
@@ -416,7 +416,7 @@ class Reel:
                 pipe.renew()
                 yield time, pixels
 
-    def look(self, options: FrameOptions, default: int = DEFAULT_FRAMES) -> Look:
+    def look(self, options: FrameOptions, default: int = DEFAULT_FRAMES) -> FrameSelection:
         """Chosen frames of the video, or of a part of it.
 
         default : how many of them where ``options`` do not say.
@@ -426,7 +426,7 @@ class Reel:
         """
         answer = self._looked({"do": "frames", "options": asdict(options), "default": default})
         indices, times = next(answer)
-        return Look(indices, times, answer)
+        return FrameSelection(indices, times, answer)
 
     def _looked(self, command: Mapping[str, Any]) -> Iterator[Any]:
         """Which frames are coming, and then the frames."""

@@ -31,7 +31,7 @@ from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.files import read_json
-from mlx_onevision.media.decoder import Decoded, Limits, TooManyFramesError, decoding, nothing
+from mlx_onevision.media.decoder import Decoded, Limits, TooManyFramesError, decoding, no_check
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions, spread
 from mlx_onevision.media.image import load_image
 from mlx_onevision.media.resize import Pixels, resize
@@ -107,11 +107,19 @@ VideoSource: TypeAlias = (
 
 logger = logging.getLogger("mlx_onevision")
 
-__all__ = ["Clip", "Limits", "TooManyFramesError", "VideoSource", "is_file", "load_video", "opened"]
+__all__ = [
+    "Limits",
+    "TooManyFramesError",
+    "VideoFrames",
+    "VideoSource",
+    "is_file",
+    "load_video",
+    "opened",
+]
 
 
 @dataclass(frozen=True, eq=False)
-class Clip:
+class VideoFrames:
     """The frames of a video that the model will see, and which ones they are.
 
     tiles : uint8 (n, S, S, 3).
@@ -136,8 +144,8 @@ def load_video(
     default: int = DEFAULT_FRAMES,
     most: int | None = None,
     limits: Limits | None = None,
-    check: Callable[[], None] = nothing,
-) -> Clip:
+    check: Callable[[], None] = no_check,
+) -> VideoFrames:
     """The chosen frames of a video as tiles of ``size`` pixels.
 
     default : how many of a file where ``options`` do not say.
@@ -170,7 +178,7 @@ def is_file(source: Any) -> bool:
     )
 
 
-def _gather(decoded: Decoded, name: str, size: int, options: FrameOptions) -> Clip:
+def _gather(decoded: Decoded, name: str, size: int, options: FrameOptions) -> VideoFrames:
     header = decoded.header
     wanted = len(header.indices)
     tiles = np.empty((wanted, size, size, 3), np.uint8)
@@ -202,7 +210,7 @@ def _gather(decoded: Decoded, name: str, size: int, options: FrameOptions) -> Cl
 
 def _from_frames(
     source: Any, size: int, options: FrameOptions, most: int | None, check: Callable[[], None]
-) -> Clip:
+) -> VideoFrames:
     given = np.asarray(source) if hasattr(source, "__array_interface__") else source
     if isinstance(given, np.ndarray):
         name = f"the array of shape {given.shape}"
@@ -244,10 +252,10 @@ def _clip(
     total: int,
     length: float | None,
     notes: list[str],
-) -> Clip:
+) -> VideoFrames:
     for note in notes:
         logger.warning("%s", note)
-    return Clip(tiles, indices, times, total, length, tuple(notes))
+    return VideoFrames(tiles, indices, times, total, length, tuple(notes))
 
 
 def _fewer(name: str, there: int, asked: int) -> str:

@@ -32,7 +32,7 @@ from mlx_onevision.media.image import (
     pixel_values,
     tile_image,
 )
-from mlx_onevision.media.video import Clip, VideoConfig
+from mlx_onevision.media.video import VideoConfig, VideoFrames
 from mlx_onevision.prompt.chat_template import ChatTemplate, Piece, pieces_in_given_order
 from mlx_onevision.prompt.messages import Message, normalise_messages, sources, video_blocks
 from mlx_onevision.prompt.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Medium:
     """How a tiled image is packed; None for an image of one tile and for a video."""
     tokens: int
     config: ImageConfig
-    clip: Clip | None = None
+    clip: VideoFrames | None = None
     """Which frames of a video these are."""
     key: str = field(init=False)
     """Equal for equal rows of one model: a hash of the pixels and of all that shapes them."""
@@ -252,7 +252,7 @@ class Processor:
         tiles = tile_image(pixels, self.image_config)
         return Medium("image", tiles, size, packing, packing.tokens, self.image_config)
 
-    def _film(self, clip: Clip) -> Medium:
+    def _film(self, clip: VideoFrames) -> Medium:
         tokens = video_tokens(len(clip.tiles), self.config.vision_config.patches_per_side)
         return Medium("video", clip.tiles, None, None, tokens, self.video_config.pixels, clip)
 

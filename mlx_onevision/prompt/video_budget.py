@@ -8,7 +8,7 @@ from typing import Any
 from mlx_onevision.errors import ContextOverflowError
 from mlx_onevision.media.anyres import video_side, video_tokens
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
-from mlx_onevision.media.video import Clip, TooManyFramesError, is_file, load_video
+from mlx_onevision.media.video import TooManyFramesError, VideoFrames, is_file, load_video
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -31,7 +31,7 @@ def load_clips(
     size: int,
     space: Space,
     check: Callable[[], None] = lambda: None,
-) -> list[Clip]:
+) -> list[VideoFrames]:
     """The videos of ``blocks``, as tiles of ``size`` pixels.
 
     First those whose frames the caller has settled, which fit or are refused; then the files of
@@ -50,7 +50,7 @@ def load_clips(
         is_file(source) and not o.explicit for source, o in zip(sources, wanted, strict=True)
     ]
     left = space.limit - space.taken - 1  # the answer has one token at least
-    found: dict[int, Clip] = {}
+    found: dict[int, VideoFrames] = {}
     for place, source in enumerate(sources):
         if not is_open[place]:
             found[place] = _settled(source, wanted[place], size, space, left, check)
@@ -71,7 +71,7 @@ def _settled(
     space: Space,
     left: int,
     check: Callable[[], None],
-) -> Clip:
+) -> VideoFrames:
     most = _frames_in(left, space)
     try:
         return load_video(source, size, options, most=most, check=check)
@@ -90,7 +90,7 @@ def _open(
     space: Space,
     left: int,
     check: Callable[[], None],
-) -> Clip:
+) -> VideoFrames:
     number = min(DEFAULT_FRAMES, _frames_in(left, space))
     if number < 1:
         raise ContextOverflowError(

@@ -24,7 +24,7 @@ MOST = 20  # tokens told for each place
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class TopLogprob:
     """A token, and how likely it was in its place.
 
     id : its number. token : its text; where it is a part of a character only, that part is U+FFFD.
@@ -48,10 +48,10 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class TokenLogprob(Likelihood):
+class TokenLogprob(TopLogprob):
     """The token that was chosen, and the likeliest ones in its place, the likeliest first."""
 
-    top: tuple[Likelihood, ...] = ()
+    top: tuple[TopLogprob, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "top": [other.to_dict() for other in self.top]}
@@ -65,7 +65,7 @@ class Names(Protocol):
     def id_to_token(self, token_id: int) -> str | None: ...
 
 
-class Watch:
+class LogprobRecorder:
     """Takes the likelihoods of one answer's tokens on the inference thread, and keeps them until
     they are asked for on another.
     """
@@ -144,7 +144,7 @@ class Telling:
     the text's.
     """
 
-    def __init__(self, watch: Watch, names: Names) -> None:
+    def __init__(self, watch: LogprobRecorder, names: Names) -> None:
         self._watch, self._names = watch, names
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
         self.told: list[TokenLogprob] = []
@@ -164,10 +164,10 @@ class Telling:
         while self._waiting and self._waiting[0][0] < length:
             self.told.append(self._waiting.popleft()[1])
 
-    def _named(self, token: int, logprob: float) -> Likelihood:
+    def _named(self, token: int, logprob: float) -> TopLogprob:
         data = self._names.token_bytes(token)
         name = data.decode("utf-8", "replace") if data else self._names.id_to_token(token) or ""
-        return Likelihood(token, name, data, logprob)
+        return TopLogprob(token, name, data, logprob)
 
 
 def plain(told: Sequence[TokenLogprob]) -> list[dict[str, Any]]:

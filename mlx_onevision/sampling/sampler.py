@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.grammar import Grammar, Guide
-from mlx_onevision.sampling.logprobs import Watch
+from mlx_onevision.sampling.logprobs import LogprobRecorder
 
 GREEDY = 1e-5
 
@@ -149,7 +149,10 @@ class Choosing:
     """grammar : the schema that the answer keeps to. watch : takes the tokens' likelihoods."""
 
     def __init__(
-        self, sampling: Sampling, grammar: Grammar | None = None, watch: Watch | None = None
+        self,
+        sampling: Sampling,
+        grammar: Grammar | None = None,
+        watch: LogprobRecorder | None = None,
     ) -> None:
         self._sampling, self._grammar, self._watch = sampling, grammar, watch
         self._guide: Guide | None = None

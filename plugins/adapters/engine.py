@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_onevision.errors import OneVisionError
-from mlx_onevision.plugins.contract.errors import PluginError, cancelled, worded
+from mlx_onevision.plugins.contract.errors import PluginError, cancelled, to_plugin_error
 from mlx_onevision.plugins.contract.requests import (
     DescribeRequest,
     EmbedRequest,
@@ -27,7 +27,6 @@ from mlx_onevision.plugins.contract.results import (
     DescribeResult,
     EmbedResult,
     GenerateResult,
-    Likelihood,
     ModelInfo,
     ProgressEvent,
     Segment,
@@ -35,18 +34,19 @@ from mlx_onevision.plugins.contract.results import (
     Space,
     TextEvent,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
-from mlx_onevision.plugins.service.service import Limits, Service, Turns
+from mlx_onevision.plugins.service.service import Limits, RequestQueue, Service
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
     from mlx_onevision.embed.embeddings import Embeddings
-    from mlx_onevision.engine.generation import Generation, Question
-    from mlx_onevision.sampling.logprobs import Likelihood as LibraryLikelihood
+    from mlx_onevision.engine.generation import Generation, PromptRequest
     from mlx_onevision.sampling.logprobs import TokenLogprob as LibraryTokenLogprob
+    from mlx_onevision.sampling.logprobs import TopLogprob as LibraryLikelihood
 
 
 # What is known of a model before its weights are read.
@@ -99,7 +99,7 @@ class Desk:
     """A place for so many requests at once to read and prepare at."""
 
     def __init__(self, readers: int = READERS) -> None:
-        self._turns = Turns(readers, sys.maxsize)
+        self._turns = RequestQueue(readers, sys.maxsize)
 
     @contextmanager
     def place(self, channel: Channel) -> Iterator[None]:
@@ -234,7 +234,7 @@ class _Engine:
 
     def _question(
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-    ) -> "Question":
+    ) -> "PromptRequest":
         given = {name: getattr(request, name) for name in SETTINGS}
         films = any(medium.kind == "video" for medium in request.media)
         with Sources(policy, self._desk, channel) as sources:
@@ -291,11 +291,11 @@ class _Engine:
                 try:
                     items.append(sources.item(item))
                 except (PluginError, OneVisionError) as error:
-                    raise worded(error).of(f"item {number}") from None
+                    raise to_plugin_error(error).of(f"item {number}") from None
 
             def refuse(index: int, error: OneVisionError) -> None:
                 # It says which item of the group it was; the host knows them by their own numbers.
-                found = worded(error)
+                found = to_plugin_error(error)
                 plain = found.message.removeprefix(f"item {index + 1}: ")
                 whole = PluginError(found.code, plain, found.hint)
                 raise whole.of(f"item {first + index + 1}")
@@ -346,8 +346,8 @@ def _token(told: "LibraryTokenLogprob") -> TokenLogprob:
     return TokenLogprob(told.token, told.data, told.logprob, tuple(map(_likelihood, told.top)))
 
 
-def _likelihood(told: "LibraryLikelihood") -> Likelihood:
-    return Likelihood(told.token, told.data, told.logprob)
+def _likelihood(told: "LibraryLikelihood") -> TopLogprob:
+    return TopLogprob(told.token, told.data, told.logprob)
 
 
 def _generated(answer: "Generation", logprobs: tuple[TokenLogprob, ...] | None) -> GenerateResult:

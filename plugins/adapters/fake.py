@@ -22,7 +22,7 @@ from mlx_onevision.plugins.contract.requests import (
     Group,
     Media,
     Message,
-    refuse_unclaimed,
+    require_capability,
     sniff,
 )
 from mlx_onevision.plugins.contract.results import (
@@ -32,7 +32,6 @@ from mlx_onevision.plugins.contract.results import (
     EmbedResult,
     FinishReason,
     GenerateResult,
-    Likelihood,
     ModelInfo,
     ProgressEvent,
     Segment,
@@ -40,6 +39,7 @@ from mlx_onevision.plugins.contract.results import (
     Space,
     TextEvent,
     TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from mlx_onevision.plugins.contract.streams import Channel
@@ -294,7 +294,7 @@ def _told(piece: str, count: int) -> TokenLogprob:
     others = [(f"other {n}", likely - 1.0 - n) for n in range(1, count)]
     top = [(piece, likely), *others][:count]
     return TokenLogprob(
-        piece, data, likely, tuple(Likelihood(word, word.encode(), p) for word, p in top)
+        piece, data, likely, tuple(TopLogprob(word, word.encode(), p) for word, p in top)
     )
 
 
@@ -394,7 +394,7 @@ class FakeBackend(Service):
         def generate(
             self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
         ) -> GenerateResult:
-            refuse_unclaimed(request, self._owner._claimed)
+            require_capability(request, self._owner._claimed)
             channel.put(ProgressEvent("preparing"))
             pieces = self._owner._pieces or answer(request.messages)
             if request.json_schema is not None:
@@ -439,7 +439,7 @@ class FakeBackend(Service):
         def embed(
             self, request: EmbedRequest, policy: MediaPolicy, channel: Channel
         ) -> EmbedResult:
-            refuse_unclaimed(request, self._owner._claimed)
+            require_capability(request, self._owner._claimed)
             vectors = []
             for place, item in enumerate(request.items):
                 channel.put(ProgressEvent("embedding", place, len(request.items)))
@@ -463,7 +463,7 @@ class FakeBackend(Service):
         def describe_video(
             self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
         ) -> DescribeResult:
-            refuse_unclaimed(request, self._owner._claimed)
+            require_capability(request, self._owner._claimed)
             channel.put(ProgressEvent("preparing"))
             _read(request.video, policy)
             first, last = request.start or 0.0, min(request.end or SECONDS, SECONDS)

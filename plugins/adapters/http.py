@@ -20,7 +20,12 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from mlx_onevision.plugins.adapters.http_call import Call, Server, error_of, strange
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request, cancelled, worded
+from mlx_onevision.plugins.contract.errors import (
+    PluginError,
+    bad_request,
+    cancelled,
+    to_plugin_error,
+)
 from mlx_onevision.plugins.contract.requests import (
     DescribeRequest,
     EmbedRequest,
@@ -37,12 +42,12 @@ from mlx_onevision.plugins.contract.results import (
     Event,
     FinishReason,
     GenerateResult,
-    Likelihood,
     ModelInfo,
     ProgressEvent,
     Result,
     TextEvent,
     TokenLogprob,
+    TopLogprob,
     Usage,
     UsageEvent,
     event_from_dict,
@@ -174,7 +179,7 @@ def _usage(body: Mapping[str, Any]) -> Usage:
 def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     told = (choice.get("logprobs") or {}).get("content") or ()
     return tuple(
-        TokenLogprob(*_token(one), top=tuple(Likelihood(*_token(o)) for o in one["top_logprobs"]))
+        TokenLogprob(*_token(one), top=tuple(TopLogprob(*_token(o)) for o in one["top_logprobs"]))
         for one in told
     )
 
@@ -442,7 +447,7 @@ class HttpBackend:
                 channel.put(UsageEvent(usage))
             channel.put(DoneEvent(result))
         except BaseException as error:
-            channel.fail(cancelled() if channel.ended else worded(error))
+            channel.fail(cancelled() if channel.ended else to_plugin_error(error))
         finally:
             with self._lock:
                 self._channels.discard(channel)

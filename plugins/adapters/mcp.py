@@ -17,7 +17,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mlx_onevision.plugins.adapters.mcp_process import GONE, called, connected, unstarted
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request, cancelled, worded
+from mlx_onevision.plugins.contract.errors import (
+    PluginError,
+    bad_request,
+    cancelled,
+    to_plugin_error,
+)
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.contract.results import (
     DescribeResult,
@@ -196,7 +201,7 @@ class McpBackend:
             found = await self._answer(name, arguments, channel)
             channel.put(DoneEvent(result.from_dict(found)))
         except Exception as error:
-            channel.fail(worded(error))
+            channel.fail(to_plugin_error(error))
 
     async def _answer(
         self, name: str, arguments: dict[str, Any], channel: Channel | None = None

@@ -260,8 +260,8 @@ class Telling(Subject):
         assert len(found["sides"]) <= 2 and set(found["sides"]) <= {3, 4}
 
     def test_a_schema_that_nothing_fits_is_refused(self, backend: Backend) -> None:
-        nothing = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
-        request = GenerateRequest.ask("What is it?", json_schema=json.dumps(nothing))
+        no_check = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+        request = GenerateRequest.ask("What is it?", json_schema=json.dumps(no_check))
         assert self.refused(backend.generate(request)).code == "bad_request"
 
 

@@ -104,7 +104,7 @@ _HINTS: dict[Code, str] = {
 }
 
 
-def worded(error: BaseException) -> PluginError:
+def to_plugin_error(error: BaseException) -> PluginError:
     """Whatever went wrong, as the one exception that a host sees.
 
     What this package did not mean to raise is written to the log, and told without its text: that

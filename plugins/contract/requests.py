@@ -317,7 +317,7 @@ def _between(
 # What a backend does not claim it refuses; standard library only.
 
 
-def refuse_unclaimed(
+def require_capability(
     request: GenerateRequest | EmbedRequest | DescribeRequest, claimed: Sequence[Capability]
 ) -> None:
     """Raises PluginError for a request that needs something which is not among ``claimed``."""

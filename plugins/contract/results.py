@@ -70,7 +70,7 @@ class Usage(Part):
 
 
 @dataclass(frozen=True)
-class Likelihood(Part):
+class TopLogprob(Part):
     """A token, and how likely it was in its place.
 
     token : its text; where it is a part of a character only, that part is U+FFFD.
@@ -89,10 +89,10 @@ LEAST = -9999.0
 
 
 @dataclass(frozen=True)
-class TokenLogprob(Likelihood):
+class TokenLogprob(TopLogprob):
     """The token that was chosen, and the likeliest ones in its place, the likeliest first."""
 
-    top: tuple[Likelihood, ...] = ()
+    top: tuple[TopLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

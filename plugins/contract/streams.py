@@ -28,7 +28,7 @@ LONGEST_WAIT = 3600.0  # seconds; Python cannot wait for just any number of them
 logger = logging.getLogger("mlx_onevision")
 
 
-class Alarm:
+class Timer:
     """Something that is due at a time, unless it is cancelled before."""
 
     def __init__(self, due: float, function: Callable[[], object]) -> None:
@@ -45,11 +45,11 @@ class Alarm:
             function()
 
 
-class Aside:
+class Background:
     """What it is given has to be short: it is done one after another."""
 
     def __init__(self) -> None:
-        self._wanted: queue.SimpleQueue[Alarm] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[Timer] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
@@ -64,15 +64,15 @@ class Aside:
 
     def soon(self, function: Callable[[], object]) -> None:
         """May be called at any point of any thread, by a finalizer within any lock, too."""
-        self._wanted.put(Alarm(0.0, function))
+        self._wanted.put(Timer(0.0, function))
 
-    def later(self, seconds: float, function: Callable[[], object]) -> Alarm:
-        alarm = Alarm(time.monotonic() + seconds, function)
+    def later(self, seconds: float, function: Callable[[], object]) -> Timer:
+        alarm = Timer(time.monotonic() + seconds, function)
         self._wanted.put(alarm)
         return alarm
 
     def _run(self) -> None:
-        due: list[tuple[float, int, Alarm]] = []
+        due: list[tuple[float, int, Timer]] = []
         numbers = itertools.count()
         while True:
             wait = due[0][0] - time.monotonic() if due else LONGEST_WAIT
@@ -86,14 +86,14 @@ class Aside:
                 _done(heapq.heappop(due)[2])
 
 
-def _done(alarm: Alarm) -> None:
+def _done(alarm: Timer) -> None:
     try:
         alarm.go_off()
     except Exception:
         logger.exception("what was to be done aside failed")
 
 
-aside = Aside()
+background = Background()
 
 
 Wanted = TypeVar("Wanted", bound=Result)
@@ -104,7 +104,7 @@ class Channel:
     """The backend's end. It ends once, with a done or an error event; later events are dropped."""
 
     def __init__(self) -> None:
-        aside.start()
+        background.start()
         self._changed = threading.Condition()
         self._events: list[Event] = []
         self._ended = False
@@ -142,7 +142,7 @@ class Channel:
         if limits:
             least = min(limits)
             late = cancelled(f"the request was not done after {least:g} seconds")
-            self.at_end(aside.later(least, lambda: self.fail(late)).cancel)
+            self.at_end(background.later(least, lambda: self.fail(late)).cancel)
 
     @property
     def ended(self) -> bool:
@@ -302,7 +302,7 @@ def _result(last: Event) -> Any:
 def _given_up(channel: Channel) -> None:
     # Elsewhere: a stream may be collected while the thread that does it is inside the very locks
     # that cancelling needs.
-    aside.soon(lambda: channel.fail(cancelled("the request was given up")))
+    background.soon(lambda: channel.fail(cancelled("the request was given up")))
 
 
 def _wake(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[None]") -> None:

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from mlx_onevision.errors import OneVisionError
 from mlx_onevision.media.sources import data_uri
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request, worded
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_plugin_error
 from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.service.download import download, split
 
@@ -187,7 +187,7 @@ class MediaPolicy:
         try:
             data = data_uri(url)
         except OneVisionError as error:
-            raise worded(error) from None
+            raise to_plugin_error(error) from None
         self._check_size(len(data), f"the {medium.kind} in the data URI")
         return data
 

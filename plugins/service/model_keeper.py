@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 10.0
 CLOSED = bad_request("the backend has been closed", "open it again")
 
 
-class Keeper(Generic[Kept]):
+class ModelKeeper(Generic[Kept]):
     """load : makes the model, on a thread of its own.
     keep_alive : seconds without a request after which it is freed; None for never.
     """

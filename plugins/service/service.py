@@ -12,7 +12,12 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request, cancelled, worded
+from mlx_onevision.plugins.contract.errors import (
+    PluginError,
+    bad_request,
+    cancelled,
+    to_plugin_error,
+)
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.contract.results import (
     DescribeResult,
@@ -24,9 +29,9 @@ from mlx_onevision.plugins.contract.results import (
     Result,
     UsageEvent,
 )
-from mlx_onevision.plugins.contract.streams import Channel, EventStream, aside
+from mlx_onevision.plugins.contract.streams import Channel, EventStream, background
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
-from mlx_onevision.plugins.service.model_keeper import CLOSED, Keeper
+from mlx_onevision.plugins.service.model_keeper import CLOSED, ModelKeeper
 
 # Whose turn it is: so many requests at once, so many waiting in line, and no more; standard
 # library only.
@@ -36,7 +41,7 @@ class Turn:
     """A request's place, in line or under way."""
 
 
-class Turns:
+class RequestQueue:
     """active : requests at once. waiting : in line behind them, first come first served."""
 
     def __init__(self, active: int, waiting: int) -> None:
@@ -173,8 +178,8 @@ class Service:
         self.policy = policy or MediaPolicy()
         self.limits = limits or Limits()
         self._describe = describe
-        self._keeper: Keeper[Answering] = Keeper(load, self.limits.keep_alive)
-        self._turns = Turns(self.limits.active, self.limits.waiting)
+        self._keeper: ModelKeeper[Answering] = ModelKeeper(load, self.limits.keep_alive)
+        self._turns = RequestQueue(self.limits.active, self.limits.waiting)
         self._channels: set[Channel] = set()
         self._closed = self._dead = False
         self._lock = threading.Lock()
@@ -184,7 +189,7 @@ class Service:
         try:
             known = self._describe()
         except Exception as error:
-            raise worded(error) from error
+            raise to_plugin_error(error) from error
         active, waiting = self._turns.counts
         return replace(
             known,
@@ -275,10 +280,10 @@ class Service:
             try:
                 thread.start()
             except RuntimeError as error:  # the system has no thread left
-                self._end(turn, channel, worded(error))
+                self._end(turn, channel, to_plugin_error(error))
 
         # It waits until the thread runs, which in a crowd takes a while.
-        aside.soon(begin)
+        background.soon(begin)
         return stream
 
     def _end(self, turn: Turn, channel: Channel, outcome: Result | PluginError) -> None:
@@ -317,7 +322,7 @@ class Service:
                 del answering
                 self._keeper.give_back()
         except BaseException as error:
-            return worded(error)
+            return to_plugin_error(error)
 
     def _has_died(self, answering: Answering | None) -> bool:
         """It stays so, also where what has died was freed since."""

@@ -19,7 +19,7 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.cli.main import cli
 from mlx_onevision.describe.formats import FORMS
 from mlx_onevision.describe.formats import write as to_text
-from mlx_onevision.describe.pipeline import Narrator
+from mlx_onevision.describe.pipeline import Captioner
 
 SILENT = "Only the picture is described, not the sound.\n"
 QUICK = ("--segments", "1", "--frames", "2", "--max-tokens", "4")
@@ -115,7 +115,7 @@ def test_several_go_beside_themselves_and_one_that_fails_stops_no_other(
     edited = written(films / "a.srt", b"edited by hand")
     (films / "c.srt").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Narrator, "ask", refuse)
+        patch.setattr(Captioner, "ask", refuse)
         again = run(folder, films, "--format", "srt").stderr.splitlines()
     assert again[1] == f"{films / 'a.mp4'}: done before, in {films / 'a.srt'}"
     assert again[3] == f"{films / 'c.mkv'}: written to {films / 'c.srt'}"

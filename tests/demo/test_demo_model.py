@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from examples.demo_model.answering import conversation
-from examples.demo_model.cases import SINGLE, Case, Question, make_cases
+from examples.demo_model.cases import SINGLE, Case, PromptRequest, make_cases
 from examples.demo_model.evaluate import table
 from examples.demo_model.files import json_files
 from examples.demo_model.samples import TURNS
@@ -30,7 +30,7 @@ def model() -> Iterator[Model]:
 
 
 @pytest.fixture(scope="module")
-def drawings() -> list[tuple[Case, Question]]:
+def drawings() -> list[tuple[Case, PromptRequest]]:
     """Three drawings for each kind of question: sizes of 64 to 2000 pixels, one to four shapes."""
     cases = make_cases("pictures", 40, seed=1)
     found = []
@@ -42,7 +42,7 @@ def drawings() -> list[tuple[Case, Question]]:
 
 @pytest.mark.parametrize("number", range(24))
 def test_fixed_drawings(
-    model: Model, drawings: list[tuple[Case, Question]], number: int, tmp_path: Path
+    model: Model, drawings: list[tuple[Case, PromptRequest]], number: int, tmp_path: Path
 ) -> None:
     case, question = drawings[number]
     images = [{"type": "image", "path": str(path)} for path in case.write(tmp_path)]

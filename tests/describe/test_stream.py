@@ -26,7 +26,7 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.formats import write as to_text
 from mlx_onevision.describe.outline import SEGMENT
-from mlx_onevision.describe.pipeline import Narrator, Progress
+from mlx_onevision.describe.pipeline import Captioner, Progress
 from mlx_onevision.describe.stream import DescriptionStream
 from mlx_onevision.errors import (
     CancelledError,
@@ -93,16 +93,16 @@ class Asked:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.frames: list[np.ndarray] = []
         self.words = 0
-        ask = Narrator.ask
+        ask = Captioner.ask
 
-        def counted(narrator: Narrator, question: str, tokens: int, tiles: Any = None) -> Any:
+        def counted(narrator: Captioner, question: str, tokens: int, tiles: Any = None) -> Any:
             if tiles is None:
                 self.words += 1
             else:
                 self.frames.append(tiles)
             return ask(narrator, question, tokens, tiles)
 
-        monkeypatch.setattr(Narrator, "ask", counted)
+        monkeypatch.setattr(Captioner, "ask", counted)
 
 
 # A film of three scenes.
@@ -314,9 +314,9 @@ def test_a_part_that_is_broken_is_left_out(model: Model, clip: Path, tmp_path: P
     assert "0:00:04.000 to 0:00:06.000" in described.warnings[0]
     for warning in described.warnings[1:]:  # of frames that follow the damage
         assert "frames of 0:00:06.000 to 0:00:08.000 cannot be decoded" in warning
-    nothing = spoilt(clip, tmp_path / "nothing.mp4", 0, 120)
+    no_check = spoilt(clip, tmp_path / "nothing.mp4", 0, 120)
     with pytest.raises(MediaError, match=r"nothing\.mp4"):
-        model.describe_video(nothing, **options)
+        model.describe_video(no_check, **options)
 
 
 def test_a_film_that_breaks_off_says_so(model: Model, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from crowding import (
     EMBED,
     Heard,
     Peer,
-    Question,
+    PromptRequest,
     command,
     percentile,
     questions,
@@ -37,7 +37,7 @@ PATIENCE = 120.0
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
-async def alone(client: Client, asked: list[Question]) -> list[str]:
+async def alone(client: Client, asked: list[PromptRequest]) -> list[str]:
     """What each is answered when there is nobody else."""
     peer = await Peer(client.port).open()
     try:
@@ -46,7 +46,9 @@ async def alone(client: Client, asked: list[Question]) -> list[str]:
         peer.close()
 
 
-async def crowd(client: Client, asked: list[Question]) -> tuple[list[Heard], list[Heard], float]:
+async def crowd(
+    client: Client, asked: list[PromptRequest]
+) -> tuple[list[Heard], list[Heard], float]:
     """All at once, each on a connection of its own: the answers, what was refused until then, and
     how long it took.
     """
@@ -64,7 +66,7 @@ async def crowd(client: Client, asked: list[Question]) -> tuple[list[Heard], lis
     return found, refused, time.monotonic() - began
 
 
-async def once(client: Client, asked: list[Question]) -> list[Heard]:
+async def once(client: Client, asked: list[PromptRequest]) -> list[Heard]:
     """All at once, and each only once."""
     peers = [await Peer(client.port).open() for _ in asked]
     sent = [question.data for question in asked]
@@ -178,7 +180,7 @@ def test_a_crowd_that_says_what_it_was_asked() -> None:
 
     async def main(client: Client) -> None:
         asked = [
-            Question("text", CHAT, {"messages": [said(f"word{n} {n}")], "stream": n % 2 == 0})
+            PromptRequest("text", CHAT, {"messages": [said(f"word{n} {n}")], "stream": n % 2 == 0})
             for n in range(CONNECTIONS)
         ]
         for _ in range(5):

@@ -32,7 +32,7 @@ LONG = {"max_tokens": 2000, "temperature": 1.0, "seed": 1}
 
 
 @dataclass
-class Watch:
+class LogprobRecorder:
     """What the engine does, seen where it does it."""
 
     tokens: list[float] = field(default_factory=list)
@@ -43,8 +43,8 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def watch() -> Iterator[Watch]:
-    found = Watch()
+def watch() -> Iterator[LogprobRecorder]:
+    found = LogprobRecorder()
     put, prefill, embed = TokenStream.put, Runner._tokens, Runner.embed_tiles
     with pytest.MonkeyPatch.context() as patch:
 
@@ -68,7 +68,7 @@ def watch() -> Iterator[Watch]:
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory, watch: Watch) -> Backend:
+def backend(tmp_path_factory: pytest.TempPathFactory, watch: LogprobRecorder) -> Backend:
     folder = endless(tmp_path_factory.mktemp("endless") / "model")
     return open_backend("engine", model=folder, limits=Limits(active=1, waiting=4))
 
@@ -103,7 +103,7 @@ def idle(backend: Backend) -> bool:
 class Figures:
     """How long the model worked on, each time, and how long the next one had to wait."""
 
-    def __init__(self, client: Client, backend: Backend, watch: Watch) -> None:
+    def __init__(self, client: Client, backend: Backend, watch: LogprobRecorder) -> None:
         self._client, self._backend, self._watch = client, backend, watch
         self.stopped: list[float] = []
         self.tokens: list[int] = []
@@ -144,7 +144,7 @@ class Figures:
 
 
 @pytest.fixture
-def figures(client: Client, backend: Backend, watch: Watch) -> Iterator[Figures]:
+def figures(client: Client, backend: Backend, watch: LogprobRecorder) -> Iterator[Figures]:
     wait_for(lambda: idle(backend))
     yield Figures(client, backend, watch)
     wait_for(lambda: idle(backend))
@@ -165,7 +165,7 @@ def test_in_line(client: Client, backend: Backend, figures: Figures, path: str) 
     figures.check(f"in line ({path})")
 
 
-def test_while_the_prompt_is_read(client: Client, figures: Figures, watch: Watch) -> None:
+def test_while_the_prompt_is_read(client: Client, figures: Figures, watch: LogprobRecorder) -> None:
     shown = {"type": "image_url", "image_url": {"url": ""}}
     for number in range(TIMES):
         # Another text each time, so that nothing of it has been read before.
@@ -195,7 +195,7 @@ def test_in_the_middle_of_a_stream(client: Client, figures: Figures, path: str) 
     figures.check(f"in the middle of a stream ({path})")
 
 
-def test_waiting_for_the_whole(client: Client, figures: Figures, watch: Watch) -> None:
+def test_waiting_for_the_whole(client: Client, figures: Figures, watch: LogprobRecorder) -> None:
     for number in range(TIMES):
         said = len(watch.tokens)
         connection = client.begin("POST", CHAT, asked(False))
@@ -204,7 +204,7 @@ def test_waiting_for_the_whole(client: Client, figures: Figures, watch: Watch) -
     figures.check("waiting for the whole answer")
 
 
-def test_waiting_for_vectors(client: Client, figures: Figures, watch: Watch) -> None:
+def test_waiting_for_vectors(client: Client, figures: Figures, watch: LogprobRecorder) -> None:
     parts = [
         {"type": "image_url", "image_url": {"url": uri(picture(number), "image/png")}}
         for number in range(12)

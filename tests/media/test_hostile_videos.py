@@ -27,12 +27,12 @@ from mlx_onevision.cli.main import cli
 from mlx_onevision.errors import MediaError, RequestError, TooLargeError
 from mlx_onevision.media.decoder import Limits
 from mlx_onevision.media.frame_sampling import FrameOptions
-from mlx_onevision.media.video import Clip, load_video
+from mlx_onevision.media.video import VideoFrames, load_video
 
 SIZE = 56
 
 
-def load(source: Any, limits: Limits | None = None, **options: Any) -> Clip:
+def load(source: Any, limits: Limits | None = None, **options: Any) -> VideoFrames:
     return load_video(source, SIZE, FrameOptions(**options), limits=limits)
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_breaks_off(kind: str, points: int) -> None:
     fast = {"container": {"movflags": "faststart"}} if kind == "fast mp4" else {}
     data = counting(60, kind.split()[-1], **fast)
 
-    def at(point: int) -> Clip | None:
+    def at(point: int) -> VideoFrames | None:
         try:
             return load(data[: len(data) * point // (points + 1)], num_frames=6)
         except MediaError as error:

@@ -13,13 +13,13 @@ import pytest
 from films import HIGH, KINDS, counting, film, number_of, turned, written
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError, TooLargeError
-from mlx_onevision.media.decoder import INTERPRETER, Limits, Reel
+from mlx_onevision.media.decoder import INTERPRETER, Limits, VideoReader
 from mlx_onevision.media.frame_sampling import FrameOptions
 
 
 @contextmanager
-def opened(path: Path, **more: Any) -> Iterator[Reel]:
-    with path.open("rb") as file, Reel(file, "it", **more) as reel:
+def opened(path: Path, **more: Any) -> Iterator[VideoReader]:
+    with path.open("rb") as file, VideoReader(file, "it", **more) as reel:
         yield reel
 
 

@@ -18,16 +18,18 @@ from mlx_onevision.errors import CancelledError, MediaError, RequestError
 from mlx_onevision.media.decoder import INTERPRETER, Limits, decoding
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.resize import resize
-from mlx_onevision.media.video import Clip, TooManyFramesError, load_video
+from mlx_onevision.media.video import TooManyFramesError, VideoFrames, load_video
 
 SIZE = 56
 
 
-def load(source: Any, size: int = SIZE, limits: Limits | None = None, **options: Any) -> Clip:
+def load(
+    source: Any, size: int = SIZE, limits: Limits | None = None, **options: Any
+) -> VideoFrames:
     return load_video(source, size, FrameOptions(**options), limits=limits)
 
 
-def numbers(clip: Clip) -> list[int]:
+def numbers(clip: VideoFrames) -> list[int]:
     return [number_of(tile) for tile in clip.tiles]
 
 

@@ -208,13 +208,13 @@ class Oracle:
             generated = output.sequences[0, length:].tolist()
             best = [step[0].float().topk(2).values for step in output.logits]
             margins = [float(first - second) for first, second in best]
-        nothing = torch.zeros(0)
+        no_check = torch.zeros(0)
         return Stages(
             ids=inputs["input_ids"][0].numpy(),
-            tiles=seen.get("tiles", nothing).numpy(),
-            sizes=[(h, w) for h, w in inputs.get("image_sizes", nothing).tolist()],
-            tower=seen.get("tower", nothing).numpy(),
-            projected=seen.get("projected", nothing).numpy(),
+            tiles=seen.get("tiles", no_check).numpy(),
+            sizes=[(h, w) for h, w in inputs.get("image_sizes", no_check).tolist()],
+            tower=seen.get("tower", no_check).numpy(),
+            projected=seen.get("projected", no_check).numpy(),
             packed=[rows.numpy() for rows in seen.get("packed", [])],
             logits=logits.numpy(),
             tokens=generated,

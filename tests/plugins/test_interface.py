@@ -26,7 +26,6 @@ from mlx_onevision.plugins.interface import (
     GenerateRequest,
     GenerateResult,
     Group,
-    Likelihood,
     Media,
     Message,
     ModelInfo,
@@ -37,6 +36,7 @@ from mlx_onevision.plugins.interface import (
     Space,
     TextEvent,
     TokenLogprob,
+    TopLogprob,
     Usage,
     UsageEvent,
     event_from_dict,
@@ -51,7 +51,7 @@ SEGMENT = Segment(0, 0.0, 1.5, "a 🙂 circle", (0.0, 0.75))
 TOLD = DescribeResult(9.5, (SEGMENT,), "short", (Chapter(0, "All"),), ("no sound",), USAGE)
 LIKELY = (
     TokenLogprob(
-        "\ufffd", b"\xc3", -0.5, (Likelihood("a", b"a", -0.25), Likelihood("", b"", -9999))
+        "\ufffd", b"\xc3", -0.5, (TopLogprob("a", b"a", -0.25), TopLogprob("", b"", -9999))
     ),
     TokenLogprob("\ufffd", b"\xbc", 0.0),
 )

@@ -201,11 +201,11 @@ def test_equal_ones_keep_the_chosen() -> None:
     """Half precision makes many of them; the device would take any."""
     import mlx.core as mx
 
-    from mlx_onevision.sampling.logprobs import Watch
+    from mlx_onevision.sampling.logprobs import LogprobRecorder
 
     logprobs = mx.full((1, 1000), -6.9)
     for count in (1, 3):
-        watch = Watch(count)
+        watch = LogprobRecorder(count)
         sampler = watch.sampler(lambda logprobs: mx.array([500]))
         sampler(logprobs)
         watch.note()

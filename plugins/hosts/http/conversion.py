@@ -28,7 +28,7 @@ from mlx_onevision.plugins.hosts.http.content import (
     VideoPart,
     schema_text,
 )
-from mlx_onevision.plugins.hosts.http.errors import HTTPFault
+from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.schemas import (
     LOGPROBS,
     ChatRequest,
@@ -47,7 +47,7 @@ DESCRIBING = ("segments", "start", "end", "num_frames", "longest", "system")
 def check_model(named: str | None, served: str) -> None:
     """Raises HTTPFault 404 for any model but the one served: none is ever loaded by its name."""
     if named is not None and named != served:
-        raise HTTPFault(
+        raise HTTPError(
             404, "there is no such model; GET /v1/models says which", "model_not_found", "model"
         )
 

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from mlx_onevision.plugins.contract.results import EmbedResult
 from mlx_onevision.plugins.hosts.http import conversion as conversation
 from mlx_onevision.plugins.hosts.http import streaming
-from mlx_onevision.plugins.hosts.http.errors import HTTPFault
+from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.operations import JSON, Endpoint, Operation, Serving
 from mlx_onevision.plugins.hosts.http.response_types import Embeddings
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
@@ -35,7 +35,7 @@ async def _check_dimensions(serving: Serving, asked: EmbeddingsRequest) -> None:
     info = await serving.blocking(serving.backend.info)
     dims = {space.id: space.dim for space in info.spaces}
     if asked.dimensions != dims.get(asked.space):
-        raise HTTPFault(
+        raise HTTPError(
             400,
             f"vectors of the space {asked.space} have {dims.get(asked.space)} dimensions and "
             "cannot be shortened; leave dimensions out",

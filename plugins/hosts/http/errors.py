@@ -54,7 +54,7 @@ class ErrorBody(TypedDict):
     error: ErrorFields
 
 
-class HTTPFault(Exception):
+class HTTPError(Exception):
     """A request that is refused for what only HTTP knows of.
 
     status : of the answer. message : one sentence without a full stop. code : for programs.
@@ -73,9 +73,9 @@ class HTTPFault(Exception):
         return JSONResponse(body, self.status, {**again, **(headers or {})})
 
 
-def as_fault(error: PluginError) -> HTTPFault:
+def as_fault(error: PluginError) -> HTTPError:
     """A backend's refusal, as HTTP says it."""
-    return HTTPFault(_STATUS[error.code], without_places(str(error)), code_of(error))
+    return HTTPError(_STATUS[error.code], redact_paths(str(error)), code_of(error))
 
 
 def refusal(error: PluginError) -> Response:
@@ -94,7 +94,7 @@ def code_of(error: PluginError) -> str:
     return _CODES.get(error.code, error.code)
 
 
-def without_places(text: str) -> str:
+def redact_paths(text: str) -> str:
     """``text`` without paths, addresses and data, and never long."""
     return clipped(_PLACES.sub(_left, text))
 
@@ -112,7 +112,7 @@ async def not_routed(request: Request, error: Exception) -> Response:
     else:
         message = "there is nothing at this address"
     headers = getattr(error, "headers", None)
-    return HTTPFault(status, message, "not_found" if status == 404 else "bad_request").response(
+    return HTTPError(status, message, "not_found" if status == 404 else "bad_request").response(
         dict(headers) if headers else None
     )
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.results import ModelInfo, Usage
-from mlx_onevision.plugins.hosts.http.errors import HTTPFault
+from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.settings import WILDCARDS, ServerSettings
 
 # Counts for Prometheus, in its text format.
@@ -210,7 +210,7 @@ class Guards:
             headers.setdefault(name.lower(), []).append(value)
         try:
             self._check(scope["method"], scope["path"], headers)
-        except HTTPFault as fault:
+        except HTTPError as fault:
             extra = {"Connection": "close"}  # what else it sends is not read
             if fault.status == 401:
                 extra["WWW-Authenticate"] = "Bearer"
@@ -221,18 +221,18 @@ class Guards:
     def _check(self, method: str, path: str, headers: dict[bytes, list[bytes]]) -> None:
         hosts = headers.get(b"host", [])
         if len(hosts) != 1 or not self._is_named(hosts[0]):
-            raise HTTPFault(421, "the Host header does not name this server", "misdirected")
+            raise HTTPError(421, "the Host header does not name this server", "misdirected")
         for origin in headers.get(b"origin", []):
             # Its own page may speak to it; the host that it names was checked above.
             if origin.lower() not in self._own_origins(hosts[0].lower()):
-                raise HTTPFault(403, "requests from other pages are refused", "forbidden_origin")
+                raise HTTPError(403, "requests from other pages are refused", "forbidden_origin")
         public = method in ("GET", "HEAD") and path in self._public
         if self._settings.token is not None and not public:
             given = headers.get(b"authorization", [])
             wanted = b"bearer " + self._settings.token.encode()
             good = len(given) == 1 and hmac.compare_digest(_lower_scheme(given[0]), wanted)
             if not good:
-                raise HTTPFault(
+                raise HTTPError(
                     401,
                     "the token is missing or wrong; send it as Authorization: Bearer",
                     "invalid_api_key",

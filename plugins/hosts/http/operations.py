@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mlx_onevision.plugins.contract.errors import PluginError, worded
+from mlx_onevision.plugins.contract.errors import PluginError, to_plugin_error
 from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.contract.results import Capability
-from mlx_onevision.plugins.hosts.http.errors import HTTPFault, refusal
+from mlx_onevision.plugins.hosts.http.errors import HTTPError, refusal
 from mlx_onevision.plugins.hosts.http.middleware import Metrics
 from mlx_onevision.plugins.hosts.http.request_body import Reader
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
@@ -60,7 +60,7 @@ def answered(endpoint: Endpoint) -> Endpoint:
     async def answer(request: Request) -> Response:
         try:
             return await endpoint(request)
-        except HTTPFault as fault:
+        except HTTPError as fault:
             # What is left of a body that was refused is not read.
             unread = fault.status in (408, 413, 415, 429)
             return fault.response({"Connection": "close"} if unread else None)
@@ -69,7 +69,7 @@ def answered(endpoint: Endpoint) -> Endpoint:
         except PluginError as error:
             return refusal(error)
         except Exception as error:
-            return refusal(worded(error))
+            return refusal(to_plugin_error(error))
 
     return answer
 
@@ -128,4 +128,4 @@ async def check_able(
     for capability, name in asked.items():
         if capability not in info.capabilities:
             message = f"{name} is not supported by this model; leave it out"
-            raise HTTPFault(400, message, param=name)
+            raise HTTPError(400, message, param=name)

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from mlx_onevision.plugins.hosts.http import middleware
-from mlx_onevision.plugins.hosts.http.errors import HTTPFault, without_places
+from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
@@ -66,7 +66,7 @@ class Reader:
             try:
                 message = await asyncio.wait_for(request.receive(), self._settings.patience)
             except TimeoutError:
-                raise HTTPFault(408, "the body did not come; send it again") from None
+                raise HTTPError(408, "the body did not come; send it again") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             piece = message.get("body", b"")
@@ -75,7 +75,7 @@ class Reader:
             if len(data) > self._settings.body:
                 raise _too_much(self._settings)
             if self._held > self._settings.bodies:
-                raise HTTPFault(
+                raise HTTPError(
                     429,
                     "too much is being sent by all clients together; try again in a moment",
                     "rate_limit_exceeded",
@@ -87,17 +87,17 @@ def _check_head(request: Request, settings: ServerSettings) -> None:
     """Before anything of the body is read. A page of another site cannot send this type unasked."""
     kinds = request.headers.getlist("content-type")
     if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
-        raise HTTPFault(415, "the body has to be sent as application/json")
+        raise HTTPError(415, "the body has to be sent as application/json")
     if request.headers.getlist("content-encoding") not in ([], ["identity"]):
-        raise HTTPFault(415, "the body must not be compressed")
+        raise HTTPError(415, "the body must not be compressed")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and (len(length) > 15 or int(length) > settings.body):
         raise _too_much(settings)
 
 
-def _too_much(settings: ServerSettings) -> HTTPFault:
+def _too_much(settings: ServerSettings) -> HTTPError:
     most = settings.body / 2**20
-    return HTTPFault(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
+    return HTTPError(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
 
 
 def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wanted:
@@ -108,8 +108,8 @@ def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wa
         first = error.errors(include_url=False, include_input=False)[0]
         where = _field(first, values)
         said = _said(first)
-        message = without_places(f"{where}: {said}" if where else said)
-        raise HTTPFault(400, message, param=where or None) from None
+        message = redact_paths(f"{where}: {said}" if where else said)
+        raise HTTPError(400, message, param=where or None) from None
 
 
 def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     """
     # Before it is parsed: every value costs far more memory than its characters.
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
-        raise HTTPFault(400, "the JSON holds too many values; send fewer in one request")
+        raise HTTPError(400, "the JSON holds too many values; send fewer in one request")
     try:
         values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
         if _SURROGATE.search(data):
@@ -129,12 +129,12 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
         raise _too_deep(settings) from None
     except UnicodeEncodeError:
         message = "the JSON holds half of a surrogate pair, which is no text; send it whole"
-        raise HTTPFault(400, message) from None
+        raise HTTPError(400, message) from None
     except ValueError:
-        raise HTTPFault(400, "the body is not valid JSON") from None
+        raise HTTPError(400, "the body is not valid JSON") from None
     _check_depth(values, settings)
     if not isinstance(values, dict):
-        raise HTTPFault(400, "the body has to be a JSON object")
+        raise HTTPError(400, "the body has to be a JSON object")
     return values
 
 
@@ -152,8 +152,8 @@ def _check_depth(values: Any, settings: ServerSettings) -> None:
     raise _too_deep(settings)
 
 
-def _too_deep(settings: ServerSettings) -> HTTPFault:
-    return HTTPFault(400, f"the JSON is nested more than {settings.depth} deep")
+def _too_deep(settings: ServerSettings) -> HTTPError:
+    return HTTPError(400, f"the JSON is nested more than {settings.depth} deep")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -164,7 +164,7 @@ def _number(text: str) -> float:
     """1.0 is a whole number, as in JSON Schema; 1e999 is none."""
     value = float(text)
     if math.isinf(value):
-        raise HTTPFault(400, "the JSON holds a number that is too large")
+        raise HTTPError(400, "the JSON holds a number that is too large")
     return int(value) if value.is_integer() and abs(value) <= EXACT else value
 
 

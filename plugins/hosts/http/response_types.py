@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from mlx_onevision.plugins.contract.results import FinishReason, Likelihood, TokenLogprob, Usage
+from mlx_onevision.plugins.contract.results import FinishReason, TokenLogprob, TopLogprob, Usage
 
 
 class PromptDetails(TypedDict):
@@ -149,7 +149,7 @@ def chosen(token: TokenLogprob) -> Chosen:
     return {**_likely(token), "top_logprobs": [_likely(one) for one in token.top]}
 
 
-def _likely(one: Likelihood) -> Likely:
+def _likely(one: TopLogprob) -> Likely:
     return {"token": one.token, "bytes": list(one.data), "logprob": one.logprob}
 
 

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_onevision.plugins.contract.errors import bad_request
-from mlx_onevision.plugins.hosts.http.errors import HTTPFault
+from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 
@@ -58,7 +58,7 @@ def patient(seconds: float) -> type[H11Protocol]:
         def send_400_response(self, msg: str) -> None:
             """In the form that every refusal has, where there is still a place for an answer."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                answer = HTTPFault(400, "this is not HTTP as it has to be").response(CLOSING)
+                answer = HTTPError(400, "this is not HTTP as it has to be").response(CLOSING)
                 head = h11.Response(
                     status_code=400, headers=answer.raw_headers, reason=b"Bad Request"
                 )

@@ -11,7 +11,7 @@ from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.results import ErrorEvent, Event
 from mlx_onevision.plugins.hosts.http import conversion as conversation
 from mlx_onevision.plugins.hosts.http import streaming
-from mlx_onevision.plugins.hosts.http.errors import HTTPFault, without_places
+from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
 from mlx_onevision.plugins.hosts.http.openapi import Beside
 from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, Endpoint, Operation, Serving
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
@@ -53,7 +53,7 @@ def _about(serving: Serving, look: Callable[[Jobs, str], Job]) -> Endpoint:
         try:
             return await serving.blocking(lambda: _response(look(serving.jobs, id)))
         except NoSuchJob as error:
-            raise HTTPFault(404, str(error), "not_found") from None
+            raise HTTPError(404, str(error), "not_found") from None
 
     return answer
 
@@ -62,7 +62,7 @@ def _response(job: Job, status: int = 200) -> Response:
     """A job as it stands, and where it is asked after."""
     if job.error is not None:
         error = job.error.error
-        plain = PluginError(error.code, without_places(error.message), without_places(error.hint))
+        plain = PluginError(error.code, redact_paths(error.message), redact_paths(error.hint))
         job = replace(job, error=ErrorEvent.of(plain))
     place = f"{PATH}/{job.id}"
     body = {"object": "video.job", "poll": place, **job.to_dict()}
@@ -113,7 +113,7 @@ def endpoint(serving: Serving) -> Endpoint:
 
 def _written(event: Event) -> Iterator[bytes]:
     if isinstance(event, ErrorEvent):
-        plain = PluginError(event.code, without_places(event.message), without_places(event.hint))
+        plain = PluginError(event.code, redact_paths(event.message), redact_paths(event.hint))
         event = ErrorEvent.of(plain)
     yield streaming.line(event.to_dict(), event.discriminator)
 

@@ -33,7 +33,7 @@ from mlx_onevision.prompt.processor import Inputs
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class TopLogprob:
     """loss : minus the mean logarithm of the probabilities of the answer's tokens, its end of turn
     included. greedy : whether each of the answer's own tokens is the likeliest in its place.
     """
@@ -44,7 +44,7 @@ class Likelihood:
 
 def likelihood(
     logits: NDArray[np.floating], following: NDArray[np.integer], own: int
-) -> Likelihood:
+) -> TopLogprob:
     """logits : (n, vocabulary), of the positions before each of ``following``, (n,).
     own : so many of these are the answer's, the others end it.
     """
@@ -53,7 +53,7 @@ def likelihood(
     chosen = rows[np.arange(len(following)), following]
     losses = np.log(np.exp(rows).sum(axis=-1)) - chosen
     greedy = rows.argmax(axis=-1)[:own] == following[:own]
-    return Likelihood(float(losses.mean()), bool(greedy.all()))
+    return TopLogprob(float(losses.mean()), bool(greedy.all()))
 
 
 END = "<|im_end|>"

@@ -12,7 +12,7 @@ from typing import Any
 import mcp_types as types
 
 from mlx_onevision.plugins.adapters.mcp_process import EVENTS
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request, worded
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_plugin_error
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.contract.results import DoneEvent, ErrorEvent
 from mlx_onevision.plugins.contract.streams import EventStream
@@ -63,7 +63,7 @@ def _tool(name: str, what: str, answer: Answer, annotations: types.ToolAnnotatio
         try:
             return await answer(dict(arguments), call)
         except Exception as error:
-            return _refusal(worded(error))
+            return _refusal(to_plugin_error(error))
 
     listed = types.Tool(
         name=f"contract_{name}",

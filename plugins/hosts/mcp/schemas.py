@@ -17,7 +17,7 @@ Text = Annotated[str, Field(min_length=1)]
 Picture = Annotated[Text, Field(description="Absolute path (or ~/...) of a picture.")]
 Film = Annotated[Text, Field(description="Absolute path (or ~/...) of a video.")]
 Medium = Annotated[Text, Field(description="Absolute path (or ~/...) of a picture or a video.")]
-Question = Annotated[Text, Field(description="What to ask, in a sentence.")]
+PromptRequest = Annotated[Text, Field(description="What to ask, in a sentence.")]
 Tokens = Annotated[int, Field(ge=1, description="The longest answer, in tokens.")]
 Start = Annotated[float, Field(ge=0, description="Begin so many seconds into the video.")]
 End = Annotated[float, Field(gt=0, description="End so many seconds into the video.")]
@@ -32,7 +32,7 @@ class Asked(BaseModel):
 
 class AskImage(Asked):
     path: Picture
-    question: Question
+    question: PromptRequest
     max_tokens: Tokens = 256
 
 
@@ -46,13 +46,13 @@ class CompareImages(Asked):
             "question speaks of them.",
         ),
     ]
-    question: Question
+    question: PromptRequest
     max_tokens: Tokens = 256
 
 
 class AskVideo(Asked):
     path: Film
-    question: Question
+    question: PromptRequest
     start: Start | None = None
     end: End | None = None
     num_frames: Annotated[

@@ -12,7 +12,7 @@ import anyio
 import mcp_types as types
 from pydantic import BaseModel, ValidationError
 
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request, clipped, worded
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request, clipped, to_plugin_error
 from mlx_onevision.plugins.contract.results import ProgressEvent, TextEvent
 from mlx_onevision.plugins.hosts.mcp import schemas
 from mlx_onevision.plugins.interface import Event
@@ -150,7 +150,7 @@ async def answered(tool: Tool, arguments: Mapping[str, Any], call: Call) -> type
             return await tool.run(arguments, call)
         return refusal(too_late(tool.seconds, tool.late))
     except Exception as error:
-        return refusal(worded(error))
+        return refusal(to_plugin_error(error))
 
 
 def too_late(seconds: float, way_out: str) -> PluginError:

@@ -23,7 +23,7 @@ from mcp.shared.message import SessionMessage
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from mlx_onevision.plugins.contract.errors import PluginError, worded
+from mlx_onevision.plugins.contract.errors import PluginError, to_plugin_error
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
 
 # The two ends of the protocol, JSON lines on stdin and stdout, kept from everybody else.
@@ -68,13 +68,13 @@ def take() -> Pipes:
         OSError: where one of them is not open.
     """
     source, target = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
+    no_check = os.open(os.devnull, os.O_RDWR)
+    os.dup2(no_check, 0)
     try:
         os.dup2(2, 1)
     except OSError:  # there is no stderr
-        os.dup2(nothing, 1)
-    os.close(nothing)
+        os.dup2(no_check, 1)
+    os.close(no_check)
     return Pipes(source, target)
 
 
@@ -168,7 +168,7 @@ def parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage
     try:
         return _parsed(line, settings)
     except Exception as error:
-        return _refused(None, types.INTERNAL_ERROR, worded(error))
+        return _refused(None, types.INTERNAL_ERROR, to_plugin_error(error))
 
 
 def _parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from crowding import CHAT, Peer, Question
+from crowding import CHAT, Peer, PromptRequest
 from served import Client, serving, wait_for
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
@@ -76,7 +76,7 @@ def test_one_after_another_are_never_too_many() -> None:
         ]
         try:
             for number in range(120):
-                heard = await peer.ask(Question("", CHAT, asked[number % 4]).data)
+                heard = await peer.ask(PromptRequest("", CHAT, asked[number % 4]).data)
                 assert heard.status == (200, 200, 400, 404)[number % 4], heard
         finally:
             peer.close()

@@ -20,7 +20,7 @@ from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.hosts.http import server as running
 from mlx_onevision.plugins.hosts.http.app import create_app
-from mlx_onevision.plugins.hosts.http.errors import without_places
+from mlx_onevision.plugins.hosts.http.errors import redact_paths
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
 
 ROOT = Path(__file__).parents[3]
@@ -308,13 +308,13 @@ def test_loopback() -> None:
 
 def test_what_errors_leave_out() -> None:
     for text in ("'/a/b c.png' is bad", "at https://a.example/b?c", "in /etc/passwd: no"):
-        left = without_places(text)
+        left = redact_paths(text)
         assert "/" not in left and "…" in left
-    assert without_places("3 tokens and/or 5") == "3 tokens and/or 5"
-    assert len(without_places("x" * 5000)) <= 300
-    assert without_places("'data:a,b' is not 'c'") == "… is not 'c'"
+    assert redact_paths("3 tokens and/or 5") == "3 tokens and/or 5"
+    assert len(redact_paths("x" * 5000)) <= 300
+    assert redact_paths("'data:a,b' is not 'c'") == "… is not 'c'"
     for path in ("/a\"b'c", "/it's", 'http://a"b', "/a\\'", "data:'"):
-        assert without_places(f"the video's path {path!r} is bad") == "the video's path … is bad"
+        assert redact_paths(f"the video's path {path!r} is bad") == "the video's path … is bad"
 
 
 def test_the_token_file(tmp_path: Path) -> None:

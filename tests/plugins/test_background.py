@@ -11,65 +11,67 @@ import pytest
 from mlx_onevision.plugins.adapters.engine import Desk
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.streams import Aside, Channel
+from mlx_onevision.plugins.contract.streams import Background, Channel
 from mlx_onevision.plugins.interface import GenerateRequest
 from mlx_onevision.plugins.service.service import Limits
 
 
 @pytest.fixture
-def aside() -> Aside:
-    aside = Aside()
-    aside.start()
-    return aside
+def background() -> Background:
+    background = Background()
+    background.start()
+    return background
 
 
-def test_what_is_wanted_soon_is_done_in_order_and_elsewhere(aside: Aside) -> None:
+def test_what_is_wanted_soon_is_done_in_order_and_elsewhere(background: Background) -> None:
     done: list[tuple[int, str]] = []
     last = threading.Event()
     for number in range(100):
-        aside.soon(lambda n=number: done.append((n, threading.current_thread().name)))
-    aside.soon(last.set)
+        background.soon(lambda n=number: done.append((n, threading.current_thread().name)))
+    background.soon(last.set)
     assert last.wait(10)
     assert done == [(number, "mlx-onevision-aside") for number in range(100)]
 
 
-def test_what_is_due_later_is_done_by_its_time(aside: Aside) -> None:
+def test_what_is_due_later_is_done_by_its_time(background: Background) -> None:
     done: list[tuple[float, float]] = []
     began, last = time.monotonic(), threading.Event()
     for seconds in (0.3, 0.1, 1e12, 0.2, 0.0):
-        aside.later(seconds, lambda s=seconds: done.append((s, time.monotonic() - began)))
-    aside.later(0.4, last.set)
+        background.later(seconds, lambda s=seconds: done.append((s, time.monotonic() - began)))
+    background.later(0.4, last.set)
     assert last.wait(10)
     assert [seconds for seconds, _ in done] == [0.0, 0.1, 0.2, 0.3]
     assert all(after >= seconds for seconds, after in done)
 
 
-def test_a_cancelled_alarm_holds_nothing(aside: Aside) -> None:
+def test_a_cancelled_alarm_holds_nothing(background: Background) -> None:
     class Answer:
         def drop(self) -> None:
             raise AssertionError("it was cancelled")
 
     answer = Answer()
     seen = weakref.ref(answer)
-    alarm = aside.later(0.05, answer.drop)
+    alarm = background.later(0.05, answer.drop)
     del answer
     alarm.cancel()
     gc.collect()
     assert seen() is None
     after = threading.Event()
-    aside.later(0.1, after.set)
+    background.later(0.1, after.set)
     assert after.wait(10)
 
 
-def test_one_failure_ends_nothing_else(aside: Aside, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_failure_ends_nothing_else(
+    background: Background, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail() -> None:
         raise ValueError("no")
 
     after = threading.Event()
     with caplog.at_level(logging.ERROR):
-        aside.soon(fail)
-        aside.later(0.05, fail)
-        aside.later(0.1, after.set)
+        background.soon(fail)
+        background.later(0.05, fail)
+        background.later(0.1, after.set)
         assert after.wait(10)
     assert len(caplog.records) == 2
 
