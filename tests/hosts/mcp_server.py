@@ -3,9 +3,9 @@
 python mcp_server.py '{"settings": {}, "fake": {}, "folders": [], "noisy": true}'
 """
 
-from mlx_onevision.plugins.hosts.mcp import transport
+from mlx_onevision.plugins.hosts.mcp import pipes
 
-taken = transport.take()
+taken = pipes.take()
 
 import ctypes  # noqa: E402
 import json  # noqa: E402

@@ -35,7 +35,6 @@ _SERVED: tuple[Operation, ...] = (
     responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
-    *videos.OPERATIONS,
 )
 OPERATIONS = (*_SERVED, openapi.operation(_SERVED))
 """Every route for programs. What one is stands beside what answers it."""

@@ -69,7 +69,33 @@ def _response(job: Job, status: int = 200) -> Response:
     return JSONResponse(body, status, {"Location": place})
 
 
-OPERATIONS__jobs = (
+def endpoint(serving: Serving) -> Endpoint:
+    async def describe(request: Request) -> Response:
+        asked = await serving.reader.read(request, VideoRequest)
+        conversation.check_model(asked.model, serving.model)
+        stream = serving.backend.describe_video(conversation.film(asked, serving.settings.told))
+        return streaming.SentEvents(stream, _written, serving.settings.silence)
+
+    return describe
+
+
+def _written(event: Event) -> Iterator[bytes]:
+    if isinstance(event, ErrorEvent):
+        plain = PluginError(event.code, redact_paths(event.message), redact_paths(event.hint))
+        event = ErrorEvent.of(plain)
+    yield streaming.line(event.to_dict(), event.discriminator)
+
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/v1/video/describe",
+        endpoint,
+        name="describeVideo",
+        summary="A video, told segment by segment",
+        takes=VideoRequest,
+        gives={EVENTS: Event},
+    ),
     Operation(
         "POST",
         PATH,
@@ -97,35 +123,5 @@ OPERATIONS__jobs = (
         summary="End a description",
         gives={JSON: Told},
         refuses=(404,),
-    ),
-)
-
-
-def endpoint(serving: Serving) -> Endpoint:
-    async def describe(request: Request) -> Response:
-        asked = await serving.reader.read(request, VideoRequest)
-        conversation.check_model(asked.model, serving.model)
-        stream = serving.backend.describe_video(conversation.film(asked, serving.settings.told))
-        return streaming.SentEvents(stream, _written, serving.settings.silence)
-
-    return describe
-
-
-def _written(event: Event) -> Iterator[bytes]:
-    if isinstance(event, ErrorEvent):
-        plain = PluginError(event.code, redact_paths(event.message), redact_paths(event.hint))
-        event = ErrorEvent.of(plain)
-    yield streaming.line(event.to_dict(), event.discriminator)
-
-
-OPERATIONS = (
-    Operation(
-        "POST",
-        "/v1/video/describe",
-        endpoint,
-        name="describeVideo",
-        summary="A video, told segment by segment",
-        takes=VideoRequest,
-        gives={EVENTS: Event},
     ),
 )

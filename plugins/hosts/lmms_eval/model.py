@@ -1,16 +1,13 @@
 """The model, for lmms-eval."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Any
 
-import numpy as np
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from loguru import logger
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mlx_onevision.api import Model, load
@@ -23,38 +20,12 @@ from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     Shown,
     answered,
     conversation,
+    likelihood,
     options,
     shown,
     unknown,
 )
 from mlx_onevision.prompt.processor import Inputs
-
-# How likely an answer is, as the reference measures it.
-
-
-@dataclass(frozen=True)
-class TopLogprob:
-    """loss : minus the mean logarithm of the probabilities of the answer's tokens, its end of turn
-    included. greedy : whether each of the answer's own tokens is the likeliest in its place.
-    """
-
-    loss: float
-    greedy: bool
-
-
-def likelihood(
-    logits: NDArray[np.floating], following: NDArray[np.integer], own: int
-) -> TopLogprob:
-    """logits : (n, vocabulary), of the positions before each of ``following``, (n,).
-    own : so many of these are the answer's, the others end it.
-    """
-    rows = logits.astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
-    chosen = rows[np.arange(len(following)), following]
-    losses = np.log(np.exp(rows).sum(axis=-1)) - chosen
-    greedy = rows.argmax(axis=-1)[:own] == following[:own]
-    return TopLogprob(float(losses.mean()), bool(greedy.all()))
-
 
 END = "<|im_end|>"
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.frame_sampling import end_to_end
@@ -217,3 +220,30 @@ def _squared(picture: Any) -> Any:
     left, top = ((side - length) // 2 for length in picture.size)
     square.paste(picture.convert("RGB"), (left, top))
     return square
+
+
+# How likely an answer is, as the reference measures it.
+
+
+@dataclass(frozen=True)
+class AnswerLikelihood:
+    """loss : minus the mean logarithm of the probabilities of the answer's tokens, its end of turn
+    included. greedy : whether each of the answer's own tokens is the likeliest in its place.
+    """
+
+    loss: float
+    greedy: bool
+
+
+def likelihood(
+    logits: NDArray[np.floating], following: NDArray[np.integer], own: int
+) -> AnswerLikelihood:
+    """logits : (n, vocabulary), of the positions before each of ``following``, (n,).
+    own : so many of these are the answer's, the others end it.
+    """
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=-1, keepdims=True)
+    chosen = rows[np.arange(len(following)), following]
+    losses = np.log(np.exp(rows).sum(axis=-1)) - chosen
+    greedy = rows.argmax(axis=-1)[:own] == following[:own]
+    return AnswerLikelihood(float(losses.mean()), bool(greedy.all()))

@@ -72,11 +72,11 @@ def mcp(
         if not os.path.isdir(os.path.expanduser(folder)):
             raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
     # Before anything is imported that could print.
-    from mlx_onevision.plugins.hosts.mcp import transport
+    from mlx_onevision.plugins.hosts.mcp import pipes
 
     try:
         at_terminal = os.isatty(0)
-        taken = transport.take()
+        taken = pipes.take()
     except OSError:
         raise RequestError("mcp needs an open stdin and stdout; let a host start it") from None
     if at_terminal:

@@ -23,9 +23,10 @@ from mlx_onevision.plugins.contract.errors import clipped
 from mlx_onevision.plugins.hosts.mcp import contract
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings, Places
 from mlx_onevision.plugins.hosts.mcp.ask import UNTRUSTED, Looking, Telling
+from mlx_onevision.plugins.hosts.mcp.pipes import Pipes
 from mlx_onevision.plugins.hosts.mcp.similar import Finding
 from mlx_onevision.plugins.hosts.mcp.tool import Call, Tool, answered
-from mlx_onevision.plugins.hosts.mcp.transport import Pipes, transport
+from mlx_onevision.plugins.hosts.mcp.transport import transport
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import Jobs
 

@@ -7,13 +7,10 @@ read without an answer, so that whoever waits for one waits for good.
 import asyncio
 import json
 import logging
-import os
-import re
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -25,82 +22,9 @@ from pydantic_core import PydanticSerializationError
 
 from mlx_onevision.plugins.contract.errors import PluginError, to_plugin_error
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
+from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, lines
 
-# The two ends of the protocol, JSON lines on stdin and stdout, kept from everybody else.
-#
-# The descriptors 0 and 1 are moved away first of all, before any library is imported: from then on
-# what reads 0 finds nothing, and what prints to 1, be it C code or a child process, prints to
-# stderr. Standard library only.
-
-PIECE = 1 << 16  # bytes read at once; a pipe holds no more
-
-# The id of a message that is too long to be read whole, as the official clients begin it.
-_ID = re.compile(
-    rb'\s*\{\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*(-?\d{1,15}|"[^"\\]{0,99}")\s*,'
-)
-
-
-@dataclass(frozen=True)
-class Pipes:
-    """Descriptors that nothing else in this process knows."""
-
-    source: int
-    target: int
-
-    def write(self, line: bytes) -> None:
-        """Raises OSError when nobody reads any more."""
-        rest = memoryview(line)
-        while rest:
-            rest = rest[os.write(self.target, rest) :]
-
-
-@dataclass(frozen=True)
-class TooLong:
-    """A line that was not read. ``id`` : the JSON of the message's id, where it could be told."""
-
-    id: bytes | None
-
-
-def take() -> Pipes:
-    """Moves stdin and stdout away; to be called once, and early.
-
-    Raises:
-        OSError: where one of them is not open.
-    """
-    source, target = os.dup(0), os.dup(1)
-    no_check = os.open(os.devnull, os.O_RDWR)
-    os.dup2(no_check, 0)
-    try:
-        os.dup2(2, 1)
-    except OSError:  # there is no stderr
-        os.dup2(no_check, 1)
-    os.close(no_check)
-    return Pipes(source, target)
-
-
-def lines(source: int, most: int) -> Iterator[bytes | TooLong]:
-    """The lines that come, without their ends; nothing of a longer one is kept."""
-    held = bytearray()
-    dropped: TooLong | None = None
-    while piece := os.read(source, PIECE):
-        first, *others = piece.split(b"\n")
-        held += first
-        for other in others:
-            if dropped is not None or len(held) > most:
-                yield dropped or _too_long(held)
-            elif held.strip():
-                yield bytes(held)
-            held, dropped = bytearray(other), None
-        if len(held) > most:
-            dropped = dropped or _too_long(held)
-        if dropped is not None:
-            held.clear()
-    # What ends without a newline was cut off.
-
-
-def _too_long(held: bytearray) -> TooLong:
-    found = _ID.match(held[:300])
-    return TooLong(found[1] if found else None)
+# What ends without a newline was cut off.
 
 
 logger = logging.getLogger("mlx_onevision")

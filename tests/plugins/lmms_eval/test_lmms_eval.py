@@ -14,12 +14,12 @@ from PIL import Image
 
 from mlx_onevision.api import load
 from mlx_onevision.errors import RequestError
-from mlx_onevision.plugins.hosts.lmms_eval.model import likelihood
 from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     TEMPLATE,
     Shown,
     answered,
     conversation,
+    likelihood,
     options,
     shown,
     unknown,

@@ -40,7 +40,7 @@ def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
         "from mlx_onevision.__main__ import cli\n"
         "import mlx_onevision.plugins.adapters.mcp\n"
         "import mlx_onevision.plugins.hosts.mcp.allowed_files\n"
-        "import mlx_onevision.plugins.hosts.mcp.transport\n"
+        "import mlx_onevision.plugins.hosts.mcp.pipes\n"
         "for words in (['--help'], ['mcp', '--help']):\n"
         "    cli(words, standalone_mode=False)\n"
         f"print(sorted(set(sys.modules) & set({HEAVY!r})))\n"

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
-from mlx_onevision.plugins.hosts.mcp.transport import Pipes, TooLong, lines, parsed, written
+from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, lines
+from mlx_onevision.plugins.hosts.mcp.transport import parsed, written
 
 
 def read(pieces: list[bytes], most: int) -> list[bytes | TooLong]:
