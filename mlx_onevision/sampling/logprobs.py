@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mlx_onevision.errors import RequestError
+from mlx_onevision.sampling.ranges import check_range
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 LEAST = -9999.0
 """Stands for the logarithm of 0, for which JSON has no number."""
-
-MOST = 20  # tokens told for each place
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ class LogprobRecorder:
         Raises:
             RequestError: for a number out of range.
         """
-        if type(count) is not int or not 0 <= count <= MOST:
-            raise RequestError(f"logprobs must be a whole number from 0 to {MOST}, not {count!r}")
+        check_range("logprobs", count)
         self._count = count
         self._ahead: deque[tuple[mx.array, mx.array]] = deque()
         self._noted: deque[tuple[np.ndarray, np.ndarray]] = deque()

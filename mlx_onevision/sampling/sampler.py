@@ -1,6 +1,5 @@
 """How the next token is chosen: the numbers, checked, and mlx-lm's functions for them."""
 
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.grammar import Grammar, Guide
 from mlx_onevision.sampling.logprobs import LogprobRecorder
+from mlx_onevision.sampling.ranges import check_range
 
 GREEDY = 1e-5
 
@@ -36,18 +36,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises RequestError for a number out of range."""
-        _check("temperature", self.temperature, 0 <= self.temperature, "0 or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        _check(
-            "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty, "above 0"
-        )
-        if type(self.top_k) is not int or self.top_k < 0:
-            raise RequestError(f"top_k must be a whole number, 0 or more, not {self.top_k!r}")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**64):
-            raise RequestError(
-                f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}"
-            )
+        for name, value in vars(self).items():
+            if not (name == "seed" and value is None):
+                check_range(name, value)
 
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
         """A function from log-probabilities (B, vocab) to ids (B,), for one answer.
@@ -121,11 +112,6 @@ def _draw() -> Callable[[Any, Any, Any], tuple[Any, Any]]:
         return key, mx.random.categorical(logprobs * scale, key=now)
 
     return mx.compile(draw)
-
-
-def _check(name: str, value: float, holds: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not math.isfinite(value) or not holds:
-        raise RequestError(f"{name} must be {allowed}, not {value!r}")
 
 
 # How the tokens of one answer are chosen, and what is told of the choice; on the inference thread.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.results import Capability
 from mlx_onevision.plugins.contract.wire import Part, Record
+from mlx_onevision.sampling.ranges import RANGES
 
 # Pictures, videos and conversations, as a host hands them over; standard library only.
 
@@ -98,7 +99,6 @@ Order = Literal["template", "given"]
 EmbeddingSpace = Literal["vision", "joint"]
 
 LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
-MOST_LOGPROBS = 20  # of each token
 LONGEST_SCHEMA = 1 << 18  # characters
 
 
@@ -168,7 +168,6 @@ class GenerateRequest(_Asked):
         _between(self, "fps", above=0)
         if self.num_frames is not None and self.fps is not None:
             raise bad_request("there are both num_frames and fps", "give one of them")
-        _between(self, "logprobs", least=0, most=MOST_LOGPROBS)
         if self.json_schema is not None:
             _check_schema(self.json_schema)
         _check_window(self)
@@ -286,13 +285,10 @@ def _check_window(request: Part) -> None:
 
 
 def _check_sampling(request: Part) -> None:
-    _between(request, "max_tokens", least=1)
-    _between(request, "temperature", least=0)
-    _between(request, "top_p", above=0, most=1)
-    _between(request, "top_k", least=0)
-    _between(request, "min_p", least=0, most=1)
-    _between(request, "repetition_penalty", above=0)
-    _between(request, "seed", least=0, most=2**64 - 1)
+    for name, allowed in RANGES.items():
+        value = getattr(request, name, None)
+        if value is not None and not allowed.holds(value):
+            raise bad_request(f"{name} is {str(value)[:30]}; it must be {allowed}")
 
 
 def _between(
@@ -310,7 +306,7 @@ def _between(
     if good and (most is None or value <= most):
         return
     low = f"{least} or more" if above is None else f"above {above}"
-    high = "" if most is None else f" and at most {most:g}" if most < 2**63 else " and below 2**64"
+    high = "" if most is None else f" and at most {most:g}"
     raise bad_request(f"{name} is {str(value)[:30]}; it must be {low}{high}")
 
 

@@ -14,7 +14,8 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.engine.generation import Generation
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
-from mlx_onevision.sampling.logprobs import LEAST, MOST
+from mlx_onevision.sampling.logprobs import LEAST
+from mlx_onevision.sampling.ranges import MOST_LOGPROBS
 
 PICTURE = np.random.default_rng(5).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
@@ -183,16 +184,16 @@ def test_what_cannot_come_has_the_least(model: Model) -> None:
     assert json.loads(json.dumps(answer.to_dict(), allow_nan=False))["logprobs"][0]["top"]
 
 
-@pytest.mark.parametrize("wanted", [-1, MOST + 1, 1.0, True, "3"])
+@pytest.mark.parametrize("wanted", [-1, MOST_LOGPROBS + 1, 1.0, True, "3"])
 def test_how_many_is_a_number(model: Model, wanted: Any) -> None:
     with pytest.raises(RequestError, match="logprobs"):
         model.generate("hello", logprobs=wanted)
 
 
 def test_more_than_there_are(model: Model) -> None:
-    answer = model.generate("hello", logprobs=MOST, max_tokens=2)
+    answer = model.generate("hello", logprobs=MOST_LOGPROBS, max_tokens=2)
     assert answer.logprobs is not None
-    assert all(len(told.top) == MOST for told in answer.logprobs)
+    assert all(len(told.top) == MOST_LOGPROBS for told in answer.logprobs)
     first = answer.logprobs[0].to_dict()
     assert first["top"][0]["token"] == first["token"] and first["bytes"]
 

@@ -12,7 +12,6 @@ from pydantic_core import CoreSchema
 
 from mlx_onevision.plugins.contract.requests import (
     LONGEST_TIMEOUT,
-    MOST_LOGPROBS,
     EmbeddingSpace,
     Order,
     Tiling,
@@ -28,6 +27,7 @@ from mlx_onevision.plugins.hosts.http.content import (
     UserTurn,
     Where,
 )
+from mlx_onevision.sampling.ranges import RANGES
 
 # Fields that several routes have, strictly typed, and how fields are refused.
 
@@ -35,18 +35,24 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Second = Annotated[float, Field(ge=0)]
 Timeout = Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT)]
-TopLogprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+
+
+def _within(name: str) -> Any:
+    return Field(**RANGES[name].bounds)
+
+
+TopLogprobs = Annotated[int, _within("logprobs")]
 
 
 class Sampling(Strict):
     """How tokens are chosen; what is left out is the checkpoint's own."""
 
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
+    temperature: Annotated[float, _within("temperature")] | None = None
+    top_p: Annotated[float, _within("top_p")] | None = None
+    top_k: Annotated[int, _within("top_k")] | None = None
+    min_p: Annotated[float, _within("min_p")] | None = None
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
+    seed: Annotated[int, _within("seed")] | None = None
 
 
 class Looking(Sampling):

@@ -23,6 +23,7 @@ from mlx_onevision.plugins.contract.requests import (
 from mlx_onevision.plugins.contract.results import GenerateResult, ModelInfo, TextEvent
 from mlx_onevision.plugins.hosts.llm.attachments import TYPES, kind, media
 from mlx_onevision.plugins.hosts.llm.registry import Entry, Refusal, opened, told
+from mlx_onevision.sampling.ranges import RANGES
 
 # What may be said with ``-o`` at the ``llm`` command, and by keyword in Python.
 
@@ -33,31 +34,37 @@ class OneVisionOptions(llm.Model.Options):
     """
 
     max_tokens: int | None = Field(
-        default=None, ge=1, description="The longest answer, in tokens; 256 by default"
+        default=None,
+        **RANGES["max_tokens"].bounds,
+        description="The longest answer, in tokens; 256 by default",
     )
     temperature: float | None = Field(
-        default=None, ge=0, description="0 always takes the likeliest token; more varies the answer"
+        default=None,
+        **RANGES["temperature"].bounds,
+        description="0 always takes the likeliest token; more varies the answer",
     )
     top_p: float | None = Field(
         default=None,
-        gt=0,
-        le=1,
+        **RANGES["top_p"].bounds,
         description="Choose among the likeliest tokens that make up this much probability",
     )
     top_k: int | None = Field(
-        default=None, ge=0, description="Choose among so many of the likeliest tokens; 0 for all"
+        default=None,
+        **RANGES["top_k"].bounds,
+        description="Choose among so many of the likeliest tokens; 0 for all",
     )
     min_p: float | None = Field(
         default=None,
-        ge=0,
-        le=1,
+        **RANGES["min_p"].bounds,
         description="Choose among tokens at least this likely, relative to the likeliest one",
     )
     repetition_penalty: float | None = Field(
-        default=None, gt=0, description="Above 1 makes repeated tokens less likely"
+        default=None,
+        **RANGES["repetition_penalty"].bounds,
+        description="Above 1 makes repeated tokens less likely",
     )
     seed: int | None = Field(
-        default=None, ge=0, lt=2**64, description="Makes a varied answer repeatable"
+        default=None, **RANGES["seed"].bounds, description="Makes a varied answer repeatable"
     )
     stop: str | list[str] | None = Field(
         default=None, description="A text, or a list of texts, before which the answer ends"
