@@ -21,7 +21,6 @@ BUILT_IN = {
     "engine": "mlx_onevision.plugins.adapters.engine:open_engine",
     "fake": "mlx_onevision.plugins.adapters.fake:FakeBackend",
     "http": "mlx_onevision.plugins.adapters.http:HttpBackend",
-    "mcp": "mlx_onevision.plugins.adapters.mcp:McpBackend",
 }
 
 
@@ -34,10 +33,11 @@ def backends() -> dict[str, str]:
 
 
 def open_backend(name: str = "engine", **settings: Any) -> Backend:
-    """A backend by its name. "engine" is the real one (:func:`onevision.open_engine`), "fake" needs
-    no weights (:class:`fake.FakeBackend`), "http" is a server that runs somewhere
-    (:class:`clients.http.HttpBackend`), "mcp" one in a process of its own
-    (:class:`clients.mcp.McpBackend`); ``settings`` are theirs.
+    """A backend by its name; ``settings`` are the keyword arguments of what opens it.
+
+    "engine" runs a model in this process (:func:`~.adapters.engine.open_engine`), "http" asks a
+    server (:class:`~.adapters.http.HttpBackend`), "fake" needs no weights
+    (:class:`~.adapters.fake.FakeBackend`).
 
     Raises:
         PluginError: ``bad_request``, for a name that nobody has brought, for one that cannot be

@@ -13,7 +13,6 @@ from mlx_onevision.plugins import backends
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.adapters.http import HttpBackend
-from mlx_onevision.plugins.adapters.mcp import McpBackend
 from mlx_onevision.plugins.conformance import plugin
 from mlx_onevision.plugins.contract.errors import CODES
 from mlx_onevision.plugins.contract.results import Event
@@ -48,7 +47,6 @@ def asked(kind: Callable[..., Any]) -> list[str]:
         ("`Jobs`", asked(Jobs)),
         ('`"engine"`', asked(open_engine)),
         ('`"http"`', asked(HttpBackend)),
-        ('`"mcp"`', asked(McpBackend)),
         ('`"fake"`', asked(FakeBackend)),
         ("event", [kind.__name__ for kind in Event.__args__]),
         ("`code`", list(CODES)),

@@ -11,7 +11,6 @@ from typing import Any
 
 import mcp_types as types
 
-from mlx_onevision.plugins.adapters.mcp_process import EVENTS
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_plugin_error
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.contract.results import DoneEvent, ErrorEvent
@@ -19,6 +18,9 @@ from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.contract.wire import API_VERSION
 from mlx_onevision.plugins.hosts.mcp.tool import READS, Call, Tool, blocking
 from mlx_onevision.plugins.interface import Backend
+
+EVENTS = "mlx-onevision/events"
+"""In a result's ``_meta``: how many events came before it."""
 
 FREES = types.ToolAnnotations(
     read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False

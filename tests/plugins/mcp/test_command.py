@@ -8,16 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mcp import Client
 
-from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
 from mlx_onevision.plugins.hosts.mcp.command import mcp
 from mlx_onevision.plugins.hosts.mcp.server import make_server
-from mlx_onevision.plugins.interface import Backend, GenerateRequest
 from mlx_onevision.plugins.service.jobs import Jobs
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
@@ -38,7 +34,6 @@ def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
     program = (
         "import sys\n"
         "from mlx_onevision.__main__ import cli\n"
-        "import mlx_onevision.plugins.adapters.mcp\n"
         "import mlx_onevision.plugins.hosts.mcp.allowed_files\n"
         "import mlx_onevision.plugins.hosts.mcp.pipes\n"
         "for words in (['--help'], ['mcp', '--help']):\n"
@@ -58,30 +53,6 @@ def test_what_it_cannot_start_with_is_said(tmp_path: Path) -> None:
     shell = 'exec "$0" -m mlx_onevision mcp <&-'
     done = subprocess.run(["sh", "-c", shell, sys.executable], capture_output=True, timeout=60)
     assert done.returncode == 1 and b"open stdin" in done.stderr and b"Trace" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (["/nonexistent/server"], "'server' does not start (No such file or directory)"),
-        ([sys.executable, "-c", "pass"], "does not start"),
-    ],
-)
-def test_a_process_that_is_no_server(command: list[str], said: str) -> None:
-    with open_backend("mcp", command=command) as backend:
-        assert isinstance(backend, Backend)
-        with pytest.raises(PluginError) as raised:
-            backend.info()
-        assert said in str(raised.value) and raised.value.hint
-        with pytest.raises(PluginError) as raised:
-            backend.generate(GenerateRequest.ask("hello")).result()
-        assert said in str(raised.value)
-
-
-def test_a_command_that_is_none() -> None:
-    for command in ("mlx-onevision mcp", []):
-        with pytest.raises(PluginError, match="has to be a list"):
-            open_backend("mcp", command=command)
 
 
 def test_the_page_names_everything() -> None:
