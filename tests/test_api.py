@@ -332,4 +332,4 @@ def test_public_names() -> None:
     for name in mlx_onevision.__all__:
         assert getattr(mlx_onevision, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
-        mlx_onevision.no_check  # noqa: B018
+        mlx_onevision.nothing  # noqa: B018
