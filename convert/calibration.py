@@ -383,16 +383,16 @@ def calibrated(
         RequestError: for a plan that the method cannot follow.
     """
     plan = conversion.plan
-    ways = {way for module, way in plan.ways.items() if f"{module}.".startswith(LANGUAGE)}
+    ways = {way for module, way in plan.specs.items() if f"{module}.".startswith(LANGUAGE)}
     if len(ways) != 1:
         raise RequestError(f"{method} packs the language model in one way; drop the recipe")
     (way,) = ways
-    if left := [module for module in plan.left if f"{module}.".startswith(LANGUAGE)]:
+    if left := [module for module in plan.skipped if f"{module}.".startswith(LANGUAGE)]:
         raise RequestError(
             f"{method} cannot pack {left[0]}, whose width has no whole groups of {way.group_size}; "
             "give another --q-group-size"
         )
-    if conversion.opened.packed:
+    if conversion.opened.quantized:
         raise RequestError(f"{method} needs an unquantized model; leave --method out")
     runner = Runner(load_checkpoint(conversion.source.folder, dtype=plan.dtype))
     processor = Processor.from_folder(conversion.source.folder, runner.model.config)

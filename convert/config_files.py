@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_onevision.checkpoint.hub import SIDECARS
-from mlx_onevision.checkpoint.load import Opened
-from mlx_onevision.checkpoint.plan import Plan
+from mlx_onevision.checkpoint.load import OpenedCheckpoint
+from mlx_onevision.checkpoint.plan import ConversionPlan
 from mlx_onevision.config import original_layout as lmms_lab
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
@@ -28,7 +28,9 @@ TEXT_FIELDS = """
 DROPPED = ("_name_or_path", "torch_dtype", "quantization", "quantization_config", "auto_map")
 
 
-def config_json(opened: Opened, plan: Plan, source: Source, version: str, recipe: str) -> bytes:
+def config_json(
+    opened: OpenedCheckpoint, plan: ConversionPlan, source: Source, version: str, recipe: str
+) -> bytes:
     """The config.json of what ``plan`` makes.
 
     Defaults are written out, because other readers have other ones, under the keys of the Hub's
@@ -89,7 +91,7 @@ def quantization_json(quantization: Quantization) -> dict[str, Any]:
     return default | {name: entry(way) for name, way in sorted(quantization.modules.items())}
 
 
-def processor_files(opened: Opened) -> dict[str, bytes]:
+def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
     """The files that prepare prompts and pictures, those that the source lacks made for it.
 
     Raises:

@@ -11,8 +11,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_onevision.checkpoint import manifest
-from mlx_onevision.checkpoint.load import Opened, open_checkpoint
-from mlx_onevision.checkpoint.plan import CODES, Files, Piece, Plan, make_plan
+from mlx_onevision.checkpoint.load import OpenedCheckpoint, open_checkpoint
+from mlx_onevision.checkpoint.plan import (
+    CODES,
+    ConversionPlan,
+    LazyTensorFiles,
+    OutputTensor,
+    make_plan,
+)
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.tensors import INDEX, NORM, written_name
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
@@ -38,8 +44,8 @@ class Conversion:
 
     source: Source
     target: Path
-    opened: Opened
-    plan: Plan
+    opened: OpenedCheckpoint
+    plan: ConversionPlan
     shards: Sequence[Shard]
     facts: Facts
 
@@ -105,7 +111,7 @@ def prepare(
     plan = make_plan(
         opened.config,
         opened.tensors,
-        opened.packed,
+        opened.quantized,
         recipe=recipe,
         dtype=dtype,
         dequantize=dequantize,
@@ -190,16 +196,16 @@ def _write(
     return file.written
 
 
-def _parts(opened: Opened, plan: Plan) -> list[Part]:
+def _parts(opened: OpenedCheckpoint, plan: ConversionPlan) -> list[Part]:
     """All tensors of the new model, in the order of the source's."""
-    files = Files()
+    files = LazyTensorFiles()
     parts = []
-    for step in plan.steps:
+    for step in plan.transforms:
 
         def make(step=step) -> list[mx.array]:  # noqa: ANN001
             return [array for _, array in step.run(files.take)]
 
-        parts.append(Part(step.pieces, make))
+        parts.append(Part(step.outputs, make))
     width = opened.config.vision_config.hidden_size
     for name, fill in zip(NORM, (mx.ones, mx.zeros), strict=True):
         # Never used, but other programs will not load a tower without it.
@@ -214,20 +220,20 @@ def _parts(opened: Opened, plan: Plan) -> list[Part]:
                 f"{tensor.source} in {tensor.file.name} has the shape {list(tensor.shape)}; "
                 f"config.json asks for {[width]}"
             )
-        parts.append(Part((Piece(name, CODES[plan.dtype], (width,)),), norm))
+        parts.append(Part((OutputTensor(name, CODES[plan.dtype], (width,)),), norm))
     return parts
 
 
 def _facts(
     source: Source,
     target: Path,
-    opened: Opened,
-    plan: Plan,
+    opened: OpenedCheckpoint,
+    plan: ConversionPlan,
     shards: Sequence[Shard],
     recipe: Recipe | None,
 ) -> Facts:
     packed: dict[str, int] = {}
-    for way in plan.ways.values():
+    for way in plan.specs.values():
         words = f"{way.bits} bits, groups of {way.group_size}"
         words = words if way.mode == "affine" else f"{way.mode}, {words}"
         packed[words] = packed.get(words, 0) + 1
@@ -235,7 +241,7 @@ def _facts(
     grown = width != opened.config.vision_config.intermediate_size
     nbytes = sum(shard.data_bytes for shard in shards)
     values = plan.values + len(NORM) * opened.config.vision_config.hidden_size
-    name = recipe.name if recipe is not None else "as the source" if plan.ways else plan.dtype
+    name = recipe.name if recipe is not None else "as the source" if plan.specs else plan.dtype
     return Facts(
         source=source.base or source.name,
         revision=source.commit,
@@ -247,8 +253,8 @@ def _facts(
         bits_per_weight=8 * nbytes / values,
         shards=len(shards),
         packed=dict(sorted(packed.items())),
-        ways={written_name(module): way for module, way in plan.ways.items()},
-        left=tuple(written_name(module) for module in plan.left),
+        ways={written_name(module): way for module, way in plan.specs.items()},
+        left=tuple(written_name(module) for module in plan.skipped),
         padded=width if grown else None,
         files={shard.name: shard.nbytes for shard in shards},
         version=version("mlx-onevision"),

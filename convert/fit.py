@@ -149,7 +149,7 @@ def usable_bytes(memory: int) -> int:
 def choose(folder: Path, memory: int, context: int | None = None, dtype: str | None = None) -> Fit:
     """The best recipe with which a folder's model fits; see :func:`best`."""
     opened = open_checkpoint(folder)
-    return best(opened.config, opened.tensors, opened.packed, memory, context, dtype)
+    return best(opened.config, opened.tensors, opened.quantized, memory, context, dtype)
 
 
 def best(

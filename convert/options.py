@@ -69,7 +69,7 @@ def recipe_of(
     if rules is not None:
         made = recipes.from_file(rules)
         if quantize_vision is not None:
-            made = replace(made, vision=recipes.vision_packing(vision))
+            made = replace(made, vision=recipes.vision_spec(vision))
         return made
     default = recipes.VISION_BITS if quantize_vision is None else vision
     if recipe is not None:
@@ -79,7 +79,7 @@ def recipe_of(
         made = recipes.uniform(bits, group, q_mode or "affine", default)
         return made if method is None else _calibrated(made, method)
     if vision is not None:
-        return recipes.Recipe(f"vision-{vision}-bit", None, recipes.vision_packing(vision))
+        return recipes.Recipe(f"vision-{vision}-bit", None, recipes.vision_spec(vision))
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mlx_onevision.checkpoint.load import Opened, open_checkpoint
+from mlx_onevision.checkpoint.load import OpenedCheckpoint, open_checkpoint
 from mlx_onevision.checkpoint.plan import FLOATS
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.convert.conversion import prepare, write
@@ -80,10 +80,10 @@ def suspicion(facts: Facts, loss: Loss) -> str | None:
     )
 
 
-def is_unchanged(opened: Opened, facts: Facts) -> bool:
+def is_unchanged(opened: OpenedCheckpoint, facts: Facts) -> bool:
     """Whether the plan writes the source's weights as they are."""
     floats = {FLOATS[t.dtype] for t in opened.tensors.values() if t.dtype in FLOATS}
-    return floats == {facts.dtype} and len(facts.ways) == len(opened.packed)
+    return floats == {facts.dtype} and len(facts.ways) == len(opened.quantized)
 
 
 def too_large(source: Path) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Self
 import mlx.core as mx
 
 from mlx_onevision.checkpoint.manifest import File
-from mlx_onevision.checkpoint.plan import Piece
+from mlx_onevision.checkpoint.plan import OutputTensor
 from mlx_onevision.checkpoint.tensors import SINGLE, written_name
 from mlx_onevision.errors import StorageError
 
@@ -127,7 +127,7 @@ METADATA = {"format": "mlx"}
 class Part:
     """Tensors that are made together: what they are, and how to make them."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[OutputTensor, ...]
     make: Callable[[], Sequence[mx.array]]
 
     @property
@@ -159,7 +159,7 @@ class Shard:
         return len(text).to_bytes(8, "little") + text
 
     @property
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[OutputTensor]:
         return (piece for part in self.parts for piece in part.pieces)
 
     @property
@@ -222,7 +222,7 @@ def write_shard(folder: Path, shard: Shard, progress: Callable[[int], None]) -> 
     return file.written
 
 
-def _raw(array: mx.array, piece: Piece) -> memoryview:
+def _raw(array: mx.array, piece: OutputTensor) -> memoryview:
     """An array's bytes, row after row."""
     if array.shape != piece.shape or array.dtype != DTYPES[piece.dtype]:
         raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, planned as {piece}")

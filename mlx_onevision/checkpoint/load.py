@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import manifest
-from mlx_onevision.checkpoint.plan import FLOATS, PARTS, PATCHES, Files, make_plan
+from mlx_onevision.checkpoint.plan import FLOATS, PARTS, PATCHES, LazyTensorFiles, make_plan
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
 from mlx_onevision.config.generation import GenerationDefaults
@@ -26,7 +26,7 @@ from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestErr
 from mlx_onevision.files import read_json
 from mlx_onevision.network.onevision import OneVision
 
-PACKED = {mx.uint32: "U32", mx.uint8: "U8"}
+QUANTIZED_DTYPES = {mx.uint32: "U32", mx.uint8: "U8"}
 
 EMBEDDING = "language_model.embed_tokens"
 HEAD = "lm_head"
@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCheckpoint:
     """A folder whose files have been held against its configuration, and not yet read.
 
     tensors : by canonical name. ``unused`` are those of :data:`NORM` that the folder has.
@@ -59,11 +59,11 @@ class Opened:
     generation_defaults: GenerationDefaults
     tensors: Mapping[str, Tensor]
     unused: Mapping[str, Tensor]
-    packed: Mapping[str, ModuleQuantization]
+    quantized: Mapping[str, ModuleQuantization]
     network: OneVision
 
 
-def open_checkpoint(folder: Path) -> Opened:
+def open_checkpoint(folder: Path) -> OpenedCheckpoint:
     """What is in a folder of any of the published layouts.
 
     Raises:
@@ -81,10 +81,10 @@ def open_checkpoint(folder: Path) -> Opened:
     config = dataclasses.replace(
         config, tie_word_embeddings=_settle_head(tensors, config.tie_word_embeddings)
     )
-    packed = _packed(config, tensors)
-    network = _network(config, packed)
+    quantized = _quantized_modules(config, tensors)
+    network = _network(config, quantized)
     _check(network, tensors)
-    return Opened(folder, values, config, defaults, tensors, unused, packed, network)
+    return OpenedCheckpoint(folder, values, config, defaults, tensors, unused, quantized, network)
 
 
 def load_checkpoint(
@@ -106,12 +106,12 @@ def load_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")
     opened = open_checkpoint(folder)
-    plan = make_plan(opened.config, opened.tensors, opened.packed, recipe=recipe, dtype=dtype)
-    model = opened.network if recipe is None else _network(plan.config, plan.ways)
-    files, weights = Files(), []
-    for step in plan.steps:
-        arrays = step.run(files.take)
-        if step.pack is not None:
+    plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe, dtype=dtype)
+    model = opened.network if recipe is None else _network(plan.config, plan.specs)
+    files, weights = LazyTensorFiles(), []
+    for transform in plan.transforms:
+        arrays = transform.run(files.take)
+        if transform.spec is not None:
             mx.eval([array for _, array in arrays])
             mx.clear_cache()
         weights += arrays
@@ -152,39 +152,41 @@ def _settle_head(tensors: dict[str, Tensor], tied: bool) -> bool:
     return True
 
 
-def _packed(
+def _quantized_modules(
     config: OneVisionConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, ModuleQuantization]:
     """How the modules are packed that are so in the files, as config.json says."""
-    packed = sorted(name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
-    if packed and config.quantization is None:
-        raise CheckpointError(f"{short(packed[0])} is quantized, but config.json does not say how")
+    quantized = sorted(name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
+    if quantized and config.quantization is None:
+        raise CheckpointError(
+            f"{short(quantized[0])} is quantized, but config.json does not say how"
+        )
     found = {}
-    for path in packed:
+    for path in quantized:
         assert config.quantization is not None
         found[path] = config.quantization.default
     if config.quantization is not None:
-        for path, way in config.quantization.modules.items():
+        for path, spec in config.quantization.modules.items():
             name = canonical_name(path)
             if name not in found:
                 continue
-            if way is None:
+            if spec is None:
                 raise CheckpointError(f"config.json says that {name} is not quantized, but it is")
-            found[name] = way
+            found[name] = spec
     return found
 
 
-def _network(config: OneVisionConfig, packed: Mapping[str, ModuleQuantization]) -> OneVision:
-    """A model whose modules of ``packed`` are MLX's quantised ones."""
+def _network(config: OneVisionConfig, quantized: Mapping[str, ModuleQuantization]) -> OneVision:
+    """A model whose modules of ``quantized`` are MLX's quantised ones."""
     model = OneVision(config)
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in packed:
+        if path not in quantized:
             return False
-        _require_divisible(path, module, packed[path])
-        return dataclasses.asdict(packed[path])
+        _require_divisible(path, module, quantized[path])
+        return dataclasses.asdict(quantized[path])
 
-    if packed:
+    if quantized:
         try:
             nn.quantize(model, class_predicate=parameters)
         except (ValueError, RuntimeError) as error:
@@ -192,11 +194,11 @@ def _network(config: OneVisionConfig, packed: Mapping[str, ModuleQuantization]) 
     return model
 
 
-def _require_divisible(path: str, module: nn.Module, way: ModuleQuantization) -> None:
+def _require_divisible(path: str, module: nn.Module, spec: ModuleQuantization) -> None:
     width = module["weight"].shape[-1]
-    if width % way.group_size:
+    if width % spec.group_size:
         raise CheckpointError(
-            f"{path} is {width} wide, which does not divide into groups of {way.group_size}"
+            f"{path} is {width} wide, which does not divide into groups of {spec.group_size}"
         )
 
 
@@ -222,7 +224,11 @@ def _check(model: OneVision, tensors: Mapping[str, Tensor]) -> None:
                 f"{short(tensor.source)} in {tensor.file.name} has the shape {list(tensor.shape)}; "
                 f"config.json asks for {list(shape)}"
             )
-        allowed = [PACKED[parameter.dtype]] if parameter.dtype in PACKED else list(FLOATS)
+        allowed = (
+            [QUANTIZED_DTYPES[parameter.dtype]]
+            if parameter.dtype in QUANTIZED_DTYPES
+            else list(FLOATS)
+        )
         if tensor.dtype not in allowed:
             raise CheckpointError(
                 f"{short(tensor.source)} in {tensor.file.name} is {tensor.dtype}; "

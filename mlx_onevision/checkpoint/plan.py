@@ -34,7 +34,7 @@ PARTS = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputTensor:
     """One tensor that a step makes; ``dtype`` is safetensors' word for its type."""
 
     name: str
@@ -47,7 +47,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Step:
+class TensorTransform:
     """One tensor, or the two or three of a packed module, from the files to the model.
 
     sources : the tensors on disk; for a packed module its weight, scales and biases.
@@ -58,47 +58,47 @@ class Step:
     """
 
     sources: tuple[Tensor, ...]
-    pieces: tuple[Piece, ...]
+    outputs: tuple[OutputTensor, ...]
     dtype: str
     values: int
-    unpack: ModuleQuantization | None = None
-    pack: ModuleQuantization | None = None
-    pad: tuple[int, int] = (0, 0)
+    dequantize_spec: ModuleQuantization | None = None
+    spec: ModuleQuantization | None = None
+    padding: tuple[int, int] = (0, 0)
 
     def run(self, take: Callable[[Tensor], mx.array]) -> list[tuple[str, mx.array]]:
         """The pieces' arrays by their canonical names, not evaluated yet."""
         arrays = [take(tensor) for tensor in self.sources]
-        if self.unpack is not None:
+        if self.dequantize_spec is not None:
             weight, scales, *biases = arrays
-            way = self.unpack
+            spec = self.dequantize_spec
             whole = mx.dequantize(
-                weight, scales, *biases, group_size=way.group_size, bits=way.bits, mode=way.mode
+                weight, scales, *biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
             )
             arrays = [whole]
         arrays = [self._plain(array) for array in arrays]
-        if any(self.pad):
+        if any(self.padding):
             (array,) = arrays
-            widths = [(0, more) for more in self.pad[: array.ndim]]
+            widths = [(0, more) for more in self.padding[: array.ndim]]
             arrays = [mx.pad(array, widths)]
-        if self.pack is not None:
-            arrays = list(mx.quantize(arrays[0], **dataclasses.asdict(self.pack)))
-        for piece, array in zip(self.pieces, arrays, strict=True):
-            if array.shape != piece.shape:
+        if self.spec is not None:
+            arrays = list(mx.quantize(arrays[0], **dataclasses.asdict(self.spec)))
+        for output, array in zip(self.outputs, arrays, strict=True):
+            if array.shape != output.shape:
                 raise CheckpointError(
-                    f"MLX made {piece.name} of the shape {list(array.shape)}; "
-                    f"planned was {list(piece.shape)}"
+                    f"MLX made {output.name} of the shape {list(array.shape)}; "
+                    f"planned was {list(output.shape)}"
                 )
-        return [(piece.name, array) for piece, array in zip(self.pieces, arrays, strict=True)]
+        return [(output.name, array) for output, array in zip(self.outputs, arrays, strict=True)]
 
     def _plain(self, array: mx.array) -> mx.array:
-        if self.pieces[0].name == PATCHES and array.shape != self.pieces[0].shape:
+        if self.outputs[0].name == PATCHES and array.shape != self.outputs[0].shape:
             array = array.transpose(0, 2, 3, 1)  # PyTorch's order to MLX's, channels last
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(getattr(mx, self.dtype))
         return array
 
 
-class Files:
+class LazyTensorFiles:
     """Lazy arrays of weight files. Each can be taken once, so that nothing else keeps it alive."""
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ NOT_ZERO_AT_ZERO = frozenset({"sigmoid"})
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What will be made. ``config`` describes it, its quantization by the names that are written.
 
     ways : how each packed module will be packed, by canonical name.
@@ -133,29 +133,29 @@ class Plan:
     """
 
     config: OneVisionConfig
-    steps: tuple[Step, ...]
-    ways: Mapping[str, ModuleQuantization]
-    left: tuple[str, ...]
+    transforms: tuple[TensorTransform, ...]
+    specs: Mapping[str, ModuleQuantization]
+    skipped: tuple[str, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for step in self.steps for piece in step.pieces)
+        return sum(output.nbytes for step in self.transforms for output in step.outputs)
 
     @property
     def values(self) -> int:
-        return sum(step.values for step in self.steps)
+        return sum(step.values for step in self.transforms)
 
 
 def make_plan(
     config: OneVisionConfig,
     tensors: Mapping[str, Tensor],
-    packed: Mapping[str, ModuleQuantization],
+    quantized: Mapping[str, ModuleQuantization],
     *,
     recipe: Recipe | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
-) -> Plan:
+) -> ConversionPlan:
     """Plans a model from a checkpoint's tensors, which have been held against its configuration.
 
     tensors : by canonical name.
@@ -168,39 +168,39 @@ def make_plan(
     Raises:
         RequestError: for packing what is packed already, and rules that match nothing.
     """
-    if recipe is not None and packed and not dequantize:
+    if recipe is not None and quantized and not dequantize:
         raise RequestError(
             "the model is quantized already; take the unquantized one, or pack what is left of it "
             "anew with --dequantize"
         )
-    if dequantize and not packed:
+    if dequantize and not quantized:
         raise RequestError("the model is not quantized; leave --dequantize out")
     floating = dtype or _one_dtype(tensors.values(), config.dtype)
-    shapes = _shapes(tensors, packed)
+    shapes = _shapes(tensors, quantized)
     chosen: dict[str, ModuleQuantization] = {}
-    left: list[str] = []
+    skipped: list[str] = []
     wide = config.vision_config.intermediate_size
     if recipe is not None:
         matrices = [m for m in shapes if m not in tensors and f"{m}.weight" != POSITIONS]
-        chosen = _choose(recipe, matrices, config.text_config.num_hidden_layers)
+        chosen = _chosen_specs(recipe, matrices, config.text_config.num_hidden_layers)
         wide = _padded_width(config, chosen)
         widths = {m: wide if m.endswith(".mlp.fc2") else shapes[m][-1] for m in chosen}
-        left = [m for m, way in chosen.items() if widths[m] % way.group_size]
-        chosen = {m: way for m, way in chosen.items() if m not in left}
+        skipped = [m for m, spec in chosen.items() if widths[m] % spec.group_size]
+        chosen = {m: spec for m, spec in chosen.items() if m not in skipped}
     more = wide - config.vision_config.intermediate_size
-    kept = {} if dequantize else packed
-    steps = [
-        _step(module, shape, tensors, floating, packed, chosen, dequantize, more)
+    kept = {} if dequantize else quantized
+    transforms = [
+        _transform(module, shape, tensors, floating, quantized, chosen, dequantize, more)
         for module, shape in shapes.items()
     ]
-    ways = {**kept, **chosen}
+    specs = {**kept, **chosen}
     made = dataclasses.replace(
         config,
         vision_config=dataclasses.replace(config.vision_config, intermediate_size=wide),
-        quantization=_described(ways, shapes),
+        quantization=_described(specs, shapes),
         dtype=floating,
     )
-    return Plan(made, tuple(steps), ways, tuple(left), floating)
+    return ConversionPlan(made, tuple(transforms), specs, tuple(skipped), floating)
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -209,22 +209,24 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _shapes(
-    tensors: Mapping[str, Tensor], packed: Mapping[str, ModuleQuantization]
+    tensors: Mapping[str, Tensor], quantized: Mapping[str, ModuleQuantization]
 ) -> dict[str, tuple[int, ...]]:
     """Every matrix by its module, everything else by its own name, with the unpacked shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        if module in packed and part in PARTS:
+        if module in quantized and part in PARTS:
             if part == "weight":
-                columns = tensor.shape[1] * 32 // packed[module].bits
+                columns = tensor.shape[1] * 32 // quantized[module].bits
                 shapes[module] = (tensor.shape[0], columns)
         else:
             shapes[module if _is_matrix(name, tensor.shape) else name] = tensor.shape
     return shapes
 
 
-def _choose(recipe: Recipe, modules: Iterable[str], layers: int) -> dict[str, ModuleQuantization]:
+def _chosen_specs(
+    recipe: Recipe, modules: Iterable[str], layers: int
+) -> dict[str, ModuleQuantization]:
     names = {module: written_name(module) for module in modules}
     unused = [
         rule.pattern
@@ -233,8 +235,8 @@ def _choose(recipe: Recipe, modules: Iterable[str], layers: int) -> dict[str, Mo
     ]
     if unused:
         raise RequestError(f"no module of the model matches the rule for '{unused[0]}'")
-    found = {module: recipe.way(name, layers) for module, name in names.items()}
-    return {module: way for module, way in found.items() if way is not None}
+    found = {module: recipe.spec(name, layers) for module, name in names.items()}
+    return {module: spec for module, spec in found.items() if spec is not None}
 
 
 def _padded_width(config: OneVisionConfig, chosen: Mapping[str, ModuleQuantization]) -> int:
@@ -245,8 +247,8 @@ def _padded_width(config: OneVisionConfig, chosen: Mapping[str, ModuleQuantizati
     """
     vision = config.vision_config
     groups = [
-        way.group_size
-        for module, way in chosen.items()
+        spec.group_size
+        for module, spec in chosen.items()
         if module.startswith("vision_tower.") and module.endswith(".mlp.fc2")
     ]
     if not groups or vision.hidden_act in NOT_ZERO_AT_ZERO:
@@ -254,67 +256,73 @@ def _padded_width(config: OneVisionConfig, chosen: Mapping[str, ModuleQuantizati
     return -(-vision.intermediate_size // max(groups)) * max(groups)
 
 
-def _step(
+def _transform(
     module: str,
     shape: tuple[int, ...],
     tensors: Mapping[str, Tensor],
     floating: str,
-    packed: Mapping[str, ModuleQuantization],
+    quantized: Mapping[str, ModuleQuantization],
     chosen: Mapping[str, ModuleQuantization],
     dequantize: bool,
     more: int,
-) -> Step:
+) -> TensorTransform:
     """The step of one entry of :func:`_shapes`; ``more`` is how much the tower's MLPs grow."""
     values = math.prod(shape)
     if module in tensors:  # a lone tensor
         tensor = tensors[module]
-        pad = (more if module.endswith(".mlp.fc1.bias") else 0, 0)
-        shape = (shape[0] + pad[0], *shape[1:]) if shape else shape
+        padding = (more if module.endswith(".mlp.fc1.bias") else 0, 0)
+        shape = (shape[0] + padding[0], *shape[1:]) if shape else shape
         if module == PATCHES and shape[1] != shape[2]:
             shape = (shape[0], *shape[2:], shape[1])
         code = CODES[floating] if tensor.dtype in FLOATS else tensor.dtype
-        return Step((tensor,), (Piece(module, code, shape),), floating, values, pad=pad)
+        return TensorTransform(
+            (tensor,), (OutputTensor(module, code, shape),), floating, values, padding=padding
+        )
     sources = tuple(tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors)
-    if module in packed and not dequantize:
-        pieces = tuple(
-            Piece(t.name, CODES[floating] if t.dtype in FLOATS else t.dtype, t.shape)
+    if module in quantized and not dequantize:
+        outputs = tuple(
+            OutputTensor(t.name, CODES[floating] if t.dtype in FLOATS else t.dtype, t.shape)
             for t in sources
         )
-        return Step(sources, pieces, floating, values)
-    pad = (0, 0)
+        return TensorTransform(sources, outputs, floating, values)
+    padding = (0, 0)
     if module.startswith("vision_tower."):
-        pad = (more * module.endswith(".mlp.fc1"), more * module.endswith(".mlp.fc2"))
-    shape = (shape[0] + pad[0], shape[1] + pad[1])
-    way = chosen.get(module)
-    pieces = _packed_pieces(module, shape, way, floating)
-    return Step(sources, pieces, floating, values, packed.get(module), way, pad)
+        padding = (more * module.endswith(".mlp.fc1"), more * module.endswith(".mlp.fc2"))
+    shape = (shape[0] + padding[0], shape[1] + padding[1])
+    spec = chosen.get(module)
+    outputs = _output_tensors(module, shape, spec, floating)
+    return TensorTransform(sources, outputs, floating, values, quantized.get(module), spec, padding)
 
 
-def _packed_pieces(
-    module: str, shape: tuple[int, ...], way: ModuleQuantization | None, floating: str
-) -> tuple[Piece, ...]:
+def _output_tensors(
+    module: str, shape: tuple[int, ...], spec: ModuleQuantization | None, floating: str
+) -> tuple[OutputTensor, ...]:
     rows, columns = shape
-    if way is None:
-        return (Piece(f"{module}.weight", CODES[floating], shape),)
-    weight = Piece(f"{module}.weight", "U32", (rows, columns * way.bits // 32))
-    groups = (rows, columns // way.group_size)
-    if way.mode != "affine":
-        return weight, Piece(f"{module}.scales", "U8", groups)
+    if spec is None:
+        return (OutputTensor(f"{module}.weight", CODES[floating], shape),)
+    weight = OutputTensor(f"{module}.weight", "U32", (rows, columns * spec.bits // 32))
+    groups = (rows, columns // spec.group_size)
+    if spec.mode != "affine":
+        return weight, OutputTensor(f"{module}.scales", "U8", groups)
     code = CODES[floating]
-    return weight, Piece(f"{module}.scales", code, groups), Piece(f"{module}.biases", code, groups)
+    return (
+        weight,
+        OutputTensor(f"{module}.scales", code, groups),
+        OutputTensor(f"{module}.biases", code, groups),
+    )
 
 
 def _described(
-    ways: Mapping[str, ModuleQuantization], shapes: Mapping[str, tuple[int, ...]]
+    specs: Mapping[str, ModuleQuantization], shapes: Mapping[str, tuple[int, ...]]
 ) -> Quantization | None:
     """The entry of config.json: the packing of most values, and the modules that differ from it."""
-    if not ways:
+    if not specs:
         return None
-    values = dict.fromkeys(ways.values(), 0)
-    for module, way in ways.items():
-        values[way] += math.prod(shapes[module])
-    default = max(values, key=lambda way: values[way])
-    named = {written_name(module): way for module, way in ways.items() if way != default}
+    values = dict.fromkeys(specs.values(), 0)
+    for module, spec in specs.items():
+        values[spec] += math.prod(shapes[module])
+    default = max(values, key=lambda spec: values[spec])
+    named = {written_name(module): spec for module, spec in specs.items() if spec != default}
     return Quantization(default, named)
 
 

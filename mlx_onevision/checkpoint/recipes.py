@@ -45,7 +45,7 @@ class Rule:
     """How the modules whose names match a pattern (``*`` and ``?``) are packed; None: not."""
 
     pattern: str
-    way: ModuleQuantization | None
+    spec: ModuleQuantization | None
 
     def matches(self, module: str) -> bool:
         return fnmatchcase(module, self.pattern)
@@ -67,11 +67,11 @@ class Recipe:
     more: ModuleQuantization | None = None
     rules: tuple[Rule, ...] = ()
 
-    def way(self, module: str, layers: int) -> ModuleQuantization | None:
+    def spec(self, module: str, layers: int) -> ModuleQuantization | None:
         """How ``module`` is packed, in a language model of so many layers."""
         for rule in self.rules:
             if rule.matches(module):
-                return rule.way
+                return rule.spec
         if module.startswith(VISION):
             return self.vision
         if self.more is not None and _needs_more(module, layers):
@@ -91,9 +91,9 @@ def uniform(
     Raises:
         RequestError: for numbers that the mode does not have.
     """
-    language = packing(bits, group_size, mode)
+    language = quantization_spec(bits, group_size, mode)
     name = f"{language.bits}-bit" if mode == "affine" else mode
-    return Recipe(name, language, vision_packing(vision_bits))
+    return Recipe(name, language, vision_spec(vision_bits))
 
 
 def while_loading(bits: int | None) -> Recipe | None:
@@ -120,9 +120,9 @@ def mixed(
     low, high = MIXED[name]
     return Recipe(
         name,
-        packing(low, group_size, "affine"),
-        vision_packing(vision_bits),
-        packing(high, group_size, "affine"),
+        quantization_spec(low, group_size, "affine"),
+        vision_spec(vision_bits),
+        quantization_spec(high, group_size, "affine"),
     )
 
 
@@ -162,7 +162,7 @@ def from_file(path: Path) -> Recipe:
     return Recipe(path.stem, language, vision, rules=tuple(made))
 
 
-def packing(
+def quantization_spec(
     bits: int | None = None, group_size: int | None = None, mode: str = "affine"
 ) -> ModuleQuantization:
     """A packing, completed with its mode's own numbers.
@@ -173,22 +173,22 @@ def packing(
     if mode not in MODES:
         raise RequestError(f"there is no mode '{mode}'; there are {', '.join(MODES)}")
     its_group, its_bits = MODES[mode]
-    way = ModuleQuantization(group_size or its_group, bits or its_bits, mode)
-    if mode != "affine" and (way.group_size, way.bits) != MODES[mode]:
+    spec = ModuleQuantization(group_size or its_group, bits or its_bits, mode)
+    if mode != "affine" and (spec.group_size, spec.bits) != MODES[mode]:
         raise RequestError(
             f"{mode} always has {its_bits} bits in groups of {its_group}; leave the numbers out"
         )
-    if mode == "affine" and (way.bits not in BITS or way.group_size not in GROUP_SIZES):
+    if mode == "affine" and (spec.bits not in BITS or spec.group_size not in GROUP_SIZES):
         raise RequestError(
-            f"{way.bits} bits in groups of {way.group_size} are not possible; bits are "
+            f"{spec.bits} bits in groups of {spec.group_size} are not possible; bits are "
             f"{', '.join(map(str, BITS))} and groups {', '.join(map(str, GROUP_SIZES))}"
         )
-    return way
+    return spec
 
 
-def vision_packing(bits: int | None) -> ModuleQuantization | None:
+def vision_spec(bits: int | None) -> ModuleQuantization | None:
     """The tower's and the projector's: affine, groups of 64; None leaves them as they are."""
-    return None if bits is None else packing(bits)
+    return None if bits is None else quantization_spec(bits)
 
 
 def _entry(given: Any, where: str) -> ModuleQuantization | None:
@@ -200,7 +200,7 @@ def _entry(given: Any, where: str) -> ModuleQuantization | None:
     if not all(number is None or type(number) is int for number in numbers):
         raise RequestError(f"{where} has bits or a group_size that is no whole number")
     try:
-        return packing(numbers[0], numbers[1], str(given.get("mode", "affine")))
+        return quantization_spec(numbers[0], numbers[1], str(given.get("mode", "affine")))
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
 

@@ -40,7 +40,7 @@ class Batch:
 
     Keys and values of a batch are padded to the longest row, so rows are let in while their number
     times the longest of them stays within ``runner.batch_positions``; one is always let in. No more
-    are in the tower and in prefill at once than ``memory.prefill_rows`` says, so that few media are
+    are in the tower and in prefill at once than ``memory.prefill_batch`` says, so few media are
     held beyond what the bank keeps.
     """
 
@@ -50,7 +50,7 @@ class Batch:
         self._active: dict[int, Row] = {}
         self._reading: set[int] = set()  # those of the active ones whose prompt is not read yet
         chunk = runner.model.budget.chunk
-        self._together, self._step_size = memory.prefill_rows(chunk, len(line))
+        self._together, self._step_size = memory.prefill_batch(chunk, len(line))
 
     def run(self) -> None:
         """Until every row has ended, or one is left that has not begun: that one is for
@@ -92,7 +92,7 @@ class Batch:
         return BatchGenerator(
             self._runner.model,
             stop_tokens=[[token] for token in eos],
-            completion_batch_size=memory.MOST_ROWS,
+            completion_batch_size=memory.MAX_BATCH_SIZE,
             prefill_batch_size=self._together,
             prefill_step_size=self._step_size,
         )
@@ -113,7 +113,7 @@ class Batch:
     def _has_room_for(self, row: Row) -> bool:
         if not self._active:
             return True
-        if len(self._reading) >= self._together or len(self._active) >= memory.MOST_ROWS:
+        if len(self._reading) >= self._together or len(self._active) >= memory.MAX_BATCH_SIZE:
             return False
         longest = max(other.longest for other in (row, *self._active.values()))
         return (len(self._active) + 1) * longest <= self._runner.batch_positions

@@ -274,7 +274,7 @@ class Runner:
         finish = pool_frames if medium.kind == "video" else _whole
         features = model.encode_tiles(medium.tiles, medium.normalization, check, finish)
         if medium.kind == "video":
-            rows = model.pack_pooled(features)
+            rows = model.pack_video(features)
         elif medium.packing is not None:
             rows = model.pack_image(features, medium.packing)
         else:

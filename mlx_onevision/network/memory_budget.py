@@ -16,8 +16,8 @@ TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
 
 # Rows of a batch that decode together, and that read their prompts together. More would hardly be
 # faster on the devices that this runs on, and every row waits for the longest.
-MOST_ROWS = 32
-PREFILL_ROWS = 8
+MAX_BATCH_SIZE = 32
+MAX_PREFILL_BATCH_SIZE = 8
 
 # Live values at the peak of a layer, measured against the plain count of its activations.
 OVERHEAD = 1.6
@@ -79,11 +79,11 @@ def batch_positions(text: TextConfig, free: int, itemsize: int) -> int:
     return max(free, 0) // 2 // position
 
 
-def prefill_rows(chunk: int, rows: int) -> tuple[int, int]:
+def prefill_batch(chunk: int, rows: int) -> tuple[int, int]:
     """How many of a batch's ``rows`` read their prompts together, and how many tokens each at once:
     together no more than the ``chunk`` of a lone prompt, and no less than the smallest one each.
     """
-    together = max(1, min(rows, PREFILL_ROWS, chunk // CHUNKS[-1]))
+    together = max(1, min(rows, MAX_PREFILL_BATCH_SIZE, chunk // CHUNKS[-1]))
     return together, chunk // together
 
 

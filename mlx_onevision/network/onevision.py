@@ -146,18 +146,12 @@ class OneVision(nn.Module):
         """An untiled image's rows: its one tile's and a newline, shape = (patches + 1, D)."""
         return self._with_newline(features[0])
 
-    def pack_video(self, features: mx.array) -> mx.array:
-        """A video's rows: every frame pooled to half its side, and one newline at the very end.
+    def pack_video(self, frames: mx.array) -> mx.array:
+        """A video's features: its pooled frames' and a newline, shape = (frames * side² + 1, D).
 
-        features : mx.array, shape = (frames, patches, D).
-
-        Returns an mx.array, shape = (frames * side * side + 1, D).
+        frames : mx.array, shape = (frames, side², D), as :func:`pool_frames` makes them.
         """
-        return self.pack_pooled(pool_frames(features))
-
-    def pack_pooled(self, features: mx.array) -> mx.array:
-        """The same, of frames that :func:`pool_frames` has pooled, shape = (frames, side², D)."""
-        return self._with_newline(features.reshape(-1, features.shape[-1]))
+        return self._with_newline(frames.reshape(-1, frames.shape[-1]))
 
     def _with_newline(self, rows: mx.array) -> mx.array:
         return mx.concatenate([rows, self.image_newline.astype(rows.dtype)[None]])

@@ -114,7 +114,7 @@ RECIPES = [
     recipes.uniform(mode="nvfp4"),
     recipes.uniform(mode="mxfp8", vision_bits=6),
     recipes.mixed("mixed_2_6"),
-    Recipe("tower", None, recipes.vision_packing(4)),
+    Recipe("tower", None, recipes.vision_spec(4)),
 ]
 
 

@@ -19,7 +19,7 @@ from processor_files import dump
 
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.checkpoint.recipes import Recipe, vision_packing
+from mlx_onevision.checkpoint.recipes import Recipe, vision_spec
 from mlx_onevision.convert import probes
 from mlx_onevision.convert.conversion import convert
 from mlx_onevision.convert.figures import Loss, diverge
@@ -149,7 +149,7 @@ def test_the_aims(losses: dict[tuple[int, int], Loss], tmp_path: Path) -> None:
     assert conversations.top1_agreement >= 0.99
     alone = []
     for bits in (8, 4):
-        recipe = Recipe(f"vision-{bits}", None, vision_packing(bits))
+        recipe = Recipe(f"vision-{bits}", None, vision_spec(bits))
         folder = convert(EMBEDDED, tmp_path / f"{bits}", recipe=recipe).target
         alone.append(measure(EMBEDDED, folder, probe_set=FEW).all.kl_mean)
     assert alone[0] < alone[1] / 10

@@ -37,7 +37,7 @@ def test_mixed_recipes_are_mlx_lms(tmp_path: Path, layers: int) -> None:
         }:
             chosen = theirs(module, model)  # pyright: ignore[reportCallIssue]
             assert isinstance(chosen, dict)
-            way = ours.way(written_name(module), layers)
+            way = ours.spec(written_name(module), layers)
             assert way == ModuleQuantization(**chosen), module
 
 
@@ -53,10 +53,10 @@ def test_modes_are_mlx_lms() -> None:
 
 def test_defaults() -> None:
     recipe = recipes.uniform()
-    assert recipe.way("language_model.model.layers.0.mlp.up_proj", 2) == ModuleQuantization(64, 4)
-    assert recipe.way("language_model.lm_head", 2) == ModuleQuantization(64, 4)
-    assert recipe.way("multi_modal_projector.linear_1", 2) == ModuleQuantization(64, 8)
-    assert recipe.way("vision_tower.vision_model.encoder.layers.0.mlp.fc1", 2) == (
+    assert recipe.spec("language_model.model.layers.0.mlp.up_proj", 2) == ModuleQuantization(64, 4)
+    assert recipe.spec("language_model.lm_head", 2) == ModuleQuantization(64, 4)
+    assert recipe.spec("multi_modal_projector.linear_1", 2) == ModuleQuantization(64, 8)
+    assert recipe.spec("vision_tower.vision_model.encoder.layers.0.mlp.fc1", 2) == (
         ModuleQuantization(64, 8)
     )
     assert recipes.while_loading(8) == recipes.uniform(8)

@@ -7,12 +7,12 @@ import pytest
 from mlx_onevision.config.model import OneVisionConfig, TextConfig
 from mlx_onevision.network.memory_budget import (
     CHUNKS,
+    MAX_PREFILL_BATCH_SIZE,
     MEGABYTE,
-    PREFILL_ROWS,
     Budget,
     batch_positions,
     plan,
-    prefill_rows,
+    prefill_batch,
     scratch_bytes,
 )
 
@@ -52,8 +52,8 @@ def test_scratch_stays_in_bounds(gigabytes: int, weights: int) -> None:
 def test_a_batch_reads_no_more_at_once_than_a_lone_prompt() -> None:
     for chunk in CHUNKS:
         for rows in (1, 2, 3, 8, 100):
-            together, step = prefill_rows(chunk, rows)
-            assert 1 <= together <= min(rows, PREFILL_ROWS)
+            together, step = prefill_batch(chunk, rows)
+            assert 1 <= together <= min(rows, MAX_PREFILL_BATCH_SIZE)
             assert together * step <= chunk and step >= CHUNKS[-1]
 
 

@@ -7,7 +7,7 @@ import pytest
 from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
 from mlx_onevision.media.anyres import plan_packing
 from mlx_onevision.network.memory_budget import Budget
-from mlx_onevision.network.onevision import OneVision, interpolate, normalize
+from mlx_onevision.network.onevision import OneVision, interpolate, normalize, pool_frames
 
 SIZE, SIDE = 28, 2
 PINPOINTS = tuple((SIZE * h, SIZE * w) for h in range(1, 5) for w in range(1, 5))
@@ -108,7 +108,7 @@ def test_an_image_is_packed_as_the_reference_packs_it(size: tuple[int, int]) -> 
 def test_a_video_is_pooled_by_frame_with_one_newline() -> None:
     model = tiny()
     features = np.random.default_rng(2).normal(size=(5, 9, 16)).astype(np.float32)
-    rows = np.array(model.pack_video(mx.array(features)))
+    rows = np.array(model.pack_video(pool_frames(mx.array(features))))
     expected = [bilinear(frame.reshape(3, 3, 16), 2, 2).reshape(4, 16) for frame in features]
     expected.append(np.array(model.image_newline)[None])
     np.testing.assert_allclose(rows, np.concatenate(expected), atol=2e-6)

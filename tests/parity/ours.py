@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_onevision import load
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.network.onevision import normalize
+from mlx_onevision.network.onevision import normalize, pool_frames
 from mlx_onevision.prompt.processor import Inputs, Medium
 
 Messages = Sequence[dict[str, Any]]
@@ -54,7 +54,7 @@ class Ours:
         network = self.network
         features = network.encode_tiles(medium.tiles, medium.normalization)
         if medium.kind == "video":
-            return np.array(network.pack_video(features))
+            return np.array(network.pack_video(pool_frames(features)))
         if medium.packing is None:
             return np.array(network.pack_tile(features))
         return np.array(network.pack_image(features, medium.packing))
