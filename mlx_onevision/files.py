@@ -1,13 +1,44 @@
-"""The JSON files of a checkpoint folder."""
+"""Files: the JSON files of a checkpoint folder, and how image and video files begin.
+
+Standard library only: the plugins' contract imports it, too.
+"""
 
 import json
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from mlx_onevision.errors import CheckpointError
 
 MAX_JSON_BYTES = 100_000_000
+
+# Major brands of ISO media files ("ftyp") that are images or image sequences; others are videos.
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+
+
+def sniff(data: bytes) -> Literal["image", "video"] | None:
+    """Whether a file begins as an image or as a video; None where it begins as neither.
+
+    The first 32 bytes are enough. An animation that the image reader takes (GIF, AVIF or HEIF
+    sequences) is an image. Types that are guessed from a name are often wrong: HEIC images are
+    widely taken for videos.
+    """
+    if data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "image"
+    if data[:6] in (b"GIF87a", b"GIF89a") or data[:4] in (b"II*\0", b"MM\0*", b"qoif"):
+        return "image"
+    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":
+        return "image"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image"
+    if data[4:8] == b"ftyp" and data[8:12] in (*HEIF_BRANDS, *AVIF_BRANDS):
+        return "image"
+    if data[:4] == b"\x1aE\xdf\xa3" or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
+        return "video"
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free"):
+        return "video"
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from mlx_onevision.engine.generation import Generation, Stream, Usage
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
-from mlx_onevision.media.image import load_image
+from mlx_onevision.media.image import DecodedImage, load_image
 from mlx_onevision.media.sources import is_url
 
 HELP = """\
@@ -60,9 +60,8 @@ class Conversation:
         """
         where = {"url": source} if is_url(source) else {"path": str(Path(source).absolute())}
         if kind == "image":
-            self._attached.append(
-                ({"type": kind, kind: load_image(source)}, {"type": kind, **where})
-            )
+            image = DecodedImage(load_image(source))
+            self._attached.append(({"type": kind, kind: image}, {"type": kind, **where}))
             return source
         block = {"type": kind, kind: source, **self._frames}
         (film,) = self._model.prepare([{"role": "user", "content": [block]}]).media

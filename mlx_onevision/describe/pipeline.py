@@ -151,7 +151,7 @@ class Telling:
         if spans is None:
             spans = yield from self._search()
             self._done.add_spans(spans)
-        facts = self._reel.facts
+        facts = self._reel.info
         warnings: list[str] = []
         if facts.total < facts.claimed:
             there = f"{facts.total} of its {facts.claimed} frames are there"
@@ -181,7 +181,7 @@ class Telling:
 
     def _search(self) -> Generator[Progress, None, list[Span]]:
         """Where the segments are."""
-        start, end = self._plan.part(self._reel.facts.length)
+        start, end = self._plan.part(self._reel.info.length)
         if self._plan.segments != "scenes":
             return self._plan.spans(start, end, [])
         seen = start
@@ -239,7 +239,9 @@ class Telling:
         """The frames of a segment, on the thread that decodes."""
         size = self._narrator.size
         try:
-            look = self._reel.look(FrameOptions(self._plan.num_frames, start=span[0], end=span[1]))
+            look = self._reel.read_frames(
+                FrameOptions(self._plan.num_frames, start=span[0], end=span[1])
+            )
             tiles = np.empty((len(look.indices), size, size, 3), np.uint8)
             times: list[float] = []
             for place, pixels in look.frames:

@@ -19,7 +19,7 @@ from mlx_onevision.describe.pipeline import Captioner, Progress, Telling
 from mlx_onevision.engine.generation import Stream
 from mlx_onevision.errors import CancelledError, OneVisionError, RequestError
 from mlx_onevision.media.decoder import VideoReader
-from mlx_onevision.media.video import VideoSource, is_file, opened
+from mlx_onevision.media.video import VideoSource, is_file, open_video_file
 
 LONGEST_NAME = 4096
 
@@ -123,7 +123,7 @@ class DescriptionStream:
     def _described(self) -> Iterator[DescriptionEvent]:
         self._narrator.check(SEGMENT, self._plan.max_tokens, self._plan.num_frames)
         self._check()
-        file, name = opened(self._video)
+        file, name = open_video_file(self._video)
         with file, ExitStack() as stack:
             about = {"video": fingerprint(file), **self._about}
             path = self._sidecar

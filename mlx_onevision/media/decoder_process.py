@@ -1,18 +1,18 @@
-"""The process that decodes a video: started by :mod:`decoding`, never imported by the rest.
+"""The process that decodes a video: started by :mod:`decoder`, never imported by the rest.
 
-Decoders of video are large, written in C, and meet files of strangers. So they run in a process of
-their own, with limits on memory, processor time and open files, that can die without harm. The
-file arrives as standard input, already open: libav sees bytes, and neither a name nor a URL, and it
-may take them for one of a few containers only (a playlist, which names other files, is none).
+Video decoders are large, written in C, and meet untrusted files. So they run in a process of their
+own, with limits on memory, processor time and open files, that can die without harm. The file
+arrives as standard input, already open: libav sees bytes, and neither a name nor a URL, and it may
+take them for one of a few containers only (a playlist, which names other files, is none).
 
-What comes back on standard output is a line of JSON, which may be followed by one frame's pixels:
+The video is kept open, and commands (lines of JSON) are read from a descriptor. What comes back on
+standard output is lines of JSON, some followed by one frame's pixels:
 
-    {"video": {…}}                     once: how many frames there are, and which are coming
+    {"video": {…}}                     once: how many frames there are, and how long it is
+    {"chosen": {…}}                    after the command "frames": which are coming
     {"frame": {…, "bytes": n}}         then n bytes: rows of RGB, each of "stride" bytes
-    {"end": {…}}  or  {"error": "…", "kind": "…"}
-
-Where the request names a descriptor to read commands from, the video is kept open, and each command
-(a line of JSON, see :mod:`reel`) is answered by frames and an end.
+    {"end": {}}                        of an answer
+    {"error": {"text": "…", "kind": "…"}}
 """
 
 import gc
@@ -20,13 +20,15 @@ import json
 import os
 import struct
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
 
     from mlx_onevision.media.libav import Index
+
+Send: TypeAlias = Callable[..., None]
 
 FILES = 32  # open at once
 
@@ -48,10 +50,10 @@ def main() -> None:
         from mlx_onevision.subprocesses import confine
 
         gc.freeze()  # so that looking for cycles takes no time
-        _allow(request, 0.0)
+        _limit_processor_time(request)
         confine(request["memory"], files=FILES)
         try:
-            _decode(request, send) if request["control"] is None else _serve(request, send)
+            _serve(request, send)
         except libav.Refusal as error:
             send("error", {"text": str(error), "kind": error.kind})
     except MemoryError:
@@ -63,18 +65,18 @@ def main() -> None:
         send("error", {"text": text, "kind": "media"})
 
 
-def _allow(request: dict[str, Any], film: float) -> None:
+def _limit_processor_time(request: dict[str, Any], length: float = 0.0) -> None:
     """Sets the processor time from now on: what one answer may take, and each thread as long as the
-    film lasts. Commands are answered one after another, each with its own.
+    video lasts. Commands are answered one after another, each with its own.
     """
     import resource
 
-    seconds = (request["seconds"] + film) * request["threads"]
+    seconds = (request["seconds"] + length) * request["threads"]
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime + seconds) + 1
     try:
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        if request["control"] is None:
+        if request["once"]:
             hard = soft
         elif hard != resource.RLIM_INFINITY:
             soft = min(soft, hard)
@@ -83,96 +85,64 @@ def _allow(request: dict[str, Any], film: float) -> None:
         pass  # a stricter one is in force, or the system has none
 
 
-def _decode(request: dict[str, Any], send: Any) -> None:
-    """Sends the frames that the request asks for, and ends."""
+def _serve(request: dict[str, Any], send: Send) -> None:
+    """Sends what is known of the video, and then what each command asks for."""
+    from mlx_onevision.errors import RequestError
+    from mlx_onevision.media.frame_sampling import FrameOptions
     from mlx_onevision.media.libav import Refusal, open_video, read_index
 
     container, stream = open_video(request)
     index = read_index(container, stream)
-    chosen, times = _chosen(request, stream, index)
-    if request["most"] is not None and len(chosen) > request["most"]:
-        raise Refusal(str(len(chosen)), "too_many")
-    facts = {**_facts(stream, index), "indices": chosen, "times": times}
+    info = {"total": len(index.stamps), "length": index.length}
+    info |= {"claimed": stream.frames, "codec": stream.codec_context.name}
     container.close()
-    send("video", facts)
-    _send_chosen(request, index, chosen, send)
-
-
-def _serve(request: dict[str, Any], send: Any) -> None:
-    """Sends what is known of the video, and then what each command asks for."""
-    from mlx_onevision.media.frame_sampling import FrameOptions, on_screen
-    from mlx_onevision.media.libav import open_video, read_index, thumbnails
-
-    container, stream = open_video(request)
-    index = read_index(container, stream)
-    send("video", _facts(stream, index))
-    with os.fdopen(request["control"], encoding="utf-8") as commands:
+    send("video", info)
+    with os.fdopen(request["commands"], encoding="utf-8") as commands:
         for line in commands:
             command = json.loads(line)
-            if command["do"] == "frames":
-                _allow(request, 0.0)
-                chosen, times = _chosen(command, stream, index)
-                send("chosen", {"indices": chosen, "times": times})
-                _send_chosen(request, index, chosen, send)
-                continue
-            _allow(request, index.length)
-            times = _times(stream, index)
-            part = on_screen(times, index.length, FrameOptions(**command["options"]))
-            matrix = None
-            for number, frame, small in thumbnails(request, index, part.start, part.stop):
-                matrix = matrix or _matrix(frame)  # of a film; that of each frame takes longer
-                _send_frame(send, small, matrix, place=number, time=times[number])
+            thumbnails = command["do"] == "thumbnails"
+            if not request["once"]:
+                _limit_processor_time(request, index.length if thumbnails else 0.0)
+            try:
+                options = FrameOptions(**command.pop("options"))
+                if thumbnails:
+                    _send_thumbnails(request, index, options, send)
+                else:
+                    _send_frames(request, index, options, command, send)
+            except RequestError as error:
+                raise Refusal(str(error), "request") from None
             send("end", {})
 
 
-def _facts(stream: "VideoStream", index: "Index") -> dict[str, Any]:
-    return {
-        "total": len(index.stamps),
-        "length": index.length,
-        "claimed": stream.frames,
-        "codec": stream.codec_context.name,
-    }
+def _send_thumbnails(request: dict[str, Any], index: "Index", options: Any, send: Send) -> None:
+    from mlx_onevision.media.frame_sampling import frames_between
+    from mlx_onevision.media.libav import thumbnails
+
+    part = frames_between(index.times, index.length, options)
+    matrix = None
+    for number, frame, small in thumbnails(request, index, part.start, part.stop):
+        matrix = matrix or _matrix(frame)  # of a video; that of each frame takes longer
+        _send_frame(send, small, matrix, place=number, time=index.times[number])
 
 
-def _times(stream: "VideoStream", index: "Index") -> list[float]:
-    """The second at which each frame appears."""
-    from mlx_onevision.media.libav import tick_of
+def _send_frames(
+    request: dict[str, Any], index: "Index", options: Any, command: dict[str, Any], send: Send
+) -> None:
+    from mlx_onevision.media.frame_sampling import select_frames
+    from mlx_onevision.media.libav import Refusal, chosen_frames
 
-    tick = tick_of(stream)
-    return [float(stamp * tick) - index.zero for stamp in index.stamps]
-
-
-def _chosen(
-    command: dict[str, Any], stream: "VideoStream", index: "Index"
-) -> tuple[list[int], list[float]]:
-    """The frames that ``command`` asks for, and when they appear."""
-    from mlx_onevision.errors import OneVisionError
-    from mlx_onevision.media.frame_sampling import FrameOptions, choose
-    from mlx_onevision.media.libav import Refusal
-
-    times = _times(stream, index)
-    try:
-        options = FrameOptions(**command["options"])
-        chosen = choose(times, index.length, options, command["default"])
-    except OneVisionError as error:
-        raise Refusal(str(error), "request") from None
-    return chosen, [times[i] for i in chosen]
-
-
-def _send_chosen(request: dict[str, Any], index: "Index", chosen: list[int], send: Any) -> None:
-    from mlx_onevision.media.libav import chosen_frames
-
-    sent = 0
+    chosen = select_frames(index.times, index.length, options, command["default"])
+    if command["most"] is not None and len(chosen) > command["most"]:
+        raise Refusal(str(len(chosen)), "too_many")
+    send("chosen", {"indices": chosen, "times": [index.times[i] for i in chosen]})
     for place, frame in chosen_frames(request, index, chosen):
         plain = frame.reformat(format="rgb24", dst_color_range="JPEG", threads=1)
         _send_frame(send, plain, _matrix(frame), place=place)
-        sent += 1
         del frame, plain
         gc.collect()  # see _matrix
-    send("end", {"sent": sent, "broken": index.broken})
 
 
-def _send_frame(send: Any, frame: "VideoFrame", matrix: list[int], **about: Any) -> None:
+def _send_frame(send: Send, frame: "VideoFrame", matrix: list[int], **about: Any) -> None:
     """``frame`` : in RGB, to be turned by ``matrix``."""
     plane = frame.planes[0]
     size = {"wide": frame.width, "high": frame.height, "stride": plane.line_size}

@@ -98,13 +98,13 @@ def end_to_end(total: int, wanted: int) -> list[int]:
     return [*(int(index * step) for index in range(wanted - 1)), total - 1]
 
 
-def spread(total: int, options: FrameOptions, default: int) -> list[int]:
+def uniform_or_endpoints(total: int, options: FrameOptions, default: int) -> list[int]:
     """Indices of frames by the rule of ``options``; ``default`` of them where they do not say."""
     rule = end_to_end if options.ends else uniform
     return rule(total, options.num_frames or default)
 
 
-def on_screen(times: Sequence[float], length: float, options: FrameOptions) -> range:
+def frames_between(times: Sequence[float], length: float, options: FrameOptions) -> range:
     """The frames on screen between ``start`` and ``end``, the latter not included.
 
     times : the second at which each frame appears, rising from about 0.
@@ -125,15 +125,17 @@ def on_screen(times: Sequence[float], length: float, options: FrameOptions) -> r
     return range(first, last)
 
 
-def choose(times: Sequence[float], length: float, options: FrameOptions, default: int) -> list[int]:
+def select_frames(
+    times: Sequence[float], length: float, options: FrameOptions, default: int
+) -> list[int]:
     """Indices of the frames to decode, rising; at least one. With ``ends`` some may be equal.
 
-    times, length : as in :func:`on_screen`, with at least one frame.
+    times, length : as in :func:`frames_between`, with at least one frame.
     default : how many where the options do not say.
     """
-    window = on_screen(times, length, options)
+    window = frames_between(times, length, options)
     if options.fps is None:
-        return [window[i] for i in spread(len(window), options, default)]
+        return [window[i] for i in uniform_or_endpoints(len(window), options, default)]
     begin = times[window[0]]
     finish = times[window[-1] + 1] if window[-1] + 1 < len(times) else length
     # No more than there are, which may be less than a float holds.

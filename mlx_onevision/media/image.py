@@ -1,4 +1,4 @@
-"""Pictures in, tiles out: reading what a caller calls an image, and cutting it as the model saw it.
+"""Images to tiles: reading what a caller calls an image, and cutting it as the reference does.
 
 Two routes, as in the reference (transformers with its torchvision backend):
 
@@ -7,7 +7,7 @@ Two routes, as in the reference (transformers with its torchvision backend):
   torchvision's decoder gives. Where that one has no sensible answer, Pillow's is taken: 16-bit PNG
   (torchvision hands on 0..65535), animations (the first frame), the transparent colour of a GIF,
   BMP, TIFF, AVIF, HEIC (torchvision refuses them); and WebP is turned by its EXIF, too.
-- A picture in memory (PIL image, array): taken as it stands, not turned; transparency is laid on
+- An image in memory (PIL image, array): taken as it stands, not turned; transparency is laid on
   white. Arrays are uint8 with 1, 3 or 4 channels; where both the first and the last axis could be
   the channels, the first is. Float arrays are refused: the reference scales them as if they held
   0..255 and resizes them without rounding, which nobody means.
@@ -16,12 +16,13 @@ Two routes, as in the reference (transformers with its torchvision backend):
 from __future__ import annotations
 
 import os
-import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from io import BytesIO
-from pathlib import Path
+from io import BufferedReader, BytesIO
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -30,24 +31,20 @@ from numpy.typing import NDArray
 
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
+from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS
 from mlx_onevision.media.anyres import fitted_size, select_best_resolution
 from mlx_onevision.media.resize import Pixels, resize, resize_on_square
-from mlx_onevision.media.sources import bare_base64, data_uri, download, is_url, quoted
+from mlx_onevision.media.sources import is_file, open_source, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image | NDArray[Any]"
-)
-
 _OPENING = Lock()  # catch_warnings is one for all threads
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses a file as a decompression bomb
-MAX_SIDE = 200_000  # beyond, a picture one pixel high would take gigabytes to resize
+MAX_SIDE = 200_000  # beyond, an image one pixel high would take gigabytes to resize
 
 # What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000", "QOI", "AVIF")
-_HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 # EXIF orientation to the PIL.Image.Transpose that undoes it, by name.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -60,10 +57,26 @@ _UPRIGHT = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class DecodedImage:
+    """What :func:`load_image` has returned, to be given to it again: ``pixels`` come back as they
+    are, uint8 RGB (H, W, 3). As a bare array, an image three pixels high would be ambiguous.
+    """
+
+    pixels: Pixels
+
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image | NDArray[Any]"
+    " | DecodedImage"
+)
+
+
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
     """``source`` as uint8 RGB (H, W, 3).
 
-    source : path, http(s) URL, data URI or base64 text, bytes, binary file, PIL image, or array.
+    source : path, http(s) URL, data URI or base64 text, bytes, binary file, PIL image, array, or
+        :class:`DecodedImage`.
     max_pixels : more than that is not decoded.
 
     Raises:
@@ -72,20 +85,16 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
     """
     from PIL.Image import Image
 
+    if isinstance(source, DecodedImage):
+        _check_size("the decoded image", *source.pixels.shape[:2], max_pixels)
+        return source.pixels
     if isinstance(source, Image):
         return _from_object(source, max_pixels)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_bytes(bytes(source), "the image given as bytes", max_pixels)
-    if isinstance(source, str):
-        return _from_text(source, max_pixels)
-    if isinstance(source, os.PathLike):
-        return _from_path(Path(source), max_pixels)
-    if hasattr(source, "read"):
-        file: Any = source
-        named = isinstance(getattr(file, "name", None), str)
-        name = quoted(file.name) if named else "the image given as a file object"
-        return _from_bytes(file.read(), name, max_pixels)
-    return _from_array(source, max_pixels)
+    if not is_file(source):
+        return _from_array(source, max_pixels)
+    data, name = open_source(source, "image")
+    with BytesIO(data) if isinstance(data, bytes) else BufferedReader(data) as file:
+        return _from_file(file, name, max_pixels)
 
 
 def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
@@ -152,82 +161,54 @@ def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
         raise TooLargeError(f"{name} is {wide}x{high} pixels; a side has at most {MAX_SIDE:,}")
 
 
-def _from_text(text: str, max_pixels: int) -> Pixels:
-    """A string is a URL, a data URI, a path, or, if it can be nothing else, base64."""
-    if is_url(text):
-        return _from_bytes(download(text), quoted(text), max_pixels)
-    if text.startswith("data:"):
-        return _from_bytes(data_uri(text), "the image in the data URI", max_pixels)
-    data = bare_base64(text)
-    if data is not None:
-        name = f"{quoted(text)} (read as base64, for there is no such file)"
-        return _from_bytes(data, name, max_pixels)
-    if not text or "\0" in text:
-        raise MediaError(f"{quoted(text)} is not the path of an image")
-    return _from_path(Path(text), max_pixels)
-
-
-def _from_path(path: Path, max_pixels: int) -> Pixels:
-    path = Path(os.path.expanduser(path))
-    name = quoted(str(path))
-    try:
-        if path.is_dir():
-            raise MediaError(f"{name} is a folder, not an image")
-        if not path.exists():
-            raise MediaError(f"{name} does not exist; give the path of an image")
-        with path.open("rb") as file:
-            return _from_file(file, name, max_pixels)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise MediaError(f"cannot read {name}: {_reason(error)}") from error
-
-
-def _from_bytes(data: bytes, name: str, max_pixels: int) -> Pixels:
-    return _from_file(BytesIO(data), name, max_pixels)
-
-
-def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
+def _from_file(file: BytesIO | BufferedReader, name: str, max_pixels: int) -> Pixels:
     """The file's route: upright by EXIF, transparency dropped."""
     from PIL import Image, UnidentifiedImageError
 
-    head = file.read(16)
-    file.seek(0)
-    if not head:
-        raise MediaError(f"{name} is empty (0 bytes)")
-    kinds = _KINDS
-    if _HEIC.match(head):
-        _learn_heic(name)
-        kinds = ("HEIF",)
-    try:
-        with _OPENING, warnings.catch_warnings():
-            # Pillow warns from half of the limit on; ours is checked below, before any decoding.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=kinds)
-    except Image.DecompressionBombError as error:
-        raise TooLargeError(f"{name} has too many pixels: {_reason(error)}") from error
-    except (UnidentifiedImageError, KeyError) as error:  # KeyError: Pillow built without a kind
-        raise MediaError(f"{name} is not an image of a kind that can be read") from error
-    except (MemoryError, RecursionError):
-        raise
-    except Exception as error:  # a plugin's parser can fail in any way on a broken file
-        raise MediaError(f"cannot read {name}: {_reason(error)}") from error
+    with _media_errors(name, f"cannot read {name}"):
+        head = file.read(64)
+        file.seek(0)
+        if not head:
+            raise MediaError(f"{name} is empty (0 bytes)")
+        kinds = _KINDS
+        avif = any(brand in head[16:] for brand in AVIF_BRANDS)  # beside a more general brand
+        if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and not avif:
+            _register_heif(name)
+            kinds = ("HEIF",)
+        try:
+            with _OPENING, warnings.catch_warnings():
+                # Pillow warns from half of the limit on; ours is checked below, before decoding.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=kinds)
+        except (UnidentifiedImageError, KeyError) as error:  # KeyError: Pillow built without a kind
+            raise MediaError(f"{name} is not an image of a kind that can be read") from error
     with image:
         _check_size(name, image.height, image.width, max_pixels)
-        try:
+        with _media_errors(name, f"{name} is damaged"):
             image.load()
             turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
             # Of no use once it is dropped, but Pillow would warn that it is.
             image.info.pop("transparency", None)
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             return np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
-        except (MemoryError, RecursionError):
-            raise
-        except Image.DecompressionBombError as error:
-            raise TooLargeError(f"{name} has too many pixels: {_reason(error)}") from error
-        except Exception as error:
-            raise MediaError(f"{name} is damaged: {_reason(error)}") from error
 
 
-def _learn_heic(name: str) -> None:
+@contextmanager
+def _media_errors(name: str, problem: str) -> Iterator[None]:
+    """Turns whatever Pillow raises into a MediaError: its parsers can fail in any way."""
+    from PIL.Image import DecompressionBombError
+
+    try:
+        yield
+    except (MediaError, MemoryError, RecursionError):
+        raise
+    except DecompressionBombError as error:
+        raise TooLargeError(f"{name} has too many pixels: {reason(error)}") from error
+    except Exception as error:
+        raise MediaError(f"{problem}: {reason(error)}") from error
+
+
+def _register_heif(name: str) -> None:
     try:
         heif = import_module("pillow_heif")
     except ImportError:
@@ -243,15 +224,11 @@ def _from_object(image: Image, max_pixels: int) -> Pixels:
 
     name = f"the {image.width}x{image.height} PIL image"
     _check_size(name, image.height, image.width, max_pixels)
-    try:
+    with _media_errors(name, f"cannot read {name}"):  # its file may be read only now
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = module.new("RGBA", image.size, (255, 255, 255, 255))
             image = module.alpha_composite(white, image.convert("RGBA"))
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (MemoryError, RecursionError):
-        raise
-    except Exception as error:  # its file may be read only now, and be damaged
-        raise MediaError(f"cannot read {name}: {_reason(error)}") from error
 
 
 def _from_array(source: object, max_pixels: int) -> Pixels:
@@ -292,9 +269,3 @@ def _on_white(rgba: Pixels) -> Pixels:
         alpha = values[:, 3:]
         out[row] = (values[:, :3] * alpha + (1 - alpha)) * unscale
     return out
-
-
-def _reason(error: object) -> str:
-    """An error's own words, fit for the end of a sentence."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].rstrip(". ")

@@ -1,6 +1,6 @@
-"""A video file as libav shows it: which frames there are, and the chosen ones of them decoded.
+"""A video file through libav: the index of its frames, and chosen ones decoded.
 
-Runs in the decoding process only (see :mod:`decoder`), so it needs PyAV as it loads.
+Runs in the decoding process only (see :mod:`decoder_process`), so it imports PyAV as it loads.
 """
 
 import os
@@ -46,16 +46,16 @@ class Key(NamedTuple):
 class Index(NamedTuple):
     """Every frame of a file, in the order in which they are shown.
 
-    stamps : when each appears, in ticks of the stream's clock.
+    stamps : when each appears, in ticks of the stream's clock. times : in seconds, from 0.
+    length : of the video in seconds.
     counted : whether the stamps are only counted, because the container's own cannot be trusted.
     """
 
     stamps: list[int]
-    keys: list[Key]
+    times: list[float]
     length: float
-    zero: float
+    keys: list[Key]
     counted: bool
-    broken: bool
 
 
 def open_video(request: dict[str, Any]) -> tuple[InputContainer, VideoStream]:
@@ -65,8 +65,8 @@ def open_video(request: dict[str, Any]) -> tuple[InputContainer, VideoStream]:
     try:
         container = av.open(file, "r", options=options, buffer_size=1 << 18)
     except FFmpegError as error:
-        text = f"it is damaged, or no video of a kind that can be read ({_say(error)})"
-        raise Refusal(text) from None
+        reason = (error.strerror or str(error)).splitlines()[0]
+        raise Refusal(f"it is damaged, or no video of a kind that can be read ({reason})") from None
     streams = [s for s in container.streams.video if not int(s.disposition) & ATTACHED_PICTURE]
     if not streams:
         sound = " only sound" if container.streams.audio else " no video"
@@ -95,7 +95,7 @@ def read_index(container: InputContainer, stream: VideoStream) -> Index:
     stamps: list[int] = []
     order: list[tuple[int, int]] = []  # stamp and seek stamp of key frames
     counted = container.format.name == "avi"  # its stamps are in decoding order, not in showing
-    broken, last = False, 0
+    last = 0
     try:
         for packet in container.demux(stream):
             if packet.size == 0 or packet.is_discard:  # the end; what an edit list cuts off
@@ -113,13 +113,13 @@ def read_index(container: InputContainer, stream: VideoStream) -> Index:
             if len(stamps) > MAX_FRAMES:
                 raise Refusal(f"it has more than {MAX_FRAMES:,} frames", "too_large")
     except FFmpegError:
-        broken = True
+        pass  # what is left of it is used
     if not stamps:
         raise Refusal("there is no frame in it")
     stamps = sorted(set(stamps))
     places = {stamp: n for n, stamp in enumerate(stamps)}
     keys = sorted(Key(places[stamp], seek) for stamp, seek in order)
-    tick = tick_of(stream)
+    tick = stream.time_base or Fraction(1, 1)
     if not last:
         last = (stamps[-1] - stamps[0]) // max(len(stamps) - 1, 1) or 1
     zero = float(stamps[0] * tick)
@@ -127,8 +127,8 @@ def read_index(container: InputContainer, stream: VideoStream) -> Index:
         # The player's clock, which sound may have started earlier.
         zero = min(zero, container.start_time / 1_000_000)
     length = float((stamps[-1] + last) * tick) - zero
-    broken = broken or 0 < len(stamps) < stream.frames
-    return Index(stamps, keys, length, zero, counted, broken)
+    times = [float(stamp * tick) - zero for stamp in stamps]
+    return Index(stamps, times, length, keys, counted)
 
 
 def chosen_frames(
@@ -167,7 +167,7 @@ def chosen_frames(
 def thumbnails(
     request: dict[str, Any], index: Index, first: int, last: int
 ) -> Iterator[tuple[int, VideoFrame, VideoFrame]]:
-    """(index, frame, small picture) of those frames from ``first`` to before ``last`` that can be
+    """(index, frame, thumbnail) of those frames from ``first`` to before ``last`` that can be
     decoded.
 
     Single pixels of each frame, not means: that takes next to no time beside decoding. So does what
@@ -261,11 +261,3 @@ def _outputs(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFr
             yield from stream.decode(None)
         except FFmpegError:
             return
-
-
-def tick_of(stream: VideoStream) -> Fraction:
-    return stream.time_base or Fraction(1, 1)
-
-
-def _say(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]

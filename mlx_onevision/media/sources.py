@@ -1,4 +1,4 @@
-"""Bytes of a medium that is not a file: behind an http(s) URL, or written out as base64."""
+"""The bytes of an image or a video: from a path, behind an http(s) URL, in base64, as they are."""
 
 from __future__ import annotations
 
@@ -7,47 +7,97 @@ import binascii
 import os
 import re
 import stat
-from urllib.parse import urlsplit
+from io import FileIO
+from pathlib import Path
+from typing import Any, Literal
 
 from mlx_onevision.errors import MediaError, TooLargeError
-
-# What stands for one thing among many: a picture, a video, a text, or pictures in a list.
+from mlx_onevision.files import sniff
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-# How MP4 and MOV, Matroska and WebM, and AVI begin; HEIF, which is a picture, begins as MP4 does.
-_VIDEO = re.compile(
-    rb"....(ftyp(?!heic|heix|heim|heis|hevc|hevx|mif1|msf1|avif|avis)|moov|mdat|wide)"
-    rb"|\x1a\x45\xdf\xa3|RIFF....AVI ",
-    re.DOTALL,
-)
-
-
-def is_video(source: object) -> bool:
-    """By how it begins, and by its name where it cannot be looked into, as behind an address."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _VIDEO.match(bytes(source[:16])) is not None
-    if not isinstance(source, str | os.PathLike):
-        return getattr(source, "ndim", None) == 4
-    path = str(os.fspath(source))
-    if path[:5].lower() == "data:":
-        return path[:11].lower() == "data:video/"
-    try:
-        # Not waiting: opening a pipe that nobody writes to would never end.
-        descriptor = os.open(os.path.expanduser(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError):
-        return urlsplit(path).path.lower().endswith(VIDEOS)
-    with os.fdopen(descriptor, "rb") as file:
-        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        begins = _VIDEO.match(file.read(16)) if regular else None
-    return begins is not None or path.lower().endswith(VIDEOS)
-
-
 MAX_DOWNLOAD = 256 << 20  # bytes
 TIMEOUT = 30.0  # seconds without a sign of life
 DEADLINE = 120.0  # seconds for a whole download
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+
+
+def is_file(source: object) -> bool:
+    """Whether ``source`` has to be read and decoded; otherwise it holds pixels already."""
+    return isinstance(source, str | bytes | bytearray | memoryview | os.PathLike) or (
+        hasattr(source, "read") and not hasattr(source, "shape")
+    )
+
+
+def is_video(source: object) -> bool:
+    """By how it begins, and by its name where it cannot be looked into, as behind a URL."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return sniff(bytes(source[:32])) == "video"
+    if not isinstance(source, str | os.PathLike):
+        return getattr(source, "ndim", None) == 4
+    name = str(os.fspath(source))
+    if name[:5].lower() == "data:":
+        return name[:11].lower() == "data:video/"
+    try:
+        with open_path(name, "video") as file:
+            if sniff(file.read(32)) == "video":
+                return True
+    except (MediaError, OSError):
+        if not os.path.exists(os.path.expanduser(name)):  # a URL
+            name = name.partition("?")[0].partition("#")[0]
+    return name.lower().endswith(VIDEOS)
+
+
+def open_source(source: Any, kind: Literal["image", "video"]) -> tuple[bytes | FileIO, str]:
+    """The bytes of what :func:`is_file`, or its open file; and what errors call it.
+
+    A string is a data URI, a URL, a path, or, if it can be nothing else, base64.
+
+    Raises:
+        MediaError: in one sentence that names it; also for a folder, a pipe or a device.
+        TooLargeError: for too large a download.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source), f"the {kind} given as bytes"
+    if hasattr(source, "read"):
+        return source.read(), file_name(source, kind)
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return data_uri(source), f"the {kind} in the data URI"
+        if is_url(source):
+            return download(source), quoted(source)
+        data = bare_base64(source)
+        if data is not None:
+            return data, f"{quoted(source)} (read as base64, for there is no such file)"
+        if not source or "\0" in source:
+            raise MediaError(f"{quoted(source)} is not the path of {_ARTICLES[kind]}")
+    return open_path(source, kind), quoted(str(_expanded(source)))
+
+
+def open_path(path: str | os.PathLike[str], kind: Literal["image", "video"]) -> FileIO:
+    """An ordinary file, open. Raises MediaError for anything else."""
+    path = _expanded(path)
+    name = quoted(str(path))
+    try:
+        # Not waiting: opening a pipe that nobody writes to would never end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MediaError(f"{name} does not exist; give the path of {_ARTICLES[kind]}") from None
+    except (OSError, ValueError) as error:
+        raise MediaError(f"cannot read {name}: {reason(error)}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        found = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
+        raise MediaError(f"{name} is {found}, not {_ARTICLES[kind]}")
+    return FileIO(descriptor)
+
+
+def file_name(file: Any, kind: str) -> str:
+    """What errors call an open file that a caller gave."""
+    name = getattr(file, "name", None)
+    return quoted(name) if isinstance(name, str) else f"the {kind} given as a file object"
 
 
 def quoted(text: str) -> str:
@@ -57,8 +107,14 @@ def quoted(text: str) -> str:
     return f"'{text}'" if text.isprintable() else repr(text)
 
 
+def reason(error: object) -> str:
+    """An error's own words, fit for the end of a sentence."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0].rstrip(". ")
+
+
 def is_url(text: str) -> bool:
-    """Whether ``text`` is an http(s) URL. MediaError for an address of any other kind."""
+    """Whether ``text`` is an http(s) URL. MediaError for a URL of any other kind."""
     address = _ADDRESS.match(text)
     if address and address[1].lower() not in ("http", "https"):
         raise MediaError(f"cannot read {quoted(text)}: of addresses, only http and https are read")
@@ -68,7 +124,7 @@ def is_url(text: str) -> bool:
 def data_uri(text: str) -> bytes:
     """The bytes of ``data:…;base64,…``."""
     head, _, data = text.partition(",")
-    if not head.endswith(";base64"):
+    if not head.lower().endswith(";base64"):
         raise MediaError(f"{quoted(text)} is not a base64 data URI")
     try:
         return base64.b64decode("".join(data.split()), validate=True)
@@ -92,7 +148,7 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
     Redirects are followed, to http(s) only.
 
     Raises:
-        MediaError: no network, no such host, an error status, an answer that does not end.
+        MediaError: no network, no such host, an error status, a body that does not end.
         TooLargeError: more than ``most`` bytes.
     """
     from http.client import HTTPException
@@ -115,12 +171,12 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
     deadline = monotonic() + DEADLINE
     body = bytearray()
     try:
-        asked = request.Request(url, headers={"User-Agent": "mlx-onevision"})
-        with opener.open(asked, timeout=TIMEOUT) as answer:
-            promised = int(answer.headers.get("Content-Length") or 0)
+        get = request.Request(url, headers={"User-Agent": "mlx-onevision"})
+        with opener.open(get, timeout=TIMEOUT) as response:
+            promised = int(response.headers.get("Content-Length") or 0)
             if promised > most:
                 raise TooLargeError(too_large)
-            while chunk := answer.read1(1 << 20):
+            while chunk := response.read1(1 << 20):
                 body += chunk
                 if len(body) > most:
                     raise TooLargeError(too_large)
@@ -132,7 +188,13 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
         error.close()
         raise MediaError(f"cannot read {quoted(url)}: the server answers {error.code}") from error
     except (OSError, HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        raise MediaError(f"cannot read {quoted(url)}: {text}") from error
+        why = reason(getattr(error, "reason", None) or error)
+        raise MediaError(f"cannot read {quoted(url)}: {why}") from error
     return bytes(body)
+
+
+_ARTICLES = {"image": "an image", "video": "a video"}
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(path))

@@ -1,10 +1,9 @@
-"""Videos in, tiles out: each chosen frame squeezed into one tile, as the reference does it.
+"""Videos to tiles: each chosen frame squeezed into one tile, as the reference does it.
 
-A video is a file (path, URL, bytes), or frames that are there already: a list of pictures, each
-whatever :func:`~mlx_onevision.media.image.load_image` takes, or a uint8 array (T, H, W, C) or
-(T, C, H, W). Of a file, 32 frames are taken unless the caller says how many; of frames that are
-there, all of them, as in the reference. Frames have no clock, so a rate, a start and an end need a
-file.
+A video is a file (path, URL, bytes), or frames in memory: a list of images, each whatever
+:func:`~mlx_onevision.media.image.load_image` takes, or a uint8 array (T, H, W, C) or (T, C, H, W).
+Of a file, 32 frames are taken unless the caller says how many; of frames in memory, all of them, as
+in the reference. Frames have no clock, so a rate, a start and an end need a file.
 
 Files: MP4, MOV, Matroska, WebM, AVI, GIF. Turned upright by their display matrix; transparency is
 dropped; of several video streams the first counts. No more than one decoded frame and the tiles are
@@ -31,21 +30,40 @@ from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.files import read_json
-from mlx_onevision.media.decoder import Decoded, Limits, TooManyFramesError, decoding, no_check
-from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions, spread
+from mlx_onevision.media.decoder import Limits, TooManyFramesError, VideoReader, no_check
+from mlx_onevision.media.frame_sampling import (
+    DEFAULT_FRAMES,
+    FrameOptions,
+    uniform_or_endpoints,
+)
 from mlx_onevision.media.image import load_image
 from mlx_onevision.media.resize import Pixels, resize
-from mlx_onevision.media.sources import bare_base64, data_uri, download, is_url, quoted
+from mlx_onevision.media.sources import file_name, is_file, open_source
 
-# How videos become pixel values, which a checkpoint may say apart from images.
+VideoSource: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | list[Any]
+    | tuple[Any, ...]
+    | NDArray[Any]
+)
 
 FILE = "video_preprocessor_config.json"
+
+logger = logging.getLogger("mlx_onevision")
 
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """``pixels`` : size, mean and so on of a frame. ``frames`` : how many are taken of a video
-    where the caller does not say; unset in the published checkpoints.
+    """How videos become pixel values, which a checkpoint may say apart from images.
+
+    pixels : size, mean and so on of a frame.
+    frames : how many are taken of a video where the caller does not say; unset in the published
+        checkpoints.
     """
 
     pixels: ImageConfig
@@ -80,42 +98,13 @@ class VideoConfig:
                 "width"
             )
         pixels = {key: value for key, value in values.items() if key != "image_grid_pinpoints"}
-        return cls(ImageConfig.from_dict(pixels, config, where), _frames(values, where))
-
-
-def _frames(values: Json, where: str) -> FrameOptions:
-    if not values.get("do_sample_frames"):
-        return FrameOptions()
-    given: dict[str, Any] = {key: values.get(key) for key in ("num_frames", "fps")}
-    try:
-        return FrameOptions(**given)
-    except RequestError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-VideoSource: TypeAlias = (
-    str
-    | os.PathLike[str]
-    | bytes
-    | bytearray
-    | memoryview
-    | BinaryIO
-    | list[Any]
-    | tuple[Any, ...]
-    | NDArray[Any]
-)
-
-logger = logging.getLogger("mlx_onevision")
-
-__all__ = [
-    "Limits",
-    "TooManyFramesError",
-    "VideoFrames",
-    "VideoSource",
-    "is_file",
-    "load_video",
-    "opened",
-]
+        frames = FrameOptions()
+        if values.get("do_sample_frames"):
+            try:
+                frames = FrameOptions(values.get("num_frames"), values.get("fps"))
+            except RequestError as error:
+                raise ConfigError(f"{where}: {error}") from None
+        return cls(ImageConfig.from_dict(pixels, config, where), frames)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,52 +148,73 @@ def load_video(
         TooManyFramesError: beyond ``most``.
     """
     options = options or FrameOptions()
-    if not is_file(source):
-        return _from_frames(source, size, options, most, check)
-    file, name = opened(source)
-    with (
-        file,
-        decoding(
-            file, name, options, default=default, most=most, limits=limits, check=check
-        ) as decoded,
-    ):
-        return _gather(decoded, name, size, options)
+    if is_file(source):
+        file, name = open_video_file(source)
+        with file, VideoReader(file, name, limits, check, once=True) as reader:
+            video = _from_file(reader, size, options, default, most)
+    else:
+        video = _from_frames(source, size, options, most, check)
+    for note in video.notes:
+        logger.warning("%s", note)
+    return video
 
 
-def is_file(source: Any) -> bool:
-    """Whether a video has to be decoded; otherwise its frames are there."""
-    return isinstance(source, str | bytes | bytearray | memoryview | os.PathLike) or (
-        hasattr(source, "read") and not hasattr(source, "shape")
-    )
+def open_video_file(source: Any) -> tuple[BinaryIO, str]:
+    """A real file that holds a video (one that :func:`is_file`), open, and what errors call it.
+
+    Raises:
+        MediaError: for what cannot be opened, or is empty.
+    """
+    if isinstance(source, FileIO) and _is_whole(source):  # need not be copied
+        return os.fdopen(os.dup(source.fileno()), "rb", buffering=0), file_name(source, "video")
+    data, name = open_source(source, "video")
+    if isinstance(data, bytes):
+        file: BinaryIO = TemporaryFile()
+        file.write(data)
+        file.flush()
+    else:
+        file = data
+    if not os.fstat(file.fileno()).st_size:
+        file.close()
+        raise MediaError(f"{name} is empty (0 bytes)")
+    return file, name
 
 
-def _gather(decoded: Decoded, name: str, size: int, options: FrameOptions) -> VideoFrames:
-    header = decoded.header
-    wanted = len(header.indices)
+def _is_whole(file: FileIO) -> bool:
+    """Whether an open file is an ordinary one that stands at its beginning."""
+    status = os.fstat(file.fileno())
+    regular = stat.S_ISREG(status.st_mode) and file.readable()
+    return regular and status.st_size > 0 and not file.tell()
+
+
+def _from_file(
+    reader: VideoReader, size: int, options: FrameOptions, default: int, most: int | None
+) -> VideoFrames:
+    name, info = reader.name, reader.info
+    chosen = reader.read_frames(options, default, most)
+    wanted = len(chosen.indices)
     tiles = np.empty((wanted, size, size, 3), np.uint8)
     places: list[int] = []
-    for place, pixels in decoded.frames:
+    for place, pixels in chosen.frames:
         tiles[len(places)] = resize(np.ascontiguousarray(pixels), (size, size))
         places.append(place)
     if not places:
-        raise MediaError(f"cannot read {name}: none of its {header.total} frames can be decoded")
+        raise MediaError(f"cannot read {name}: none of its {info.total} frames can be decoded")
     notes = []
-    if header.total < header.claimed:
-        notes.append(f"{name} breaks off: {header.total} of its {header.claimed} frames are there")
+    if info.total < info.claimed:
+        notes.append(f"{name} breaks off: {info.total} of its {info.claimed} frames are there")
     if len(places) < wanted:
         notes.append(
             f"{name} is damaged: {wanted - len(places)} of {wanted} chosen frames "
             "cannot be decoded and are left out"
         )
-    if options.num_frames is not None and options.num_frames > wanted:
-        notes.append(_fewer(name, wanted, options.num_frames))
-    return _clip(
+    return VideoFrames(
         tiles[: len(places)],
-        tuple(header.indices[place] for place in places),
-        tuple(header.times[place] for place in places),
-        header.total,
-        header.length,
-        notes,
+        tuple(chosen.indices[place] for place in places),
+        tuple(chosen.times[place] for place in places),
+        info.total,
+        info.length,
+        (*notes, *_fewer(name, wanted, options)),
     )
 
 
@@ -229,7 +239,7 @@ def _from_frames(
     for option in ("fps", "start", "end"):
         if getattr(options, option) is not None:
             raise RequestError(f"{name} has no clock, so {option} has no meaning; use num_frames")
-    indices = spread(total, options, total)
+    indices = uniform_or_endpoints(total, options, total)
     if most is not None and len(indices) > most:
         raise TooManyFramesError(len(indices))
     tiles = np.empty((len(indices), size, size, 3), np.uint8)
@@ -239,87 +249,14 @@ def _from_frames(
             tile[:] = resize(load_image(given[index]), (size, size))
         except MediaError as error:
             raise type(error)(f"frame {index} of a video: {error}") from error
-    notes = []
-    if options.num_frames is not None and options.num_frames > total:
-        notes.append(_fewer(name, total, options.num_frames))
-    return _clip(tiles, tuple(indices), None, total, None, notes)
+    return VideoFrames(tiles, tuple(indices), None, total, None, _fewer(name, total, options))
 
 
-def _clip(
-    tiles: Pixels,
-    indices: tuple[int, ...],
-    times: tuple[float, ...] | None,
-    total: int,
-    length: float | None,
-    notes: list[str],
-) -> VideoFrames:
-    for note in notes:
-        logger.warning("%s", note)
-    return VideoFrames(tiles, indices, times, total, length, tuple(notes))
-
-
-def _fewer(name: str, there: int, asked: int) -> str:
+def _fewer(name: str, there: int, options: FrameOptions) -> tuple[str, ...]:
+    """The note that there are fewer frames than were asked for, where it is so."""
+    asked = options.num_frames
+    if asked is None or asked <= there:
+        return ()
     frames = "1 frame" if there == 1 else f"{there} frames"
-    return f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used"
-
-
-def opened(source: Any) -> tuple[BinaryIO, str]:
-    """A real file that holds a video, open, and what to call it.
-
-    Raises:
-        MediaError: for what is no file, or an empty one.
-    """
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _spooled(bytes(source), "the video given as bytes")
-    if hasattr(source, "read"):
-        return _real_file(source) or _spooled(source.read(), "the video given as a file object")
-    if isinstance(source, str):
-        if source[:5].lower() == "data:":
-            return _spooled(data_uri(source), "the video in a data URI")
-        if is_url(source):
-            return _spooled(download(source), quoted(source))
-        data = bare_base64(source)
-        if data is not None:
-            return _spooled(data, "the video given as base64")
-        if not source or "\0" in source:
-            raise MediaError(f"{quoted(source)} is not the path of a video")
-    path = Path(os.path.expanduser(source))
-    name = quoted(str(path))
-    try:
-        # Not waiting: opening a pipe that nobody writes to would never end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise MediaError(f"{name} does not exist; give the path of a video") from None
-    except (OSError, ValueError) as error:
-        raise MediaError(f"cannot read {name}: {getattr(error, 'strerror', error)}") from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
-        raise MediaError(f"{name} is {kind}, not a video")
-    file = os.fdopen(descriptor, "rb", buffering=0)
-    if not status.st_size:
-        file.close()
-        raise MediaError(f"{name} is empty (0 bytes)")
-    return file, name
-
-
-def _real_file(source: Any) -> tuple[BinaryIO, str] | None:
-    """An unbuffered file that stands at its beginning, which need not be copied."""
-    if not isinstance(source, FileIO) or not source.readable():
-        return None
-    status = os.fstat(source.fileno())
-    if not stat.S_ISREG(status.st_mode) or not status.st_size or source.tell():
-        return None
-    name = quoted(source.name) if isinstance(source.name, str) else "the video given as a file"
-    return os.fdopen(os.dup(source.fileno()), "rb", buffering=0), name
-
-
-def _spooled(data: bytes, name: str) -> tuple[BinaryIO, str]:
-    """``data`` as a file without a name, which is gone when it is closed."""
-    if not data:
-        raise MediaError(f"{name} is empty (0 bytes)")
-    file = TemporaryFile()
-    file.write(data)
-    file.flush()
-    return file, name
+    note = f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used"
+    return (note,)

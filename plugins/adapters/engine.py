@@ -144,16 +144,13 @@ class Sources(ExitStack):
         source = self._policy.open(medium)
         if medium.kind == "video":
             return source if isinstance(source, bytes) else self.enter_context(source)
-        from PIL import Image
-
-        from mlx_onevision.media.image import load_image
+        from mlx_onevision.media.image import DecodedImage, load_image
 
         with (
             nullcontext() if isinstance(source, bytes) else source,
             self._desk.place(self._channel),
         ):
-            # As an object, not an array: of a picture three pixels high one would be ambiguous.
-            return Image.fromarray(load_image(source, self._policy.pixels))
+            return DecodedImage(load_image(source, self._policy.pixels))
 
 
 GROUP = 10  # items that are read and embedded together

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from mlx_onevision.files import sniff as sniff
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.results import Capability
 from mlx_onevision.plugins.contract.wire import Part, Record
@@ -18,9 +19,6 @@ from mlx_onevision.sampling.ranges import RANGES
 
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
-
-# Of the boxes of ISO media files ("ftyp"), which are pictures; the others are videos.
-_PICTURE_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif")
 
 
 @dataclass(frozen=True)
@@ -71,27 +69,6 @@ class Message(Part):
     @property
     def media(self) -> tuple[Media, ...]:
         return tuple(part for part in self.parts if isinstance(part, Media))
-
-
-def sniff(data: bytes) -> Kind | None:
-    """Whether a file begins as a picture or as a video; None where it begins as neither.
-
-    The first 32 bytes are enough. Types that a host has guessed from a name are often wrong (HEIC
-    pictures are widely taken for videos); this is for filling in :attr:`Media.kind`.
-    """
-    if data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "image"
-    if data[:6] in (b"GIF87a", b"GIF89a") or data[:4] in (b"II*\0", b"MM\0*", b"qoif"):
-        return "image"
-    if data[:2] == b"BM" and data[6:10] == b"\0\0\0\0":
-        return "image"
-    if data[:4] == b"RIFF":
-        return {b"WEBP": "image", b"AVI ": "video"}.get(data[8:12])  # pyright: ignore
-    if data[4:8] == b"ftyp":
-        return "image" if data[8:12] in _PICTURE_BRANDS else "video"
-    if data[:4] == b"\x1aE\xdf\xa3" or data[4:8] in (b"moov", b"mdat", b"wide", b"free"):
-        return "video"
-    return None
 
 
 Tiling = Literal["auto", "always", "never"]

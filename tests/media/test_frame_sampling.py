@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.media.frame_sampling import FrameOptions, choose, end_to_end, uniform
+from mlx_onevision.media.frame_sampling import FrameOptions, end_to_end, select_frames, uniform
 
 DEFAULT = 32
 
@@ -35,9 +35,15 @@ def test_from_end_to_end_is_numpys_rule(total: int, wanted: int) -> None:
 
 def test_from_end_to_end_within_a_part_of_a_video() -> None:
     options = FrameOptions(num_frames=3, start=2, end=4, ends=True)
-    assert choose(*even(100, 10), options, DEFAULT) == [20, 29, 39]
-    assert choose(*even(3, 10), FrameOptions(num_frames=5, ends=True), DEFAULT) == [0, 0, 1, 1, 2]
-    assert len(choose(*even(100, 10), FrameOptions(ends=True), DEFAULT)) == DEFAULT
+    assert select_frames(*even(100, 10), options, DEFAULT) == [20, 29, 39]
+    assert select_frames(*even(3, 10), FrameOptions(num_frames=5, ends=True), DEFAULT) == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
+    assert len(select_frames(*even(100, 10), FrameOptions(ends=True), DEFAULT)) == DEFAULT
 
 
 @given(
@@ -52,18 +58,18 @@ def test_a_rate_is_the_references_where_frames_are_evenly_spaced(
     exact = Fraction(total) / Fraction(rate).limit_denominator(2000) * Fraction(fps)
     count = max(1, int(exact + Fraction(1, 10**6)))
     expected = [i * total // count for i in range(count)] if count < total else list(range(total))
-    assert choose(times, length, FrameOptions(fps=fps), DEFAULT) == expected
+    assert select_frames(times, length, FrameOptions(fps=fps), DEFAULT) == expected
 
 
 def test_a_clock_of_whole_milliseconds_changes_nothing() -> None:
     times = [round(index * 1000 / 30) / 1000 for index in range(90)]
-    assert choose(times, 3.0, FrameOptions(fps=10), DEFAULT) == list(range(0, 90, 3))
-    assert choose(times, 3.0, FrameOptions(fps=1e308), DEFAULT) == list(range(90))
+    assert select_frames(times, 3.0, FrameOptions(fps=10), DEFAULT) == list(range(0, 90, 3))
+    assert select_frames(times, 3.0, FrameOptions(fps=1e308), DEFAULT) == list(range(90))
 
 
 def test_without_options_the_default_number_is_taken() -> None:
-    assert choose(*even(100, 25), FrameOptions(), 8) == [0, 12, 25, 37, 50, 62, 75, 87]
-    assert choose(*even(5, 25), FrameOptions(), 8) == [0, 1, 2, 3, 4]
+    assert select_frames(*even(100, 25), FrameOptions(), 8) == [0, 12, 25, 37, 50, 62, 75, 87]
+    assert select_frames(*even(5, 25), FrameOptions(), 8) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -82,27 +88,31 @@ def test_a_part_is_what_is_on_screen_in_it(
     start: float | None, end: float | None, expected: range
 ) -> None:
     options = FrameOptions(start=start, end=end)
-    assert choose(*even(100, 10), options, 1000) == list(expected)
+    assert select_frames(*even(100, 10), options, 1000) == list(expected)
 
 
 def test_a_number_is_spread_over_the_part() -> None:
     options = FrameOptions(num_frames=4, start=2, end=4)
-    assert choose(*even(100, 10), options, DEFAULT) == [20, 25, 30, 35]
+    assert select_frames(*even(100, 10), options, DEFAULT) == [20, 25, 30, 35]
 
 
 def test_a_rate_within_a_part() -> None:
     options = FrameOptions(fps=2, start=2, end=4)
-    assert choose(*even(100, 10), options, DEFAULT) == [20, 25, 30, 35]
+    assert select_frames(*even(100, 10), options, DEFAULT) == [20, 25, 30, 35]
 
 
 def test_a_rate_of_uneven_frames_takes_what_is_on_screen_once() -> None:
     times = [0.0, 0.1, 0.2, 5.0, 9.0]  # a slide show with a flicker at its beginning
-    assert choose(times, 10.0, FrameOptions(fps=0.4), DEFAULT) == [0, 2, 3]  # at 0, 2.5, 5, 7.5
+    assert select_frames(times, 10.0, FrameOptions(fps=0.4), DEFAULT) == [
+        0,
+        2,
+        3,
+    ]  # at 0, 2.5, 5, 7.5
 
 
 def test_a_start_behind_the_end_is_refused() -> None:
     with pytest.raises(RequestError, match=r"start is 12 s, but the video is 10\.00 s long"):
-        choose(*even(100, 10), FrameOptions(start=12), DEFAULT)
+        select_frames(*even(100, 10), FrameOptions(start=12), DEFAULT)
 
 
 @pytest.mark.parametrize(

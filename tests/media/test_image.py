@@ -23,6 +23,7 @@ from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.media import image as module
 from mlx_onevision.media.image import (
+    DecodedImage,
     load_image,
     normalization_table,
     pad_to_square_tile,
@@ -124,6 +125,15 @@ def test_an_array_is_taken_as_the_reference_takes_it(name: str) -> None:
     assert np.array_equal(load_image(arrays()[name]), recorded()[f"array/{name}"])
 
 
+@pytest.mark.parametrize("high", [1, 3, 4, 5])
+def test_a_decoded_image_is_taken_as_it_is(high: int) -> None:
+    """Its pixels are neither copied nor turned, however few rows there are."""
+    pixels = load_image(png(Image.new("RGB", (6, high), "red")))
+    assert load_image(DecodedImage(pixels)) is pixels
+    with pytest.raises(TooLargeError):
+        load_image(DecodedImage(pixels), max_pixels=high)
+
+
 def test_what_speaks_the_array_protocol_is_an_array() -> None:
     class Wrapped:
         def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
@@ -194,6 +204,7 @@ def test_every_way_to_name_a_file_gives_the_same(
         path.open("rb"),
         lines,
         f"data:image/jpeg;base64,{text}",
+        f"DATA:image/jpeg;BASE64,{text}",
         f"data:application/octet-stream;base64,{lines}",
     ):
         assert np.array_equal(load_image(source), expected)

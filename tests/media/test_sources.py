@@ -1,20 +1,93 @@
-"""Downloads, against a server of our own on this machine."""
+"""Where bytes come from: files and what is none, images and videos told apart, downloads."""
 
 from __future__ import annotations
 
+import base64
+import os
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from films import counting, written
+from PIL import Image
 from recorded_pixels import recorded
 
 from mlx_onevision.errors import MediaError, TooLargeError
-from mlx_onevision.media import sources as fetch
+from mlx_onevision.media import sources
 from mlx_onevision.media.image import load_image
-from mlx_onevision.media.sources import download, is_url, quoted
+from mlx_onevision.media.sources import download, is_url, is_video, quoted
+from mlx_onevision.media.video import load_video
+from mlx_onevision.plugins import interface
+
+
+def outcome(read: Any, *arguments: Any) -> Any:
+    """What reading gives, or its error; not waited for without end."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(read(*arguments))
+        except Exception as error:
+            future.set_result(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(10)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_pipe_or_a_device_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for path in (pipe, str(pipe), "/dev/null", "/dev/zero"):
+        error = outcome(load_image, path) if kind == "image" else outcome(load_video, path, 8)
+        assert isinstance(error, MediaError)
+        assert f"is no ordinary file, not {'an image' if kind == 'image' else 'a video'}" in str(
+            error
+        )
+        assert not is_video(path)
+
+
+def animation(brand: bytes) -> bytes:
+    """An AVIF image sequence of that major brand."""
+    file = BytesIO()
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(file, "AVIF", save_all=True, append_images=frames[1:])
+    data = file.getvalue()
+    assert data[4:12] == b"ftypavis"
+    return data[:8] + brand + data[12:]
+
+
+@pytest.mark.parametrize("brand", [b"avis", b"avif", b"msf1", b"mif1"])
+def test_an_image_sequence_is_an_image_in_library_and_plugins(brand: bytes) -> None:
+    data = animation(brand)
+    assert interface.sniff(data[:32]) == "image" and not is_video(data)
+    assert load_image(data).shape == (30, 40, 3)
+
+
+def test_a_video_without_a_file_type_box_is_one_in_library_and_plugins(tmp_path: Path) -> None:
+    data = counting(3)
+    assert data[4:8] == b"ftyp"
+    data = data[:4] + b"free" + data[8:]
+    assert interface.sniff(data[:32]) == "video"
+    assert is_video(data) and is_video(written(tmp_path / "nameless", data))
+    assert load_video(data, 8).total == 3
+
+
+def test_the_scheme_of_a_data_uri_may_be_in_capitals() -> None:
+    file = BytesIO()
+    Image.new("RGB", (4, 5)).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    assert load_image(f"DATA:image/png;base64,{text}").shape == (5, 4, 3)
+    film = base64.b64encode(counting(2)).decode()
+    assert is_video(f"DATA:video/mp4;base64,{film}")
+    assert load_video(f"DATA:video/mp4;base64,{film}", 8).total == 2
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -108,10 +181,10 @@ def test_too_many_bytes(server: str) -> None:
 
 
 def test_a_server_that_does_not_answer(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.2)
+    monkeypatch.setattr(sources, "TIMEOUT", 0.2)
     with pytest.raises(MediaError, match="timed out"):
         download(f"{server}/drips")
-    monkeypatch.setattr(fetch, "DEADLINE", -1.0)
+    monkeypatch.setattr(sources, "DEADLINE", -1.0)
     with pytest.raises(MediaError, match="not done after"):
         download(f"{server}/picture.jpg")
 

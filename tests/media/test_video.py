@@ -15,10 +15,11 @@ from films import BITS, KINDS, counting, film, number_of, numbered, turned, writ
 from PIL import Image
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError
-from mlx_onevision.media.decoder import INTERPRETER, Limits, decoding
+from mlx_onevision.media.decoder import Limits, VideoReader
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.resize import resize
 from mlx_onevision.media.video import TooManyFramesError, VideoFrames, load_video
+from mlx_onevision.subprocesses import INTERPRETER
 
 SIZE = 56
 
@@ -35,8 +36,8 @@ def numbers(clip: VideoFrames) -> list[int]:
 
 def decoded(data: Path, **options: Any) -> list[np.ndarray]:
     """Whole frames, before they become tiles."""
-    with data.open("rb") as file, decoding(file, "it", FrameOptions(**options)) as video:
-        return [frame.copy() for _, frame in video.frames]
+    with data.open("rb") as file, VideoReader(file, "it", once=True) as reader:
+        return [frame.copy() for _, frame in reader.read_frames(FrameOptions(**options)).frames]
 
 
 def refused(source: Any, *parts: str, limits: Limits | None = None, **options: Any) -> str:
@@ -268,14 +269,14 @@ def test_whatever_becomes_of_the_process_is_one_sentence(
 def test_frames_that_are_not_what_they_say_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = '{"video": {"total": 2, "length": 1, "claimed": 2, "indices": [0, 1], "times": [0, 1]'
-    head += ', "codec": "x"}}'
+    info = '{"video": {"total": 2, "length": 1, "claimed": 2, "codec": "x"}}'
+    chosen = '{"chosen": {"indices": [0, 1], "times": [0, 1]}}'
     good = '"place": 0, "wide": 4, "high": 4, "stride": 12, "bytes": 48, "matrix": [1, 0, 0, 1]'
     for old, new in [('"wide": 4', '"wide": 4000000'), ('"place": 0', '"place": 2'),
                      ('"bytes": 48', '"bytes": 9000000000'), ('"stride": 12', '"stride": 11'),
                      ('"high": 4', '"high": -4'), ("[1, 0, 0, 1]", "[1]")]:  # fmt: skip
         frame = '{"frame": {' + good.replace(old, new) + "}}"
-        script = f"echo '{head}'; echo '{frame}'; exec cat /dev/zero"
+        script = f"echo '{info}'; echo '{chosen}'; echo '{frame}'; exec cat /dev/zero"
         monkeypatch.setenv(INTERPRETER, interpreter(tmp_path / "python", script))
         refused(counting(2), "broke off")
 

@@ -1,4 +1,4 @@
-"""A video looked at many times: small pictures of all of it, and parts of it as they are."""
+"""A video read many times: thumbnails of all of it, and chosen frames of parts of it."""
 
 import os
 import subprocess
@@ -13,14 +13,15 @@ import pytest
 from films import HIGH, KINDS, counting, film, number_of, turned, written
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError, TooLargeError
-from mlx_onevision.media.decoder import INTERPRETER, Limits, VideoReader
+from mlx_onevision.media.decoder import Limits, VideoReader
 from mlx_onevision.media.frame_sampling import FrameOptions
+from mlx_onevision.subprocesses import INTERPRETER
 
 
 @contextmanager
 def opened(path: Path, **more: Any) -> Iterator[VideoReader]:
-    with path.open("rb") as file, VideoReader(file, "it", **more) as reel:
-        yield reel
+    with path.open("rb") as file, VideoReader(file, "it", **more) as reader:
+        yield reader
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_frame_is_seen_small_at_its_time(kind: str, tmp_path: Path) -> None:
-    with opened(written(tmp_path / f"a.{kind}", counting(40, kind))) as reel:
-        seen = list(reel.thumbnails())
+    with opened(written(tmp_path / f"a.{kind}", counting(40, kind))) as reader:
+        seen = list(reader.thumbnails())
     assert [number_of(picture) for _, picture in seen] == list(range(40))
     assert [time for time, _ in seen] == pytest.approx([n / 25 for n in range(40)], abs=0.006)
     assert {picture.shape for _, picture in seen} == {(HIGH, 64, 3)}
@@ -40,9 +41,9 @@ def test_every_frame_is_seen_small_at_its_time(kind: str, tmp_path: Path) -> Non
 
 def test_variable_frame_rate_goes_by_the_stamps(tmp_path: Path) -> None:
     stamps = [0, 40, 80, 1000, 1040, 3000, 3500, 3600]
-    with opened(written(tmp_path / "a.mkv", counting(8, "mkv", stamps=stamps))) as reel:
-        seen = list(reel.thumbnails())
-        part = list(reel.thumbnails(0.9, 3.2))
+    with opened(written(tmp_path / "a.mkv", counting(8, "mkv", stamps=stamps))) as reader:
+        seen = list(reader.thumbnails())
+        part = list(reader.thumbnails(0.9, 3.2))
     assert [time for time, _ in seen] == pytest.approx([stamp / 1000 for stamp in stamps])
     assert [number_of(picture) for _, picture in part] == [2, 3, 4, 5]
 
@@ -50,8 +51,8 @@ def test_variable_frame_rate_goes_by_the_stamps(tmp_path: Path) -> None:
 def test_a_turned_film_is_upright(tmp_path: Path) -> None:
     picture = np.zeros((48, 96, 3), np.uint8)
     picture[:16, :32] = (250, 20, 20)
-    with opened(written(tmp_path / "a.mp4", turned(film([picture] * 3), 0, 1, -1, 0))) as reel:
-        seen = [picture for _, picture in reel.thumbnails()]
+    with opened(written(tmp_path / "a.mp4", turned(film([picture] * 3), 0, 1, -1, 0))) as reader:
+        seen = [picture for _, picture in reader.thumbnails()]
     assert len(seen) == 3
     for picture in seen:
         assert picture.shape == (64, 48, 3)  # 64x48 of the 96x48 pixels, a quarter to the right
@@ -62,8 +63,8 @@ def test_a_turned_film_is_upright(tmp_path: Path) -> None:
 def test_odd_sizes(size: tuple[int, int], tmp_path: Path) -> None:
     frames = [np.full((*size, 3), 200, np.uint8)] * 3
     data = film(frames, "mkv", codec="ffv1", pixels="bgr0", options={})
-    with opened(written(tmp_path / "a.mkv", data)) as reel:
-        for _, picture in reel.thumbnails():
+    with opened(written(tmp_path / "a.mkv", data)) as reader:
+        for _, picture in reader.thumbnails():
             assert picture.min() > 190 and min(picture.shape[:2]) >= 2
 
 
@@ -73,48 +74,48 @@ def test_what_is_left_of_a_broken_film_is_seen(tmp_path: Path) -> None:
     spoilt = bytearray(data)
     middle = len(data) * 2 // 3
     spoilt[middle : middle + 300] = bytes(300)
-    with opened(half) as reel:
-        seen = list(reel.thumbnails())
-        assert 10 < len(seen) < 60 and reel.facts.total < reel.facts.claimed == 80
+    with opened(half) as reader:
+        seen = list(reader.thumbnails())
+        assert 10 < len(seen) < 60 and reader.info.total < reader.info.claimed == 80
         whole = [number_of(picture) for _, picture in seen[:-1]]
         assert whole == list(range(len(whole)))
-    with opened(written(tmp_path / "spoilt.mp4", bytes(spoilt))) as reel:
-        times = [time for time, _ in reel.thumbnails()]
+    with opened(written(tmp_path / "spoilt.mp4", bytes(spoilt))) as reader:
+        times = [time for time, _ in reader.thumbnails()]
         assert len(times) >= 60 and times[0] == 0.0 and times[-1] == pytest.approx(79 / 25)
 
 
 def test_looks_come_after_one_another_from_one_process(clip: Path) -> None:
-    with opened(clip) as reel:
-        assert (reel.facts.total, reel.facts.codec) == (60, "h264")
-        process = reel._process
+    with opened(clip) as reader:
+        assert (reader.info.total, reader.info.codec) == (60, "h264")
+        process = reader._process
         for start, end, expected in (
             (1.0, 2.0, [25, 31, 37, 43]),
             (0.0, None, [0, 15, 30, 45]),
             (2.0, 2.16, [50, 51, 52, 53]),
         ):
-            look = reel.look(FrameOptions(num_frames=4, start=start, end=end))
-            assert [number_of(picture) for _, picture in look.frames] == expected
-            assert list(look.indices) == expected
-            assert look.times == pytest.approx([number / 25 for number in expected])
-            seen = [number_of(picture) for _, picture in reel.thumbnails(start, start + 0.12)]
+            chosen = reader.read_frames(FrameOptions(num_frames=4, start=start, end=end))
+            assert [number_of(picture) for _, picture in chosen.frames] == expected
+            assert list(chosen.indices) == expected
+            assert chosen.times == pytest.approx([number / 25 for number in expected])
+            seen = [number_of(picture) for _, picture in reader.thumbnails(start, start + 0.12)]
             assert seen == [expected[0] + number for number in range(3)]
-        assert reel._process is process
+        assert reader._process is process
 
 
 def test_a_look_that_is_given_up_spoils_no_other(clip: Path) -> None:
-    with opened(clip) as reel:
-        next(reel.thumbnails())
-        next(reel.look(FrameOptions(num_frames=9)).frames)
-        reel.look(FrameOptions(num_frames=3))
-        look = reel.look(FrameOptions(num_frames=2, start=1.0))
-        assert [number_of(picture) for _, picture in look.frames] == [25, 42]
+    with opened(clip) as reader:
+        next(reader.thumbnails())
+        next(reader.read_frames(FrameOptions(num_frames=9)).frames)
+        reader.read_frames(FrameOptions(num_frames=3))
+        chosen = reader.read_frames(FrameOptions(num_frames=2, start=1.0))
+        assert [number_of(picture) for _, picture in chosen.frames] == [25, 42]
         with pytest.raises(RequestError, match=r"start is 9 s"):
-            reel.look(FrameOptions(start=9.0))
-        assert [n for n, _ in reel.look(FrameOptions(num_frames=2)).frames] == [0, 1]
-        reel._process.kill()  # type: ignore
+            reader.read_frames(FrameOptions(start=9.0))
+        assert [n for n, _ in reader.read_frames(FrameOptions(num_frames=2)).frames] == [0, 1]
+        reader._process._process.kill()  # type: ignore
         with pytest.raises(MediaError, match="broke off"):
-            reel.look(FrameOptions(num_frames=2))
-        assert [n for n, _ in reel.look(FrameOptions(num_frames=2)).frames] == [0, 1]
+            reader.read_frames(FrameOptions(num_frames=2))
+        assert [n for n, _ in reader.read_frames(FrameOptions(num_frames=2)).frames] == [0, 1]
     with pytest.raises(ChildProcessError):  # none is left, not even a dead one
         os.waitpid(-1, os.WNOHANG)
 
@@ -128,12 +129,12 @@ def test_it_can_be_cancelled_and_has_limits(
         if enough:
             raise CancelledError("enough")
 
-    with opened(clip, check=check) as reel:
-        film = reel.thumbnails()
+    with opened(clip, check=check) as reader:
+        film = reader.thumbnails()
         next(film)
         enough = True
         with pytest.raises(CancelledError):
-            list(reel.look(FrameOptions(num_frames=5)).frames)
+            list(reader.read_frames(FrameOptions(num_frames=5)).frames)
     with pytest.raises(TooLargeError), opened(clip, limits=Limits(pixels=100)):
         pass
     text = written(tmp_path / "text.mp4", b"dear diary\n" * 99)
@@ -151,10 +152,10 @@ def test_it_can_be_cancelled_and_has_limits(
 PEAK = """
 import resource, sys
 from mlx_onevision.media.frame_sampling import FrameOptions
-from mlx_onevision.media.decoder import Reel
-with open(sys.argv[1], "rb") as file, Reel(file, "it") as reel:
-    print(len(list(n for n, _ in enumerate(reel.thumbnails()))))
-    print(sum(1 for _ in reel.look(FrameOptions(num_frames=100)).frames))
+from mlx_onevision.media.decoder import VideoReader
+with open(sys.argv[1], "rb") as file, VideoReader(file, "it") as reader:
+    print(len(list(n for n, _ in enumerate(reader.thumbnails()))))
+    print(sum(1 for _ in reader.read_frames(FrameOptions(num_frames=100)).frames))
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
