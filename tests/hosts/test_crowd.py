@@ -192,7 +192,7 @@ def test_a_crowd_that_says_what_it_was_asked() -> None:
             assert len(set(identities(found))) == CONNECTIONS
 
     fake = FakeBackend(delay=0.01, limits=Limits(active=24, waiting=24))
-    with serving(fake, ServerSettings(places=48)) as client:
+    with serving(fake, ServerSettings(admission_limit=48)) as client:
         asyncio.run(main(client))
 
 

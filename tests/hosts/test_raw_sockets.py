@@ -181,7 +181,7 @@ def test_whatever_comes_is_answered_in_words_or_closed(caplog: pytest.LogCapture
     backend = FakeBackend(delay=0.005, limits=Limits(active=16, waiting=64))
     with (
         caplog.at_level(logging.WARNING),
-        serving(backend, ServerSettings(patience=PATIENCE)) as client,
+        serving(backend, ServerSettings(header_timeout=PATIENCE)) as client,
     ):
         with ThreadPoolExecutor(32) as pool:
             played = list(pool.map(lambda case: play(client, case), cases()))

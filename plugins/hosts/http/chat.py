@@ -5,69 +5,49 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from mlx_onevision.plugins.contract.results import (
-    DoneEvent,
-    ErrorEvent,
-    Event,
-    FinishReason,
-    GenerateResult,
-    TextEvent,
-    TokenLogprob,
-    Usage,
-)
-from mlx_onevision.plugins.hosts.http import conversion as conversation
+from mlx_onevision.plugins.contract import results
+from mlx_onevision.plugins.contract.requests import GenerateRequest
+from mlx_onevision.plugins.hosts.http import response_types as types
 from mlx_onevision.plugins.hosts.http import streaming
-from mlx_onevision.plugins.hosts.http.errors import ErrorBody, error_body
-from mlx_onevision.plugins.hosts.http.operations import (
-    DONE,
-    EVENTS,
-    JSON,
-    Endpoint,
-    Operation,
-    Serving,
-    check_able,
-)
-from mlx_onevision.plugins.hosts.http.response_types import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChoiceLogprobs,
-    Delta,
-    chosen,
-    usage_body,
-)
-from mlx_onevision.plugins.hosts.http.schemas import ChatRequest
+from mlx_onevision.plugins.hosts.http.content import schema_text
+from mlx_onevision.plugins.hosts.http.errors import ErrorBody, to_http_error
+from mlx_onevision.plugins.hosts.http.operations import DONE, EVENTS, JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.schemas import ChatRequest, MediaOptions
 
 
-def endpoint(serving: Serving) -> Endpoint:
-    async def chat(request: Request) -> Response:
-        asked = await serving.reader.read(request, ChatRequest)
-        conversation.check_model(asked.model, serving.model)
-        wanted = conversation.question(asked, serving.settings.unsaid)
-        await check_able(serving, wanted, logprobs="logprobs", json_schema="response_format")
-        answer = Answer(serving.model)
-        stream = serving.backend.generate(wanted)
-        if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            chunks = Chunks(answer, serving, usage)
-            return streaming.SentEvents(stream, chunks.of, serving.settings.silence)
-        found = await streaming.result(stream, request.receive)
-        serving.metrics.usage(found.usage)
-        return JSONResponse(answer.whole(found))
-
-    return chat
+async def chat(state: AppState, request: Request) -> Response:
+    asked = await state.reader.read(request, ChatRequest)
+    state.check_model(asked.model)
+    most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    wanted = GenerateRequest(
+        messages=[turn.to_contract() for turn in asked.messages],
+        max_tokens=state.settings.default_max_tokens if most is None else most,
+        stop=tuple(asked.stop or ()),
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        json_schema=schema_text(asked.response_format),
+        **{name: getattr(asked, name) for name in MediaOptions.model_fields},
+    )
+    await state.check_capabilities(wanted, logprobs="logprobs", json_schema="response_format")
+    usage = asked.stream_options is not None and asked.stream_options.include_usage
+    return await streaming.generate(
+        state, request, wanted, Answer(state.model, usage), asked.stream
+    )
 
 
 class Answer:
-    """What all parts of an answer have in common."""
+    """One completion, whole or in chunks.
 
-    def __init__(self, model: str) -> None:
+    usage : whether the chunks end with one that holds it.
+    """
+
+    def __init__(self, model: str, usage: bool) -> None:
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self._model = model
+        self._model, self._usage, self._begun = model, usage, False
 
-    def whole(self, found: GenerateResult) -> ChatCompletion:
-        body: ChatCompletion = {
+    def whole(self, found: results.GenerateResult) -> types.ChatCompletion:
+        body: types.ChatCompletion = {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
@@ -80,18 +60,47 @@ class Answer:
                     "finish_reason": found.finish_reason,
                 }
             ],
-            "usage": usage_body(found.usage),
+            "usage": types.usage_body(found.usage),
         }
         if found.notes:
             body["notes"] = list(found.notes)
         return body
 
-    def chunk(
+    def events(self, event: results.Event) -> Iterator[bytes]:
+        if isinstance(event, results.TextEvent):
+            yield from self._begin()
+            yield self._line(self._chunk({"content": event.delta}, event.logprobs))
+        elif isinstance(event, results.DoneEvent):
+            assert isinstance(event.result, results.GenerateResult)
+            yield from self._begin()
+            last = self._chunk({}, finish=event.result.finish_reason)
+            if event.result.notes:
+                last["notes"] = list(event.result.notes)
+            yield self._line(last)
+            if self._usage:
+                usage = types.usage_body(event.result.usage)
+                yield streaming.line({**self._chunk({}), "choices": [], "usage": usage})
+            yield streaming.line(DONE)
+        elif isinstance(event, results.ErrorEvent):
+            yield streaming.line(to_http_error(event.error).body)
+
+    def _begin(self) -> Iterator[bytes]:
+        if not self._begun:
+            self._begun = True
+            yield self._line(self._chunk({"role": "assistant", "content": ""}))
+
+    def _line(self, chunk: types.ChatCompletionChunk) -> bytes:
+        """Every chunk has the usage when it was asked for; but for the last it is empty."""
+        if self._usage:
+            chunk["usage"] = None
+        return streaming.line(chunk)
+
+    def _chunk(
         self,
-        delta: Delta,
-        logprobs: Sequence[TokenLogprob] = (),
-        finish: FinishReason | None = None,
-    ) -> ChatCompletionChunk:
+        delta: types.Delta,
+        logprobs: Sequence[results.TokenLogprob] = (),
+        finish: results.FinishReason | None = None,
+    ) -> types.ChatCompletionChunk:
         return {
             "id": self._id,
             "object": "chat.completion.chunk",
@@ -107,64 +116,20 @@ class Answer:
             ],
         }
 
-    def last(self, found: GenerateResult) -> ChatCompletionChunk:
-        chunk = self.chunk({}, finish=found.finish_reason)
-        if found.notes:
-            chunk["notes"] = list(found.notes)
-        return chunk
 
-    def usage(self, usage: Usage) -> ChatCompletionChunk:
-        return {**self.chunk({}), "choices": [], "usage": usage_body(usage)}
-
-
-class Chunks:
-    """Events as the chunks of an answer."""
-
-    def __init__(self, answer: Answer, serving: Serving, usage: bool) -> None:
-        self._answer, self._serving, self._usage = answer, serving, usage
-        self._begun = False
-
-    def of(self, event: Event) -> Iterator[bytes]:
-        """What is sent for an event; for most, nothing."""
-        if isinstance(event, TextEvent):
-            yield from self._begin()
-            yield self._line(self._answer.chunk({"content": event.delta}, event.logprobs))
-        elif isinstance(event, DoneEvent):
-            assert isinstance(event.result, GenerateResult)
-            self._serving.metrics.usage(event.result.usage)
-            yield from self._begin()
-            yield self._line(self._answer.last(event.result))
-            if self._usage:
-                yield streaming.line(self._answer.usage(event.result.usage))
-            yield streaming.line(DONE)
-        elif isinstance(event, ErrorEvent):
-            yield streaming.line(error_body(event.error))
-
-    def _begin(self) -> Iterator[bytes]:
-        if not self._begun:
-            self._begun = True
-            yield self._line(self._answer.chunk({"role": "assistant", "content": ""}))
-
-    def _line(self, chunk: ChatCompletionChunk) -> bytes:
-        """Every chunk has the usage when it was asked for; but for the last it is empty."""
-        if self._usage:
-            chunk["usage"] = None
-        return streaming.line(chunk)
-
-
-def _logprobs(tokens: Sequence[TokenLogprob] | None) -> ChoiceLogprobs | None:
+def _logprobs(tokens: Sequence[results.TokenLogprob] | None) -> types.ChoiceLogprobs | None:
     if tokens is None:
         return None
-    return {"content": [chosen(token) for token in tokens], "refusal": None}
+    return {"content": [types.chosen(token) for token in tokens], "refusal": None}
 
 
 OPERATION = Operation(
     "POST",
     "/v1/chat/completions",
-    endpoint,
+    chat,
     name="createChatCompletion",
     summary="The next message of a conversation",
     takes=ChatRequest,
-    gives={JSON: ChatCompletion, EVENTS: ChatCompletionChunk | ErrorBody},
+    gives={JSON: types.ChatCompletion, EVENTS: types.ChatCompletionChunk | ErrorBody},
     ends=DONE,
 )

@@ -95,7 +95,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients speak it.
 
-    Only programs on this machine reach it, pictures come with the requests, and no web page can
+    Only programs on this machine reach it, images come with the requests, and no web page can
     speak to it. Ctrl-C ends it.
 
     \b
@@ -114,7 +114,7 @@ def serve(
 
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
-    from mlx_onevision.plugins.hosts.http import server as running
+    from mlx_onevision.plugins.hosts.http import server
     from mlx_onevision.plugins.hosts.http.app import create_app
     from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
     from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -124,16 +124,16 @@ def serve(
         raise click.UsageError("--api-key has to be printable ASCII")
     try:
         made = api_key is None and not is_loopback(host)
-        token = running.new_token() if made else api_key
+        token = server.new_token() if made else api_key
         settings = ServerSettings(
             host=host,
             names=names,
             token=token,
             model=name,
             max_tokens=max_tokens,
-            places=concurrent + waiting,
+            admission_limit=concurrent + waiting,
         )
-        with running.listening(settings, port) as listening:
+        with server.listening(settings, port) as listening:
             backend = open_engine(
                 "demo" if model is None else model,
                 revision=revision,
@@ -151,21 +151,19 @@ def serve(
             with backend:
                 app = create_app(backend, settings)
                 if made and token is not None:
-                    file = running.token_file()
-                    running.keep_token(token, file)
+                    file = server.token_file()
+                    server.keep_token(token, file)
                     click.echo(f"The token for requests is in {file}", err=True)
                 import_engine()  # or else the first request waits for it
-                running.steady()
+                server.tune_interpreter()
                 shown = f"[{host}]" if ":" in host else host
                 number = listening.getsockname()[1]
                 address = f"http://{shown}:{number}"
                 click.echo(f"Serving at {address}/v1, a page at {address} (Ctrl-C ends)", err=True)
-                closing = running.Closing(backend)
-                server = running.Server(
-                    app, settings, lambda: backend.info().healthy, closing.begin
-                )
-                server.run(sockets=[listening])
-                outcome = _outcome(server.failed, server.signal)
+                closing = server.Closing(backend)
+                runner = server.Server(app, settings, lambda: backend.info().healthy, closing.begin)
+                runner.run(sockets=[listening])
+                outcome = _outcome(runner.failed, runner.signal)
                 if not closing.done():
                     _leave(outcome)
                 if outcome is not None:
@@ -174,11 +172,11 @@ def serve(
         raise RequestError(str(error)) from error
 
 
-def _outcome(failed: bool, told: int | None) -> BaseException | None:
+def _outcome(failed: bool, number: int | None) -> BaseException | None:
     """What the command ends with."""
     if failed:
         return RequestError("the model cannot answer any more, so the server ends; start it again")
-    return KeyboardInterrupt() if told == signal.SIGINT else None
+    return KeyboardInterrupt() if number == signal.SIGINT else None
 
 
 def _leave(outcome: BaseException | None) -> NoReturn:

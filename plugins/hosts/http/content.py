@@ -1,16 +1,20 @@
-"""What a message, and whatever else is looked at, consists of, as requests have it.
+"""Messages, their parts and the format of an answer: what requests hold, made the contract's.
 
-A picture has the names that it has in any of OpenAI's routes, in vLLM and in mlx-vlm; each of them
-is taken in all routes.
+An image part has the names that it has in any of OpenAI's routes, in vLLM and in mlx-vlm; each of
+them is taken in all routes.
 """
 
 import json
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-GROUPED = 256  # pictures in a group, at most
+from mlx_onevision.plugins.contract.errors import bad_request
+from mlx_onevision.plugins.contract.requests import Group, Kind, Media, Message, Role
+
+GROUPED = 256  # images in a group, at most
 
 # What is read at all; which addresses and paths are allowed is for the policy to say.
 _URL = r"^([dD][aA][tT][aA]:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:/|/)"
@@ -32,9 +36,19 @@ Url = Annotated[str, AfterValidator(_readable), Field(json_schema_extra={"patter
 
 
 class Place(Strict):
-    """Where a picture or a video is: a data URI, an address, or a path."""
+    """Where an image or a video is: a data URI, an address, or a path."""
 
     url: Url
+
+    def media(self, kind: Kind) -> Media:
+        """A path where it is one; whether it is read at all is for the policy to say."""
+        url = self.url
+        if url[:5].lower() == "file:":
+            parts = urlsplit(url)
+            if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+                raise bad_request(f"the address of the {kind} is not one of this machine")
+            return Media(kind, path=unquote(parts.path))
+        return Media(kind, path=url) if url.startswith("/") else Media(kind, url=url)
 
 
 def _as_place(place: Any) -> Any:
@@ -48,28 +62,43 @@ class TextPart(Strict):
     type: Literal["text", "input_text", "output_text"]
     text: str
 
+    def to_contract(self) -> str:
+        return self.text
+
 
 class ImagePart(Strict):
     type: Literal["image_url", "input_image"]
     image_url: Where
+
+    def to_contract(self) -> Media:
+        return self.image_url.media("image")
 
 
 class NamedImagePart(Strict):
     type: Literal["image"]
     image: Where
 
+    def to_contract(self) -> Media:
+        return self.image.media("image")
+
 
 class VideoPart(Strict):
     type: Literal["video_url", "input_video"]
     video_url: Where
+
+    def to_contract(self) -> Media:
+        return self.video_url.media("video")
 
 
 class NamedVideoPart(Strict):
     type: Literal["video"]
     video: Where
 
+    def to_contract(self) -> Media:
+        return self.video.media("video")
 
-ShownPart = Annotated[
+
+MediaPart = Annotated[
     ImagePart | NamedImagePart | VideoPart | NamedVideoPart, Field(discriminator="type")
 ]
 AnyPart = Annotated[
@@ -78,10 +107,13 @@ AnyPart = Annotated[
 
 
 class GroupPart(Strict):
-    """Several pictures that share one vector."""
+    """Several images that share one vector."""
 
     type: Literal["group"]
-    content: Annotated[list[ShownPart], Field(min_length=1, max_length=GROUPED)]
+    content: Annotated[list[MediaPart], Field(min_length=1, max_length=GROUPED)]
+
+    def to_contract(self) -> Group:
+        return Group([part.to_contract() for part in self.content])
 
 
 AnyItem = Annotated[
@@ -94,38 +126,46 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-# One mistake is told, so the rest is not looked for: there may be hundreds of thousands.
-Words = Annotated[
+# One mistake is reported, so the rest is not looked for: there may be hundreds of thousands.
+TextContent = Annotated[
     list[TextPart],
     Field(fail_fast=True),
     BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
 ]
-Parts = Annotated[
+Content = Annotated[
     list[AnyPart],
     Field(fail_fast=True),
     BeforeValidator(_as_parts, json_schema_input_type=str | list[AnyPart]),
 ]
 
 
-class SystemTurn(Strict):
+class Turn(Strict):
+    """What all messages have in common."""
+
+    role: Any
+    content: Any
+
+    def to_contract(self) -> Message:
+        role: Role = "system" if self.role == "developer" else self.role
+        return Message(role, [part.to_contract() for part in self.content])
+
+
+class SystemTurn(Turn):
     role: Literal["system", "developer"]
-    content: Words
+    content: TextContent
 
 
-class UserTurn(Strict):
+class UserTurn(Turn):
     role: Literal["user"]
-    content: Parts
+    content: Content
 
 
-class AssistantTurn(Strict):
+class AssistantTurn(Turn):
     role: Literal["assistant"]
-    content: Words
+    content: TextContent
 
 
-Turn = Annotated[SystemTurn | UserTurn | AssistantTurn, Field(discriminator="role")]
-
-
-# What an answer's text has to be, as requests say it.
+AnyTurn = Annotated[SystemTurn | UserTurn | AssistantTurn, Field(discriminator="role")]
 
 
 class TextFormat(Strict):
@@ -168,8 +208,6 @@ def schema_text(asked: ChatFormat | FlatFormat | None) -> str | None:
     """The JSON Schema that the answer has to follow, as JSON; None for plain text."""
     if asked is None or isinstance(asked, TextFormat):
         return None
-    if isinstance(asked, ObjectFormat):
-        schema = None
-    else:
-        schema = (asked.json_schema if isinstance(asked, SchemaFormat) else asked).schema_
+    named = asked.json_schema if isinstance(asked, SchemaFormat) else asked
+    schema = None if isinstance(named, ObjectFormat) else named.schema_
     return json.dumps({"type": "object"} if schema is None else schema)

@@ -7,44 +7,47 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mlx_onevision.plugins.contract.requests import EmbedRequest
 from mlx_onevision.plugins.contract.results import EmbedResult
-from mlx_onevision.plugins.hosts.http import conversion as conversation
 from mlx_onevision.plugins.hosts.http import streaming
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.operations import JSON, Endpoint, Operation, Serving
+from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Operation
 from mlx_onevision.plugins.hosts.http.response_types import Embeddings
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
 
 
-def endpoint(serving: Serving) -> Endpoint:
-    async def embeddings(request: Request) -> Response:
-        asked = await serving.reader.read(request, EmbeddingsRequest)
-        conversation.check_model(asked.model, serving.model)
-        wanted = conversation.items(asked)
-        await _check_dimensions(serving, asked)
-        found = await streaming.result(serving.backend.stream_embed(wanted), request.receive)
-        # Thousands of numbers take a while to write.
-        return await serving.blocking(lambda: JSONResponse(_body(found, asked, serving.model)))
+async def embeddings(state: AppState, request: Request) -> Response:
+    asked = await state.reader.read(request, EmbeddingsRequest)
+    state.check_model(asked.model)
+    wanted = EmbedRequest(
+        items=[item.to_contract() for item in asked.input],
+        space=asked.space,
+        normalize=asked.normalize,
+        tiling=asked.tiling,
+        timeout=asked.timeout,
+    )
+    await _check_dimensions(state, asked)
+    found = await streaming.result(state.backend.stream_embed(wanted), request.receive)
+    # Thousands of numbers take a while to write.
+    return await state.blocking(lambda: JSONResponse(_body(found, asked, state.model)))
 
-    return embeddings
 
-
-async def _check_dimensions(serving: Serving, asked: EmbeddingsRequest) -> None:
+async def _check_dimensions(state: AppState, asked: EmbeddingsRequest) -> None:
     if asked.dimensions is None:
         return
-    info = await serving.blocking(serving.backend.info)
-    dims = {space.id: space.dim for space in info.spaces}
-    if asked.dimensions != dims.get(asked.space):
+    info = await state.blocking(state.backend.info)
+    dim = {space.id: space.dim for space in info.spaces}.get(asked.space)
+    if asked.dimensions != dim:
         raise HTTPError(
             400,
-            f"vectors of the space {asked.space} have {dims.get(asked.space)} dimensions and "
-            "cannot be shortened; leave dimensions out",
+            f"vectors of the space {asked.space} have {dim} dimensions and cannot be shortened; "
+            "leave dimensions out",
             param="dimensions",
         )
 
 
 def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embeddings:
-    encode = _base64 if asked.encoding_format == "base64" else _numbers
+    encode = _base64 if asked.encoding_format == "base64" else list[float]
     return {
         "object": "list",
         "model": model,
@@ -64,10 +67,6 @@ def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embedding
     }
 
 
-def _numbers(vector: Sequence[float]) -> list[float]:
-    return list(vector)
-
-
 def _base64(vector: Sequence[float]) -> str:
     """Little-endian float32, as OpenAI's."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
@@ -76,9 +75,9 @@ def _base64(vector: Sequence[float]) -> str:
 OPERATION = Operation(
     "POST",
     "/v1/embeddings",
-    endpoint,
+    embeddings,
     name="createEmbedding",
-    summary="Vectors of texts, pictures and videos",
+    summary="Vectors of texts, images and videos",
     takes=EmbeddingsRequest,
     gives={JSON: Embeddings},
 )

@@ -1,8 +1,10 @@
 """Errors as OpenAI's clients read them: one sentence, and nothing of anybody's in it."""
 
 import re
+from collections.abc import Mapping
 
 from pydantic import ConfigDict, with_config
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
@@ -30,14 +32,14 @@ RETRY_AFTER = 1  # seconds
 
 # What stands in quotes, as Python writes it; paths, addresses and data without any. Names of the
 # server's own files are nobody's business, and what a client sent it knows.
-_PLACES = re.compile(
+_SECRET = re.compile(
     r"""(?<!\w) (?P<quote>['"]) (?P<quoted> (?:\\. | (?!(?P=quote))[^\\])* ) (?P=quote)
     | \b(?:[a-z][a-z0-9+.-]*://|data:)[^\s;]+
     | (?<![\w/.])/[\w.~-][^\s'",;:]*
     """,
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
-_A_PLACE = re.compile(r"[/\\]|^(data|file):", re.IGNORECASE)
+_PATH = re.compile(r"[/\\]|^(data|file):", re.IGNORECASE)
 
 
 class ErrorFields(TypedDict):
@@ -67,56 +69,49 @@ class HTTPError(Exception):
         super().__init__(status, message, code, param)
         self.status, self.message, self.code, self.param = status, message, code, param
 
-    def response(self, headers: dict[str, str] | None = None) -> Response:
-        body = _body(self.status, self.message, self.code, self.param)
+    @property
+    def body(self) -> ErrorBody:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": clipped(self.message),
+                "type": _TYPES.get(self.status, kind),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
         again = {"Retry-After": str(RETRY_AFTER)} if self.status == 429 else {}
-        return JSONResponse(body, self.status, {**again, **(headers or {})})
+        return JSONResponse(self.body, self.status, {**again, **(headers or {})})
 
 
-def as_fault(error: PluginError) -> HTTPError:
+def to_http_error(error: PluginError) -> HTTPError:
     """A backend's refusal, as HTTP says it."""
-    return HTTPError(_STATUS[error.code], redact_paths(str(error)), code_of(error))
+    code = _CODES.get(error.code, error.code)
+    return HTTPError(_STATUS[error.code], redact_paths(str(error)), code)
 
 
-def refusal(error: PluginError) -> Response:
-    """The whole answer to a request that the backend refused."""
-    return as_fault(error).response()
-
-
-def error_body(error: PluginError) -> ErrorBody:
-    """The same inside a stream that has begun."""
-    fault = as_fault(error)
-    return _body(fault.status, fault.message, fault.code, None)
-
-
-def code_of(error: PluginError) -> str:
-    """The error's code, by the name that OpenAI's clients know."""
-    return _CODES.get(error.code, error.code)
+def redact_error(error: PluginError) -> PluginError:
+    """The same error without paths, addresses and data, for where the contract's own is sent."""
+    return PluginError(error.code, redact_paths(error.message), redact_paths(error.hint))
 
 
 def redact_paths(text: str) -> str:
     """``text`` without paths, addresses and data, and never long."""
-    return clipped(_PLACES.sub(_left, text))
+    return clipped(_SECRET.sub(_redacted, text))
 
 
-def _left(found: re.Match[str]) -> str:
-    harmless = found["quote"] and _A_PLACE.search(found["quoted"]) is None
+def _redacted(found: re.Match[str]) -> str:
+    harmless = found["quote"] and _PATH.search(found["quoted"]) is None
     return found[0] if harmless else "…"
 
 
 async def not_routed(request: Request, error: Exception) -> Response:
     """For what no route takes: a path that is none, a method that it does not have."""
-    status = getattr(error, "status_code", 404)
-    if status == 405:
-        message = f"this address does not take {request.method[:10]}"
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        found = HTTPError(405, f"this address does not take {request.method[:10]}")
     else:
-        message = "there is nothing at this address"
-    headers = getattr(error, "headers", None)
-    return HTTPError(status, message, "not_found" if status == 404 else "bad_request").response(
-        dict(headers) if headers else None
-    )
-
-
-def _body(status: int, message: str, code: str, param: str | None) -> ErrorBody:
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": clipped(message), "type": kind, "param": param, "code": code}}
+        found = HTTPError(error.status_code, "there is nothing at this address", "not_found")
+    return found.response(error.headers)

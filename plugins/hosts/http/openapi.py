@@ -1,5 +1,5 @@
-"""``GET /openapi.json``: every route, as it declares itself, in OpenAPI 3.1. Nothing is written
-twice: schemas come from the very models that requests are checked with.
+"""``GET /openapi.json``: every route, as it declares itself, in OpenAPI 3.1. Schemas come from the
+models that requests are checked with, and from the types of answers and of the contract's objects.
 """
 
 import re
@@ -16,13 +16,15 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.contract.wire import API_VERSION, Part, Record
 from mlx_onevision.plugins.hosts.http.errors import ErrorBody
-from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, Endpoint, Operation, Serving
+from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
 
-# JSON Schemas of requests, answers and the contract's own objects, as pydantic makes them.
+OPENAPI = "3.1.1"
+
+Document = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class WithKeys:
     """Annotates a record of the contract that is sent with further keys, each with its schema."""
 
     keys: Mapping[str, JsonSchemaValue]
@@ -63,10 +65,6 @@ class Generator(GenerateJsonSchema):
         return {"type": "string", "contentEncoding": "base64"}
 
 
-OPENAPI = "3.1.1"
-
-Document = dict[str, Any]
-
 # Why a request is refused, of any route; of those that take a body; of some.
 _ALWAYS = {
     400: "The request cannot be served as it stands.",
@@ -95,23 +93,18 @@ _HEADERS: dict[int, Document] = {
 
 
 def operation(others: Sequence[Operation]) -> Operation:
-    """The route that tells of all the others, and of itself."""
+    """The route of the file, which describes all the others and itself."""
 
-    def endpoint(serving: Serving) -> Endpoint:
-        made: list[Response] = []
-
-        async def answer(_: Request) -> Response:
-            if not made:
-                told = await serving.blocking(lambda: document([*others, own], serving))
-                made.append(JSONResponse(told))
-            return made[0]
-
-        return answer
+    async def answer(state: AppState, _: Request) -> Response:
+        if state.openapi is None:
+            found = await state.blocking(lambda: document([*others, own], state))
+            state.openapi = JSONResponse(found)
+        return state.openapi
 
     own = Operation(
         "GET",
         "/openapi.json",
-        endpoint,
+        answer,
         name="openapi",
         summary="This file",
         gives={JSON: dict[str, Any]},
@@ -119,28 +112,38 @@ def operation(others: Sequence[Operation]) -> Operation:
     return own
 
 
-def document(operations: Sequence[Operation], serving: Serving) -> Document:
+def document(operations: Sequence[Operation], state: AppState) -> Document:
     """The whole file, for a server as it is set up."""
-    token = serving.settings.token is not None
+    token = state.settings.token is not None
     schemas, components = _schemas(operations)
-    for one in operations:
-        if one.takes is not None:
-            _as_set_up(components[one.takes.__name__], serving)
     paths: dict[str, Document] = {}
+    used: set[int] = set()
     for one in operations:
-        statuses = sorted(_refused(one, token))
+        statuses = _refused(one, token)
+        used |= statuses
+        described: Document = {"operationId": one.name, "summary": one.summary}
         path = re.sub(r":\w+}", "}", one.path)
-        paths.setdefault(path, {})[one.method.lower()] = {
-            "operationId": one.name,
-            "summary": one.summary,
-            **_parameters(path, serving.model),
-            **_body(one, schemas),
-            "responses": {
-                str(one.status): {"description": one.summary, "content": _gives(one, schemas)},
-                **{str(s): {"$ref": f"#/components/responses/{s}"} for s in statuses},
-            },
+        if names := re.findall(r"{(\w+)}", path):
+            example = {"example": state.model} if path.startswith("/v1/models/") else {}
+            described["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                | example
+                for name in names
+            ]
+        if one.takes is not None:
+            _as_set_up(components[one.takes.__name__]["properties"], state)
+            content = {JSON: {"schema": schemas[one.takes]}}
+            described["requestBody"] = {"required": True, "content": content}
+        good = {
+            kind: {"schema": _event(one, schemas[shape]) if kind == EVENTS else schemas[shape]}
+            for kind, shape in one.gives.items()
         }
-    used = sorted({status for one in operations for status in _refused(one, token)})
+        described["responses"] = {
+            str(one.status): {"description": one.summary, "content": good},
+            **{str(s): {"$ref": f"#/components/responses/{s}"} for s in sorted(statuses)},
+        }
+        paths.setdefault(path, {})[one.method.lower()] = described
+    refusal = {JSON: {"schema": schemas[ErrorBody]}}
     return {
         "openapi": OPENAPI,
         "info": {
@@ -153,7 +156,11 @@ def document(operations: Sequence[Operation], serving: Serving) -> Document:
         "paths": paths,
         "components": {
             "schemas": components,
-            "responses": {str(status): _refusal(status, schemas) for status in used},
+            "responses": {
+                str(status): {"description": _WHY[status], "content": refusal}
+                | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
+                for status in sorted(used)
+            },
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -161,12 +168,9 @@ def document(operations: Sequence[Operation], serving: Serving) -> Document:
 
 def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict[str, Document]]:
     """Of every type that crosses over its schema, and what these have in common by name."""
-    kinds: list[Any] = [ErrorBody]
-    for one in operations:
-        kinds += one.gives.values()
-        if one.takes is not None:
-            kinds.append(one.takes)
-    kinds = list(dict.fromkeys(kinds))
+    taken = (one.takes for one in operations if one.takes is not None)
+    given = (kind for one in operations for kind in one.gives.values())
+    kinds = list(dict.fromkeys((ErrorBody, *taken, *given)))
     found, shared = TypeAdapter.json_schemas(
         [(str(place), "validation", TypeAdapter(kind)) for place, kind in enumerate(kinds)],
         ref_template="#/components/schemas/{model}",
@@ -176,12 +180,10 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict
     return schemas, shared.get("$defs", {})
 
 
-def _as_set_up(schema: Document, serving: Serving) -> None:
+def _as_set_up(fields: Document, state: AppState) -> None:
     """What of a request depends on the server: one model is served, and answers have an end."""
-    fields = schema["properties"]
-    if "model" in fields:
-        fields["model"] = {"enum": [serving.model, None]}
-    most = serving.settings.max_tokens
+    fields["model"] = {"enum": [state.model, None]}
+    most = state.settings.max_tokens
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if name in fields and most is not None:
             for kind in (fields[name], *fields[name].get("anyOf", ())):
@@ -190,54 +192,13 @@ def _as_set_up(schema: Document, serving: Serving) -> None:
 
 
 def _refused(one: Operation, token: bool) -> set[int]:
-    statuses = {*_ALWAYS, *one.refuses}
-    if token:
-        statuses.add(401)
-    if one.takes is not None:
-        statuses |= _WITH_BODY.keys()
-        if "model" in one.takes.model_fields:
-            statuses.add(404)
-    return statuses
-
-
-def _refusal(status: int, schemas: dict[Any, Document]) -> Document:
-    return {
-        "description": _WHY[status],
-        **({"headers": _HEADERS[status]} if status in _HEADERS else {}),
-        "content": {JSON: {"schema": schemas[ErrorBody]}},
-    }
-
-
-def _parameters(path: str, model: str) -> Document:
-    names = re.findall(r"{(\w+)}", path)
-    example = {"example": model} if path.startswith("/v1/models/") else {}
-    made = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, **example}
-        for name in names
-    ]
-    return {"parameters": made} if made else {}
-
-
-def _body(one: Operation, schemas: dict[Any, Document]) -> Document:
-    if one.takes is None:
-        return {}
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": schemas[one.takes]}}}}
-
-
-def _gives(one: Operation, schemas: dict[Any, Document]) -> Document:
-    return {
-        kind: {"schema": _event(one, schemas[shape]) if kind == EVENTS else schemas[shape]}
-        for kind, shape in one.gives.items()
-    }
+    with_body = {404, *_WITH_BODY} if one.takes is not None else set()  # 404: another model's name
+    return {*_ALWAYS, *one.refuses, *with_body, *((401,) if token else ())}
 
 
 def _event(one: Operation, shape: Document) -> Document:
     """One event of a stream."""
-    data: Document = {
-        "type": "string",
-        "contentMediaType": JSON,
-        "contentSchema": shape,
-    }
+    data: Document = {"type": "string", "contentMediaType": JSON, "contentSchema": shape}
     if one.ends is not None:
         data = {"anyOf": [data, {"const": one.ends}]}
     return {

@@ -6,13 +6,14 @@ and nothing else, in nobody's frame, and asks each time whether a file has chang
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_onevision.plugins.hosts.http.operations import Endpoint, Serving
+from mlx_onevision.plugins.hosts.http.operations import AppState, Handler
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 FILES = Path(__file__).with_name("static")
@@ -49,41 +50,36 @@ HEADERS = {
 }
 
 
-def paths() -> frozenset[str]:
+@dataclass(frozen=True)
+class File:
+    data: bytes
+    kind: str
+    tag: str  # changes with the data
+
+
+def read_files(settings: ServerSettings) -> dict[str, File]:
     """Every path that is answered; nothing else that is asked for is ever looked for as a file."""
-    return frozenset(_path(file) for file in _files())
+    files: dict[str, File] = {}
+    for file in sorted(FILES.iterdir()):
+        if file.suffix in KINDS:
+            data, path = file.read_bytes(), f"/page/{file.name}"
+            if file.name == INDEX:
+                # The page says what is too large before it sends it.
+                data, path = data.replace(b"$BODY_LIMIT", str(settings.body).encode()), "/"
+            tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+            files[path] = File(data, KINDS[file.suffix], tag)
+    return files
 
 
-def _path(file: Path) -> str:
-    return "/" if file.name == INDEX else f"/page/{file.name}"
+def handler(files: Mapping[str, File]) -> Handler:
+    """Answers any of ``files``."""
 
-
-def _files() -> Iterator[Path]:
-    return (file for file in FILES.iterdir() if file.suffix in KINDS)
-
-
-def endpoint(serving: Serving) -> Endpoint:
-    """Answers any of :func:`paths`."""
-    sent = {_path(file): _read(file, serving.settings) for file in _files()}
-
-    async def page(request: Request) -> Response:
-        data, kind, tag = sent[request.scope["path"]]
-        headers = {**HEADERS, "ETag": tag}
-        if tag in _tags(request.headers.get("if-none-match", "")):
+    async def answer(_: AppState, request: Request) -> Response:
+        file = files[request.scope["path"]]
+        headers = {**HEADERS, "ETag": file.tag}
+        known = request.headers.get("if-none-match", "").split(",")
+        if file.tag in {tag.strip().removeprefix("W/") for tag in known}:
             return Response(status_code=304, headers=headers)
-        return Response(data, headers=headers, media_type=kind)
+        return Response(file.data, headers=headers, media_type=file.kind)
 
-    return page
-
-
-def _read(file: Path, settings: ServerSettings) -> tuple[bytes, str, str]:
-    """What is sent: the bytes, their type, and a mark that changes with them."""
-    data = file.read_bytes()
-    if file.name == INDEX:
-        # The page says what is too large before it sends it.
-        data = data.replace(b"$BODY_LIMIT", str(settings.body).encode())
-    return data, KINDS[file.suffix], f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-
-
-def _tags(header: str) -> set[str]:
-    return {tag.strip().removeprefix("W/") for tag in header.split(",")}
+    return answer

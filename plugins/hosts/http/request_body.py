@@ -1,4 +1,4 @@
-"""A request's JSON, read within bounds."""
+"""A request's JSON, read within bounds and checked against the fields that its route takes."""
 
 import asyncio
 import json
@@ -6,14 +6,15 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
-from mlx_onevision.plugins.hosts.http import middleware
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
+from mlx_onevision.plugins.hosts.http.middleware import admit
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
@@ -31,7 +32,7 @@ EXACT = 2**53  # up to here a float holds every whole number
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class Reader:
+class BodyReader:
     """Reads the bodies of a server's requests, and knows how much of them it holds together."""
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -44,15 +45,15 @@ class Reader:
         """The body, as ``kind``.
 
         Raises:
-            HTTPFault: 415, 413, 408, 429, and 400 with the field's name.
-            PluginError: ``busy``, when there is no place for the request.
+            HTTPError: 415, 413, 408, 429, and 400 with the field's name.
+            PluginError: ``busy``, when too many requests are under way.
             ClientDisconnect: when nobody is there any more.
         """
         _check_head(request, self._settings)
         data = bytearray()
         try:
             await self._fill(data, request)
-            middleware.take(request)
+            admit(request)
             parse = partial(_parsed, data, kind, self._settings)
             if len(data) <= SMALL:
                 return parse()
@@ -64,14 +65,13 @@ class Reader:
         more = True
         while more:
             try:
-                message = await asyncio.wait_for(request.receive(), self._settings.patience)
+                message = await asyncio.wait_for(request.receive(), self._settings.header_timeout)
             except TimeoutError:
                 raise HTTPError(408, "the body did not come; send it again") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            piece = message.get("body", b"")
-            data += piece
-            self._held += len(piece)
+            data += message.get("body", b"")
+            self._held += len(message.get("body", b""))
             if len(data) > self._settings.body:
                 raise _too_much(self._settings)
             if self._held > self._settings.bodies:
@@ -106,17 +106,16 @@ def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wa
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = _field(first, values)
-        said = _said(first)
-        message = redact_paths(f"{where}: {said}" if where else said)
-        raise HTTPError(400, message, param=where or None) from None
+        field, sentence = _field(first, values), _sentence(first)
+        message = redact_paths(f"{field}: {sentence}" if field else sentence)
+        raise HTTPError(400, message, param=field or None) from None
 
 
 def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     """A JSON object. NaN, deep nesting, very many values and what is no text are refused.
 
     Raises:
-        HTTPFault: 400.
+        HTTPError: 400.
     """
     # Before it is parsed: every value costs far more memory than its characters.
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
@@ -141,12 +140,9 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
 def _check_depth(values: Any, settings: ServerSettings) -> None:
     level = [values]
     for _ in range(settings.depth):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, dict | list)
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
+        dicts = (value.values() for value in level if isinstance(value, dict))
+        lists = (value for value in level if isinstance(value, list))
+        level = list(chain.from_iterable(chain(dicts, lists)))
         if not level:
             return
     raise _too_deep(settings)
@@ -168,7 +164,7 @@ def _number(text: str) -> float:
     return int(value) if value.is_integer() and abs(value) <= EXACT else value
 
 
-def _said(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails) -> str:
     """What is wrong, in one sentence without a full stop."""
     context = error.get("ctx", {})
     if error["type"] == "union_tag_invalid":
@@ -178,8 +174,8 @@ def _said(error: ErrorDetails) -> str:
         return "field required"
     if error["type"] in _KINDS:
         return f"it has to be {_KINDS[error['type']]}"
-    said = error["msg"].removeprefix("Value error, ").removesuffix(".")
-    return said[:1].lower() + said[1:]
+    sentence = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    return sentence[:1].lower() + sentence[1:]
 
 
 def _field(error: ErrorDetails, values: Any) -> str:

@@ -1,4 +1,4 @@
-"""``POST /v1/responses``, without a memory: what was said before comes with every request."""
+"""``POST /v1/responses``, without a memory: the whole conversation comes with every request."""
 
 import time
 import uuid
@@ -6,45 +6,47 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.results import (
-    DoneEvent,
-    ErrorEvent,
-    Event,
-    GenerateResult,
-    ProgressEvent,
-    TextEvent,
-    TokenLogprob,
-    Usage,
-)
-from mlx_onevision.plugins.hosts.http import conversion as conversation
+from mlx_onevision.plugins.contract.requests import GenerateRequest, Message
+from mlx_onevision.plugins.hosts.http import response_types as types
 from mlx_onevision.plugins.hosts.http import streaming
-from mlx_onevision.plugins.hosts.http.errors import as_fault
-from mlx_onevision.plugins.hosts.http.operations import (
-    EVENTS,
-    JSON,
-    Endpoint,
-    Operation,
-    Serving,
-    check_able,
-)
-from mlx_onevision.plugins.hosts.http.response_types import (
-    InItem,
-    MessageStatus,
-    OutputMessage,
-    OutputText,
-    ResponseEvent,
-    ResponseObject,
-    ResponseUsage,
-    WholeType,
-    chosen,
-    took,
-)
-from mlx_onevision.plugins.hosts.http.schemas import ResponsesRequest
+from mlx_onevision.plugins.hosts.http.content import schema_text
+from mlx_onevision.plugins.hosts.http.errors import to_http_error
+from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.schemas import LOGPROBS, MediaOptions, ResponsesRequest
 
-# A response, at any point of its making, as ``/v1/responses`` says it.
+
+async def respond(state: AppState, request: Request) -> Response:
+    asked = await state.reader.read(request, ResponsesRequest)
+    state.check_model(asked.model)
+    most, logprobs = asked.max_output_tokens, LOGPROBS in (asked.include or ())
+    wanted = GenerateRequest(
+        messages=_messages(asked),
+        max_tokens=state.settings.default_max_tokens if most is None else most,
+        logprobs=(asked.top_logprobs or 0) if logprobs or asked.top_logprobs else None,
+        json_schema=schema_text(asked.text.format if asked.text else None),
+        **{name: getattr(asked, name) for name in MediaOptions.model_fields},
+    )
+    named = "include" if asked.top_logprobs is None else "top_logprobs"
+    await state.check_capabilities(wanted, logprobs=named, json_schema="text")
+    return await streaming.generate(
+        state, request, wanted, Answer(asked, state.model), asked.stream
+    )
+
+
+def _messages(asked: ResponsesRequest) -> list[Message]:
+    """The model knows one system message: what there is besides instructions goes into it."""
+    messages = [item.to_contract() for item in asked.input]
+    if asked.instructions is not None:
+        system = asked.instructions
+        if messages[0].role == "system":
+            parts = messages.pop(0).parts
+            system = f"{system}\n\n{''.join(part for part in parts if isinstance(part, str))}"
+        messages.insert(0, Message("system", system))
+    return messages
 
 
 class Answer:
@@ -53,9 +55,15 @@ class Answer:
     def __init__(self, asked: ResponsesRequest, model: str) -> None:
         self._asked, self._model = asked, model
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
-        self.item_id = f"msg_{uuid.uuid4().hex}"
+        self._place: types.InItem = {
+            "item_id": f"msg_{uuid.uuid4().hex}",
+            "output_index": 0,
+            "content_index": 0,
+        }
+        self._text, self._number = "", -1
+        self._announced = self._begun = False
 
-    def begun(self) -> ResponseObject:
+    def _body(self) -> types.ResponseObject:
         """Before there is anything of it."""
         asked = self._asked
         form: dict[str, Any] = {"type": "text"}
@@ -88,50 +96,123 @@ class Answer:
             "usage": None,
         }
 
-    def done(self, found: GenerateResult) -> ResponseObject:
-        body = self.begun()
-        body["output"] = [self.message(found)]
+    def whole(self, found: results.GenerateResult) -> types.ResponseObject:
+        body, cut = self._body(), found.finish_reason == "length"
+        part = _part(found.text, found.logprobs or ())
+        body["output"] = [self._item("incomplete" if cut else "completed", [part])]
         body["usage"] = _usage(found.usage)
-        if found.finish_reason == "length":
-            body["status"] = "incomplete"
+        body["status"] = "incomplete" if cut else "completed"
+        if cut:
             body["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
-            body["status"] = "completed"
             body["completed_at"] = int(time.time())
         if found.notes:
             body["notes"] = list(found.notes)
         return body
 
-    def failed(self, error: PluginError, said: str | None) -> ResponseObject:
-        """said : what there was of the text; None before it began."""
-        body = self.begun()
-        fault = as_fault(error)
-        code = "server_error" if fault.status >= 500 else "invalid_prompt"
-        body["status"], body["error"] = "failed", {"code": code, "message": fault.message}
-        if said is not None:
-            body["output"] = [self.item("incomplete", [text_part(said)])]
+    def _failed(self, error: PluginError) -> types.ResponseObject:
+        body, found = self._body(), to_http_error(error)
+        code = "server_error" if found.status >= 500 else "invalid_prompt"
+        body["status"], body["error"] = "failed", {"code": code, "message": found.message}
+        if self._begun:
+            body["output"] = [self._item("incomplete", [_part(self._text)])]
         return body
 
-    def message(self, found: GenerateResult) -> OutputMessage:
-        part = text_part(found.text, found.logprobs or ())
-        return self.item("incomplete" if found.finish_reason == "length" else "completed", [part])
-
-    def item(self, status: MessageStatus, content: list[OutputText]) -> OutputMessage:
+    def _item(
+        self, status: types.MessageStatus, content: list[types.OutputText]
+    ) -> types.OutputMessage:
         return {
             "type": "message",
-            "id": self.item_id,
+            "id": self._place["item_id"],
             "role": "assistant",
             "status": status,
             "content": content,
         }
 
+    def events(self, event: results.Event) -> Iterator[bytes]:
+        for made in self._made(event):
+            yield streaming.line(made, made["type"])
 
-def text_part(text: str, logprobs: Sequence[TokenLogprob] = ()) -> OutputText:
-    tokens = [chosen(token) for token in logprobs]
+    def _made(self, event: results.Event) -> Iterator[types.ResponseEvent]:
+        if not self._announced and not isinstance(event, results.ProgressEvent):
+            # No earlier: until something is sent, an error has a status of its own.
+            self._announced = True
+            yield self._state("response.created", self._body())
+            yield self._state("response.in_progress", self._body())
+        if isinstance(event, results.TextEvent):
+            yield from self._begin()
+            self._text += event.delta
+            yield {
+                "type": "response.output_text.delta",
+                "sequence_number": self._next(),
+                **self._place,
+                "delta": event.delta,
+                "logprobs": [types.chosen(token) for token in event.logprobs],
+            }
+        elif isinstance(event, results.DoneEvent):
+            assert isinstance(event.result, results.GenerateResult)
+            yield from self._begin()
+            yield from self._end(event.result)
+        elif isinstance(event, results.ErrorEvent):
+            yield self._state("response.failed", self._failed(event.error))
+
+    def _begin(self) -> Iterator[types.ResponseEvent]:
+        if self._begun:
+            return
+        self._begun = True
+        yield {
+            "type": "response.output_item.added",
+            "sequence_number": self._next(),
+            "output_index": 0,
+            "item": self._item("in_progress", []),
+        }
+        yield {
+            "type": "response.content_part.added",
+            "sequence_number": self._next(),
+            **self._place,
+            "part": _part(""),
+        }
+
+    def _end(self, found: results.GenerateResult) -> Iterator[types.ResponseEvent]:
+        body = self.whole(found)
+        (message,) = body["output"]
+        (part,) = message["content"]
+        yield {
+            "type": "response.output_text.done",
+            "sequence_number": self._next(),
+            **self._place,
+            "text": part["text"],
+            "logprobs": part["logprobs"],
+        }
+        yield {
+            "type": "response.content_part.done",
+            "sequence_number": self._next(),
+            **self._place,
+            "part": part,
+        }
+        yield {
+            "type": "response.output_item.done",
+            "sequence_number": self._next(),
+            "output_index": 0,
+            "item": message,
+        }
+        cut = found.finish_reason == "length"
+        yield self._state("response.incomplete" if cut else "response.completed", body)
+
+    def _state(self, kind: types.WholeType, body: types.ResponseObject) -> types.ResponseEvent:
+        return {"type": kind, "sequence_number": self._next(), "response": body}
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number
+
+
+def _part(text: str, logprobs: Sequence[results.TokenLogprob] = ()) -> types.OutputText:
+    tokens = [types.chosen(token) for token in logprobs]
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": tokens}
 
 
-def _usage(usage: Usage) -> ResponseUsage:
+def _usage(usage: results.Usage) -> types.ResponseUsage:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {
@@ -142,127 +223,17 @@ def _usage(usage: Usage) -> ResponseUsage:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "seconds": took(usage),
+        "seconds": types.took(usage),
         "peak_memory_bytes": usage.peak_memory_bytes,
     }
-
-
-def endpoint(serving: Serving) -> Endpoint:
-    async def respond(request: Request) -> Response:
-        asked = await serving.reader.read(request, ResponsesRequest)
-        conversation.check_model(asked.model, serving.model)
-        wanted = conversation.response_question(asked, serving.settings.unsaid)
-        named = "include" if asked.top_logprobs is None else "top_logprobs"
-        await check_able(serving, wanted, logprobs=named, json_schema="text")
-        answer = Answer(asked, serving.model)
-        stream = serving.backend.generate(wanted)
-        if asked.stream:
-            events = Events(answer, serving)
-            return streaming.SentEvents(stream, events.of, serving.settings.silence)
-        found = await streaming.result(stream, request.receive)
-        serving.metrics.usage(found.usage)
-        return JSONResponse(answer.done(found))
-
-    return respond
-
-
-class Events:
-    """The contract's events as those of a response's stream."""
-
-    def __init__(self, answer: Answer, serving: Serving) -> None:
-        self._answer, self._serving = answer, serving
-        self._number = -1
-        self._said = ""
-        self._created = self._begun = False
-        self._item: InItem = {"item_id": answer.item_id, "output_index": 0, "content_index": 0}
-
-    def of(self, event: Event) -> Iterator[bytes]:
-        """What is sent for an event; for most, nothing."""
-        for made in self._made(event):
-            yield streaming.line(made, made["type"])
-
-    def _made(self, event: Event) -> Iterator[ResponseEvent]:
-        if not self._created and not isinstance(event, ProgressEvent):
-            # No earlier: until something is sent, an error has a status of its own.
-            self._created = True
-            yield self._whole("response.created", self._answer.begun())
-            yield self._whole("response.in_progress", self._answer.begun())
-        if isinstance(event, TextEvent):
-            yield from self._begin()
-            self._said += event.delta
-            yield {
-                "type": "response.output_text.delta",
-                "sequence_number": self._next(),
-                **self._item,
-                "delta": event.delta,
-                "logprobs": [chosen(token) for token in event.logprobs],
-            }
-        elif isinstance(event, DoneEvent):
-            assert isinstance(event.result, GenerateResult)
-            self._serving.metrics.usage(event.result.usage)
-            yield from self._begin()
-            yield from self._end(event.result)
-        elif isinstance(event, ErrorEvent):
-            said = self._said if self._begun else None
-            yield self._whole("response.failed", self._answer.failed(event.error, said))
-
-    def _begin(self) -> Iterator[ResponseEvent]:
-        if self._begun:
-            return
-        self._begun = True
-        yield {
-            "type": "response.output_item.added",
-            "sequence_number": self._next(),
-            "output_index": 0,
-            "item": self._answer.item("in_progress", []),
-        }
-        yield {
-            "type": "response.content_part.added",
-            "sequence_number": self._next(),
-            **self._item,
-            "part": text_part(""),
-        }
-
-    def _end(self, found: GenerateResult) -> Iterator[ResponseEvent]:
-        body = self._answer.done(found)
-        (message,) = body["output"]
-        (part,) = message["content"]
-        yield {
-            "type": "response.output_text.done",
-            "sequence_number": self._next(),
-            **self._item,
-            "text": part["text"],
-            "logprobs": part["logprobs"],
-        }
-        yield {
-            "type": "response.content_part.done",
-            "sequence_number": self._next(),
-            **self._item,
-            "part": part,
-        }
-        yield {
-            "type": "response.output_item.done",
-            "sequence_number": self._next(),
-            "output_index": 0,
-            "item": message,
-        }
-        cut = found.finish_reason == "length"
-        yield self._whole("response.incomplete" if cut else "response.completed", body)
-
-    def _whole(self, kind: WholeType, body: ResponseObject) -> ResponseEvent:
-        return {"type": kind, "sequence_number": self._next(), "response": body}
-
-    def _next(self) -> int:
-        self._number += 1
-        return self._number
 
 
 OPERATION = Operation(
     "POST",
     "/v1/responses",
-    endpoint,
+    respond,
     name="createResponse",
     summary="An answer to everything that was said; nothing of it is kept",
     takes=ResponsesRequest,
-    gives={JSON: ResponseObject, EVENTS: ResponseEvent},
+    gives={JSON: types.ResponseObject, EVENTS: types.ResponseEvent},
 )

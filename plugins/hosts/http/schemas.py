@@ -10,31 +10,15 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validat
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from mlx_onevision.plugins.contract.requests import (
-    LONGEST_TIMEOUT,
-    EmbeddingSpace,
-    Order,
-    Tiling,
-)
-from mlx_onevision.plugins.hosts.http.content import (
-    AnyItem,
-    AssistantTurn,
-    ChatFormat,
-    FlatFormat,
-    Strict,
-    SystemTurn,
-    Turn,
-    UserTurn,
-    Where,
-)
+from mlx_onevision.plugins.contract import requests
+from mlx_onevision.plugins.hosts.http import content
+from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.sampling.ranges import RANGES
-
-# Fields that several routes have, strictly typed, and how fields are refused.
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Second = Annotated[float, Field(ge=0)]
-Timeout = Annotated[float, Field(gt=0, le=LONGEST_TIMEOUT)]
+Timeout = Annotated[float, Field(gt=0, le=requests.LONGEST_TIMEOUT)]
 
 
 def _within(name: str) -> Any:
@@ -55,34 +39,39 @@ class Sampling(Strict):
     seed: Annotated[int, _within("seed")] | None = None
 
 
-class Looking(Sampling):
-    """Which frames of a video are looked at, and how pictures are; this server's own."""
+class MediaOptions(Sampling):
+    """Which frames of a video are sampled, and how images are tiled; this server's own."""
 
     num_frames: AtLeastOne | None = None
     fps: Seconds | None = None
     start: Second | None = None
     end: Seconds | None = None
-    tiling: Tiling = "auto"
-    order: Order = "template"
+    tiling: requests.Tiling = "auto"
+    order: requests.Order = "template"
     timeout: Timeout | None = None
 
 
-Neutral = dict[str, tuple[Any, ...]]
+Defaults = dict[str, tuple[Any, ...]]
 
 
-class Refusing(Strict):
-    """Fields that change what an answer is, and the values with which they do not."""
+class RejectUnsupported(Strict):
+    """Refuses fields that would change what an answer is, but for the values with which they do
+    not.
 
-    neutral: ClassVar[Neutral] = {}
-    ways_out: ClassVar[dict[str, str]] = {}
+    accepted_defaults : these fields and values. hints : the sentence of a refusal, where it is not
+        the usual one.
+    """
+
+    accepted_defaults: ClassVar[Defaults] = {}
+    hints: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
-        for name, allowed in cls.neutral.items() if isinstance(values, dict) else ():
+        for name, allowed in cls.accepted_defaults.items() if isinstance(values, dict) else ():
             value = values.get(name)
             if value is not None and not any(_same(value, one) for one in allowed):
-                raise ValueError(cls.ways_out.get(name, f"{name} is not supported; leave it out"))
+                raise ValueError(cls.hints.get(name, f"{name} is not supported; leave it out"))
         return values
 
     @classmethod
@@ -91,7 +80,7 @@ class Refusing(Strict):
     ) -> JsonSchemaValue:
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema).setdefault("properties", {})
-        for name, allowed in cls.neutral.items():
+        for name, allowed in cls.accepted_defaults.items():
             properties[name] = {"enum": [None, *allowed], "description": "Not supported."}
         return schema
 
@@ -101,13 +90,10 @@ def _same(value: Any, allowed: Any) -> bool:
     return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
 
 
-STOPS = 16
-ITEMS = 256
-LONGEST_STOP = 1000  # characters
+STOPS, LONGEST_STOP = 16, 1000  # strings, characters of one
+ITEMS = 256  # of one request for embeddings
 PAIRS = 16  # of metadata, as OpenAI's
-
-LOGPROBS = "message.output_text.logprobs"
-"""What ``include`` has to hold for them."""
+LOGPROBS = "message.output_text.logprobs"  # what ``include`` has to hold for them
 
 
 def _as_list(value: Any) -> Any:
@@ -122,16 +108,14 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class ChatRequest(Refusing, Looking):
+_EXAMPLE = [{"role": "user", "content": "What is in the image?"}]
+
+
+class ChatRequest(RejectUnsupported, MediaOptions):
     """``POST /v1/chat/completions``"""
 
     messages: Annotated[
-        list[Turn],
-        Field(
-            min_length=1,
-            fail_fast=True,
-            examples=[[{"role": "user", "content": "What is in the image?"}]],
-        ),
+        list[content.AnyTurn], Field(min_length=1, fail_fast=True, examples=[_EXAMPLE])
     ]
     model: str | None = None
     max_tokens: AtLeastOne | None = None
@@ -141,11 +125,11 @@ class ChatRequest(Refusing, Looking):
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ChatFormat | None = None
+    response_format: content.ChatFormat | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 
-    neutral: ClassVar[Neutral] = {
+    accepted_defaults: ClassVar[Defaults] = {
         "n": (1,),
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
@@ -160,7 +144,7 @@ class ChatRequest(Refusing, Looking):
         "moderation": (),
         "store": (False,),
     }
-    ways_out: ClassVar[dict[str, str]] = {"n": "n must be 1; ask again for another answer"}
+    hints: ClassVar[dict[str, str]] = {"n": "n must be 1; ask again for another answer"}
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -172,15 +156,15 @@ class ChatRequest(Refusing, Looking):
         return self
 
 
-class SystemItem(SystemTurn):
+class SystemItem(content.SystemTurn):
     type: Literal["message"] = "message"
 
 
-class UserItem(UserTurn):
+class UserItem(content.UserTurn):
     type: Literal["message"] = "message"
 
 
-class AssistantItem(AssistantTurn):
+class AssistantItem(content.AssistantTurn):
     type: Literal["message"] = "message"
 
 
@@ -206,11 +190,14 @@ def _few(pairs: Any) -> Any:
     return pairs
 
 
+Pairs = Annotated[dict[str, str], Field(max_length=PAIRS), BeforeValidator(_few)]
+
+
 class TextConfig(Strict):
-    format: FlatFormat | None = None
+    format: content.FlatFormat | None = None
 
 
-class ResponsesRequest(Refusing, Looking):
+class ResponsesRequest(RejectUnsupported, MediaOptions):
     """``POST /v1/responses``"""
 
     input: Annotated[
@@ -225,11 +212,9 @@ class ResponsesRequest(Refusing, Looking):
     include: Annotated[list[str], Field(fail_fast=True)] | None = None
     top_logprobs: TopLogprobs | None = None
     stream: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=PAIRS), BeforeValidator(_few)] | None = (
-        None
-    )
+    metadata: Pairs | None = None
 
-    neutral: ClassVar[Neutral] = {
+    accepted_defaults: ClassVar[Defaults] = {
         "store": (False,),
         "previous_response_id": (),
         "conversation": (),
@@ -241,7 +226,7 @@ class ResponsesRequest(Refusing, Looking):
         "context_management": ([],),
         "moderation": (),
     }
-    ways_out: ClassVar[dict[str, str]] = {
+    hints: ClassVar[dict[str, str]] = {
         "store": "nothing is stored here; leave store out, or set it to false",
         "previous_response_id": "nothing is kept from one request to the next; send all messages",
         "conversation": "nothing is kept from one request to the next; send all messages",
@@ -252,9 +237,7 @@ class ResponsesRequest(Refusing, Looking):
 def _as_items(value: Any) -> Any:
     """One item or several, texts written out as parts."""
     items = [value] if isinstance(value, str | dict) else value
-    if not isinstance(items, list):
-        return items
-    return [_as_item(item) for item in items]
+    return [_as_item(item) for item in items] if isinstance(items, list) else items
 
 
 def _as_item(item: Any) -> Any:
@@ -268,33 +251,32 @@ def _as_item(item: Any) -> Any:
     return {"type": "text", "text": item}
 
 
-Bounds = Field(min_length=1, max_length=ITEMS)
+_Given = str | content.AnyItem
+_Bounds = Field(min_length=1, max_length=ITEMS)
+_Inputs = _Given | Annotated[list[_Given], _Bounds]
 
 
 class EmbeddingsRequest(Strict):
     """``POST /v1/embeddings``; groups, and space to timeout, are this server's own."""
 
     input: Annotated[
-        list[AnyItem],
+        list[content.AnyItem],
         Field(min_length=1, max_length=ITEMS, examples=[["a red circle"]]),
-        BeforeValidator(
-            _as_items,
-            json_schema_input_type=str | AnyItem | Annotated[list[str | AnyItem], Bounds],
-        ),
+        BeforeValidator(_as_items, json_schema_input_type=_Inputs),
     ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: AtLeastOne | None = None
-    space: EmbeddingSpace = "joint"
+    space: requests.EmbeddingSpace = "joint"
     normalize: bool = True
-    tiling: Tiling = "auto"
+    tiling: requests.Tiling = "auto"
     timeout: Timeout | None = None
 
 
 class VideoRequest(Sampling):
     """``POST /v1/video/describe``; the fields are the contract's."""
 
-    video: Where
+    video: content.Where
     model: str | None = None
     segments: Literal["scenes"] | Seconds = "scenes"
     start: Second | None = None

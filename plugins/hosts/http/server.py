@@ -1,4 +1,4 @@
-"""The server itself: its socket, its token, its end."""
+"""The server itself: its socket and connections, its token, its end."""
 
 import asyncio
 import gc
@@ -23,70 +23,7 @@ from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 
-# Connections: what is written goes out at once, and those on which nothing comes are closed.
-
-CLOSING = {"Connection": "close"}
-
-
-def patient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, that waits so long for a request's head, on a new connection and on one
-    that is used again. Without it, whoever opens connections and says nothing keeps them.
-    """
-
-    class Patient(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            # asyncio does so only where the listening socket was made with the protocol's number. A
-            # token would otherwise wait for the client's word that it has the one before: 40 ms.
-            connection = transport.get_extra_info("socket")
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._timer = self.loop.call_later(seconds, self._give_up)
-
-        def data_received(self, data: bytes) -> None:
-            if self._timer is None and not self._asked():
-                self._timer = self.loop.call_later(seconds, self._give_up)
-            super().data_received(data)
-            if self._asked():
-                self._stop()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
-            super().connection_lost(exc)
-
-        def send_400_response(self, msg: str) -> None:
-            """In the form that every refusal has, where there is still a place for an answer."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                answer = HTTPError(400, "this is not HTTP as it has to be").response(CLOSING)
-                head = h11.Response(
-                    status_code=400, headers=answer.raw_headers, reason=b"Bad Request"
-                )
-                for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
-                    self.transport.write(self.conn.send(event) or b"")
-            if self._asked():  # whoever waits for the rest of the body need not
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            self.transport.close()
-
-        def _asked(self) -> bool:
-            """Whether a request is here, whose body and answer have their own limits."""
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _stop(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _give_up(self) -> None:
-            self._timer = None
-            if not self._asked():
-                self.transport.close()
-
-    return Patient
-
-
-GRACE_SECONDS = 2  # that answers under way have, when the server is told to stop
+GRACE_SECONDS = 2  # that answers under way have, when the server is to stop
 CLOSING_SECONDS = 1.5  # that the model has then, which may be in the midst of something long
 SWITCH_SECONDS = 0.0005  # that a thread has the interpreter, when others want it
 BACKLOG = 256
@@ -126,7 +63,7 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=patient(settings.patience),
+            http=timeout_protocol(settings.header_timeout),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -140,9 +77,9 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._healthy, self._end = healthy, end
         self.failed = False
-        """Whether it ended for its health."""
+        """Whether it ended because it was not healthy."""
         self.signal: int | None = None
-        """What it was told to end with."""
+        """The one that ended it."""
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0 and not self._healthy():
@@ -151,7 +88,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, but those who still wait for an answer are told that it does not come."""
+        """As uvicorn's, but requests that are still waiting end with an error."""
         loop = asyncio.get_running_loop()
         ending = loop.call_later(GRACE_SECONDS, self._end)
         await super().shutdown(sockets)
@@ -177,13 +114,73 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def steady() -> None:
+def timeout_protocol(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, that waits so long for a request's head, on a new connection and on one
+    that is used again. Without it, whoever opens connections and sends nothing keeps them.
+    """
+
+    class TimeoutProtocol(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            # asyncio does so only where the listening socket was made with the protocol's number. A
+            # token would otherwise wait for the acknowledgement of the one before: 40 ms.
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._timer = self.loop.call_later(seconds, self._time_out)
+
+        def data_received(self, data: bytes) -> None:
+            if self._timer is None and not self._in_request():
+                self._timer = self.loop.call_later(seconds, self._time_out)
+            super().data_received(data)
+            if self._in_request():
+                self._cancel_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel_timer()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """In the form that every refusal has, where there is still a place for an answer."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                answer = HTTPError(400, "this is not HTTP as it has to be").response(
+                    {"Connection": "close"}
+                )
+                head = h11.Response(
+                    status_code=400, headers=answer.raw_headers, reason=b"Bad Request"
+                )
+                for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
+            if self._in_request():  # whoever waits for the rest of the body need not
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
+
+        def _in_request(self) -> bool:
+            """Whether a request is here, whose body and answer have their own limits."""
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _cancel_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _time_out(self) -> None:
+            self._timer = None
+            if not self._in_request():
+                self.transport.close()
+
+    return TimeoutProtocol
+
+
+def tune_interpreter() -> None:
     """Sees to it that the thread that speaks to all clients is never held up for long.
 
     Call it when everything has been imported. It concerns the whole process, so it is for a program
     that is nothing but a server.
     """
-    # It waits for as long as this, again and again, while others prepare pictures; Python's own
+    # It waits for as long as this, again and again, while others prepare images; Python's own
     # 5 ms add up to half a second in a crowd.
     sys.setswitchinterval(SWITCH_SECONDS)
     # Modules are never garbage, but looking through all of their objects for it stops every thread

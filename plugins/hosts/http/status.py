@@ -8,15 +8,14 @@ from typing_extensions import TypedDict
 
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.results import ModelInfo
-from mlx_onevision.plugins.hosts.http import conversion as conversation
-from mlx_onevision.plugins.hosts.http.errors import error_body
-from mlx_onevision.plugins.hosts.http.middleware import TEXT as PROMETHEUS
-from mlx_onevision.plugins.hosts.http.openapi import Beside
-from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, Endpoint, Operation, Serving
+from mlx_onevision.plugins.hosts.http.errors import to_http_error
+from mlx_onevision.plugins.hosts.http.middleware import Metrics
+from mlx_onevision.plugins.hosts.http.openapi import WithKeys
+from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, AppState, Operation
 
 Known = Annotated[
     ModelInfo,
-    Beside(
+    WithKeys(
         {
             "object": {"const": "model"},
             "created": {"type": "integer"},
@@ -44,48 +43,38 @@ DEAD = PluginError(
 )
 
 
-def health(serving: Serving) -> Endpoint:
-    async def answer(_: Request) -> Response:
-        info = await serving.blocking(serving.backend.info)
-        busy = {"loaded": info.loaded, "active": info.active, "waiting": info.waiting}
-        if info.healthy:
-            return JSONResponse({"status": "ok", **busy})
-        return JSONResponse({"status": "failed", **busy, **error_body(DEAD)}, 503)
-
-    return answer
+async def health(state: AppState, _: Request) -> Response:
+    info = await state.blocking(state.backend.info)
+    busy = {"loaded": info.loaded, "active": info.active, "waiting": info.waiting}
+    if info.healthy:
+        return JSONResponse({"status": "ok", **busy})
+    return JSONResponse({"status": "failed", **busy, **to_http_error(DEAD).body}, 503)
 
 
-def models(serving: Serving) -> Endpoint:
-    async def answer(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [await _model(serving)]})
-
-    return answer
+async def models(state: AppState, _: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [await _model(state)]})
 
 
-def model(serving: Serving) -> Endpoint:
-    async def answer(request: Request) -> Response:
-        conversation.check_model(request.path_params["name"], serving.model)
-        return JSONResponse(await _model(serving))
-
-    return answer
+async def model(state: AppState, request: Request) -> Response:
+    state.check_model(request.path_params["name"])
+    return JSONResponse(await _model(state))
 
 
-def metrics(serving: Serving) -> Endpoint:
-    async def answer(_: Request) -> Response:
-        info = await serving.blocking(serving.backend.info)
-        return PlainTextResponse(serving.metrics.text(info), headers={"Content-Type": PROMETHEUS})
+async def metrics(state: AppState, _: Request) -> Response:
+    info = await state.blocking(state.backend.info)
+    return PlainTextResponse(
+        state.metrics.text(info), headers={"Content-Type": Metrics.CONTENT_TYPE}
+    )
 
-    return answer
 
-
-async def _model(serving: Serving) -> dict[str, Any]:
+async def _model(state: AppState) -> dict[str, Any]:
     """As OpenAI's; beside it all that the contract says of a model."""
-    info = await serving.blocking(serving.backend.info)
+    info = await state.blocking(state.backend.info)
     return {
         **info.to_dict(),
-        "id": serving.model,
+        "id": state.model,
         "object": "model",
-        "created": serving.created,
+        "created": state.created,
         "owned_by": "mlx-onevision",
         "root": info.id,  # as vLLM says what it is, whatever name it is served under
     }

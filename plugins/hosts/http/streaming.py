@@ -2,23 +2,26 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
-from mlx_onevision.plugins.contract.results import ErrorEvent, Event, ProgressEvent, Result
+from mlx_onevision.plugins.contract import results
+from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.contract.streams import EventStream
-from mlx_onevision.plugins.hosts.http.errors import refusal
+from mlx_onevision.plugins.hosts.http.errors import to_http_error
+from mlx_onevision.plugins.hosts.http.operations import EVENTS, AppState
 
-Wanted = TypeVar("Wanted", bound=Result)
+Wanted = TypeVar("Wanted", bound=results.Result)
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 KEEP_ALIVE = b": keep-alive\n\n"
 
-# Until one of other stages, an error can still be told by the status.
+# Until an event of another stage, an error can still set the status.
 _EARLY = ("queued", "loading", "preparing")
 
 
@@ -26,6 +29,44 @@ def line(values: Any, event: str | None = None) -> bytes:
     """One server-sent event."""
     data = values if isinstance(values, str) else json.dumps(values, ensure_ascii=False)
     return (f"event: {event}\n" if event else "").encode() + f"data: {data}\n\n".encode()
+
+
+class Answer(Protocol):
+    """How a route writes the result of a GenerateRequest, whole or event by event."""
+
+    def whole(self, found: results.GenerateResult) -> Any: ...
+
+    def events(self, event: results.Event) -> Iterable[bytes]:
+        """What is sent for an event; for most, nothing."""
+        ...
+
+
+async def generate(
+    state: AppState,
+    request: Request,
+    wanted: GenerateRequest,
+    answer: Answer,
+    streamed: bool | None,
+) -> Response:
+    """The answer to a request for text. Its tokens are counted in the metrics.
+
+    Raises:
+        PluginError: what ended the request instead, where it is not streamed.
+    """
+    stream = state.backend.generate(wanted)
+    if not streamed:
+        found = await result(stream, request.receive)
+        state.metrics.add_usage(found.usage)
+        return JSONResponse(answer.whole(found))
+
+    def write(event: results.Event) -> Iterable[bytes]:
+        if isinstance(event, results.DoneEvent) and isinstance(
+            event.result, results.GenerateResult
+        ):
+            state.metrics.add_usage(event.result.usage)
+        return answer.events(event)
+
+    return SentEvents(stream, write, state.settings.keep_alive_interval)
 
 
 async def result(stream: EventStream[Wanted], receive: Receive) -> Wanted:
@@ -46,7 +87,7 @@ class SentEvents(Response):
     """The events of a request as they come.
 
     write : an event, as what is sent for it.
-    silence : seconds after which a comment is sent instead.
+    interval : seconds after which a comment is sent instead.
 
     The status is decided late: a request that is refused before anything has come of it gets the
     error's own status and body.
@@ -55,13 +96,14 @@ class SentEvents(Response):
     def __init__(
         self,
         stream: EventStream[Any],
-        write: Callable[[Event], Iterable[bytes]],
-        silence: float,
+        write: Callable[[results.Event], Iterable[bytes]],
+        interval: float,
     ) -> None:
-        super().__init__(media_type="text/event-stream", headers=HEADERS)
+        super().__init__(media_type=EVENTS, headers=HEADERS)
         # Its length is not known.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
-        self._stream, self._write, self._silence = stream, write, silence
+        self._stream, self._write, self._interval = stream, write, interval
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(_watch(receive, self._stream))
@@ -75,60 +117,45 @@ class SentEvents(Response):
 
     async def _send_all(self, send: Send) -> Response | None:
         """Every event sent; or, with nothing sent, what is to be answered instead."""
-        out = _Out(send, self.raw_headers)
-        waiting: asyncio.Task[Event | None] | None = None
+        held, waiting = b"", None
         try:
             while True:
                 waiting = waiting or asyncio.ensure_future(_next(self._stream))
-                done, _ = await asyncio.wait({waiting}, timeout=self._silence)
+                done, _ = await asyncio.wait({waiting}, timeout=self._interval)
                 if not done:
-                    await out.flush(KEEP_ALIVE)
+                    await self._send(send, held + KEEP_ALIVE)
+                    held = b""
                     continue
                 event, waiting = waiting.result(), None
                 if event is None:
                     break
-                if isinstance(event, ErrorEvent) and not out.begun:
-                    return refusal(event.error)
-                out.hold(b"".join(self._write(event)))
-                if not (isinstance(event, ProgressEvent) and event.stage in _EARLY) or out.begun:
-                    await out.flush()
+                if isinstance(event, results.ErrorEvent) and not self._begun:
+                    return to_http_error(event.error).response()
+                held += b"".join(self._write(event))
+                early = isinstance(event, results.ProgressEvent) and event.stage in _EARLY
+                if held and (self._begun or not early):
+                    await self._send(send, held)
+                    held = b""
         finally:
             if waiting is not None:
                 await _stop(waiting)
-        await out.finish()
+        await self._send(send, held, more=False)
         return None
 
-
-class _Out:
-    """A response that begins with the first bytes that cannot wait."""
-
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        self._send, self._headers, self._held = send, headers, b""
-        self.begun = False
-
-    def hold(self, data: bytes) -> None:
-        self._held += data
-
-    async def flush(self, data: bytes = b"", *, more: bool = True) -> None:
-        data, self._held = self._held + data, b""
-        if not data and more:
-            return
-        if not self.begun:
-            self.begun = True
-            await self._send(
-                {"type": "http.response.start", "status": 200, "headers": self._headers}
-            )
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def finish(self) -> None:
-        await self.flush(more=False)
+    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        """The first bytes bring the status with them."""
+        if not self._begun:
+            self._begun = True
+            head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(head)
+        await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-async def _next(stream: EventStream[Any]) -> Event | None:
+async def _next(stream: EventStream[Any]) -> results.Event | None:
     return await anext(stream, None)
 
 
-async def _watch(receive: Callable[[], Awaitable[Message]], stream: EventStream[Any]) -> None:
+async def _watch(receive: Receive, stream: EventStream[Any]) -> None:
     """Cancels the request when its client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

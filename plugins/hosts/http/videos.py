@@ -1,4 +1,6 @@
-"""``POST /v1/video/describe``: the contract's events, as server-sent ones of the same names."""
+"""``POST /v1/video/describe``: the contract's events, as server-sent ones of the same names; and
+``/v1/video/jobs``: descriptions that are polled for, for clients whose calls are cut off.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -7,82 +9,76 @@ from typing import Annotated
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.requests import DescribeRequest
 from mlx_onevision.plugins.contract.results import ErrorEvent, Event
-from mlx_onevision.plugins.hosts.http import conversion as conversation
 from mlx_onevision.plugins.hosts.http import streaming
-from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
-from mlx_onevision.plugins.hosts.http.openapi import Beside
-from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, Endpoint, Operation, Serving
-from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
+from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_error
+from mlx_onevision.plugins.hosts.http.openapi import WithKeys
+from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.schemas import Sampling, VideoRequest
 from mlx_onevision.plugins.service.jobs import Job, Jobs, NoSuchJob
-
-# ``/v1/video/jobs``: descriptions that are asked after, for clients whose calls are cut off.
 
 PATH = "/v1/video/jobs"
 
-Told = Annotated[
+JobBody = Annotated[
     Job,
-    Beside(
+    WithKeys(
         {"object": {"const": "video.job"}, "poll": {"type": "string", "format": "uri-reference"}}
     ),
 ]
 
-
-def start(serving: Serving) -> Endpoint:
-    async def answer(request: Request) -> Response:
-        asked = await serving.reader.read(request, VideoRequest)
-        conversation.check_model(asked.model, serving.model)
-        wanted = conversation.film(asked, serving.settings.told)
-        return await serving.blocking(lambda: _response(serving.jobs.start(wanted), 202))
-
-    return answer
+_FIELDS = ("segments", "start", "end", "num_frames", "longest", "system", "timeout")
 
 
-def status(serving: Serving) -> Endpoint:
-    return _about(serving, Jobs.status)
+async def describe(state: AppState, request: Request) -> Response:
+    stream = state.backend.describe_video(await _read(state, request))
+    return streaming.SentEvents(stream, _written, state.settings.keep_alive_interval)
 
 
-def cancel(serving: Serving) -> Endpoint:
-    return _about(serving, Jobs.cancel)
+async def start(state: AppState, request: Request) -> Response:
+    wanted = await _read(state, request)
+    return await state.blocking(lambda: _response(state.jobs.start(wanted), 202))
 
 
-def _about(serving: Serving, look: Callable[[Jobs, str], Job]) -> Endpoint:
-    async def answer(request: Request) -> Response:
-        id = request.path_params["id"]
-        try:
-            return await serving.blocking(lambda: _response(look(serving.jobs, id)))
-        except NoSuchJob as error:
-            raise HTTPError(404, str(error), "not_found") from None
+async def status(state: AppState, request: Request) -> Response:
+    return await _of_job(state, request, Jobs.status)
 
-    return answer
+
+async def cancel(state: AppState, request: Request) -> Response:
+    return await _of_job(state, request, Jobs.cancel)
+
+
+async def _read(state: AppState, request: Request) -> DescribeRequest:
+    asked = await state.reader.read(request, VideoRequest)
+    state.check_model(asked.model)
+    most = state.settings.default_segment_tokens if asked.max_tokens is None else asked.max_tokens
+    return DescribeRequest(
+        video=asked.video.media("video"),
+        max_tokens=most,
+        **{name: getattr(asked, name) for name in (*Sampling.model_fields, *_FIELDS)},
+    )
+
+
+async def _of_job(state: AppState, request: Request, call: Callable[[Jobs, str], Job]) -> Response:
+    id = request.path_params["id"]
+    try:
+        return await state.blocking(lambda: _response(call(state.jobs, id)))
+    except NoSuchJob as error:
+        raise HTTPError(404, str(error), "not_found") from None
 
 
 def _response(job: Job, status: int = 200) -> Response:
-    """A job as it stands, and where it is asked after."""
+    """A job as it stands, and where it is polled for."""
     if job.error is not None:
-        error = job.error.error
-        plain = PluginError(error.code, redact_paths(error.message), redact_paths(error.hint))
-        job = replace(job, error=ErrorEvent.of(plain))
-    place = f"{PATH}/{job.id}"
-    body = {"object": "video.job", "poll": place, **job.to_dict()}
-    return JSONResponse(body, status, {"Location": place})
-
-
-def endpoint(serving: Serving) -> Endpoint:
-    async def describe(request: Request) -> Response:
-        asked = await serving.reader.read(request, VideoRequest)
-        conversation.check_model(asked.model, serving.model)
-        stream = serving.backend.describe_video(conversation.film(asked, serving.settings.told))
-        return streaming.SentEvents(stream, _written, serving.settings.silence)
-
-    return describe
+        job = replace(job, error=ErrorEvent.of(redact_error(job.error.error)))
+    path = f"{PATH}/{job.id}"
+    body = {"object": "video.job", "poll": path, **job.to_dict()}
+    return JSONResponse(body, status, {"Location": path})
 
 
 def _written(event: Event) -> Iterator[bytes]:
     if isinstance(event, ErrorEvent):
-        plain = PluginError(event.code, redact_paths(event.message), redact_paths(event.hint))
-        event = ErrorEvent.of(plain)
+        event = ErrorEvent.of(redact_error(event.error))
     yield streaming.line(event.to_dict(), event.discriminator)
 
 
@@ -90,9 +86,9 @@ OPERATIONS = (
     Operation(
         "POST",
         "/v1/video/describe",
-        endpoint,
+        describe,
         name="describeVideo",
-        summary="A video, told segment by segment",
+        summary="A video, described segment by segment",
         takes=VideoRequest,
         gives={EVENTS: Event},
     ),
@@ -101,9 +97,9 @@ OPERATIONS = (
         PATH,
         start,
         name="startVideoJob",
-        summary="A description of a video, to be asked after",
+        summary="A description of a video, to be polled for",
         takes=VideoRequest,
-        gives={JSON: Told},
+        gives={JSON: JobBody},
         status=202,
     ),
     Operation(
@@ -112,7 +108,7 @@ OPERATIONS = (
         status,
         name="retrieveVideoJob",
         summary="How far a description has come; its segments so far, its result or its error",
-        gives={JSON: Told},
+        gives={JSON: JobBody},
         refuses=(404,),
     ),
     Operation(
@@ -121,7 +117,7 @@ OPERATIONS = (
         cancel,
         name="cancelVideoJob",
         summary="End a description",
-        gives={JSON: Told},
+        gives={JSON: JobBody},
         refuses=(404,),
     ),
 )

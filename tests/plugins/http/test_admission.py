@@ -23,7 +23,7 @@ LONG = question("word " * 1000)
 
 @pytest.fixture
 def client() -> Iterator[Client]:
-    with serving(FakeBackend(delay=0.02), ServerSettings(places=2)) as found:
+    with serving(FakeBackend(delay=0.02), ServerSettings(admission_limit=2)) as found:
         yield found
 
 
@@ -81,12 +81,12 @@ def test_one_after_another_are_never_too_many() -> None:
         finally:
             peer.close()
 
-    with serving(FakeBackend(), ServerSettings(places=1)) as client:
+    with serving(FakeBackend(), ServerSettings(admission_limit=1)) as client:
         asyncio.run(main(client))
 
 
 def test_a_body_that_does_not_come_takes_no_place() -> None:
-    settings = ServerSettings(places=1, patience=5)
+    settings = ServerSettings(admission_limit=1, header_timeout=5)
     with serving(FakeBackend(), settings) as client:
         slow = client.begin("POST", CHAT, b"{", {"Content-Length": "100"})
         assert client.chat("hi").status == 200

@@ -320,7 +320,7 @@ def test_an_error_in_mid_stream_is_told_and_the_next_is_served() -> None:
 
 
 def test_a_silent_stream_is_kept_open() -> None:
-    settings = ServerSettings(silence=0.05)
+    settings = ServerSettings(keep_alive_interval=0.05)
     with serving(FakeBackend(pieces=["late"], delay=0.4), settings) as client:
         reply = client.chat(stream=True)
         assert reply.body.startswith(b": keep-alive\n\n") and reply.events[-1] == "[DONE]"

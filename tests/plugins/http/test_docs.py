@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from mlx_onevision.__main__ import cli
 from mlx_onevision.plugins.contract.errors import CODES, PluginError
 from mlx_onevision.plugins.hosts.http.app import OPERATIONS
-from mlx_onevision.plugins.hosts.http.errors import as_fault
-from mlx_onevision.plugins.hosts.http.schemas import Refusing
+from mlx_onevision.plugins.hosts.http.errors import to_http_error
+from mlx_onevision.plugins.hosts.http.schemas import RejectUnsupported
 
 DOCS = Path(__file__).parents[3].joinpath("docs", "http.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`([^`]+)`", DOCS))
@@ -28,14 +28,14 @@ def test_every_route() -> None:
     ids=lambda one: one.__name__,
 )
 def test_every_field(asked: type[BaseModel]) -> None:
-    refused = set(asked.neutral) if issubclass(asked, Refusing) else set()
+    refused = set(asked.accepted_defaults) if issubclass(asked, RejectUnsupported) else set()
     left = {"tool_choice", "function_call"}  # go with what they choose from
     assert set(asked.model_fields) | refused - left <= WORDS | {"text"}
 
 
 def test_every_status_and_code() -> None:
     told = {int(status) for status in re.findall(r"^\| (\d{3}) \|", DOCS, re.M)}
-    faults = [as_fault(PluginError(code, "x")) for code in CODES]
+    faults = [to_http_error(PluginError(code, "x")) for code in CODES]
     assert {fault.code for fault in faults} <= WORDS
     assert {fault.status for fault in faults} <= told
 

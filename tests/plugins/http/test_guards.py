@@ -221,7 +221,7 @@ def test_json_that_is_none(client: Client, body: bytes, named: str) -> None:
 
 
 def test_a_body_is_bounded_as_it_is_read() -> None:
-    with serving(FakeBackend(), ServerSettings(body=100_000, patience=0.3)) as client:
+    with serving(FakeBackend(), ServerSettings(body=100_000, header_timeout=0.3)) as client:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         told = raw(client, f"{head}Content-Length: 100001\r\n\r\n".encode())
         assert told.startswith(b"HTTP/1.1 413") and b"too_large" in told
@@ -254,7 +254,10 @@ def test_bodies_are_bounded_together() -> None:
 
 
 def test_connections_on_which_nothing_comes_are_closed() -> None:
-    with serving(FakeBackend(), ServerSettings(patience=1.5)) as client, ExitStack() as opened:
+    with (
+        serving(FakeBackend(), ServerSettings(header_timeout=1.5)) as client,
+        ExitStack() as opened,
+    ):
         began = time.monotonic()
         idle = [
             opened.enter_context(socket.create_connection(("127.0.0.1", client.port), 10))

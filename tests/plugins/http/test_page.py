@@ -39,7 +39,7 @@ def client() -> Iterator[Client]:
 
 
 def test_every_file_with_its_headers(client: Client) -> None:
-    paths = page.paths()
+    paths = page.read_files(ServerSettings())
     assert len(paths) == len(list(page.FILES.iterdir())) > 20 and "/" in paths
     for path in paths:
         reply = client.ask("GET", path)
