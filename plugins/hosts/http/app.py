@@ -2,11 +2,12 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -21,7 +22,13 @@ from mlx_onevision.plugins.hosts.http import (
 )
 from mlx_onevision.plugins.hosts.http.errors import not_routed
 from mlx_onevision.plugins.hosts.http.middleware import Guards, Metrics, Middleware
-from mlx_onevision.plugins.hosts.http.operations import AppState, Handler, Operation, handle_errors
+from mlx_onevision.plugins.hosts.http.operations import (
+    JSON,
+    AppState,
+    Handler,
+    Operation,
+    handle_errors,
+)
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
@@ -29,14 +36,29 @@ from mlx_onevision.plugins.service.jobs import Jobs
 
 THREADS = 64
 
-_DESCRIBED: tuple[Operation, ...] = (
+
+async def openapi_file(state: AppState, _: Request) -> Response:
+    if state.openapi is None:
+        found = await state.blocking(lambda: openapi.document(OPERATIONS, state))
+        state.openapi = JSONResponse(found)
+    return state.openapi
+
+
+OPERATIONS: tuple[Operation, ...] = (
     *status.OPERATIONS,
     chat.OPERATION,
     responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
+    Operation(
+        "GET",
+        "/openapi.json",
+        openapi_file,
+        name="openapi",
+        summary="This file",
+        gives={JSON: dict[str, Any]},
+    ),
 )
-OPERATIONS = (*_DESCRIBED, openapi.operation(_DESCRIBED))
 """Every route for programs. What one is stands beside what answers it."""
 
 
@@ -63,7 +85,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         handlers.setdefault(one.path, {})[one.method] = one.handler
     routes = [_route(path, methods, state) for path, methods in handlers.items()]
     app = Starlette(routes=routes, exception_handlers={HTTPException: not_routed})
-    app.router.redirect_slashes = False  # a redirect would repeat what the request said
+    app.router.redirect_slashes = False  # a redirect would repeat the request's address
     return Middleware(
         app,
         Guards(settings, public=frozenset(files)),
@@ -74,7 +96,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
 
 
 def _route(path: str, handlers: dict[str, Handler], state: AppState) -> Route:
-    """One for all methods of a path, so that a refusal says which there are."""
+    """One for all methods of a path, so that ``Allow`` of a 405 lists them."""
 
     async def endpoint(request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from importlib.util import find_spec
-from typing import NoReturn
 
 import click
 
@@ -68,7 +67,7 @@ API_KEY = "MLX_ONEVISION_API_KEY"
     default=6 * 3600.0,
     show_default=True,
     metavar="S",
-    help="Seconds for a film that is described.",
+    help="Seconds for a video that is described.",
 )
 @click.option(
     "--keep-alive", type=float, metavar="S", help="Free the model after S seconds without requests."
@@ -163,29 +162,24 @@ def serve(
                 closing = server.Closing(backend)
                 runner = server.Server(app, settings, lambda: backend.info().healthy, closing.begin)
                 runner.run(sockets=[listening])
-                outcome = _outcome(runner.failed, runner.signal)
-                if not closing.done():
-                    _leave(outcome)
-                if outcome is not None:
-                    raise outcome
+                _end(runner.failed, runner.signal, closed=closing.done())
     except PluginError as error:
         raise RequestError(str(error)) from error
 
 
-def _outcome(failed: bool, number: int | None) -> BaseException | None:
-    """What the command ends with."""
-    if failed:
-        return RequestError("the model cannot answer any more, so the server ends; start it again")
-    return KeyboardInterrupt() if number == signal.SIGINT else None
-
-
-def _leave(outcome: BaseException | None) -> NoReturn:
-    """Ends the process there and then: its model is in the midst of something that cannot be
-    waited for, as the interpreter would.
+def _end(failed: bool, number: int | None, *, closed: bool) -> None:
+    """Ends the command as the server ended. Where the model is not closed, the process ends there
+    and then: the interpreter would wait for what the model is in the midst of.
     """
-    if isinstance(outcome, RequestError):
-        click.echo(f"error: {outcome}", err=True)
-    code = 0 if outcome is None else 1 if isinstance(outcome, RequestError) else 130
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    outcome: BaseException | None = KeyboardInterrupt() if number == signal.SIGINT else None
+    if failed:
+        message = "the model cannot answer any more, so the server ends; start it again"
+        outcome = RequestError(message)
+    if not closed:
+        if failed:
+            click.echo(f"error: {outcome}", err=True)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1 if failed else 0 if outcome is None else 130)
+    if outcome is not None:
+        raise outcome

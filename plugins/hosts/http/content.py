@@ -16,7 +16,7 @@ from mlx_onevision.plugins.contract.requests import Group, Kind, Media, Message,
 
 GROUPED = 256  # images in a group, at most
 
-# What is read at all; which addresses and paths are allowed is for the policy to say.
+# What is taken at all; which addresses and paths are allowed the media policy decides.
 _URL = r"^([dD][aA][tT][aA]:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:/|/)"
 
 
@@ -41,7 +41,7 @@ class Place(Strict):
     url: Url
 
     def media(self, kind: Kind) -> Media:
-        """A path where it is one; whether it is read at all is for the policy to say."""
+        """A path where it is one; whether it is read at all the media policy decides."""
         url = self.url
         if url[:5].lower() == "file:":
             parts = urlsplit(url)

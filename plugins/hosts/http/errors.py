@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: one sentence, and nothing of anybody's in it."""
+"""Errors as OpenAI's clients read them: one sentence, without paths and data."""
 
 import re
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ class ErrorFields(TypedDict):
     code: str
 
 
-@with_config(ConfigDict(extra="allow"))  # /health says more
+@with_config(ConfigDict(extra="allow"))  # /health has more keys
 class ErrorBody(TypedDict):
     """What every refusal looks like; ``code`` is for programs, ``param`` names the field."""
 
@@ -87,7 +87,7 @@ class HTTPError(Exception):
 
 
 def to_http_error(error: PluginError) -> HTTPError:
-    """A backend's refusal, as HTTP says it."""
+    """A backend's refusal, as HTTP has it."""
     code = _CODES.get(error.code, error.code)
     return HTTPError(_STATUS[error.code], redact_paths(str(error)), code)
 

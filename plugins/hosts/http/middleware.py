@@ -3,7 +3,7 @@ and counts for Prometheus.
 
 A web page can send requests to this machine from its visitor's browser, and with a name that it
 points here (DNS rebinding) read the answers, too. So the name that a request calls the server by
-has to be the server's own; a request that another page sent says so in ``Origin`` and is refused;
+has to be the server's own; a request that another page sent names it in ``Origin`` and is refused;
 and no header ever allows a page to read an answer. All that is looked at before anything of a
 request is read.
 """
@@ -49,11 +49,13 @@ class Guards:
         for name, value in scope["headers"]:
             headers[name.lower()].append(value)
         hosts = headers[b"host"]
-        if len(hosts) != 1 or not self._is_named(hosts[0]):
+        name = _name(hosts[0]) if len(hosts) == 1 else None
+        if name is None or not (name in self._names or (self._any_address and _is_address(name))):
             raise HTTPError(421, "the Host header does not name this server", "misdirected")
+        # Its own page may speak to it; by a further name perhaps behind a proxy with a certificate.
+        schemes = (b"http://", b"https://") if name in self._further else (b"http://",)
         for origin in headers[b"origin"]:
-            # Its own page may speak to it; the host that it names was checked above.
-            if origin.lower() not in self._own_origins(hosts[0].lower()):
+            if origin.lower() not in [scheme + hosts[0].lower() for scheme in schemes]:
                 raise HTTPError(403, "requests from other pages are refused", "forbidden_origin")
         public = scope["method"] in ("GET", "HEAD") and scope["path"] in self._public
         if self._token is not None and not public:
@@ -66,18 +68,11 @@ class Guards:
                     "invalid_api_key",
                 )
 
-    def _own_origins(self, host: bytes) -> tuple[bytes, ...]:
-        """Of the page at ``host``; by a further name perhaps behind a proxy with a certificate."""
-        found = _HOST.fullmatch(host.decode("latin-1"))
-        proxied = found is not None and _plain(found[1]) in self._further
-        return (b"http://" + host, b"https://" + host) if proxied else (b"http://" + host,)
 
-    def _is_named(self, host: bytes) -> bool:
-        found = _HOST.fullmatch(host.decode("latin-1"))
-        if found is None or int(found[2] or 0) > 65535:
-            return False
-        name = _plain(found[1])
-        return name in self._names or (self._any_address and _is_address(name))
+def _name(host: bytes) -> str | None:
+    """What a Host header names, without its port; None where it is no such header."""
+    found = _HOST.fullmatch(host.decode("latin-1"))
+    return None if found is None or int(found[2] or 0) > 65535 else _plain(found[1])
 
 
 def _lower_scheme(value: bytes) -> bytes:

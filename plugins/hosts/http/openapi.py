@@ -11,8 +11,6 @@ from typing import Any
 from pydantic import GetJsonSchemaHandler, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.contract.wire import API_VERSION, Part, Record
 from mlx_onevision.plugins.hosts.http.errors import ErrorBody
@@ -40,10 +38,10 @@ class WithKeys:
 
 
 class Generator(GenerateJsonSchema):
-    """Answers hold what they are said to, and nothing else."""
+    """Answers hold the keys that are declared, and no others."""
 
     def field_title_should_be_set(self, schema: object) -> bool:
-        return False  # names say it
+        return False  # names are enough
 
     def typed_dict_schema(self, schema: core_schema.TypedDictSchema) -> JsonSchemaValue:
         return {"additionalProperties": False, **super().typed_dict_schema(schema)}
@@ -90,26 +88,6 @@ _HEADERS: dict[int, Document] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}, "required": True}},
     429: {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "required": True}},
 }
-
-
-def operation(others: Sequence[Operation]) -> Operation:
-    """The route of the file, which describes all the others and itself."""
-
-    async def answer(state: AppState, _: Request) -> Response:
-        if state.openapi is None:
-            found = await state.blocking(lambda: document([*others, own], state))
-            state.openapi = JSONResponse(found)
-        return state.openapi
-
-    own = Operation(
-        "GET",
-        "/openapi.json",
-        answer,
-        name="openapi",
-        summary="This file",
-        gives={JSON: dict[str, Any]},
-    )
-    return own
 
 
 def document(operations: Sequence[Operation], state: AppState) -> Document:
@@ -172,16 +150,15 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict
     given = (kind for one in operations for kind in one.gives.values())
     kinds = list(dict.fromkeys((ErrorBody, *taken, *given)))
     found, shared = TypeAdapter.json_schemas(
-        [(str(place), "validation", TypeAdapter(kind)) for place, kind in enumerate(kinds)],
+        [(kind, "validation", TypeAdapter(kind)) for kind in kinds],
         ref_template="#/components/schemas/{model}",
         schema_generator=Generator,
     )
-    schemas = {kind: found[str(place), "validation"] for place, kind in enumerate(kinds)}
-    return schemas, shared.get("$defs", {})
+    return {kind: found[kind, "validation"] for kind in kinds}, shared.get("$defs", {})
 
 
 def _as_set_up(fields: Document, state: AppState) -> None:
-    """What of a request depends on the server: one model is served, and answers have an end."""
+    """What of a request depends on the server: the model that is served, and ``max_tokens``."""
     fields["model"] = {"enum": [state.model, None]}
     most = state.settings.max_tokens
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from mlx_onevision.plugins.contract.errors import to_plugin_error
 from mlx_onevision.plugins.contract.requests import GenerateRequest
-from mlx_onevision.plugins.contract.results import Capability
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
 from mlx_onevision.plugins.hosts.http.middleware import Metrics
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
@@ -68,13 +67,12 @@ class AppState:
         """Raises HTTPError 400 for what the backend cannot do, by the name of the field that asked
         for it.
         """
-        fields: dict[Capability, str] = {"logprobs": logprobs, "json_schema": json_schema}
-        asked = {one: name for one, name in fields.items() if getattr(wanted, one) is not None}
-        able = (await self.blocking(self.backend.info)).capabilities if asked else ()
-        for capability, name in asked.items():
-            if capability not in able:
-                message = f"{name} is not supported by this model; leave it out"
-                raise HTTPError(400, message, param=name)
+        for capability, field in (("logprobs", logprobs), ("json_schema", json_schema)):
+            if getattr(wanted, capability) is not None:
+                info = await self.blocking(self.backend.info)
+                if capability not in info.capabilities:
+                    message = f"{field} is not supported by this model; leave it out"
+                    raise HTTPError(400, message, param=field)
 
 
 Handler = Callable[[AppState, Request], Awaitable[Response]]

@@ -1,8 +1,8 @@
 """``GET /``: the page for people, and the files that it is made of.
 
-They hold nothing that is anybody's, so they are given without a token; what the page asks for
-afterwards is not. A browser keeps to what the headers say: it runs and loads what this server sends
-and nothing else, in nobody's frame, and asks each time whether a file has changed.
+They are the same for everybody, so they need no token; what the page asks for afterwards does. The
+headers make a browser run and load what this server sends and nothing else, in no frame, and ask
+each time whether a file has changed.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def read_files(settings: ServerSettings) -> dict[str, File]:
         if file.suffix in KINDS:
             data, path = file.read_bytes(), f"/page/{file.name}"
             if file.name == INDEX:
-                # The page says what is too large before it sends it.
+                # The page refuses what is too large before it sends it.
                 data, path = data.replace(b"$BODY_LIMIT", str(settings.body).encode()), "/"
             tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
             files[path] = File(data, KINDS[file.suffix], tag)

@@ -19,7 +19,7 @@ from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
 
-# What pydantic says in Python's words.
+# Where pydantic's message has Python's words.
 _KINDS = {
     "dict_type": "an object",
     "model_type": "an object",
@@ -179,8 +179,8 @@ def _sentence(error: ErrorDetails) -> str:
 
 
 def _field(error: ErrorDetails, values: Any) -> str:
-    """Where it is: ``messages[0].content``. What pydantic says of its unions besides is left out:
-    it is nothing that the request holds.
+    """Where it is: ``messages[0].content``. Names of pydantic's union members are left
+    out: the request does not hold them.
     """
     text, at = "", values
     for part in error["loc"]:

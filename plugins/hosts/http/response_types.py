@@ -1,6 +1,4 @@
-"""What the routes answer, key by key: the OpenAPI file says it, and the type checker holds the code
-to it.
-"""
+"""What the routes answer, key by key: for the OpenAPI file and the type checker."""
 
 from typing import Any, Literal, NotRequired
 
@@ -145,7 +143,7 @@ def took(usage: Usage) -> Took:
 
 
 def chosen(token: TokenLogprob) -> Chosen:
-    """How likely a token was, and what else was."""
+    """The logprobs of one token."""
     return {**_likely(token), "top_logprobs": [_likely(one) for one in token.top]}
 
 
@@ -153,7 +151,7 @@ def _likely(one: TopLogprob) -> Likely:
     return {"token": one.token, "bytes": list(one.data), "logprob": one.logprob}
 
 
-# What ``/v1/responses`` answers, key by key: the object, and the events of its stream.
+# The object and the events of ``/v1/responses``.
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 MessageStatus = Literal["in_progress", "completed", "incomplete"]

@@ -233,7 +233,7 @@ OPERATION = Operation(
     "/v1/responses",
     respond,
     name="createResponse",
-    summary="An answer to everything that was said; nothing of it is kept",
+    summary="An answer to a whole conversation; nothing of it is kept",
     takes=ResponsesRequest,
     gives={JSON: types.ResponseObject, EVENTS: types.ResponseEvent},
 )

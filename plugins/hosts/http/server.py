@@ -50,7 +50,7 @@ def listening(settings: ServerSettings, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """What runs the application; ``run(sockets=[…])`` does, and ``should_exit`` ends it.
 
-    healthy : looked at every second; the server ends when it says False.
+    healthy : called every second; the server ends when it returns False.
     end : ends what is under way, when it has had its time; not waited for.
     """
 
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
             log_config=None,
             log_level="warning",
             access_log=False,
-            proxy_headers=False,  # a request does not say who it is from
+            proxy_headers=False,  # headers do not decide who a request is from
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS + 1,  # for who has not even asked yet
         )
@@ -142,7 +142,8 @@ def timeout_protocol(seconds: float) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            """In the form that every refusal has, where there is still a place for an answer."""
+            """In the form that every error has, where an answer can still be sent."""
+            del msg
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 answer = HTTPError(400, "this is not HTTP as it has to be").response(
                     {"Connection": "close"}
@@ -191,19 +192,17 @@ def tune_interpreter() -> None:
 
 class Closing:
     """The end of a backend, on a thread of its own: its model may be in the midst of something that
-    takes long.
+    takes long. To be called from one thread.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._thread = threading.Thread(
             target=backend.close, name="mlx-onevision-closing", daemon=True
         )
-        self._begin = threading.Lock()
 
     def begin(self) -> None:
-        with self._begin:
-            if self._thread.ident is None:
-                self._thread.start()
+        if self._thread.ident is None:
+            self._thread.start()
 
     def done(self) -> bool:
         """Whether it has ended, after a while at the latest."""

@@ -15,8 +15,7 @@ class ServerSettings:
     names : further names that requests may call the server by.
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
-    max_tokens : of an answer, at most, where the backend's limits say so: a request that says
-        nothing then asks for no more.
+    max_tokens : the backend's limit for one answer; the default of a request is no higher.
     admission_limit : requests for the model at once, those waiting included; None leaves it to the
         backend.
     body : bytes of a request, at most.

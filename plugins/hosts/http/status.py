@@ -68,7 +68,7 @@ async def metrics(state: AppState, _: Request) -> Response:
 
 
 async def _model(state: AppState) -> dict[str, Any]:
-    """As OpenAI's; beside it all that the contract says of a model."""
+    """As OpenAI's; beside it everything of the contract's ModelInfo."""
     info = await state.blocking(state.backend.info)
     return {
         **info.to_dict(),
@@ -76,7 +76,7 @@ async def _model(state: AppState) -> dict[str, Any]:
         "object": "model",
         "created": state.created,
         "owned_by": "mlx-onevision",
-        "root": info.id,  # as vLLM says what it is, whatever name it is served under
+        "root": info.id,  # as vLLM names it, whatever name it is served under
     }
 
 
