@@ -53,6 +53,7 @@ lint: .venv/.dev
 	.venv/bin/ruff format --check
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/lint-imports
+	.venv/bin/vulture
 
 format: .venv/.dev
 	.venv/bin/ruff check --fix

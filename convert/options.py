@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_onevision.checkpoint.hub import HUB_ID
+from mlx_onevision.errors import RequestError
 
 if TYPE_CHECKING:
     from mlx_onevision.checkpoint.recipes import Recipe
@@ -73,6 +74,9 @@ def recipe_of(
         return made
     default = recipes.VISION_BITS if quantize_vision is None else vision
     if recipe is not None:
+        if recipe not in recipes.MIXED:
+            names = ", ".join(recipes.MIXED)
+            raise RequestError(f"there is no recipe '{recipe}'; there are {names} and fit")
         return recipes.mixed(recipe, group, default)
     if quantize or q_bits or q_group_size or q_mode or method:
         bits = int(q_bits) if q_bits else None
@@ -156,9 +160,14 @@ def compared_recipes(names: str, group_size: str | None, vision: str | None) -> 
     Raises:
         RequestError: for a name that no recipe has.
     """
+    from mlx_onevision.checkpoint.recipes import MIXED
+
     found = {}
     for name in (word.strip() for word in names.split(",")):
         bits = name if name in BITS else None
+        if not bits and name not in MIXED:
+            known = ", ".join((*BITS, *MIXED))
+            raise RequestError(f"there is no recipe '{name}' to compare; there are {known}")
         recipe = None if bits else name
         found[name] = recipe_of(False, bits, group_size, None, vision, recipe, None)
     return list(found.values())

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import shutil
 import statistics
 import subprocess
@@ -95,17 +96,33 @@ def test_the_links_are_relative() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names in a wheel built from a copy of what git would hold."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], str]:
+    """The names in a wheel built from a copy of what git would hold, and what was printed on stderr
+    by that build and by an editable one.
+    """
     copy = tmp_path_factory.mktemp("wheel") / "tree"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
-    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
-    done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, cwd=copy)
+    program = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_editable('e')"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=copy, env=environment
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (copy / "dist").glob("*.whl")
     with zipfile.ZipFile(path) as archive:
-        return set(archive.namelist())
+        return set(archive.namelist()), done.stdout + done.stderr
+
+
+@pytest.fixture
+def wheel(build: tuple[set[str], str]) -> set[str]:
+    return build[0]
+
+
+def test_builds_warn_of_nothing(build: tuple[set[str], str]) -> None:
+    """Neither an ordinary nor an editable one, of package data or of folders of the same name."""
+    assert "warn" not in build[1].lower()
+    assert "!!" not in build[1]  # between which setuptools puts whatever it wants to be read
 
 
 def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: set[str]) -> None:

@@ -116,7 +116,7 @@ def mixed(
         RequestError: for a name that none has.
     """
     if name not in MIXED:
-        raise RequestError(f"there is no recipe '{name}'; there are {', '.join(MIXED)} and fit")
+        raise RequestError(f"there is no recipe '{name}'; there are {', '.join(MIXED)}")
     low, high = MIXED[name]
     return Recipe(
         name,

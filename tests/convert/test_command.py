@@ -1,14 +1,10 @@
 """``mlx-onevision convert``: options, what is printed where, exit codes, Ctrl-C."""
 
-import fcntl
 import json
 import os
-import pty
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from checkpoints import Sizes, write
 from click.testing import CliRunner, Result
 from hollow import write_hollow
 from loaded import edit
+from on_terminal import on_terminal
 from packing import quantize
 
 from mlx_onevision import api
@@ -188,22 +185,15 @@ def test_progress_on_a_terminal_and_ctrl_c(tmp_path: Path) -> None:
     """A bar while it takes long; Ctrl-C ends with 130 and leaves nothing."""
     sizes = Sizes(hidden=1024, intermediate=4096, layers=12, heads=16, kv_heads=16, vocab=32000)
     source = write_hollow(tmp_path / "model", sizes)
-    terminal, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     (tmp_path / "room").mkdir()
-    process = subprocess.Popen(
-        [*COMMAND, "convert", source, tmp_path / "room" / "made", "--dtype", "float32"],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    seen = b""
-    while b"made:" not in seen:
-        seen += os.read(terminal, 1024)
-    assert b"%|" in seen
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
-    os.close(terminal)
+    arguments = ("convert", source, tmp_path / "room" / "made", "--dtype", "float32")
+    with on_terminal(*arguments) as (process, terminal):
+        seen = b""
+        while b"made:" not in seen:
+            seen += os.read(terminal, 1024)
+        assert b"%|" in seen
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, b"")
     assert list((tmp_path / "room").iterdir()) == []
 

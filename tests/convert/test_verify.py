@@ -1,15 +1,9 @@
 """What a conversion measures before its folder takes its place: printed, drawn, and minded."""
 
-import fcntl
 import json
 import os
-import pty
 import signal
-import struct
-import subprocess
-import sys
 import tempfile
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import arrays, write
 from click.testing import CliRunner, Result
+from on_terminal import on_terminal
 from PIL import Image
 
 from mlx_onevision.__main__ import cli
@@ -27,7 +22,6 @@ from mlx_onevision.checkpoint.tensors import read_weights
 from mlx_onevision.convert import hub as sources
 from mlx_onevision.convert import probes as probe_set
 from mlx_onevision.convert import verify
-from mlx_onevision.convert import verify as verification
 from mlx_onevision.convert.calibration import calibrated, calibration_set
 from mlx_onevision.convert.conversion import convert, prepare
 from mlx_onevision.convert.conversion import write as write_planned
@@ -36,7 +30,6 @@ from mlx_onevision.convert.probes import QUICK, Probe, probes
 from mlx_onevision.convert.verify import compare, suspicion
 from mlx_onevision.errors import RequestError
 
-COMMAND = (sys.executable, "-m", "mlx_onevision")
 ASKED = {"role": "user", "content": [{"type": "text", "text": "Where is the star?"}]}
 FEW = [
     Probe("question", (ASKED,)),
@@ -86,7 +79,7 @@ def test_what_did_not_change_is_measured_quickly(source: Path, tmp_path: Path) -
     assert [line.split()[0] for line in table[1:4]] == ["all", "conversations", "texts"]
     assert table[1].split()[2:] == ["0", "0", "0", "100.00%"]
     facts = convert(source, tmp_path / "again")
-    measured = verification.Verification(facts, unchanged=True)
+    measured = verify.Verification(facts, unchanged=True)
     assert "100.00%" in measured(source, facts.target)
     assert measured.loss and tuple(probe.name for probe in measured.loss.probes) == QUICK
 
@@ -101,12 +94,12 @@ def test_what_counts_as_a_change(source: Path, tmp_path: Path) -> None:
     ]
     for options, same in cases:
         facts = prepare(sources.find(source), tmp_path / "made", **options).facts
-        assert verification.is_unchanged(opened, facts) == same
+        assert verify.is_unchanged(opened, facts) == same
     packed = sources.find(convert(source, tmp_path / "made", recipe=recipes.uniform()).target)
     opened = open_checkpoint(packed.folder)
     for dequantize in (False, True):
         facts = prepare(packed, tmp_path / "again", dequantize=dequantize).facts
-        assert verification.is_unchanged(opened, facts) == (not dequantize)
+        assert verify.is_unchanged(opened, facts) == (not dequantize)
 
 
 def test_a_broken_result_is_not_written(tmp_path: Path) -> None:
@@ -160,27 +153,19 @@ def test_the_type_that_fits(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     size = sum(t.stop - t.start for t in open_checkpoint(half).tensors.values())
     for room, wanted in ((2 * size, "float32"), (2 * size - 1, None)):
         monkeypatch.setattr(verification, "working_set", lambda room=room: room + (192 << 20))
-        assert verification.computing_dtype(half) == wanted
-        assert verification.computing_dtype(half, source) == wanted
-        assert verification.too_large(half) is None
+        assert verify.computing_dtype(half) == wanted
+        assert verify.computing_dtype(half, source) == wanted
+        assert verify.too_large(half) is None
 
 
 def test_ctrl_c_while_measuring_leaves_nothing(tmp_path: Path) -> None:
-    terminal, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(
-        [*COMMAND, "convert", EMBEDDED, tmp_path / "made", "-q"],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    seen = b""
-    while b"measuring made:" not in seen:
-        seen += os.read(terminal, 1024)
-    assert any(path.name.startswith(".made.") for path in tmp_path.iterdir())
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    os.close(terminal)
+    with on_terminal("convert", EMBEDDED, tmp_path / "made", "-q") as (process, terminal):
+        seen = b""
+        while b"measuring made:" not in seen:
+            seen += os.read(terminal, 1024)
+        assert any(path.name.startswith(".made.") for path in tmp_path.iterdir())
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, b"")
     assert list(tmp_path.iterdir()) == []
 
@@ -236,7 +221,8 @@ def test_the_command_compares(
         (("--compare", "4", "-q"), 2, "drop --quantize"),
         (("--compare", "4", "--dry-run"), 2, "drop --dry-run"),
         (("--compare", "4", "--no-verify"), 2, "--compare measures"),
-        (("--compare", "7"), 1, "there is no recipe '7'"),
+        (("--compare", "7"), 1, "there is no recipe '7' to compare; there are 2, 3, 4, 5, 6, 8, m"),
+        (("--compare", "fit"), 1, "there is no recipe 'fit' to compare; there are 2, 3, 4, 5, 6,"),
         (("made", "--plot", "a.png", "--no-verify"), 2, "--plot draws the measured loss"),
         (("made", "--plot", "a.gif"), 1, "a.gif is no name for a plot"),
         (("made", "--plot", "nowhere/a.png"), 1, "there is no folder"),

@@ -341,7 +341,7 @@ def test_heic(monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("pillow_heif"):
         refuse(head, "cannot read|is damaged|is not an image")
 
-    def missing(name: str, package: str | None = None) -> Any:
+    def missing(name: str, *_: object) -> Any:
         raise ImportError(name)
 
     monkeypatch.setattr(module, "import_module", missing)

@@ -266,7 +266,7 @@ class _Capture:
         self.model.pack_image_features = packing
         return self.seen
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         del self.model.pack_image_features  # the class's own again
         for hook in self.hooks:
             hook.remove()
