@@ -137,7 +137,7 @@ def test_a_source_that_does_not_fit(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None
 ) -> None:
     """Is not measured, and nobody is left in doubt; unless it was asked for."""
-    monkeypatch.setattr(verification, "working_set", lambda: 192 << 20)
+    monkeypatch.setattr(verify, "working_set", lambda: 192 << 20)
     options = ["-q", asked] if asked else ["-q"]
     if asked:
         options = [asked]  # unchanged, and so measured on a few probes
@@ -152,7 +152,7 @@ def test_the_type_that_fits(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     half = write(tmp_path / "half", dtype="bfloat16")
     size = sum(t.stop - t.start for t in open_checkpoint(half).tensors.values())
     for room, wanted in ((2 * size, "float32"), (2 * size - 1, None)):
-        monkeypatch.setattr(verification, "working_set", lambda room=room: room + (192 << 20))
+        monkeypatch.setattr(verify, "working_set", lambda room=room: room + (192 << 20))
         assert verify.computing_dtype(half) == wanted
         assert verify.computing_dtype(half, source) == wanted
         assert verify.too_large(half) is None
