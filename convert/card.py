@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.convert.facts import Facts, size
 from mlx_onevision.convert.hub import Source
+from mlx_onevision.convert.summary import ConversionSummary, size
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -22,7 +22,7 @@ LAYOUT = """\
 
 {origin}
 
-{facts}
+{summary}
 
 ## Use it
 
@@ -46,30 +46,30 @@ UNMEASURED = "Nothing was lost on purpose: the weights are the source's."
 NOT_MEASURED = "The loss against the source was not measured."
 
 
-def card(source: Source, facts: Facts, loss: str | None, command: str) -> bytes:
+def card(source: Source, summary: ConversionSummary, loss: str | None, command: str) -> bytes:
     """README.md.
 
-    loss : Markdown that says what quantising cost; None where nobody has measured it.
+    loss : Markdown that says what quantizing cost; None where it was not measured.
     """
     if loss is None:
-        loss = NOT_MEASURED if facts.packed else UNMEASURED
+        loss = NOT_MEASURED if summary.quantized else UNMEASURED
     body = LAYOUT.format(
-        title=facts.target.name,
-        origin=_origin(source, facts),
-        facts=_table(facts),
-        folder=facts.target.name,
+        title=summary.target.name,
+        origin=_origin(source, summary),
+        summary=_table(summary),
+        folder=summary.target.name,
         loss=loss,
         command=command,
     )
     # JSON is YAML, and needs no quoting rules of its own.
     head = "".join(
         f"{key}: {json.dumps(value, ensure_ascii=False)}\n"
-        for key, value in _metadata(source, facts).items()
+        for key, value in _metadata(source, summary).items()
     )
     return f"---\n{head}---\n\n{body}".encode()
 
 
-def _metadata(source: Source, facts: Facts) -> dict[str, Any]:
+def _metadata(source: Source, summary: ConversionSummary) -> dict[str, Any]:
     theirs = read_metadata(source.folder)
     tags = theirs.get("tags")
     tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
@@ -78,7 +78,7 @@ def _metadata(source: Source, facts: Facts) -> dict[str, Any]:
         "library_name": "mlx",
         "pipeline_tag": "image-text-to-text",
         **({"base_model": base} if base else {}),
-        **({"base_model_relation": "quantized"} if base and facts.packed else {}),
+        **({"base_model_relation": "quantized"} if base and summary.quantized else {}),
         "tags": list(dict.fromkeys((*TAGS, *tags))),
     }
     return found | {key: theirs[key] for key in KEPT if _is_plain(theirs.get(key))}
@@ -111,23 +111,23 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _origin(source: Source, facts: Facts) -> str:
+def _origin(source: Source, summary: ConversionSummary) -> str:
     name = f"`{source.name}`"
     if source.base is not None:
         name = f"[{source.base}](https://huggingface.co/{source.base})"
     if source.base is not None and source.commit is not None:
         name += f" at commit `{source.commit}`"
-    kind = "quantized" if facts.packed else "in MLX's layout"
-    return f"{name}, {kind} by mlx-onevision {facts.version}."
+    kind = "quantized" if summary.quantized else "in MLX's layout"
+    return f"{name}, {kind} by mlx-onevision {summary.version}."
 
 
-def _table(facts: Facts) -> str:
-    files = "1 file" if facts.shards == 1 else f"{facts.shards} files"
+def _table(summary: ConversionSummary) -> str:
+    files = "1 file" if summary.shards == 1 else f"{summary.shards} files"
     rows = [
-        ("weights", f"{size(facts.nbytes)} in {files}"),
-        ("bits per weight", f"{facts.bits_per_weight:.2f}"),
-        ("recipe", facts.recipe),
-        ("type of what is not packed", facts.dtype),
-        *((f"matrices with {way}", str(count)) for way, count in facts.packed.items()),
+        ("weights", f"{size(summary.nbytes)} in {files}"),
+        ("bits per weight", f"{summary.bits_per_weight:.2f}"),
+        ("recipe", summary.recipe),
+        ("type of what is not quantized", summary.dtype),
+        *((f"matrices with {spec}", str(count)) for spec, count in summary.quantized.items()),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

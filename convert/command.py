@@ -1,10 +1,10 @@
-"""``mlx-onevision convert``: what a person says, and what a person is told."""
+"""``mlx-onevision convert``: options in, a report out."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ from mlx_onevision.convert.options import (
 if TYPE_CHECKING:
     from mlx_onevision.checkpoint.recipes import Recipe
     from mlx_onevision.convert.conversion import Conversion
-    from mlx_onevision.convert.facts import Facts
-    from mlx_onevision.convert.figures import Loss
     from mlx_onevision.convert.hub import Source
+    from mlx_onevision.convert.metrics import Loss
+    from mlx_onevision.convert.summary import ConversionSummary
 
 
 @click.command(short_help="Write a model in MLX's layout, smaller if you like.")
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     "--mlx-path", "--output", "mlx_path", type=click.Path(path_type=Path), help="FOLDER, likewise."
 )
 @revision_option
-@click.option("-q", "--quantize", is_flag=True, help="Pack the weights; 4 bits unless told.")
+@click.option("-q", "--quantize", is_flag=True, help="Quantize the weights; to 4 bits by default.")
 @click.option("--q-bits", type=click.Choice(BITS), help="Bits of the language model.")
 @click.option("--q-group-size", type=click.Choice(["32", "64", "128"]), help="Values a scale.")
 @click.option(
     "--q-mode",
     type=click.Choice(["affine", "mxfp4", "nvfp4", "mxfp8"]),
-    help="How the language model is packed. Default: affine.",
+    help="How the language model is quantized. Default: affine.",
 )
 @click.option(
     "--quantize-vision",
     type=click.Choice([*BITS, "none"]),
-    help="Bits of the projector and the tower. Default: 8 when the language model is packed.",
+    help="Bits of the projector and the tower. Default: 8 when the language model is quantized.",
 )
 @click.option(
     "--recipe",
@@ -75,15 +75,15 @@ if TYPE_CHECKING:
 @click.option(
     "--method",
     type=click.Choice(["gptq", "awq"]),
-    help="Calibrate the language model's packing on drawn pictures, with mlx-lm's code. Holds the "
+    help="Calibrate the language model's quantization on drawn images, by mlx-lm. Holds the "
     "whole unquantized model in memory, and takes long.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="The type of what is not packed. Default: the source's.",
+    help="The type of what is not quantized. Default: the source's.",
 )
-@click.option("-d", "--dequantize", is_flag=True, help="Unpack what is packed.")
+@click.option("-d", "--dequantize", is_flag=True, help="Dequantize what is quantized.")
 @click.option(
     "--shard-size",
     type=Bytes(),
@@ -131,7 +131,7 @@ def convert(
     private: bool,
     create_pr: bool,
     as_json: bool,
-    **packing: Any,
+    **quantization: Any,
 ) -> None:
     """Write MODEL into FOLDER in MLX's layout, which mlx-vlm and LM Studio read too.
 
@@ -152,8 +152,7 @@ def convert(
         raise click.UsageError("Say which MODEL to convert")
     require_usage(click.get_current_context().params | {"folder": target})
 
-    from mlx_onevision.convert import conversion, fit
-    from mlx_onevision.convert import hub as sources
+    from mlx_onevision.convert import conversion, fit, hub
     from mlx_onevision.convert.plot import require_plot
     from mlx_onevision.convert.staging import require_target
 
@@ -161,38 +160,44 @@ def convert(
     if plot:
         require_plot(plot)
     if compare:
-        compared = compared_recipes(compare, packing["q_group_size"], packing["quantize_vision"])
-        _compare(sources.find(model, revision), compared, dtype, plot, as_json)
+        compared = compared_recipes(
+            compare, quantization["q_group_size"], quantization["quantize_vision"]
+        )
+        _compare(hub.find(model, revision), compared, dtype, plot, as_json)
         return
-    fitting = packing["recipe"] == "fit"
-    recipe = None if fitting else recipe_of(**packing)
+    fitting = quantization["recipe"] == "fit"
+    recipe = None if fitting else recipe_of(**quantization)
     if target is None and not fitting:
         target = default_target(model, recipe, dequantize, dtype)
     if target is not None and not dry_run:
         require_target(target, overwrite)
-    finder = sources.outline(model, revision) if dry_run else _found(sources, model, revision)
-    loss = warning = None
-    with finder as source:
-        why: str | None = None
+    loss = warning = why = None
+    with ExitStack() as stack:
+        if dry_run:
+            source = stack.enter_context(hub.outline(model, revision))
+        else:
+            source = hub.find(model, revision)
         if fitting:
-            fitted = fit.choose(source.folder, packing["memory"], packing["context"], dtype)
+            fitted = fit.choose(
+                source.folder, quantization["memory"], quantization["context"], dtype
+            )
             recipe, why = fitted.recipe, fitted.why
         if target is None:
             target = default_target(model, recipe, dequantize, dtype)
         planned = conversion.prepare(
             source, target, recipe, dtype, dequantize, shard_size, overwrite or dry_run
         )
-        facts = planned.facts
+        summary = planned.summary
         if why:
             click.echo(why, err=True)
         if not dry_run:
             command = command_of(model, target)
-            if packing["method"]:
+            if quantization["method"]:
                 from mlx_onevision.convert.calibration import calibrated
 
-                planned = calibrated(planned, packing["method"])
+                planned = calibrated(planned, quantization["method"])
             asked = verify if plot is None else True
-            facts, loss, warning = _write(planned, asked, overwrite, command)
+            summary, loss, warning = _write(planned, asked, overwrite, command)
     if warning:
         click.echo(f"warning: {warning}", err=True)
     if plot and loss:
@@ -201,15 +206,13 @@ def convert(
         draw(loss, plot)
     uploaded = None
     if upload_repo and not dry_run:
-        from mlx_onevision.convert.hub import upload
-
-        uploaded = upload(facts.target, upload_repo, private=private, create_pr=create_pr)
+        uploaded = hub.upload(summary.target, upload_repo, private=private, create_pr=create_pr)
     if as_json:
         extra = {"dry_run": dry_run, "uploaded": uploaded, "why": why, "warning": warning}
         extra["loss"] = loss.to_dict() if loss else None
-        click.echo(json.dumps({**facts.to_dict(), **extra}))
+        click.echo(json.dumps({**summary.to_dict(), **extra}))
     else:
-        click.echo(report(facts, dry_run))
+        click.echo(report(summary, dry_run))
         if loss:
             from mlx_onevision.convert.report import table
 
@@ -220,7 +223,7 @@ def convert(
 
 def _write(
     planned: Conversion, verify: bool | None, overwrite: bool, command: str
-) -> tuple[Facts, Loss | None, str | None]:
+) -> tuple[ConversionSummary, Loss | None, str | None]:
     """What was written, what it lost, and what to warn of."""
     from mlx_onevision.convert import conversion
     from mlx_onevision.convert import verify as verification
@@ -231,10 +234,10 @@ def _write(
         with _progress(name) as progress:
             return conversion.write(planned, overwrite, progress, None, command), None, refused
     with _progress(name) as progress, _progress(f"measuring {name}", "steps") as steps:
-        unchanged = verification.is_unchanged(planned.opened, planned.facts)
-        measure = verification.Verification(planned.facts, unchanged, steps)
-        facts = conversion.write(planned, overwrite, progress, measure, command)
-    return facts, measure.loss, measure.warning
+        unchanged = verification.is_unchanged(planned.opened, planned.summary)
+        measure = verification.Verification(planned.summary, unchanged, steps)
+        summary = conversion.write(planned, overwrite, progress, measure, command)
+    return summary, measure.loss, measure.warning
 
 
 def _compare(
@@ -255,29 +258,29 @@ def _compare(
         click.echo(comparison(losses), nl=False)
 
 
-def report(facts: Facts, planned: bool = False) -> str:
+def report(summary: ConversionSummary, planned: bool = False) -> str:
     """What a person reads in the end, or with ``--dry-run`` instead of it."""
-    from mlx_onevision.convert.facts import size
+    from mlx_onevision.convert.summary import size
 
-    count = "1 file" if facts.shards == 1 else f"{facts.shards} files"
+    count = "1 file" if summary.shards == 1 else f"{summary.shards} files"
     rows = [
-        ("source", facts.source + (f" at {facts.revision}" if facts.revision else "")),
-        ("download", size(facts.download)) if planned else ("", ""),
-        ("to write" if planned else "folder", str(facts.target)),
-        ("weights", f"{size(facts.nbytes)} in {count}, {facts.bits_per_weight:.2f} bits a weight"),
-        ("recipe", facts.recipe + (f", the rest {facts.dtype}" if facts.packed else "")),
-        *(("", f"{number} matrices with {way}") for way, number in facts.packed.items()),
+        ("source", summary.source + (f" at {summary.revision}" if summary.revision else "")),
+        ("download", size(summary.download)) if planned else ("", ""),
+        ("to write" if planned else "folder", str(summary.target)),
+        (
+            "weights",
+            f"{size(summary.nbytes)} in {count}, {summary.bits_per_weight:.2f} bits a weight",
+        ),
+        ("recipe", summary.recipe + (f", the rest {summary.dtype}" if summary.quantized else "")),
+        *(("", f"{number} matrices with {spec}") for spec, number in summary.quantized.items()),
     ]
-    if facts.padded:
-        rows.append(("", f"the tower's MLPs padded with zeros to a width of {facts.padded}"))
-    if facts.left:
-        rows.append(("", f"{len(facts.left)} matrices left, whose width has no whole groups"))
+    if summary.padded:
+        rows.append(("", f"the tower's MLPs padded with zeros to a width of {summary.padded}"))
+    if summary.skipped:
+        rows.append(
+            ("", f"{len(summary.skipped)} matrices not quantized, whose width has no whole groups")
+        )
     return "\n".join(f"{name:<10} {text}".rstrip() for name, text in rows if text)
-
-
-@contextmanager
-def _found(sources: Any, model: str, revision: str | None) -> Iterator[Any]:
-    yield sources.find(model, revision)
 
 
 @contextmanager

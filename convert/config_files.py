@@ -9,10 +9,10 @@ from typing import Any
 from mlx_onevision.checkpoint.hub import SIDECARS
 from mlx_onevision.checkpoint.load import OpenedCheckpoint
 from mlx_onevision.checkpoint.plan import ConversionPlan
-from mlx_onevision.config import original_layout as lmms_lab
+from mlx_onevision.config import original_layout
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
-from mlx_onevision.config.quantization import ModuleQuantization, Quantization
+from mlx_onevision.config.quantization import Quantization
 from mlx_onevision.convert.hub import Source
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.files import read_json
@@ -40,24 +40,22 @@ def config_json(
         CheckpointError: when it would not be read back as the model that was made.
     """
     values = dict(opened.values)
-    if lmms_lab.is_original(values):
-        values = lmms_lab.to_hub(values)
+    if original_layout.is_original(values):
+        values = original_layout.to_hub(values)
         values["architectures"] = ["LlavaOnevisionForConditionalGeneration"]
-    for key in DROPPED:
-        values.pop(key, None)
+    values = _kept(values)
     config, text, vision = plan.config, plan.config.text_config, plan.config.vision_config
-    own_text = {key: getattr(text, key) for key in TEXT_FIELDS}
     values |= {
         "model_type": "llava_onevision",
         "text_config": {
-            **{k: v for k, v in (values.get("text_config") or {}).items() if k not in DROPPED},
-            **own_text,
+            **_kept(values.get("text_config")),
+            **{key: getattr(text, key) for key in TEXT_FIELDS},
             "model_type": "qwen2",
             "rope_theta": text.rope.rope_theta,
             "tie_word_embeddings": config.tie_word_embeddings,
         },
         "vision_config": {
-            **{k: v for k, v in (values.get("vision_config") or {}).items() if k not in DROPPED},
+            **_kept(values.get("vision_config")),
             **dataclasses.asdict(vision),
             "model_type": "siglip_vision_model",
         },
@@ -80,19 +78,21 @@ def config_json(
     return (json.dumps(dict(sorted(values.items())), indent=2) + "\n").encode()
 
 
+def _kept(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (values or {}).items() if key not in DROPPED}
+
+
 def quantization_json(quantization: Quantization) -> dict[str, Any]:
     """The entry as MLX converters write it: a default, and the modules that differ from it."""
 
-    def entry(way: ModuleQuantization | None) -> dict[str, Any] | bool:
-        return False if way is None else dataclasses.asdict(way)
-
-    default = entry(quantization.default)
-    assert isinstance(default, dict)
-    return default | {name: entry(way) for name, way in sorted(quantization.modules.items())}
+    return dataclasses.asdict(quantization.default) | {
+        name: False if spec is None else dataclasses.asdict(spec)
+        for name, spec in sorted(quantization.modules.items())
+    }
 
 
 def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
-    """The files that prepare prompts and pictures, those that the source lacks made for it.
+    """The files that prepare prompts and images, those that the source lacks made for it.
 
     Raises:
         CheckpointError: for one that cannot be read.
@@ -105,7 +105,12 @@ def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
         found["chat_template.jinja"] = ChatTemplate.from_folder(folder).source.encode()
     if "preprocessor_config.json" not in found:
         image = ImageConfig.from_dict(None, config)
-        found["preprocessor_config.json"] = _json(_pixels(image) | _tiles(image))
+        tiles = {
+            "do_pad": True,
+            "image_grid_pinpoints": [list(pair) for pair in image.image_grid_pinpoints],
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+        }
+        found["preprocessor_config.json"] = _json(_pixels(image) | tiles)
         found.setdefault(
             "video_preprocessor_config.json",
             _json(_pixels(image) | {"video_processor_type": "LlavaOnevisionVideoProcessor"}),
@@ -138,7 +143,7 @@ def _with_placeholders(tokenizer: bytes, folder: Path, config: OneVisionConfig) 
     """
     from tokenizers import Tokenizer
 
-    if not lmms_lab.is_original(read_json(folder / "config.json") or {}):
+    if not original_layout.is_original(read_json(folder / "config.json") or {}):
         return tokenizer
     wanted = {"<image>": config.image_token_index, "<video>": config.video_token_index}
     known = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -170,14 +175,6 @@ def _pixels(image: ImageConfig) -> dict[str, Any]:
         "resample": 3,
         "rescale_factor": image.rescale_factor,
         "size": {"height": image.size, "width": image.size},
-    }
-
-
-def _tiles(image: ImageConfig) -> dict[str, Any]:
-    return {
-        "do_pad": True,
-        "image_grid_pinpoints": [list(pair) for pair in image.image_grid_pinpoints],
-        "image_processor_type": "LlavaOnevisionImageProcessor",
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,9 +25,9 @@ from mlx_onevision.checkpoint.tensors import INDEX, NORM, written_name
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.convert.card import card
 from mlx_onevision.convert.config_files import config_json, processor_files
-from mlx_onevision.convert.facts import Facts
 from mlx_onevision.convert.hub import Source, find
 from mlx_onevision.convert.staging import Staging, require_space, require_target
+from mlx_onevision.convert.summary import ConversionSummary
 from mlx_onevision.convert.writer import Part, Shard, Writer, divide, index, write_shard
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.processor import Processor
@@ -47,7 +48,7 @@ class Conversion:
     opened: OpenedCheckpoint
     plan: ConversionPlan
     shards: Sequence[Shard]
-    facts: Facts
+    summary: ConversionSummary
 
 
 def convert(
@@ -63,14 +64,14 @@ def convert(
     progress: Progress = lambda done, total: None,
     measure: Measure | None = None,
     command: str | None = None,
-) -> Facts:
+) -> ConversionSummary:
     """Converts a model into a folder, which afterwards is whole and checked, or as it was.
 
     model, revision : as for ``load``.
-    recipe : see :mod:`mlx_onevision.checkpoint.recipes`; None packs nothing.
-    dtype : ``float16``, ``bfloat16`` or ``float32`` for all that is not packed; None keeps the
+    recipe : see :mod:`mlx_onevision.checkpoint.recipes`; None quantizes nothing.
+    dtype : ``float16``, ``bfloat16`` or ``float32`` for all that is not quantized; None keeps the
         source's.
-    dequantize : unpacks what is packed in the source.
+    dequantize : dequantizes what is quantized in the source.
     shard_bytes : of tensors in one file, at most.
     overwrite : replace a model that is at ``target``, once the new one has been checked.
     progress : called with how many bytes have been written and read back, and of how many.
@@ -117,8 +118,8 @@ def prepare(
         dequantize=dequantize,
     )
     shards = divide(_parts(opened, plan), shard_bytes)
-    facts = _facts(source, target, opened, plan, shards, recipe)
-    return Conversion(source, target, opened, plan, shards, facts)
+    summary = _summary(source, target, opened, plan, shards, recipe)
+    return Conversion(source, target, opened, plan, shards, summary)
 
 
 def write(
@@ -127,25 +128,21 @@ def write(
     progress: Progress = lambda done, total: None,
     measure: Measure | None = None,
     command: str | None = None,
-) -> Facts:
+) -> ConversionSummary:
     """Does what :func:`prepare` planned.
 
     Raises:
         StorageError: when the system does not write; nothing has been changed then.
     """
-    source, opened, plan, facts = (
-        conversion.source,
-        conversion.opened,
-        conversion.plan,
-        conversion.facts,
-    )
+    source, opened, plan = conversion.source, conversion.opened, conversion.plan
+    summary = conversion.summary
     begun = time.monotonic()
     Processor.from_folder(source.folder, opened.config)  # before weights are written for nothing
     side = {
-        INDEX: index(conversion.shards, facts.values),
+        INDEX: index(conversion.shards, summary.values),
         **processor_files(opened),
         # Last of what a loader needs: a folder without it is no model's.
-        "config.json": config_json(opened, plan, source, facts.version, facts.recipe),
+        "config.json": config_json(opened, plan, source, summary.version, summary.recipe),
     }
     nbytes = sum(shard.nbytes for shard in conversion.shards)
     nbytes += sum(map(len, side.values()))
@@ -166,13 +163,14 @@ def write(
             files[name] = _write(folder / name, content, count)
         Processor.from_folder(folder, plan.config)
         loss = None if measure is None else measure(source.folder, folder)
-        command = command or _call(conversion)
-        files["README.md"] = _write(folder / "README.md", card(source, facts, loss, command))
+        words = shlex.join([summary.source, summary.target.name])
+        command = command or f"mlx_onevision.convert: {words} ({summary.recipe})"
+        files["README.md"] = _write(folder / "README.md", card(source, summary, loss, command))
         _write(folder / manifest.NAME, manifest.text(files).encode())
         check(folder, plan.config, count)
         staging.publish()
     sizes = {name: file.size for name, file in files.items()}
-    return dataclasses.replace(facts, files=sizes, seconds=time.monotonic() - begun)
+    return dataclasses.replace(summary, files=sizes, seconds=time.monotonic() - begun)
 
 
 def check(
@@ -224,25 +222,25 @@ def _parts(opened: OpenedCheckpoint, plan: ConversionPlan) -> list[Part]:
     return parts
 
 
-def _facts(
+def _summary(
     source: Source,
     target: Path,
     opened: OpenedCheckpoint,
     plan: ConversionPlan,
     shards: Sequence[Shard],
     recipe: Recipe | None,
-) -> Facts:
-    packed: dict[str, int] = {}
-    for way in plan.specs.values():
-        words = f"{way.bits} bits, groups of {way.group_size}"
-        words = words if way.mode == "affine" else f"{way.mode}, {words}"
-        packed[words] = packed.get(words, 0) + 1
+) -> ConversionSummary:
+    quantized = Counter(
+        ("" if spec.mode == "affine" else f"{spec.mode}, ")
+        + f"{spec.bits} bits, groups of {spec.group_size}"
+        for spec in plan.specs.values()
+    )
     width = plan.config.vision_config.intermediate_size
     grown = width != opened.config.vision_config.intermediate_size
     nbytes = sum(shard.data_bytes for shard in shards)
     values = plan.values + len(NORM) * opened.config.vision_config.hidden_size
     name = recipe.name if recipe is not None else "as the source" if plan.specs else plan.dtype
-    return Facts(
+    return ConversionSummary(
         source=source.base or source.name,
         revision=source.commit,
         target=target,
@@ -252,21 +250,14 @@ def _facts(
         values=values,
         bits_per_weight=8 * nbytes / values,
         shards=len(shards),
-        packed=dict(sorted(packed.items())),
-        ways={written_name(module): way for module, way in plan.specs.items()},
-        left=tuple(written_name(module) for module in plan.skipped),
+        quantized=dict(sorted(quantized.items())),
+        specs={written_name(module): spec for module, spec in plan.specs.items()},
+        skipped=tuple(written_name(module) for module in plan.skipped),
         padded=width if grown else None,
         files={shard.name: shard.nbytes for shard in shards},
         version=version("mlx-onevision"),
         download=source.download,
-        config=plan.config,
     )
-
-
-def _call(conversion: Conversion) -> str:
-    """The command for a conversion that a program asked for."""
-    words = [conversion.facts.source, conversion.target.name, f"({conversion.facts.recipe})"]
-    return f"mlx_onevision.convert: {shlex.join(words[:2])} {words[2]}"
 
 
 def _require_dtype(dtype: str | None) -> None:

@@ -1,4 +1,7 @@
-"""The best recipe that fits a machine: weights, a long prompt's cache and working room."""
+"""The best recipe that fits a machine: weights, a long prompt's KV cache and intermediate values.
+
+Arithmetic only: nothing is loaded.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +13,10 @@ from mlx_onevision.checkpoint.recipes import Recipe, mixed, uniform
 from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
-from mlx_onevision.convert.facts import size
+from mlx_onevision.convert.summary import size
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.anyres import plan_packing
 from mlx_onevision.network.memory_budget import scratch_bytes
-
-# How much memory a model takes while it answers a stated prompt. Arithmetic only.
 
 # The prompt that sizes are stated for: one image of 3 x 3 tiles (and the base tile), the words
 # around it, and an answer. 1152 x 1152 pixels in tiles of 384.
@@ -23,8 +24,13 @@ TILES = 3
 WORDS = 80
 ANSWER_TOKENS = 256
 
-# The cache of keys and values grows by so many positions at a time.
-CACHE_STEP = 256
+CACHE_STEP = 256  # positions that the KV cache grows by at a time
+
+# Metal's recommendedMaxWorkingSetSize, as people have printed it (MiB of GiB): 10,923 of 16 and
+# 21,845 of 32 are two thirds; 49,152 of 64 and 73,728 of 96 are three quarters
+# (github.com/ggml-org/llama.cpp issues 5206, 2011, 1870, 3213). Recent systems give more, 107.5 of
+# 128 GiB for one (github.com/antirez/ds4 issue 890), but a model has to fit on the others, too.
+LARGE = 36 << 30
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Footprint:
 
     weights : of the whole model.
     cache : keys and values of every token.
-    features : the rows of the image, once as tiles and once as packed into the prompt.
+    features : of the image, once as tiles and once as placed into the prompt.
     scratch : the intermediate values that the memory budget allows.
     """
 
@@ -48,18 +54,12 @@ class Footprint:
         return self.weights + self.cache + self.features + self.scratch
 
     def to_dict(self) -> dict[str, int]:
-        return {
-            "tokens": self.tokens,
-            "weights_bytes": self.weights,
-            "cache_bytes": self.cache,
-            "features_bytes": self.features,
-            "scratch_bytes": self.scratch,
-            "total_bytes": self.total,
-        }
+        parts = ("weights", "cache", "features", "scratch", "total")
+        return {"tokens": self.tokens} | {f"{part}_bytes": getattr(self, part) for part in parts}
 
 
 def image_tokens(config: OneVisionConfig, tiles: int = TILES) -> int:
-    """Rows in the prompt of one square image that fills ``tiles`` by ``tiles`` tiles."""
+    """Tokens in the prompt of one square image that fills ``tiles`` by ``tiles`` tiles."""
     side = config.vision_config.image_size * tiles
     return plan_packing(
         (side, side),
@@ -93,27 +93,13 @@ def footprint(
     held = -(-tokens // CACHE_STEP) * CACHE_STEP
     encoded = (1 + TILES**2) * config.tokens_per_tile
     scratch = scratch_bytes(weights if working_set is None else working_set, weights)
-    return Footprint(
-        tokens,
-        weights,
-        held * position,
-        (rows + encoded) * text.hidden_size * itemsize,
-        scratch,
-    )
-
-
-# Metal's recommendedMaxWorkingSetSize, as people have printed it (MiB of GiB): 10,923 of 16 and
-# 21,845 of 32 are two thirds; 49,152 of 64 and 73,728 of 96 are three quarters
-# (github.com/ggml-org/llama.cpp issues 5206, 2011, 1870, 3213). Recent systems give more, 107.5 of
-# 128 GiB for one (github.com/antirez/ds4 issue 890), but a model has to fit on the others, too.
-LARGE = 36 << 30
+    features = (rows + encoded) * text.hidden_size * itemsize
+    return Footprint(tokens, weights, held * position, features, scratch)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe (None: nothing is packed), what it takes, and a sentence a line that says why it is
-    that one.
-    """
+    """A recipe (None: nothing is quantized), what it takes, and why: text for a person."""
 
     recipe: Recipe | None
     footprint: Footprint
@@ -123,7 +109,7 @@ class Fit:
 def candidates() -> list[Recipe | None]:
     """From the best to the worst, each smaller than the one before it.
 
-    The order is that of the measured loss; the README has the figures.
+    The order is that of the measured loss; the README has the numbers.
     """
     return [
         None,
@@ -155,14 +141,14 @@ def choose(folder: Path, memory: int, context: int | None = None, dtype: str | N
 def best(
     config: OneVisionConfig,
     tensors: Mapping[str, Tensor],
-    packed: Mapping[str, ModuleQuantization],
+    quantized: Mapping[str, ModuleQuantization],
     memory: int,
     context: int | None = None,
     dtype: str | None = None,
 ) -> Fit:
     """The best recipe with which a model and a prompt fit into ``memory`` bytes of unified memory.
 
-    tensors, packed : as for :func:`~mlx_onevision.checkpoint.plan.make_plan`.
+    tensors, quantized : as for :func:`~mlx_onevision.checkpoint.plan.make_plan`.
     context : tokens of the prompt; None for a question about one image of ten tiles.
 
     Raises:
@@ -173,11 +159,11 @@ def best(
     tried: list[tuple[str, int]] = []
     recipe, found = None, None
     for recipe in candidates():
-        plan = make_plan(config, tensors, packed, recipe=recipe, dtype=dtype)
+        plan = make_plan(config, tensors, quantized, recipe=recipe, dtype=dtype)
         itemsize = 4 if plan.dtype == "float32" else 2
         found = footprint(config, plan.nbytes, tokens=tokens, working_set=usable, itemsize=itemsize)
         tried.append((recipe.name if recipe else plan.dtype, plan.nbytes))
-        if found.total <= usable or packed:
+        if found.total <= usable or quantized:
             break
     assert found is not None
     has = f"Mac of {memory / 2**30:g} GB has {size(usable)} for the GPU"

@@ -1,7 +1,9 @@
-"""What is converted: a folder, and where it came from; or, before a download, its outline."""
+"""The Hub's side of a conversion: a model's folder and origin, its outline before a download, and
+the upload of the result.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,64 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_onevision.checkpoint import hub
-from mlx_onevision.checkpoint.hub import COMMIT, FILES, HUB_ID, identify
+from mlx_onevision.checkpoint.hub import COMMIT, FILES, HUB_ID, NOT_FILES, identify, resolve
 from mlx_onevision.errors import ModelNotFoundError, OneVisionError, RequestError
 from mlx_onevision.files import read_json
 
-# A converted folder to the Hub.
-
-
-def upload(folder: Path, repository: str, *, private: bool = False, create_pr: bool = False) -> str:
-    """Uploads a folder into a repository, which is made if there is none, in one commit: at no
-    moment is half a model there. Weight files of another model that the repository had are removed.
-
-    Returns the commit's address, or the pull request's.
-
-    Raises:
-        OneVisionError: when the Hub does not take it; the folder stays.
-    """
-    if not HUB_ID.fullmatch(repository):
-        raise RequestError(f"'{repository}' is not a repository's id, such as name/model")
-    import httpx2
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
-
-    ours = sorted(path.name for path in folder.iterdir() if _is_a_models(path))
-    way_out = f"it is whole in {folder}; try 'hf upload {repository} {folder}'"
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        there = api.list_repo_files(repository)
-        stale = [n for n in there if n.endswith(".safetensors") and "/" not in n and n not in ours]
-        done = api.create_commit(
-            repository,
-            [
-                *(CommitOperationAdd(name, folder / name) for name in ours),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message="Upload a model converted by mlx-onevision",
-            create_pr=create_pr,
-        )
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise ModelNotFoundError(
-                f"the Hub does not let you write to {repository}; sign in with 'hf auth login', "
-                f"then {way_out.partition('; ')[2]}"
-            ) from None
-        raise OneVisionError(f"the Hub answered {status} to the upload; {way_out}") from None
-    except (httpx2.HTTPError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise OneVisionError(f"the upload broke off ({reason}); {way_out}") from None
-    return str(done.pr_url if create_pr else done.commit_url)
-
-
-def _is_a_models(path: Path) -> bool:
-    return path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FILES)
-
-
 # What a plan needs beside the headers of the weight files.
 OUTLINE = ("*.json", "*.jinja", "README.md")
-NOT_OUTLINE = (*hub.NOT_FILES, "tokenizer.json", "vocab.json")
+NOT_OUTLINE = (*NOT_FILES, "tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -93,14 +44,14 @@ def find(model: str | Path, revision: str | None = None) -> Source:
     Raises:
         ModelNotFoundError: if there is none, or it cannot be reached.
     """
-    folder = hub.resolve(model, revision)
+    folder = resolve(model, revision)
     name, commit = identify(folder)
     if folder.parent.name == "snapshots" and COMMIT.fullmatch(commit):
         return Source(folder, name, name, commit)
     origin = (read_json(folder / "config.json") or {}).get("mlx_onevision")
     if isinstance(origin, dict):  # a folder that this converter wrote
         base, commit = origin.get("base_model"), origin.get("revision")
-        if isinstance(base, str) and hub.HUB_ID.fullmatch(base):
+        if isinstance(base, str) and HUB_ID.fullmatch(base):
             known = isinstance(commit, str) and COMMIT.fullmatch(commit)
             return Source(folder, name, base, commit if known else None)
     return Source(folder, name, None, None)
@@ -137,8 +88,8 @@ def _outline(repository: str, revision: str | None, folder: Path) -> Source | No
         files = snapshot_download(
             repository,
             revision=commit,
-            allow_patterns=list(hub.FILES),
-            ignore_patterns=list(hub.NOT_FILES),
+            allow_patterns=list(FILES),
+            ignore_patterns=list(NOT_FILES),
             dry_run=True,
         )
         if not any(file.will_download for file in files):
@@ -150,30 +101,72 @@ def _outline(repository: str, revision: str | None, folder: Path) -> Source | No
             allow_patterns=list(OUTLINE),
             ignore_patterns=list(NOT_OUTLINE),
         )
-        for file in files:
-            if file.filename.endswith(".safetensors"):
-                header = HfApi().parse_safetensors_file_metadata(
-                    repository, file.filename, revision=commit
-                )
-                tensors = {
-                    name: {
-                        "dtype": tensor.dtype,
-                        "shape": list(tensor.shape),
-                        "data_offsets": list(tensor.data_offsets),
-                    }
-                    for name, tensor in header.tensors.items()
-                }
-                _write_outline(folder / file.filename, tensors)
+        for name in (file.filename for file in files if file.filename.endswith(".safetensors")):
+            header = HfApi().parse_safetensors_file_metadata(repository, name, revision=commit)
+            _write_outline(folder / name, header.tensors)
     finally:
         enable_progress_bars()
     download = sum(file.file_size or 0 for file in files if file.will_download)
     return Source(folder, repository, repository, commit, download)
 
 
-def _write_outline(path: Path, tensors: dict[str, dict[str, Any]]) -> None:
+def _write_outline(path: Path, tensors: Mapping[str, Any]) -> None:
     """A safetensors file of these tensors that takes no room: its data are a hole."""
-    text = json.dumps(tensors).encode()
-    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    entries = {
+        name: {key: getattr(tensor, key) for key in ("dtype", "shape", "data_offsets")}
+        for name, tensor in tensors.items()
+    }
+    text = json.dumps(entries).encode()
+    end = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+
+
+def upload(folder: Path, repository: str, *, private: bool = False, create_pr: bool = False) -> str:
+    """Uploads a folder into a repository, which is made if there is none, in one commit: at no
+    moment is half a model there. Weight files of another model that the repository had are removed.
+
+    Returns the commit's address, or the pull request's.
+
+    Raises:
+        OneVisionError: when the Hub does not take it; the folder stays.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise RequestError(f"'{repository}' is not a repository's id, such as name/model")
+    import httpx2
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+
+    ours = sorted(path.name for path in folder.iterdir() if path.is_file() and is_model_file(path))
+    way_out = f"it is whole in {folder}; try 'hf upload {repository} {folder}'"
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        there = api.list_repo_files(repository)
+        stale = [n for n in there if n.endswith(".safetensors") and "/" not in n and n not in ours]
+        done = api.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, folder / name) for name in ours),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message="Upload a model converted by mlx-onevision",
+            create_pr=create_pr,
+        )
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise ModelNotFoundError(
+                f"the Hub does not let you write to {repository}; sign in with 'hf auth login', "
+                f"then {way_out.partition('; ')[2]}"
+            ) from None
+        raise OneVisionError(f"the Hub answered {status} to the upload; {way_out}") from None
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise OneVisionError(f"the upload broke off ({reason}); {way_out}") from None
+    return str(done.pr_url if create_pr else done.commit_url)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a name is one that the files of a model have."""
+    return any(fnmatchcase(path.name, pattern) for pattern in FILES)

@@ -8,6 +8,8 @@ hidden states after every layer. Everything runs on the calling thread.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,11 +18,17 @@ import numpy as np
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.tensors import read_weights
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.convert.figures import Divergence, Figures, LayerLoss, Loss, Numbers, diverge
 from mlx_onevision.convert.fit import footprint
+from mlx_onevision.convert.metrics import (
+    Divergence,
+    DivergenceStats,
+    LayerLoss,
+    Loss,
+    Numbers,
+    diverge,
+)
 from mlx_onevision.convert.probes import VERSION, Probe, probes
 from mlx_onevision.convert.recording import (
-    Check,
     Prompt,
     Recording,
     compared_positions,
@@ -42,10 +50,9 @@ def measure(
     dtype: str | None = "float32",
     probe_set: Sequence[Probe] | None = None,
     progress: Progress = lambda done, total: None,
-    check: Check = lambda *_: None,
 ) -> Loss:
     """Measures what ``result`` has lost against ``source``; see :class:`Reference`."""
-    return Reference(source, dtype=dtype, probe_set=probe_set).measure(result, progress, check)
+    return Reference(source, dtype=dtype, probe_set=probe_set).measure(result, progress)
 
 
 class Reference:
@@ -57,7 +64,7 @@ class Reference:
     dtype : the type that both models compute in. In float32 only what was done to the weights
         counts. None is each folder's own: for a model that is too large otherwise; the rounding of
         half precision then counts, too, which is more than all that 8 bits lose.
-    probe_set : other probes than the fixed ones; figures then compare with nothing else.
+    probe_set : other probes than the fixed ones; the result then compares with nothing else.
     """
 
     def __init__(
@@ -74,16 +81,10 @@ class Reference:
         self._prompts = _prompts(source, self._config, self._probes)
         self._recording: Recording | None = None
 
-    def measure(
-        self,
-        result: Path,
-        progress: Progress = lambda done, total: None,
-        check: Check = lambda *_: None,
-    ) -> Loss:
+    def measure(self, result: Path, progress: Progress = lambda done, total: None) -> Loss:
         """What ``result`` has lost.
 
         progress : called with how many steps are done, and of how many.
-        check : called often; whatever it raises ends the measurement.
 
         Raises:
             RequestError: for folders of two different networks.
@@ -91,66 +92,51 @@ class Reference:
                 which makes other prompts of the same conversations than its source.
         """
         passes = 3 if self._recording is None else 2
-        steps = _Steps(passes * len(self._probes), progress)
+        total, steps = passes * len(self._probes), count(1)
+
+        def done() -> None:
+            progress(next(steps), total)
+
         config = load_checkpoint(result).config
         _require_same_network(self.source, self._config, result, config)
         theirs = _prompts(result, config, self._probes)
         _require_same_prompts(self.source, self._prompts, result, theirs)
-        before = self._recorded(check, steps.done)
+        if self._recording is None:
+            self._recording = record(
+                self.source, self._prompts, answering=True, dtype=self._dtype, done=done
+            )
+            mx.clear_cache()
+        before = self._recording
         after = record(
             result,
             self._prompts,
             answering=False,
             dtype=self._dtype,
             budget=before.budget,
-            check=check,
-            done=steps.done,
+            done=done,
         )
         mx.clear_cache()
         divergences = []
         for number, prompt in enumerate(self._prompts):
-            check()
             divergences.append(_compare(prompt, config, before, after, number))
-            steps.done()
+            done()
         return _loss(self.source, result, config, self._prompts, divergences, before, after)
-
-    def _recorded(self, check: Check, done: Callable[[], None]) -> Recording:
-        if self._recording is None:
-            self._recording = record(
-                self.source,
-                self._prompts,
-                answering=True,
-                dtype=self._dtype,
-                budget=None,
-                check=check,
-                done=done,
-            )
-            mx.clear_cache()
-        return self._recording
-
-
-class _Steps:
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._total, self._progress, self._count = total, progress, 0
-
-    def done(self) -> None:
-        self._count += 1
-        self._progress(self._count, self._total)
 
 
 def _require_same_network(
     source: Path, config: OneVisionConfig, result: Path, other: OneVisionConfig
 ) -> None:
     """Everything that is compared has to have the same shape in both."""
-    for name, one, two in (
-        ("vocabularies", config.text_config.vocab_size, other.text_config.vocab_size),
-        ("widths", config.text_config.hidden_size, other.text_config.hidden_size),
-        ("layers", config.text_config.num_hidden_layers, other.text_config.num_hidden_layers),
-        ("tower widths", config.vision_config.hidden_size, other.vision_config.hidden_size),
-        ("tower layers", config.feature_layers, other.feature_layers),
-        ("tiles", config.vision_config.image_size, other.vision_config.image_size),
-        ("patches", config.vision_config.patch_size, other.vision_config.patch_size),
+    for name, path in (
+        ("vocabularies", "text_config.vocab_size"),
+        ("widths", "text_config.hidden_size"),
+        ("layers", "text_config.num_hidden_layers"),
+        ("tower widths", "vision_config.hidden_size"),
+        ("tower layers", "feature_layers"),
+        ("tiles", "vision_config.image_size"),
+        ("patches", "vision_config.patch_size"),
     ):
+        one, two = attrgetter(path)(config), attrgetter(path)(other)
         if one != two:
             raise RequestError(
                 f"{result} is not a conversion of {source}: their {name} are {two} and {one}"
@@ -158,9 +144,15 @@ def _require_same_network(
 
 
 def _prompts(folder: Path, config: OneVisionConfig, given: Sequence[Probe]) -> list[Prompt]:
-    """The probes as a folder's processor makes them."""
+    """The probes as a folder's processor prepares them."""
     processor = Processor.from_folder(folder, config)
-    return [Prompt(p.name, _inputs(processor, p), is_text=bool(p.text)) for p in given]
+
+    def inputs(probe: Probe) -> Inputs:
+        if not probe.text:
+            return processor.prepare(probe.messages, **probe.options)
+        return Inputs(np.array(processor.tokenizer.encode(probe.text), np.int32), (), probe.text)
+
+    return [Prompt(probe.name, inputs(probe), is_text=bool(probe.text)) for probe in given]
 
 
 def _require_same_prompts(
@@ -173,13 +165,6 @@ def _require_same_prompts(
                 f"{result} makes another prompt than {source} of the probe '{one.name}'; "
                 "its tokenizer, template or preprocessor files differ"
             )
-
-
-def _inputs(processor: Processor, probe: Probe) -> Inputs:
-    if probe.text:
-        ids = processor.tokenizer.encode(probe.text)
-        return Inputs(np.array(ids, np.int32), (), probe.text)
-    return processor.prepare(probe.messages, **probe.options)
 
 
 def _compare(
@@ -221,9 +206,9 @@ def _loss(
         result=str(result),
         dtype=str(after.hidden[0].dtype).rpartition(".")[2],
         version=VERSION,
-        all=_figures("all", divergences),
-        conversations=_figures("conversations", conversations) if conversations else None,
-        texts=_figures("texts", texts) if texts else None,
+        all=_stats("all", divergences),
+        conversations=_stats("conversations", conversations) if conversations else None,
+        texts=_stats("texts", texts) if texts else None,
         tower_cosine_mean=float(cosine.mean()) if len(cosine) else None,
         tower_cosine_min=float(cosine.min()) if len(cosine) else None,
         source_perplexity=_perplexity([d.source_loss for d in texts]),
@@ -234,21 +219,15 @@ def _loss(
         disk_bytes=sum(path.stat().st_size for path in result.iterdir() if path.is_file()),
         memory=footprint(config, weights, itemsize=itemsize),
         layers=_layers(before, after),
-        probes=tuple(_figures(prompt.name, [d]) for prompt, d in pairs),
+        probes=tuple(_stats(prompt.name, [d]) for prompt, d in pairs),
     )
 
 
-def _figures(name: str, divergences: Sequence[Divergence]) -> Figures:
+def _stats(name: str, divergences: Sequence[Divergence]) -> DivergenceStats:
     kl = np.concatenate([d.kl for d in divergences])
     same = np.concatenate([d.same for d in divergences])
-    return Figures(
-        name,
-        len(kl),
-        float(kl.mean()),
-        float(np.percentile(kl, 99)),
-        float(kl.max()),
-        float(same.mean()),
-    )
+    spread = kl.mean(), np.percentile(kl, 99), kl.max(), same.mean()
+    return DivergenceStats(name, len(kl), *map(float, spread))
 
 
 def _perplexity(losses: Sequence[Numbers]) -> float | None:

@@ -1,11 +1,13 @@
-"""What the options of ``mlx-onevision convert`` ask for, and which of them exclude each other."""
+"""The options of ``mlx-onevision convert``: which recipe they mean, which exclude each other."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -90,41 +92,63 @@ def recipe_of(
 def _calibrated(recipe: Recipe, method: str) -> Recipe:
     from dataclasses import replace
 
-    from mlx_onevision.convert.calibration import require_packing
+    from mlx_onevision.convert.calibration import require_spec
 
     assert recipe.language is not None
-    require_packing(method, recipe.language)
+    require_spec(method, recipe.language)
     return replace(recipe, name=f"{method}-{recipe.name}")
 
 
 def require_usage(options: dict[str, Any]) -> None:
-    """Refuses options that say two things, or nothing."""
-    recipe, rules, packing = options["recipe"], options["rules"], options
-    upload_repo, private, create_pr = (
-        options[name] for name in ("upload_repo", "private", "create_pr")
-    )
-    if recipe and rules:
-        raise click.UsageError("Give --recipe or --rules, not both")
-    if (recipe or rules) and (packing["q_bits"] or packing["q_mode"] not in (None, "affine")):
-        raise click.UsageError("A recipe has bits and modes of its own; drop --q-bits and --q-mode")
-    if rules and packing["q_group_size"]:
-        raise click.UsageError("The rules name group sizes themselves; drop --q-group-size")
-    if (recipe == "fit") != (packing["memory"] is not None):
-        raise click.UsageError("--recipe fit and --memory belong together")
-    if packing["context"] and recipe != "fit":
-        raise click.UsageError("--context is for --recipe fit")
-    if recipe == "fit" and (packing["q_group_size"] or packing["quantize_vision"]):
-        raise click.UsageError("fit chooses by itself; drop the other options of quantizing")
-    if (private or create_pr) and not upload_repo:
-        raise click.UsageError("--private and --create-pr need --upload-repo")
-    if upload_repo and not HUB_ID.fullmatch(upload_repo):
-        raise click.UsageError(f"'{upload_repo}' is not a repository's id, such as name/model")
-    if packing["method"] and (recipe or rules or packing["dequantize"]):
-        raise click.UsageError("--method packs in one way; drop --recipe, --rules or --dequantize")
-    if packing["compare"]:
-        _require_nothing_written(options)
-    if packing["plot"] and (packing["verify"] is False or options["dry_run"]):
-        raise click.UsageError("--plot draws the measured loss; drop --no-verify or --dry-run")
+    """Refuses options that contradict each other, or need another one."""
+    given = SimpleNamespace(**options)
+    recipe, rules, fit = given.recipe, given.rules, given.recipe == "fit"
+    upload = given.upload_repo
+    for refused, reason in (
+        (recipe and rules, "Give --recipe or --rules, not both"),
+        (
+            (recipe or rules) and (given.q_bits or given.q_mode not in (None, "affine")),
+            "A recipe has bits and modes of its own; drop --q-bits and --q-mode",
+        ),
+        (
+            rules and given.q_group_size,
+            "The rules name group sizes themselves; drop --q-group-size",
+        ),
+        (fit != (given.memory is not None), "--recipe fit and --memory belong together"),
+        (given.context and not fit, "--context is for --recipe fit"),
+        (
+            fit and (given.q_group_size or given.quantize_vision),
+            "fit chooses by itself; drop the other options of quantizing",
+        ),
+        (
+            (given.private or given.create_pr) and not upload,
+            "--private and --create-pr need --upload-repo",
+        ),
+        (
+            upload and not HUB_ID.fullmatch(upload),
+            f"'{upload}' is not a repository's id, such as name/model",
+        ),
+        (
+            given.method and (recipe or rules or given.dequantize),
+            "--method quantizes all alike; drop --recipe, --rules or --dequantize",
+        ),
+        *_compare_usage(given),
+        (
+            given.plot and (given.verify is False or given.dry_run),
+            "--plot draws the measured loss; drop --no-verify or --dry-run",
+        ),
+    ):
+        if refused:
+            raise click.UsageError(reason)
+
+
+def _compare_usage(given: SimpleNamespace) -> Iterator[tuple[bool, str]]:
+    if given.compare:
+        yield given.folder or given.mlx_path, "--compare writes no model; leave FOLDER out"
+        for name in WRITING:
+            flag = name.replace("_", "-")
+            yield getattr(given, name), f"--compare chooses and removes by itself; drop --{flag}"
+        yield given.verify is False, "--compare measures; drop --no-verify"
 
 
 def either(given: Any, option: Any, name: str, flag: str) -> Any:
@@ -171,14 +195,3 @@ def compared_recipes(names: str, group_size: str | None, vision: str | None) -> 
         recipe = None if bits else name
         found[name] = recipe_of(False, bits, group_size, None, vision, recipe, None)
     return list(found.values())
-
-
-def _require_nothing_written(options: dict[str, Any]) -> None:
-    if options["folder"] or options["mlx_path"]:
-        raise click.UsageError("--compare writes no model; leave FOLDER out")
-    for name in WRITING:
-        if options[name]:
-            flag = name.replace("_", "-")
-            raise click.UsageError(f"--compare chooses and removes by itself; drop --{flag}")
-    if options["verify"] is False:
-        raise click.UsageError("--compare measures; drop --no-verify")

@@ -1,4 +1,4 @@
-"""Losses as pictures: over the layers of one model, and over the sizes of several.
+"""Plots of losses: over the layers of one model, and over the sizes of several.
 
 matplotlib is an extra. Nothing of its global state is touched: no window, no current figure.
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_onevision.convert.figures import Loss
+from mlx_onevision.convert.metrics import Loss
 from mlx_onevision.errors import RequestError
 
 Theme = Literal["light", "dark"]
@@ -15,7 +15,7 @@ THEMES: dict[str, dict[str, str]] = {
     "light": {"ground": "#ffffff", "ink": "#1f2328", "faint": "#d0d7de"},
     "dark": {"ground": "#0d1117", "ink": "#e6edf3", "faint": "#30363d"},
 }
-# Told apart in grey, too, and by people who do not see red or green; the lines differ in their
+# Different in grey, too, and for people who do not see red or green; the lines differ in their
 # marks besides.
 COLOURS = {
     "light": {"tower": "#0969da", "projector": "#bc4c00", "language": "#6639ba"},
@@ -36,7 +36,8 @@ def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
     """
     figure, axes = _figure(path, theme)
     colours = COLOURS[theme]
-    position, ticks, names = 0, [], []
+    position, ticks, names, count = 0, [], [], len(loss.layers)
+    step = next(n for n in (1, 2, 5, 10, 20, 50, count) if n * 14 >= count)
     for part in ("tower", "projector", "language"):
         layers = [layer for layer in loss.layers if layer.part == part]
         if not layers:
@@ -45,9 +46,6 @@ def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
         # An error of nothing at all has no place on a logarithmic axis.
         errors = [100 * layer.error or float("nan") for layer in layers]
         axes.plot(places, errors, color=colours[part], marker=MARKS[part], markersize=4, label=part)
-        step = next(
-            n for n in (1, 2, 5, 10, 20, 50, len(loss.layers)) if n * 14 >= len(loss.layers)
-        )
         for place, layer in zip(places, layers, strict=True):
             if part == "projector" or layer.number % step == 0:
                 ticks.append(place)
@@ -58,12 +56,11 @@ def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
     axes.set_ylabel("relative error of hidden states, %")
     axes.set_title(f"Loss per layer at {loss.bits_per_weight:.2f} bits a weight", fontsize=11)
     if any(layer.error for layer in loss.layers):
-        _logarithmic(axes.set_yscale, axes.yaxis)
+        _logarithmic(axes)
     else:
         axes.set_ylim(-1, 1)
         axes.text(0.5, 0.6, "no error at any layer", ha="center", transform=axes.transAxes)
-    _legend(axes, theme)
-    _save(figure, path)
+    _finish(figure, axes, path, theme)
 
 
 def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = "light") -> None:
@@ -85,33 +82,30 @@ def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = 
     sizes = [loss.weights_bytes / scale for _, loss in ordered]
     # A loss of nothing at all has no place on a logarithmic axis; it is left to the table.
     found = [loss.all.kl_mean or float("nan") for _, loss in ordered]
-    best = _frontier(found)
-    axes.plot(
-        [sizes[n] for n in best],
-        [found[n] for n in best],
-        color=colours["tower"],
-        marker="o",
-        label="the best of its size",
-    )
-    others = [n for n in range(len(ordered)) if n not in best]
-    if others:
-        axes.plot(
-            [sizes[n] for n in others],
-            [found[n] for n in others],
-            color=colours["projector"],
-            marker="D",
-            linestyle="none",
-            label="a smaller one is better",
-        )
+    best, least = [], float("inf")
+    for number, kl in enumerate(found):
+        if kl < least:
+            best, least = [*best, number], kl
+    others = [number for number in range(len(found)) if number not in best]
+    for numbers, style, label in (
+        (best, {"color": colours["tower"], "marker": "o"}, "the best of its size"),
+        (
+            others,
+            {"color": colours["projector"], "marker": "D", "linestyle": "none"},
+            "a smaller one is better",
+        ),
+    ):
+        if numbers or style["marker"] == "o":
+            at = [sizes[n] for n in numbers], [found[n] for n in numbers]
+            axes.plot(*at, **style, label=label)
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel(f"weights, {unit}")
     axes.set_ylabel("mean KL divergence, nats a position")
     axes.set_title("Size and quality of recipes", fontsize=11)
     if any(loss.all.kl_mean for _, loss in ordered):
-        _logarithmic(axes.set_yscale, axes.yaxis)
+        _logarithmic(axes)
     _name(figure, axes, [name for name, _ in ordered], list(zip(sizes, found, strict=True)))
-    _legend(axes, theme)
-    _save(figure, path)
+    _finish(figure, axes, path, theme)
 
 
 # Where a name may stand, in points from its own: the first of them that is free.
@@ -150,17 +144,6 @@ def _label(axes: Any, name: str, point: tuple[float, float], across: int, up: in
     )
 
 
-def _frontier(found: Sequence[float]) -> list[int]:
-    """Of points in the order of their size, those with less loss than every smaller one."""
-    best: list[int] = []
-    least = float("inf")
-    for number, value in enumerate(found):
-        if value < least:
-            best.append(number)
-            least = value
-    return best
-
-
 def require_plot(path: Path) -> None:
     """Refuses what could not be drawn, before anything is measured.
 
@@ -175,10 +158,7 @@ def require_plot(path: Path) -> None:
 
 def _figure(path: Path, theme: Theme) -> tuple[Any, Any]:
     if path.suffix.lower() not in SUFFIXES:
-        raise RequestError(
-            f"{path.name} is no name for a plot; it ends in {', '.join(SUFFIXES[:-1])} or "
-            f"{SUFFIXES[-1]}"
-        )
+        raise RequestError(f"{path.name} is no name for a plot; it ends in .png, .svg or .pdf")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -198,11 +178,12 @@ def _figure(path: Path, theme: Theme) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _logarithmic(set_scale: Any, axis: Any) -> None:
+def _logarithmic(axes: Any) -> None:
     """Powers of ten over a wide range; 1, 2 and 5 of each over a narrow one."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    set_scale("log")
+    axes.set_yscale("log")
+    axis = axes.yaxis
     low, high = axis.get_view_interval()
     steps = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
     axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=20))
@@ -211,15 +192,12 @@ def _logarithmic(set_scale: Any, axis: Any) -> None:
         axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _legend(axes: Any, theme: Theme) -> None:
-    ink = THEMES[theme]["ink"]
+def _finish(figure: Any, axes: Any, path: Path, theme: Theme) -> None:
+    """Adds the legend, gives all text its colour, and writes the file."""
     legend = axes.legend(frameon=False, fontsize=9)
     texts = [*legend.get_texts(), *axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
     for text in texts:
-        text.set_color(ink)
-
-
-def _save(figure: Any, path: Path) -> None:
+        text.set_color(THEMES[theme]["ink"])
     drawn = path.with_name(f".{path.stem}.drawing{path.suffix}")  # the old one stays until then
     try:
         figure.savefig(drawn, dpi=DOTS, facecolor=figure.get_facecolor())

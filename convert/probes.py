@@ -1,6 +1,9 @@
 """What a loss is measured on: a fixed set of conversations about drawn media, and of texts.
 
-Changing anything here changes every figure that was ever printed: then raise ``VERSION``.
+Images are drawn from numbers, so that they are the same everywhere and for ever. They are unlike
+each other in what a vision tower answers to: smooth colour, edges, small writing, noise, and the
+rough and shaded surfaces of photographs. Changing anything here changes every number that was ever
+printed: then raise ``VERSION``.
 """
 
 from dataclasses import dataclass, field
@@ -9,22 +12,73 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Pictures to measure with: drawn by numbers, so that they are the same everywhere and for ever.
-#
-# They need not be beautiful. They need to be unlike each other in what a vision tower answers to:
-# smooth colour, edges, small writing, noise, and the rough and shaded surfaces of photographs.
-
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 Field = NDArray[np.float64]
 
+VERSION = 1
+QUICK = ("shapes", "question", "prose")
 
-def gradient(height: int, width: int) -> Picture:
-    """Colour that changes slowly across the picture, in other directions for each channel."""
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt. With ``messages`` it is a conversation, which the source model answers; with
+    ``text`` it is read as it stands.
+    """
+
+    name: str
+    messages: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def probes() -> list[Probe]:
+    """All of them, drawn anew."""
+    return [
+        about("shapes", "What is in the image?", shapes(252, 336)),
+        about("shapes, large", "How many shapes are there?", shapes(900, 1200)),
+        about("gradient", "Describe the colours of this picture.", gradient(480, 640)),
+        about("page", "Read what is written at the top of the page.", strokes(1024, 768)),
+        about("noise", "Is there anything to be seen here?", noise(200, 200)),
+        about("landscape", "Décris cette image en une phrase.", landscape(683, 1024)),
+        about("panorama", "这张图片里有什么？", landscape(200, 1600, seed=7)),
+        about("speck", "Which colour is it?", gradient(40, 40)),
+        about(
+            "two images",
+            "What is in the second image, and how does it differ from the first?",
+            shapes(300, 300),
+            landscape(480, 640, seed=11),
+        ),
+        about(
+            "video",
+            "How does the circle move?",
+            moving_disc(8, 240, 320),
+            kind="video",
+            num_frames=8,
+        ),
+        Probe("question", ({"role": "user", "content": "Why is the sky blue?"},)),
+        *(Probe(name, text=text) for name, text in TEXTS.items()),
+    ]
+
+
+def quick_probes() -> list[Probe]:
+    """A few of them, for a result that should differ in nothing at all."""
+    return [probe for probe in probes() if probe.name in QUICK]
+
+
+def about(name: str, question: str, *media: Image, kind: str = "image", **options: Any) -> Probe:
+    """A question about images or, where ``kind`` is "video", videos, as a probe."""
+    content: list[dict[str, Any]] = [{"type": kind, kind: medium} for medium in media]
+    content.append({"type": "text", "text": question})
+    return Probe(name, ({"role": "user", "content": content},), options=options)
+
+
+def gradient(height: int, width: int) -> Image:
+    """Colour that changes slowly across the image, in other directions for each channel."""
     y, x = _grid(height, width)
-    return _picture(x, y, 1 - (x + y) / 2)
+    return _image(x, y, 1 - (x + y) / 2)
 
 
-def shapes(height: int, width: int) -> Picture:
+def shapes(height: int, width: int) -> Image:
     """A red circle, a blue square and a green triangle on a pale ground."""
     y, x = _grid(height, width)
     canvas = np.stack([np.full_like(x, level) for level in (0.93, 0.92, 0.88)], axis=-1)
@@ -32,10 +86,10 @@ def shapes(height: int, width: int) -> Picture:
     canvas[((x - 0.2) * aspect) ** 2 + (y - 0.4) ** 2 < 0.02] = (0.86, 0.12, 0.15)
     canvas[(abs(x - 0.5) * aspect < 0.15) & (abs(y - 0.6) < 0.15)] = (0.12, 0.30, 0.85)
     canvas[(y > 0.25) & (y < 0.6) & (abs(x - 0.8) * aspect < (y - 0.25) / 2)] = (0.13, 0.6, 0.27)
-    return _picture(*np.moveaxis(canvas, -1, 0))
+    return _image(*np.moveaxis(canvas, -1, 0))
 
 
-def strokes(height: int, width: int, seed: int = 1) -> Picture:
+def strokes(height: int, width: int, seed: int = 1) -> Image:
     """Lines of small dark strokes on white, of the density of a printed page."""
     rng = np.random.default_rng(seed)
     page = np.full((height, width), 0.97)
@@ -48,15 +102,15 @@ def strokes(height: int, width: int, seed: int = 1) -> Picture:
                 _glyph(page[top : top + line * 2 // 3, left : left + line // 2], rng)
                 left += line // 2
             left += line // 2
-    return _picture(page, page, page)
+    return _image(page, page, page)
 
 
-def noise(height: int, width: int, seed: int = 2) -> Picture:
+def noise(height: int, width: int, seed: int = 2) -> Image:
     """Every value of every pixel for itself."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def landscape(height: int, width: int, seed: int = 3) -> Picture:
+def landscape(height: int, width: int, seed: int = 3) -> Image:
     """Rough surfaces under a shaded sky: detail at every scale, as photographs have it."""
     y, x = _grid(height, width)
     ridge = 0.45 + 0.15 * _rough(1, width, seed)[0]
@@ -65,21 +119,21 @@ def landscape(height: int, width: int, seed: int = 3) -> Picture:
     light = 0.55 + 0.3 * (1 - y) + 0.1 * x
     sky = (0.55 + 0.3 * cloud, 0.7 + 0.2 * cloud, 0.95 - 0.05 * cloud)
     soil = (0.45 * ground + 0.15, 0.5 * ground + 0.1, 0.3 * ground + 0.05)
-    return _picture(*(np.where(land, s * light * 1.3, k) for s, k in zip(soil, sky, strict=True)))
+    return _image(*(np.where(land, s * light * 1.3, k) for s, k in zip(soil, sky, strict=True)))
 
 
-def film(frames: int, height: int, width: int) -> NDArray[np.uint8]:
+def moving_disc(frames: int, height: int, width: int) -> NDArray[np.uint8]:
     """A yellow disc that crosses a slowly changing ground, left to right: (frames, H, W, 3)."""
     ground = gradient(height, width) // 2
     y, x = _grid(height, width)
-    pictures = []
+    images = []
     for number in range(frames):
         centre = 0.15 + 0.7 * number / max(frames - 1, 1)
-        picture = ground.copy()
+        image = ground.copy()
         disc = ((x - centre) * width / height) ** 2 + (y - 0.5) ** 2 < 0.03
-        picture[disc] = (250, 220, 30)
-        pictures.append(picture)
-    return np.stack(pictures)
+        image[disc] = (250, 220, 30)
+        images.append(image)
+    return np.stack(images)
 
 
 def _grid(height: int, width: int) -> tuple[Field, Field]:
@@ -88,7 +142,7 @@ def _grid(height: int, width: int) -> tuple[Field, Field]:
     return y / max(height - 1, 1), x / max(width - 1, 1)
 
 
-def _picture(*channels: Field) -> Picture:
+def _image(*channels: Field) -> Image:
     levels = np.stack(channels, axis=-1)
     return np.rint(np.clip(levels, 0, 1) * 255).astype(np.uint8)
 
@@ -121,64 +175,6 @@ def _rough(height: int, width: int, seed: int) -> Field:
         below = coarse[i + 1][:, j] * (1 - u) + coarse[i + 1][:, j + 1] * u
         total += (top * (1 - v) + below * v) * 0.65**octave
     return (total - total.min()) / max(float(np.ptp(total)), 1e-9)
-
-
-VERSION = 1
-QUICK = ("shapes", "question", "prose")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One prompt. With ``messages`` it is a conversation, which the source model answers; with
-    ``text`` it is read as it stands.
-    """
-
-    name: str
-    messages: tuple[dict[str, Any], ...] = ()
-    text: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def probes() -> list[Probe]:
-    """All of them, drawn anew."""
-    return [
-        _about("shapes", "What is in the image?", shapes(252, 336)),
-        _about("shapes, large", "How many shapes are there?", shapes(900, 1200)),
-        _about("gradient", "Describe the colours of this picture.", gradient(480, 640)),
-        _about("page", "Read what is written at the top of the page.", strokes(1024, 768)),
-        _about("noise", "Is there anything to be seen here?", noise(200, 200)),
-        _about("landscape", "Décris cette image en une phrase.", landscape(683, 1024)),
-        _about("panorama", "这张图片里有什么？", landscape(200, 1600, seed=7)),
-        _about("speck", "Which colour is it?", gradient(40, 40)),
-        _about(
-            "two images",
-            "What is in the second image, and how does it differ from the first?",
-            shapes(300, 300),
-            landscape(480, 640, seed=11),
-        ),
-        _film("video", "How does the circle move?"),
-        Probe("question", ({"role": "user", "content": "Why is the sky blue?"},)),
-        *(Probe(name, text=text) for name, text in TEXTS.items()),
-    ]
-
-
-def quick_probes() -> list[Probe]:
-    """A few of them, for a result that should differ in nothing at all."""
-    return [probe for probe in probes() if probe.name in QUICK]
-
-
-def _about(name: str, question: str, *pictures: Picture) -> Probe:
-    content = [{"type": "image", "image": picture} for picture in pictures]
-    return Probe(
-        name,
-        ({"role": "user", "content": [*content, {"type": "text", "text": question}]},),
-    )
-
-
-def _film(name: str, question: str) -> Probe:
-    frames = film(8, 240, 320)
-    content = [{"type": "video", "video": frames}, {"type": "text", "text": question}]
-    return Probe(name, ({"role": "user", "content": content},), options={"num_frames": len(frames)})
 
 
 TEXTS = {

@@ -1,9 +1,9 @@
-"""One pass of a folder's model over the probes, and what is kept of it: little enough that the next
-model has the memory for itself.
+"""One pass of a folder's model over the probes.
 
-Kept are final hidden states, from which the head makes the distributions again, the tower's
-features, and a sample of what every layer gives. The model runs as it runs for anyone: through the
-runner, in groups of tiles and chunks of tokens that fit the memory budget.
+Kept of it are final hidden states, from which the head computes the logits again, the tower's
+features, and a sample of every layer's output: little enough that the next model has the memory for
+itself. The model runs in the runner, in groups of tiles and chunks of tokens that fit the memory
+budget, as for any request.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +26,9 @@ from mlx_onevision.prompt.processor import Inputs
 
 # Longest answer that the source gives to a probe; both models are compared on every token of it.
 ANSWER = 24
-# Of what a layer gives, rows kept of each chunk of tokens and of each tile.
+# Of the output of a layer, rows kept of each chunk of tokens and of each tile.
 SAMPLED_TOKENS, SAMPLED_PATCHES = 16, 8
 
-Check = Callable[..., None]
 Rows = NDArray[np.float32]
 Head = Callable[[mx.array], mx.array]
 
@@ -55,7 +54,7 @@ class Recording:
     hidden : for each prompt the final hidden states (positions, D) of :func:`compared_positions`,
         in the type that the model computes in.
     features : the tower's features (tiles, patches, width), a group of tiles each.
-    layers : rows that each layer gave, by the name of its place.
+    layers : sampled rows of each layer's output, by the layer's name.
     head : makes logits of hidden states.
     """
 
@@ -73,16 +72,14 @@ def record(
     *,
     answering: bool,
     dtype: str | None,
-    budget: Budget | None,
-    check: Check,
     done: Callable[[], None],
+    budget: Budget | None = None,
 ) -> Recording:
     """Loads a folder's model, lets it read the prompts, and lets it go.
 
     answering : whether the model first answers the prompts that are no texts.
-    budget : steps of another size than the runner would plan, so that two models take the same.
-    check : called between steps; ends the pass by raising.
     done : called after each prompt.
+    budget : steps of another size than the runner would plan, so that two models take the same.
     """
     runner = Runner(load_checkpoint(folder, dtype=dtype))
     model = runner.model
@@ -90,8 +87,7 @@ def record(
         model.budget = budget
     recording = Recording(head=_head(model), budget=model.budget, values=count_values(model))
     for prompt in prompts:
-        check()
-        recording.hidden.append(_read(runner, prompt, recording, answering, check))
+        recording.hidden.append(_read(runner, prompt, recording, answering))
         done()
     return recording
 
@@ -107,20 +103,20 @@ def compared_positions(ids: NDArray[np.int32], placeholders: Sequence[int]) -> N
 
 
 def count_values(model: OneVision) -> int:
-    """How many numbers the weights stand for, packed or not."""
+    """How many numbers the weights stand for, quantized or not."""
     total = 0
     for _, module in model.named_modules():
-        packed = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        quantized = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
         for name, value in module.items():
-            if not isinstance(value, mx.array) or (packed and name in ("scales", "biases")):
+            if not isinstance(value, mx.array) or (quantized and name in ("scales", "biases")):
                 continue
-            total += value.size * 32 // module.bits if packed and name == "weight" else value.size
+            total += (
+                value.size * 32 // module.bits if quantized and name == "weight" else value.size
+            )
     return total
 
 
-def _read(
-    runner: Runner, prompt: Prompt, recording: Recording, answering: bool, check: Check
-) -> mx.array:
+def _read(runner: Runner, prompt: Prompt, recording: Recording, answering: bool) -> mx.array:
     """Final hidden states of the compared positions."""
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -129,17 +125,17 @@ def _read(
     cache = make_prompt_cache(model)
     with model.bank.in_use(keys):
         with _tapped(model, recording):
-            runner.fill_bank(prompt.inputs, ids, 0, Counters(), check)
-            states = _forward(model, ids, cache, check)
+            runner.fill_bank(prompt.inputs, ids, 0, Counters(), lambda *_: None)
+            states = _forward(model, ids, cache)
         if answering and not prompt.is_text:
-            prompt.answer = _answer(runner.checkpoint, ids, cache, check)
+            prompt.answer = _answer(runner.checkpoint, ids, cache)
             trim_prompt_cache(cache, cache[0].offset - (len(ids) - 1))
         elif prompt.answer:
             trim_prompt_cache(cache, 1)
         if prompt.answer:
             # The last id of the prompt is read again with the answer, which then is one step.
             with _tapped(model, recording):
-                rest = _forward(model, [ids[-1], *prompt.answer], cache, check)
+                rest = _forward(model, [ids[-1], *prompt.answer], cache)
             states = mx.concatenate([states[:-1], rest])
     config = model.config
     placeholders = (config.image_token_index, config.video_token_index)
@@ -153,20 +149,17 @@ def _read(
     return kept
 
 
-def _forward(model: OneVision, ids: Sequence[int], cache: list[Any], check: Check) -> mx.array:
+def _forward(model: OneVision, ids: Sequence[int], cache: list[Any]) -> mx.array:
     """Final hidden states (len(ids), D), read in chunks."""
     states = []
     for start in range(0, len(ids), model.budget.chunk):
-        check()
         h = model.embed(mx.array([ids[start : start + model.budget.chunk]], mx.int32))
         states.append(model.language_model(h, cache, model.budget.interval)[0])
         mx.eval(states[-1], [layer.state for layer in cache])
     return mx.concatenate(states)
 
 
-def _answer(
-    checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any], check: Check
-) -> list[int]:
+def _answer(checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any]) -> list[int]:
     """The model's likeliest tokens after a prompt that is in the cache, an end-of-text token
     included.
     """
@@ -177,7 +170,6 @@ def _answer(
     token, answer = ids[-1], []
     with model.decoding():
         while len(answer) < ANSWER:
-            check()
             # The prompt's last id may stand for a medium, but a chat template never ends so.
             token = int(model(mx.array([[token]], mx.int32), cache)[0, -1].argmax())
             answer.append(token)
@@ -194,7 +186,7 @@ def _head(model: OneVision) -> Head:
 
 
 class _Tap(nn.Module):
-    """A layer that also hands what it gives to ``keep``."""
+    """A layer that also hands its input and output to ``keep``."""
 
     def __init__(self, layer: nn.Module, keep: Callable[[mx.array, mx.array], None]) -> None:
         super().__init__()
@@ -208,7 +200,7 @@ class _Tap(nn.Module):
 
 @contextmanager
 def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
-    """While it lasts, what layers give goes into the recording, too."""
+    """While it lasts, samples of every layer's output go into the recording."""
     # Any: a tap stands where the network declares its layers' own classes.
     network: Any = model
     tower, language = network.vision_tower.encoder, network.language_model

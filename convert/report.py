@@ -1,20 +1,20 @@
-"""Losses as tables for people: aligned plain text, and the same figures for a model card."""
+"""Losses as tables for people: aligned plain text, and the same numbers for a model card."""
 
 from collections.abc import Sequence
 
-from mlx_onevision.convert.figures import Figures, Loss
+from mlx_onevision.convert.metrics import DivergenceStats, Loss
 
 Row = tuple[str, ...]
 
 
 def table(loss: Loss, layers: bool = True) -> str:
-    """One loss: its figures, and the error after every layer or after the last alone."""
-    figures = [f for f in (loss.all, loss.conversations, loss.texts) if f is not None]
+    """One loss: its numbers, and the error after every layer or after the last alone."""
+    stats = [f for f in (loss.all, loss.conversations, loss.texts) if f is not None]
     head = ("", "positions", "KL mean", "KL 99 %", "KL max", "same top token")
     blocks = [
-        _aligned([head, *(_figures_row(f) for f in figures)]),
+        _aligned([head, *(_stats_row(f) for f in stats)]),
         "KL divergence in nats a position, of the next-token distribution from the source's.",
-        _aligned(_facts(loss), right=False),
+        _aligned(_summary(loss), right=False),
     ]
     if layers:
         blocks += [
@@ -27,18 +27,11 @@ def table(loss: Loss, layers: bool = True) -> str:
 def comparison(losses: Sequence[tuple[str, Loss]]) -> str:
     """Several recipes beside each other, by their names."""
     head = ("recipe", "bits a weight", "weights", "KL mean", "KL 99 %", "same top token", "memory")
-    rows = [
-        (
-            name,
-            f"{loss.bits_per_weight:.2f}",
-            gigabytes(loss.weights_bytes),
-            _small(loss.all.kl_mean),
-            _small(loss.all.kl_p99),
-            f"{loss.all.top1_agreement:.2%}",
-            gigabytes(loss.memory.total),
-        )
-        for name, loss in losses
-    ]
+    rows = []
+    for name, loss in losses:
+        sizes = (f"{loss.bits_per_weight:.2f}", gigabytes(loss.weights_bytes))
+        _, _, mean, p99, _, same = _stats_row(loss.all)
+        rows.append((name, *sizes, mean, p99, same, gigabytes(loss.memory.total)))
     return _aligned([head, *rows]) + "\n"
 
 
@@ -51,46 +44,33 @@ def gigabytes(size: int) -> str:
     return f"{size / 1000:.1f} kB"
 
 
-def _figures_row(figures: Figures) -> Row:
+def _stats_row(stats: DivergenceStats) -> Row:
     return (
-        figures.name,
-        str(figures.positions),
-        _small(figures.kl_mean),
-        _small(figures.kl_p99),
-        _small(figures.kl_max),
-        f"{figures.top1_agreement:.2%}",
+        stats.name,
+        str(stats.positions),
+        _small(stats.kl_mean),
+        _small(stats.kl_p99),
+        _small(stats.kl_max),
+        f"{stats.top1_agreement:.2%}",
     )
 
 
-def _facts(loss: Loss) -> list[Row]:
+def _summary(loss: Loss) -> list[Row]:
+    weights, source = gigabytes(loss.weights_bytes), gigabytes(loss.source_weights_bytes)
+    memory = f"{gigabytes(loss.memory.total)} at {loss.memory.tokens} tokens"
     rows = [
         ("bits a weight", f"{loss.bits_per_weight:.2f}"),
-        (
-            "weights",
-            f"{gigabytes(loss.weights_bytes)} (source {gigabytes(loss.source_weights_bytes)})",
-        ),
+        ("weights", f"{weights} (source {source})"),
         ("on disk", gigabytes(loss.disk_bytes)),
-        (
-            "memory, estimated",
-            f"{gigabytes(loss.memory.total)} at {loss.memory.tokens} tokens, one image of 10 tiles",
-        ),
+        ("memory, estimated", f"{memory}, one image of 10 tiles"),
     ]
     if loss.tower_cosine_mean is not None and loss.tower_cosine_min is not None:
-        rows.append(
-            (
-                "cosine of tower features",
-                f"{loss.tower_cosine_mean:.6f} mean, {loss.tower_cosine_min:.6f} least",
-            )
-        )
+        cosine = f"{loss.tower_cosine_mean:.6f} mean, {loss.tower_cosine_min:.6f} least"
+        rows.append(("cosine of tower features", cosine))
     if loss.perplexity_ratio is not None:
-        ratio = f"{loss.perplexity_ratio:.4f}"
-        rows.append(
-            (
-                "perplexity of texts",
-                f"{ratio} times the source's ({loss.source_perplexity:.4g} to "
-                f"{loss.result_perplexity:.4g})",
-            )
-        )
+        both = f"({loss.source_perplexity:.4g} to {loss.result_perplexity:.4g})"
+        ratio = f"{loss.perplexity_ratio:.4f} times the source's {both}"
+        rows.append(("perplexity of texts", ratio))
     if loss.layers:
         rows.append(("error after the last layer", f"{loss.layers[-1].error:.2%}"))
     own = loss.dtype != "float32"
@@ -100,8 +80,11 @@ def _facts(loss: Loss) -> list[Row]:
 
 def _layer_rows(loss: Loss) -> list[Row]:
     return [
-        (f"{layer.part} {layer.number}".removesuffix("projector 0") or "projector", error)
-        for layer, error in ((layer, f"{layer.error:.2%}") for layer in loss.layers)
+        (
+            layer.part + (f" {layer.number}" if layer.part != "projector" else ""),
+            f"{layer.error:.2%}",
+        )
+        for layer in loss.layers
     ]
 
 
@@ -115,10 +98,7 @@ def _aligned(rows: Sequence[Row], right: bool = True) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [
-            cell.rjust(width) if right else cell
-            for cell, width in zip(others, widths[1:], strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
+        padded = zip(others, widths[1:], strict=True)
+        cells = [cell.rjust(width) if right else cell for cell, width in padded]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)

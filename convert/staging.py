@@ -16,54 +16,25 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from mlx_onevision.checkpoint.hub import FILES
-from mlx_onevision.convert.facts import size
+from mlx_onevision.convert.hub import is_model_file
+from mlx_onevision.convert.summary import size
 from mlx_onevision.convert.writer import failure, flush_folder
 from mlx_onevision.errors import RequestError, StorageError
-
-# Two folders swapped in one step, where the system can: at no moment is either name without
-# one.
-
-# From linux/fs.h and macOS' stdio.h.
-RENAME_EXCHANGE = 2
-RENAME_SWAP = 2
-AT_FDCWD = -100
-
-UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders of one file system; False, and nothing done, where it cannot be.
-
-    Raises:
-        OSError: when the system can, but does not.
-    """
-    library = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(one), os.fsencode(other)
-    try:
-        if sys.platform == "darwin":
-            failed = library.renamex_np(*names, RENAME_SWAP)
-        else:
-            failed = library.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE)
-    except AttributeError:  # a C library without it
-        return False
-    if not failed:
-        return True
-    number = ctypes.get_errno()
-    if number in UNABLE:
-        return False
-    raise OSError(number, os.strerror(number), str(one))
-
 
 logger = logging.getLogger("mlx_onevision")
 
 # ".name.mlx-onevision-1a2b3c4d" is being made; "...-old-1a2b3c4d" was there before.
 TEMPORARY = re.compile(r"\.(.+)\.mlx-onevision-(old-)?[0-9a-f]{8}", re.DOTALL)
+
+# From linux/fs.h and macOS' stdio.h.
+RENAME_EXCHANGE = 2
+RENAME_SWAP = 2
+AT_FDCWD = -100
+# Errors of a system or a file system that cannot swap two folders.
+UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 # What systems and the Hub put into folders by themselves.
 IGNORED = (".DS_Store", ".gitattributes")
@@ -98,9 +69,7 @@ class Staging:
         except OSError as error:
             raise failure(self.target.parent, error) from error
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             if not self._published:
                 _discard(self.path)
@@ -133,6 +102,30 @@ class Staging:
             _discard(old)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders of one file system in one step: at no moment is either name without one.
+    False, and nothing done, where the system cannot.
+
+    Raises:
+        OSError: when the system can, but does not.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "darwin":
+            failed = library.renamex_np(*names, RENAME_SWAP)
+        else:
+            failed = library.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE)
+    except AttributeError:  # a C library without it
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in UNABLE:
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
+
 def require_target(target: Path, overwrite: bool) -> Path:
     """The folder to write, every link in its name followed.
 
@@ -155,11 +148,24 @@ def require_target(target: Path, overwrite: bool) -> Path:
         return target
     if not overwrite:
         raise _refusal(target)
-    foreign = [n for n in names if not _is_a_models(n) or (target / n).is_dir()]
+    foreign = [n for n in names if not is_model_file(target / n) or (target / n).is_dir()]
     if foreign or "config.json" not in names:
         what = f"holds {foreign[0]}" if foreign else "holds no config.json"
         raise RequestError(f"{target} {what}, so it is not only a model; name another folder")
     return target
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises StorageError when a folder's disk has less than ``needed`` bytes free."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise failure(folder, error) from error
+    if needed > free:
+        raise StorageError(
+            f"{size(needed)} are needed in {folder}, and {size(free)} are free; "
+            "free some space or name a folder on another disk"
+        )
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -236,20 +242,3 @@ def _try_lock(descriptor: int, folder: Path) -> bool | None:
 
 def _refusal(target: Path) -> RequestError:
     return RequestError(f"{target} is there already; name another folder, or give --overwrite")
-
-
-def _is_a_models(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in FILES)
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raises StorageError when a folder's disk has less than ``needed`` bytes free."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise failure(folder, error) from error
-    if needed > free:
-        raise StorageError(
-            f"{size(needed)} are needed in {folder}, and {size(free)} are free; "
-            "free some space or name a folder on another disk"
-        )

@@ -1,4 +1,4 @@
-"""What is measured of a new folder before it takes its place, and what is said about it."""
+"""Measures a new folder against its source, before it takes its place, and compares recipes."""
 
 import dataclasses
 import shutil
@@ -10,12 +10,12 @@ from mlx_onevision.checkpoint.load import OpenedCheckpoint, open_checkpoint
 from mlx_onevision.checkpoint.plan import FLOATS
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.convert.conversion import prepare, write
-from mlx_onevision.convert.facts import Facts, size
-from mlx_onevision.convert.figures import Loss
 from mlx_onevision.convert.hub import Source
 from mlx_onevision.convert.loss import Progress, Reference, measure
+from mlx_onevision.convert.metrics import Loss
 from mlx_onevision.convert.probes import Probe, probes, quick_probes
 from mlx_onevision.convert.report import table
+from mlx_onevision.convert.summary import ConversionSummary, size
 from mlx_onevision.engine.runner import working_set
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.network import memory_budget as memory
@@ -36,11 +36,12 @@ class Verification:
     """
 
     def __init__(
-        self, facts: Facts, unchanged: bool, progress: Progress = lambda done, total: None
+        self,
+        summary: ConversionSummary,
+        unchanged: bool,
+        progress: Progress = lambda done, total: None,
     ) -> None:
-        self._facts = facts
-        self._unchanged = unchanged
-        self._progress = progress
+        self._summary, self._unchanged, self._progress = summary, unchanged, progress
         self.loss: Loss | None = None
         self.warning: str | None = None
 
@@ -56,34 +57,34 @@ class Verification:
             raise CheckpointError(
                 f"{text}; nothing was written, which --no-verify would do all the same"
             ) from None
-        self.loss = dataclasses.replace(loss, result=str(self._facts.target))
-        self.warning = suspicion(self._facts, loss)
+        self.loss = dataclasses.replace(loss, result=str(self._summary.target))
+        self.warning = suspicion(self._summary, loss)
         words = [self.warning + "."] if self.warning else []
         return "\n\n".join([INTRODUCTION, f"```\n{table(loss)}```", *words])
 
 
 INTRODUCTION = (
-    "Measured against the source on a fixed set of drawn pictures and of texts, which the source's "
+    "Measured against the source on a fixed set of drawn images and of texts, which the source's "
     "own answers belong to:"
 )
 
 
-def suspicion(facts: Facts, loss: Loss) -> str | None:
+def suspicion(summary: ConversionSummary, loss: Loss) -> str | None:
     """A sentence about a loss that so many bits do not explain; None for any other."""
-    fewest = min((way.bits for way in facts.ways.values()), default=16)
+    fewest = min((spec.bits for spec in summary.specs.values()), default=16)
     bound = next((most for bits, most in SUSPICIOUS.items() if fewest >= bits), None)
     if bound is None or loss.all.kl_mean <= bound:
         return None
     return (
         f"the new model is {loss.all.kl_mean:.2g} nats a position from its source, where at most "
-        f"{bound} were to be expected of {facts.recipe}: look at its answers before you use it"
+        f"{bound} were to be expected of {summary.recipe}: look at its answers before you use it"
     )
 
 
-def is_unchanged(opened: OpenedCheckpoint, facts: Facts) -> bool:
+def is_unchanged(opened: OpenedCheckpoint, summary: ConversionSummary) -> bool:
     """Whether the plan writes the source's weights as they are."""
     floats = {FLOATS[t.dtype] for t in opened.tensors.values() if t.dtype in FLOATS}
-    return floats == {facts.dtype} and len(facts.ways) == len(opened.quantized)
+    return floats == {summary.dtype} and len(summary.specs) == len(opened.quantized)
 
 
 def too_large(source: Path) -> str | None:
@@ -105,15 +106,12 @@ def computing_dtype(*folders: Path) -> str | None:
 
 def _loaded_bytes(folder: Path, width: int | None) -> int:
     """Of a folder's weights in memory, floating-point values in ``width`` bytes each."""
-    return sum(
-        (t.stop - t.start) * (width or WIDTHS[t.dtype]) // WIDTHS[t.dtype]
-        if t.dtype in WIDTHS
-        else t.stop - t.start
-        for t in open_checkpoint(folder).tensors.values()
-    )
-
-
-# Recipes beside each other: each is converted, measured against the source, and removed.
+    total = 0
+    for tensor in open_checkpoint(folder).tensors.values():
+        own = WIDTHS.get(tensor.dtype)
+        nbytes = tensor.stop - tensor.start
+        total += nbytes * width // own if own and width else nbytes
+    return total
 
 
 def compare(
@@ -123,7 +121,7 @@ def compare(
     progress: Progress = lambda done, total: None,
     probe_set: Sequence[Probe] | None = None,
 ) -> list[tuple[str, Loss]]:
-    """The loss of each recipe, by its name.
+    """The loss of each recipe, by its name: converted, measured against the source, and removed.
 
     One converted model is on the disk at a time, in a temporary folder (``TMPDIR``).
 

@@ -1,7 +1,7 @@
 """safetensors files, written front to back: no more than one module's tensors are in memory.
 
-A plan knows every shape before a weight is read, so a file's header, which comes first, can be
-written first.
+A plan knows every shape before a weight is read, so a file's header can be written first. Files are
+on the disk itself when they are done, and the hash of what was written is known.
 """
 
 import json
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import mlx.core as mx
@@ -22,97 +21,6 @@ from mlx_onevision.checkpoint.plan import OutputTensor
 from mlx_onevision.checkpoint.tensors import SINGLE, written_name
 from mlx_onevision.errors import StorageError
 
-# Files that are on the disk when they are done, with the hash of what was written into them.
-
-CHUNK = 1 << 24  # bytes written at once, and between two looks at Ctrl-C
-
-
-def open_new(path: Path) -> BinaryIO:
-    """A file that is not there yet, unbuffered."""
-    return path.open("xb", buffering=0)
-
-
-class Writer:
-    """Writes one new file. ``progress`` is called with how many bytes were just written.
-
-    Raises:
-        StorageError: saying which file the system did not write, and why.
-    """
-
-    def __init__(self, path: Path, progress: Callable[[int], None] = lambda _: None) -> None:
-        self.path = path
-        self._progress = progress
-        self._digest = sha256()
-        self._size = 0
-        try:
-            self._file = open_new(path)
-        except OSError as error:
-            raise failure(path, error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                flush(self._file.fileno())
-        except OSError as error:
-            raise failure(self.path, error) from error
-        finally:
-            self._file.close()
-
-    @property
-    def written(self) -> File:
-        """Size and hash of what has been written."""
-        return File(self._size, self._digest.hexdigest())
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends ``data``, all of it."""
-        view = memoryview(data)
-        while len(view):
-            try:
-                count = self._file.write(view[:CHUNK])
-            except OSError as error:
-                raise failure(self.path, error) from error
-            self._digest.update(view[:count])
-            self._size += count
-            self._progress(count)
-            view = view[count:]
-
-
-def flush(descriptor: int) -> None:
-    """Waits until a file or folder is on the disk itself."""
-    import fcntl
-
-    if sys.platform == "darwin":  # where fsync leaves it in the drive's cache
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-            return
-        except OSError:  # a file system that does not have it
-            pass
-    os.fsync(descriptor)
-
-
-def flush_folder(folder: Path) -> None:
-    """Waits until a folder's list of names is on the disk."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            flush(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise failure(folder, error) from error
-
-
-def failure(path: Path, error: OSError) -> StorageError:
-    """What to tell a person about a file or folder that could not be written."""
-    reason = error.strerror or str(error)
-    return StorageError(f"{path} cannot be written: {reason}; nothing was changed")
-
-
 DTYPES = {
     "U8": mx.uint8,
     "U32": mx.uint32,
@@ -121,6 +29,7 @@ DTYPES = {
     "F32": mx.float32,
 }
 METADATA = {"format": "mlx"}
+CHUNK = 1 << 24  # bytes written at once, and between two looks at Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -164,7 +73,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """The file's size; :attr:`data_bytes` is that of the tensors alone."""
+        """Of the file; :attr:`data_bytes` is that of the tensors alone."""
         return len(self.header) + self.data_bytes
 
     @property
@@ -228,3 +137,87 @@ def _raw(array: mx.array, piece: OutputTensor) -> memoryview:
         raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, planned as {piece}")
     array = mx.contiguous(array if array.ndim else array.reshape(1))
     return memoryview(array.view(mx.uint8)).cast("B")  # pyright: ignore[reportArgumentType]
+
+
+def open_new(path: Path) -> BinaryIO:
+    """A file that is not there yet, unbuffered."""
+    return path.open("xb", buffering=0)
+
+
+class Writer:
+    """Writes one new file. ``progress`` is called with how many bytes were just written.
+
+    Raises:
+        StorageError: saying which file the system did not write, and why.
+    """
+
+    def __init__(self, path: Path, progress: Callable[[int], None] = lambda _: None) -> None:
+        self.path = path
+        self._progress = progress
+        self._digest = sha256()
+        self._size = 0
+        try:
+            self._file = open_new(path)
+        except OSError as error:
+            raise failure(path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                flush(self._file.fileno())
+        except OSError as error:
+            raise failure(self.path, error) from error
+        finally:
+            self._file.close()
+
+    @property
+    def written(self) -> File:
+        """Size and hash of what has been written."""
+        return File(self._size, self._digest.hexdigest())
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends ``data``, all of it."""
+        view = memoryview(data)
+        while len(view):
+            try:
+                count = self._file.write(view[:CHUNK])
+            except OSError as error:
+                raise failure(self.path, error) from error
+            self._digest.update(view[:count])
+            self._size += count
+            self._progress(count)
+            view = view[count:]
+
+
+def flush(descriptor: int) -> None:
+    """Waits until a file or folder is on the disk itself."""
+    import fcntl
+
+    if sys.platform == "darwin":  # where fsync leaves it in the drive's cache
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # a file system that does not have it
+            pass
+    os.fsync(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until a folder's list of names is on the disk."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            flush(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise failure(folder, error) from error
+
+
+def failure(path: Path, error: OSError) -> StorageError:
+    """What to tell a person about a file or folder that could not be written."""
+    reason = error.strerror or str(error)
+    return StorageError(f"{path} cannot be written: {reason}; nothing was changed")

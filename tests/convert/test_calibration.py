@@ -1,4 +1,4 @@
-"""mlx-lm's calibrated methods on our language model, with prompts that show pictures."""
+"""mlx-lm's calibrated methods on our language model, with prompts that show images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.convert import probes
-from mlx_onevision.convert.calibration import METHODS, Method, calibrate, packed_modules
-from mlx_onevision.convert.figures import diverge
+from mlx_onevision.convert.calibration import BITS, Method, calibrate, quantized_modules
+from mlx_onevision.convert.metrics import diverge
 from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.language import Attention, DecoderLayer
@@ -27,7 +27,7 @@ QUESTIONS = ("What is in this image?", "Which colour is the star?", "Describe th
 
 
 class Subject:
-    """A tiny model, and prompts about pictures, for calibrating and for looking at it after."""
+    """A tiny model, and prompts about images, for calibrating and for looking at it after."""
 
     def __init__(self, folder: Path, tied: bool = True, dtype: str | None = None) -> None:
         if not folder.exists():
@@ -38,7 +38,7 @@ class Subject:
         self.prompts = [self.ids(probes.landscape(50, 40 + n, n), n) for n in range(6)]
         self.others = [self.ids(probes.noise(40, 50 + n, n), n + 1) for n in range(4)]
 
-    def ids(self, picture: probes.Picture, number: int) -> list[int]:
+    def ids(self, picture: probes.Image, number: int) -> list[int]:
         content = [
             {"type": "image", "image": picture},
             {"type": "text", "text": QUESTIONS[number % 3]},
@@ -58,14 +58,14 @@ def divergence(source: np.ndarray, result: np.ndarray) -> float:
     return float(diverge(source, result, np.zeros(len(source), int)).kl.mean())
 
 
-def pack_plainly(subject: Subject) -> None:
-    def way(path: str, module: nn.Module) -> bool | dict[str, Any]:
+def quantize_plainly(subject: Subject) -> None:
+    def spec(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path.startswith("language_model.layers") and hasattr(module, "to_quantized"):
             return {"group_size": 64, "bits": 4}
         tables = path in ("language_model.embed_tokens", "lm_head")
         return {"group_size": 64, "bits": 8} if tables else False
 
-    nn.quantize(subject.model, class_predicate=way)
+    nn.quantize(subject.model, class_predicate=spec)
 
 
 def tower(model: OneVision) -> dict[str, np.ndarray]:
@@ -77,9 +77,7 @@ def tower(model: OneVision) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(
-    ("method", "tied"), [("gptq", True), ("gptq", False), ("awq", False), ("dwq", False)]
-)
+@pytest.mark.parametrize(("method", "tied"), [("gptq", True), ("gptq", False), ("awq", False)])
 def test_every_method_packs_the_language_model(
     tmp_path: Path, method: Method, tied: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +85,7 @@ def test_every_method_packs_the_language_model(
     subject = Subject(tmp_path / "model", tied=tied)
     model, budget, before = subject.model, subject.model.budget, tower(subject.model)
     calibrate(method, model, subject.prompts[:2], FOUR, EIGHT)
-    packed = packed_modules(model)
+    packed = quantized_modules(model)
     tables = {"language_model.embed_tokens"} | (set() if tied else {"lm_head"})
     assert {path for path, way in packed.items() if way == EIGHT} == tables
     assert {path for path, way in packed.items() if way == FOUR} == packed.keys() - tables
@@ -100,7 +98,7 @@ def test_every_method_packs_the_language_model(
         assert (type(layer), type(layer.self_attn)) == (DecoderLayer, Attention)
     names = {name for name, _ in tree_flatten(model.parameters())}
     plain = Subject(tmp_path / "model")
-    pack_plainly(plain)
+    quantize_plainly(plain)
     assert names - {"lm_head.weight", "lm_head.scales", "lm_head.biases"} == {
         name for name, _ in tree_flatten(plain.model.parameters()) if not name.startswith("lm_head")
     }
@@ -108,44 +106,39 @@ def test_every_method_packs_the_language_model(
     # The loader computes the same with what a folder would hold.
     weights: Any = tree_flatten(model.parameters())
     again = Subject(tmp_path / "model")
-    pack_plainly(again)
+    quantize_plainly(again)
     again.model.load_weights(weights)
     ids = [[1, 7, 200, 319, 5, 90]]
     assert np.array_equal(logits(again.model, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("method", ["gptq", "dwq"])
-def test_calibration_is_worth_it(tmp_path: Path, method: Method) -> None:
-    """Less is lost than plainly: GPTQ on pictures that it was not shown; DWQ, which trains and so
-    needs far more than a test has, on those that it was.
-    """
+def test_calibration_is_worth_it(tmp_path: Path) -> None:
+    """GPTQ loses less than plain quantization on images that it was not shown."""
     subject, plain = Subject(tmp_path / "model"), Subject(tmp_path / "model")
-    prompts = subject.others if method == "gptq" else subject.prompts
-    source = logits(subject.model, prompts)
-    pack_plainly(plain)
-    options: dict[str, Any] = {"learning_rate": 2e-4, "passes": 4} if method == "dwq" else {}
-    calibrate(method, subject.model, subject.prompts, FOUR, EIGHT, **options)
-    found = divergence(source, logits(subject.model, prompts))
-    assert found < 0.8 * divergence(source, logits(plain.model, prompts))
+    source = logits(subject.model, subject.others)
+    quantize_plainly(plain)
+    calibrate("gptq", subject.model, subject.prompts, FOUR, EIGHT)
+    found = divergence(source, logits(subject.model, subject.others))
+    assert found < 0.8 * divergence(source, logits(plain.model, subject.others))
 
 
-@pytest.mark.parametrize("method", ["gptq", "dwq"])  # awq takes longest, and is given the same
-def test_the_pictures_are_seen(tmp_path: Path, method: Method) -> None:
-    """Other rows behind the same ids, another packing."""
-    packings = []
+def test_the_images_are_seen(tmp_path: Path) -> None:
+    """Other embeddings behind the same ids, other weights. (AWQ takes longest, and is given the
+    same.)
+    """
+    made = []
     for factor in (1.0, -3.0):
         subject = Subject(tmp_path / "model")
         for entry in subject.model.bank._entries.values():
             assert entry.rows is not None
             entry.rows = entry.rows * factor
-        options: dict[str, Any] = {"learning_rate": 1e-3} if method == "dwq" else {}
-        calibrate(method, subject.model, subject.prompts[:2], FOUR, EIGHT, **options)
-        packed = subject.model.language_model.layers[0].mlp.up_proj
-        packings.append([np.array(packed["weight"]), np.array(packed["scales"])])
-    assert not all(np.array_equal(a, b) for a, b in zip(*packings, strict=True))
+        calibrate("gptq", subject.model, subject.prompts[:2], FOUR, EIGHT)
+        quantized = subject.model.language_model.layers[0].mlp.up_proj
+        made.append([np.array(quantized["weight"]), np.array(quantized["scales"])])
+    assert not all(np.array_equal(a, b) for a, b in zip(*made, strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(BITS))
 def test_half_precision(tmp_path: Path, method: Method) -> None:
     """Stays what it is, and the packed model computes in it."""
     subject = Subject(tmp_path / "model", dtype="bfloat16")
@@ -159,25 +152,24 @@ def test_half_precision(tmp_path: Path, method: Method) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a | {"method": "magic"}, "there is no method 'magic'; there are awq, gptq, dwq"),
+        (lambda a: a | {"method": "magic"}, "there is no method 'magic'; there are awq, gptq"),
         (lambda a: a | {"prompts": []}, "awq needs calibration prompts of two tokens and more"),
         (lambda a: a | {"prompts": [[1]]}, "awq needs calibration prompts"),
         (
-            lambda a: a | {"way": ModuleQuantization(32, 4, "mxfp4")},
-            "awq packs affinely; drop the other mode, or the method",
+            lambda a: a | {"spec": ModuleQuantization(32, 4, "mxfp4")},
+            "awq quantizes in affine mode; drop the other mode, or the method",
         ),
         (
-            lambda a: a | {"method": "gptq", "way": ModuleQuantization(64, 3)},
+            lambda a: a | {"method": "gptq", "spec": ModuleQuantization(64, 3)},
             "gptq has no 3 bits; it has 2, 4, 8",
         ),
-        (lambda a: a | {"method": "dwq", "way": EIGHT}, "dwq has no 8 bits"),
     ],
 )
 def test_what_cannot_be(
     tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
 ) -> None:
     model = load_checkpoint(write(tmp_path)).model
-    given = {"method": "awq", "prompts": [[1, 2, 3]], "way": FOUR, "table": EIGHT}
+    given = {"method": "awq", "prompts": [[1, 2, 3]], "spec": FOUR, "table": EIGHT}
     with pytest.raises(RequestError, match=message):
         calibrate(model=model, **change(given))
-    assert packed_modules(model) == {}
+    assert quantized_modules(model) == {}

@@ -99,9 +99,9 @@ def test_the_options_of_packing(
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert list(tmp_path.iterdir()) == []
-    facts = convert(source, tmp_path / "made", recipe=same)
+    summary = convert(source, tmp_path / "made", recipe=same)
     for key in ("recipe", "nbytes", "packed", "ways"):
-        assert values[key] == facts.to_dict()[key]
+        assert values[key] == summary.to_dict()[key]
     assert ("fits" in result.stderr) == ("fit" in options)
 
 

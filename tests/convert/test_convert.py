@@ -17,7 +17,7 @@ from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.tensors import read_header
 from mlx_onevision.config.quantization import ModuleQuantization
-from mlx_onevision.convert.conversion import Facts, convert
+from mlx_onevision.convert.conversion import ConversionSummary, convert
 from mlx_onevision.errors import CheckpointError, OneVisionError, RequestError
 
 PLAIN = ModuleQuantization(64, 4)
@@ -46,19 +46,19 @@ def test_every_layout_becomes_one(tmp_path: Path, layout: str, tied: bool) -> No
     """Bit for bit the source's logits and features, under one set of names."""
     dtype = "bfloat16" if tied else "float32"
     source = write(tmp_path / "source", layout, tied=tied, dtype=dtype)
-    facts = convert(source, tmp_path / "made")
-    assert same(source, facts.target)
-    assert (facts.packed, facts.padded, facts.dtype) == ({}, None, dtype)
+    summary = convert(source, tmp_path / "made")
+    assert same(source, summary.target)
+    assert (summary.quantized, summary.padded, summary.dtype) == ({}, None, dtype)
     hub = write(tmp_path / "hub", "mlx-vlm", tied=tied, dtype=dtype)
     norm = "vision_tower.vision_model.post_layernorm"  # mlx-vlm does not load a tower without
     names = header(hub).keys() | {f"{norm}.weight", f"{norm}.bias"}
-    assert header(facts.target).keys() == names
-    index = json.loads((facts.target / "model.safetensors.index.json").read_text())
+    assert header(summary.target).keys() == names
+    index = json.loads((summary.target / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == names
-    assert config(facts.target)["model_type"] == "llava_onevision"
-    again = convert(facts.target, tmp_path / "again")
+    assert config(summary.target)["model_type"] == "llava_onevision"
+    again = convert(summary.target, tmp_path / "again")
     assert (again.target / "model.safetensors").read_bytes() == (
-        facts.target / "model.safetensors"
+        summary.target / "model.safetensors"
     ).read_bytes()
 
 
@@ -125,38 +125,38 @@ def test_packing_is_the_same_while_loading_and_converting(
 ) -> None:
     dtype = "bfloat16" if layout == "hub" else "float32"
     source = write(tmp_path / "source", layout, tied=layout == "hub", dtype=dtype)
-    facts = convert(source, tmp_path / "made", recipe=recipe)
-    assert same(source, facts.target, recipe=recipe)
-    packed = {name for name in header(facts.target) if name.endswith(".scales")}
-    assert packed == {f"{module}.scales" for module in facts.ways}
+    summary = convert(source, tmp_path / "made", recipe=recipe)
+    assert same(source, summary.target, recipe=recipe)
+    packed = {name for name in header(summary.target) if name.endswith(".scales")}
+    assert packed == {f"{module}.scales" for module in summary.specs}
     assert not any("patch" in name or "position" in name for name in packed)
     parts = ("vision_tower", "multi_modal_projector")
     assert any(name.startswith(parts) for name in packed) == (recipe.vision is not None)
     assert any(name.startswith("language") for name in packed) == (recipe.language is not None)
-    values = config(facts.target)
+    values = config(summary.target)
     assert values["quantization"] == values["quantization_config"]
     if dtype == "float32":  # in half precision MLX unpacks to half precision
-        whole = load_checkpoint(dequantized(facts.target, tmp_path / "whole")).model
-        made = load_checkpoint(facts.target).model
+        whole = load_checkpoint(dequantized(summary.target, tmp_path / "whole")).model
+        made = load_checkpoint(summary.target).model
         assert np.abs(logits(made) - logits(whole)).max() < 1e-4
         assert np.abs(features(made) - features(whole)).max() < 1e-4
 
 
 def test_facts_are_what_was_written(tmp_path: Path) -> None:
     source = write(tmp_path / "source", tied=False, dtype="float16")
-    facts = convert(source, tmp_path / "made", recipe=recipes.uniform())
-    assert facts.files == {
+    summary = convert(source, tmp_path / "made", recipe=recipes.uniform())
+    assert summary.files == {
         path.name: path.stat().st_size
-        for path in facts.target.iterdir()
+        for path in summary.target.iterdir()
         if path.name != manifest.NAME
     }
-    tensors = header(facts.target)
-    assert facts.nbytes == sum(entry.stop - entry.start for entry in tensors.values())
+    tensors = header(summary.target)
+    assert summary.nbytes == sum(entry.stop - entry.start for entry in tensors.values())
     values = sum(value.size for value in arrays(tied=False).values())
-    assert facts.values == values
-    assert facts.bits_per_weight == 8 * facts.nbytes / values
-    assert sum(facts.packed.values()) == len(facts.ways)
-    assert json.loads(json.dumps(facts.to_dict()))["bits_per_weight"] == facts.bits_per_weight
+    assert summary.values == values
+    assert summary.bits_per_weight == 8 * summary.nbytes / values
+    assert sum(summary.quantized.values()) == len(summary.specs)
+    assert json.loads(json.dumps(summary.to_dict()))["bits_per_weight"] == summary.bits_per_weight
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -165,18 +165,18 @@ def test_a_tower_that_does_not_divide_is_padded(tmp_path: Path, bits: int) -> No
     sizes = Sizes(vision_intermediate=80)
     source = write(tmp_path / "source", sizes=sizes)
     recipe = recipes.uniform(vision_bits=bits)
-    facts = convert(source, tmp_path / "made", recipe=recipe)
-    assert (facts.padded, facts.left) == (128, ())
-    assert config(facts.target)["vision_config"]["intermediate_size"] == 128
-    assert same(source, facts.target, recipe=recipe)
-    made = header(facts.target)
+    summary = convert(source, tmp_path / "made", recipe=recipe)
+    assert (summary.padded, summary.skipped) == (128, ())
+    assert config(summary.target)["vision_config"]["intermediate_size"] == 128
+    assert same(source, summary.target, recipe=recipe)
+    made = header(summary.target)
     fc1, fc2 = (f"vision_tower.vision_model.encoder.layers.0.mlp.fc{n}" for n in (1, 2))
     assert made[f"{fc1}.weight"].shape == (128, 64 * bits // 32)
     assert made[f"{fc1}.bias"].shape == (128,)
     assert made[f"{fc2}.weight"].shape == (64, 128 * bits // 32)
     # The new rows are zeros, so what the second matrix multiplies is 0, whatever packing made of
     # its new columns; and the old rows are packed as they would be without the new ones.
-    loaded: Any = mx.load(str(facts.target / "model.safetensors"))
+    loaded: Any = mx.load(str(summary.target / "model.safetensors"))
     way: dict[str, Any] = {"group_size": 64, "bits": bits}
     parts = [loaded[f"{fc1}.{part}"] for part in ("weight", "scales", "biases")]
     rows = np.array(mx.dequantize(*parts, **way))
@@ -189,10 +189,12 @@ def test_a_tower_that_does_not_divide_is_padded(tmp_path: Path, bits: int) -> No
 def test_a_tower_whose_zeros_would_not_stay_zeros_is_left(tmp_path: Path) -> None:
     source = write(tmp_path / "source", sizes=Sizes(vision_intermediate=80))
     vision = config(source)["vision_config"] | {"hidden_act": "sigmoid"}
-    facts = convert(edit(source, vision_config=vision), tmp_path / "made", recipe=recipes.uniform())
-    assert facts.padded is None
-    assert [name.rpartition(".")[2] for name in facts.left] == ["fc2", "fc2"]
-    assert same(source, facts.target, recipe=recipes.uniform())
+    summary = convert(
+        edit(source, vision_config=vision), tmp_path / "made", recipe=recipes.uniform()
+    )
+    assert summary.padded is None
+    assert [name.rpartition(".")[2] for name in summary.skipped] == ["fc2", "fc2"]
+    assert same(source, summary.target, recipe=recipes.uniform())
 
 
 def test_unpacking(tmp_path: Path) -> None:
@@ -205,14 +207,14 @@ def test_unpacking(tmp_path: Path) -> None:
         )
         kept = convert(packed, tmp_path / f"{mode} kept")
         assert same(packed, kept.target)
-        facts = convert(packed, tmp_path / f"{mode} whole", dequantize=True)
-        assert facts.packed == {} and facts.dtype == "bfloat16"
-        assert "quantization" not in config(facts.target)
+        summary = convert(packed, tmp_path / f"{mode} whole", dequantize=True)
+        assert summary.quantized == {} and summary.dtype == "bfloat16"
+        assert "quantization" not in config(summary.target)
         whole = dequantized(packed, tmp_path / f"{mode} expected")
         loaded = load_checkpoint(whole, "bfloat16").model
-        assert (logits(load_checkpoint(facts.target).model) == logits(loaded)).all()
+        assert (logits(load_checkpoint(summary.target).model) == logits(loaded)).all()
         anew = convert(packed, tmp_path / f"{mode} anew", dequantize=True, recipe=RECIPES[1])
-        assert same(facts.target, anew.target, recipe=RECIPES[1])
+        assert same(summary.target, anew.target, recipe=RECIPES[1])
 
 
 def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
@@ -239,21 +241,21 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtype(tmp_path: Path, dtype: str) -> None:
     source = write(tmp_path / "source", dtype="bfloat16")
-    facts = convert(source, tmp_path / "made", dtype=dtype)
-    assert config(facts.target)["torch_dtype"] == facts.dtype == dtype
-    assert same(source, facts.target, dtype=dtype)
+    summary = convert(source, tmp_path / "made", dtype=dtype)
+    assert config(summary.target)["torch_dtype"] == summary.dtype == dtype
+    assert same(source, summary.target, dtype=dtype)
 
 
 def test_shards(tmp_path: Path) -> None:
     """Every tensor is in one file of the wanted size at most, or alone in it."""
     source = write(tmp_path / "source", shards=5)
-    facts = convert(source, tmp_path / "made", shard_bytes=60_000, recipe=recipes.uniform(8))
-    assert facts.shards > 3 and same(source, facts.target, recipe=recipes.uniform(8))
-    names = sorted(path.name for path in facts.target.glob("*.safetensors"))
-    count = facts.shards
+    summary = convert(source, tmp_path / "made", shard_bytes=60_000, recipe=recipes.uniform(8))
+    assert summary.shards > 3 and same(source, summary.target, recipe=recipes.uniform(8))
+    names = sorted(path.name for path in summary.target.glob("*.safetensors"))
+    count = summary.shards
     assert names == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     for name in names:
-        entries = read_header(facts.target / name)
+        entries = read_header(summary.target / name)
         modules = {tensor.rpartition(".")[0] for tensor in entries}
         size = sum(entry.stop - entry.start for entry in entries.values())
         assert size <= 60_000 or len(modules) == 1
@@ -275,15 +277,15 @@ def test_rules_of_ones_own(tmp_path: Path) -> None:
         )
     )
     source = write(tmp_path / "source")
-    facts = convert(source, tmp_path / "made", recipe=recipes.from_file(rules))
+    summary = convert(source, tmp_path / "made", recipe=recipes.from_file(rules))
     layer = "language_model.model.layers"
-    assert facts.recipe == "mine"
-    assert facts.ways[f"{layer}.0.mlp.down_proj"] == ModuleQuantization(32, 8)
-    assert facts.ways[f"{layer}.1.mlp.down_proj"] == ModuleQuantization(32, 4, "mxfp4")
-    assert facts.ways[f"{layer}.1.mlp.up_proj"] == ModuleQuantization(64, 3)
-    assert "language_model.model.embed_tokens" not in facts.ways
-    assert not any(name.startswith("vision") and "attn" in name for name in facts.ways)
-    assert same(source, facts.target, recipe=recipes.from_file(rules))
+    assert summary.recipe == "mine"
+    assert summary.specs[f"{layer}.0.mlp.down_proj"] == ModuleQuantization(32, 8)
+    assert summary.specs[f"{layer}.1.mlp.down_proj"] == ModuleQuantization(32, 4, "mxfp4")
+    assert summary.specs[f"{layer}.1.mlp.up_proj"] == ModuleQuantization(64, 3)
+    assert "language_model.model.embed_tokens" not in summary.specs
+    assert not any(name.startswith("vision") and "attn" in name for name in summary.specs)
+    assert same(source, summary.target, recipe=recipes.from_file(rules))
 
 
 def test_a_measure_stands_in_the_card(tmp_path: Path) -> None:
@@ -299,18 +301,18 @@ def test_a_measure_stands_in_the_card(tmp_path: Path) -> None:
         seen.append(same(before, after, recipe=recipes.uniform()))
         return "| KL | 0.1 |"
 
-    facts = convert(
+    summary = convert(
         source,
         tmp_path / "made",
         recipe=recipes.uniform(),
         measure=measure,
         command="mlx-onevision convert it -q",
     )
-    card = (facts.target / "README.md").read_text()
+    card = (summary.target / "README.md").read_text()
     assert seen == [True] and "| KL | 0.1 |" in card
     assert 'library_name: "mlx"' in card and 'license_name: "own"' in card
     assert '"vision"' in card and "    mlx-onevision convert it -q\n" in card
-    assert (facts.target / "LICENSE").read_text() == "Do no harm."
+    assert (summary.target / "LICENSE").read_text() == "Do no harm."
     assert str(tmp_path) not in card
 
 
@@ -327,8 +329,8 @@ def spoil(folder: Path, name: str, data: bytes) -> None:
 
 
 def test_the_loader_refuses_what_the_manifest_does_not_list(tmp_path: Path) -> None:
-    facts: Facts = convert(write(tmp_path / "source"), tmp_path / "made")
-    folder = facts.target
+    summary: ConversionSummary = convert(write(tmp_path / "source"), tmp_path / "made")
+    folder = summary.target
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def refused(match: str) -> None:

@@ -61,24 +61,24 @@ def run(*arguments: object) -> Result:
 def test_from_the_hub(hub: FakeHub, source: Path, tmp_path: Path) -> None:
     commit = publish(hub, source)
     hub.cuts = {"model-00001-of-00002.safetensors": [30_000, 60_000]}  # and taken up again
-    facts = convert(NAME, tmp_path / "made", revision="main", recipe=recipes.uniform())
-    assert (facts.source, facts.revision) == (NAME, commit)
+    summary = convert(NAME, tmp_path / "made", revision="main", recipe=recipes.uniform())
+    assert (summary.source, summary.revision) == (NAME, commit)
     assert not {"model.py", "weights.bin"} & hub.fetched()
     ranges = [r.range for r in hub.requests if r.range]
     assert ranges == ["bytes=16384-", "bytes=49152-"]  # the chunks that had come are kept
-    ours = logits(load_checkpoint(facts.target).model)
+    ours = logits(load_checkpoint(summary.target).model)
     assert (ours == logits(load_checkpoint(source, recipe=recipes.uniform()).model)).all()
-    origin = json.loads((facts.target / "config.json").read_text())["mlx_onevision"]
+    origin = json.loads((summary.target / "config.json").read_text())["mlx_onevision"]
     assert origin["base_model"] == NAME and origin["revision"] == commit
-    card = (facts.target / "README.md").read_text()
+    card = (summary.target / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "mlx" and head["license"] == "apache-2.0"
     assert head["base_model"] == NAME and head["pipeline_tag"] == "image-text-to-text"
     assert head["base_model_relation"] == "quantized"
     assert "mlx" in head["tags"] and "vision" in head["tags"]
-    assert commit in card and (facts.target / "LICENSE").read_text() == "Apache"
+    assert commit in card and (summary.target / "LICENSE").read_text() == "Apache"
     # What is made of the converted folder still knows where it came from.
-    again = convert(facts.target, tmp_path / "again", dequantize=True)
+    again = convert(summary.target, tmp_path / "again", dequantize=True)
     assert (again.source, again.revision) == (NAME, commit)
 
 
@@ -116,16 +116,16 @@ def test_a_dry_run_knows_every_byte(hub: FakeHub, source: Path, tmp_path: Path) 
     wanted = sum(path.stat().st_size for path in source.iterdir())
     with sources.outline(NAME) as outlined:
         planned = prepare(outlined, tmp_path / "made", recipes.uniform())
-        assert planned.facts.download == wanted
+        assert planned.summary.download == wanted
         scratch = sum(path.stat().st_blocks * 512 for path in outlined.folder.iterdir())
         assert scratch < wanted / 2  # holes where the weights would be
     assert not list((tmp_path / "cache").rglob("*.*")) and not (tmp_path / "made").exists()
     sent = [r for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
     assert sent and all(r.range == "bytes=0-100000" for r in sent)
-    facts = convert(NAME, tmp_path / "made", recipe=recipes.uniform())
-    assert facts.nbytes == planned.facts.nbytes and facts.ways == planned.facts.ways
-    weights = {n: size for n, size in facts.files.items() if n.endswith(".safetensors")}
-    assert weights == planned.facts.files
+    summary = convert(NAME, tmp_path / "made", recipe=recipes.uniform())
+    assert summary.nbytes == planned.summary.nbytes and summary.specs == planned.summary.specs
+    weights = {n: size for n, size in summary.files.items() if n.endswith(".safetensors")}
+    assert weights == planned.summary.files
     with sources.outline(NAME) as outlined:
         assert outlined.download == 0  # by now it is all here
     result = run(NAME, tmp_path / "made", "--dry-run", "-q")

@@ -22,8 +22,8 @@ from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe, vision_spec
 from mlx_onevision.convert import probes
 from mlx_onevision.convert.conversion import convert
-from mlx_onevision.convert.figures import Loss, diverge
 from mlx_onevision.convert.loss import measure
+from mlx_onevision.convert.metrics import Loss, diverge
 from mlx_onevision.convert.probes import Probe
 from mlx_onevision.convert.recording import count_values
 from mlx_onevision.convert.report import comparison, table
@@ -42,7 +42,7 @@ def asked(name: str, question: str, **media: Any) -> Probe:
 FEW = [
     asked("shapes", "What is in the image?", image=probes.shapes(100, 140)),
     asked("number", "How many shapes are there?", image=probes.shapes(56, 110)),
-    asked("video", "What is in the video?", video=list(probes.film(3, 60, 80))),
+    asked("video", "What is in the video?", video=list(probes.moving_disc(3, 60, 80))),
     Probe("captions", text="A red circle and a blue square. There are two shapes."),
 ]
 
@@ -222,18 +222,18 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
         measure(source, result, probe_set=FEW)
 
 
-@pytest.mark.parametrize("after", [0, 3, 12])
+@pytest.mark.parametrize("after", [0, 3, 11])
 def test_it_can_be_ended(tmp_path: Path, after: int) -> None:
     folder = write(tmp_path)
     calls: list[object] = []
 
-    def check(*_: object) -> None:
-        calls.append(None)
+    def progress(*now: int) -> None:
+        calls.append(now)
         if len(calls) > after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(folder, folder, probe_set=FEW, check=check)
+        measure(folder, folder, probe_set=FEW, progress=progress)
     assert len(calls) == after + 1
 
 
@@ -299,7 +299,7 @@ def test_probes_are_the_same_everywhere() -> None:
         probes.strokes(60, 50),
         probes.noise(8, 8),
         probes.landscape(24, 32),
-        probes.film(3, 20, 30),
+        probes.moving_disc(3, 20, 30),
     )
     marks = [hashlib.blake2b(picture.tobytes(), digest_size=4).hexdigest() for picture in pictures]
     assert marks == ["38fe2770", "7f90186f", "faccd555", "dcdcfef8", "afdfef56", "c7d62887"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_onevision.convert.figures import Figures, LayerLoss, Loss
 from mlx_onevision.convert.fit import Footprint
+from mlx_onevision.convert.metrics import DivergenceStats, LayerLoss, Loss
 from mlx_onevision.convert.plot import COLOURS, THEMES, Theme, plot, plot_compare
 from mlx_onevision.errors import RequestError
 
@@ -18,14 +18,14 @@ ERRORS += [("language", n, 0.05 * 1.2**n) for n in range(6)]
 
 
 def loss(size: int = 10**9, kl: float = 1e-2, scale: float = 1.0) -> Loss:
-    figures = Figures("all", 100, kl, 2 * kl, 3 * kl, 0.98)
+    stats = DivergenceStats("all", 100, kl, 2 * kl, 3 * kl, 0.98)
     return Loss(
         source="source",
         result="result",
         dtype="float32",
         version=1,
-        all=figures,
-        conversations=figures,
+        all=stats,
+        conversations=stats,
         texts=None,
         tower_cosine_mean=0.999,
         tower_cosine_min=0.99,

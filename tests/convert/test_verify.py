@@ -78,9 +78,9 @@ def test_what_did_not_change_is_measured_quickly(source: Path, tmp_path: Path) -
     table = result.stdout.partition("\n\n")[2].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["all", "conversations", "texts"]
     assert table[1].split()[2:] == ["0", "0", "0", "100.00%"]
-    facts = convert(source, tmp_path / "again")
-    measured = verify.Verification(facts, unchanged=True)
-    assert "100.00%" in measured(source, facts.target)
+    summary = convert(source, tmp_path / "again")
+    measured = verify.Verification(summary, unchanged=True)
+    assert "100.00%" in measured(source, summary.target)
     assert measured.loss and tuple(probe.name for probe in measured.loss.probes) == QUICK
 
 
@@ -93,13 +93,13 @@ def test_what_counts_as_a_change(source: Path, tmp_path: Path) -> None:
         ({"recipe": recipes.uniform(8)}, False),
     ]
     for options, same in cases:
-        facts = prepare(sources.find(source), tmp_path / "made", **options).facts
-        assert verify.is_unchanged(opened, facts) == same
+        summary = prepare(sources.find(source), tmp_path / "made", **options).summary
+        assert verify.is_unchanged(opened, summary) == same
     packed = sources.find(convert(source, tmp_path / "made", recipe=recipes.uniform()).target)
     opened = open_checkpoint(packed.folder)
     for dequantize in (False, True):
-        facts = prepare(packed, tmp_path / "again", dequantize=dequantize).facts
-        assert verify.is_unchanged(opened, facts) == (not dequantize)
+        summary = prepare(packed, tmp_path / "again", dequantize=dequantize).summary
+        assert verify.is_unchanged(opened, summary) == (not dequantize)
 
 
 def test_a_broken_result_is_not_written(tmp_path: Path) -> None:
@@ -122,13 +122,13 @@ def test_a_loss_that_nothing_explains_is_told(source: Path, tmp_path: Path) -> N
     weights = arrays()
     weights["language_model.norm.weight"] *= -3
     other = write(tmp_path / "other", weights=weights)
-    facts = convert(source, tmp_path / "made", recipe=recipes.uniform(8))
-    near = measure(source, facts.target, probe_set=FEW)
+    summary = convert(source, tmp_path / "made", recipe=recipes.uniform(8))
+    near = measure(source, summary.target, probe_set=FEW)
     far = measure(source, other, probe_set=FEW)
-    assert suspicion(facts, near) is None
-    words = suspicion(facts, far)
+    assert suspicion(summary, near) is None
+    words = suspicion(summary, far)
     assert words and "at most 0.02 were to be expected of 8-bit" in words
-    low = prepare(sources.find(source), tmp_path / "low", recipes.uniform(2)).facts
+    low = prepare(sources.find(source), tmp_path / "low", recipes.uniform(2)).summary
     assert suspicion(low, far) is None
 
 
@@ -227,7 +227,7 @@ def test_the_command_compares(
         (("made", "--plot", "a.gif"), 1, "a.gif is no name for a plot"),
         (("made", "--plot", "nowhere/a.png"), 1, "there is no folder"),
         (("made", "--method", "gptq", "--q-bits", "3"), 1, "gptq has no 3 bits; it has 2, 4, 8"),
-        (("made", "--method", "gptq", "--q-mode", "mxfp4"), 1, "gptq packs affinely"),
+        (("made", "--method", "gptq", "--q-mode", "mxfp4"), 1, "gptq quantizes in affine mode"),
         (("made", "--method", "gptq", "--recipe", "mixed_2_6"), 2, "drop --recipe"),
     ],
 )
@@ -261,10 +261,10 @@ def test_a_calibrated_model_is_written_as_any_other(tmp_path: Path, tied: bool) 
     model = write(tmp_path / "model", tied=tied)
     planned = prepare(sources.find(model), tmp_path / "gptq", recipes.uniform(4))
     given = [asked(n) for n in range(6)]
-    facts = write_planned(calibrated(planned, "gptq", given))
+    summary = write_planned(calibrated(planned, "gptq", given))
     plain = convert(model, tmp_path / "plain", recipe=recipes.uniform(4))
-    assert (facts.nbytes, facts.ways) == (plain.nbytes, plain.ways)
-    one, other = read_weights(facts.target), read_weights(plain.target)
+    assert (summary.nbytes, summary.specs) == (plain.nbytes, plain.specs)
+    one, other = read_weights(summary.target), read_weights(plain.target)
     assert one.keys() == other.keys()
     differ = set()
     for name in one:
@@ -277,14 +277,14 @@ def test_a_calibrated_model_is_written_as_any_other(tmp_path: Path, tied: bool) 
             differ.add(name.split(".")[0])
     assert differ == {"language_model"}
     others = [asked(n) for n in range(20, 24)]
-    losses = [measure(model, f.target, probe_set=others) for f in (facts, plain)]
+    losses = [measure(model, f.target, probe_set=others) for f in (summary, plain)]
     assert losses[0].all.kl_mean < losses[1].all.kl_mean
 
 
 def test_what_cannot_be_calibrated(source: Path, tmp_path: Path) -> None:
     find = sources.find
     mixed = prepare(find(source), tmp_path / "made", recipes.mixed("mixed_4_6"))
-    with pytest.raises(RequestError, match="packs the language model in one way"):
+    with pytest.raises(RequestError, match="quantizes the whole language model alike"):
         calibrated(mixed, "gptq", [])
     wide = prepare(find(source), tmp_path / "made", recipes.uniform(4, 128))
     with pytest.raises(RequestError, match="give another --q-group-size"):

@@ -1,24 +1,23 @@
-"""What a conversion is about, in numbers."""
+"""The result of a conversion in numbers, and sizes as a person reads them."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
 
 
 @dataclass(frozen=True)
-class Facts:
+class ConversionSummary:
     """What a conversion makes, or would make.
 
     source : the Hub's id or the folder's name; ``revision`` the Hub's commit.
     download : bytes that had to come from the Hub first, where that is known.
     nbytes : of the weights. ``values`` is how many numbers they stand for, padding left out.
-    packed : how many matrices there are of each packing, in words.
-    ways : how each packed module is packed, by the name that is written.
-    left : modules that the recipe would have packed, whose width does not divide into groups.
+    quantized : how many matrices there are of each quantization, in words.
+    specs : the quantization of each quantized module, by the name that is written.
+    skipped : modules that the recipe would have quantized, whose width does not divide into groups.
     padded : the width that the tower's MLPs were padded to; None if they were not.
     files : the sizes of all files that are written; of a plan, of the weights alone.
     seconds : that writing and checking took.
@@ -33,22 +32,21 @@ class Facts:
     values: int
     bits_per_weight: float
     shards: int
-    packed: dict[str, int]
-    ways: dict[str, ModuleQuantization]
-    left: tuple[str, ...]
+    quantized: dict[str, int]
+    specs: dict[str, ModuleQuantization]
+    skipped: tuple[str, ...]
     padded: int | None
     files: dict[str, int]
     version: str
     download: int = 0
     seconds: float = 0.0
-    config: OneVisionConfig = field(default_factory=OneVisionConfig, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["config"]
-        ways = {name: dataclasses.asdict(way) for name, way in self.ways.items()}
-        return values | {"target": str(self.target), "ways": ways, "left": list(self.left)}
+        """JSON-safe, under the names that ``convert --json`` has."""
+        values = dataclasses.asdict(self)
+        for name, key in (("quantized", "packed"), ("specs", "ways"), ("skipped", "left")):
+            values[key] = values.pop(name)
+        return values | {"target": str(self.target), "left": list(self.skipped)}
 
 
 def size(nbytes: float) -> str:

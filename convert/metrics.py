@@ -1,4 +1,4 @@
-"""What a measured loss consists of."""
+"""A measured loss: divergence of next-token distributions, layer errors, sizes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_onevision.convert.fit import Footprint
-
-# How far one distribution over the next token is from another, in double precision.
 
 Logits = NDArray[np.float32]
 Numbers = NDArray[np.float64]
@@ -31,8 +29,8 @@ class Divergence:
 
 
 def diverge(source: Logits, result: Logits, following: NDArray[np.integer]) -> Divergence:
-    """Compares logits, both (positions, vocabulary), where the ids ``following`` come next."""
-    p, q = log_softmax(source), log_softmax(result)
+    """Compares logits (positions, vocabulary), before ``following`` ids, in double precision."""
+    p, q = _log_softmax(source), _log_softmax(result)
     at = (np.arange(len(following)), following)
     # Never negative but for rounding, which is of the size of 1e-16.
     kl = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
@@ -40,7 +38,7 @@ def diverge(source: Logits, result: Logits, following: NDArray[np.integer]) -> D
     return Divergence(kl, same, -p[at], -q[at])
 
 
-def log_softmax(logits: Logits) -> Numbers:
+def _log_softmax(logits: Logits) -> Numbers:
     """Over the last axis. The largest entry is taken off first, so that nothing overflows."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
@@ -65,7 +63,7 @@ class LayerLoss:
 
 
 @dataclass(frozen=True)
-class Figures:
+class DivergenceStats:
     """How far the distributions over the next token are apart, at some of the positions.
 
     kl_mean, kl_p99, kl_max : Kullback-Leibler divergence of the result's distribution from the
@@ -97,16 +95,16 @@ class Loss:
     disk_bytes : of all files in the result's folder when it was measured: of a new one, without its
         model card and its manifest, which come afterwards.
     memory : an estimate of the memory in use while the result answers about one 10-tile image.
-    version : of the set of probes; figures of two versions do not compare.
+    version : of the set of probes; losses of two versions do not compare.
     """
 
     source: str
     result: str
     dtype: str
     version: int
-    all: Figures
-    conversations: Figures | None
-    texts: Figures | None
+    all: DivergenceStats
+    conversations: DivergenceStats | None
+    texts: DivergenceStats | None
     tower_cosine_mean: float | None
     tower_cosine_min: float | None
     source_perplexity: float | None
@@ -117,18 +115,15 @@ class Loss:
     disk_bytes: int
     memory: Footprint
     layers: tuple[LayerLoss, ...]
-    probes: tuple[Figures, ...]
+    probes: tuple[DivergenceStats, ...]
 
     @property
     def perplexity_ratio(self) -> float | None:
         """The result's perplexity over the source's; 1 is no loss."""
-        if self.result_perplexity is None or self.source_perplexity is None:
-            return None
-        return self.result_perplexity / self.source_perplexity
+        result, source = self.result_perplexity, self.source_perplexity
+        return None if result is None or source is None else result / source
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
-        values = dataclasses.asdict(self)
-        values["memory"] = self.memory.to_dict()
-        values["perplexity_ratio"] = self.perplexity_ratio
-        return values
+        extra = {"memory": self.memory.to_dict(), "perplexity_ratio": self.perplexity_ratio}
+        return dataclasses.asdict(self) | extra
