@@ -81,7 +81,7 @@ def calibrated(
             held.enter_context(runner.model.bank.in_use(keys))
             runner.fill_bank(inputs, ids, 0, Counters(), lambda *_: None)
             prompts.append(ids)
-        calibrate(method, runner.model, prompts, spec, spec)
+        calibrate(method, runner.model, prompts, spec)
     made: dict[str, mx.array] = dict(tree_flatten(runner.model.parameters()))
     shards = [
         dataclasses.replace(shard, parts=tuple(_replaced(part, made) for part in shard.parts))
@@ -115,14 +115,12 @@ def calibrate(
     model: OneVision,
     prompts: Sequence[Sequence[int]],
     spec: ModuleQuantization,
-    table: ModuleQuantization,
 ) -> None:
     """Quantizes the language model in place.
 
     prompts : ids, virtual ones included; the embeddings of every medium have to be in the feature
         bank, and stay what they are, whatever is done to the tower later.
-    spec : of the layers' matrices; affine.
-    table : of the embedding, and of the head where it is another; affine, uncalibrated.
+    spec : affine. The embedding, and the head where it is another, are not calibrated.
 
     Raises:
         RequestError: for an unknown method, no prompts, and bits or modes that the method has not.
@@ -132,24 +130,17 @@ def calibrate(
     if not prompts or min(map(len, prompts)) < 2:
         raise RequestError(f"{method} needs calibration prompts of two tokens and more")
     require_spec(method, spec)
-    require_spec(method, table, of_table=True)
     with redirect_stdout(sys.stderr):
-        (_gptq if method == "gptq" else _awq)(model, prompts, spec, table)
+        (_gptq if method == "gptq" else _awq)(model, prompts, spec)
     model.eval()
     mx.eval(model.parameters())
 
 
-def require_spec(method: str, spec: ModuleQuantization, of_table: bool = False) -> None:
-    """Refuses a quantization that a method does not have.
-
-    of_table : the embedding's, or the head's, which may have any bits.
-
-    Raises:
-        RequestError: saying what it has.
-    """
+def require_spec(method: str, spec: ModuleQuantization) -> None:
+    """Raises RequestError for a quantization that a method does not have, saying what it has."""
     if spec.mode != "affine":
         raise RequestError(f"{method} quantizes in affine mode; drop the other mode, or the method")
-    if not of_table and spec.bits not in BITS[method]:
+    if spec.bits not in BITS[method]:
         raise RequestError(
             f"{method} has no {spec.bits} bits; it has {', '.join(map(str, BITS[method]))}"
         )
@@ -200,14 +191,13 @@ def _gptq(
     model: OneVision,
     prompts: Sequence[Sequence[int]],
     spec: ModuleQuantization,
-    table: ModuleQuantization,
 ) -> None:
     from mlx_lm.quant.gptq import gptq_quantize
 
     data = [_embeddings(model, ids) for ids in prompts]
-    sizes = (spec.bits, spec.group_size, table.bits, table.group_size)
-    gptq_quantize(_Layers(model), data, *sizes, batch_size=1)
-    _quantize_tables(model, table)
+    sizes = (spec.bits, spec.group_size)
+    gptq_quantize(_Layers(model), data, *sizes, *sizes, batch_size=1)  # the second: of the tables
+    _quantize_tables(model, spec)
 
 
 class _Table(nn.Module):
@@ -225,16 +215,6 @@ class _Table(nn.Module):
 
     def __call__(self, embeddings: mx.array) -> mx.array:
         return embeddings
-
-
-class _Decoder(nn.Module):
-    """A language model with the attributes that AWQ uses."""
-
-    def __init__(self, model: OneVision, table: _Table) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = table
-        self.layers = model.language_model.layers
 
 
 class _MaskedAttention(Attention):
@@ -273,7 +253,6 @@ def _awq(
     model: OneVision,
     prompts: Sequence[Sequence[int]],
     spec: ModuleQuantization,
-    table: ModuleQuantization,
 ) -> None:
     from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 
@@ -281,13 +260,9 @@ def _awq(
         raise RequestError("awq cannot calibrate layers that see a window; leave --method out")
     shortest = min(map(len, prompts))
     inputs = mx.concatenate([_embeddings(model, ids[:shortest]) for ids in prompts])
-    decoder = _Decoder(model, _Table(lambda: _quantize_tables(model, table)))
-    config = AWQ_MODEL_CONFIGS["qwen2"]
+    decoder = nn.Module()  # with the attributes that AWQ uses
+    decoder.layers, decoder.model = model.language_model.layers, nn.Module()
+    decoder.model.embed_tokens = _Table(lambda: _quantize_tables(model, spec))
+    inputs, config = inputs.astype(model.dtype), AWQ_MODEL_CONFIGS["qwen2"]
     with _masked(model):
-        awq_quantize(
-            decoder,
-            inputs.astype(model.dtype),
-            config,
-            group_size=spec.group_size,
-            bits=spec.bits,
-        )
+        awq_quantize(decoder, inputs, config, group_size=spec.group_size, bits=spec.bits)

@@ -101,54 +101,39 @@ def _calibrated(recipe: Recipe, method: str) -> Recipe:
 
 def require_usage(options: dict[str, Any]) -> None:
     """Refuses options that contradict each other, or need another one."""
-    given = SimpleNamespace(**options)
-    recipe, rules, fit = given.recipe, given.rules, given.recipe == "fit"
-    upload = given.upload_repo
-    for refused, reason in (
-        (recipe and rules, "Give --recipe or --rules, not both"),
-        (
-            (recipe or rules) and (given.q_bits or given.q_mode not in (None, "affine")),
-            "A recipe has bits and modes of its own; drop --q-bits and --q-mode",
-        ),
-        (
-            rules and given.q_group_size,
-            "The rules name group sizes themselves; drop --q-group-size",
-        ),
-        (fit != (given.memory is not None), "--recipe fit and --memory belong together"),
-        (given.context and not fit, "--context is for --recipe fit"),
-        (
-            fit and (given.q_group_size or given.quantize_vision),
-            "fit chooses by itself; drop the other options of quantizing",
-        ),
-        (
-            (given.private or given.create_pr) and not upload,
-            "--private and --create-pr need --upload-repo",
-        ),
-        (
-            upload and not HUB_ID.fullmatch(upload),
-            f"'{upload}' is not a repository's id, such as name/model",
-        ),
-        (
-            given.method and (recipe or rules or given.dequantize),
-            "--method quantizes all alike; drop --recipe, --rules or --dequantize",
-        ),
-        *_compare_usage(given),
-        (
-            given.plot and (given.verify is False or given.dry_run),
-            "--plot draws the measured loss; drop --no-verify or --dry-run",
-        ),
-    ):
-        if refused:
-            raise click.UsageError(reason)
+    if reason := next(_refusals(SimpleNamespace(**options)), None):
+        raise click.UsageError(reason)
 
 
-def _compare_usage(given: SimpleNamespace) -> Iterator[tuple[bool, str]]:
+def _refusals(given: SimpleNamespace) -> Iterator[str]:
+    recipe, rules, upload, fit = given.recipe, given.rules, given.upload_repo, given.recipe == "fit"
+    if recipe and rules:
+        yield "Give --recipe or --rules, not both"
+    if (recipe or rules) and (given.q_bits or given.q_mode not in (None, "affine")):
+        yield "A recipe has bits and modes of its own; drop --q-bits and --q-mode"
+    if rules and given.q_group_size:
+        yield "The rules name group sizes themselves; drop --q-group-size"
+    if fit != (given.memory is not None):
+        yield "--recipe fit and --memory belong together"
+    if given.context and not fit:
+        yield "--context is for --recipe fit"
+    if fit and (given.q_group_size or given.quantize_vision):
+        yield "fit chooses by itself; drop the other options of quantizing"
+    if (given.private or given.create_pr) and not upload:
+        yield "--private and --create-pr need --upload-repo"
+    if upload and not HUB_ID.fullmatch(upload):
+        yield f"'{upload}' is not a repository's id, such as name/model"
+    if given.method and (recipe or rules or given.dequantize):
+        yield "--method quantizes all alike; drop --recipe, --rules or --dequantize"
+    if given.compare and (given.folder or given.mlx_path):
+        yield "--compare writes no model; leave FOLDER out"
     if given.compare:
-        yield given.folder or given.mlx_path, "--compare writes no model; leave FOLDER out"
-        for name in WRITING:
-            flag = name.replace("_", "-")
-            yield getattr(given, name), f"--compare chooses and removes by itself; drop --{flag}"
-        yield given.verify is False, "--compare measures; drop --no-verify"
+        for name in (name for name in WRITING if getattr(given, name)):
+            yield f"--compare chooses and removes by itself; drop --{name.replace('_', '-')}"
+    if given.compare and given.verify is False:
+        yield "--compare measures; drop --no-verify"
+    if given.plot and (given.verify is False or given.dry_run):
+        yield "--plot draws the measured loss; drop --no-verify or --dry-run"
 
 
 def either(given: Any, option: Any, name: str, flag: str) -> Any:

@@ -22,7 +22,7 @@ from mlx_onevision.network.language import Attention, DecoderLayer
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Processor
 
-FOUR, EIGHT = ModuleQuantization(64, 4), ModuleQuantization(64, 8)
+FOUR = ModuleQuantization(64, 4)
 QUESTIONS = ("What is in this image?", "Which colour is the star?", "Describe the picture.")
 
 
@@ -63,7 +63,7 @@ def quantize_plainly(subject: Subject) -> None:
         if path.startswith("language_model.layers") and hasattr(module, "to_quantized"):
             return {"group_size": 64, "bits": 4}
         tables = path in ("language_model.embed_tokens", "lm_head")
-        return {"group_size": 64, "bits": 8} if tables else False
+        return {"group_size": 64, "bits": 4} if tables else False
 
     nn.quantize(subject.model, class_predicate=spec)
 
@@ -84,12 +84,11 @@ def test_every_method_packs_the_language_model(
     """In place, as it was asked to, and nothing else; what it prints stays off stdout."""
     subject = Subject(tmp_path / "model", tied=tied)
     model, budget, before = subject.model, subject.model.budget, tower(subject.model)
-    calibrate(method, model, subject.prompts[:2], FOUR, EIGHT)
-    packed = quantized_modules(model)
+    calibrate(method, model, subject.prompts[:2], FOUR)
+    quantized = quantized_modules(model)
     tables = {"language_model.embed_tokens"} | (set() if tied else {"lm_head"})
-    assert {path for path, way in packed.items() if way == EIGHT} == tables
-    assert {path for path, way in packed.items() if way == FOUR} == packed.keys() - tables
-    assert len(packed) == 2 * 7 + len(tables)
+    assert set(quantized.values()) == {FOUR} and tables <= quantized.keys()
+    assert len(quantized) == 2 * 7 + len(tables)
     after = tower(model)
     assert after.keys() == before.keys()
     assert all(np.array_equal(after[name], before[name]) for name in before)
@@ -117,7 +116,7 @@ def test_calibration_is_worth_it(tmp_path: Path) -> None:
     subject, plain = Subject(tmp_path / "model"), Subject(tmp_path / "model")
     source = logits(subject.model, subject.others)
     quantize_plainly(plain)
-    calibrate("gptq", subject.model, subject.prompts, FOUR, EIGHT)
+    calibrate("gptq", subject.model, subject.prompts, FOUR)
     found = divergence(source, logits(subject.model, subject.others))
     assert found < 0.8 * divergence(source, logits(plain.model, subject.others))
 
@@ -132,7 +131,7 @@ def test_the_images_are_seen(tmp_path: Path) -> None:
         for entry in subject.model.bank._entries.values():
             assert entry.rows is not None
             entry.rows = entry.rows * factor
-        calibrate("gptq", subject.model, subject.prompts[:2], FOUR, EIGHT)
+        calibrate("gptq", subject.model, subject.prompts[:2], FOUR)
         quantized = subject.model.language_model.layers[0].mlp.up_proj
         made.append([np.array(quantized["weight"]), np.array(quantized["scales"])])
     assert not all(np.array_equal(a, b) for a, b in zip(*made, strict=True))
@@ -143,7 +142,7 @@ def test_half_precision(tmp_path: Path, method: Method) -> None:
     """Stays what it is, and the packed model computes in it."""
     subject = Subject(tmp_path / "model", dtype="bfloat16")
     source = logits(subject.model, subject.others[:1])
-    calibrate(method, subject.model, subject.prompts[:2], FOUR, EIGHT)
+    calibrate(method, subject.model, subject.prompts[:2], FOUR)
     parameters: dict[str, mx.array] = dict(tree_flatten(subject.model.parameters()))
     assert {value.dtype for value in parameters.values()} == {mx.bfloat16, mx.uint32}
     assert divergence(source, logits(subject.model, subject.others[:1])) < 0.5
@@ -169,7 +168,7 @@ def test_what_cannot_be(
     tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
 ) -> None:
     model = load_checkpoint(write(tmp_path)).model
-    given = {"method": "awq", "prompts": [[1, 2, 3]], "spec": FOUR, "table": EIGHT}
+    given = {"method": "awq", "prompts": [[1, 2, 3]], "spec": FOUR}
     with pytest.raises(RequestError, match=message):
         calibrate(model=model, **change(given))
     assert quantized_modules(model) == {}

@@ -298,5 +298,5 @@ def test_what_is_calibrated_on_is_not_what_is_measured() -> None:
         ]
         return {b["image"].tobytes() for b in blocks if isinstance(b, dict) and "image" in b}
 
-    assert len(pictures(calibration_set())) == 8
-    assert not pictures(calibration_set()) & pictures(probes())
+    calibrated_on = pictures(calibration_set())
+    assert len(calibrated_on) == 8 and not calibrated_on & pictures(probes())
