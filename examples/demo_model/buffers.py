@@ -5,7 +5,7 @@ each other (`group`), and each is numbered as if it were alone (`place`), so tha
 encoded once and still every question is a conversation of its own. Often some of them form one
 conversation of two to four turns.
 
-Text alone has no media. What is too long for the buffer begins where media would stand (`Told`).
+Text alone has no media. What is too long for the buffer (`TextBuffer`) begins where media would be.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def talk_ids(
     return ids, replies
 
 
-def _told(rng: Random, words: Words, room: int) -> tuple[str, str, str]:
+def _text_only(rng: Random, words: Words, room: int) -> tuple[str, str, str]:
     """A question about as many captions as there is room for."""
     kind, story = rng.choice(narrating.TOLD_KINDS), narrating.sample_story(rng)
     turn = narrating.ask_told(story, kind)
@@ -114,7 +114,7 @@ def _told(rng: Random, words: Words, room: int) -> tuple[str, str, str]:
 
 
 @dataclass
-class Told:
+class TextBuffer:
     """Text alone, n samples: `buffers`, and what stands before them in place of media."""
 
     slots: NDArray[np.int16]  # (n, SLOTS)
@@ -122,7 +122,7 @@ class Told:
     buffers: Buffers
 
     @classmethod
-    def empty(cls, count: int) -> Told:
+    def empty(cls, count: int) -> TextBuffer:
         return cls(
             np.zeros((count, SLOTS), np.int16), np.zeros(count, np.int16), Buffers.empty(count)
         )
@@ -132,7 +132,7 @@ class Told:
         if rng.random() < 0.3:
             self.buffers.fill(row, ask_nothing(rng), words, rng)
             return
-        turn = _told(rng, words, SLOTS + TEXT)
+        turn = _text_only(rng, words, SLOTS + TEXT)
         ids, ((first, last),) = talk_ids([turn], words)
         if len(ids) > TEXT // 2 or rng.random() < 0.3:
             split = rng.randint(max(0, len(ids) - TEXT), min(SLOTS, first - 1))
@@ -145,4 +145,4 @@ class Told:
             at = first - 1 - split
             self.buffers.answer(row, ids[first:last], at, 1, turn[0])
             return
-        self.buffers.fill(row, [turn, _told(rng, words, TEXT)], words, rng, chained=0)
+        self.buffers.fill(row, [turn, _text_only(rng, words, TEXT)], words, rng, chained=0)

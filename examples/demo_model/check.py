@@ -96,10 +96,10 @@ def main(folder: Path) -> None:
             media, batch.newline, batch.rows, prefix, text["ids"], text["group"], text["place"]
         )
         ours = F.linear(hidden, model.language_model.model.embed_tokens.weight)
-        told, ours = ours[-len(batch.slots) :], ours[::2]  # text; of each group, the exact one
-        for row, mine in enumerate(told):
-            text = {name: value[row - len(told)] for name, value in batch.texts.items()}
-            before = batch.slots[row][: batch.rows[row - len(told)]].tolist()
+        text_only, ours = ours[-len(batch.slots) :], ours[::2]  # text; of each group, the exact one
+        for row, mine in enumerate(text_only):
+            text = {name: value[row - len(text_only)] for name, value in batch.texts.items()}
+            before = batch.slots[row][: batch.rows[row - len(text_only)]].tolist()
             for number in range(1, int(text["group"].max()) + 1):
                 where = text["group"] == number
                 ids = [*before, *text["ids"][where].tolist()]

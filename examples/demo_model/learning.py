@@ -70,7 +70,7 @@ def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compile
 
     drawn : `loading.drawn_part` of each group, then `loading.told_part`.
     """
-    *drawn, told = drawn
+    *drawn, text_only = drawn
     shapes, backs, windows, tiles = [], [], [], []
     index, weight, newline, rows = [], [], [], []
     for group, part, cut in zip(GROUPS, drawn, exact, strict=True):
@@ -90,8 +90,8 @@ def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compile
         weight.append(torch.cat([cut["weight"], layouts.weight[part["layout"]]]))
         newline += [cut["newline"], layouts.newline[part["layout"]]]
         rows += [cut["rows"], layouts.rows[part["layout"]]]
-    newline.append(torch.zeros_like(told["slots"], dtype=torch.bool))
-    rows.append(told["length"])
+    newline.append(torch.zeros_like(text_only["slots"], dtype=torch.bool))
+    rows.append(text_only["length"])
     draw = _render if compiled else rendering.render
     drawing, kind, colour = draw(torch.cat(shapes), torch.cat(backs), torch.cat(windows))
     pixels = torch.cat([rendering.to_patches(torch.cat(tiles)).to(drawing.dtype), drawing])
@@ -100,7 +100,7 @@ def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compile
     ]
     texts = {
         name: torch.cat(
-            [b[name] for pair in zip(exact, drawn, strict=True) for b in pair] + [told[name]]
+            [b[name] for pair in zip(exact, drawn, strict=True) for b in pair] + [text_only[name]]
         )
         for name in TEXTS
     }
@@ -111,7 +111,7 @@ def join(drawn: list[Batch], exact: list[Batch], layouts: DeviceLayouts, compile
         exact=[len(cut["tiles"]) for cut in exact],
         drawn=[len(part["layout"]) for part in drawn],
         matrices=matrices,
-        slots=told["slots"].long(),
+        slots=text_only["slots"].long(),
         newline=torch.cat(newline),
         rows=torch.cat(rows).long(),
         texts={name: value.long() for name, value in texts.items()},

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from examples.demo_model import layouts as packings
 from examples.demo_model import samples
-from examples.demo_model.buffers import Buffers, Told
+from examples.demo_model.buffers import Buffers, TextBuffer
 from examples.demo_model.layouts import Layouts
 from examples.demo_model.packing import TILE
 from examples.demo_model.samples import GROUPS, Group, Medium
@@ -96,10 +96,10 @@ def exact_part(group: Group, count: int, words: Words, rng: Random, most: int) -
 
 def told_part(count: int, words: Words, rng: Random) -> Arrays:
     """`count` samples of text alone."""
-    told = Told.empty(count)
+    text_only = TextBuffer.empty(count)
     for row in range(count):
-        told.fill(row, words, rng)
-    return {"slots": told.slots, "length": told.rows} | dict(vars(told.buffers))
+        text_only.fill(row, words, rng)
+    return {"slots": text_only.slots, "length": text_only.rows} | dict(vars(text_only.buffers))
 
 
 class Makers:
@@ -122,12 +122,12 @@ class Makers:
         renew: int,
         first: int = 0,
         groups: Sequence[Group] = GROUPS,
-        told: int = samples.TOLD,
+        text_only: int = samples.TEXT_SAMPLES,
     ) -> None:
-        """`first` is the step to begin with; `told` samples of a step are text alone."""
+        """`first` is the step to begin with; `text_only` samples of a step are text alone."""
         fork = multiprocessing.get_context("fork")
         self.groups = groups
-        self._seed, self._renew, self._first, self._told = seed, renew, first, told
+        self._seed, self._renew, self._first, self._text_only = seed, renew, first, text_only
         drawers = max(1, workers // 3)
         cutters = max(1, workers - drawers)
         self._drawn = [fork.Queue(max(2, 24 // drawers)) for _ in range(drawers)]
@@ -154,7 +154,7 @@ class Makers:
                 drawn_part(group, group.count - group.exact, layouts, words, rng, most)
                 for group in self.groups
             ]
-            self._drawn[number].put([*parts, told_part(self._told, words, rng)])
+            self._drawn[number].put([*parts, told_part(self._text_only, words, rng)])
 
     def _cut(self, layouts: Layouts, words: Words, number: int) -> None:
         del layouts

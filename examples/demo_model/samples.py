@@ -33,7 +33,7 @@ FEATURES = 19  # numbers that describe one shape to the renderer
 SHAPES = 4
 
 TURNS = ("second turn", "third turn", "fourth turn")
-TOLD = 64  # samples a batch of text alone
+TEXT_SAMPLES = 64  # samples a batch of text alone
 LABELS = (
     *q.IMAGE_KINDS,
     *q.EXTRA_KINDS,

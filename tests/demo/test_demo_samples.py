@@ -19,7 +19,7 @@ from examples.demo_model.words import Words, build_tokenizer
 words, layouts = Words(build_tokenizer(200)), make_layouts(0, 4)
 groups = [replace(group, count=2, exact=1) for group in GROUPS]
 for workers, first in ((2, 0), (5, 0), (6, 1200)):
-    makers = Makers(layouts, words, 0, workers, 2, first, groups, told=3)
+    makers = Makers(layouts, words, 0, workers, 2, first, groups, text_only=3)
     made = hashlib.sha256()
     for rounds in (makers.drawn(), makers.exact()):
         for parts in islice(rounds, 5):
