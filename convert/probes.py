@@ -7,6 +7,7 @@ printed: then raise ``VERSION``.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ class Probe:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def probes() -> list[Probe]:
-    """All of them, drawn anew."""
-    return [
+@cache
+def probes() -> tuple[Probe, ...]:
+    """All of them, drawn once: that takes seconds."""
+    return (
         about("shapes", "What is in the image?", shapes(252, 336)),
         about("shapes, large", "How many shapes are there?", shapes(900, 1200)),
         about("gradient", "Describe the colours of this picture.", gradient(480, 640)),
@@ -57,7 +59,7 @@ def probes() -> list[Probe]:
         ),
         Probe("question", ({"role": "user", "content": "Why is the sky blue?"},)),
         *(Probe(name, text=text) for name, text in TEXTS.items()),
-    ]
+    )
 
 
 def quick_probes() -> list[Probe]:

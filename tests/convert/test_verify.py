@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def test_what_cannot_be_calibrated(source: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_calibrated_on_is_not_what_is_measured() -> None:
-    def pictures(given: list[Probe]) -> set[bytes]:
+    def pictures(given: Sequence[Probe]) -> set[bytes]:
         blocks: list[Any] = [
             block for probe in given for message in probe.messages for block in message["content"]
         ]
