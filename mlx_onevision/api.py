@@ -1,4 +1,4 @@
-"""The library's face: a model that is loaded once and asked often, from any thread."""
+"""The library: a model that is loaded once and asked often, from any thread."""
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
@@ -22,13 +22,13 @@ from mlx_onevision.engine.engine import Engine
 from mlx_onevision.engine.generation import (
     Generation,
     Messages,
-    PromptRequest,
-    Questions,
+    RequestBuilder,
     Stream,
-    ask,
-    ask_all,
+    submit,
+    submit_all,
 )
 from mlx_onevision.engine.options import Options, rows
+from mlx_onevision.engine.request import PromptRequest
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import ImageSource
@@ -50,14 +50,13 @@ def load(
         that comes with this package and knows coloured shapes.
     revision : branch, tag or commit, for a model of the Hub.
     dtype : ``float16``, ``bfloat16`` or ``float32``; None keeps the checkpoint's own.
-    quantize : 4 or 8 packs the weights into so many bits while they are read, tensor by tensor, as
-        ``mlx-onevision convert -q --q-bits 4`` does; the answers are those of what that writes.
+    quantize : 4 or 8 quantizes the weights to so many bits while they are read, tensor by tensor,
+        as ``mlx-onevision convert -q --q-bits 4`` does; the answers are those of what that writes.
     chat_template : how conversations become prompts, in Jinja, instead of the checkpoint's own.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
     """
-    recipe, folder = while_loading(quantize), hub.resolve(model, revision)
     recipe = while_loading(quantize)
     folder = hub.resolve(model, revision)
     return Model(folder, name=str(model), dtype=dtype, recipe=recipe, chat_template=chat_template)
@@ -83,7 +82,7 @@ class Model:
         if chat_template is not None:
             self._processor.template = self._processor.template.with_source(chat_template)
             self._made.append(chat_template)
-        self._read = Questions(self._processor, self._engine.defaults)
+        self._builder = RequestBuilder(self._processor, self._engine.defaults)
 
     @property
     def config(self) -> OneVisionConfig:
@@ -124,9 +123,9 @@ class Model:
         options: Sequence[Options] | None = None,
         **given: Any,
     ) -> Generation | list[Generation]:
-        """Answers one prompt about pictures and videos, one conversation, or a batch of them.
+        """Answers one prompt about images and videos, one conversation, or a batch of them.
 
-        Takes what :meth:`stream` takes. A row of a batch that cannot be answered has
+        Takes what :meth:`stream` takes. A conversation of a batch that cannot be answered has
         ``finish_reason`` "error" and says why in ``error``; the other rows are answered.
         """
         if batch is None:
@@ -184,7 +183,7 @@ class Model:
 
         Raises, for a batch each row for itself:
             RequestError: for an empty prompt or a number out of range.
-            MediaError: for a picture or a video that cannot be read.
+            MediaError: for an image or a video that cannot be read.
             ContextOverflowError: for a prompt, or more frames, beyond the model's context.
 
         All of this is raised here: media are read before this returns, and ``check`` is the way to
@@ -199,7 +198,8 @@ class Model:
     ) -> Stream:
         if options is not None:
             raise RequestError("options are the rows' of a batch; give settings by their names")
-        return ask(self._engine, self._processor.tokenizer, self._read(prompt, **given))
+        request = self._builder.build_request(prompt, **given)
+        return submit(self._engine, self._processor.tokenizer, request)
 
     def _ask_all(
         self,
@@ -210,36 +210,39 @@ class Model:
     ) -> list[Stream]:
         if prompt is not None or given.keys() & {"messages", "images", "videos"}:
             raise RequestError("give a batch or one prompt or conversation, not both")
-        questions: list[PromptRequest | OneVisionError] = []
+        requests: list[PromptRequest | OneVisionError] = []
         for row, settings in rows(batch, options):
             try:
-                question = self._read(**row, **{**given, **settings})
+                requests.append(self._builder.build_request(**row, **{**given, **settings}))
             except OneVisionError as error:
-                questions.append(error)
-            else:
-                questions.append(question)
-        return ask_all(self._engine, self._processor.tokenizer, questions)
+                requests.append(error)
+        return submit_all(self._engine, self._processor.tokenizer, requests)
 
-    def question(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:
-        """A conversation, read and tokenized but not yet asked; see :meth:`answers`.
+    @property
+    def default_max_tokens(self) -> int:
+        """Of an answer for which no limit is given: the checkpoint's max_new_tokens, else 256."""
+        return self._builder.default_max_tokens
+
+    def build_request(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:
+        """A conversation, read and tokenized but not yet submitted; see :meth:`submit_all`.
 
         given : as in :meth:`stream`, and so are the errors.
         """
-        return self._read(messages=messages, **given)
+        return self._builder.build_request(messages=messages, **given)
 
-    def work_through(
+    def compile_schema(
         self, json_schema: str | bool | Mapping[str, Any], check: Callable[[], None] = no_check
     ) -> None:
-        """Works a JSON schema through and keeps it, so that the first answer to it need not wait.
+        """Compiles a JSON schema and keeps it, so that the first answer to it need not wait.
 
         Raises:
             RequestError: for one that cannot be followed, in one sentence.
         """
-        self._read.grammar(json_schema, check)
+        self._builder.compile_schema(json_schema, check)
 
-    def answers(self, questions: Sequence[PromptRequest]) -> list[Stream]:
-        """Starts the answers to questions that are ready, which run together; in order."""
-        return ask_all(self._engine, self._processor.tokenizer, questions)
+    def submit_all(self, requests: Sequence[PromptRequest]) -> list[Stream]:
+        """Starts the answers to prepared requests, which run together; in order."""
+        return submit_all(self._engine, self._processor.tokenizer, requests)
 
     def render(self, messages: Messages, order: Order = "template") -> str:
         """The prompt text that the chat template makes of a conversation, placeholders
@@ -279,13 +282,13 @@ class Model:
     ) -> Embeddings:
         """One vector for each item, float32.
 
-        items : pictures and videos (paths, URLs or bytes, told apart by how they begin; PIL images;
+        items : images and videos (paths, URLs or bytes, told apart by how they begin; PIL images;
             uint8 arrays, four axes for a video), or typed blocks such as {"type": "text",
-            "text": ...}; in the joint space, a list of pictures is one item.
+            "text": ...}; in the joint space, a list of images is one item.
         space : ``vision`` is for what looks alike, and knows no text. ``joint`` holds text,
-            pictures and videos in one space, and is experimental. See :attr:`Embeddings.note`.
+            images and videos in one space, and is experimental. See :attr:`Embeddings.note`.
         normalize : to length 1.
-        tiling : how the joint space sees pictures, as in a conversation; "never" is a tenth of the
+        tiling : how the joint space sees images, as in a conversation; "never" is a tenth of the
             work for a large one. Vectors of different tilings are not comparable.
         num_frames, fps : which frames of each video, 32 of a file without; vectors of different
             numbers or rates are not comparable.
@@ -346,7 +349,7 @@ class Model:
         """Describes a video as an iterator of progress, segments, and at last the description.
 
         video : a path, a URL or bytes.
-        sidecar : a file that is told what is done, at once. Another run with the same video, model
+        sidecar : a file that records what is done, at once. Another run with the same video, model
             and settings goes on from there. In a folder, the file gets a name of its own.
         force : starts over, whatever stands in the sidecar.
         given : settings, by the names in :class:`~mlx_onevision.describe.options.DescribeOptions`.
@@ -361,7 +364,7 @@ class Model:
         name, revision = self._identity
         return DescriptionStream(
             video,
-            Captioner(self._engine, self._processor, self._read, settings),
+            Captioner(self._engine, self._processor, self._builder.build_request, settings),
             plan,
             model=name,
             about={

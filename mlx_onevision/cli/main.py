@@ -88,7 +88,11 @@ def cli() -> None:
     "--prompt", required=True, metavar="TEXT", help="The question; - reads it from stdin."
 )
 @click.option("--system", metavar="TEXT", help="The system message.")
-@click.option("--max-tokens", default=256, show_default=True, help="The longest answer, in tokens.")
+@click.option(
+    "--max-tokens",
+    type=int,
+    help="The longest answer, in tokens. Default: the model's own, or 256.",
+)
 @click.option("--temperature", type=float, help="0 is greedy. Default: the model's own.")
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total mass.")
 @click.option("--top-k", type=int, help="Sample from this many likeliest tokens.")
@@ -126,7 +130,7 @@ def generate(
     tiling: Literal["auto", "always", "never"],
     prompt: str,
     system: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,

@@ -18,7 +18,8 @@ from mlx_onevision.describe.options import Plan
 from mlx_onevision.describe.outline import SEGMENT, Outline, chapter_firsts
 from mlx_onevision.describe.scenes import Span, cuts
 from mlx_onevision.engine.engine import Engine
-from mlx_onevision.engine.generation import PromptRequest, Stream, ask
+from mlx_onevision.engine.generation import Stream, submit
+from mlx_onevision.engine.request import PromptRequest
 from mlx_onevision.errors import CancelledError, ContextOverflowError, MediaError
 from mlx_onevision.media.anyres import video_tokens
 from mlx_onevision.media.decoder import VideoReader
@@ -65,7 +66,7 @@ class Captioner:
             ContextOverflowError: for more than the model's context holds.
         """
         prepared = self._question(question, max_tokens, tiles)
-        stream = ask(self._engine, self._processor.tokenizer, prepared)
+        stream = submit(self._engine, self._processor.tokenizer, prepared)
         if tiles is not None:
             self._engine.forget(prepared.inputs)  # once the answer is there
         return stream

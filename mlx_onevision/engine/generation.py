@@ -1,55 +1,26 @@
-"""Conversations answered: tokens to text, as a stream or as a whole."""
+"""Conversations answered: requests prepared and submitted, and answers as streams of text."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mlx_onevision.config.generation import GenerationDefaults
-from mlx_onevision.engine.engine import Engine, TokenStream
-from mlx_onevision.engine.request import Request
-from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.engine.engine import Engine
+from mlx_onevision.engine.request import ActiveRequest, Counters, FinishReason, PromptRequest
+from mlx_onevision.errors import ContextOverflowError, OneVisionError, RequestError
 from mlx_onevision.media.image import ImageSource
 from mlx_onevision.media.video import VideoSource, no_check
 from mlx_onevision.prompt.messages import normalise_messages
-from mlx_onevision.prompt.processor import Inputs, Order, Processor, Tiling
+from mlx_onevision.prompt.processor import Order, Processor, Tiling
 from mlx_onevision.prompt.tokenizer import Tokenizer
-from mlx_onevision.sampling.detokenizer import Detokenizer, StopStrings
 from mlx_onevision.sampling.grammar import Grammar, Grammars
-from mlx_onevision.sampling.logprobs import LogprobRecorder, Telling, TokenLogprob, plain
+from mlx_onevision.sampling.logprobs import LogprobStream, TokenLogprob
 from mlx_onevision.sampling.sampler import Sampling
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+Messages = Sequence[Mapping[str, Any]]
 
-
-@dataclass(frozen=True, eq=False)
-class PromptRequest:
-    """A prepared conversation, and how to answer it.
-
-    grammar : the schema that the answer keeps to.
-    logprobs : see :class:`~mlx_onevision.engine.options.Options`.
-
-    Raises:
-        RequestError: for a max_tokens below 1, logprobs out of range, and for a stop string that is
-            none.
-    """
-
-    inputs: Inputs
-    sampling: Sampling
-    max_tokens: int
-    stop: Sequence[str] = ()
-    prepare_seconds: float = 0.0
-    grammar: Grammar | None = None
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        if type(self.max_tokens) is not int or self.max_tokens < 1:
-            raise RequestError(
-                f"max_tokens must be a whole number, 1 or more, not {self.max_tokens!r}"
-            )
-        StopStrings(self.stop)
-        if self.logprobs is not None:
-            LogprobRecorder(self.logprobs)
+DEFAULT_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -57,9 +28,9 @@ class Usage:
     """What an answer took.
 
     Tokens: of the prompt, how many of these were in the cache already, how many of them stand for
-    images and videos, and of the answer. Seconds of wall time: pictures to tiles to ids, loading
-    mlx-lm (once a process, while tiles are encoded), tiles to features beyond that, reading the
-    prompt up to the first token, and the tokens after that.
+    images and videos, and of the answer. Seconds of wall time: images to tiles to ids, loading
+    mlx-lm (once a process, while tiles are encoded), tiles to features beyond that, prefill
+    up to the first token, and the tokens after that.
     """
 
     prompt_tokens: int
@@ -74,9 +45,27 @@ class Usage:
     decode_seconds: float
     peak_memory_bytes: int
 
+    @classmethod
+    def of(cls, active: ActiveRequest | None, tokens: int) -> "Usage":
+        """tokens : of the answer. None is a request that never began."""
+        counters = Counters() if active is None else active.counters
+        return cls(
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            media_tokens=sum(m.tokens for m in active.request.inputs.media) if active else 0,
+            encoded_media=counters.encoded_media,
+            completion_tokens=tokens,
+            prepare_seconds=active.request.prepare_seconds if active else 0.0,
+            import_seconds=counters.import_seconds,
+            encode_seconds=counters.encode_seconds,
+            prefill_seconds=counters.prefill_seconds,
+            decode_seconds=counters.decode_seconds,
+            peak_memory_bytes=counters.peak_memory,
+        )
+
     @property
     def prompt_tokens_per_second(self) -> float:
-        """Prompt tokens read a second, those from the cache left out."""
+        """Prompt tokens prefilled a second, those from the cache left out."""
         return _rate(self.prompt_tokens - self.cached_tokens, self.prefill_seconds)
 
     @property
@@ -91,11 +80,11 @@ class Generation:
 
     tokens : the generated ids, with the end-of-text token where there is one, as in the reference.
     finish_reason : ``stop`` (the model ended, or a stop string came), ``length`` (max_tokens or the
-        context was used up), ``cancelled``, or, for a row of a batch, ``error``.
+        context was used up), ``cancelled``, or, in a batch, ``error``.
     notes : what of the videos was not used as it was asked for, a sentence each.
-    error : what went wrong with this row of a batch; ``text`` is what had come until then.
+    error : what went wrong with this answer of a batch; ``text`` is what had come until then.
     logprobs : where they were asked for, of every token that the text is made of; see
-        :class:`~mlx_onevision.sampling.logprobs.Telling`.
+        :class:`~mlx_onevision.sampling.logprobs.LogprobStream`.
     """
 
     text: str
@@ -119,10 +108,14 @@ class Generation:
             "notes": list(self.notes),
         }
         if self.logprobs is not None:
-            values["logprobs"] = plain(self.logprobs)
+            values["logprobs"] = [token.to_dict() for token in self.logprobs]
         if self.error is not None:
             values["error"] = {"code": self.error.code, "message": str(self.error)}
         return values
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if count > 0 and seconds > 0 else 0.0
 
 
 class Stream:
@@ -131,24 +124,15 @@ class Stream:
     The pieces joined are :attr:`Generation.text`. An abandoned stream cancels itself.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        question: PromptRequest | None,
-        source: TokenStream,
-        watch: LogprobRecorder | None = None,
-    ) -> None:
-        self._eos = engine.defaults.eos_token_ids
+    def __init__(self, source: ActiveRequest | OneVisionError, tokenizer: Tokenizer) -> None:
+        """source : an error, where the request could not be prepared."""
+        self._active = source if isinstance(source, ActiveRequest) else None
+        self._error = source if isinstance(source, OneVisionError) else None
         self._tokens: list[int] = []
         self._pieces: list[str] = []
         self._result: Generation | None = None
-        self._error: OneVisionError | None = None
-        self._question = question
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopStrings(question.stop if question else ())
-        self._telling = None if watch is None else Telling(watch, tokenizer)
-        self._source = source
+        recorder = self._active.recorder if self._active else None
+        self._logprobs = None if recorder is None else LogprobStream(recorder, tokenizer)
         self._text = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -162,11 +146,12 @@ class Stream:
         """Where they were asked for, those of the tokens that the pieces so far are made of. It has
         grown when a piece comes.
         """
-        return () if self._telling is None else self._telling.told
+        return () if self._logprobs is None else self._logprobs.logprobs
 
     def cancel(self) -> None:
         """Ends the answer before its next token; what has come so far is its result."""
-        self._source.cancel()
+        if self._active is not None:
+            self._active.cancel()
 
     def result(self) -> Generation:
         """The whole answer, waited for. Raises what ended it, if something did."""
@@ -188,152 +173,87 @@ class Stream:
             return self._generation("error", error)
 
     def _run(self) -> Iterator[str]:
+        if self._active is None:
+            assert self._error is not None
+            raise self._error
+        emitted = 0  # characters
         try:
-            yield from self._pieces_of_text()
+            for item in self._active:
+                if item.token is not None:
+                    self._tokens.append(item.token)
+                    if self._logprobs is not None:
+                        self._logprobs.add(item.start)
+                if item.text:
+                    emitted += len(item.text)
+                    self._pieces.append(item.text)
+                    if self._logprobs is not None:
+                        self._logprobs.emit(emitted)
+                    yield item.text
         except OneVisionError as error:
             self._error = error
             raise
-
-    def _pieces_of_text(self) -> Iterator[str]:
-        finish: FinishReason | None = None
-        decoded = shown = 0  # characters
-        try:
-            for token in self._source:
-                self._tokens.append(token)
-                if token in self._eos:
-                    finish = "stop"
-                    continue  # the engine ends by itself, and fills in the counters
-                if finish is None:
-                    if self._telling is not None:
-                        self._telling.add(decoded)
-                    text = self._detokenizer.add(token)
-                    decoded += len(text)
-                    piece = self._stop.add(text)
-                    if piece:
-                        shown += len(piece)
-                        yield self._shown(piece, shown)
-                    if self._stop.found:
-                        finish = "stop"
-                        break
         finally:
-            self._source.cancel()
-        if self._stop.found:
-            # The counters are complete once the engine has noticed.
-            for _ in self._source:
-                pass
-        else:
-            piece = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
-            if piece:
-                yield self._shown(piece, shown + len(piece))
-        if finish is None:
-            finish = "cancelled" if self._source.interrupted else "length"
-        self._result = self._generation(finish)
-
-    def _shown(self, piece: str, length: int) -> str:
-        """A piece that is about to be given out, and ends at ``length`` characters."""
-        self._pieces.append(piece)
-        if self._telling is not None:
-            self._telling.show(length)
-        return piece
+            self._active.cancel()
+        self._result = self._generation(self._active.finish_reason)
 
     def _generation(self, finish: FinishReason, error: OneVisionError | None = None) -> Generation:
-        counters, question = self._source.counters, self._question
-        media = question.inputs.media if question else ()
         return Generation(
             text="".join(self._pieces),
             tokens=tuple(self._tokens),
             finish_reason=finish,
             error=error,
-            usage=Usage(
-                prompt_tokens=counters.prompt_tokens,
-                cached_tokens=counters.cached_tokens,
-                media_tokens=sum(medium.tokens for medium in media),
-                encoded_media=counters.encoded_media,
-                completion_tokens=len(self._tokens),
-                prepare_seconds=question.prepare_seconds if question else 0.0,
-                import_seconds=counters.import_seconds,
-                encode_seconds=counters.encode_seconds,
-                prefill_seconds=counters.prefill_seconds,
-                decode_seconds=counters.decode_seconds,
-                peak_memory_bytes=counters.peak_memory,
-            ),
-            notes=question.inputs.notes if question else (),
-            logprobs=None if self._telling is None else tuple(self._telling.told),
+            usage=Usage.of(self._active, len(self._tokens)),
+            notes=self._active.request.inputs.notes if self._active else (),
+            logprobs=None if self._logprobs is None else tuple(self._logprobs.logprobs),
         )
 
 
-def ask(engine: Engine, tokenizer: Tokenizer, question: PromptRequest) -> Stream:
+def submit(engine: Engine, tokenizer: Tokenizer, request: PromptRequest) -> Stream:
     """Starts one answer. Raises ContextOverflowError for a prompt beyond the model's context."""
-    request = _request(question, tokenizer)
-    return Stream(engine, tokenizer, question, engine.generate(request), request.watch)
+    active = engine.admit(request, tokenizer)
+    engine.submit([active])
+    return Stream(active, tokenizer)
 
 
-def ask_all(
-    engine: Engine, tokenizer: Tokenizer, questions: Sequence[PromptRequest | OneVisionError]
+def submit_all(
+    engine: Engine, tokenizer: Tokenizer, requests: Sequence[PromptRequest | OneVisionError]
 ) -> list[Stream]:
-    """Starts answers that run together, one for each question, in order. A question that failed
-    while it was prepared has a stream that raises its error, as has one beyond the context.
+    """Starts answers that run together, one for each request, in order. The stream of a request
+    that failed while it was prepared raises its error, as does one beyond the context.
     """
-    asked = [_request(q, tokenizer) for q in questions if isinstance(q, PromptRequest)]
-    started = zip(engine.generate_batch(asked), asked, strict=True)
-    streams: list[Stream] = []
-    for question in questions:
-        if isinstance(question, PromptRequest):
-            source, request = next(started)
-            streams.append(Stream(engine, tokenizer, question, source, request.watch))
-        else:
-            streams.append(Stream(engine, tokenizer, None, engine.failed(question)))
-    return streams
+    sources: list[ActiveRequest | OneVisionError] = []
+    for request in requests:
+        try:
+            failed = isinstance(request, OneVisionError)
+            sources.append(request if failed else engine.admit(request, tokenizer))
+        except ContextOverflowError as error:
+            sources.append(error)
+    active = [source for source in sources if isinstance(source, ActiveRequest)]
+    if active:
+        engine.submit(active)
+    return [Stream(source, tokenizer) for source in sources]
 
 
-def _request(question: PromptRequest, tokenizer: Tokenizer) -> Request:
-    return Request(
-        question.inputs,
-        question.sampling,
-        question.max_tokens,
-        _StopWatch(tokenizer, question.stop) if question.stop else lambda _: False,
-        question.grammar,
-        None if question.logprobs is None else LogprobRecorder(question.logprobs),
-    )
-
-
-class _StopWatch:
-    """Sees a stop string on the inference thread, which then need not wait to be told: nobody may
-    be reading yet.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = StopStrings(stop)
-
-    def __call__(self, token: int) -> bool:
-        self._stop.add(self._detokenizer.add(token))
-        return self._stop.found is not None
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if count > 0 and seconds > 0 else 0.0
-
-
-# What was asked, and how to answer it, as one ``PromptRequest``.
-
-Messages = Sequence[Mapping[str, Any]]
-
-
-class Questions:
-    """Reads prompts and conversations, with the settings of whoever asks and the checkpoint's."""
+class RequestBuilder:
+    """Prepares prompts and conversations, with the caller's settings and the checkpoint's."""
 
     def __init__(self, processor: Processor, defaults: GenerationDefaults) -> None:
         self._processor, self._defaults = processor, defaults
         self._grammars = Grammars(processor.tokenizer, defaults.eos_token_ids)
 
-    def grammar(
+    @property
+    def default_max_tokens(self) -> int:
+        """Of an answer for which the caller sets no limit: the checkpoint's own limit, else 256."""
+        limit = self._defaults.max_new_tokens
+        return DEFAULT_MAX_TOKENS if limit is None else limit
+
+    def compile_schema(
         self, schema: str | bool | Mapping[str, Any], check: Callable[[], None] = no_check
     ) -> Grammar:
         """See :meth:`~mlx_onevision.sampling.grammar.Grammars.of`."""
         return self._grammars.of(schema, check)
 
-    def __call__(
+    def build_request(
         self,
         prompt: str | None = None,
         *,
@@ -341,7 +261,7 @@ class Questions:
         videos: Sequence[VideoSource] = (),
         messages: Messages | None = None,
         system: str | None = None,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         temperature: float | None = None,
         top_p: float | None = None,
@@ -359,7 +279,9 @@ class Questions:
         json_schema: str | bool | Mapping[str, Any] | None = None,
         check: Callable[[], None] = no_check,
     ) -> PromptRequest:
-        """One row, read and tokenized; the defaults of ``Options``."""
+        """One conversation, read and tokenized; the settings are those of ``Options``."""
+        if max_tokens is None:
+            max_tokens = self.default_max_tokens
         sampling = self._sampling(
             temperature=temperature,
             top_p=top_p,
@@ -369,7 +291,7 @@ class Questions:
             seed=seed,
         )
         started = time.perf_counter()
-        grammar = None if json_schema is None else self.grammar(json_schema, check)
+        grammar = None if json_schema is None else self.compile_schema(json_schema, check)
         inputs = self._processor.prepare(
             normalise_messages(
                 prompt=prompt, images=images, videos=videos, messages=messages, system=system
@@ -394,7 +316,7 @@ class Questions:
         )
 
     def _sampling(self, *, seed: int | None, **given: Any) -> Sampling:
-        """What the caller gave, over what the checkpoint's generation_config.json says."""
+        """The caller's settings, over those of the checkpoint's generation_config.json."""
         defaults = self._defaults
         chosen: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty}
         if defaults.do_sample or given["temperature"]:

@@ -7,21 +7,21 @@ from mlx_onevision.errors import RequestError
 
 
 class Options(TypedDict, total=False):
-    """What may be said about how to answer; each has a default.
+    """Settings of an answer; each has a default.
 
     system : instructions that stand before the conversation.
-    max_tokens : the answer's length at most, 256 by default; the context may end it earlier.
+    max_tokens : the answer's length at most; None takes the checkpoint's max_new_tokens, else 256.
+        The context may end it earlier.
     temperature, top_p, top_k, min_p, repetition_penalty, seed : see
         :class:`~mlx_onevision.sampling.sampler.Sampling`. None takes what the checkpoint's
         generation_config.json says, which for the published ones is greedy.
     stop : a text, or texts, at which the answer ends; they are not part of it.
-    num_frames, fps, start, end : which frames of each video, see
-        ``FrameOptions``. Of a file it is 32, evenly spread, unless they
-        say otherwise, or fewer where the context holds fewer.
+    num_frames, fps, start, end : which frames of each video, see ``FrameOptions``. Of a file it is
+        32, evenly spread, unless they say otherwise, or fewer where the context holds fewer.
     tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
         "never" say so for every image.
-    logprobs : how many of the likeliest tokens are told for each token of the answer, 0 for the
-        chosen one alone; None tells nothing. See :mod:`~mlx_onevision.sampling.logprobs`.
+    logprobs : how many of the likeliest tokens are reported for each token of the answer, 0 for the
+        chosen one alone; None reports none. See :mod:`~mlx_onevision.sampling.logprobs`.
     json_schema : a JSON Schema, as JSON or as what that would be in Python: the answer is a
         document that it allows and nothing else, unless max_tokens or a stop string cuts it off.
         Needs the extra ``structured``.
@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
     """
 
     system: str | None
-    max_tokens: int
+    max_tokens: int | None
     temperature: float | None
     top_p: float | None
     top_k: int | None

@@ -1,5 +1,5 @@
-"""The key-value caches of the last conversations, so that the next turn of each reads only what is
-new.
+"""The key-value caches of the last conversations, so that the next turn of each prefills only what
+is new.
 
 A conversation that goes on trims its own cache in place: nothing is copied and there is one set of
 keys and values. That ids name media by content is what makes a match on ids safe.
@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_onevision.network.onevision import OneVision
 
 # A shorter match is not worth trimming for: every prompt shares its first few template tokens, and
-# without this a new picture after them would start from a cache instead of afresh.
+# without this a new image after them would start from a cache instead of afresh.
 LEAST_MATCH = 64
 
 # All of them are looked at with every request.
@@ -63,7 +63,7 @@ class PrefixCache:
         """A cache to continue from, and how many of ``ids`` it already holds.
 
         The last id is never among them, because its logits are what generation begins with. The
-        cache is the caller's until it is put back.
+        cache is the caller's until it is stored.
         """
         from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -86,7 +86,7 @@ class PrefixCache:
         """How many of the first ``ids`` a cache could be had for."""
         return self._best(ids)[1]
 
-    def put_back(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
+    def store(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
         """Keeps ``cache`` for the next turn; it holds the first of ``ids``, as far as it
         reaches. ``keys`` : the media in them, whose ids are still somebody's.
         """
@@ -98,9 +98,9 @@ class PrefixCache:
         self._evict(self.capacity - new.nbytes, MOST_KEPT - 1)
         self._kept.append(new)
 
-    def put_by(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
-        """As :meth:`put_back`, for a row of a batch, whose cache is not cut out of it yet. One that
-        alone would take too much is not kept, and where memory is short none is.
+    def store_from_batch(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
+        """As :meth:`store`, for a request in a batch: its slice of the KV cache is still lazy. One
+        that alone would take too much is not kept, and where memory is short none is.
         """
         if _size(cache) > self.capacity:
             return
@@ -109,7 +109,7 @@ class PrefixCache:
         except RuntimeError:
             self.clear()
             return
-        self.put_back(ids, keys, cache)
+        self.store(ids, keys, cache)
 
     def forget(self, keys: Sequence[str]) -> None:
         """Drops the conversations about any of these media."""

@@ -1,171 +1,224 @@
-"""One request on its way through the inference thread: alone, or as a row of a batch, or first the
-one and then the other.
-"""
+"""A request: what to answer, and its progress from submission to its end."""
 
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Literal
 
 import mlx.core as mx
 
-from mlx_onevision.engine.runner import Counters, Runner, Unfinished
-from mlx_onevision.errors import CancelledError
+from mlx_onevision.errors import CancelledError, OutOfMemoryError
+from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.prompt.processor import Inputs
+from mlx_onevision.sampling.detokenizer import Detokenizer, StopStrings, TokenBytes
 from mlx_onevision.sampling.grammar import Grammar
 from mlx_onevision.sampling.logprobs import LogprobRecorder
-from mlx_onevision.sampling.sampler import Choosing, Sampling
+from mlx_onevision.sampling.ranges import check_range
+from mlx_onevision.sampling.sampler import RequestSampler, Sampling
 
-if TYPE_CHECKING:
-    from mlx_lm.generate import BatchGenerator
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """What to answer, and how.
+class PromptRequest:
+    """A prepared conversation, and how to answer it.
 
-    ends_at : given each token as it is generated; True ends the answer with that one.
-    grammar, watch : see :class:`~mlx_onevision.sampling.sampler.Choosing`.
+    grammar : the schema that the answer keeps to.
+    logprobs : see :class:`~mlx_onevision.engine.options.Options`.
+
+    Raises:
+        RequestError: for a max_tokens or logprobs out of range, and for a stop string that is none.
     """
 
     inputs: Inputs
     sampling: Sampling
     max_tokens: int
-    ends_at: Callable[[int], bool] = lambda _: False
+    stop: Sequence[str] = ()
+    prepare_seconds: float = 0.0
     grammar: Grammar | None = None
-    watch: LogprobRecorder | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range("max_tokens", self.max_tokens)
+        if self.logprobs is not None:
+            check_range("logprobs", self.logprobs)
+        StopStrings(self.stop)
 
 
-class Listener(Protocol):
-    """Who waits for a row's tokens."""
+@dataclass
+class Counters:
+    """What one request took. Seconds are wall time on the inference thread; bytes are MLX's."""
 
-    @property
-    def counters(self) -> Counters: ...
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were there already."""
+    encoded_media: int = 0
+    """Images and videos that went through the tower; the others came from the feature bank."""
+    completion_tokens: int = 0
+    import_seconds: float = 0.0
+    """Loading mlx-lm, which the first request of a process waits for."""
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory: int = 0
 
-    def check(self, *_: object) -> None:
-        """Raises CancelledError once the row is not wanted any more."""
 
-    def put(self, item: int | BaseException | None) -> None:
-        """A token; at the end None, or what went wrong."""
+@dataclass(frozen=True)
+class TokenText:
+    """A generated token, and the text that can be emitted now that it is known.
+
+    token : None for text that was held back, as the start of a stop string, until the end.
+    start : characters that were decoded before it.
+    """
+
+    token: int | None
+    start: int
+    text: str
 
 
-class Row:
-    """One request of a batch, from the queue to its end."""
+class ActiveRequest:
+    """A request from its submission to its end: a queue of its tokens with their text, its
+    cancellation and counters for whoever asked, and its state on the inference thread.
 
-    def __init__(self, request: Request, listener: Listener) -> None:
+    max_tokens : at most the request's own, as far as the context allows.
+    eos : ids that end an answer. closing : set when the model is being closed, which cancels.
+    """
+
+    def __init__(
+        self,
+        request: PromptRequest,
+        tokenizer: TokenBytes,
+        max_tokens: int,
+        eos: Sequence[int],
+        closing: threading.Event,
+    ) -> None:
         self.request = request
-        self.listener = listener
-        self.counters = listener.counters
-        self.longest = len(request.inputs.input_ids) + request.max_tokens
-        """Positions that its keys and values can come to."""
-        self._choosing = Choosing(request.sampling, request.grammar, request.watch)
-        self._keys: list[str] = []
-        self._media = ExitStack()  # whose rows are needed
-        self._holding = ExitStack()  # what keeps the virtual ids from being given to others
+        self.max_tokens = max_tokens
+        self.counters = Counters()
+        self.finish_reason: FinishReason = "length"
+        self.recorder = None if request.logprobs is None else LogprobRecorder(request.logprobs)
+        self.sampler = RequestSampler(request.sampling, request.grammar, self.recorder)
+        self.ids: list[int] = []
+        """The prompt's, virtual ones among them, and the answer's so far; empty until it begins."""
+        self.keys: list[str] = []
+        """Of the media whose virtual ids are among them."""
+        self.cache: list[Any] | None = None
+        """Its KV cache, while it runs alone or is paused; else its batch has it."""
+        self._eos = frozenset(eos)
+        self._closing, self._cancelled = closing, threading.Event()
+        self._detokenizer, self._stop = Detokenizer(tokenizer), StopStrings(request.stop)
+        self._decoded = 0  # characters
+        self._queue: queue.SimpleQueue[TokenText | BaseException | None] = queue.SimpleQueue()
+        self._features = ExitStack()  # needed until the prompt is prefilled
+        self._virtual_ids = ExitStack()  # not to be given to other media before the end
         self._since = 0.0
         self._ended = False
-        self._unfinished: Unfinished | None = None
 
-    def run_alone(self, runner: Runner, company: Callable[[], bool]) -> bool:
-        """Answers it by itself; False where company came, with whom it is to go on."""
-        request = self.request
-        try:
-            self.listener.check()
-            self._unfinished = runner.generate(
-                request.inputs,
-                self._choosing,
-                request.max_tokens,
-                self.counters,
-                self._deliver,
-                self.listener.check,
-                company,
-            )
-        except BaseException as error:
-            self.end(error)
-            return True
-        self._since = time.perf_counter() - self.counters.decode_seconds
-        if self._unfinished is None:
-            self.end()
-            return True
-        self._let_go_at_end(runner, self._unfinished.keys)
-        return False
+    def cancel(self) -> None:
+        """Stops before the next token, prefill chunk or group of tiles; iteration then ends."""
+        self._cancelled.set()
+
+    def __iter__(self) -> Iterator[TokenText]:
+        """Tokens as they come, an end-of-text token last. Raises what went wrong."""
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    # The rest is the inference thread's.
 
     @property
-    def is_unfinished(self) -> bool:
+    def max_positions(self) -> int:
+        """Positions that its keys and values can come to."""
+        return len(self.request.inputs.input_ids) + self.max_tokens
+
+    @property
+    def is_paused(self) -> bool:
         """Whether it was begun alone, and is to go on in a batch."""
-        return self._unfinished is not None
+        return self.cache is not None
 
-    def join(self, runner: Runner, generator: "BatchGenerator") -> tuple[int, bool]:
-        """Its number in ``generator``, and whether its prompt is still to be read."""
-        text = runner.model.config.text_config
-        placeholder = runner.model.config.image_token_index
-        left, self._unfinished = self._unfinished, None
-        ids, cache, held, produced = (
-            (*self._begin(runner), 0)
-            if left is None
-            else (left.ids, left.cache, len(left.ids) - 1, left.produced)
-        )
-        (uid,) = generator.insert(
-            [ids[held:]],
-            max_tokens=[self.request.max_tokens - produced],
-            caches=[cache],
-            all_tokens=[ids[:held]],
-            samplers=[self._choosing.sampler(produced)],
-            logits_processors=[self._choosing.logits_processors(text.vocab_size, placeholder)],
-        )
-        return uid, left is None
+    def check(self, *_: object) -> None:
+        """Raises CancelledError once nobody wants the rest."""
+        if self._cancelled.is_set() or self._closing.is_set():
+            if self.finish_reason != "stop":
+                self.finish_reason = "cancelled"
+            raise CancelledError("the request was cancelled")
 
-    def _begin(self, runner: Runner) -> tuple[list[int], list[Any], int]:
-        """Its prompt with virtual ids, whose rows are in the bank and stay there until :meth:`read`
-        or :meth:`end`; a cache, and how many of the ids that holds already.
-        """
-        ids, keys = runner.virtual_ids(self.request.inputs)
-        self._media.enter_context(runner.model.bank.in_use(keys))
-        runner.model.bank.hold(keys)
-        self._let_go_at_end(runner, keys)
-        self.counters.prompt_tokens = len(ids)
-        matched = runner.prefix.match(ids)
-        runner.fill_bank(self.request.inputs, ids, matched, self.counters, self.listener.check)
-        cache, self.counters.cached_tokens = runner.prefix.take(ids)
+    def hold(self, bank: FeatureBank, keys: list[str]) -> None:
+        """Keeps the features of its media until the first token, and their ids until the end."""
+        self.keys = keys
+        self._features.enter_context(bank.in_use(keys))
+        bank.hold(keys)
+        self._virtual_ids.callback(bank.release, keys)
+
+    def begin(self, ids: list[int], cache: list[Any]) -> None:
+        """Prefill of ``ids`` begins, from a cache that may hold some of them."""
+        self.ids, self.cache = ids, cache
         self._since = time.perf_counter()
-        return ids, cache, self.counters.cached_tokens
 
-    def _let_go_at_end(self, runner: Runner, keys: list[str]) -> None:
-        """The virtual ids of ``keys``, which are held for it."""
-        self._keys = keys
-        self._holding.callback(runner.model.bank.release, keys)
+    def accept(self, token: int) -> None:
+        """A token has been generated: hands it on, with the text that it completes.
 
-    def read(self) -> None:
-        """The prompt has been read, so its media are not needed any more."""
-        self._media.close()
+        Raises:
+            RequestError: where the schema could not be followed any further.
+        """
+        self._count()
+        self.ids.append(token)
+        self.sampler.accept_token(token)
+        start, text = self._decoded, ""
+        if token in self._eos:
+            self.finish_reason = "stop"
+        else:
+            text = self._detokenizer.add(token)
+            self._decoded += len(text)
+            text = self._stop.add(text)
+            if self._stop.found is not None:
+                self.finish_reason = "stop"
+                self._cancelled.set()
+        self._queue.put(TokenText(token, start, text))
 
-    def put_by(self, runner: Runner, ids: list[int], cache: list[Any]) -> None:
-        """Keeps ``cache``, which holds ``ids``, for the next turn of this conversation."""
-        runner.prefix.put_by(ids, self._keys, cache)
-
-    def add(self, token: int) -> None:
-        self.counters.completion_tokens += 1
+    def _count(self) -> None:
         now = time.perf_counter()
+        self.counters.completion_tokens += 1
         if self.counters.completion_tokens == 1:
             self.counters.prefill_seconds, self._since = now - self._since, now
+            self._features.close()
         else:
             self.counters.decode_seconds = now - self._since
-        self._deliver(token)
-
-    def _deliver(self, token: int) -> None:
-        self._choosing.chosen(token)
-        self.listener.put(token)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Tells whoever waits that nothing more comes, once, whatever happens on the way."""
+        """Frees what it holds, and says that nothing more comes, once, whatever happens."""
         if self._ended:
             return
         self._ended = True
         try:
-            self._media.close()
-            self._holding.close()
-            self._choosing.end()
+            self.cache = None
+            self._features.close()
+            self._virtual_ids.close()
+            self.sampler.end()
             self.counters.peak_memory = mx.get_peak_memory()
+            if error is None or isinstance(error, CancelledError):
+                error = None
+                self._emit_held_back()
         finally:
-            self.listener.put(None if isinstance(error, CancelledError) else error)
+            self._queue.put(None if error is None else as_package_error(error))
+
+    def _emit_held_back(self) -> None:
+        if self._stop.found is None:
+            text = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
+            if text:
+                self._queue.put(TokenText(None, self._decoded, text))
+
+
+def as_package_error(error: BaseException) -> BaseException:
+    """An allocation that MLX could not make, as OutOfMemoryError; anything else as it is."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("allocate" in text or "out of memory" in text.lower()):
+        return OutOfMemoryError(
+            f"the device ran out of memory ({text.splitlines()[0][:200]}); "
+            "use a quantized model, fewer or smaller media, or close other programs"
+        )
+    return error

@@ -1,5 +1,4 @@
-"""One request on the inference thread: encode, read the prompt, generate, keep what the next one
-needs.
+"""Requests on the inference thread: encode media, prefill, decode, keep the KV cache.
 
 Text generation is mlx-lm's, unmodified; it is imported here and only when a request needs it.
 """
@@ -8,8 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +16,14 @@ from mlx.utils import tree_flatten
 from mlx_onevision.checkpoint.load import Checkpoint
 from mlx_onevision.engine.pooling import last_hidden, tower_means
 from mlx_onevision.engine.prefix_cache import PrefixCache
-from mlx_onevision.errors import CancelledError
+from mlx_onevision.engine.request import ActiveRequest, Counters, as_package_error
+from mlx_onevision.errors import CancelledError, OutOfMemoryError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.onevision import OneVision, pool_frames
 from mlx_onevision.prompt.processor import Inputs, Medium
-from mlx_onevision.sampling.sampler import Chooser
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import BatchGenerator
 
 # Encoded media are kept up to this share of the memory that the device should use, and no more than
 # about twenty large images of the largest model take.
@@ -33,40 +34,6 @@ MOST_BANK_BYTES = 1 << 31
 # nothing else is planned for.
 PREFIX_SHARE = 8
 MOST_PREFIX_BYTES = 1 << 32
-
-
-@dataclass(frozen=True)
-class Unfinished:
-    """An answer that was left off between two tokens, with all that it takes to go on.
-
-    ids : the prompt's, virtual ones among them, and the answer's so far.
-    keys : the media among them, whose ids the bank holds for whoever goes on.
-    cache : holds all of them but the last.
-    produced : how many of them are the answer's.
-    """
-
-    ids: list[int]
-    keys: list[str]
-    cache: list[Any]
-    produced: int
-
-
-@dataclass
-class Counters:
-    """What one request took. Seconds are wall time on the inference thread; bytes are MLX's."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Prompt tokens whose keys and values were there already."""
-    encoded_media: int = 0
-    """Images and videos that went through the tower; the others came from the feature bank."""
-    completion_tokens: int = 0
-    import_seconds: float = 0.0
-    """Loading mlx-lm, which the first request of a process waits for."""
-    encode_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    peak_memory: int = 0
 
 
 class Runner:
@@ -84,73 +51,120 @@ class Runner:
         self.model.budget = memory.plan(self.model.config, scratch, itemsize)
         free = max(0, room - weights - self.model.bank.capacity - scratch)
         self.prefix.capacity = min(free // PREFIX_SHARE, MOST_PREFIX_BYTES)
-        # A processor is no faster with more, and a prompt can be left off between two of them.
+        # A CPU is no faster with more, and a prompt can be interrupted between two of them.
         processor = mx.default_device().type == mx.cpu
         self.chunk = memory.CHUNKS[-1] if processor else self.model.budget.chunk
-        """Tokens of a lone prompt that are read at once."""
+        """Tokens of a lone prompt that are prefilled at once."""
         self.batch_positions = memory.batch_positions(
             self.model.config.text_config,
             free - self.prefix.capacity,
             itemsize,
         )
-        """How many positions, padding included, the rows of a batch may have together."""
+        """How many positions, padding included, the requests of a batch may have together."""
 
-    def generate(
-        self,
-        inputs: Inputs,
-        choosing: Chooser,
-        max_tokens: int,
-        counters: Counters,
-        deliver: Callable[[int], None],
-        check: Callable[..., None],
-        company: Callable[[], bool] = lambda: False,
-    ) -> Unfinished | None:
-        """Hands each token to ``deliver`` as it comes, an end-of-text token included.
+    def run_alone(
+        self, active: ActiveRequest, should_yield: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Runs a request by itself until it ends; False where it was paused, to go on in a batch.
 
-        counters : filled in as the request goes on.
-        check : called between tokens, prefill chunks, groups of layers in these, and groups of
-            tiles; ends the request by raising CancelledError. What was read until then stays in the
-            cache.
-        company : asked after each token; True leaves the answer off there, and returns it. It goes
-            on in a batch then, with those that came meanwhile.
+        The request's ``check`` is called between tokens, prefill chunks, groups of layers in these,
+        and groups of tiles. What was prefilled before a cancellation stays in the prefix cache.
+
+        should_yield : asked after each token whether others wait, with whom it is to go on.
         """
         mx.reset_peak_memory()
+        try:
+            active.check()
+            with _wired(), self.model.interruptible(active.check):
+                if self._decode(active, self.begin(active), should_yield):
+                    return False
+        except BaseException as error:
+            active.end(error)
+        else:
+            active.end()
+        return True
+
+    def begin(self, active: ActiveRequest) -> list[Any]:
+        """Encodes the media of a request, and takes a KV cache to prefill its prompt into."""
+        inputs, counters = active.request.inputs, active.counters
         ids, keys = self.virtual_ids(inputs)
+        active.hold(self.model.bank, keys)
         counters.prompt_tokens = len(ids)
-        with _wired(), self.model.bank.in_use(keys), self.model.interruptible(check):
-            self.fill_bank(inputs, ids, self.prefix.match(ids), counters, check)
-            cache, counters.cached_tokens = self.prefix.take(ids)
-            produced: list[int] = []
-            try:
-                for token in self._tokens(ids, cache, choosing, max_tokens, counters, check):
-                    produced.append(token)
-                    deliver(token)
-                    if token in self.checkpoint.generation_defaults.eos_token_ids:
-                        break
-                    check()
-                    if company() and len(produced) < max_tokens:
-                        return self._left_off(ids + produced, keys, len(produced), cache)
-            except CancelledError:
-                _level(cache)
-                self.prefix.put_back(ids + produced, keys, cache)
-                raise
-            except BaseException:
-                self.prefix.clear()  # memory may be short
-                raise
-            finally:
-                counters.completion_tokens = len(produced)
-                counters.peak_memory = mx.get_peak_memory()
-            self.prefix.put_back(ids + produced, keys, cache)
-        return None
+        self.fill_bank(inputs, ids, self.prefix.match(ids), counters, active.check)
+        cache, counters.cached_tokens = self.prefix.take(ids)
+        active.begin(ids, cache)
+        return cache
 
-    def _left_off(
-        self, ids: list[int], keys: list[str], produced: int, cache: list[Any]
-    ) -> Unfinished:
-        from mlx_lm.models.cache import trim_prompt_cache
+    def _decode(
+        self, active: ActiveRequest, cache: list[Any], should_yield: Callable[[], bool]
+    ) -> bool:
+        """Prefill and decode steps of a lone request; True where it was paused."""
+        try:
+            for token in self._tokens(active, cache):
+                active.accept(token)
+                if token in self.checkpoint.generation_defaults.eos_token_ids:
+                    break
+                active.check()
+                if should_yield() and active.counters.completion_tokens < active.max_tokens:
+                    _pause(active, cache)
+                    return True
+        except CancelledError:
+            trim_to_shortest_layer(cache)
+            self.prefix.store(active.ids, active.keys, cache)
+            raise
+        except BaseException as error:
+            if isinstance(as_package_error(error), OutOfMemoryError):
+                self.prefix.clear()
+            raise
+        self.prefix.store(active.ids, active.keys, cache)
+        return False
 
-        trim_prompt_cache(cache, cache[0].offset - (len(ids) - 1))  # mlx-lm runs a token ahead
-        self.model.bank.hold(keys)
-        return Unfinished(ids, keys, cache, produced)
+    def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Iterator[int]:
+        from mlx_lm.generate import generate_step
+
+        config, cached = self.model.config, active.counters.cached_tokens
+        prompt, ids = active.ids[cached:], active.ids[:cached]
+        steps = generate_step(
+            mx.array(prompt, mx.int32),
+            self.model,
+            max_tokens=active.max_tokens,
+            sampler=active.sampler.sampler(),
+            logits_processors=active.sampler.logits_processors(
+                config.text_config.vocab_size, config.image_token_index, ids
+            ),
+            prompt_cache=cache,
+            prefill_step_size=self.chunk,
+            prompt_progress_callback=active.check,
+        )
+        yield int(next(steps)[0])
+        with self.model.decoding():
+            for token, _ in steps:
+                yield int(token)
+
+    def insert(self, active: ActiveRequest, generator: "BatchGenerator") -> tuple[int, bool]:
+        """Adds a request to a batch: its number there, and whether its prompt is to be prefilled.
+        One that is paused goes on.
+        """
+        cache, config = active.cache, self.model.config
+        prefilling = cache is None
+        if cache is None:
+            cache = self.begin(active)
+        held = active.counters.cached_tokens if prefilling else len(active.ids) - 1
+        produced = active.counters.completion_tokens
+        (uid,) = generator.insert(
+            [active.ids[held:]],
+            max_tokens=[active.max_tokens - produced],
+            caches=[cache],
+            all_tokens=[active.ids[:held]],
+            samplers=[active.sampler.sampler(produced)],
+            logits_processors=[
+                active.sampler.logits_processors(
+                    config.text_config.vocab_size, config.image_token_index
+                )
+            ],
+        )
+        active.cache = None
+        return uid, prefilling
 
     def fill_bank(
         self,
@@ -173,41 +187,6 @@ class Runner:
         counters.encoded_media = self._encode(inputs, ids, matched, launched)
         counters.import_seconds += _import_mlx_lm()
         counters.encode_seconds = time.perf_counter() - started - counters.import_seconds
-
-    def _tokens(
-        self,
-        ids: list[int],
-        cache: list[Any],
-        choosing: Chooser,
-        max_tokens: int,
-        counters: Counters,
-        check: Callable[..., None],
-    ) -> Iterator[int]:
-        from mlx_lm.generate import generate_step
-
-        text, matched = self.model.config.text_config, counters.cached_tokens
-        placeholder = self.model.config.image_token_index
-        started = time.perf_counter()
-        steps = generate_step(
-            mx.array(ids[matched:], mx.int32),
-            self.model,
-            max_tokens=max_tokens,
-            sampler=choosing.sampler(),
-            logits_processors=choosing.logits_processors(
-                text.vocab_size, placeholder, ids[:matched]
-            ),
-            prompt_cache=cache,
-            prefill_step_size=self.chunk,
-            prompt_progress_callback=check,
-        )
-        token, _ = next(steps)
-        counters.prefill_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        yield int(token)
-        with self.model.decoding():
-            for token, _ in steps:
-                counters.decode_seconds = time.perf_counter() - started
-                yield int(token)
 
     def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
@@ -284,11 +263,18 @@ class Runner:
         return rows
 
 
-def _level(cache: Sequence[Any]) -> None:
-    """Takes back what only some layers have read."""
-    least = min(layer.offset for layer in cache)
+def _pause(active: ActiveRequest, cache: list[Any]) -> None:
+    """Leaves in the cache all ids but the last: mlx-lm is a token ahead."""
+    from mlx_lm.models.cache import trim_prompt_cache
+
+    trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
+
+
+def trim_to_shortest_layer(cache: Sequence[Any]) -> None:
+    """Takes back the positions that only some layers have computed."""
+    shortest = min(layer.offset for layer in cache)
     for layer in cache:
-        layer.trim(layer.offset - least)
+        layer.trim(layer.offset - shortest)
 
 
 def _whole(group: mx.array) -> mx.array:

@@ -1,7 +1,7 @@
 """Answers that are JSON of a given schema: what may come next, token by token, by way of llguidance
 (the extra ``structured``).
 
-A schema is worked through on the thread that asks, once, and kept. On the inference thread it is
+A schema is compiled on the thread that asks, once, and kept. On the inference thread it is
 one more of mlx-lm's logits processors, which leaves a token its chance only where the document can
 go on with it; the end of text has one exactly where the document is complete. Documents have one
 form: no white space but a blank after each comma and colon, so that none is spent on an endless
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     from llguidance import LLMatcher, LLTokenizer
 
-KEPT = 16  # schemas that are not worked through again
+MOST_KEPT = 16  # compiled schemas
 
 
 class Vocabulary(Protocol):
@@ -63,7 +63,7 @@ class Grammars:
     ) -> "Grammar":
         """The grammar of a JSON Schema, given as JSON text or as what that would be in Python.
 
-        check : called while a schema is worked through; ends it by raising.
+        check : called while a schema is compiled; ends it by raising.
 
         Raises:
             RequestError: in one sentence, for a schema that is none, that uses what is not
@@ -91,7 +91,7 @@ class Grammars:
         grammar = Grammar(_matcher(self._tokenizer, text))
         with self._lock:
             self._kept[text] = grammar
-            while len(self._kept) > KEPT:
+            while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return grammar
 
@@ -102,10 +102,10 @@ class Grammar:
     def __init__(self, start: "LLMatcher") -> None:
         self._start = start
 
-    def guide(self, said: Sequence[int] = ()) -> "Guide":
-        """For one answer. said : its tokens so far, where it goes on from there."""
+    def guide(self, tokens: Sequence[int] = ()) -> "Guide":
+        """For one answer. tokens : its tokens so far, where it goes on from there."""
         matcher = self._start.deep_copy()
-        matcher.consume_tokens(list(said))
+        matcher.consume_tokens(list(tokens))
         return Guide(matcher)
 
 
@@ -141,7 +141,7 @@ class Guide:
             matcher.consume_token(int(np.array(tokens[-1])))
         self._begun = True
         if matcher.stop_reason() == "EndOfSentence":
-            return logits  # of a token that mlx-lm computes ahead, and that nobody will see
+            return logits  # of a token that mlx-lm computes ahead, which is dropped
         allowed = _allowed(matcher)
         if allowed is None:
             self.failure = line_of(matcher.get_error())

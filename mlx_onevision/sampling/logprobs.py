@@ -1,4 +1,4 @@
-"""How likely the tokens of an answer were, and which others could have stood in their places.
+"""Logprobs: how likely the tokens of an answer were, and the likeliest alternatives.
 
 The values are natural logarithms of probabilities as the model has them after penalties and a
 schema, and before temperature and filters: what mlx-lm hands to its samplers. They are taken there,
@@ -6,7 +6,7 @@ as a part of the step that they belong to, so that the next step need not wait f
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ from mlx_onevision.sampling.ranges import check_range
 if TYPE_CHECKING:
     import mlx.core as mx
 
-LEAST = -9999.0
+LOGPROB_FLOOR = -9999.0
 """Stands for the logarithm of 0, for which JSON has no number."""
 
 
@@ -27,7 +27,7 @@ class TopLogprob:
 
     id : its number. token : its text; where it is a part of a character only, that part is U+FFFD.
     data : the bytes that it adds to the text; none for a control token, whose text is its name.
-    logprob : natural logarithm of its probability, LEAST where that is 0.
+    logprob : natural logarithm of its probability, LOGPROB_FLOOR where that is 0.
     """
 
     id: int
@@ -56,7 +56,7 @@ class TokenLogprob(TopLogprob):
 
 
 class Names(Protocol):
-    """Who knows what a token is (a tokenizer)."""
+    """A tokenizer."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -64,8 +64,8 @@ class Names(Protocol):
 
 
 class LogprobRecorder:
-    """Takes the likelihoods of one answer's tokens on the inference thread, and keeps them until
-    they are asked for on another.
+    """Records the logprobs of one answer's tokens on the inference thread, for another thread to
+    take.
     """
 
     def __init__(self, count: int) -> None:
@@ -77,12 +77,10 @@ class LogprobRecorder:
         check_range("logprobs", count)
         self._count = count
         self._ahead: deque[tuple[mx.array, mx.array]] = deque()
-        self._noted: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        self._recorded: deque[tuple[np.ndarray, np.ndarray]] = deque()
 
     def sampler(self, choose: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``choose``, a sampler of mlx-lm's, watched. A new one takes the place of the one
-        before.
-        """
+        """``choose``, a sampler of mlx-lm's, recorded. A new one replaces the one before."""
         import mlx.core as mx
 
         self._ahead.clear()
@@ -96,20 +94,20 @@ class LogprobRecorder:
 
         return chosen
 
-    def note(self) -> None:
+    def record(self) -> None:
         """The next token has come, and is about to be handed on."""
         ids, logprobs = self._ahead.popleft()
-        self._noted.append((np.array(ids), np.array(logprobs)))
+        self._recorded.append((np.array(ids), np.array(logprobs)))
 
     def end(self) -> None:
-        """No more will come: what mlx-lm had computed ahead goes, with its arrays."""
+        """No more will come: drops what mlx-lm had computed ahead, with its arrays."""
         self._ahead.clear()
 
     def take(self) -> tuple[list[int], list[float]]:
         """Of the next token: its id and those of the likeliest, the likeliest first; and the
         logarithms of all of these.
         """
-        ids, logprobs = (values.tolist() for values in self._noted.popleft())
+        ids, logprobs = (values.tolist() for values in self._recorded.popleft())
         chosen = (ids[0], logprobs[0])
         others = list(zip(ids[1:], logprobs[1:], strict=True))
         # Of several that are just as likely, the device takes any; the chosen one is among them.
@@ -118,7 +116,9 @@ class LogprobRecorder:
             others[others.index(min(others, key=lambda other: other[1]))] = chosen
         others.sort(key=lambda other: (-other[1], other[0]))
         ordered = [chosen, *others]
-        return [i for i, _ in ordered], [min(max(logprob, LEAST), 0.0) for _, logprob in ordered]
+        return [i for i, _ in ordered], [
+            min(max(logprob, LOGPROB_FLOOR), 0.0) for _, logprob in ordered
+        ]
 
 
 def _likeliest(logprobs: "mx.array", token: "mx.array", count: int) -> "tuple[mx.array, mx.array]":
@@ -132,41 +132,34 @@ def _likeliest(logprobs: "mx.array", token: "mx.array", count: int) -> "tuple[mx
     return ids, mx.take(logprobs, ids)
 
 
-class Telling:
-    """What is told of an answer's tokens as its text is shown: of those that the text is made of.
+class LogprobStream:
+    """Emits the logprobs of tokens once their text has been emitted.
 
     A token that adds nothing to the text, such as the end of text, is left out, and so is one that
-    stands behind the text's end because a stop string came; one of which a part is shown is told
+    stands behind the text's end because a stop string came; one of which a part is emitted is there
     whole. Without a stop string, and as long as the tokens make valid UTF-8, their bytes joined are
     the text's.
     """
 
-    def __init__(self, watch: LogprobRecorder, names: Names) -> None:
-        self._watch, self._names = watch, names
+    def __init__(self, recorder: LogprobRecorder, names: Names) -> None:
+        self._recorder, self._names = recorder, names
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
-        self.told: list[TokenLogprob] = []
+        self.logprobs: list[TokenLogprob] = []
 
-    def add(self, place: int) -> None:
-        """The next token has come, of which the first character stands at ``place`` in the
-        text.
-        """
-        ids, logprobs = self._watch.take()
+    def add(self, start: int) -> None:
+        """The next token has come, which adds to the text from the character ``start`` on."""
+        ids, logprobs = self._recorder.take()
         data = self._names.token_bytes(ids[0])
         if data:
             chosen, *top = map(self._named, ids, logprobs)
-            self._waiting.append((place, TokenLogprob(**vars(chosen), top=tuple(top))))
+            self._waiting.append((start, TokenLogprob(**vars(chosen), top=tuple(top))))
 
-    def show(self, length: int) -> None:
-        """So many characters of the text have been shown; their tokens can be told."""
+    def emit(self, length: int) -> None:
+        """So many characters of the text have been emitted."""
         while self._waiting and self._waiting[0][0] < length:
-            self.told.append(self._waiting.popleft()[1])
+            self.logprobs.append(self._waiting.popleft()[1])
 
     def _named(self, token: int, logprob: float) -> TopLogprob:
         data = self._names.token_bytes(token)
         name = data.decode("utf-8", "replace") if data else self._names.id_to_token(token) or ""
         return TopLogprob(token, name, data, logprob)
-
-
-def plain(told: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [token.to_dict() for token in told]

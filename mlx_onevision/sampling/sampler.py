@@ -1,10 +1,10 @@
-"""How the next token is chosen: the numbers, checked, and mlx-lm's functions for them."""
+"""Sampling settings, and the samplers and logits processors that mlx-lm is given for them."""
 
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.grammar import Grammar, Guide
@@ -36,9 +36,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises RequestError for a number out of range."""
-        for name, value in vars(self).items():
-            if not (name == "seed" and value is None):
-                check_range(name, value)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            check_range(name, getattr(self, name))
+        if self.seed is not None:
+            check_range("seed", self.seed)
 
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
         """A function from log-probabilities (B, vocab) to ids (B,), for one answer.
@@ -75,12 +76,12 @@ class Sampling:
         return draw
 
     def logits_processors(
-        self, vocab_size: int, stand_in: int, before: Sequence[int] = ()
+        self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
     ) -> list[Callable[[Any, Any], Any]]:
         """mlx-lm's logits processors.
 
         They index logits by the prompt's ids, where a virtual id would read beyond the end. Such an
-        id is shown to them as ``stand_in``: the placeholder that the reference has in its place.
+        id is shown to them as ``placeholder``: the placeholder that the reference has in its place.
 
         before : the ids of the prompt that come from a cache and that mlx-lm therefore never sees.
         """
@@ -95,7 +96,7 @@ class Sampling:
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
             tokens = mx.concatenate([cached, tokens.astype(mx.int32)])
-            return penalize(mx.where(tokens < vocab_size, tokens, stand_in), logits)
+            return penalize(mx.where(tokens < vocab_size, tokens, placeholder), logits)
 
         return [process]
 
@@ -114,67 +115,57 @@ def _draw() -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     return mx.compile(draw)
 
 
-# How the tokens of one answer are chosen, and what is told of the choice; on the inference thread.
-#
-# A ``Sampling``, and where they were asked for a schema that is kept to
-# and likelihoods that are told. An answer may be begun alone and go on in a batch: mlx-lm is then
-# given new functions, which continue where the old ones were.
+class RequestSampler:
+    """Sampler, logits processors and logprobs of one request; on the inference thread. It may begin
+    alone and go on in a batch: mlx-lm is then given new functions, which continue where the old
+    ones were.
 
-
-class Chooser(Protocol):
-    """What mlx-lm is given for an answer; see :class:`~mlx_onevision.sampling.sampler.Sampling`."""
-
-    def sampler(self, drawn: int = 0) -> Callable[[Any], Any]: ...
-
-    def logits_processors(
-        self, vocab_size: int, stand_in: int, before: Sequence[int] = ()
-    ) -> list[Callable[[Any, Any], Any]]: ...
-
-
-class Choosing:
-    """grammar : the schema that the answer keeps to. watch : takes the tokens' likelihoods."""
+    grammar : the schema that the answer keeps to. recorder : takes the tokens' logprobs.
+    """
 
     def __init__(
         self,
         sampling: Sampling,
         grammar: Grammar | None = None,
-        watch: LogprobRecorder | None = None,
+        recorder: LogprobRecorder | None = None,
     ) -> None:
-        self._sampling, self._grammar, self._watch = sampling, grammar, watch
+        self._sampling, self._grammar, self._recorder = sampling, grammar, recorder
         self._guide: Guide | None = None
-        self._said: list[int] = []
+        self._accepted: list[int] = []
 
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
+        """See :meth:`Sampling.sampler`."""
         sampler = self._sampling.sampler(drawn)
-        return sampler if self._watch is None else self._watch.sampler(sampler)
+        return sampler if self._recorder is None else self._recorder.sampler(sampler)
 
     def logits_processors(
-        self, vocab_size: int, stand_in: int, before: Sequence[int] = ()
+        self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
     ) -> list[Callable[[Any, Any], Any]]:
-        processors = self._sampling.logits_processors(vocab_size, stand_in, before)
+        """See :meth:`Sampling.logits_processors`."""
+        processors = self._sampling.logits_processors(vocab_size, placeholder, before)
         if self._grammar is None:
             return processors
-        self._guide = self._grammar.guide(self._said)
-        return [*processors, self._guide]  # the last word: nothing may change what it rules out
+        self._guide = self._grammar.guide(self._accepted)
+        return [*processors, self._guide]  # last: nothing may change what it rules out
 
-    def chosen(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         """mlx-lm has chosen a token, which is about to be handed on.
 
         Raises:
             RequestError: where the schema could not be followed any further.
         """
-        if self._watch is not None:
-            self._watch.note()
+        if self._recorder is not None:
+            self._recorder.record()
         if self._guide is not None:
             if self._guide.failure is not None:
                 raise RequestError(
                     f"the JSON schema became too complex to follow ({self._guide.failure}); "
                     "simplify it"
                 )
-            self._said.append(token)
+            self._accepted.append(token)
 
     def end(self) -> None:
         """The answer has ended."""
         self._guide = None
-        if self._watch is not None:
-            self._watch.end()
+        if self._recorder is not None:
+            self._recorder.end()

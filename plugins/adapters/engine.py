@@ -44,7 +44,8 @@ from mlx_onevision.plugins.service.service import Limits, RequestQueue, Service
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
     from mlx_onevision.embed.embeddings import Embeddings
-    from mlx_onevision.engine.generation import Generation, PromptRequest
+    from mlx_onevision.engine.generation import Generation
+    from mlx_onevision.engine.request import PromptRequest
     from mlx_onevision.sampling.logprobs import TokenLogprob as LibraryTokenLogprob
     from mlx_onevision.sampling.logprobs import TopLogprob as LibraryLikelihood
 
@@ -181,7 +182,8 @@ def open_engine(
     def load() -> "_Engine":
         from mlx_onevision.api import load
 
-        return _Engine(load(model, revision=revision, dtype=dtype))
+        most = (limits or Limits()).max_tokens
+        return _Engine(load(model, revision=revision, dtype=dtype), most)
 
     found: list[ModelInfo] = []
 
@@ -203,8 +205,10 @@ def import_engine() -> None:
 class _Engine:
     """A loaded model; see :class:`~mlx_onevision.plugins.service.service.Answering`."""
 
-    def __init__(self, model: "Model") -> None:
+    def __init__(self, model: "Model", max_tokens: int) -> None:
+        """max_tokens : of an answer for which the request sets no limit, at most."""
         self._model, self._desk = model, Desk()
+        self._default_max_tokens = min(model.default_max_tokens, max_tokens)
 
     @property
     def healthy(self) -> bool:
@@ -215,11 +219,11 @@ class _Engine:
     ) -> GenerateResult:
         channel.put(ProgressEvent("preparing"))
         if request.json_schema is not None:  # refused before anything is read
-            self._model.work_through(request.json_schema, channel.check)
+            self._model.compile_schema(request.json_schema, channel.check)
         question = self._question(request, policy, channel)
         channel.check()
         channel.put(ProgressEvent("answering"))
-        (stream,) = self._model.answers([question])
+        (stream,) = self._model.submit_all([question])
         del question  # and with it the tiles, once they are encoded
         channel.at_end(stream.cancel)
         told: list[TokenLogprob] = []
@@ -233,6 +237,8 @@ class _Engine:
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
     ) -> "PromptRequest":
         given = {name: getattr(request, name) for name in SETTINGS}
+        if request.max_tokens is None:
+            given["max_tokens"] = self._default_max_tokens
         films = any(medium.kind == "video" for medium in request.media)
         with Sources(policy, self._desk, channel) as sources:
             read = {id(medium): sources.of(medium) for medium in request.media}
@@ -250,7 +256,7 @@ class _Engine:
             ]
             # A film is waited for, and whoever waits must not keep others from preparing.
             with nullcontext() if films else self._desk.place(channel):
-                question = self._model.question(
+                question = self._model.build_request(
                     messages, check=channel.check, stop=tuple(request.stop), **given
                 )
         for medium in question.inputs.media:

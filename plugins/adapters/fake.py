@@ -420,8 +420,9 @@ class FakeBackend(Service):
                     channel.put(TextEvent(piece, logprobs=likely.show(piece)))
                 return piece
 
+            max_tokens = request.max_tokens or min(256, self._owner.limits.max_tokens)
             for place, piece in enumerate(pieces):
-                if place == request.max_tokens:
+                if place == max_tokens:
                     finish = "length"
                     break
                 self._owner._step(place, channel)

@@ -97,6 +97,7 @@ class _Asked(Record):
 class GenerateRequest(_Asked):
     """An answer to a conversation. ``timeout`` is in seconds, waiting in the queue included.
 
+    max_tokens : of the answer; None for the checkpoint's own limit, else 256, within the backend's.
     logprobs : how many of the likeliest tokens are told for each token of the answer, 0 for the
         chosen one alone; None tells nothing.
     json_schema : a JSON Schema, as JSON: the answer is a document that it allows, and nothing else.
@@ -104,7 +105,7 @@ class GenerateRequest(_Asked):
 
     messages: Sequence[Message]
     system: str | None = None
-    max_tokens: int = 256
+    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -18,8 +18,8 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.engine.batch import Batch, serve
 from mlx_onevision.engine.options import Options
-from mlx_onevision.engine.request import Request, Row
-from mlx_onevision.engine.runner import Counters, Runner
+from mlx_onevision.engine.request import ActiveRequest, PromptRequest, TokenText
+from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.prompt.processor import Inputs, Processor
 from mlx_onevision.sampling.sampler import Sampling
@@ -281,25 +281,33 @@ def test_the_demo_model_answers_drawings_together() -> None:
 # On the inference thread.
 
 
-class Waiting:
-    """A listener that keeps what it is told."""
+class Waiting(ActiveRequest):
+    """Keeps its tokens and ends, and is cancelled after so many tokens."""
 
-    def __init__(self, cancel_after: int | None = None) -> None:
-        self.counters = Counters()
+    def __init__(self, prompt: Inputs, cancel_after: int | None = None) -> None:
+        request = PromptRequest(prompt, Sampling(), TOKENS)
+        super().__init__(request, NoText(), TOKENS, (), threading.Event())
         self.tokens: list[int] = []
-        self.ends: list[BaseException | None] = []
         self._cancel_after = cancel_after
 
     def check(self, *_: object) -> None:
         if self._cancel_after is not None and len(self.tokens) >= self._cancel_after:
             raise CancelledError("the request was cancelled")
 
-    def put(self, item: int | BaseException | None) -> None:
-        if isinstance(item, int):
-            assert not self.ends
-            self.tokens.append(item)
-        else:
-            self.ends.append(item)
+    def accept(self, token: int) -> None:
+        super().accept(token)
+        self.tokens.append(token)
+
+    def drain(self) -> None:
+        items = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        assert all(isinstance(item, TokenText) for item in items[:-1]), "something after the end"
+        self.failure = items[-1]
+        assert self.failure is None or isinstance(self.failure, BaseException)
+
+
+class NoText:
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
 
 
 @pytest.fixture(scope="module")
@@ -316,17 +324,18 @@ def runner(folder: Path) -> Runner:
 
 
 def together(
-    runner: Runner, inputs: Sequence[Inputs], listeners: Sequence[Waiting] | None = None
+    runner: Runner, inputs: Sequence[Inputs], cancel_after: Sequence[int | None] | None = None
 ) -> list[Waiting]:
-    listeners = listeners or [Waiting() for _ in inputs]
-    requests = [Request(prompt, Sampling(), TOKENS) for prompt in inputs]
-    serve(runner, deque(Row(*pair) for pair in zip(requests, listeners, strict=True)))
-    assert all(len(listener.ends) == 1 for listener in listeners)
+    after = cancel_after or [None] * len(inputs)
+    requests = [Waiting(*pair) for pair in zip(inputs, after, strict=True)]
+    serve(runner, deque(requests))
+    for request in requests:
+        request.drain()
     runner.model.bank.capacity = 0
     with runner.model.bank.in_use([]):
         pass
-    assert runner.model.bank.nbytes == 0  # no row holds on to its media
-    return list(listeners)
+    assert runner.model.bank.nbytes == 0  # no request holds on to its media
+    return requests
 
 
 @pytest.mark.parametrize("positions", [0, 700, 1 << 40])
@@ -347,30 +356,29 @@ def test_memory_changes_who_waits_and_not_what_is_said(
     def watched(batch: Batch, generator: Any) -> None:
         nonlocal most
         active = batch._active.values()
-        assert len(active) == 1 or len(active) * max(r.longest for r in active) <= positions
+        assert len(active) == 1 or len(active) * max(r.max_positions for r in active) <= positions
         most = max(most, len(active))
         step(batch, generator)
 
     monkeypatch.setattr(Batch, "_step", watched)
-    listeners = together(runner, inputs)
-    assert [tuple(listener.tokens) for listener in listeners] == alone
+    requests = together(runner, inputs)
+    assert [tuple(request.tokens) for request in requests] == alone
     assert most == {0: 1, 700: 3, 1 << 40: 7}[positions]
 
 
 def test_a_picture_of_several_rows_is_encoded_once(runner: Runner, inputs: list[Inputs]) -> None:
-    listeners = together(runner, [inputs[1], inputs[4], inputs[2], inputs[1]])
-    assert [listener.counters.encoded_media for listener in listeners] == [1, 0, 2, 0]
+    requests = together(runner, [inputs[1], inputs[4], inputs[2], inputs[1]])
+    assert [request.counters.encoded_media for request in requests] == [1, 0, 2, 0]
 
 
 def test_cancelled_before_within_and_after_the_prompt(
     runner: Runner, inputs: list[Inputs], alone: list[tuple[int, ...]]
 ) -> None:
-    listeners = [Waiting(), Waiting(0), Waiting(3), Waiting(), Waiting(1), Waiting(), Waiting(2)]
-    together(runner, inputs, listeners)
-    assert [listener.ends for listener in listeners] == [[None]] * 7
+    requests = together(runner, inputs, [None, 0, 3, None, 1, None, 2])
+    assert [request.failure for request in requests] == [None] * 7
     lengths = [TOKENS, 0, 3, TOKENS, 1, TOKENS, 2]
-    for listener, length, expected in zip(listeners, lengths, alone, strict=True):
-        assert tuple(listener.tokens) == expected[:length]
+    for request, length, expected in zip(requests, lengths, alone, strict=True):
+        assert tuple(request.tokens) == expected[:length]
 
 
 def test_a_row_that_cannot_be_encoded_fails_alone(
@@ -387,9 +395,9 @@ def test_a_row_that_cannot_be_encoded_fails_alone(
         return encode(tiles, *rest)
 
     monkeypatch.setattr(runner.model, "encode_tiles", failing)
-    listeners = together(runner, [inputs[0], inputs[1], inputs[2]])
-    assert [tuple(listeners[n].tokens) for n in (0, 2)] == [alone[0], alone[2]]
-    assert listeners[1].tokens == [] and isinstance(listeners[1].ends[0], RuntimeError)
+    requests = together(runner, [inputs[0], inputs[1], inputs[2]])
+    assert [tuple(requests[n].tokens) for n in (0, 2)] == [alone[0], alone[2]]
+    assert requests[1].tokens == [] and isinstance(requests[1].failure, OutOfMemoryError)
 
 
 def test_those_that_wait_outlive_a_failure(
@@ -410,12 +418,12 @@ def test_those_that_wait_outlive_a_failure(
         step(batch, generator)
 
     monkeypatch.setattr(Batch, "_step", failing)
-    listeners = together(runner, [inputs[0], inputs[1], inputs[2], inputs[4]])
-    assert [isinstance(listener.ends[0], RuntimeError) for listener in listeners] == [
+    requests = together(runner, [inputs[0], inputs[1], inputs[2], inputs[4]])
+    assert [isinstance(request.failure, OutOfMemoryError) for request in requests] == [
         *(True, True),
         *(False, False),
     ]
-    assert [tuple(listener.tokens) for listener in listeners[2:]] == [alone[2], alone[4]]
+    assert [tuple(request.tokens) for request in requests[2:]] == [alone[2], alone[4]]
 
 
 def test_no_memory_is_said_in_our_words(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A prompt that nobody waits for any more is not read to its end, and what was read is right."""
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +11,8 @@ from checkpoints import write
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.engine.batch import serve
-from mlx_onevision.engine.request import Request, Row
-from mlx_onevision.engine.runner import Counters, Runner
+from mlx_onevision.engine.request import ActiveRequest, PromptRequest
+from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.prompt.processor import Inputs, Processor
 from mlx_onevision.sampling.sampler import Sampling
@@ -20,26 +21,29 @@ TEXTS = ("one two three four five six seven eight nine ten " * 12, "ten nine eig
 TOKENS = 8
 
 
-class Patient:
-    """A listener that is content so many times, and then wants nothing any more."""
+class Patient(ActiveRequest):
+    """Is content so many times that it is asked, and then wants nothing any more."""
 
-    def __init__(self, times: int = 1 << 30) -> None:
-        self.counters = Counters()
+    def __init__(self, prompt: Inputs, times: int = 1 << 30) -> None:
+        request = PromptRequest(prompt, Sampling(), TOKENS)
+        super().__init__(request, NoText(), TOKENS, (), threading.Event())
         self.times = times
         self.asked = 0
         self.tokens: list[int] = []
-        self.ended = False
 
     def check(self, *_: object) -> None:
         self.asked += 1
         if self.asked > self.times:
             raise CancelledError("the request was cancelled")
 
-    def put(self, item: int | BaseException | None) -> None:
-        assert not self.ended and not isinstance(item, BaseException)
-        self.ended = item is None
-        if item is not None:
-            self.tokens.append(item)
+    def accept(self, token: int) -> None:
+        super().accept(token)
+        self.tokens.append(token)
+
+
+class NoText:
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +63,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Inputs]:
 
 
 def answered(runner: Runner, prompts: Sequence[Inputs], patience: Sequence[int]) -> list[Patient]:
-    listeners = [Patient(times) for times in patience]
-    serve(
-        runner,
-        deque(
-            Row(Request(prompt, Sampling(), TOKENS), listener)
-            for prompt, listener in zip(prompts, listeners, strict=True)
-        ),
-    )
-    assert all(listener.ended for listener in listeners)
-    return listeners
+    requests = [Patient(*pair) for pair in zip(prompts, patience, strict=True)]
+    serve(runner, deque(requests))
+    for request in requests:
+        assert len(list(request)) == len(request.tokens)  # it has ended, without an error
+    return requests
 
 
 def test_alone(runner: Runner, prompts: list[Inputs]) -> None:
@@ -88,7 +87,7 @@ def test_alone(runner: Runner, prompts: list[Inputs]) -> None:
 
 
 def test_together(runner: Runner, prompts: list[Inputs]) -> None:
-    whole = [listener.tokens for listener in answered(runner, prompts, [1 << 30] * 2)]
+    whole = [request.tokens for request in answered(runner, prompts, [1 << 30] * 2)]
     # Both go in the midst of the step that reads their prompts.
     for times in range(4, 4 + len(runner.model.layers) - 1):
         runner.prefix.clear()
@@ -100,4 +99,4 @@ def test_together(runner: Runner, prompts: list[Inputs]) -> None:
         gone, kept = answered(runner, prompts, [times, 1 << 30])
         assert kept.tokens == whole[1] and gone.tokens == whole[0][: len(gone.tokens)]
     after = answered(runner, prompts, [1 << 30] * 2)
-    assert [listener.tokens for listener in after] == whole
+    assert [request.tokens for request in after] == whole

@@ -63,7 +63,8 @@ def test_they_run_together(model: Model) -> None:
     long = begun(model, {"prompt": "a long story"}, {"max_tokens": 150})
     for name in ("second", "third"):
         assert model.generate(name, max_tokens=4).usage.completion_tokens == 4
-        assert long._source.counters.completion_tokens < 150
+        assert long._active is not None
+        assert long._active.counters.completion_tokens < 150
     assert long.result().tokens == expected
 
 

@@ -45,13 +45,19 @@ def model(folder: Path) -> Iterator[Model]:
     model.close()
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
 @pytest.fixture(scope="module")
 def cold(folder: Path) -> Iterator[Model]:
     """Keeps nothing from one question to the next."""
     model = load(folder)
     model._engine._worker.call(lambda runner: setattr(runner.prefix, "match", lambda _: 0))
-    model._engine._worker.call(lambda runner: setattr(runner.prefix, "put_back", lambda *_: None))
-    model._engine._worker.call(lambda runner: setattr(runner.prefix, "put_by", lambda *_: None))
+    model._engine._worker.call(lambda runner: setattr(runner.prefix, "store", lambda *_: None))
+    model._engine._worker.call(
+        lambda runner: setattr(runner.prefix, "store_from_batch", lambda *_: None)
+    )
     yield model
     model.close()
 
@@ -224,10 +230,12 @@ def test_a_cache_too_large_for_what_is_kept_is_not_computed(folder: Path) -> Non
     model = load(folder)
     try:
         kept = PrefixCache(model._engine._worker.call(lambda runner: runner.model), capacity=199)
-        kept.put_by(range(99), (), [Layer(), Layer()])
+        kept.store_from_batch(range(99), (), [Layer(), Layer()])
         assert kept.nbytes == 0 and not asked
         kept.capacity = 200
-        kept.put_by(range(99), (), [Layer(), Layer()])  # and where there is no memory, neither
+        kept.store_from_batch(
+            range(99), (), [Layer(), Layer()]
+        )  # and where there is no memory, neither
         assert kept.nbytes == 0 and asked
     finally:
         model.close()
@@ -240,7 +248,7 @@ def test_what_goes_wrong_with_a_cache_leaves_nobody_waiting(
         raise KeyError("gone")
 
     alone = model.generate(messages=about(0), max_tokens=TOKENS).text
-    monkeypatch.setattr(PrefixCache, "put_by", fail)
+    monkeypatch.setattr(PrefixCache, "store_from_batch", fail)
     with pytest.raises(KeyError):  # told, not left waiting
         model.generate(batch=[about(0), about(1)], max_tokens=TOKENS)
     monkeypatch.undo()

@@ -2,8 +2,9 @@
 same answer, and no image is ever mistaken for another.
 """
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from parity.cases import ask, picture, recorded_conversations
 from PIL import Image
 
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.engine.runner import Counters, Runner
+from mlx_onevision.engine.request import ActiveRequest, Counters, PromptRequest
+from mlx_onevision.engine.runner import Runner
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Processor
-from mlx_onevision.sampling.sampler import Sampling
+from mlx_onevision.sampling.sampler import RequestSampler, Sampling
 
 FOLDER = Path(__file__).parents[1] / "reference" / "model"
 PROMPTS = recorded_conversations()
@@ -150,14 +152,15 @@ def test_speculation(model: OneVision, prompts: list[Inputs], noise: float) -> N
 # One after another, as a user asks: through the runner, with its prefix cache.
 
 
-@dataclass(frozen=True)
-class Watched(Sampling):
+class Watched(RequestSampler):
     """Greedy, and keeps the logits of every step."""
 
-    seen: list[np.ndarray] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__(Sampling())
+        self.seen: list[np.ndarray] = []
 
     def logits_processors(
-        self, vocab_size: int, stand_in: int, before: Sequence[int] = ()
+        self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
     ) -> list[Callable[[Any, Any], Any]]:
         def watch(tokens: mx.array, logits: mx.array) -> mx.array:
             self.seen.append(np.array(logits))
@@ -174,10 +177,17 @@ class Answer:
 
 
 def answer(runner: Runner, inputs: Inputs) -> Answer:
-    tokens: list[int] = []
-    sampling, counters = Watched(), Counters()
-    runner.generate(inputs, sampling, TOKENS, counters, tokens.append, lambda *_: None)
-    return Answer(tokens, np.concatenate(sampling.seen[: len(tokens)]), counters)
+    request = PromptRequest(inputs, Sampling(), TOKENS)
+    active = ActiveRequest(request, NoText(), TOKENS, (), threading.Event())
+    active.sampler = sampler = Watched()
+    assert runner.run_alone(active)
+    tokens = [item.token for item in active if item.token is not None]
+    return Answer(tokens, np.concatenate(sampler.seen[: len(tokens)]), active.counters)
+
+
+class NoText:
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
 
 
 def cold(inputs: Inputs) -> Answer:

@@ -16,7 +16,7 @@ from crowding import CHAT, EMBED, RESPONSES, percentile, picture, spread, table,
 from endless import endless
 from served import Client, serving, wait_for
 
-from mlx_onevision.engine.engine import TokenStream
+from mlx_onevision.engine.request import ActiveRequest
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.interface import Backend
@@ -45,13 +45,12 @@ class LogprobRecorder:
 @pytest.fixture(scope="module")
 def watch() -> Iterator[LogprobRecorder]:
     found = LogprobRecorder()
-    put, prefill, embed = TokenStream.put, Runner._tokens, Runner.embed_tiles
+    put, prefill, embed = ActiveRequest.accept, Runner._tokens, Runner.embed_tiles
     with pytest.MonkeyPatch.context() as patch:
 
-        def counted(self: TokenStream, item: Any) -> None:
-            if isinstance(item, int):
-                found.tokens.append(time.monotonic())
-            put(self, item)
+        def counted(self: ActiveRequest, token: int) -> None:
+            found.tokens.append(time.monotonic())
+            put(self, token)
 
         def began(self: Runner, *args: Any) -> Any:
             found.prefills.append(time.monotonic())
@@ -61,7 +60,7 @@ def watch() -> Iterator[LogprobRecorder]:
             found.tiles.append(time.monotonic())
             return embed(self, *args)
 
-        patch.setattr(TokenStream, "put", counted)
+        patch.setattr(ActiveRequest, "accept", counted)
         patch.setattr(Runner, "_tokens", began)
         patch.setattr(Runner, "embed_tiles", seen)
         yield found

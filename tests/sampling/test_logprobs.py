@@ -14,7 +14,7 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.engine.generation import Generation
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
-from mlx_onevision.sampling.logprobs import LEAST
+from mlx_onevision.sampling.logprobs import LOGPROB_FLOOR
 from mlx_onevision.sampling.ranges import MOST_LOGPROBS
 
 PICTURE = np.random.default_rng(5).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -180,7 +180,7 @@ def test_what_cannot_come_has_the_least(model: Model) -> None:
     assert answer.text == '"ab"' and answer.finish_reason == "stop"
     assert answer.logprobs is not None
     for told in answer.logprobs:
-        assert {0.0, LEAST} >= {other.logprob for other in told.top[1:]}
+        assert {0.0, LOGPROB_FLOOR} >= {other.logprob for other in told.top[1:]}
     assert json.loads(json.dumps(answer.to_dict(), allow_nan=False))["logprobs"][0]["top"]
 
 
@@ -209,7 +209,7 @@ def test_equal_ones_keep_the_chosen() -> None:
         watch = LogprobRecorder(count)
         sampler = watch.sampler(lambda logprobs: mx.array([500]))
         sampler(logprobs)
-        watch.note()
+        watch.record()
         ids, values = watch.take()
         assert ids[0] == 500 and 500 in ids[1:] and len(set(ids[1:])) == count
         assert values == pytest.approx([-6.9] * (count + 1))

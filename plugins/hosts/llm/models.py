@@ -36,7 +36,7 @@ class OneVisionOptions(llm.Model.Options):
     max_tokens: int | None = Field(
         default=None,
         **RANGES["max_tokens"].bounds,
-        description="The longest answer, in tokens; 256 by default",
+        description="The longest answer, in tokens; by default the model's own limit, or 256",
     )
     temperature: float | None = Field(
         default=None,

@@ -17,7 +17,7 @@ from faults import error_of
 
 from mlx_onevision.api import load
 from mlx_onevision.engine.batch import serve
-from mlx_onevision.engine.request import Row
+from mlx_onevision.engine.request import ActiveRequest
 from mlx_onevision.errors import CancelledError, DiedError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.onevision import OneVision
@@ -54,19 +54,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deadly(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Once it is set, the thread dies in the middle of the answers under way."""
     die = threading.Event()
-    deliver = Row._deliver
+    deliver = ActiveRequest.accept
 
-    def delivering(row: Row, token: int) -> None:
+    def delivering(row: ActiveRequest, token: int) -> None:
         deliver(row, token)
         if die.is_set():
             raise Killed
 
-    def serving(runner: Any, line: deque[Row]) -> None:
+    def serving(runner: Any, line: deque[ActiveRequest]) -> None:
         serve(runner, line)
         if die.is_set():
             raise Killed
 
-    monkeypatch.setattr(Row, "_deliver", delivering)
+    monkeypatch.setattr(ActiveRequest, "accept", delivering)
     monkeypatch.setattr("mlx_onevision.engine.engine.serve", serving)
     return die
 
