@@ -1,5 +1,6 @@
 """The library on a small random checkpoint: answers, streams, caches, cancellation, threads."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from checkpoints import write
 
 import mlx_onevision
 from mlx_onevision.api import Model, load
+from mlx_onevision.checkpoint import hub
 from mlx_onevision.errors import (
     CancelledError,
     CheckpointError,
@@ -21,6 +23,9 @@ from mlx_onevision.errors import (
     OneVisionError,
     RequestError,
 )
+from mlx_onevision.plugins.adapters.engine import open_engine
+from mlx_onevision.plugins.contract.requests import GenerateRequest
+from mlx_onevision.plugins.service.service import Limits
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +338,41 @@ def test_public_names() -> None:
         assert getattr(mlx_onevision, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         mlx_onevision.nothing  # noqa: B018
+
+
+def test_without_max_tokens_the_checkpoint_s_own_limit_holds(
+    tmp_path: Path,
+) -> None:
+    own = write(tmp_path, tied=False)
+    path = own / "generation_config.json"
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**values, "max_new_tokens": 5}))
+    backend = open_engine(own, limits=Limits(max_tokens=3))
+    model = load(own)
+    try:
+        assert len(model.generate("hello").tokens) == 5
+        assert len(model.generate("hello", max_tokens=None).tokens) == 5
+        assert len(model.generate("hello", max_tokens=7).tokens) == 7
+        assert [len(a.tokens) for a in model.generate(batch=["a", "b"])] == [5, 5]
+        # A server's limit caps it.
+        assert backend.generate(GenerateRequest.ask("hello")).result().usage.completion_tokens == 3
+    finally:
+        model.close()
+        backend.close()
+
+
+def test_without_any_limit_an_answer_has_256_tokens(model: Model) -> None:
+    assert model.default_max_tokens == 256
+
+
+def test_a_model_is_resolved_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    resolve = hub.resolve
+
+    def counted(*args: Any) -> Path:
+        asked.append(args)
+        return resolve(*args)
+
+    monkeypatch.setattr(hub, "resolve", counted)
+    load(folder).close()
+    assert len(asked) == 1

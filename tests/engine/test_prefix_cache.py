@@ -13,6 +13,7 @@ from checkpoints import write
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine.prefix_cache import Kept, PrefixCache
 from mlx_onevision.network import feature_bank as bank
+from mlx_onevision.sampling.sampler import RequestSampler
 
 TOKENS = 12
 MANY = 5
@@ -214,6 +215,33 @@ def test_ids_stay_their_medium_s_while_an_answer_or_a_cache_has_them(
     # Nothing is held for ever.
     left = runner.call(lambda owned: list(owned.model.bank._entries.values()))
     assert all(entry.prompts == 0 and entry.requests == 0 for entry in left)
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), RuntimeError("odd")])
+def test_an_error_of_a_lone_request_costs_only_its_own_conversation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    model = load(folder)
+    try:
+        set_capacity(model, 1 << 30)
+        talks = [about(seed) for seed in range(3)]
+        answers = [model.generate(messages=talk, max_tokens=4) for talk in talks]
+        before, _, _ = prefix(model)
+        accept = RequestSampler.accept_token
+
+        def failing(sampler: RequestSampler, token: int) -> None:
+            raise error
+
+        monkeypatch.setattr(RequestSampler, "accept_token", failing)
+        with pytest.raises(type(error), match=str(error)):
+            model.generate(messages=gone_on(talks[0], answers[0].text), max_tokens=4)
+        monkeypatch.setattr(RequestSampler, "accept_token", accept)
+        assert prefix(model)[0] == before - 1
+        for talk, answer in zip(talks[1:], answers[1:], strict=True):
+            again = model.generate(messages=gone_on(talk, answer.text), max_tokens=4)
+            assert again.usage.cached_tokens > 0 and again.usage.encoded_media == 0
+    finally:
+        model.close()
 
 
 def test_a_cache_too_large_for_what_is_kept_is_not_computed(folder: Path) -> None:

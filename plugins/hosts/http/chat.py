@@ -23,7 +23,7 @@ async def chat(state: AppState, request: Request) -> Response:
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     wanted = GenerateRequest(
         messages=[turn.to_contract() for turn in asked.messages],
-        max_tokens=state.settings.default_max_tokens if most is None else most,
+        max_tokens=most,
         stop=tuple(asked.stop or ()),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         json_schema=schema_text(asked.response_format),

@@ -22,10 +22,10 @@ from mlx_onevision.plugins.hosts.http.schemas import LOGPROBS, MediaOptions, Res
 async def respond(state: AppState, request: Request) -> Response:
     asked = await state.reader.read(request, ResponsesRequest)
     state.check_model(asked.model)
-    most, logprobs = asked.max_output_tokens, LOGPROBS in (asked.include or ())
+    logprobs = LOGPROBS in (asked.include or ())
     wanted = GenerateRequest(
         messages=_messages(asked),
-        max_tokens=state.settings.default_max_tokens if most is None else most,
+        max_tokens=asked.max_output_tokens,
         logprobs=(asked.top_logprobs or 0) if logprobs or asked.top_logprobs else None,
         json_schema=schema_text(asked.text.format if asked.text else None),
         **{name: getattr(asked, name) for name in MediaOptions.model_fields},

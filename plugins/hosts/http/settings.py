@@ -15,7 +15,7 @@ class ServerSettings:
     names : further names that requests may call the server by.
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
-    max_tokens : the backend's limit for one answer; the default of a request is no higher.
+    max_tokens : the backend's limit for one answer.
     admission_limit : requests for the model at once, those waiting included; None leaves it to the
         backend.
     body : bytes of a request, at most.
@@ -39,13 +39,8 @@ class ServerSettings:
     keep_alive_interval: float = 5.0
 
     @property
-    def default_max_tokens(self) -> int:
-        """Tokens of an answer where the request gives no limit."""
-        return min(1024, self.max_tokens or 1024)
-
-    @property
     def default_segment_tokens(self) -> int:
-        """Tokens of the caption of one segment of a described video, likewise."""
+        """Tokens of the caption of one segment of a described video without a limit of its own."""
         return min(128, self.max_tokens or 128)
 
 
