@@ -214,7 +214,7 @@ def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
     assert model.loaded == ("demo", {"revision": None, "dtype": None, "quantize": None})
     assert model.asked is not None
     options = model.asked[1]
-    assert options.pop("max_tokens") == 256
+    assert options.pop("max_tokens") is None
     assert options.pop("tiling") == "auto"
     assert not any(options.values())
 

@@ -166,7 +166,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
 ]
 SAID = {"messages": [{"role": "user", "content": "a"}]}
 NUMBERS: list[tuple[str, list[Any]]] = [
-    ("max_tokens", [0, -1, 1.5, "5", True, None]),
+    ("max_tokens", [0, -1, 1.5, "5", True]),
     ("temperature", [-0.1, float("nan"), float("inf"), "hot", 10**400]),
     ("top_p", [0, 1.1, -1]),
     ("top_k", [-1, 0.5]),
