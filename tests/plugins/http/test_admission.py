@@ -1,4 +1,4 @@
-"""Places: whoever comes after the last is told so at once, and a place that is left is free."""
+"""Admission: a request over the limit is refused at once, and one that ends makes room."""
 
 import asyncio
 import http.client
