@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -53,7 +54,8 @@ class Packing:
     @property
     def tokens(self) -> int:
         """Rows of the packed image: base tile, token grid, one newline a grid row."""
-        return packed_tokens(self.patches, self.shape[0], self.shape[1])
+        rows, cols = self.shape
+        return self.patches**2 + rows * cols + rows
 
     @property
     def interpolated(self) -> bool:
@@ -62,18 +64,13 @@ class Packing:
         return self.shape != (bottom - top, right - left)
 
 
-@dataclass(frozen=True)
-class Packings:
-    """:class:`Packing` of many images; each field is an int64 array, one entry an image."""
+class Packings(NamedTuple):
+    """:class:`Packing` of many images: int64 (n, 2), rows and columns."""
 
-    grid_rows: Integers
-    grid_cols: Integers
-    top: Integers
-    left: Integers
-    kept_rows: Integers
-    kept_cols: Integers
-    rows: Integers
-    cols: Integers
+    grid: Integers
+    start: Integers  # of the box
+    kept: Integers  # size of the box
+    shape: Integers
 
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
@@ -126,13 +123,9 @@ def plan_packing(
     max_tiles : the 9 of ``anyres_max_9``.
     """
     many = plan_packings([size[0]], [size[1]], pinpoints, image_size, patches, max_tiles)
-    top, left = int(many.top[0]), int(many.left[0])
-    return Packing(
-        grid=(int(many.grid_rows[0]), int(many.grid_cols[0])),
-        patches=patches,
-        box=(top, top + int(many.kept_rows[0]), left, left + int(many.kept_cols[0])),
-        shape=(int(many.rows[0]), int(many.cols[0])),
-    )
+    grid, (top, left), (rows, cols), shape = (field[0].tolist() for field in many)
+    box = (top, top + rows, left, left + cols)
+    return Packing((grid[0], grid[1]), patches, box, (shape[0], shape[1]))
 
 
 def plan_packings(
@@ -146,35 +139,21 @@ def plan_packings(
     """:func:`plan_packing` for arrays of heights and widths (n,)."""
     high = np.asarray(heights, np.int64)
     wide = np.asarray(widths, np.int64)
-    best = best_resolutions(high, wide, pinpoints)
-    grid = np.asarray(pinpoints, np.int64)[best] // image_size
-    grid_rows, grid_cols = grid[:, 0], grid[:, 1]
-    rows, cols = grid_rows * patches, grid_cols * patches
+    grid = np.asarray(pinpoints, np.int64)[best_resolutions(high, wide, pinpoints)] // image_size
+    stitched = grid * patches
+    rows, cols = stitched.T
 
     # Only one axis was padded. An exact fit counts as padded left and right (by nothing, mostly).
     padded_above = wide / high > cols / rows
     top = np.where(padded_above, (rows - _whole(high * (cols / wide))) // 2, 0)
     left = np.where(padded_above, 0, (cols - _whole(wide * (rows / high))) // 2)
-    kept_rows, kept_cols = rows - 2 * top, cols - 2 * left
+    start = np.stack([top, left], axis=1)
+    kept = stitched - 2 * start
 
-    ratio = np.sqrt(kept_rows * kept_cols / (max_tiles * patches**2))
-    thin = ratio > _THIN_BEYOND
-    ratio = np.where(thin, ratio, 1.0)  # a strip can keep no tokens at all: no 0 // 0 for it
-    return Packings(
-        grid_rows=grid_rows,
-        grid_cols=grid_cols,
-        top=top,
-        left=left,
-        kept_rows=kept_rows,
-        kept_cols=kept_cols,
-        rows=np.where(thin, kept_rows // ratio, kept_rows).astype(np.int64),
-        cols=np.where(thin, kept_cols // ratio, kept_cols).astype(np.int64),
-    )
-
-
-def packed_tokens(patches: int, rows: int, cols: int) -> int:
-    """Rows of a packed image whose token grid is (rows, cols): base tile, grid, newlines."""
-    return patches**2 + rows * cols + rows
+    ratio = np.sqrt(kept.prod(axis=1) / (max_tiles * patches**2))
+    # Where nothing is thinned, a strip may keep no tokens at all: no 0 // 0 for it.
+    ratio = np.where(ratio > _THIN_BEYOND, ratio, 1.0)[:, None]
+    return Packings(grid, start, kept, (kept // ratio).astype(np.int64))
 
 
 def single_tile_tokens(patches: int) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -118,9 +117,7 @@ class VideoReader:
     def __enter__(self) -> "VideoReader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.close()
 
     def thumbnails(
@@ -236,12 +233,8 @@ class _Process:
         try:
             values = self.message("video")
             with self.parsing():
-                self.info = VideoInfo(
-                    total=int(values["total"]),
-                    length=float(values["length"]),
-                    claimed=int(values["claimed"]),
-                    codec=str(values["codec"]),
-                )
+                total, claimed = int(values["total"]), int(values["claimed"])
+                self.info = VideoInfo(total, float(values["length"]), claimed, str(values["codec"]))
         except BaseException:
             self.close()
             raise

@@ -10,7 +10,7 @@ spaced instants, and none of them twice.
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mlx_onevision.errors import RequestError
@@ -71,10 +71,8 @@ class FrameOptions:
 
     def over(self, given: dict[str, Any]) -> "FrameOptions":
         """These with what ``given`` says instead; ``num_frames`` there also unsays ``fps`` here."""
-        kept = {name: getattr(self, name) for name in self.names()}
-        if given.keys() & {"num_frames", "fps"}:
-            kept |= {"num_frames": None, "fps": None}
-        return FrameOptions(**{**kept, **given})
+        number = {"num_frames": None, "fps": None}
+        return replace(self, **{**(number if given.keys() & number else {}), **given})
 
     @property
     def explicit(self) -> bool:

@@ -103,9 +103,9 @@ def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
     The first is the whole image squeezed into one tile. The others are cut, row by row, from the
     image fitted into the best of the grids and centred on black.
     """
-    tile = config.size
-    high, wide = select_best_resolution(_size(image), config.image_grid_pinpoints)
-    inner = fitted_size(_size(image), (high, wide))
+    tile, size = config.size, (image.shape[0], image.shape[1])
+    high, wide = select_best_resolution(size, config.image_grid_pinpoints)
+    inner = fitted_size(size, (high, wide))
     top, left = (high - inner[0]) // 2, (wide - inner[1]) // 2
     canvas = np.zeros((high, wide, 3), np.uint8)
     canvas[top : top + inner[0], left : left + inner[1]] = resize(image, inner)
@@ -147,10 +147,6 @@ def pixel_values(tiles: Pixels, config: ImageConfig) -> NDArray[np.float32]:
     return values
 
 
-def _size(image: Pixels) -> tuple[int, int]:
-    return image.shape[0], image.shape[1]
-
-
 def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
     if min(high, wide) < 1:
         raise MediaError(f"{name} has no pixels ({wide}x{high})")
@@ -173,8 +169,12 @@ def _from_file(file: BytesIO | BufferedReader, name: str, max_pixels: int) -> Pi
         kinds = _KINDS
         avif = any(brand in head[16:] for brand in AVIF_BRANDS)  # beside a more general brand
         if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and not avif:
-            _register_heif(name)
             kinds = ("HEIF",)
+            try:
+                import_module("pillow_heif").register_heif_opener()
+            except ImportError:
+                needs = "needs pillow-heif; pip install 'mlx-onevision[heic]'"
+                raise MediaError(f"{name} is a HEIC image, which {needs}") from None
         try:
             with _OPENING, warnings.catch_warnings():
                 # Pillow warns from half of the limit on; ours is checked below, before decoding.
@@ -206,16 +206,6 @@ def _media_errors(name: str, problem: str) -> Iterator[None]:
         raise TooLargeError(f"{name} has too many pixels: {reason(error)}") from error
     except Exception as error:
         raise MediaError(f"{problem}: {reason(error)}") from error
-
-
-def _register_heif(name: str) -> None:
-    try:
-        heif = import_module("pillow_heif")
-    except ImportError:
-        raise MediaError(
-            f"{name} is a HEIC image, which needs pillow-heif; pip install 'mlx-onevision[heic]'"
-        ) from None
-    heif.register_heif_opener()
 
 
 def _from_object(image: Image, max_pixels: int) -> Pixels:

@@ -3,13 +3,16 @@
 Runs in the decoding process only (see :mod:`decoder_process`), so it imports PyAV as it loads.
 """
 
+import gc
+import json
 import os
+import struct
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import av
 from av import Packet
@@ -18,6 +21,12 @@ from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
+
+from mlx_onevision.errors import RequestError
+from mlx_onevision.media.frame_sampling import FrameOptions, frames_between, select_frames
+
+Json: TypeAlias = dict[str, Any]
+Send: TypeAlias = Callable[..., None]
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 SEEKABLE = ("mov", "matroska", "avi")
@@ -58,7 +67,81 @@ class Index(NamedTuple):
     counted: bool
 
 
-def open_video(request: dict[str, Any]) -> tuple[InputContainer, VideoStream]:
+def serve(request: Json, send: Send, renew: Callable[[float], None]) -> None:
+    """Sends what is known of the video, and then what each command asks for.
+
+    renew : allows the next answer its processor time, and the seconds of video beside it.
+
+    Raises:
+        Refusal: where it cannot.
+    """
+    container, stream = _open_video(request)
+    index = _read_index(container, stream)
+    info = {"total": len(index.stamps), "length": index.length}
+    info |= {"claimed": stream.frames, "codec": stream.codec_context.name}
+    container.close()
+    send("video", info)
+    with os.fdopen(request["commands"], encoding="utf-8") as commands:
+        for line in commands:
+            command = json.loads(line)
+            thumbnails = command["do"] == "thumbnails"
+            if not request["once"]:
+                renew(index.length if thumbnails else 0.0)
+            answer = _send_thumbnails if thumbnails else _send_frames
+            try:
+                answer(request, index, command, send)
+            except RequestError as error:
+                raise Refusal(str(error), "request") from None
+            send("end", {})
+
+
+def _send_thumbnails(request: Json, index: Index, command: Json, send: Send) -> None:
+    part = frames_between(index.times, index.length, FrameOptions(**command["options"]))
+    matrix = None
+    for number, frame, small in _thumbnails(request, index, part.start, part.stop):
+        matrix = matrix or _matrix(frame)  # of a video; that of each frame takes longer
+        _send_frame(send, small, matrix, place=number, time=index.times[number])
+
+
+def _send_frames(request: Json, index: Index, command: Json, send: Send) -> None:
+    options = FrameOptions(**command["options"])
+    chosen = select_frames(index.times, index.length, options, command["default"])
+    if command["most"] is not None and len(chosen) > command["most"]:
+        raise Refusal(str(len(chosen)), "too_many")
+    send("chosen", {"indices": chosen, "times": [index.times[i] for i in chosen]})
+    for place, frame in _chosen_frames(request, index, chosen):
+        plain = frame.reformat(format="rgb24", dst_color_range="JPEG", threads=1)
+        _send_frame(send, plain, _matrix(frame), place=place)
+        del frame, plain
+        gc.collect()  # see _matrix
+
+
+def _send_frame(send: Send, frame: VideoFrame, matrix: list[int], **about: Any) -> None:
+    """``frame`` : in RGB, to be turned by ``matrix``."""
+    plane = frame.planes[0]
+    size = {"wide": frame.width, "high": frame.height, "stride": plane.line_size}
+    about |= {**size, "matrix": matrix, "bytes": plane.buffer_size}
+    send("frame", about, memoryview(plane))
+
+
+def _matrix(frame: VideoFrame) -> list[int]:
+    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count.
+
+    A frame that has been asked for its side data is in a cycle with it, and stays, with all its
+    pixels, until Python looks for cycles.
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return [1, 0, 0, 1]
+    a, b, _, c, d = struct.unpack("5i", bytes(data)[:20])
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        a = d = 0
+    else:
+        b = c = 0
+    return [(n > 0) - (n < 0) for n in (a, b, c, d)]
+
+
+def _open_video(request: Json) -> tuple[InputContainer, VideoStream]:
     file = os.fdopen(os.dup(0), "rb", buffering=0)
     file.seek(0)
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
@@ -90,7 +173,7 @@ def _check_size(wide: int, high: int, most: int) -> None:
         raise Refusal(f"its frames are {wide}x{high} pixels", "too_large")
 
 
-def read_index(container: InputContainer, stream: VideoStream) -> Index:
+def _read_index(container: InputContainer, stream: VideoStream) -> Index:
     """Reads every packet's stamp, and decodes none."""
     stamps: list[int] = []
     order: list[tuple[int, int]] = []  # stamp and seek stamp of key frames
@@ -131,23 +214,22 @@ def read_index(container: InputContainer, stream: VideoStream) -> Index:
     return Index(stamps, times, length, keys, counted)
 
 
-def chosen_frames(
-    request: dict[str, Any], index: Index, chosen: list[int]
+def _chosen_frames(
+    request: Json, index: Index, chosen: list[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
     """(position in ``chosen``, frame) for those that can be decoded."""
-    container, stream = open_video(request)
+    container, stream = _open_video(request)
     seekable = _is_seekable(container, stream, index)
     shown = _shown(container.demux(stream), stream, index, 0)
     reached = -1  # index of the frame that came last
     place = 0
     while place < len(chosen):
         wanted = chosen[place]
-        before = bisect_right(index.keys, (wanted, sys.maxsize))
-        key = index.keys[before - 1] if before else None
-        if seekable and key is not None and key.place - reached > SEEK_GAP:
+        key = _key_before(index, wanted)
+        if seekable and key.place - reached > SEEK_GAP:
             landed = _seek(container, stream, index, key)
             if landed is None:  # it ended up elsewhere: from the start, once and for all
-                container, stream = open_video(request)
+                container, stream = _open_video(request)
                 seekable, shown = False, _shown(container.demux(stream), stream, index, 0)
             else:
                 shown = landed
@@ -161,11 +243,11 @@ def chosen_frames(
         while place < len(chosen) and chosen[place] == number:  # the same one may come twice
             yield place, frame
             place += 1
-    container.close()  # now, not when Python looks for cycles: a long film's index is large
+    container.close()  # now, not when Python looks for cycles: a long video's index is large
 
 
-def thumbnails(
-    request: dict[str, Any], index: Index, first: int, last: int
+def _thumbnails(
+    request: Json, index: Index, first: int, last: int
 ) -> Iterator[tuple[int, VideoFrame, VideoFrame]]:
     """(index, frame, thumbnail) of those frames from ``first`` to before ``last`` that can be
     decoded.
@@ -173,16 +255,14 @@ def thumbnails(
     Single pixels of each frame, not means: that takes next to no time beside decoding. So does what
     is left out, the smoothing of frames that no other frame is made from.
     """
-    container, stream = open_video(request)
+    container, stream = _open_video(request)
     quick = {"skip_loop_filter": "noref"}
     stream.codec_context.options = {**stream.codec_context.options, **quick}
-    before = bisect_right(index.keys, (first, sys.maxsize))
-    key = index.keys[before - 1] if before else None
-    shown = None
-    if key is not None and key.place > SEEK_GAP and _is_seekable(container, stream, index):
+    key, shown = _key_before(index, first), None
+    if key.place > SEEK_GAP and _is_seekable(container, stream, index):
         shown = _seek(container, stream, index, key)
         if shown is None:
-            container, stream = open_video(request)
+            container, stream = _open_video(request)
     smaller = VideoReformatter()  # one for all: each frame's own would be another one
     for number, frame in shown or _shown(container.demux(stream), stream, index, 0):
         if number >= last:
@@ -191,19 +271,22 @@ def thumbnails(
             continue
         first = number + 1
         _check_size(frame.width, frame.height, request["max_pixels"])
-        yield (
-            number,
+        small = smaller.reformat(
             frame,
-            smaller.reformat(
-                frame,
-                width=max(2, min(frame.width, THUMBNAIL)),
-                height=max(2, min(frame.height, THUMBNAIL)),
-                format="rgb24",
-                dst_color_range="JPEG",
-                interpolation=Interpolation.POINT,
-                threads=1,
-            ),
+            width=max(2, min(frame.width, THUMBNAIL)),
+            height=max(2, min(frame.height, THUMBNAIL)),
+            format="rgb24",
+            dst_color_range="JPEG",
+            interpolation=Interpolation.POINT,
+            threads=1,
         )
+        yield number, frame, small
+
+
+def _key_before(index: Index, number: int) -> Key:
+    """The last key frame up to that frame; the beginning of the file where there is none."""
+    before = bisect_right(index.keys, (number, sys.maxsize))
+    return index.keys[before - 1] if before else Key(0, 0)
 
 
 def _is_seekable(container: InputContainer, stream: VideoStream, index: Index) -> bool:

@@ -1,9 +1,8 @@
-"""Bicubic resizing of 8-bit pictures, to the bit as torchvision or Pillow do it, in numpy.
+"""Bicubic resizing of 8-bit images, to the bit as torchvision does it, in numpy.
 
-Both make two passes, one an axis, in integers: weights are rounded to some fractional bits, and
-each pass rounds and clamps to 0..255. Float bicubic is up to 13 levels away from that, and the
-reference's pixels are made this way. Neither library is called here: torch is not a dependency,
-and what Pillow does depends on its release.
+It makes two passes, one an axis, in integers: weights are rounded to some fractional bits, and each
+pass rounds and clamps to 0..255. Float bicubic is up to 13 levels away from that, and the
+reference's pixels are made this way.
 
 The integer sums are computed as matrix products in floating point, which numpy hands to BLAS. A
 float holds whole numbers exactly up to 2**24, a double up to 2**53: where no partial sum can pass
@@ -14,21 +13,19 @@ is the integer one. The weights' scale, 2**-bits, changes no digit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
-Kernel = Literal["torchvision", "pillow"]
 Reals = NDArray[np.float64]
 
-_REACH = 2.0  # of the cubic, in pixels of the coarser picture
-_PILLOW_BITS = 22
-_TORCH_MOST_BITS = 22
-_TORCH_WEIGHT_END = 1 << 15  # torch's weights fit int16
+_REACH = 2.0  # of the cubic, in pixels of the coarser image
+_MOST_BITS = 22
+_WEIGHT_END = 1 << 15  # torch's weights fit int16
 _FLOAT_END = 1 << 24  # whole numbers below are exact as floats
 _BLOCK_OUTPUTS = 16  # outputs of one product: more hold more zeros, fewer starve BLAS
 _BLOCK_TAPS = 1024  # inputs of one product, about
@@ -73,24 +70,21 @@ class _Axis:
         return max(1, _PRODUCT // (self.blocks[0].matrix.shape[0] * self.longest))
 
 
-def resize(image: Pixels, size: tuple[int, int], kernel: Kernel = "torchvision") -> Pixels:
+def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
     """``image`` (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C).
 
-    An antialiased bicubic (Keys' cubic, a = -0.5). ``torchvision`` goes across, then down.
-    ``pillow`` has finer weights, and goes down first where that saves work (Pillow 13's rule).
+    An antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
     An image that has the size already is returned as it is, not copied.
     """
     (high, wide), (to_high, to_wide) = image.shape[:2], size
     if min(high, wide, to_high, to_wide) < 1:
         raise ValueError(f"cannot resize {high}x{wide} to {to_high}x{to_wide}")
-    if kernel == "pillow" and wide != to_wide and high - to_high > max(0, 2 * (wide - to_wide)):
-        return _across(_down(image, to_high, kernel), to_wide, kernel)
-    return _down(_across(image, to_wide, kernel), to_high, kernel)
+    return _down(_across(image, to_wide), to_high)
 
 
 def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
-    """``image`` (H, W, C) centred on a square of colour ``fill``, and that resized by torchvision's
-    kernel: uint8 (size, size, C).
+    """``image`` (H, W, C) centred on a square of colour ``fill``, and that resized to ``size``:
+    uint8 (size, size, C).
 
     The square itself, 1.2 GB for a panorama 20,000 pixels wide, is never made: rows of ``fill`` are
     all alike, and so are the outputs that see nothing but ``fill``.
@@ -99,25 +93,19 @@ def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
     side = max(high, wide)
     top, left = (side - high) // 2, (side - wide) // 2
     rows = np.empty((side, size, channels), np.uint8)
-    rows[...] = _across(np.full((1, side, channels), fill, np.uint8), size, "torchvision")
+    rows[...] = _across(np.full((1, side, channels), fill, np.uint8), size)
     inner = rows[top : top + high]
     if side == size:
         inner[:, left : left + wide] = image
     elif side == wide:
-        inner[...] = _across(image, size, "torchvision")
+        inner[...] = _across(image, size)
     else:
-        axis = _axis(side, size, "torchvision")
+        axis = _axis(side, size)
         near = [b for b in axis.blocks if b.first < left + wide and b.last > left]
         start, stop, first, last = near[0].start, near[-1].stop, near[0].first, near[-1].last
         blocks = [
-            replace(
-                block,
-                start=block.start - start,
-                stop=block.stop - start,
-                first=block.first - first,
-                last=block.last - first,
-            )
-            for block in near
+            _Block(b.start - start, b.stop - start, b.first - first, b.last - first, b.matrix)
+            for b in near
         ]
         part = _Axis(tuple(blocks), axis.offset[start:stop], axis.dtype)
         band = max(1, _VALUES // (last - first))
@@ -127,13 +115,13 @@ def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
             strip[...] = fill
             strip[:, left - first : left - first + wide] = pixels
             inner[row : row + band, start:stop] = _along_rows(strip, part)
-    return _down(rows, size, "torchvision")
+    return _down(rows, size)
 
 
-def _across(image: Pixels, to_wide: int, kernel: Kernel) -> Pixels:
+def _across(image: Pixels, to_wide: int) -> Pixels:
     """The pass along rows: (H, W, C) to (H, to_wide, C)."""
     wide = image.shape[1]
-    return image if wide == to_wide else _along_rows(image, _axis(wide, to_wide, kernel))
+    return image if wide == to_wide else _along_rows(image, _axis(wide, to_wide))
 
 
 @_quiet
@@ -164,12 +152,12 @@ def _along_rows(image: Pixels, axis: _Axis) -> Pixels:
 
 
 @_quiet
-def _down(image: Pixels, to_high: int, kernel: Kernel) -> Pixels:
+def _down(image: Pixels, to_high: int) -> Pixels:
     """The pass along columns: (H, W, C) to (to_high, W, C)."""
     high, wide, channels = image.shape
     if high == to_high:
         return image
-    axis = _axis(high, to_high, kernel)
+    axis = _axis(high, to_high)
     flat = image.reshape(high, wide * channels)
     out = np.empty((to_high, wide * channels), np.uint8)
     band = min(wide * channels, axis.band)
@@ -193,14 +181,14 @@ def _centred(levels: Pixels) -> NDArray[np.int8]:
 
 
 @lru_cache(maxsize=16)  # the frames of a video share theirs
-def _axis(size: int, to_size: int, kernel: Kernel) -> _Axis:
+def _axis(size: int, to_size: int) -> _Axis:
     """The products that take an axis of ``size`` pixels to ``to_size``."""
     width = int(min(_BLOCK_OUTPUTS, max(1, _BLOCK_TAPS * to_size // size)))
     parts = [
-        (start, *_weights(size, to_size, start, min(start + width, to_size), kernel))
+        (start, *_weights(size, to_size, start, min(start + width, to_size)))
         for start in range(0, to_size, width)
     ]
-    bits = _bits(max(float(weights.max()) for *_, weights in parts), kernel)
+    bits = _bits(max(float(weights.max()) for *_, weights in parts))
     one = float(1 << bits)
     whole = [np.trunc(weights * one + np.copysign(0.5, weights)) for *_, weights in parts]
     most = max(float(np.abs(weights).sum(axis=0).max()) for weights in whole)
@@ -219,12 +207,10 @@ def _axis(size: int, to_size: int, kernel: Kernel) -> _Axis:
     return _Axis(tuple(blocks), offset.astype(dtype), dtype)
 
 
-def _weights(
-    size: int, to_size: int, start: int, stop: int, kernel: Kernel
-) -> tuple[NDArray[np.int64], Reals]:
+def _weights(size: int, to_size: int, start: int, stop: int) -> tuple[NDArray[np.int64], Reals]:
     """(first inputs (outputs,), weights (taps, outputs)) of outputs ``start:stop``, unrounded.
 
-    Every operation is in the libraries' order, because a last bit can move a weight. Past the
+    Every operation is in the library's order, because a last bit can move a weight. Past the
     last input of an output the weights are 0.
     """
     scale = size / to_size
@@ -234,12 +220,9 @@ def _weights(
     first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
     last = np.minimum((centre + reach + 0.5).astype(np.int64), size)
     step = np.arange(int((last - first).max()))[:, None]
-    if kernel == "torchvision":
-        distance = step + (first - centre) + 0.5
-    else:
-        distance = (step + first) - centre + 0.5
+    distance = step + (first - centre) + 0.5
     weights = np.where(step < last - first, _cubic(distance * (1.0 / stretch)), 0.0)
-    # cumsum adds one after the other, as the libraries do; sum would not.
+    # cumsum adds one after the other, as the library does; sum would not.
     return first, weights / np.cumsum(weights, axis=0)[-1]
 
 
@@ -252,11 +235,9 @@ def _cubic(x: Reals) -> Reals:
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
-def _bits(most: float, kernel: Kernel) -> int:
+def _bits(most: float) -> int:
     """Fractional bits of an axis's weights, of which ``most`` is the largest."""
-    if kernel == "pillow":
-        return _PILLOW_BITS
     bits = 0
-    while bits < _TORCH_MOST_BITS and int(0.5 + most * (1 << (bits + 1))) < _TORCH_WEIGHT_END:
+    while bits < _MOST_BITS and int(0.5 + most * (1 << (bits + 1))) < _WEIGHT_END:
         bits += 1
     return bits

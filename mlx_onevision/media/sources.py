@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 import stat
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import sniff
@@ -19,6 +18,9 @@ MAX_DOWNLOAD = 256 << 20  # bytes
 TIMEOUT = 30.0  # seconds without a sign of life
 DEADLINE = 120.0  # seconds for a whole download
 
+Kind: TypeAlias = Literal["image", "video"]
+
+_ARTICLES = {"image": "an image", "video": "a video"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
@@ -40,7 +42,7 @@ def is_video(source: object) -> bool:
     if name[:5].lower() == "data:":
         return name[:11].lower() == "data:video/"
     try:
-        with open_path(name, "video") as file:
+        with open_path(name, "video")[0] as file:
             if sniff(file.read(32)) == "video":
                 return True
     except (MediaError, OSError):
@@ -49,7 +51,7 @@ def is_video(source: object) -> bool:
     return name.lower().endswith(VIDEOS)
 
 
-def open_source(source: Any, kind: Literal["image", "video"]) -> tuple[bytes | FileIO, str]:
+def open_source(source: Any, kind: Kind) -> tuple[bytes | FileIO, str]:
     """The bytes of what :func:`is_file`, or its open file; and what errors call it.
 
     A string is a data URI, a URL, a path, or, if it can be nothing else, base64.
@@ -72,12 +74,12 @@ def open_source(source: Any, kind: Literal["image", "video"]) -> tuple[bytes | F
             return data, f"{quoted(source)} (read as base64, for there is no such file)"
         if not source or "\0" in source:
             raise MediaError(f"{quoted(source)} is not the path of {_ARTICLES[kind]}")
-    return open_path(source, kind), quoted(str(_expanded(source)))
+    return open_path(source, kind)
 
 
-def open_path(path: str | os.PathLike[str], kind: Literal["image", "video"]) -> FileIO:
-    """An ordinary file, open. Raises MediaError for anything else."""
-    path = _expanded(path)
+def open_path(path: str | os.PathLike[str], kind: Kind) -> tuple[FileIO, str]:
+    """An ordinary file, open, and what errors call it. Raises MediaError for anything else."""
+    path = Path(os.path.expanduser(path))
     name = quoted(str(path))
     try:
         # Not waiting: opening a pipe that nobody writes to would never end.
@@ -91,7 +93,7 @@ def open_path(path: str | os.PathLike[str], kind: Literal["image", "video"]) -> 
         os.close(descriptor)
         found = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
         raise MediaError(f"{name} is {found}, not {_ARTICLES[kind]}")
-    return FileIO(descriptor)
+    return FileIO(descriptor), name
 
 
 def file_name(file: Any, kind: str) -> str:
@@ -126,19 +128,23 @@ def data_uri(text: str) -> bytes:
     head, _, data = text.partition(",")
     if not head.lower().endswith(";base64"):
         raise MediaError(f"{quoted(text)} is not a base64 data URI")
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise MediaError(f"the data URI {quoted(text)} is not valid base64") from None
+    decoded = _from_base64(data)
+    if decoded is None:
+        raise MediaError(f"the data URI {quoted(text)} is not valid base64")
+    return decoded
 
 
 def bare_base64(text: str) -> bytes | None:
     """The bytes of ``text`` if it reads as base64 and names no file, else None."""
     if not _BASE64.fullmatch(text) or os.path.exists(text):
         return None
+    return _from_base64(text)
+
+
+def _from_base64(text: str) -> bytes | None:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
 
 
@@ -191,10 +197,3 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
         why = reason(getattr(error, "reason", None) or error)
         raise MediaError(f"cannot read {quoted(url)}: {why}") from error
     return bytes(body)
-
-
-_ARTICLES = {"image": "an image", "video": "a video"}
-
-
-def _expanded(path: str | os.PathLike[str]) -> Path:
-    return Path(os.path.expanduser(path))

@@ -31,11 +31,7 @@ from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.files import read_json
 from mlx_onevision.media.decoder import Limits, TooManyFramesError, VideoReader, no_check
-from mlx_onevision.media.frame_sampling import (
-    DEFAULT_FRAMES,
-    FrameOptions,
-    uniform_or_endpoints,
-)
+from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions, uniform_or_endpoints
 from mlx_onevision.media.image import load_image
 from mlx_onevision.media.resize import Pixels, resize
 from mlx_onevision.media.sources import file_name, is_file, open_source
@@ -165,9 +161,11 @@ def open_video_file(source: Any) -> tuple[BinaryIO, str]:
     Raises:
         MediaError: for what cannot be opened, or is empty.
     """
-    if isinstance(source, FileIO) and _is_whole(source):  # need not be copied
-        return os.fdopen(os.dup(source.fileno()), "rb", buffering=0), file_name(source, "video")
-    data, name = open_source(source, "video")
+    regular = isinstance(source, FileIO) and stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+    if regular and source.readable() and not source.tell():
+        data, name = FileIO(os.dup(source.fileno())), file_name(source, "video")  # need no copy
+    else:
+        data, name = open_source(source, "video")
     if isinstance(data, bytes):
         file: BinaryIO = TemporaryFile()
         file.write(data)
@@ -178,13 +176,6 @@ def open_video_file(source: Any) -> tuple[BinaryIO, str]:
         file.close()
         raise MediaError(f"{name} is empty (0 bytes)")
     return file, name
-
-
-def _is_whole(file: FileIO) -> bool:
-    """Whether an open file is an ordinary one that stands at its beginning."""
-    status = os.fstat(file.fileno())
-    regular = stat.S_ISREG(status.st_mode) and file.readable()
-    return regular and status.st_size > 0 and not file.tell()
 
 
 def _from_file(

@@ -104,12 +104,10 @@ def test_count_equals_packed_rows_for_every_size() -> None:
         many = anyres.plan_packings(high, wide, PINPOINTS, TILE, PATCHES, MOST)
         # What the model does with a plan: cut the box out of the stitched grid, interpolate it to
         # the shape if that is another, put a newline behind each row and the base in front.
-        assert (many.top * 2 + many.kept_rows == many.grid_rows * PATCHES).all()
-        assert (many.left * 2 + many.kept_cols == many.grid_cols * PATCHES).all()
-        assert min(many.top.min(), many.left.min()) >= 0
-        assert min(many.rows.min(), many.cols.min()) >= 1
-        assert (many.rows <= many.kept_rows).all() and (many.cols <= many.kept_cols).all()
-        assert (PATCHES**2 + many.rows * (many.cols + 1) == count).all()
+        assert (many.start * 2 + many.kept == many.grid * PATCHES).all()
+        assert many.start.min() >= 0 and many.shape.min() >= 1
+        assert (many.shape <= many.kept).all()
+        assert (PATCHES**2 + many.shape[:, 0] * (many.shape[:, 1] + 1) == count).all()
         nasty += [(row, int(col)) for col in wide[moved]]
     # Where int(H * (w / W)) without the rounding would cut another box.
     assert len(nasty) == 154

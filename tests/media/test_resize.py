@@ -1,25 +1,22 @@
-"""Resizing, held against recordings of torch and Pillow and against plain integer arithmetic."""
+"""Resizing, held against recordings of torch and against plain integer arithmetic."""
 
 from __future__ import annotations
 
 import math
 import random
 import tracemalloc
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from pictures import noise, smooth
-from PIL import Image
 from recorded_pixels import names, recorded
 
 from mlx_onevision.media import resize as resample
-from mlx_onevision.media.resize import Kernel, resize, resize_on_square
-
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+from mlx_onevision.media.resize import resize, resize_on_square
 
 
-def plain_pass(lines: list[list[int]], to_size: int, kernel: Kernel) -> list[list[int]]:
+def plain_pass(lines: list[list[int]], to_size: int) -> list[list[int]]:
     """One pass over lists of levels, in Python's own integers."""
     size = len(lines[0])
     if size == to_size:
@@ -34,10 +31,8 @@ def plain_pass(lines: list[list[int]], to_size: int, kernel: Kernel) -> list[lis
         weights = [keys((i - centre + 0.5) / stretch) for i in range(first, last)]
         total = math.fsum(weights)
         taps.append((first, [weight / total for weight in weights]))
-    bits = 22
-    if kernel == "torchvision":
-        most = max(max(weights) for _, weights in taps)
-        bits = next(b for b in range(23) if b == 22 or int(0.5 + most * 2 ** (b + 1)) >= 2**15)
+    most = max(max(weights) for _, weights in taps)
+    bits = next(b for b in range(23) if b == 22 or int(0.5 + most * 2 ** (b + 1)) >= 2**15)
     rounded = [
         (first, [int(weight * 2**bits + math.copysign(0.5, weight)) for weight in weights])
         for first, weights in taps
@@ -60,15 +55,10 @@ def keys(x: float) -> float:
     return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
 
 
-def plain_resize(image: np.ndarray, size: tuple[int, int], kernel: Kernel) -> np.ndarray:
-    """Both passes; Pillow 13's goes down first where that leaves much less for the other."""
-    high, wide = image.shape[:2]
-    passes = [1, 0]
-    if kernel == "pillow" and (high, wide) != size and size[0] < high and size[1] != wide:
-        passes = [0, 1] if high - size[0] > 2 * (wide - size[1]) else [1, 0]
-    for axis in passes:
+def plain_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    for axis in (1, 0):
         lines = np.moveaxis(image, axis, -1)
-        made = plain_pass(lines.reshape(-1, lines.shape[-1]).tolist(), size[axis], kernel)
+        made = plain_pass(lines.reshape(-1, lines.shape[-1]).tolist(), size[axis])
         image = np.moveaxis(np.array(made).reshape(*lines.shape[:-1], size[axis]), -1, axis)
     return image.astype(np.uint8)
 
@@ -80,31 +70,12 @@ def test_as_torch_resizes(name: str) -> None:
     assert np.array_equal(resize(noise(*size, 3, seed=3), to_size), expected)
 
 
-@pytest.mark.parametrize("name", names("pillow"))
-def test_as_pillow_resizes(name: str) -> None:
-    size, to_size = (parse(part) for part in name.split(">"))
-    expected = recorded()[f"pillow/{name}"]
-    assert np.array_equal(resize(noise(*size, 3, seed=3), to_size, "pillow"), expected)
-
-
 def parse(size: str) -> tuple[int, int]:
     high, wide = size.split(",")
     return int(high), int(wide)
 
 
-def test_the_recordings_tell_the_kernels_and_the_orders_apart() -> None:
-    same = [
-        np.array_equal(recorded()[f"torch/{n}"], recorded()[f"pillow/{n}"]) for n in names("torch")
-    ]
-    assert same.count(False) > 8
-    for name in ("200,30>9,28", "300,20>40,40"):
-        size, to_size = (parse(part) for part in name.split(">"))
-        across = resize(noise(*size, 3, seed=3), (size[0], to_size[1]), "pillow")
-        assert not np.array_equal(resize(across, to_size, "pillow"), recorded()[f"pillow/{name}"])
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_as_integers_give_it(kernel: Kernel) -> None:
+def test_as_integers_give_it() -> None:
     """Sizes up and down by a hundredfold; extreme levels, where clamping and overshoot show."""
     chance = random.Random(1)
     for case in range(120):
@@ -113,27 +84,16 @@ def test_as_integers_give_it(kernel: Kernel) -> None:
         image = noise(*size, 2, seed=case)
         if case % 2:
             image = (image > 127).astype(np.uint8) * 255
-        expected = plain_resize(image, to_size, kernel)
-        assert np.array_equal(resize(image, to_size, kernel), expected), (size, to_size)
+        expected = plain_resize(image, to_size)
+        assert np.array_equal(resize(image, to_size), expected), (size, to_size)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("size", "to_size"), [((2, 30_000), (2, 9)), ((9_000, 3), (384, 3)), ((700, 1), (2304, 4))]
 )
-def test_long_strips(size: Any, to_size: Any, kernel: Kernel) -> None:
+def test_long_strips(size: Any, to_size: Any) -> None:
     image = noise(*size, 1)
-    assert np.array_equal(resize(image, to_size, kernel), plain_resize(image, to_size, kernel))
-
-
-def test_one_axis_as_the_installed_pillow() -> None:
-    """Releases of Pillow differ in the order of the passes only, so a single pass is as theirs."""
-    image = noise(60, 97, 3)
-    for wide in (1, 13, 96, 98, 200):
-        theirs = Image.fromarray(image).resize((wide, 60), Image.Resampling.BICUBIC)
-        assert np.array_equal(resize(image, (60, wide), "pillow"), np.asarray(theirs))
-        theirs = Image.fromarray(image).resize((97, wide), Image.Resampling.BICUBIC)
-        assert np.array_equal(resize(image, (wide, 97), "pillow"), np.asarray(theirs))
+    assert np.array_equal(resize(image, to_size), plain_resize(image, to_size))
 
 
 @pytest.mark.parametrize("to_size", [(3, 400), (41, 29), (300, 2), (150, 333)])
@@ -145,11 +105,11 @@ def test_single_precision_is_exact(
     single = resize(image, to_size)
     monkeypatch.setattr(resample, "_FLOAT_END", 0)
     resample._axis.cache_clear()
-    assert resample._axis(333, 400, "torchvision").dtype is np.float64
+    assert resample._axis(333, 400).dtype is np.float64
     assert np.array_equal(resize(image, to_size), single)
     monkeypatch.undo()
     resample._axis.cache_clear()
-    assert resample._axis(333, 400, "torchvision").dtype is np.float32
+    assert resample._axis(333, 400).dtype is np.float32
 
 
 def test_bands_and_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,12 +122,11 @@ def test_bands_and_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     resample._axis.cache_clear()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
-def test_an_even_picture_stays_even(level: int, kernel: Kernel) -> None:
+def test_an_even_picture_stays_even(level: int) -> None:
     image = np.full((41, 77, 3), level, np.uint8)
     for to_size in ((384, 384), (7, 5), (40, 78)):
-        assert (resize(image, to_size, kernel) == level).all()
+        assert (resize(image, to_size) == level).all()
 
 
 def test_an_image_of_the_size_is_handed_back() -> None:

@@ -124,7 +124,7 @@ def test_files_upright_and_turned(name: str, tmp_path: Path) -> None:
 
 
 def test_resize_alone() -> None:
-    """200 resizes of hard-edged noise, up and down by up to a thousandfold, by both kernels."""
+    """200 resizes of hard-edged noise, up and down by up to a thousandfold."""
     chance = random.Random(5)
     for case in range(200):
         high, wide, to_high, to_wide = (round(1500 ** chance.random()) for _ in range(4))
@@ -138,5 +138,3 @@ def test_resize_alone() -> None:
         )
         ours = resize(image, (to_high, to_wide))
         assert np.array_equal(ours, by_torch[0].permute(1, 2, 0).numpy()), (image.shape, ours.shape)
-        by_pillow = Image.fromarray(image).resize((to_wide, to_high), Image.Resampling.BICUBIC)
-        assert np.array_equal(resize(image, (to_high, to_wide), "pillow"), np.asarray(by_pillow))
