@@ -66,10 +66,8 @@ class DecodedImage:
     pixels: Pixels
 
 
-ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image | NDArray[Any]"
-    " | DecodedImage"
-)
+_Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image"
+ImageSource: TypeAlias = "_Source | NDArray[Any] | DecodedImage"
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -86,7 +84,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
     from PIL.Image import Image
 
     if isinstance(source, DecodedImage):
-        _check_size("the decoded image", *source.pixels.shape[:2], max_pixels)
+        high, wide, _ = source.pixels.shape
+        _check_size("the decoded image", high, wide, max_pixels)
         return source.pixels
     if isinstance(source, Image):
         return _from_object(source, max_pixels)
@@ -157,7 +156,7 @@ def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
         raise TooLargeError(f"{name} is {wide}x{high} pixels; a side has at most {MAX_SIDE:,}")
 
 
-def _from_file(file: BytesIO | BufferedReader, name: str, max_pixels: int) -> Pixels:
+def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
     """The file's route: upright by EXIF, transparency dropped."""
     from PIL import Image, UnidentifiedImageError
 

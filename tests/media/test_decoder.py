@@ -112,7 +112,7 @@ def test_a_look_that_is_given_up_spoils_no_other(clip: Path) -> None:
         with pytest.raises(RequestError, match=r"start is 9 s"):
             reader.read_frames(FrameOptions(start=9.0))
         assert [n for n, _ in reader.read_frames(FrameOptions(num_frames=2)).frames] == [0, 1]
-        reader._process._process.kill()  # type: ignore
+        reader._process._process.kill()
         with pytest.raises(MediaError, match="broke off"):
             reader.read_frames(FrameOptions(num_frames=2))
         assert [n for n, _ in reader.read_frames(FrameOptions(num_frames=2)).frames] == [0, 1]
