@@ -37,7 +37,7 @@ class Worker(Generic[Owned]):
     def __init__(self, build: Callable[[], Owned]) -> None:
         self._jobs: _Jobs[Owned] = _Jobs()
         self.closing = threading.Event()
-        """Set when the worker is told to stop; a long job should end early then."""
+        """Set when the worker is to stop; a long job should end early then."""
         built: Future[None] = Future()
         # The thread knows nothing of the worker, so that a forgotten worker is collected and
         # closed.
@@ -81,7 +81,7 @@ class Worker(Generic[Owned]):
 
     def submit(self, function: Callable[[Owned], Result]) -> "Future[Result]":
         """As :meth:`call`, but returns at once; the future has the result or the error. One that is
-        cancelled before its turn is not run.
+        cancelled before it begins is not run.
         """
         future: Future[Result] = Future()
 
@@ -127,7 +127,7 @@ class _Jobs(Generic[Owned]):
         return self._waiting.get()
 
     def lose(self, error: BaseException, under_way: _Job[Owned] | None) -> None:
-        """The thread dies of ``error``: everybody who waits for it is told."""
+        """The thread dies of ``error``, which everybody who waits for it gets."""
         lost = [] if under_way is None else [under_way]
         with self._between:
             self.killer = type(error).__name__
@@ -166,8 +166,8 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
             job = None
     except BaseException as error:
         # As text: a log that kept the error would keep the arrays that its frames hold.
-        told = "".join(traceback.format_exception(error))
-        logger.critical("the model's thread has died:\n%s", told)
+        text = "".join(traceback.format_exception(error))
+        logger.critical("the model's thread has died:\n%s", text)
         jobs.lose(error, job)
 
 
