@@ -18,6 +18,11 @@ from mcp_types import TextContent
 from PIL import Image, ImageDraw
 
 from mlx_onevision.checkpoint.hub import EMBEDDED
+from mlx_onevision.plugins.adapters.engine import open_engine
+from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
+from mlx_onevision.plugins.hosts.mcp.server import make_server
+from mlx_onevision.plugins.service.jobs import Jobs
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = EXAMPLES / "shapes.png"
@@ -158,10 +163,12 @@ class Told:
 
 def test_a_cancelled_call_ends_the_work(album: Path, endless: Path) -> None:
     """The engine is idle within a second, and the next call is served."""
+    policy = MediaPolicy(folders=[album])
+    backend = open_engine(str(endless), policy=policy)
 
-    async def idle(client: Client) -> bool:
-        info = await good(client, "contract_info")
-        return info["active"] == info["waiting"] == 0
+    def idle() -> bool:
+        info = backend.info()
+        return info.active == info.waiting == 0
 
     async def session(client: Client) -> None:
         arguments = {"path": str(album / "shapes.png"), "question": "Tell.", "max_tokens": 3000}
@@ -171,18 +178,45 @@ def test_a_cancelled_call_ends_the_work(album: Path, endless: Path) -> None:
                 client.call_tool("ask_image", arguments, progress_callback=told.note)
             )
             await asyncio.wait_for(told.answering.wait(), 40)
-            assert not await idle(client)
+            assert not idle()
             assert told.numbers == sorted(set(told.numbers)) and len(told.numbers) > 2
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
             began = time.monotonic()
-            while not await idle(client):
+            while not idle():
                 assert time.monotonic() - began < 1
+                await asyncio.sleep(0.01)
         short = {**arguments, "max_tokens": 5}
         assert (await good(client, "ask_image", **short))["finish_reason"] == "length"
 
-    run(session, "--allow-dir", album, "--model", endless, "--contract")
+    async def here() -> None:
+        with Jobs(backend) as jobs:
+            async with Client(make_server(backend, jobs, McpSettings(policy))) as client:
+                await session(client)
+
+    with backend:
+        asyncio.run(here())
+
+
+def test_cancelled_calls_leave_their_places(album: Path, endless: Path) -> None:
+    """Of more calls than it takes on, each is cancelled; the next one is not refused as busy."""
+
+    async def session(client: Client) -> None:
+        arguments = {"path": str(album / "shapes.png"), "question": "Tell.", "max_tokens": 3000}
+        for _ in range(20):
+            told = Told()
+            call = asyncio.create_task(
+                client.call_tool("ask_image", arguments, progress_callback=told.note)
+            )
+            await asyncio.wait_for(told.answering.wait(), 40)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        short = {**arguments, "max_tokens": 5}
+        assert (await good(client, "ask_image", **short))["finish_reason"] == "length"
+
+    run(session, "--allow-dir", album, "--model", endless)
 
 
 def test_long_answers_come_in_time(album: Path, endless: Path) -> None:

@@ -91,11 +91,10 @@ def test_it_ends_while_the_model_loads(how: str, log: Path) -> None:
 
 def test_it_ends_when_nobody_reads(log: Path) -> None:
     """A host that has stopped reading: half an answer fills the pipe, which holds 64 KB."""
-    asked = {"settings": {"contract": True}, "fake": {"pieces": ["x" * 16_000] * 7}}
-    with Piped(fake(**asked), log, reads=False) as server:
+    command = fake(folders=[str(EXAMPLES)], fake={"pieces": ["x" * 16_000] * 7})
+    with Piped(command, log, reads=False) as server:
         server.hello()
-        request = {"api_version": 1, "messages": [{"role": "user", "content": "hi"}]}
-        server.call("contract_generate", True, **request, max_tokens=4000)
+        server.call("ask_image", True, path=SHAPES, question="What is it?", max_tokens=4000)
         time.sleep(2.5)  # it starts, answers, and fills the pipe
         end(server, "EOF")
         assert server.ended_after(10) <= SOON and server.process.returncode == 0

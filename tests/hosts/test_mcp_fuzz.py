@@ -20,16 +20,14 @@ METHODS = (
 )
 TOOLS = (
     *("ask_image", "compare_images", "ask_video", "describe_video_start", "embed"),
-    *("describe_video_status", "describe_video_cancel", "find_similar", "contract_generate"),
-    *("contract_embed", "contract_describe_video", "contract_info", "nothing"),
+    *("describe_video_status", "describe_video_cancel", "find_similar", "nothing"),
 )
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Piped]:
     (tmp_path / "a.png").write_bytes(png(8, 8, (1, 2, 3)))
-    command = fake(folders=[str(tmp_path)], settings={"contract": True})
-    with Piped(command, tmp_path / "stderr.txt") as server:
+    with Piped(fake(folders=[str(tmp_path)]), tmp_path / "stderr.txt") as server:
         yield server
 
 
@@ -128,22 +126,15 @@ def test_lines_of_every_bad_kind(server: Piped) -> None:
     check(server)
 
 
-def test_a_line_of_33_megabytes(server: Piped, tmp_path: Path) -> None:
-    """The contract's requests may be as long; other servers let them pass without keeping them."""
+def test_a_line_of_33_megabytes(server: Piped) -> None:
+    """It is refused, and passes without being kept."""
     server.begin()
     huge = b"x" * (33 << 20)
-    server.send(b'{"jsonrpc":"2.0","id":7000,"method":"tools/list","params":{"x":"' + huge + b'"}}')
-    assert "tools" in server.waited(7000)["result"]
+    server.send(b'{"jsonrpc":"2.0","id":7000,"method":"tools/list","params":{"x":"' + huge)
+    error = server.waited(7000)["error"]
+    assert error["code"] == -32600 and error["data"]["code"] == "too_large"
     server.send(huge)
-    server.waited(lambda m: m.get("error", {}).get("code") == -32700)
     check(server)
-    with Piped(fake(folders=[str(tmp_path)]), tmp_path / "stderr.txt") as small:
-        small.begin()
-        small.send(b'{"jsonrpc":"2.0","id":7000,"method":"tools/list","params":{"x":"' + huge)
-        error = small.waited(7000)["error"]
-        assert error["code"] == -32600 and error["data"]["code"] == "too_large"
-        small.send(huge)
-        check(small)
 
 
 def test_a_crowd_of_calls_at_once(server: Piped) -> None:

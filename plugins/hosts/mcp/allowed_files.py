@@ -24,20 +24,14 @@ class McpSettings:
     policy : which files the tools read; the backend's own, too.
     timeout : seconds after which a call is answered, with what there is or with what to do instead.
     max_tokens : of one answer, at most.
-    contract : whether the contract is offered, too, for hosts that are programs.
-    values : how many values a message's JSON may hold.
+    message_bytes, values : that a message may have, and its JSON may hold.
     """
 
     policy: MediaPolicy = field(default_factory=MediaPolicy)
     timeout: float = TIMEOUT
     max_tokens: int = 4096
-    contract: bool = False
+    message_bytes: int = 1 << 20
     values: int = 500_000
-
-    @property
-    def longest(self) -> int:
-        """Bytes of a message. Files are named by path; only the contract's requests hold them."""
-        return 64 << 20 if self.contract else 1 << 20
 
 
 OPTION = "start mlx-onevision mcp with --allow-dir FOLDER"

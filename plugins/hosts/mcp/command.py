@@ -41,11 +41,6 @@ from mlx_onevision.errors import RequestError
     metavar="S",
     help="Free the model after S seconds without calls. Default: never.",
 )
-@click.option(
-    "--contract",
-    is_flag=True,
-    help="Offer the plugin contract as tools, too, for hosts that are programs.",
-)
 @revision_option
 @dtype_option
 def mcp(
@@ -54,7 +49,6 @@ def mcp(
     max_tokens: int,
     timeout: float,
     keep_alive: float | None,
-    contract: bool,
     revision: str | None,
     dtype: str | None,
 ) -> None:
@@ -108,6 +102,6 @@ def mcp(
         )
         from mlx_onevision.plugins.hosts.mcp.server import serve
 
-        serve(backend, taken, McpSettings(policy, timeout, max_tokens, contract))
+        serve(backend, taken, McpSettings(policy, timeout, max_tokens))
     except PluginError as error:
         raise RequestError(str(error)) from error

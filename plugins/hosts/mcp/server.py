@@ -20,7 +20,6 @@ from mcp.server.lowlevel import Server
 from mcp.shared.exceptions import MCPError
 
 from mlx_onevision.plugins.contract.errors import clipped
-from mlx_onevision.plugins.hosts.mcp import contract
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings, Places
 from mlx_onevision.plugins.hosts.mcp.ask import UNTRUSTED, Looking, Telling
 from mlx_onevision.plugins.hosts.mcp.pipes import Pipes
@@ -40,7 +39,6 @@ def make_server(backend: Backend, jobs: Jobs, settings: McpSettings) -> Server[A
         *Looking(backend, places, settings).tools(),
         *Telling(jobs, places, settings).tools(),
         *Finding(backend, places, settings).tools(),
-        *(contract.tools(backend) if settings.contract else ()),
     ]
     return _serving(tools, _instructions(places, settings))
 
@@ -61,7 +59,7 @@ def _serving(tools: Iterable[Tool], instructions: str) -> Server[Any]:
             known = ", ".join(named)
             name = clipped(params.name)[:60]
             raise MCPError(types.INVALID_PARAMS, f"there is no tool {name!r}; there are {known}")
-        call = Call(context.session.report_progress, tool.seconds or 0)
+        call = Call(context.session.report_progress, tool.seconds)
         return await answered(tool, params.arguments or {}, call)
 
     return Server(

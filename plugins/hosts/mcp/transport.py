@@ -61,7 +61,7 @@ async def transport(
         # What is raised here: the loop, or its streams, have ended before.
         with suppress(*ENDED):
             try:
-                for line in lines(pipes.source, settings.longest):
+                for line in lines(pipes.source, settings.message_bytes):
                     message = parsed(line, settings)
                     asyncio.run_coroutine_threadsafe(deliver(message), loop).result()
             except OSError as error:
@@ -97,7 +97,7 @@ def parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage
 
 def _parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
     if isinstance(line, TooLong):
-        most = settings.longest >> 20
+        most = settings.message_bytes >> 20
         error = PluginError("too_large", "the message is too long", f"{most} MB are read at most")
         return _refused(line.id and json.loads(line.id), types.INVALID_REQUEST, error)
     # Before it is parsed: every value costs far more memory than its characters.

@@ -58,10 +58,10 @@ def test_what_it_cannot_start_with_is_said(tmp_path: Path) -> None:
 def test_the_page_names_everything() -> None:
     page = (Path(__file__).parents[3] / "docs/mcp.md").read_text(encoding="utf-8")
     options = [name for parameter in mcp.params for name in parameter.opts]
-    assert len(options) >= 8 and all(f"`{name}" in page for name in options if name != "--help")
+    assert len(options) >= 7 and all(f"`{name}" in page for name in options if name != "--help")
     policy = MediaPolicy()
     with FakeBackend() as backend, Jobs(backend) as jobs:
-        server = make_server(backend, jobs, McpSettings(policy, contract=True))
+        server = make_server(backend, jobs, McpSettings(policy))
 
         async def names() -> list[str]:
             async with Client(server) as client:
