@@ -1,7 +1,4 @@
-"""``mlx-onevision``, and ``python -m mlx_onevision``: the commands, put together.
-
-The doors do not know each other, so this is the one place that knows them all.
-"""
+"""``mlx-onevision``, and ``python -m mlx_onevision``: the commands of all packages in one group."""
 
 from mlx_onevision.cli.main import cli, main
 from mlx_onevision.cli.options import debug_option

@@ -141,4 +141,4 @@ def children(parent: int | None = None) -> set[int]:
 def decoders(server: int) -> set[int]:
     """Those that decode videos for a server."""
     running = processes()
-    return {pid for pid in children(server) if "decoder.py" in running.get(pid, (0, ""))[1]}
+    return {pid for pid in children(server) if "decoder_process.py" in running.get(pid, (0, ""))[1]}

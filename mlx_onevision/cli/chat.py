@@ -6,24 +6,30 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, model_option, revision_option
-from mlx_onevision.errors import sentence
+from mlx_onevision.cli.options import (
+    dtype_option,
+    model_option,
+    model_or_demo,
+    revision_option,
+    seed_option,
+    system_option,
+    temperature_option,
+    top_p_option,
+    video_options,
+)
 
 
 @click.command(short_help="Talk with a model.")
 @model_option
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Shown with the first line.")
 @click.option("--video", "videos", multiple=True, metavar="FILE", help="Shown with the first line.")
-@click.option("--frames", "num_frames", type=int, metavar="N", help="N frames of each video.")
-@click.option("--fps", type=float, metavar="F", help="F frames of each second of a video instead.")
-@click.option("--start", type=float, metavar="S", help="Begin S seconds into each video.")
-@click.option("--end", type=float, metavar="S", help="End S seconds into each video.")
-@click.option("--system", metavar="TEXT", help="The system message.")
+@video_options
+@system_option
 @click.option("--max-tokens", default=1024, show_default=True, help="The longest answer.")
-@click.option("--temperature", type=float, help="0 is greedy. Default: the model's own.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total mass.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--verbose", is_flag=True, help="After each answer: what was read, cached, encoded.")
+@temperature_option
+@top_p_option
+@seed_option
+@click.option("--verbose", is_flag=True, help="After each answer: tokens, cached tokens, seconds.")
 @revision_option
 @dtype_option
 @click.pass_context
@@ -41,22 +47,13 @@ def chat(
 
     Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends.
     """
-    if model is None:
-        click.echo(
-            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
-        )
+    model = model_or_demo(model)
 
     from mlx_onevision.api import load
     from mlx_onevision.cli.conversation import Conversation, Terminal
     from mlx_onevision.cli.terminal import line_reader
 
-    def show(piece: str) -> None:
-        click.echo(piece, nl=False)
-
-    def note(line: str) -> None:
-        click.echo(line, err=True)
-
-    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
+    loaded = load(model, revision=revision, dtype=dtype)
     try:
         talk = Conversation(loaded, **options)
         for image in images:
@@ -65,7 +62,12 @@ def chat(
             talk.attach("video", video)
         read, interactive = line_reader()
         terminal = Terminal(
-            *(talk, read, show, note, sentence), interactive=interactive, verbose=verbose
+            talk,
+            read,
+            show=lambda piece: click.echo(piece, nl=False),
+            note=lambda line: click.echo(line, err=True),
+            interactive=interactive,
+            verbose=verbose,
         )
         failed = terminal.run()
     finally:

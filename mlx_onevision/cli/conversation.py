@@ -1,6 +1,6 @@
-"""A conversation in a terminal: what is said, and the commands between the messages.
+"""A conversation in a terminal: its messages, and the commands between them.
 
-Answers go to ``show``; everything else that is printed (what was attached, counts, errors) goes to
+Answers go to ``show``; everything else that is printed (attachments, counts, errors) goes to
 ``note``, so that a program at the other end of a pipe reads answers only.
 """
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_onevision.api import Model
-from mlx_onevision.cli.terminal import Interrupts, path_of
+from mlx_onevision.cli.terminal import Interrupts, parse_path
 from mlx_onevision.engine.generation import Generation, Stream, Usage
 from mlx_onevision.engine.options import Options
-from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.errors import OneVisionError, RequestError, sentence
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import DecodedImage, load_image
 from mlx_onevision.media.sources import is_url
 
 HELP = """\
-/image PATH   show the model a picture (a file or a URL), with the next message
+/image PATH   show the model an image (a file or a URL), with the next message
 /video PATH   show it a video
-/reset        forget the conversation, its pictures and videos
+/reset        forget the conversation, its images and videos
 /save FILE    write the conversation as JSON
 /help         this
 /exit         end, as Ctrl-D does
@@ -32,7 +32,7 @@ Ctrl-C cancels an answer."""
 
 
 class Conversation:
-    """The turns so far. Each answer reads only what is new: the model keeps the rest.
+    """The messages so far. The prefill of an answer skips what the model has in its prefix cache.
 
     options : settings of every answer, as for :meth:`Model.generate`.
     """
@@ -46,7 +46,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything that was said and attached."""
+        """Forgets all messages and attachments."""
         self.messages: list[dict[str, Any]] = []
         """With the media themselves; :attr:`record` names where they came from."""
         self.record: list[dict[str, Any]] = []
@@ -55,21 +55,23 @@ class Conversation:
         self._cancelled = False
 
     def attach(self, kind: str, source: str) -> str:
-        """Puts a medium, a file or a URL, before the next message, and says what of it the model
-        will see. It is read once: its file may change afterwards. Raises what reading it raises.
+        """Puts an image or a video, a file or a URL, before the next message, and describes what of
+        it the model will see. It is read once. Raises what reading it raises.
         """
-        where = {"url": source} if is_url(source) else {"path": str(Path(source).absolute())}
+        location = {"url": source} if is_url(source) else {"path": str(Path(source).absolute())}
         if kind == "image":
             image = DecodedImage(load_image(source))
-            self._attached.append(({"type": kind, kind: image}, {"type": kind, **where}))
+            self._attached.append(({"type": kind, kind: image}, {"type": kind, **location}))
             return source
         block = {"type": kind, kind: source, **self._frames}
-        (film,) = self._model.prepare([{"role": "user", "content": [block]}]).media
-        number = len(film.tiles)
-        # The number that was taken for want of another is kept, too: a saved conversation has it.
+        (video,) = self._model.prepare([{"role": "user", "content": [block]}]).media
+        number = len(video.tiles)
+        # A default number of frames is kept, too: a saved conversation has it.
         chosen = self._frames if "fps" in self._frames else {**self._frames, "num_frames": number}
-        self._attached.append(({"type": kind, kind: film.tiles}, {"type": kind, **where, **chosen}))
-        times = film.clip.times if film.clip else None
+        self._attached.append(
+            ({"type": kind, kind: video.tiles}, {"type": kind, **location, **chosen})
+        )
+        times = video.clip.times if video.clip else None
         span = f", from {times[0]:.1f} to {times[-1]:.1f} s" if times else ""
         return f"{number} frame{'s' * (number != 1)} of {source}{span}"
 
@@ -82,12 +84,12 @@ class Conversation:
     def say(self, text: str, show: Callable[[str], object]) -> Generation:
         """Sends a message, shows the pieces of the answer as they come, and returns it.
 
-        Where it is cancelled, what had come by then becomes the answer; where nothing had, or where
-        it fails, the conversation is as it was before.
+        Where it is cancelled, the text so far becomes the answer; where there is none, or where it
+        fails, the conversation is as it was before.
         """
-        said = {"type": "text", "text": text}
+        prompt = {"type": "text", "text": text}
         media = [block for block, _ in self._attached]
-        messages = [*self.messages, {"role": "user", "content": [*media, said]}]
+        messages = [*self.messages, {"role": "user", "content": [*media, prompt]}]
         self._cancelled = False
         answer = self._answer = self._model.stream(messages=messages, **self._options)
         if self._cancelled:
@@ -105,7 +107,7 @@ class Conversation:
             reply = {"role": "assistant", "content": [{"type": "text", "text": result.text}]}
             named = [block for _, block in self._attached]
             self.messages = [*messages, reply]
-            self.record += [{"role": "user", "content": [*named, said]}, reply]
+            self.record += [{"role": "user", "content": [*named, prompt]}, reply]
             self._attached = []
         return result
 
@@ -113,8 +115,8 @@ class Conversation:
         """Writes the conversation as JSON; ``generate(messages=...)`` takes it.
 
         Raises:
-            RequestError: for a file that is there, unless it is to be replaced.
-            OSError: where it cannot be written; a file that was there is still whole then.
+            RequestError: for a file that exists, unless it is to be replaced.
+            OSError: where it cannot be written; an older file is still whole then.
         """
         if not replace:
             try:
@@ -138,10 +140,9 @@ class Terminal:
     """Lines in, answers out.
 
     read : the next line; EOFError at the end, KeyboardInterrupt where the line was given up.
-    interactive : whether a person types them, who may press Ctrl-C and go on: it gives up a line
-        that is being typed, or a file that is being read, and cancels an answer.
-    explain : an error as one sentence.
-    verbose : note what each answer took.
+    interactive : whether a person types them: Ctrl-C then gives up a line that is being typed or a
+        file that is being read, or cancels an answer, and the conversation goes on.
+    verbose : note tokens and times of each answer.
     """
 
     def __init__(
@@ -150,23 +151,21 @@ class Terminal:
         read: Callable[[], str],
         show: Callable[[str], object],
         note: Callable[[str], object],
-        explain: Callable[[Exception], str] = str,
         *,
         interactive: bool = True,
         verbose: bool = False,
     ) -> None:
         self._conversation = conversation
         self._read, self._show, self._note = read, show, note
-        self._explain = explain
         self._interactive, self._verbose = interactive, verbose
         self._saved: set[Path] = set()
         self._interrupts = Interrupts()
-        self._commands: dict[str, Callable[[str], None]] = {
+        self._commands: dict[str, Callable[[str], object]] = {
             "/image": lambda argument: self._attach("image", argument),
             "/video": lambda argument: self._attach("video", argument),
             "/reset": self._reset,
             "/save": self._save,
-            "/help": lambda _: self._help(),
+            "/help": lambda _: self._note(HELP),
         }
 
     def run(self) -> int:
@@ -195,7 +194,7 @@ class Terminal:
                 raise  # nobody reads the answers any more
             except (OneVisionError, OSError, MemoryError) as error:
                 failed += 1
-                self._note(f"error: {' '.join(self._explain(error).split())}")
+                self._note(f"error: {' '.join(sentence(error).split())}")
 
     def _take(self, line: str) -> None:
         if not line.strip():
@@ -234,7 +233,7 @@ class Terminal:
     def _attach(self, kind: str, argument: str) -> None:
         if not argument:
             raise RequestError(f"/{kind} needs a file or a URL")
-        source = path_of(argument)
+        source = parse_path(argument)
         with self._interrupts.raising():
             shown = self._conversation.attach(kind, source)
         self._note(f"(the next message shows {shown})")
@@ -246,17 +245,14 @@ class Terminal:
     def _save(self, argument: str) -> None:
         if not argument:
             raise RequestError("/save needs a file")
-        path = Path(path_of(argument)).absolute()
+        path = Path(parse_path(argument)).absolute()
         self._conversation.save(path, replace=path in self._saved)
         self._saved.add(path)
         self._note(f"(saved as {path})")
 
-    def _help(self) -> None:
-        self._note(HELP)
-
 
 def counts(usage: Usage) -> str:
-    """What an answer read, encoded and wrote, on one line."""
+    """Tokens, media and seconds of an answer, on one line."""
     read = usage.prompt_tokens - usage.cached_tokens
     return (
         f"[read {read} of {usage.prompt_tokens} tokens, {usage.cached_tokens} were in the cache; "

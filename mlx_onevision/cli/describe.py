@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, model_option, revision_option
+from mlx_onevision.cli.options import dtype_option, model_option, model_or_demo, revision_option
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.files import save
@@ -28,91 +28,8 @@ if TYPE_CHECKING:
     from mlx_onevision.describe.pipeline import Progress
 
 
-# Which videos a command line names, and where the description of each goes.
-
 SUFFIXES = {form: f".{form}" for form in FORMS} | {"text": ".txt"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A video, the form of its description, and the file for it; None is stdout.
-
-    named : whether that very file was asked for, so that it may be replaced.
-    """
-
-    video: str
-    form: str
-    target: Path | None
-    named: bool = False
-
-
-def jobs_for(videos: Sequence[str], output: str | None, form: str | None) -> list[Job]:
-    """What is to be described, and where it goes.
-
-    Raises:
-        click.UsageError: for arguments that do not fit together.
-    """
-    found = list(dict.fromkeys(name for video in videos for name in _files(video)))
-    if len(videos) == 1 and not Path(videos[0]).is_dir():
-        target = None if output is None else Path(output)
-        if target is None or not (target.is_dir() or str(output).endswith(os.sep)):
-            if target is not None and not target.absolute().parent.is_dir():
-                raise click.UsageError(f"There is no folder {target.parent} for --output")
-            known = {suffix: name for name, suffix in SUFFIXES.items()}
-            suffix = "" if target is None else target.suffix.lower()
-            return [Job(videos[0], form or known.get(suffix, "text"), target, named=True)]
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise click.UsageError(f"--output {folder} is a file; several videos need a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-    form = form or "text"
-    stems = [_place(name, folder).with_suffix("") for name in found]
-    jobs: list[Job] = []
-    for name, stem in zip(found, stems, strict=True):
-        place = _place(name, folder)
-        # a.mp4 and a.mov both have an a.srt; then it is a.mp4.srt and a.mov.srt.
-        base = place.with_suffix("") if stems.count(stem) == 1 else place
-        jobs.append(Job(name, form, base.with_name(base.name + SUFFIXES[form])))
-    return jobs
-
-
-def _files(video: str) -> list[str]:
-    """The video itself, or those right in a folder, by name."""
-    from mlx_onevision.media.sources import VIDEOS
-
-    if not os.path.isdir(video):
-        return [video]
-    found = sorted(
-        os.path.join(video, name)
-        for name in os.listdir(video)
-        if name.lower().endswith(VIDEOS) and not name.startswith(".")
-    )
-    if not found:
-        raise click.UsageError(f"There is no video in the folder {video}")
-    return found
-
-
-def _place(video: str, folder: Path | None) -> Path:
-    """Where the video lies, or would in ``folder``; what is on the network has no place of its
-    own.
-    """
-    if video.startswith(("http://", "https://")):
-        if folder is None:
-            raise click.UsageError(f"{video} has no folder to write to; give --output FOLDER")
-        name = Path(unquote(urlsplit(video).path)).name
-        return folder / (name or "video")
-    return Path(video) if folder is None else folder / Path(video).name
-
-
-def cache_folder() -> Path:
-    """Where records are kept: ``mlx-onevision/descriptions`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return home / "mlx-onevision" / "descriptions"
-
-
-DOING = {"probe": "looking for scenes", "text": "telling"}
+DOING = {"probe": "looking for scenes", "text": "describing"}
 
 
 @click.command(short_help="Say what happens in videos.")
@@ -134,7 +51,7 @@ DOING = {"probe": "looking for scenes", "text": "telling"}
     default="scenes",
     show_default=True,
     metavar="scenes|SECONDS",
-    help="Cut where the film is cut, or into parts of equal length.",
+    help="Cut where a scene ends, or into parts of equal length.",
 )
 @click.option("--frames", type=int, default=8, show_default=True, help="Of each segment.")
 @click.option("--start", type=float, metavar="S", help="Begin S seconds into the video.")
@@ -185,8 +102,8 @@ def describe(
     picture is described, not the sound.
 
     \b
-    mlx-onevision describe film.mp4
-    mlx-onevision describe film.mp4 --output film.srt
+    mlx-onevision describe video.mp4
+    mlx-onevision describe video.mp4 --output video.srt
     mlx-onevision describe holidays/ --format md --output texts/
 
     What is done is kept in the user's cache folder, so that the same command goes on where it was
@@ -198,40 +115,38 @@ def describe(
         "longest": longest or None,
         "num_frames": frames,
     }
-    jobs = jobs_for(videos, output, form)
+    tasks = tasks_for(videos, output, form)
     records = Path(sidecar) if sidecar else cache_folder()
     records.mkdir(parents=True, exist_ok=True)
-    if model is None:
-        click.echo(
-            "No --model: the embedded demo model describes; it knows coloured shapes only.",
-            err=True,
-        )
+    model = model_or_demo(model)
     click.echo(SILENT, err=True)
 
     from mlx_onevision.api import load
 
     failed = 0
-    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
+    loaded = load(model, revision=revision, dtype=dtype)
     try:
-        for job in jobs:
+        for task in tasks:
             try:
-                run(loaded, job, records, force, options)
+                run(loaded, task, records, force, options)
             except (OneVisionError, OSError) as error:
-                if len(jobs) == 1:
+                if len(tasks) == 1:
                     raise
                 failed += 1
-                click.echo(f"error: {_sentence(job.video, error)}", err=True)
+                click.echo(f"error: {_sentence(task.video, error)}", err=True)
     except KeyboardInterrupt:
         click.echo("\nWhat is done is kept; the same command goes on from there.", err=True)
         raise
     finally:
         loaded.close()
     if failed:
-        click.echo(f"{failed} of {len(jobs)} could not be described.", err=True)
+        click.echo(f"{failed} of {len(tasks)} could not be described.", err=True)
         ctx.exit(1)
 
 
-def run(model: Model, job: Job, records: Path, force: bool, options: dict[str, Any]) -> None:
+def run(
+    model: Model, task: DescribeTask, records: Path, force: bool, options: dict[str, Any]
+) -> None:
     """Describes one video, and writes it down.
 
     Raises:
@@ -240,30 +155,109 @@ def run(model: Model, job: Job, records: Path, force: bool, options: dict[str, A
     """
     from mlx_onevision.describe.pipeline import Progress
 
-    there = job.target is not None and not job.named and not force and job.target.exists()
+    there = task.target is not None and not task.named and not force and task.target.exists()
     with (
-        model.stream_description(job.video, sidecar=records, force=force, **options) as stream,
-        _bar(Path(job.video).name) as show,
+        model.stream_description(task.video, sidecar=records, force=force, **options) as stream,
+        _bar(Path(task.video).name) as show,
     ):
         for event in stream:
             if not isinstance(event, Progress):
                 continue
             if there:
                 raise RequestError(
-                    f"{job.target} is there, and is not of a run like this; give --force to "
+                    f"{task.target} is there, and is not of a run like this; give --force to "
                     "replace it, or another --output"
                 )
             show(event)
         described = stream.result()
     for warning in described.warnings:
-        click.echo(f"{job.video}: {warning}", err=True)
-    if job.target is None:
-        click.echo(write(described, job.form), nl=False)
+        click.echo(f"{task.video}: {warning}", err=True)
+    if task.target is None:
+        click.echo(write(described, task.form), nl=False)
     elif there:
-        click.echo(f"{job.video}: done before, in {job.target}", err=True)
+        click.echo(f"{task.video}: done before, in {task.target}", err=True)
     else:
-        save(job.target, write(described, job.form))
-        click.echo(f"{job.video}: written to {job.target}", err=True)
+        save(task.target, write(described, task.form))
+        click.echo(f"{task.video}: written to {task.target}", err=True)
+
+
+@dataclass(frozen=True)
+class DescribeTask:
+    """A video, the form of its description, and the file for it; None is stdout.
+
+    named : whether --output names that file, so that it may be replaced.
+    """
+
+    video: str
+    form: str
+    target: Path | None
+    named: bool = False
+
+
+def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> list[DescribeTask]:
+    """What is to be described, and where it goes.
+
+    Raises:
+        click.UsageError: for arguments that do not fit together.
+    """
+    found = list(dict.fromkeys(name for video in videos for name in _files(video)))
+    if len(videos) == 1 and not Path(videos[0]).is_dir():
+        target = None if output is None else Path(output)
+        if target is None or not (target.is_dir() or str(output).endswith(os.sep)):
+            if target is not None and not target.absolute().parent.is_dir():
+                raise click.UsageError(f"There is no folder {target.parent} for --output")
+            known = {suffix: name for name, suffix in SUFFIXES.items()}
+            suffix = "" if target is None else target.suffix.lower()
+            return [DescribeTask(videos[0], form or known.get(suffix, "text"), target, named=True)]
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise click.UsageError(f"--output {folder} is a file; several videos need a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    form = form or "text"
+    stems = [_place(name, folder).with_suffix("") for name in found]
+    tasks: list[DescribeTask] = []
+    for name, stem in zip(found, stems, strict=True):
+        place = _place(name, folder)
+        # a.mp4 and a.mov both have an a.srt; then it is a.mp4.srt and a.mov.srt.
+        base = place.with_suffix("") if stems.count(stem) == 1 else place
+        tasks.append(DescribeTask(name, form, base.with_name(base.name + SUFFIXES[form])))
+    return tasks
+
+
+def _files(video: str) -> list[str]:
+    """The video itself, or those right in a folder, by name."""
+    from mlx_onevision.media.sources import VIDEOS
+
+    if not os.path.isdir(video):
+        return [video]
+    found = sorted(
+        os.path.join(video, name)
+        for name in os.listdir(video)
+        if name.lower().endswith(VIDEOS) and not name.startswith(".")
+    )
+    if not found:
+        raise click.UsageError(f"There is no video in the folder {video}")
+    return found
+
+
+def _place(video: str, folder: Path | None) -> Path:
+    """Where the video lies, or would in ``folder``; what is on the network has no place of its
+    own.
+    """
+    if video.startswith(("http://", "https://")):
+        if folder is None:
+            raise click.UsageError(f"{video} has no folder to write to; give --output FOLDER")
+        name = Path(unquote(urlsplit(video).path)).name
+        return folder / (name or "video")
+    return Path(video) if folder is None else folder / Path(video).name
+
+
+def cache_folder() -> Path:
+    """Where records are kept: ``mlx-onevision/descriptions`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return home / "mlx-onevision" / "descriptions"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """``mlx-onevision embed``: files in, vectors out.
 
 A file that cannot be embedded is reported on stderr and left out, and the exit code is 1 in the
-end: a folder of ten thousand pictures is not lost to one broken download.
+end: a folder of ten thousand images is not lost to one broken download.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, model_option, revision_option
+from mlx_onevision.cli.options import (
+    dtype_option,
+    model_option,
+    model_or_demo,
+    revision_option,
+    video_options,
+)
 from mlx_onevision.errors import OneVisionError
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
     from mlx_onevision.embed.embeddings import Embeddings
 
-BATCH = 100  # items between two looks at what has come
+BATCH = 100  # items whose vectors are held until they are printed or joined
 
 
-@click.command(short_help="Turn pictures, videos or texts into vectors.")
+@click.command(short_help="Turn images, videos or texts into vectors.")
 @click.argument("files", nargs=-1, metavar="FILE...")
 @model_option
 @click.option(
@@ -32,7 +38,7 @@ BATCH = 100  # items between two looks at what has come
     type=click.Choice(["vision", "joint"]),
     default="vision",
     show_default=True,
-    help="vision: pictures that look alike. joint: text and pictures together; experimental.",
+    help="vision: images that look alike. joint: text and images together; experimental.",
 )
 @click.option(
     "--text", "texts", multiple=True, metavar="TEXT", help="A text to embed, after the files."
@@ -45,12 +51,9 @@ BATCH = 100  # items between two looks at what has come
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
     show_default=True,
-    help="How the joint space sees pictures; never is a tenth of the work for a large one.",
+    help="How the joint space sees images; never is a tenth of the work for a large one.",
 )
-@click.option("--frames", "num_frames", type=int, metavar="N", help="N frames of each video.")
-@click.option("--fps", type=float, metavar="F", help="F frames of each second of a video instead.")
-@click.option("--start", type=float, metavar="S", help="Begin S seconds into each video.")
-@click.option("--end", type=float, metavar="S", help="End S seconds into each video.")
+@video_options
 @revision_option
 @dtype_option
 @click.pass_context
@@ -63,15 +66,11 @@ def embed(
     output: str | None,
     jsonl: bool,
     no_normalize: bool,
-    tiling: str,
-    num_frames: int | None,
-    fps: float | None,
-    start: float | None,
-    end: float | None,
     revision: str | None,
     dtype: str | None,
+    **options: Any,
 ) -> None:
-    """Turn pictures, videos or texts into vectors: one for each.
+    """Turn images, videos or texts into vectors: one for each.
 
     What cannot be embedded is reported and left out; the exit code is 1 then.
 
@@ -88,26 +87,15 @@ def embed(
         raise click.UsageError("--text needs --space joint; the vision space knows no text")
     if output and not Path(output).absolute().parent.is_dir():
         raise click.UsageError(f"There is no folder {Path(output).parent} for --output")
-    if model is None:
-        click.echo(
-            "No --model: the embedded demo model embeds; it knows coloured shapes only.", err=True
-        )
+    model = model_or_demo(model)
 
     from mlx_onevision.api import load
     from mlx_onevision.embed.embeddings import Embeddings
 
     items = [*files, *({"type": "text", "text": text} for text in texts)]
+    options |= {"space": space, "normalize": not no_normalize}
     failed: list[str] = []
-    loaded = load("demo" if model is None else model, revision=revision, dtype=dtype)
-    options = {
-        "space": space,
-        "normalize": not no_normalize,
-        "tiling": tiling,
-        "num_frames": num_frames,
-        "fps": fps,
-        "start": start,
-        "end": end,
-    }
+    loaded = load(model, revision=revision, dtype=dtype)
     parts = []
     try:
         for part in in_batches(loaded, items, options, failed):

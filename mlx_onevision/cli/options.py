@@ -1,15 +1,15 @@
-"""The options that say which model is meant; every command has the same."""
+"""The options that several commands share, and what they mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:
-    pass
+Command = TypeVar("Command", bound=Callable[..., Any])
 
+DEBUG = "mlx_onevision.debug"
 
 model_option = click.option(
     "--model",
@@ -24,23 +24,51 @@ dtype_option = click.option(
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Compute in this type. Default: the checkpoint's.",
 )
+system_option = click.option("--system", metavar="TEXT", help="The system message.")
+temperature_option = click.option(
+    "--temperature", type=float, help="0 is greedy. Default: the model's own."
+)
+top_p_option = click.option(
+    "--top-p", type=float, help="Sample from the likeliest tokens of this total mass."
+)
+seed_option = click.option("--seed", type=int, help="Makes sampling repeatable.")
 
 
-DEBUG = "mlx_onevision.debug"
+def video_options(command: Command) -> Command:
+    """Give a command the options that say which frames of a video are shown."""
+    options = (
+        ("--frames", "num_frames", int, "N", "N frames of a video, evenly spread. Default: 32."),
+        ("--fps", "fps", float, "F", "F frames of each second of a video instead."),
+        ("--start", "start", float, "S", "Begin S seconds into a video."),
+        ("--end", "end", float, "S", "End S seconds into a video."),
+    )
+    for flag, name, kind, metavar, text in reversed(options):
+        command = click.option(flag, name, type=kind, metavar=metavar, help=text)(command)
+    return command
 
 
-def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.meta[DEBUG] = value
-
-
-def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
+def debug_option(command: Command) -> Command:
     """Give a command ``--debug``, which the group reads when the command has failed."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta[DEBUG] = value
+
     option = click.option(
         "--debug",
         is_flag=True,
         is_eager=True,
         expose_value=False,
-        callback=_remember_debug,
+        callback=remember,
         help="Show the traceback of an error.",
     )
     return option(command)
+
+
+def model_or_demo(model: str | None) -> str:
+    """The model that ``--model`` names, or the demo model, with a notice on stderr."""
+    if model is not None:
+        return model
+    click.echo(
+        "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
+    )
+    return "demo"

@@ -1,8 +1,7 @@
-"""Lines that a person types, or that come from a pipe, and the ones typed before.
+"""Input of a terminal or a pipe: lines, their history, paths in them, and Ctrl-C.
 
-The lines of a person are kept from one conversation to the next, as shells keep theirs: in
-``~/.local/state/mlx-onevision/history`` (or under ``$XDG_STATE_HOME``), for nobody else to read.
-``MLX_ONEVISION_HISTORY`` names another file; empty, it keeps none.
+The history is kept in ``~/.local/state/mlx-onevision/history`` (or under ``$XDG_STATE_HOME``),
+readable by its owner only. ``MLX_ONEVISION_HISTORY`` names another file; empty, none is kept.
 """
 
 import os
@@ -18,74 +17,26 @@ from pathlib import Path
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.sources import is_url
 
-# Ctrl-C in a program that goes on afterwards.
-#
-# Python raises KeyboardInterrupt wherever it happens to be, and so a key pressed twice ends a
-# program that had just caught the first. Here Ctrl-C does what is said for the moment, once, and
-# where nothing is said, nothing.
-
-
-class Interrupts:
-    """What Ctrl-C does now. Without :meth:`handled` it is as Python has it."""
-
-    def __init__(self) -> None:
-        self._action: Callable[[], object] | None = None
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Ctrl-C is left to this object meanwhile; only the main thread may say so."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._pressed)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    @contextmanager
-    def calling(self, action: Callable[[], object]) -> Iterator[None]:
-        """Ctrl-C calls ``action`` meanwhile, at most once."""
-        self._action = action
-        try:
-            yield
-        finally:
-            self._action = None
-
-    def raising(self) -> AbstractContextManager[None]:
-        """Ctrl-C raises KeyboardInterrupt meanwhile, at most once."""
-        return self.calling(_raise)
-
-    def _pressed(self, *_: object) -> None:
-        action, self._action = self._action, None
-        if action is not None:
-            action()
-
-
-def _raise() -> None:
-    raise KeyboardInterrupt
-
-
 HISTORY = "MLX_ONEVISION_HISTORY"
-MOST_LINES = 1000
+MAX_LINES = 1000
 
 
 class History:
-    """The lines typed before, the last of them last. A file that cannot be kept is not kept."""
+    """The lines typed before, the last one last. Errors of its file are ignored."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def lines(self) -> list[str]:
-        """The last lines of the file, which is cut to so many when it has twice that."""
+        """The last ``MAX_LINES`` of the file, which is cut to these when it has twice as many."""
         if self._path is None:
             return []
         try:
             found = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         except OSError:
             return []
-        kept = found[-MOST_LINES:]
-        if len(found) >= 2 * MOST_LINES:
+        kept = found[-MAX_LINES:]
+        if len(found) >= 2 * MAX_LINES:
             shorter = self._path.with_name(f"{self._path.name}.{os.getpid()}")
             with suppress(OSError):
                 _append(shorter, "".join(f"{line}\n" for line in kept))
@@ -101,7 +52,7 @@ class History:
 
 
 def history_path() -> Path | None:
-    """Where the lines are kept; None for nowhere."""
+    """The history's file; None for none."""
     named = os.environ.get(HISTORY)
     if named is not None:
         return Path(expanduser(named)) if named else None
@@ -110,8 +61,8 @@ def history_path() -> Path | None:
 
 
 def line_reader() -> tuple[Callable[[], str], bool]:
-    """What reads the lines, and whether a person types them: then with a prompt, and with editing
-    and history where Python has readline.
+    """A function that reads the next line, and whether stdin is a terminal: then with a prompt, and
+    with editing and history where Python has readline.
     """
     if not sys.stdin.isatty():
         return _piped_line, False
@@ -158,14 +109,61 @@ def _typed_line() -> str:
         raise RequestError("the line is not text in the terminal's encoding") from None
 
 
-def path_of(argument: str) -> str:
-    """What a person means by the rest of a line: a path as it is, or as a shell or a dropped file
-    writes it, with quotes or backslashes.
+def parse_path(argument: str) -> str:
+    """The URL or path that the rest of a line means: a path as it is, or as a shell or a dropped
+    file writes it, with quotes or backslashes.
     """
-    if is_url(argument) or Path(expanduser(argument)).exists():
-        return argument if is_url(argument) else expanduser(argument)
+    if is_url(argument):
+        return argument
+    if Path(expanduser(argument)).exists():
+        return expanduser(argument)
     try:
         words = shlex.split(argument)
     except ValueError:  # an apostrophe in a name
         words = []
     return expanduser(words[0] if len(words) == 1 else argument)
+
+
+class Interrupts:
+    """What Ctrl-C does at the moment, once; nothing where no action is set.
+
+    Python raises KeyboardInterrupt wherever it happens to be, so that a second key press ends a
+    program that has just caught the first. Without :meth:`handled` that is left as it is.
+    """
+
+    def __init__(self) -> None:
+        self._action: Callable[[], object] | None = None
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Ctrl-C is handled by this object meanwhile; without effect outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._pressed)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def calling(self, action: Callable[[], object]) -> Iterator[None]:
+        """Ctrl-C calls ``action`` meanwhile, at most once."""
+        self._action = action
+        try:
+            yield
+        finally:
+            self._action = None
+
+    def raising(self) -> AbstractContextManager[None]:
+        """Ctrl-C raises KeyboardInterrupt meanwhile, at most once."""
+        return self.calling(_raise)
+
+    def _pressed(self, *_: object) -> None:
+        action, self._action = self._action, None
+        if action is not None:
+            action()
+
+
+def _raise() -> None:
+    raise KeyboardInterrupt

@@ -1,15 +1,14 @@
-"""Vectors of pictures, videos and texts; see :class:`~mlx_onevision.embed.embeddings.Embeddings`.
+"""Vectors of images, videos and texts; see :class:`~mlx_onevision.embed.embeddings.Embeddings`.
 
-``vision``: the mean over the patches of the tower's features, of the base view (the whole picture
-squeezed into one tile); of a video, the mean over its frames. How many frames are taken is part of
-how a vector was made; which part of a video is shown is part of what it is of.
+``vision``: the mean over the patches of the tower's features, of the base view (the whole image
+squeezed into one tile); of a video, the mean over its frames. The number of frames is part of the
+method; which part of a video is shown is part of the item.
 
-``joint``: the hidden state from which the model would say its first word, asked as E5-V (arXiv
-2407.12580) asks: "Summary above image in one word:". Checkpoints that were trained to embed have
-prompts of their own, but none that is known here names them in its files (LLaVE's stand on its
-model card), so every checkpoint is asked in the same way.
+``joint``: the last hidden state of a prompt of E5-V (arXiv 2407.12580): "Summary above image in one
+word:". Checkpoints that were trained to embed have prompts of their own, but none that is known
+here names them in its files (LLaVE's stand on its model card), so all get the same prompts.
 
-Pictures are read and tiled on a few threads, while the device works on the ones before them.
+Images are read and tiled on a few threads, while the device works on the ones before them.
 """
 
 import os
@@ -39,7 +38,7 @@ from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Medium, Processor, Tiling
 
 Item: TypeAlias = "ImageSource | Mapping[str, Any] | Medium | Sequence[Any]"
-"""A picture or a video as everywhere; a typed block of a conversation; or several in a list."""
+"""An image or a video as everywhere; a typed block of a conversation; or several in a list."""
 Vector: TypeAlias = NDArray[np.float32]
 
 PROMPT = "Summary above {} in one word:"
@@ -47,12 +46,13 @@ NOUNS = {"text": "sentence", "image": "image", "video": "video"}
 
 GROUP = 10  # items prepared and encoded together: as many tiles as fill the tower
 THREADS = 4
-POLL_SECONDS = 0.1  # how often a cancellation is looked for while others have the device
+LONGEST_NAME = 4096  # characters
+POLL_SECONDS = 0.1  # between two checks for a cancellation while other requests run
 PART = ("start", "end")  # which part of a video an item is; a video block may say it
 
 
 @dataclass(frozen=True)
-class Prepared:
+class _Prepared:
     """One item, ready for the model: its tiles for ``vision``, its prompt for ``joint``."""
 
     number: int
@@ -64,11 +64,15 @@ class Prepared:
     inputs: Inputs | None = None
 
 
+_Outcome: TypeAlias = tuple[int, str, Vector | OneVisionError]
+"""Number and name of an item, and its vector or why there is none."""
+
+
 class Embedder:
-    """What turns items into vectors of one space.
+    """Turns items into vectors of one space.
 
     space, normalize, tiling, frames, check : see :meth:`mlx_onevision.api.Model.embed`.
-    model, revision : what :func:`~mlx_onevision.checkpoint.hub.identify` says.
+    model, revision : as :func:`~mlx_onevision.checkpoint.hub.identify` returns them.
     """
 
     def __init__(
@@ -134,14 +138,15 @@ class Embedder:
         done = 0
         for group in self._vectors(items, cache):
             for number, name, found in group:
-                vector = self._finished(number, found)
-                if isinstance(vector, OneVisionError):
+                try:
+                    if isinstance(found, OneVisionError):
+                        raise found
+                    vectors.append(self._normalized(number, found))
+                    names.append(name)
+                except OneVisionError as error:
                     if on_error is None:
-                        raise vector
-                    on_error(number - 1, vector)
-                    continue
-                names.append(name)
-                vectors.append(vector)
+                        raise
+                    on_error(number - 1, error)
             done += len(group)
             if progress is not None:
                 progress(done, len(items))
@@ -152,42 +157,47 @@ class Embedder:
 
     def _vectors(
         self, items: Sequence[Item], cache: MutableMapping[str, Vector] | None
-    ) -> Iterator[list[tuple[int, str, Vector | OneVisionError]]]:
-        """Groups of number, name, and the vector or why there is none."""
+    ) -> Iterator[list[_Outcome]]:
+        """Groups of outcomes; the next group is prepared while the device works on one."""
         numbered = list(enumerate(items, 1))
-        waiting: Callable[[], list[tuple[int, str, Vector | OneVisionError]]] | None = None
+        finish: Callable[[], list[_Outcome]] | None = None
         with ThreadPoolExecutor(THREADS, "mlx-onevision-tiles") as pool:
             for start in range(0, len(items), GROUP):
                 prepared = list(pool.map(self._prepared, numbered[start : start + GROUP]))
                 started = self._start(prepared, cache)
-                if waiting is not None:
-                    yield waiting()
-                waiting = started
-            if waiting is not None:
-                yield waiting()
+                if finish is not None:
+                    yield finish()
+                finish = started
+            if finish is not None:
+                yield finish()
 
     def _start(
         self,
-        prepared: Sequence[Prepared | tuple[int, str, OneVisionError]],
+        prepared: Sequence[_Prepared | _Outcome],
         cache: MutableMapping[str, Vector] | None,
-    ) -> Callable[[], list[tuple[int, str, Vector | OneVisionError]]]:
+    ) -> Callable[[], list[_Outcome]]:
         """Sends a group to the model; the function that is returned waits for it."""
-        good = [entry for entry in prepared if isinstance(entry, Prepared)]
+        good = [entry for entry in prepared if isinstance(entry, _Prepared)]
         known: dict[str, Vector] = {}
         if cache is not None:
             known = {entry.key: cache[entry.key] for entry in good if entry.key in cache}
-        missing = list({e.key: e for e in good if e.key not in known}.values())
-        future = self._submit(missing) if missing else None
+        missing = {entry.key: entry for entry in good if entry.key not in known}
+        # Images and videos may be normalised differently; one call of the tower does it in one way.
+        batches: dict[bytes, list[_Prepared]] = {}
+        for entry in missing.values():
+            table = b"" if entry.medium is None else entry.medium.normalization.tobytes()
+            batches.setdefault(table, []).append(entry)
+        futures = [(entries, self._submit(entries)) for entries in batches.values()]
 
-        def finish() -> list[tuple[int, str, Vector | OneVisionError]]:
-            if future is not None:
-                found = self._pooled(missing, self._awaited(future))
-                known.update(zip((entry.key for entry in missing), found, strict=True))
-                if cache is not None:
-                    cache.update((entry.key, known[entry.key]) for entry in missing)
+        def finish() -> list[_Outcome]:
+            for entries, future in futures:
+                pooled = _pooled(entries, self._awaited(future))
+                known.update(zip((entry.key for entry in entries), pooled, strict=True))
+            if cache is not None:
+                cache.update((key, known[key]) for key in missing)
             return [
                 (entry.number, entry.name, known[entry.key])
-                if isinstance(entry, Prepared)
+                if isinstance(entry, _Prepared)
                 else entry
                 for entry in prepared
             ]
@@ -206,7 +216,7 @@ class Embedder:
                 future.cancel()  # nothing, once it has begun: then it notices by itself
                 raise
 
-    def _submit(self, entries: Sequence[Prepared]) -> "Future[Vector]":
+    def _submit(self, entries: Sequence[_Prepared]) -> "Future[Vector]":
         if self._empty.space == "joint":
             prompts = [entry.inputs for entry in entries if entry.inputs is not None]
             return self._engine.embed_prompts(prompts, self._check)
@@ -214,40 +224,28 @@ class Embedder:
         tiles = np.concatenate([_views(medium) for medium in media])
         return self._engine.embed_tiles(tiles, media[0].normalization, self._check)
 
-    def _pooled(self, entries: Sequence[Prepared], rows: Vector) -> list[Vector]:
-        """One vector an item; of a video's frames, the mean."""
-        counts = [1 if e.medium is None else len(_views(e.medium)) for e in entries]
-        ends = np.cumsum(counts)
-        return [
-            rows[end - count] if count == 1 else rows[end - count : end].mean(axis=0)
-            for count, end in zip(counts, ends, strict=True)
-        ]
-
-    def _finished(self, number: int, vector: Vector | OneVisionError) -> Vector | OneVisionError:
-        if isinstance(vector, OneVisionError):
-            return vector
+    def _normalized(self, number: int, vector: Vector) -> Vector:
         length = np.linalg.norm(vector)
         if not np.isfinite(length) or length == 0:
-            return OneVisionError(
+            raise OneVisionError(
                 f"item {number}: the model's features are not finite; load it with dtype float32"
             )
         return np.float32(1) / length * vector if self._empty.normalized else vector
 
-    # One item, on a thread of the pool.
-
-    def _prepared(self, numbered: tuple[int, Item]) -> Prepared | tuple[int, str, OneVisionError]:
+    def _prepared(self, numbered: tuple[int, Item]) -> _Prepared | _Outcome:
+        """One item, on a thread of the pool."""
         number, item = numbered
         name = f"item {number}"
         self._check()
         try:
             if self._empty.space == "vision":
                 name, medium = self._medium(item, name)
-                return Prepared(number, name, self._key(medium.key), medium=medium)
+                return _Prepared(number, name, self._key(medium.key), medium=medium)
             blocks = self._blocks(item)
-            name = item_name(blocks, name)
+            name = _name(blocks, name)
             inputs = self._prompt(blocks)
             key = self._key(inputs.input_ids.tobytes().hex(), *(m.key for m in inputs.media))
-            return Prepared(number, name, key, inputs=inputs)
+            return _Prepared(number, name, key, inputs=inputs)
         except CancelledError:
             raise
         except OneVisionError as error:
@@ -270,13 +268,13 @@ class Embedder:
                 raise RequestError("this medium is a padded image, which has no base view")
             return name, item
         blocks = self._blocks(item)
-        name = item_name(blocks, name)
+        name = _name(blocks, name)
         kinds = [block["type"] for block in blocks]
         if "text" in kinds:
             raise RequestError("the vision space has no place for text; take space='joint'")
         if len(kinds) != 1:
             raise RequestError(
-                f"the vision space takes one picture or video an item, not {len(kinds)}; "
+                f"the vision space takes one image or video an item, not {len(kinds)}; "
                 "take space='joint' for several"
             )
         if kinds == ["video"]:
@@ -324,44 +322,52 @@ class Embedder:
         return digest.hexdigest()
 
 
+def _pooled(entries: Sequence[_Prepared], rows: Vector) -> list[Vector]:
+    """One vector an item; of a video's frames, the mean."""
+    counts = [1 if e.medium is None else len(_views(e.medium)) for e in entries]
+    ends = np.cumsum(counts)
+    return [
+        rows[end - count] if count == 1 else rows[end - count : end].mean(axis=0)
+        for count, end in zip(counts, ends, strict=True)
+    ]
+
+
 def _views(medium: Medium) -> NDArray[np.uint8]:
     """The tiles that a medium's vector is the mean of: every frame, or the base view."""
     return medium.tiles if medium.kind == "video" else medium.tiles[:1]
 
 
 def described(quantization: Any) -> str | None:
-    """How a checkpoint is packed, in words; what differs from the rest is counted in."""
+    """How a checkpoint is quantized, in words; modules that differ from the rest included."""
     if quantization is None:
         return None
-    ways = {quantization.default, *quantization.modules.values()} - {None}
+    specs = {quantization.default, *quantization.modules.values()} - {None}
     return ", ".join(
-        sorted(f"{way.bits} bits in groups of {way.group_size} ({way.mode})" for way in ways)
+        sorted(f"{spec.bits} bits in groups of {spec.group_size} ({spec.mode})" for spec in specs)
     )
 
 
-LONGEST_NAME = 4096
-
-
 def item_blocks(item: object) -> list[dict[str, Any]]:
-    """An item as a message's content, in its one form."""
+    """An item as the normalised content of a message."""
     parts = item if isinstance(item, list | tuple) else [item]
-    content = [part if isinstance(part, Mapping) else _block(part) for part in parts]
+    content: list[Mapping[str, Any]] = []
+    for part in parts:
+        kind = "video" if is_video(part) else "image"
+        content.append(part if isinstance(part, Mapping) else {"type": kind, kind: part})
     if not content:
         raise RequestError("it is an empty list")
     return normalise_messages(messages=[{"role": "user", "content": content}])[0]["content"]
 
 
-def _block(source: object) -> dict[str, Any]:
-    kind = "video" if is_video(source) else "image"
-    return {"type": kind, kind: source}
-
-
-def item_name(blocks: Sequence[Mapping[str, Any]], otherwise: str) -> str:
-    """Paths, addresses and texts as they were given; other things have no name."""
-    given = [block[block["type"]] for block in blocks]
-    if any(not isinstance(value, str | os.PathLike) for value in given):
-        return otherwise
-    names = [str(os.fspath(value)) for value in given]
-    if any(len(name) > LONGEST_NAME or name.startswith("data:") for name in names):
-        return otherwise
+def _name(blocks: Sequence[Mapping[str, Any]], otherwise: str) -> str:
+    """Paths, URLs and texts as they were given; other things have no name."""
+    names: list[str] = []
+    for block in blocks:
+        value = block[block["type"]]
+        if not isinstance(value, str | os.PathLike):
+            return otherwise
+        name = str(os.fspath(value))
+        if len(name) > LONGEST_NAME or name.startswith("data:"):
+            return otherwise
+        names.append(name)
     return " + ".join(names)

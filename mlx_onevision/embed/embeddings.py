@@ -1,4 +1,4 @@
-"""Embeddings as they are kept: vectors, and what has to be known before two of them are compared.
+"""Embeddings: vectors, and their provenance, without which two of them cannot be compared.
 
 numpy only, so that saved ones can be read where there is no MLX.
 """
@@ -22,7 +22,7 @@ NOTES: dict[Space, str] = {
     "vision": (
         "Images and videos only: the tower of LLaVA-OneVision was trained away from SigLIP's "
         "contrastive space, so these cannot be compared with any text. For duplicates and for "
-        "pictures that look alike; valid within one checkpoint."
+        "images that look alike; valid within one checkpoint."
     ),
     "joint": (
         "Experimental: hidden states of a model that was not trained for retrieval, under the "
@@ -35,8 +35,7 @@ NOTES: dict[Space, str] = {
 class Embeddings:
     """Vectors of one space, and where they come from.
 
-    Those of another space, model, quantization or method are numbers of another meaning: to join
-    or compare them is refused.
+    Those of another space, model, quantization or method cannot be joined or compared.
     """
 
     vectors: NDArray[np.float32]
@@ -47,7 +46,7 @@ class Embeddings:
     revision: str
     """The repository's commit, or a hash of the folder's weights."""
     quantization: str | None
-    """How the checkpoint's weights are packed; None where they are not."""
+    """How the checkpoint's weights are quantized; None where they are not."""
     method: str
     """What was pooled, in words; part of what makes vectors comparable."""
     normalized: bool
@@ -61,7 +60,7 @@ class Embeddings:
 
     @property
     def experimental(self) -> bool:
-        """Whether the space was never trained for what it is used for."""
+        """Whether the model was not trained for this space."""
         return self.space == "joint"
 
     @property
@@ -71,7 +70,7 @@ class Embeddings:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """All that is to be kept with a vector, as plain values."""
+        """All fields that belong to every vector, as plain values."""
         kept = ("space", "dim", "normalized", "model", "revision", "quantization", "method")
         return {name: getattr(self, name) for name in kept}
 
@@ -88,15 +87,15 @@ class Embeddings:
         return _unit(self.vectors) @ _unit(other.vectors).T
 
     def require_comparable(self, other: "Embeddings") -> None:
-        """Raises RequestError where numbers of the two mean different things."""
-        for name, other_way in _MUST_AGREE.items():
+        """Raises RequestError where the two are not of one space, model and method."""
+        for name, hint in _MUST_AGREE.items():
             one, two = getattr(self, name), getattr(other, name)
             if one != two:
                 if name == "revision":
                     one, two = (f"{e.model} at {e.revision[:12]}" for e in (self, other))
                 raise RequestError(
                     f"these embeddings have different {name} ({one} and {two}) and cannot be "
-                    f"compared; {other_way}"
+                    f"compared; {hint}"
                 )
 
     @staticmethod
@@ -120,17 +119,13 @@ class Embeddings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            **self.provenance,
-            "names": list(self.names),
-            "vectors": self.vectors.tolist(),
-        }
+        return self.provenance | {"names": list(self.names), "vectors": self.vectors.tolist()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an npz file: ``vectors``, ``names`` and ``provenance`` (JSON text).
 
         Raises:
-            OSError: where it cannot be written; a file that was there is still whole then.
+            OSError: where it cannot be written; an older file is still whole then.
         """
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
@@ -171,7 +166,7 @@ class Embeddings:
         return loaded
 
 
-# What must agree, the most telling first, and the way out.
+# What must agree, the most specific reason first, and what to do instead.
 _MUST_AGREE = {
     "space": "embed both in one space",
     "revision": "embed both with one model",

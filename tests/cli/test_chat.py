@@ -16,17 +16,27 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import write
+from click.testing import CliRunner, Result
 from films import counting, written
 from PIL import Image
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.cli.conversation import HELP, Conversation, Terminal
+from mlx_onevision.cli.main import cli
 from mlx_onevision.engine.generation import Generation
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import MediaError, RequestError
 
 COMMAND = (sys.executable, "-m", "mlx_onevision", "chat")
 LONG = "one two three four five six seven eight nine ten " * 4
+
+
+@pytest.fixture(autouse=True)
+def default_handler() -> Iterator[None]:
+    """Ctrl-C as in the foreground: tests in the background are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -332,10 +342,8 @@ def test_a_reader_that_leaves_ends_it(model: Model) -> None:
 # The command.
 
 
-def run(*arguments: str | Path, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, timeout=120
-    )
+def run(*arguments: str | Path, stdin: bytes) -> Result:
+    return CliRunner().invoke(cli, ["chat", *map(str, arguments)], input=stdin)
 
 
 def test_lines_from_a_pipe(folder: Path, model: Model, pictures: tuple[Path, Path]) -> None:
@@ -343,17 +351,22 @@ def test_lines_from_a_pipe(folder: Path, model: Model, pictures: tuple[Path, Pat
     done = run(*common, stdin=b"what is it\ncaf\xe9\n/reset\nhello")
     first = model.generate("what is it", images=[pictures[0]], max_tokens=5).text
     second = model.generate("hello", max_tokens=5).text
-    assert done.stdout.decode() == f"{first}\n{second}\n"
-    assert done.returncode == 1 and b"error: a line is not UTF-8" in done.stderr
-    assert run("--model", folder, stdin=b"").returncode == 0
+    assert done.stdout == f"{first}\n{second}\n"
+    assert done.exit_code == 1 and "error: a line is not UTF-8" in done.stderr
+    assert run("--model", folder, stdin=b"").exit_code == 0
     missing = run("--model", folder, "--image", "no.png", stdin=b"hello")
-    assert missing.returncode == 1 and missing.stdout == b""
-    assert missing.stderr.startswith(b"error: ") and missing.stderr.count(b"\n") == 1
+    assert missing.exit_code == 1 and missing.stdout == ""
+    assert missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
 
 
 # A program that gives its arguments, a command, a terminal of their own. Not done here: a process
 # with threads should not fork.
 ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+def default_sigint() -> None:
+    """A process that is started in the background ignores Ctrl-C, and hands that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Screen:
@@ -365,6 +378,7 @@ class Screen:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "TERM": "dumb", "MLX_ONEVISION_HISTORY": str(history)},
+            preexec_fn=default_sigint,
             bufsize=0,
         )
         self.text = ""

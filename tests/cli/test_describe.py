@@ -78,7 +78,7 @@ def test_one_video_goes_to_stdout_and_nothing_else_does(
         assert (done.exit_code, done.stderr) == (0, SILENT)
         assert done.stdout_bytes.decode() == to_text(expected, form)
     assert run(folder, clip).stdout == to_text(expected, "text")
-    assert len(list(home.iterdir())) == 1  # told once
+    assert len(list(home.iterdir())) == 1  # described once
     assert sorted({*clip.parent.iterdir()} - {clip.parent / "cache"}) == before
 
 
@@ -179,7 +179,12 @@ def test_ctrl_c_keeps_what_is_done(folder: Path, model: Model, clip: Path, home:
     arguments = ("--segments", "0.1", "--frames", "2", "--max-tokens", "4", "--format", "json")
     command = [sys.executable, "-m", "mlx_onevision", "describe", "--model", str(folder)]
     process = subprocess.Popen(
-        [*command, *arguments, str(clip)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *arguments, str(clip)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A process that is started in the background ignores Ctrl-C, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
@@ -191,8 +196,8 @@ def test_ctrl_c_keeps_what_is_done(folder: Path, model: Model, clip: Path, home:
     assert (process.returncode, out) == (130, ""), err
     assert "What is done is kept" in err and "Traceback" not in err
     (record,) = home.iterdir()
-    told = record.read_bytes().count(b'"type": "segment"')
-    assert 3 <= told < 30
+    described = record.read_bytes().count(b'"type": "segment"')
+    assert 3 <= described < 30
     done = CliRunner().invoke(cli, [*command[3:], *arguments, str(clip)])
     assert len(json.loads(done.stdout)["segments"]) == 30
     assert record.read_bytes().count(b'"type": "segment"') == 30

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_onevision.cli import terminal as lines
-from mlx_onevision.cli.terminal import HISTORY, MOST_LINES, History, history_path, path_of
+from mlx_onevision.cli.terminal import HISTORY, MAX_LINES, History, history_path, parse_path
 
 
 def test_paths_are_read_as_people_write_them(
@@ -15,12 +15,12 @@ def test_paths_are_read_as_people_write_them(
     other = str(tmp_path / "the other's.png")  # with a space and an apostrophe
     Path(other).touch()
     dropped = other.replace(" ", "\\ ").replace("'", "\\'")
-    assert path_of(other) == path_of(dropped) == path_of(f'"{other}"') == other
+    assert parse_path(other) == parse_path(dropped) == parse_path(f'"{other}"') == other
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a b.png").touch()
-    assert path_of("~/a b.png") == path_of("~/a\\ b.png") == str(tmp_path / "a b.png")
-    assert path_of("https://example.com/a b.png") == "https://example.com/a b.png"
-    assert path_of("it's nowhere.png") == "it's nowhere.png"
+    assert parse_path("~/a b.png") == parse_path("~/a\\ b.png") == str(tmp_path / "a b.png")
+    assert parse_path("https://example.com/a b.png") == "https://example.com/a b.png"
+    assert parse_path("it's nowhere.png") == "it's nowhere.png"
 
 
 def test_the_reader_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +52,8 @@ def test_lines_are_kept_for_their_owner_only(tmp_path: Path) -> None:
 
 def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
     path = tmp_path / "history"
-    path.write_text("".join(f"{n}\n" for n in range(2 * MOST_LINES)) + "not whole")
-    expected = [str(n) for n in range(MOST_LINES, 2 * MOST_LINES)]
+    path.write_text("".join(f"{n}\n" for n in range(2 * MAX_LINES)) + "not whole")
+    expected = [str(n) for n in range(MAX_LINES, 2 * MAX_LINES)]
     assert History(path).lines() == expected
     assert path.read_text().split() == expected
     assert [file.name for file in tmp_path.iterdir()] == ["history"]

@@ -212,6 +212,24 @@ def test_tiling_is_the_joint_spaces_own(model: Model) -> None:
         whole.similarity(single)
 
 
+def test_each_medium_is_normalised_by_its_own_settings(tmp_path: Path) -> None:
+    """Images and videos that are encoded together, where these have another mean and deviation."""
+    folder = write(tmp_path / "own", tied=False)
+    config = folder / "video_preprocessor_config.json"
+    values = json.loads(config.read_text())
+    settings = {"image_mean": [0.1, 0.3, 0.7], "image_std": [0.2, 0.9, 0.4]}
+    config.write_text(json.dumps({**values, **settings}))
+    model = load(folder)
+    image, video = picture(0), np.stack([numbered(n) for n in range(4)])
+    solo = model.embed([video]), model.embed([image])
+    together = model.embed([image, video, image, video])
+    back = model.embed([video, image])
+    model.close()
+    for mixed, alone in ((1, 0), (3, 0), (0, 1), (2, 1)):
+        np.testing.assert_allclose(together.vectors[mixed], solo[alone].vectors[0], atol=2e-6)
+    np.testing.assert_allclose(back.vectors, [one.vectors[0] for one in solo], atol=2e-6)
+
+
 @pytest.mark.parametrize("space", ["vision", "joint"])
 def test_a_batch_is_its_rows(model: Model, space: str) -> None:
     items: list[Any] = [picture(n, 40 + 9 * n, 60) for n in range(2 * GROUP + 3)]
@@ -406,7 +424,7 @@ def test_errors_name_the_item(model: Model, tmp_path: Path) -> None:
     ("items", "space", "said"),
     [
         ([text("a star")], "vision", "no place for text"),
-        ([[picture(0), picture(1)]], "vision", "one picture or video an item, not 2"),
+        ([[picture(0), picture(1)]], "vision", "one image or video an item, not 2"),
         ([[picture(0), text("a star")]], "joint", "one kind"),
         ([[]], "joint", "item 1: it is an empty list"),
         ([text(" ")], "joint", "item 1"),

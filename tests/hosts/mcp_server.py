@@ -5,7 +5,7 @@ python mcp_server.py '{"settings": {}, "fake": {}, "folders": [], "noisy": true}
 
 from mlx_onevision.plugins.hosts.mcp import pipes
 
-taken = pipes.take()
+taken = pipes.take_stdio()
 
 import ctypes  # noqa: E402
 import json  # noqa: E402

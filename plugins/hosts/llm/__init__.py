@@ -13,7 +13,6 @@ from typing import Any
 import click
 import llm
 
-from mlx_onevision.plugins.hosts.llm import registry as shelf
 from mlx_onevision.plugins.hosts.llm.commands import onevision
 from mlx_onevision.plugins.hosts.llm.models import (
     SPACES,
@@ -21,7 +20,7 @@ from mlx_onevision.plugins.hosts.llm.models import (
     OneVision,
     OneVisionEmbedding,
 )
-from mlx_onevision.plugins.hosts.llm.registry import Refusal
+from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, added
 
 
 @llm.hookimpl
@@ -43,10 +42,10 @@ def register_commands(cli: click.Group) -> None:
     cli.add_command(onevision)
 
 
-def _entries() -> Iterator[shelf.Entry]:
-    """A spoilt list must not take llm's other models away from a person."""
-    yield from shelf.BUILT_IN
+def _entries() -> Iterator[Entry]:
+    """A damaged list must not make llm's other models unusable."""
+    yield from BUILT_IN
     try:
-        yield from shelf.added()
+        yield from added()
     except Refusal as refusal:
         click.echo(f"Warning: {refusal}", err=True)

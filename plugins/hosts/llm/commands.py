@@ -1,4 +1,4 @@
-"""``llm onevision``: models of one's own beside those that are always there."""
+"""``llm onevision``: adds models to those that are built in, lists and removes them."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,16 @@ import click
 import llm
 
 from mlx_onevision.cli.options import revision_option
-from mlx_onevision.plugins.hosts.llm import registry as shelf
 from mlx_onevision.plugins.hosts.llm.models import SPACES
-from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, opened, told
+from mlx_onevision.plugins.hosts.llm.registry import (
+    BUILT_IN,
+    Entry,
+    Refusal,
+    added,
+    as_refusal,
+    open_backend,
+    save,
+)
 
 
 @click.group()
@@ -41,14 +48,14 @@ def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | 
     if repository_of(model) is not None:
         entry = Entry(model if name is None else name, model, revision, aliases)
     else:
-        with told():  # what is no folder of such a model is refused now rather than when asked
-            opened(Entry("", model, revision)).info()
+        with as_refusal():  # a folder that holds no such model is refused now rather than later
+            open_backend(Entry("", model, revision)).info()
         folder = Path(model).expanduser().resolve()
         entry = Entry(
             f"onevision-{folder.name}" if name is None else name, str(folder), None, aliases
         )
     _check_names(entry)
-    shelf.keep([*shelf.added(), entry])
+    save([*added(), entry])
     click.echo(f"llm -m {entry.names[-1]} asks {entry.model}")
 
 
@@ -56,14 +63,12 @@ def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | 
 @click.option("--json", "as_json", is_flag=True, help="One object a model, as a list.")
 def list_models(as_json: bool) -> None:
     """Show the models, what they are, and their other names."""
-    entries = [*BUILT_IN, *shelf.added()]
+    entries = [*BUILT_IN, *added()]
     if as_json:
         rows = [
             {
                 "id": entry.id,
-                "model": entry.model,
-                "revision": entry.revision,
-                "aliases": list(entry.aliases),
+                **entry.to_dict(),
                 "embedding_models": [f"{entry.id}-{space}" for space in SPACES],
             }
             for entry in entries
@@ -80,17 +85,17 @@ def list_models(as_json: bool) -> None:
 @click.argument("name")
 def remove(name: str) -> None:
     """Make llm forget a model that was added, by its name or an alias. Its files stay."""
-    entries = shelf.added()
+    entries = added()
     gone = [entry for entry in entries if name in entry.names]
     if not gone:
         always = any(name == entry.id for entry in BUILT_IN)
         why = "is always there" if always else "has not been added"
         raise Refusal(f"{name} {why}; 'llm onevision list' shows what has")
-    shelf.keep([entry for entry in entries if entry not in gone])
+    save([entry for entry in entries if entry not in gone])
 
 
 def _check_names(entry: Entry) -> None:
-    """Raises Refusal for names that cannot be typed, or ask some model already."""
+    """Raises Refusal for names that cannot be typed, or are in use."""
     taken = llm.get_model_aliases()
     for name in entry.names:
         if not name or any(character.isspace() for character in name):

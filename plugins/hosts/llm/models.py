@@ -1,4 +1,6 @@
-"""The models that answer, for ``llm`` and for programs that use it, sync and async."""
+"""The models that answer, for ``llm`` and for programs that use it, sync and async, and those that
+embed.
+"""
 
 import asyncio
 import json
@@ -22,50 +24,42 @@ from mlx_onevision.plugins.contract.requests import (
 )
 from mlx_onevision.plugins.contract.results import GenerateResult, ModelInfo, TextEvent
 from mlx_onevision.plugins.hosts.llm.attachments import TYPES, kind, media
-from mlx_onevision.plugins.hosts.llm.registry import Entry, Refusal, opened, told
+from mlx_onevision.plugins.hosts.llm.registry import Entry, Refusal, as_refusal, open_backend
 from mlx_onevision.sampling.ranges import RANGES
 
-# What may be said with ``-o`` at the ``llm`` command, and by keyword in Python.
+SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
+BATCH = 32  # items that are embedded together
+
+ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+
+
+def _ranged(name: str, description: str) -> Any:
+    """A sampling setting with its range in the table that library, contract and hosts share."""
+    return Field(default=None, description=description, **RANGES[name].bounds)
 
 
 class OneVisionOptions(llm.Model.Options):
-    """The names and meanings of ``GenerateRequest``; what is
-    left out is the model's own.
+    """Those of ``GenerateRequest``: with ``-o`` at the command, by keyword in Python. What is left
+    out is the model's own.
     """
 
-    max_tokens: int | None = Field(
-        default=None,
-        **RANGES["max_tokens"].bounds,
-        description="The longest answer, in tokens; by default the model's own limit, or 256",
+    max_tokens: int | None = _ranged(
+        "max_tokens", "The longest answer, in tokens; by default the model's own limit, or 256"
     )
-    temperature: float | None = Field(
-        default=None,
-        **RANGES["temperature"].bounds,
-        description="0 always takes the likeliest token; more varies the answer",
+    temperature: float | None = _ranged(
+        "temperature", "0 always takes the likeliest token; more varies the answer"
     )
-    top_p: float | None = Field(
-        default=None,
-        **RANGES["top_p"].bounds,
-        description="Choose among the likeliest tokens that make up this much probability",
+    top_p: float | None = _ranged(
+        "top_p", "Choose among the likeliest tokens that make up this much probability"
     )
-    top_k: int | None = Field(
-        default=None,
-        **RANGES["top_k"].bounds,
-        description="Choose among so many of the likeliest tokens; 0 for all",
+    top_k: int | None = _ranged("top_k", "Choose among so many of the likeliest tokens; 0 for all")
+    min_p: float | None = _ranged(
+        "min_p", "Choose among tokens at least this likely, relative to the likeliest one"
     )
-    min_p: float | None = Field(
-        default=None,
-        **RANGES["min_p"].bounds,
-        description="Choose among tokens at least this likely, relative to the likeliest one",
+    repetition_penalty: float | None = _ranged(
+        "repetition_penalty", "Above 1 makes repeated tokens less likely"
     )
-    repetition_penalty: float | None = Field(
-        default=None,
-        **RANGES["repetition_penalty"].bounds,
-        description="Above 1 makes repeated tokens less likely",
-    )
-    seed: int | None = Field(
-        default=None, **RANGES["seed"].bounds, description="Makes a varied answer repeatable"
-    )
+    seed: int | None = _ranged("seed", "Makes a varied answer repeatable")
     stop: str | list[str] | None = Field(
         default=None, description="A text, or a list of texts, before which the answer ends"
     )
@@ -83,81 +77,90 @@ class OneVisionOptions(llm.Model.Options):
     )
     tiling: Literal["auto", "always", "never"] | None = Field(
         default=None,
-        description=(
-            "auto cuts a picture into tiles that is alone in the conversation; always and never "
-            "say so for every one"
-        ),
+        description="auto cuts an image into tiles that is alone in the conversation; always and "
+        "never say so for every one",
     )
     order: Literal["template", "given"] | None = Field(
         default=None,
-        description=(
-            "template shows pictures before the words of their message; given leaves them where "
-            "they stand"
-        ),
+        description="template shows images before the words of their message; given leaves them "
+        "where they stand",
     )
 
 
-# The models that embed, two for each that answers: a model of ``llm`` has one space.
+class _Answers:
+    """What the sync and the async model share; the model is loaded when it is first asked."""
 
-SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
-BATCH = 32  # items that are held at once
+    can_stream = True
+    supports_schema = True
+    attachment_types = TYPES
 
+    class Options(OneVisionOptions):
+        pass
 
-class OneVisionEmbedding(EmbeddingModel):
-    """``vision`` is for pictures and videos that look alike; ``joint`` holds texts, too."""
-
-    supports_binary = True
-    batch_size = BATCH
-
-    def __init__(self, entry: Entry, space: EmbeddingSpace) -> None:
-        self.model_id = f"{entry.id}-{space}"
-        self.supports_text = space == "joint"
+    def __init__(self, entry: Entry) -> None:
+        self.model_id = entry.id
         self._entry = entry
-        self._space: EmbeddingSpace = space
 
-    def _check(self, item: str | bytes) -> None:
-        # In llm a ValueError, which `llm embed` shows as a traceback.
-        if isinstance(item, str) and not self.supports_text:
-            other = self.model_id.removesuffix("vision") + "joint"
-            raise Refusal(
-                f"{self.model_id} has no place for texts; give it pictures with --binary, or take "
-                f"{other}"
-            )
-
-    def embed_batch(
-        self, items: Iterable[str | bytes], *, key: str | None = None
-    ) -> Iterator[list[float]]:
-        rest = iter(items)
-        while group := list(islice(rest, BATCH)):
-            with told():
-                vectors = self._vectors(group)
-            yield from vectors
-
-    def _vectors(self, group: list[str | bytes]) -> list[list[float]]:
-        alone = len(group) == 1
-        wanted = [
-            item
-            if isinstance(item, str)
-            else Media(kind(item, "the input" if alone else f"item {place}"), data=item)
-            for place, item in enumerate(group, 1)
-        ]
-        try:
-            found = opened(self._entry).embed(EmbedRequest(wanted, space=self._space))
-        except PluginError as error:
-            # Of a single item it need not be said which one it is.
-            plain = error.message.removeprefix("item 1: ") if alone else error.message
-            raise PluginError(error.code, plain, error.hint) from None
-        return [list(vector) for vector in found.vectors]
+    def _validate_attachments(self, attachments: list[llm.Attachment] | None = None) -> None:
+        """By their bytes, where llm would go by a guessed type. What is behind a URL shows when it
+        is fetched.
+        """
+        with as_refusal():
+            for attachment in attachments or []:
+                if attachment.path or not attachment.url:
+                    media(attachment)
 
 
-# From a prompt of ``llm`` to a request of the contract, and from its result back.
+class OneVision(_Answers, llm.Model):
+    def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.Response,
+        conversation: llm.Conversation | None,
+    ) -> Iterator[str]:
+        with as_refusal():
+            backend = open_backend(self._entry)
+            # Leaving the stream early, by Ctrl-C or a reader that stops, cancels the answer.
+            with backend.generate(to_request(prompt)) as events:
+                if stream:
+                    for event in events:
+                        if isinstance(event, TextEvent):
+                            yield event.delta
+                result = events.result()
+            _log(response, result, backend.info())
+            if not stream:
+                yield result.text
 
-ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+
+class AsyncOneVision(_Answers, llm.AsyncModel):
+    """The same for asyncio; both share one backend."""
+
+    async def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: AsyncResponse,
+        conversation: AsyncConversation | None,
+    ) -> AsyncGenerator[str, None]:
+        with as_refusal():
+            backend = open_backend(self._entry)
+            # Files are looked at, and URLs fetched.
+            request = await asyncio.to_thread(to_request, prompt)
+            async with backend.generate(request) as events:
+                if stream:
+                    async for event in events:
+                        if isinstance(event, TextEvent):
+                            yield event.delta
+                result = await events.aresult()
+            _log(response, result, await asyncio.to_thread(backend.info))
+            if not stream:
+                yield result.text
 
 
-def asked(prompt: llm.Prompt) -> GenerateRequest:
+def to_request(prompt: llm.Prompt) -> GenerateRequest:
     """The whole conversation, earlier turns and their media included, with its settings. Reads the
-    beginnings of files, and what is behind addresses.
+    beginnings of files, and fetches URLs.
 
     Raises:
         PluginError: for what the model cannot take.
@@ -174,10 +177,28 @@ def asked(prompt: llm.Prompt) -> GenerateRequest:
     )
 
 
-def report(
-    response: "llm.Response | AsyncResponse", result: GenerateResult, info: ModelInfo
-) -> None:
-    """What it took, for ``llm -u`` and ``llm logs``."""
+def _message(role: str, parts: list[Any]) -> Message:
+    if role not in ROLES:
+        raise bad_request(f"a message of the role {role!r} is not understood by this model")
+    found: list[str | Media] = []
+    for part in parts:
+        if isinstance(part, TextPart):
+            found.append(part.text)
+        elif isinstance(part, AttachmentPart):
+            if part.attachment is None:
+                reason = "an attachment of an earlier turn was not kept"
+                raise PluginError("unsupported_media", reason)
+            found.append(media(part.attachment))
+        elif not isinstance(part, ReasoningPart):  # another model's thoughts are not its answer
+            raise bad_request(
+                f"the conversation holds a {type(part).__name__}, which this model cannot take",
+                "it has no tools",
+            )
+    return Message(ROLES[role], [part for part in found if part])
+
+
+def _log(response: "llm.Response | AsyncResponse", result: GenerateResult, info: ModelInfo) -> None:
+    """Token counts and times, for ``llm -u`` and ``llm logs``."""
     usage = result.usage
     details = {"media_tokens": usage.media_tokens, "cached_tokens": usage.cached_tokens}
     response.set_usage(
@@ -201,111 +222,50 @@ def report(
     }
 
 
-def _message(role: str, parts: list[Any]) -> Message:
-    if role not in ROLES:
-        raise bad_request(f"a message of the role {role!r} is not understood by this model")
-    found: list[str | Media] = []
-    for part in parts:
-        if isinstance(part, TextPart):
-            found.append(part.text)
-        elif isinstance(part, AttachmentPart):
-            found.append(_shown(part))
-        elif not isinstance(part, ReasoningPart):  # another model's thoughts are not its answer
-            raise bad_request(
-                f"the conversation holds a {type(part).__name__}, which this model cannot take",
-                "it has no tools",
-            )
-    return Message(ROLES[role], [part for part in found if part])
-
-
-def _shown(part: AttachmentPart) -> Media:
-    if part.attachment is None:
-        raise PluginError("unsupported_media", "an attachment of an earlier turn was not kept")
-    return media(part.attachment)
-
-
-class OneVision(llm.Model):
-    """A model of :mod:`shelf`. Making one costs nothing; it is loaded when it is asked."""
-
-    can_stream = True
-    supports_schema = True
-    attachment_types = TYPES
-
-    class Options(OneVisionOptions):
-        pass
-
-    def __init__(self, entry: Entry) -> None:
-        self.model_id = entry.id
-        self._entry = entry
-
-    def _validate_attachments(self, attachments: list[llm.Attachment] | None = None) -> None:
-        _check(attachments)
-
-    def execute(
-        self,
-        prompt: llm.Prompt,
-        stream: bool,
-        response: llm.Response,
-        conversation: llm.Conversation | None,
-    ) -> Iterator[str]:
-        with told():
-            backend = opened(self._entry)
-            # Left early, by Ctrl-C or by whoever reads it, it ends the answer.
-            with backend.generate(asked(prompt)) as events:
-                if stream:
-                    for event in events:
-                        if isinstance(event, TextEvent):
-                            yield event.delta
-                result = events.result()
-            report(response, result, backend.info())
-            if not stream:
-                yield result.text
-
-
-class AsyncOneVision(llm.AsyncModel):
-    """The same for asyncio; both share one backend."""
-
-    can_stream = True
-    supports_schema = True
-    attachment_types = TYPES
-
-    class Options(OneVisionOptions):
-        pass
-
-    def __init__(self, entry: Entry) -> None:
-        self.model_id = entry.id
-        self._entry = entry
-
-    def _validate_attachments(self, attachments: list[llm.Attachment] | None = None) -> None:
-        _check(attachments)
-
-    async def execute(
-        self,
-        prompt: llm.Prompt,
-        stream: bool,
-        response: AsyncResponse,
-        conversation: AsyncConversation | None,
-    ) -> AsyncGenerator[str, None]:
-        with told():
-            backend = opened(self._entry)
-            # Files are looked at, and addresses fetched.
-            request = await asyncio.to_thread(asked, prompt)
-            async with backend.generate(request) as events:
-                if stream:
-                    async for event in events:
-                        if isinstance(event, TextEvent):
-                            yield event.delta
-                result = await events.aresult()
-            report(response, result, await asyncio.to_thread(backend.info))
-            if not stream:
-                yield result.text
-
-
-def _check(attachments: list[llm.Attachment] | None) -> None:
-    """By their bytes, where llm would go by a guessed type. What is behind an address shows when it
-    is fetched.
+class OneVisionEmbedding(EmbeddingModel):
+    """A model of ``llm`` has one space: ``vision`` is for images and videos that look alike,
+    ``joint`` holds texts, too.
     """
-    with told():
-        for attachment in attachments or []:
-            if attachment.path or not attachment.url:
-                media(attachment)
+
+    supports_binary = True
+    batch_size = BATCH
+
+    def __init__(self, entry: Entry, space: EmbeddingSpace) -> None:
+        self.model_id = f"{entry.id}-{space}"
+        self.supports_text = space == "joint"
+        self._entry = entry
+        self._space: EmbeddingSpace = space
+
+    def _check(self, item: str | bytes) -> None:
+        # In llm a ValueError, which `llm embed` shows as a traceback.
+        if isinstance(item, str) and not self.supports_text:
+            other = self.model_id.removesuffix("vision") + "joint"
+            raise Refusal(
+                f"{self.model_id} has no place for texts; give it images with --binary, or take "
+                f"{other}"
+            )
+
+    def embed_batch(
+        self, items: Iterable[str | bytes], *, key: str | None = None
+    ) -> Iterator[list[float]]:
+        rest = iter(items)
+        while group := list(islice(rest, BATCH)):
+            with as_refusal():
+                vectors = self._vectors(group)
+            yield from vectors
+
+    def _vectors(self, group: list[str | bytes]) -> list[list[float]]:
+        alone = len(group) == 1
+        wanted = [
+            item
+            if isinstance(item, str)
+            else Media(kind(item, "the input" if alone else f"item {number}"), data=item)
+            for number, item in enumerate(group, 1)
+        ]
+        try:
+            found = open_backend(self._entry).embed(EmbedRequest(wanted, space=self._space))
+        except PluginError as error:
+            # The number of a single item says nothing.
+            message = error.message.removeprefix("item 1: ") if alone else error.message
+            raise PluginError(error.code, message, error.hint) from None
+        return [list(vector) for vector in found.vectors]

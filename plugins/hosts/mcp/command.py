@@ -7,8 +7,9 @@ from importlib.util import find_spec
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, model_option, revision_option
+from mlx_onevision.cli.options import dtype_option, model_option, model_or_demo, revision_option
 from mlx_onevision.errors import RequestError
+from mlx_onevision.plugins.hosts.mcp import pipes
 
 
 @click.command(short_help="Serve a model over MCP, to Claude Desktop and other hosts.")
@@ -65,33 +66,28 @@ def mcp(
     for folder in folders:
         if not os.path.isdir(os.path.expanduser(folder)):
             raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
-    # Before anything is imported that could print.
-    from mlx_onevision.plugins.hosts.mcp import pipes
-
-    try:
+    try:  # before anything is imported that could print
         at_terminal = os.isatty(0)
-        taken = pipes.take()
+        taken = pipes.take_stdio()
     except OSError:
         raise RequestError("mcp needs an open stdin and stdout; let a host start it") from None
     if at_terminal:
         click.echo(
             "This speaks MCP on stdin and stdout: let a host start it. Ctrl-C ends.", err=True
         )
-    if model is None:
-        click.echo(
-            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
-        )
+    model = model_or_demo(model)
 
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.mcp.allowed_files import PIXELS, McpSettings
+    from mlx_onevision.plugins.hosts.mcp.server import serve
     from mlx_onevision.plugins.service.media_policy import MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 
     try:
         policy = MediaPolicy(folders=folders, pixels=PIXELS)
         backend = open_engine(
-            "demo" if model is None else model,
+            model,
             revision=revision,
             dtype=dtype,
             policy=policy,
@@ -100,8 +96,6 @@ def mcp(
                 timeout=None, film_timeout=None, max_tokens=max_tokens, keep_alive=keep_alive
             ),
         )
-        from mlx_onevision.plugins.hosts.mcp.server import serve
-
         serve(backend, taken, McpSettings(policy, timeout, max_tokens))
     except PluginError as error:
         raise RequestError(str(error)) from error

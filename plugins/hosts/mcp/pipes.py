@@ -1,8 +1,7 @@
-"""The two ends of the protocol, JSON lines on stdin and stdout, kept from everybody else.
+"""Stdin and stdout for the protocol alone, which speaks JSON lines.
 
-The descriptors 0 and 1 are moved away first of all, before any library is imported: from then on
-what reads 0 finds nothing, and what prints to 1, be it C code or a child process, prints to stderr.
-Standard library only.
+The descriptors 0 and 1 are moved before any library is imported: from then on 0 is empty, and what
+C code or a child process prints to 1 goes to stderr. Standard library only.
 """
 
 import os
@@ -10,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PIECE = 1 << 16  # bytes read at once; a pipe holds no more
+CHUNK = 1 << 16  # bytes read at once; a pipe holds no more
 
 # The id of a message that is too long to be read whole, as the official clients begin it.
 _ID = re.compile(
@@ -20,7 +19,7 @@ _ID = re.compile(
 
 @dataclass(frozen=True)
 class Pipes:
-    """Descriptors that nothing else in this process knows."""
+    """Descriptors that nothing else in this process uses."""
 
     source: int
     target: int
@@ -34,12 +33,12 @@ class Pipes:
 
 @dataclass(frozen=True)
 class TooLong:
-    """A line that was not read. ``id`` : the JSON of the message's id, where it could be told."""
+    """A line that was not read. ``id`` : the JSON of the message's id, where it could be found."""
 
     id: bytes | None
 
 
-def take() -> Pipes:
+def take_stdio() -> Pipes:
     """Moves stdin and stdout away; to be called once, and early.
 
     Raises:
@@ -56,20 +55,20 @@ def take() -> Pipes:
     return Pipes(source, target)
 
 
-def lines(source: int, most: int) -> Iterator[bytes | TooLong]:
-    """The lines that come, without their ends; nothing of a longer one is kept."""
+def lines(source: int, limit: int) -> Iterator[bytes | TooLong]:
+    """The lines, without their ends. One of more than ``limit`` bytes is not kept."""
     held = bytearray()
     dropped: TooLong | None = None
-    while piece := os.read(source, PIECE):
+    while piece := os.read(source, CHUNK):
         first, *others = piece.split(b"\n")
         held += first
         for other in others:
-            if dropped is not None or len(held) > most:
+            if dropped is not None or len(held) > limit:
                 yield dropped or _too_long(held)
             elif held.strip():
                 yield bytes(held)
             held, dropped = bytearray(other), None
-        if len(held) > most:
+        if len(held) > limit:
             dropped = dropped or _too_long(held)
         if dropped is not None:
             held.clear()

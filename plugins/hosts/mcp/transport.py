@@ -1,7 +1,7 @@
 """Messages of the protocol between the pipes and the SDK.
 
-In the place of the SDK's own: that one reads lines of any length and leaves those that it cannot
-read without an answer, so that whoever waits for one waits for good.
+Replaces the SDK's own transport, which reads lines of any length, and does not answer those that it
+cannot read, so that a host waits for the answer for good.
 """
 
 import asyncio
@@ -24,13 +24,10 @@ from mlx_onevision.plugins.contract.errors import PluginError, to_plugin_error
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
 from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, lines
 
-# What ends without a newline was cut off.
-
-
 logger = logging.getLogger("mlx_onevision")
 
 Message = SessionMessage | Exception
-ENDED = (RuntimeError, CancelledError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+CLOSED = (RuntimeError, CancelledError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 
 Incoming = MemoryObjectReceiveStream[Message]
 Outgoing = MemoryObjectSendStream[SessionMessage]
@@ -57,12 +54,12 @@ async def transport(
             await put.send(SessionMessage(message))
 
     def read() -> None:
-        """On a thread that nobody waits for: reading may never come back."""
-        # What is raised here: the loop, or its streams, have ended before.
-        with suppress(*ENDED):
+        """On a thread that nobody joins: reading may never return."""
+        # Raised where the loop, or its streams, have ended before.
+        with suppress(*CLOSED):
             try:
                 for line in lines(pipes.source, settings.message_bytes):
-                    message = parsed(line, settings)
+                    message = parse(line, settings)
                     asyncio.run_coroutine_threadsafe(deliver(message), loop).result()
             except OSError as error:
                 logger.error("stdin cannot be read any more (%s)", error.strerror)
@@ -71,7 +68,7 @@ async def transport(
     async def write() -> None:
         async with take:
             async for sent in take:
-                line = written(sent.message)
+                line = serialize(sent.message)
                 try:
                     await anyio.to_thread.run_sync(pipes.write, line, abandon_on_cancel=True)
                 except OSError:
@@ -87,52 +84,50 @@ async def transport(
             tasks.cancel_scope.cancel()
 
 
-def parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
-    """A message, or the error that is its answer, whatever it is."""
+def parse(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
+    """The message of a line, or the error that answers it."""
     try:
-        return _parsed(line, settings)
+        return _parse(line, settings)
     except Exception as error:
-        return _refused(None, types.INTERNAL_ERROR, to_plugin_error(error))
+        return _error(None, types.INTERNAL_ERROR, to_plugin_error(error))
 
 
-def _parsed(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
+def _parse(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
     if isinstance(line, TooLong):
-        most = settings.message_bytes >> 20
-        error = PluginError("too_large", "the message is too long", f"{most} MB are read at most")
-        return _refused(line.id and json.loads(line.id), types.INVALID_REQUEST, error)
+        limit = f"{settings.message_bytes >> 20} MB are read at most"
+        error = PluginError("too_large", "the message is too long", limit)
+        return _error(line.id and json.loads(line.id), types.INVALID_REQUEST, error)
     # Before it is parsed: every value costs far more memory than its characters.
     if sum(line.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
         error = PluginError("too_large", "the message holds too many values", "send fewer")
-        return _refused(None, types.INVALID_REQUEST, error)
+        return _error(None, types.INVALID_REQUEST, error)
     try:
         message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
-    except ValidationError as error:
-        if any(found["type"] == "json_invalid" for found in error.errors(include_input=False)):
-            said = PluginError("bad_request", "this is not valid JSON", "send one message a line")
-            return _refused(None, types.PARSE_ERROR, said)
+    except ValidationError as invalid:
+        if any(found["type"] == "json_invalid" for found in invalid.errors(include_input=False)):
+            error = PluginError("bad_request", "this is not valid JSON", "send one message a line")
+            return _error(None, types.PARSE_ERROR, error)
         values = _object(line)
-        known = values.get("id") if "method" in values else None
-        said = PluginError("bad_request", "this is no message of JSON-RPC 2.0")
-        return _refused(known, types.INVALID_REQUEST, said)
+        id = values.get("id") if "method" in values else None
+        error = PluginError("bad_request", "this is no message of JSON-RPC 2.0")
+        return _error(id, types.INVALID_REQUEST, error)
     if isinstance(message, types.JSONRPCNotification) and "id" in _object(line):
-        said = PluginError("bad_request", "a request's id has to be a text or a whole number")
-        return _refused(None, types.INVALID_REQUEST, said)
+        error = PluginError("bad_request", "a request's id has to be a text or a whole number")
+        return _error(None, types.INVALID_REQUEST, error)
     return message
 
 
-def written(message: types.JSONRPCMessage) -> bytes:
-    """A message's line."""
+def serialize(message: types.JSONRPCMessage) -> bytes:
     try:
         text = message.model_dump_json(by_alias=True, exclude_unset=True)
     except PydanticSerializationError:  # half of a surrogate pair, from wherever it came
-        known = getattr(message, "id", None)
         logger.error("a message could not be written", exc_info=True)
-        said = PluginError("internal", "the answer cannot be written as JSON")
-        text = _refused(known, types.INTERNAL_ERROR, said).model_dump_json()
+        error = PluginError("internal", "the answer cannot be written as JSON")
+        text = _error(getattr(message, "id", None), types.INTERNAL_ERROR, error).model_dump_json()
     return text.encode() + b"\n"
 
 
-def _refused(id: Any, code: int, error: PluginError) -> types.JSONRPCError:
+def _error(id: Any, code: int, error: PluginError) -> types.JSONRPCError:
     known = id if type(id) in (int, str) else None
     data = types.ErrorData(code=code, message=str(error), data=error.to_dict())
     return types.JSONRPCError(jsonrpc="2.0", id=known, error=data)

@@ -26,7 +26,7 @@ from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import GenerateRequest, Media
 from mlx_onevision.plugins.hosts.llm import registry
 from mlx_onevision.plugins.hosts.llm.commands import onevision
-from mlx_onevision.plugins.hosts.llm.models import OneVisionOptions, asked
+from mlx_onevision.plugins.hosts.llm.models import OneVisionOptions, to_request
 from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN
 from mlx_onevision.plugins.service.service import Limits
 
@@ -118,12 +118,12 @@ def test_options_schema_and_system_arrive(model: llm.Model) -> None:
         "order": "given",
     }
     schema = {"type": "object", "properties": {"count": {"type": "integer"}}}
-    request = asked(model.prompt("hi", system="Be brief.", schema=schema, **given).prompt)
+    request = to_request(model.prompt("hi", system="Be brief.", schema=schema, **given).prompt)
     assert {name: getattr(request, name) for name in given} == {**given, "stop": ("x",)}
     assert json.loads(request.json_schema or "") == schema
     assert [message.role for message in request.messages] == ["system", "user"]
-    assert asked(model.prompt("hi", stop=["a", "b"]).prompt).stop == ("a", "b")
-    assert asked(model.prompt("hi", fps=2).prompt) == GenerateRequest.ask("hi", fps=2.0)
+    assert to_request(model.prompt("hi", stop=["a", "b"]).prompt).stop == ("a", "b")
+    assert to_request(model.prompt("hi", fps=2).prompt) == GenerateRequest.ask("hi", fps=2.0)
 
 
 def test_earlier_turns_come_along_with_their_media(fake: FakeBackend, model: llm.Model) -> None:
@@ -132,7 +132,7 @@ def test_earlier_turns_come_along_with_their_media(fake: FakeBackend, model: llm
     assert first.text() == "one [1 image][0 videos]"
     second = conversation.prompt("two", attachments=[picture(CIRCLE)])
     assert second.text() == "two [1 image][1 video]"
-    request = asked(second.prompt)
+    request = to_request(second.prompt)
     assert [(message.role, message.parts) for message in request.messages] == [
         ("system", ("s",)),
         ("user", ("one", Media("image", path=str(SHAPES)))),
@@ -147,7 +147,7 @@ def test_earlier_turns_come_along_with_their_media(fake: FakeBackend, model: llm
 def test_messages_of_other_models(fake: FakeBackend, model: llm.Model) -> None:
     thought = Message("assistant", [ReasoningPart("hm"), TextPart("yes")])
     asking = Message("user", [TextPart("well?")])
-    request = asked(model.prompt("so?", messages=[asking, thought]).prompt)
+    request = to_request(model.prompt("so?", messages=[asking, thought]).prompt)
     assert [message.parts for message in request.messages] == [("well?",), ("yes",), ("so?",)]
     call = Message("assistant", [ToolCallPart("look", {})])
     with pytest.raises(llm.ModelError, match="ToolCallPart, which this model cannot take; it has"):
@@ -163,14 +163,14 @@ def test_bytes_decide_what_an_attachment_is(tmp_path: Path, model: llm.Model) ->
     sent = llm.Attachment(type="video/mp4", content=SHAPES.read_bytes())
     heic = llm.Attachment(content=b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     assert heic.resolve_type() != "image/heic"  # which is why
-    request = asked(model.prompt("hi", attachments=[shown, sent, heic]).prompt)
+    request = to_request(model.prompt("hi", attachments=[shown, sent, heic]).prompt)
     assert [medium.kind for medium in request.media] == ["video", "image", "image"]
     assert request.media[0].path == str(renamed)  # read where it is
     text = tmp_path / "a.png"
     text.write_text("no picture")
     for bad, said in (
-        (llm.Attachment(type="image/png", path=str(text)), "a.png is neither a picture nor a"),
-        (llm.Attachment(type="image/png", content=b"no picture"), "neither a picture nor a video"),
+        (llm.Attachment(type="image/png", path=str(text)), "a.png is neither an image nor a"),
+        (llm.Attachment(type="image/png", content=b"no picture"), "neither an image nor a video"),
         (llm.Attachment(type="image/png", path=str(tmp_path / "no")), "there is no such file"),
         (llm.Attachment(type="image/png", path=str(tmp_path)), "Is a directory"),
         (llm.Attachment(type="image/png"), "an attachment is empty"),
@@ -191,7 +191,7 @@ def test_addresses_are_fetched_and_looked_at(fake: FakeBackend, model: llm.Model
         # The type is what the address said at some time: nothing hangs on it.
         shown = llm.Attachment(type="text/plain", url=f"{at}/shapes.png")
         assert model.prompt("hi", attachments=[shown]).text() == "hi [1 image][0 videos]"
-        for name, said in (("ask.py", "neither a picture nor a video"), ("none.png", "404")):
+        for name, said in (("ask.py", "neither an image nor a video"), ("none.png", "404")):
             missing = llm.Attachment(type="image/png", url=f"{at}/{name}")
             with pytest.raises(llm.ModelError, match=said):
                 model.prompt("hi", attachments=[missing]).text()
@@ -278,7 +278,7 @@ def test_embedding(fake: FakeBackend) -> None:
     assert len(list(joint.embed_multi(["a", shapes, "b"], batch_size=2))) == 3
     with pytest.raises(llm.ModelError, match=r"place for texts; .*onevision-demo-joint"):
         vision.embed("a text")
-    with pytest.raises(llm.ModelError, match=r"^the input is neither a picture nor a video"):
+    with pytest.raises(llm.ModelError, match=r"^the input is neither an image nor a video"):
         vision.embed(b"a text")
     with pytest.raises(llm.ModelError, match=r"^item 2 is neither"):
         list(vision.embed_multi([shapes, b"a text"]))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
 from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, lines
-from mlx_onevision.plugins.hosts.mcp.transport import parsed, written
+from mlx_onevision.plugins.hosts.mcp.transport import parse, serialize
 
 
 def read(pieces: list[bytes], most: int) -> list[bytes | TooLong]:
@@ -64,9 +64,9 @@ def test_nothing_of_a_long_line_is_kept_but_who_waits(start: bytes, id: bytes | 
 
 
 def refusal(line: bytes | TooLong, **settings: Any) -> tuple[int, Any]:
-    message = parsed(line, McpSettings(**settings))
+    message = parse(line, McpSettings(**settings))
     assert isinstance(message, types.JSONRPCError), message
-    sent = json.loads(written(message))
+    sent = json.loads(serialize(message))
     assert sent["error"]["message"] and "\n" not in sent["error"]["message"]
     assert sent["error"]["data"]["code"] in ("bad_request", "too_large")
     return message.error.code, message.id
@@ -101,21 +101,21 @@ def test_what_is_no_message_is_answered(line: Any, code: int, id: Any) -> None:
 
 def test_a_message_of_very_many_values_is_not_read() -> None:
     line = b'{"jsonrpc":"2.0","id":1,"method":"x","params":{"a":[' + b"1," * 200 + b"1]}}"
-    assert isinstance(parsed(line, McpSettings()), types.JSONRPCRequest)
+    assert isinstance(parse(line, McpSettings()), types.JSONRPCRequest)
     assert refusal(line, values=100)[0] == types.INVALID_REQUEST
 
 
 def test_good_messages_are_messages() -> None:
     settings = McpSettings()
-    request = parsed(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{}}\r', settings)
+    request = parse(b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{}}\r', settings)
     assert isinstance(request, types.JSONRPCRequest) and request.id == 1
-    told = parsed(b'{"jsonrpc":"2.0","method":"notifications/initialized"}', settings)
+    told = parse(b'{"jsonrpc":"2.0","method":"notifications/initialized"}', settings)
     assert isinstance(told, types.JSONRPCNotification)
 
 
 def test_an_answer_that_is_no_text_becomes_an_error() -> None:
     answer = types.JSONRPCResponse(jsonrpc="2.0", id=3, result={"path": "\udcff"})
-    sent = json.loads(written(answer))
+    sent = json.loads(serialize(answer))
     assert sent["id"] == 3 and sent["error"]["code"] == types.INTERNAL_ERROR
 
 
@@ -126,7 +126,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.write_text(
         "import ctypes, os, subprocess, sys\n"
         "from mlx_onevision.plugins.hosts.mcp import pipes\n"
-        "taken = pipes.take()\n"
+        "taken = pipes.take_stdio()\n"
         "print('noise of Python', flush=True)\n"
         "os.write(1, b'noise of a descriptor\\n')\n"
         "library = ctypes.CDLL(None)\n"
