@@ -158,7 +158,7 @@ def test_refusals_are_one_sentence(tmp_path: Path) -> None:
     ask = (*MODEL, "What is in the image?")
     # llm itself does not know what a text is.
     text = refused(*ask, "--at", tmp_path / "a.txt", "image/png")
-    assert text.endswith("a.txt is neither a picture nor a video; attach one in a usual format")
+    assert text.endswith("a.txt is neither an image nor a video; attach one in a usual format")
     assert "broken.png" in refused(*ask, "-a", tmp_path / "broken.png")
     assert refused(*MODEL, " ") == "the conversation is empty; ask something"
     window = (*ask, "-a", CIRCLE, "-o", "start", "9", "-o", "end", "3")
