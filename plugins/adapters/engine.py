@@ -1,13 +1,12 @@
 """The engine as a backend: this package's own model behind the plugin contract.
 
-Pictures are read and checked on the request's own thread; the model runs on its one thread, where
-an answer joins those that are under way.
+Media are read and checked on the request's own thread; the model runs on its one thread, where
+requests are batched.
 """
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +37,9 @@ from mlx_onevision.plugins.contract.results import (
     Usage,
 )
 from mlx_onevision.plugins.contract.streams import Channel
+from mlx_onevision.plugins.service.base import RequestQueue
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
-from mlx_onevision.plugins.service.service import Limits, RequestQueue, Service
+from mlx_onevision.plugins.service.service import Limits, Service
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -47,10 +47,258 @@ if TYPE_CHECKING:
     from mlx_onevision.engine.generation import Generation
     from mlx_onevision.engine.request import PromptRequest
     from mlx_onevision.sampling.logprobs import TokenLogprob as LibraryTokenLogprob
-    from mlx_onevision.sampling.logprobs import TopLogprob as LibraryLikelihood
+    from mlx_onevision.sampling.logprobs import TopLogprob as LibraryTopLogprob
+
+# Requests that are prepared at once: work that waits for nothing but the processor. All of them at
+# once would be hardly faster, for Python lets one thread run at a time, and the threads that speak
+# to the clients would wait behind them.
+PREPARING = max(2, (os.cpu_count() or 1) // 2)
+
+GROUP = 10  # items that are read and embedded together
+
+# Settings have the library's own names.
+SETTINGS = [
+    f.name for f in fields(GenerateRequest) if f.name not in ("messages", "stop", "timeout")
+]
+DESCRIBING = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
 
 
-# What is known of a model before its weights are read.
+def open_engine(
+    model: str | Path = "demo",
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    policy: MediaPolicy | None = None,
+    limits: Limits | None = None,
+) -> Service:
+    """A backend that runs a model in this process; loaded when it is first asked.
+
+    model, revision, dtype : as :func:`mlx_onevision.load` takes them.
+    policy : which files and addresses requests may name. By default none: media come as bytes.
+        A program that asks for itself alone takes ``MediaPolicy.trusting()``.
+    limits : how much is taken on at once, and for how long.
+    """
+
+    def load() -> "_Engine":
+        from mlx_onevision.api import load
+
+        most = (limits or Limits()).max_tokens
+        return _Engine(load(model, revision=revision, dtype=dtype), most)
+
+    found: list[ModelInfo] = []
+
+    def describe() -> ModelInfo:
+        if not found:
+            found.append(model_info(model, revision))
+        return found[0]
+
+    return Service(load, describe, policy=policy, limits=limits)
+
+
+def import_engine() -> None:
+    """Imports everything that running a model takes, which otherwise the first request does."""
+    import mlx_lm.generate  # noqa: F401
+
+    import mlx_onevision.api  # noqa: F401
+
+
+class _Engine:
+    """A loaded model; see :class:`~mlx_onevision.plugins.service.service.LoadedModel`."""
+
+    def __init__(self, model: "Model", max_tokens: int) -> None:
+        """max_tokens : of an answer for which the request sets no limit, at most."""
+        self._model = model
+        self._default_max_tokens = min(model.default_max_tokens, max_tokens)
+        self._preparing = RequestQueue(PREPARING, sys.maxsize)
+
+    @property
+    def healthy(self) -> bool:
+        return self._model.healthy
+
+    def generate(
+        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
+    ) -> GenerateResult:
+        channel.put(ProgressEvent("preparing"))
+        if request.json_schema is not None:  # refused before anything is read
+            self._model.compile_schema(request.json_schema, channel.check)
+        question = self._question(request, policy, channel)
+        channel.check()
+        channel.put(ProgressEvent("answering"))
+        (stream,) = self._model.submit_all([question])
+        del question  # and with it the tiles, once they are encoded
+        channel.at_end(stream.cancel)
+        logprobs: list[TokenLogprob] = []
+        for piece in stream:
+            new = tuple(map(_token_logprob, stream.logprobs[len(logprobs) :]))
+            logprobs += new
+            channel.put(TextEvent(piece, logprobs=new))
+        return _result(stream.result(), None if request.logprobs is None else tuple(logprobs))
+
+    def _question(
+        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
+    ) -> "PromptRequest":
+        given = {name: getattr(request, name) for name in SETTINGS}
+        if request.max_tokens is None:
+            given["max_tokens"] = self._default_max_tokens
+        videos = any(medium.kind == "video" for medium in request.media)
+        with _MediaReader(policy, self._preparing, channel) as reader:
+            read = {id(medium): reader.of(medium) for medium in request.media}
+            messages = [
+                {
+                    "role": message.role,
+                    "content": [
+                        {"type": part.kind, part.kind: read[id(part)]}
+                        if isinstance(part, Media)
+                        else {"type": "text", "text": part}
+                        for part in message.parts
+                    ],
+                }
+                for message in request.messages
+            ]
+            # A video is decoded by another process: who waits for it must not hold a slot.
+            with nullcontext() if videos else self._preparing.slot(channel):
+                question = self._model.build_request(
+                    messages, check=channel.check, stop=tuple(request.stop), **given
+                )
+        for medium in question.inputs.media:
+            if medium.clip is not None:
+                policy.check_frames(len(medium.tiles))
+        return question
+
+    def embed(self, request: EmbedRequest, policy: MediaPolicy, channel: Channel) -> EmbedResult:
+        total = len(request.items)
+        parts = []
+        for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
+            channel.check()
+            channel.put(ProgressEvent("embedding", first, total))
+            parts.append(self._embedded(request, first, policy, channel))
+        first_part = parts[0]
+        return EmbedResult(
+            vectors=tuple(tuple(vector) for part in parts for vector in part.vectors.tolist()),
+            space=first_part.space,
+            dim=first_part.dim,
+            model=first_part.model,
+            revision=first_part.revision,
+            quantization=first_part.quantization,
+            method=first_part.method,
+            normalized=first_part.normalized,
+        )
+
+    def _embedded(
+        self, request: EmbedRequest, first: int, policy: MediaPolicy, channel: Channel
+    ) -> "Embeddings":
+        """A group of items; no more of them are ever held at once."""
+        with _MediaReader(policy, self._preparing, channel) as reader:
+            items = []
+            for number, item in enumerate(request.items[first : first + GROUP], first + 1):
+                channel.check()
+                try:
+                    items.append(reader.item(item))
+                except (PluginError, OneVisionError) as error:
+                    raise to_plugin_error(error).of(f"item {number}") from None
+
+            def refuse(index: int, error: OneVisionError) -> None:
+                # It says which item of the group it was; the host knows them by their own numbers.
+                found = to_plugin_error(error)
+                plain = found.message.removeprefix(f"item {index + 1}: ")
+                whole = PluginError(found.code, plain, found.hint)
+                raise whole.of(f"item {first + index + 1}")
+
+            return self._model.embed(
+                items,
+                request.space,
+                normalize=request.normalize,
+                tiling=request.tiling,
+                on_error=refuse,
+                check=channel.check,
+            )
+
+    def describe_video(
+        self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
+    ) -> DescribeResult:
+        from mlx_onevision.describe.formats import Segment as LibrarySegment
+        from mlx_onevision.describe.pipeline import Progress
+
+        given = {name: getattr(request, name) for name in DESCRIBING}
+        segments: list[Segment] = []
+        with _MediaReader(policy, self._preparing, channel) as reader:
+            channel.put(ProgressEvent("preparing"))
+            video = reader.of(request.video)
+            stream = reader.enter_context(self._model.stream_description(video, **given))
+            channel.at_end(stream.cancel)
+            for event in stream:
+                if isinstance(event, Progress):
+                    channel.put(ProgressEvent(event.stage, event.done, event.total))
+                elif isinstance(event, LibrarySegment):
+                    what = (event.start, event.end, event.text, event.frames)
+                    segments.append(Segment(len(segments), *what))
+                    channel.put(SegmentEvent(segments[-1]))
+            found = stream.result()
+        return DescribeResult(
+            duration=found.duration,
+            segments=tuple(segments),
+            summary=found.summary,
+            chapters=tuple(Chapter(chapter.start, chapter.title) for chapter in found.chapters),
+            warnings=found.warnings,
+        )
+
+    def close(self) -> None:
+        self._model.close()
+
+
+class _MediaReader(ExitStack):
+    """Reads the media of one request, and closes their files at the end."""
+
+    def __init__(self, policy: MediaPolicy, preparing: RequestQueue, channel: Channel) -> None:
+        super().__init__()
+        self._policy, self._preparing, self._channel = policy, preparing, channel
+
+    def item(self, item: str | Media | Group) -> Any:
+        """As :meth:`mlx_onevision.api.Model.embed` takes it; the errors are those of :meth:`of`."""
+        if isinstance(item, str):
+            return {"type": "text", "text": item}
+        if isinstance(item, Media):
+            return {"type": item.kind, item.kind: self.of(item)}
+        return [self.item(medium) for medium in item.media]
+
+    def of(self, medium: Media) -> Any:
+        """Of an image its pixels, of a video its bytes or its open file.
+
+        Raises:
+            PluginError: when the policy does not allow it, or the request has ended.
+            OneVisionError: when it cannot be read.
+        """
+        self._channel.check()
+        source = self._policy.open(medium)
+        if medium.kind == "video":
+            return source if isinstance(source, bytes) else self.enter_context(source)
+        from mlx_onevision.media.image import DecodedImage, load_image
+
+        with (
+            nullcontext() if isinstance(source, bytes) else source,
+            self._preparing.slot(self._channel),
+        ):
+            return DecodedImage(load_image(source, self._policy.pixels))
+
+
+def _token_logprob(token: "LibraryTokenLogprob") -> TokenLogprob:
+    return TokenLogprob(token.token, token.data, token.logprob, tuple(map(_top_logprob, token.top)))
+
+
+def _top_logprob(token: "LibraryTopLogprob") -> TopLogprob:
+    return TopLogprob(token.token, token.data, token.logprob)
+
+
+def _result(answer: "Generation", logprobs: tuple[TokenLogprob, ...] | None) -> GenerateResult:
+    if answer.finish_reason not in ("stop", "length"):
+        raise cancelled()
+    return GenerateResult(
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        usage=Usage(**{field.name: getattr(answer.usage, field.name) for field in fields(Usage)}),
+        notes=answer.notes,
+        logprobs=logprobs,
+    )
 
 
 def model_info(model: str | Path, revision: str | None) -> ModelInfo:
@@ -86,280 +334,4 @@ def model_info(model: str | Path, revision: str | None) -> ModelInfo:
                 note=NOTES["joint"],
             ),
         ),
-    )
-
-
-# What the engine reads of a request's media: pictures as their pixels, videos as they are.
-
-# Of work that waits for nothing but the processor. All requests at once would be hardly faster, for
-# Python lets one thread have the interpreter, and whoever speaks to the clients is behind them all.
-READERS = max(2, (os.cpu_count() or 1) // 2)
-
-
-class Desk:
-    """A place for so many requests at once to read and prepare at."""
-
-    def __init__(self, readers: int = READERS) -> None:
-        self._turns = RequestQueue(readers, sys.maxsize)
-
-    @contextmanager
-    def place(self, channel: Channel) -> Iterator[None]:
-        """Waits for one, first come first served. Not to be held while waiting for anything else.
-
-        Raises:
-            PluginError: ``cancelled``, when the request ends before.
-        """
-        turn = self._turns.enter()
-        channel.at_end(lambda: self._turns.leave_line(turn))
-        try:
-            if not self._turns.wait(turn):
-                raise cancelled()
-            yield
-        finally:
-            self._turns.end(turn)
-
-
-class Sources(ExitStack):
-    """Reads the media of one request, and closes their files at the end."""
-
-    def __init__(self, policy: MediaPolicy, desk: Desk, channel: Channel) -> None:
-        super().__init__()
-        self._policy, self._desk, self._channel = policy, desk, channel
-
-    def item(self, item: str | Media | Group) -> Any:
-        """As :meth:`mlx_onevision.api.Model.embed` takes it; the errors are those of :meth:`of`."""
-        if isinstance(item, str):
-            return {"type": "text", "text": item}
-        if isinstance(item, Media):
-            return {"type": item.kind, item.kind: self.of(item)}
-        return [self.item(medium) for medium in item.media]
-
-    def of(self, medium: Media) -> Any:
-        """Of a picture its pixels, of a video its bytes or its open file.
-
-        Raises:
-            PluginError: when the policy does not allow it, or the request has ended.
-            OneVisionError: when it cannot be read.
-        """
-        self._channel.check()
-        source = self._policy.open(medium)
-        if medium.kind == "video":
-            return source if isinstance(source, bytes) else self.enter_context(source)
-        from mlx_onevision.media.image import DecodedImage, load_image
-
-        with (
-            nullcontext() if isinstance(source, bytes) else source,
-            self._desk.place(self._channel),
-        ):
-            return DecodedImage(load_image(source, self._policy.pixels))
-
-
-GROUP = 10  # items that are read and embedded together
-
-# Settings have the library's own names.
-SETTINGS = [
-    f.name for f in fields(GenerateRequest) if f.name not in ("messages", "stop", "timeout")
-]
-DESCRIBING = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
-
-
-def open_engine(
-    model: str | Path = "demo",
-    *,
-    revision: str | None = None,
-    dtype: str | None = None,
-    policy: MediaPolicy | None = None,
-    limits: Limits | None = None,
-) -> Service:
-    """A backend that runs a model in this process; loaded when it is first asked.
-
-    model, revision, dtype : as :func:`mlx_onevision.load` takes them.
-    policy : which files and addresses requests may name. By default none: pictures come as bytes.
-        A program that asks for itself alone takes ``MediaPolicy.trusting()``.
-    limits : how much is taken on at once, and for how long.
-    """
-
-    def load() -> "_Engine":
-        from mlx_onevision.api import load
-
-        most = (limits or Limits()).max_tokens
-        return _Engine(load(model, revision=revision, dtype=dtype), most)
-
-    found: list[ModelInfo] = []
-
-    def describe() -> ModelInfo:
-        if not found:
-            found.append(model_info(model, revision))
-        return found[0]
-
-    return Service(load, describe, policy=policy, limits=limits)
-
-
-def import_engine() -> None:
-    """Imports everything that running a model takes, which otherwise the first request does."""
-    import mlx_lm.generate  # noqa: F401
-
-    import mlx_onevision.api  # noqa: F401
-
-
-class _Engine:
-    """A loaded model; see :class:`~mlx_onevision.plugins.service.service.Answering`."""
-
-    def __init__(self, model: "Model", max_tokens: int) -> None:
-        """max_tokens : of an answer for which the request sets no limit, at most."""
-        self._model, self._desk = model, Desk()
-        self._default_max_tokens = min(model.default_max_tokens, max_tokens)
-
-    @property
-    def healthy(self) -> bool:
-        return self._model.healthy
-
-    def generate(
-        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-    ) -> GenerateResult:
-        channel.put(ProgressEvent("preparing"))
-        if request.json_schema is not None:  # refused before anything is read
-            self._model.compile_schema(request.json_schema, channel.check)
-        question = self._question(request, policy, channel)
-        channel.check()
-        channel.put(ProgressEvent("answering"))
-        (stream,) = self._model.submit_all([question])
-        del question  # and with it the tiles, once they are encoded
-        channel.at_end(stream.cancel)
-        told: list[TokenLogprob] = []
-        for piece in stream:
-            news = tuple(map(_token, stream.logprobs[len(told) :]))
-            told += news
-            channel.put(TextEvent(piece, logprobs=news))
-        return _generated(stream.result(), None if request.logprobs is None else tuple(told))
-
-    def _question(
-        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-    ) -> "PromptRequest":
-        given = {name: getattr(request, name) for name in SETTINGS}
-        if request.max_tokens is None:
-            given["max_tokens"] = self._default_max_tokens
-        films = any(medium.kind == "video" for medium in request.media)
-        with Sources(policy, self._desk, channel) as sources:
-            read = {id(medium): sources.of(medium) for medium in request.media}
-            messages = [
-                {
-                    "role": message.role,
-                    "content": [
-                        {"type": part.kind, part.kind: read[id(part)]}
-                        if isinstance(part, Media)
-                        else {"type": "text", "text": part}
-                        for part in message.parts
-                    ],
-                }
-                for message in request.messages
-            ]
-            # A film is waited for, and whoever waits must not keep others from preparing.
-            with nullcontext() if films else self._desk.place(channel):
-                question = self._model.build_request(
-                    messages, check=channel.check, stop=tuple(request.stop), **given
-                )
-        for medium in question.inputs.media:
-            if medium.clip is not None:
-                policy.check_frames(len(medium.tiles))
-        return question
-
-    def embed(self, request: EmbedRequest, policy: MediaPolicy, channel: Channel) -> EmbedResult:
-        total = len(request.items)
-        parts = []
-        for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
-            channel.check()
-            channel.put(ProgressEvent("embedding", first, total))
-            parts.append(self._embedded(request, first, policy, channel))
-        first_part = parts[0]
-        return EmbedResult(
-            vectors=tuple(tuple(vector) for part in parts for vector in part.vectors.tolist()),
-            space=first_part.space,
-            dim=first_part.dim,
-            model=first_part.model,
-            revision=first_part.revision,
-            quantization=first_part.quantization,
-            method=first_part.method,
-            normalized=first_part.normalized,
-        )
-
-    def _embedded(
-        self, request: EmbedRequest, first: int, policy: MediaPolicy, channel: Channel
-    ) -> "Embeddings":
-        """A group of items; no more of them are ever held at once."""
-        with Sources(policy, self._desk, channel) as sources:
-            items = []
-            for number, item in enumerate(request.items[first : first + GROUP], first + 1):
-                channel.check()
-                try:
-                    items.append(sources.item(item))
-                except (PluginError, OneVisionError) as error:
-                    raise to_plugin_error(error).of(f"item {number}") from None
-
-            def refuse(index: int, error: OneVisionError) -> None:
-                # It says which item of the group it was; the host knows them by their own numbers.
-                found = to_plugin_error(error)
-                plain = found.message.removeprefix(f"item {index + 1}: ")
-                whole = PluginError(found.code, plain, found.hint)
-                raise whole.of(f"item {first + index + 1}")
-
-            return self._model.embed(
-                items,
-                request.space,
-                normalize=request.normalize,
-                tiling=request.tiling,
-                on_error=refuse,
-                check=channel.check,
-            )
-
-    def describe_video(
-        self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
-    ) -> DescribeResult:
-        from mlx_onevision.describe.formats import Segment as Told
-        from mlx_onevision.describe.pipeline import Progress
-
-        given = {name: getattr(request, name) for name in DESCRIBING}
-        segments: list[Segment] = []
-        with Sources(policy, self._desk, channel) as sources:
-            channel.put(ProgressEvent("preparing"))
-            film = sources.of(request.video)
-            stream = sources.enter_context(self._model.stream_description(film, **given))
-            channel.at_end(stream.cancel)
-            for event in stream:
-                if isinstance(event, Progress):
-                    channel.put(ProgressEvent(event.stage, event.done, event.total))
-                elif isinstance(event, Told):
-                    told = (event.start, event.end, event.text, event.frames)
-                    segments.append(Segment(len(segments), *told))
-                    channel.put(SegmentEvent(segments[-1]))
-            found = stream.result()
-        return DescribeResult(
-            duration=found.duration,
-            segments=tuple(segments),
-            summary=found.summary,
-            chapters=tuple(Chapter(chapter.start, chapter.title) for chapter in found.chapters),
-            warnings=found.warnings,
-        )
-
-    def close(self) -> None:
-        self._model.close()
-
-
-def _token(told: "LibraryTokenLogprob") -> TokenLogprob:
-    return TokenLogprob(told.token, told.data, told.logprob, tuple(map(_likelihood, told.top)))
-
-
-def _likelihood(told: "LibraryLikelihood") -> TopLogprob:
-    return TopLogprob(told.token, told.data, told.logprob)
-
-
-def _generated(answer: "Generation", logprobs: tuple[TokenLogprob, ...] | None) -> GenerateResult:
-    if answer.finish_reason not in ("stop", "length"):
-        raise cancelled()
-    return GenerateResult(
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        usage=Usage(**{field.name: getattr(answer.usage, field.name) for field in fields(Usage)}),
-        notes=answer.notes,
-        logprobs=logprobs,
     )

@@ -1,5 +1,5 @@
 """A backend without weights, for the tests of a host: it answers at once and always the same, or
-slowly, or fails where it is told to. Queue, limits, media policy, cancellation and errors are the
+slowly, or fails where it is set to. Queue, limits, media policy, cancellation and errors are the
 real ones; standard library only.
 """
 
@@ -10,9 +10,12 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, BinaryIO
+from functools import reduce
+from operator import getitem
+from typing import Any
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import (
@@ -47,257 +50,7 @@ from mlx_onevision.plugins.service.media_policy import MediaPolicy
 from mlx_onevision.plugins.service.service import DEAD, Limits, Service
 from mlx_onevision.sampling.detokenizer import StopStrings
 
-# A document of a JSON Schema, always the same, for a backend without a model; standard library
-# only. It knows the usual keywords; others are refused.
-
-DEEPEST = 16  # references and parts within each other
-
-KNOWN = frozenset(
-    """$comment $defs $id $ref $schema additionalProperties allOf anyOf const default definitions
-    deprecated description enum examples exclusiveMaximum exclusiveMinimum items maxItems maxLength
-    maximum minItems minLength minimum oneOf prefixItems properties required title type""".split()
-)
-SAYINGS = ("title", "description", "default", "examples", "$comment")
-MOST_ITEMS = 1000
-
-
-def document(schema: str) -> list[str]:
-    """A document that a JSON Schema allows, always the same, in pieces.
-
-    Raises:
-        PluginError: ``bad_request``, for keywords that are not known here, and where there is none.
-    """
-    whole = json.loads(schema)
-    try:
-        text = json.dumps(_value(whole, whole, 0), ensure_ascii=False)
-    except (AttributeError, TypeError, ValueError, OverflowError):  # keywords of other types
-        raise bad_request("the JSON schema is no JSON Schema") from None
-    return re.findall(r"\s*(?:\w+|.)", text, re.DOTALL)
-
-
-class _Nothing(Exception):
-    """There is no such value."""
-
-
-def _value(schema: Any, whole: Any, depth: int) -> Any:
-    try:
-        return _made(schema, whole, depth)
-    except _Nothing:
-        if depth:
-            raise
-        raise bad_request("the JSON schema allows no document", "change it") from None
-
-
-def _made(schema: Any, whole: Any, depth: int) -> Any:
-    if schema is True:
-        return None
-    if not isinstance(schema, Mapping) or depth > DEEPEST:
-        raise _Nothing
-    unknown = sorted(schema.keys() - KNOWN)
-    if unknown:
-        raise bad_request(f"the JSON schema has {unknown[0]!r}, which is not supported")
-    if "$ref" in schema:
-        return _value(_merged([schema, _target(schema["$ref"], whole)], "$ref"), whole, depth + 1)
-    if "allOf" in schema:
-        return _value(_merged([schema, *schema["allOf"]], "allOf"), whole, depth + 1)
-    for name in ("anyOf", "oneOf"):
-        if name in schema:
-            parts = [_merged([schema, part], name) for part in schema[name]]
-            return _first(parts, whole, depth + 1)
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        if not schema["enum"]:
-            raise _Nothing
-        return schema["enum"][0]
-    kind = schema.get("type", _kind(schema))
-    if isinstance(kind, list):
-        return _first([{**schema, "type": one} for one in kind], whole, depth)
-    if kind == "object":
-        return _object(schema, whole, depth)
-    if kind == "array":
-        return list(_items(schema, whole, depth))
-    if kind == "string":
-        least, most = schema.get("minLength", 0), schema.get("maxLength", MOST_ITEMS)
-        if least > most:
-            raise _Nothing
-        return "text"[:most].ljust(least, "x")
-    if kind in ("integer", "number"):
-        return _integer(schema) if kind == "integer" else _number(schema)
-    if kind in ("boolean", "null"):
-        return True if kind == "boolean" else None
-    raise bad_request(f"the JSON schema has the type {kind!r}, which does not exist")
-
-
-def _kind(schema: Mapping[str, Any]) -> str:
-    """The type that the keywords of a schema without one are about."""
-    named = {"properties": "object", "required": "object", "items": "array", "minItems": "array"}
-    named |= {"minLength": "string", "maxLength": "string", "minimum": "number"}
-    return next((kind for name, kind in named.items() if name in schema), "null")
-
-
-def _first(schemas: Sequence[Any], whole: Any, depth: int) -> Any:
-    for schema in schemas:
-        try:
-            return _value(schema, whole, depth or 1)
-        except _Nothing:
-            pass
-    raise _Nothing
-
-
-def _merged(parts: Sequence[Any], without: str) -> Any:
-    """One schema for several that all hold, without the keyword of the first that named them."""
-    if False in parts:
-        raise _Nothing
-    made: dict[str, Any] = {}
-    for place, part in enumerate(part for part in parts if part is not True):
-        for key, value in part.items():
-            if place == 0 and key == without:
-                continue
-            before = made.setdefault(key, value)
-            if key in ("properties", "$defs", "definitions"):
-                both = {
-                    name: {"allOf": [before[name], value[name]]}
-                    for name in before.keys() & value.keys()
-                }
-                made[key] = {**before, **value, **(both if before is not value else {})}
-            elif key == "required":
-                made[key] = [*before, *value]
-            elif before != value and key not in SAYINGS:
-                raise bad_request(f"the JSON schema says two things about {key}")
-    return made
-
-
-def _target(reference: str, whole: Any) -> Any:
-    found = whole
-    for key in reference.removeprefix("#").split("/")[1:]:
-        key = key.replace("~1", "/").replace("~0", "~")
-        if not isinstance(found, Mapping) or key not in found:
-            raise bad_request(f"the JSON schema has no {reference[:80]!r}")
-        found = found[key]
-    return found
-
-
-def _object(schema: Mapping[str, Any], whole: Any, depth: int) -> dict[str, Any]:
-    required, known = schema.get("required", []), schema.get("properties", {})
-    others = schema.get("additionalProperties", True)
-    made: dict[str, Any] = {}
-    for name in [*known, *(name for name in required if name not in known)]:
-        try:
-            made[name] = _value(known.get(name, others), whole, depth + 1)
-        except _Nothing:
-            if name in required:
-                raise
-    return made
-
-
-def _items(schema: Mapping[str, Any], whole: Any, depth: int) -> Iterator[Any]:
-    first = schema.get("prefixItems", [])
-    least, most = schema.get("minItems", 0), schema.get("maxItems", MOST_ITEMS)
-    if least > most:
-        raise _Nothing
-    for place in range(min(max(least, len(first), 1), most)):
-        try:
-            part = first[place] if place < len(first) else schema.get("items", True)
-            yield _value(part, whole, depth + 1)
-        except _Nothing:
-            if place < least:
-                raise
-            return
-
-
-def _integer(schema: Mapping[str, Any]) -> int:
-    """1, or what is nearest to it."""
-    low = max(
-        math.ceil(schema["minimum"]) if "minimum" in schema else -(1 << 63),
-        math.floor(schema["exclusiveMinimum"]) + 1 if "exclusiveMinimum" in schema else -(1 << 63),
-    )
-    high = min(
-        math.floor(schema["maximum"]) if "maximum" in schema else 1 << 63,
-        math.ceil(schema["exclusiveMaximum"]) - 1 if "exclusiveMaximum" in schema else 1 << 63,
-    )
-    if low > high:
-        raise _Nothing
-    return min(max(1, low), high)
-
-
-def _number(schema: Mapping[str, Any]) -> float:
-    """In the middle of what is allowed."""
-    low = max(schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf))
-    high = min(schema.get("maximum", math.inf), schema.get("exclusiveMaximum", math.inf))
-    if low > high or (low == high and {"exclusiveMinimum", "exclusiveMaximum"} & schema.keys()):
-        raise _Nothing
-    if math.isinf(low):
-        return 1.5 if math.isinf(high) else high - 1
-    return low + 1 if math.isinf(high) else (low + high) / 2
-
-
-# What a backend without a model says: the question again, vectors made of bytes, and how likely
-# all that was. Always the same; standard library only.
-
-DIM = 16
-
-
-def answer(messages: Sequence[Message]) -> list[str]:
-    """What was asked last, word by word, and what came with all of it."""
-    said = [part for message in messages for part in message.parts if isinstance(part, str)]
-    media = [medium for message in messages for medium in message.media]
-    pieces = [f"{word} " for word in (said[-1].split() if said else [])]
-    for kind in ("image", "video"):
-        count = sum(medium.kind == kind for medium in media)
-        pieces.append(f"[{count} {kind}{'' if count == 1 else 's'}]")
-    return pieces
-
-
-def vector(data: bytes, normalize: bool) -> tuple[float, ...]:
-    digest = hashlib.blake2b(data, digest_size=DIM).digest()
-    values = [byte - 127.5 for byte in digest]
-    length = math.sqrt(sum(value * value for value in values)) if normalize else 1.0
-    return tuple(value / length for value in values)
-
-
-class Likelihoods:
-    """Of the pieces of an answer, made up but always the same; told as their text is shown.
-
-    count : how many of each place; None tells nothing.
-    """
-
-    def __init__(self, count: int | None) -> None:
-        self._count = count
-        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
-        self._given = self._shown = 0
-        self._told: list[TokenLogprob] = []
-
-    def add(self, piece: str) -> None:
-        """A piece has come; what of it is shown is not known yet."""
-        if self._count is not None:
-            self._waiting.append((self._given, _told(piece, self._count)))
-            self._given += len(piece)
-
-    def show(self, text: str) -> tuple[TokenLogprob, ...]:
-        """A text that is shown, and with it the pieces that begin before its end."""
-        self._shown += len(text)
-        news: list[TokenLogprob] = []
-        while self._waiting and self._waiting[0][0] < self._shown:
-            news.append(self._waiting.popleft()[1])
-        self._told += news
-        return tuple(news)
-
-    @property
-    def told(self) -> tuple[TokenLogprob, ...] | None:
-        return None if self._count is None else tuple(self._told)
-
-
-def _told(piece: str, count: int) -> TokenLogprob:
-    data = piece.encode()
-    likely = -0.01 - zlib.crc32(data) % 64 / 100
-    others = [(f"other {n}", likely - 1.0 - n) for n in range(1, count)]
-    top = [(piece, likely), *others][:count]
-    return TokenLogprob(
-        piece, data, likely, tuple(TopLogprob(word, word.encode(), p) for word, p in top)
-    )
-
-
+DIM = 16  # of a vector
 SECONDS = 30.0  # how long every video is
 MOST_SEGMENTS = 100_000  # as the engine
 POLL_SECONDS = 0.005
@@ -349,7 +102,7 @@ class FakeBackend(Service):
         self._pieces, self._delay, self._load_seconds = pieces, delay, load_seconds
         self._fail_at, self._fail_load, self._die_at = fail_at, fail_load, die_at
         self._alive = True
-        self._error = error or PluginError("internal", "the fake backend was told to fail")
+        self._error = error or PluginError("internal", "the fake backend was set to fail")
         self._claimed: tuple[Capability, ...] = tuple(
             claim for claim in INFO.capabilities if claim not in without
         )
@@ -396,7 +149,7 @@ class FakeBackend(Service):
         ) -> GenerateResult:
             require_capability(request, self._owner._claimed)
             channel.put(ProgressEvent("preparing"))
-            pieces = self._owner._pieces or answer(request.messages)
+            pieces = self._owner._pieces or _answer(request.messages)
             if request.json_schema is not None:
                 pieces = document(request.json_schema)
             for medium in request.media:
@@ -411,13 +164,13 @@ class FakeBackend(Service):
                     "use fewer media or a shorter text",
                 )
             channel.put(ProgressEvent("answering"))
-            stop, likely = StopStrings(request.stop), Likelihoods(request.logprobs)
+            stop, logprobs = StopStrings(request.stop), _Logprobs(request.logprobs)
             text, count = "", 0
             finish: FinishReason = "stop"
 
-            def say(piece: str) -> str:
+            def emit(piece: str) -> str:
                 if piece:
-                    channel.put(TextEvent(piece, logprobs=likely.show(piece)))
+                    channel.put(TextEvent(piece, logprobs=logprobs.emit(piece)))
                 return piece
 
             max_tokens = request.max_tokens or min(256, self._owner.limits.max_tokens)
@@ -427,15 +180,15 @@ class FakeBackend(Service):
                     break
                 self._owner._step(place, channel)
                 count += 1
-                likely.add(piece)
-                text += say(stop.add(piece))
+                logprobs.add(piece)
+                text += emit(stop.add(piece))
                 if stop.found is not None:
                     break
-            text += say(stop.finish())
+            text += emit(stop.finish())
             usage = Usage(
                 prompt_tokens=prompt, media_tokens=196 * len(request.media), completion_tokens=count
             )
-            return GenerateResult(text, finish, usage, logprobs=likely.told)
+            return GenerateResult(text, finish, usage, logprobs=logprobs.all)
 
         def embed(
             self, request: EmbedRequest, policy: MediaPolicy, channel: Channel
@@ -450,7 +203,7 @@ class FakeBackend(Service):
                     parts = [m.encode() if isinstance(m, str) else _read(m, policy) for m in media]
                 except PluginError as error:
                     raise error.of(f"item {place + 1}") from None
-                vectors.append(vector(b"\0".join(parts), request.normalize))
+                vectors.append(_vector(b"\0".join(parts), request.normalize))
             return EmbedResult(
                 vectors=tuple(vectors),
                 space=request.space,
@@ -501,20 +254,131 @@ class FakeBackend(Service):
 
 def _read(medium: Media, policy: MediaPolicy) -> bytes:
     source = policy.open(medium)
-    data = source if isinstance(source, bytes) else _whole(source)
+    if isinstance(source, bytes):
+        data = source
+    else:
+        with source:
+            data = source.read()
     if sniff(data) != medium.kind:
+        given = "bytes" if medium.data else "a path" if medium.path else "a URL"
         raise PluginError(
             "unsupported_media",
-            f"the {medium.kind} given as {_given(medium)} is no {medium.kind}",
+            f"the {medium.kind} given as {given} is no {medium.kind}",
             "send a picture or a video in a usual format",
         )
     return data
 
 
-def _whole(file: BinaryIO) -> bytes:
-    with file:
-        return file.read()
+# Fake answers: the question again, vectors made of bytes, and logprobs. Always the same.
 
 
-def _given(medium: Media) -> str:
-    return "bytes" if medium.data is not None else "a path" if medium.path is not None else "a URL"
+def _answer(messages: Sequence[Message]) -> list[str]:
+    """The last text, word by word, and how many media came with all of them."""
+    texts = [part for message in messages for part in message.parts if isinstance(part, str)]
+    media = [medium for message in messages for medium in message.media]
+    pieces = [f"{word} " for word in (texts[-1].split() if texts else [])]
+    for kind in ("image", "video"):
+        count = sum(medium.kind == kind for medium in media)
+        pieces.append(f"[{count} {kind}{'' if count == 1 else 's'}]")
+    return pieces
+
+
+def _vector(data: bytes, normalize: bool) -> tuple[float, ...]:
+    digest = hashlib.blake2b(data, digest_size=DIM).digest()
+    values = [byte - 127.5 for byte in digest]
+    length = math.hypot(*values) if normalize else 1.0
+    return tuple(value / length for value in values)
+
+
+class _Logprobs:
+    """Logprobs of the pieces of an answer, which are emitted once their text has been.
+
+    count : how many alternatives; None for no logprobs.
+    """
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
+        self._added = self._emitted = 0
+        self._all: list[TokenLogprob] = []
+
+    def add(self, piece: str) -> None:
+        if self._count is not None:
+            self._waiting.append((self._added, _logprob(piece, self._count)))
+            self._added += len(piece)
+
+    def emit(self, text: str) -> tuple[TokenLogprob, ...]:
+        """Those of the pieces that begin before the end of a text that is emitted."""
+        self._emitted += len(text)
+        first = len(self._all)
+        while self._waiting and self._waiting[0][0] < self._emitted:
+            self._all.append(self._waiting.popleft()[1])
+        return tuple(self._all[first:])
+
+    @property
+    def all(self) -> tuple[TokenLogprob, ...] | None:
+        return None if self._count is None else tuple(self._all)
+
+
+def _logprob(piece: str, count: int) -> TokenLogprob:
+    data = piece.encode()
+    value = -0.01 - zlib.crc32(data) % 64 / 100
+    others = [(f"other {n}", value - 1.0 - n) for n in range(1, count)]
+    top = [(piece, value), *others][:count]
+    return TokenLogprob(piece, data, value, tuple(TopLogprob(t, t.encode(), p) for t, p in top))
+
+
+# Fake documents: what a JSON Schema allows. The usual keywords are known, others are refused.
+
+_NOTES = set("$defs $id $schema default definitions description examples title".split())
+_BOUNDS = {"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")}
+_BOUNDS |= {"integer": ("minimum", "maximum"), "number": ("minimum", "maximum")}
+_KNOWN = {"additionalProperties", "const", "enum", "items", "properties", "required", "type"}
+
+
+def document(schema: str) -> list[str]:
+    """A document that a JSON Schema allows, always the same, in pieces. Raises PluginError."""
+    whole = json.loads(schema)
+    try:
+        text = json.dumps(_document(whole, whole, 0), ensure_ascii=False)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
+        raise bad_request("the JSON schema allows no document", "change it") from None
+    return re.findall(r"\s*(?:\w+|.)", text, re.DOTALL)
+
+
+def _document(schema: Any, whole: Any, depth: int) -> Any:
+    if schema is True:
+        return None
+    if schema is False or depth > 16:
+        raise LookupError("nothing is allowed")
+    get, given, kind = schema.get, schema.keys() - _NOTES, schema.get("type", "null")
+    options = get("anyOf", get("oneOf")) if given in ({"anyOf"}, {"oneOf"}) else None
+    if given == {"$ref"}:
+        path = [key.replace("~1", "/") for key in get("$ref").split("/")[1:]]
+        options = [reduce(getitem, path, whole)]
+    elif isinstance(kind, list):
+        options = [{**schema, "type": one} for one in kind]
+    elif options is None and (unknown := given - _KNOWN.union(*_BOUNDS.values())):
+        raise bad_request(f"the JSON schema has {min(unknown)!r}, which is not supported here")
+    for option in options or ():
+        with suppress(LookupError):
+            return _document(option, whole, depth + 1)
+    if options is not None or {"const", "enum"} & given:
+        return schema["const"] if "const" in given else get("enum", [])[0]
+    if kind == "object":
+        parts, rest = get("properties", {}), get("additionalProperties", True)
+        return {
+            name: _document(parts.get(name, rest), whole, depth + 1) for name in get("required", ())
+        }
+    if kind in ("boolean", "null"):
+        return True if kind == "boolean" else None
+    least, most = _BOUNDS[kind]
+    low, high = get(least, 1), get(most, max(get(least, 1), 1))
+    if kind != "number":
+        low, high = math.ceil(low), math.floor(high)
+    value = min(max(1, low), high)
+    if value < get(least, value) or (least != "minimum" and value > 1000):
+        raise LookupError("the bounds leave nothing")
+    if kind == "array":
+        return [_document(get("items", True), whole, depth + 1)] * value
+    return "x" * value if kind == "string" else value

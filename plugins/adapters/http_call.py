@@ -1,27 +1,27 @@
-"""One request to a server: sent, its answer read, and cut off from any thread; standard library
-only.
+"""One request to a server: sent, its answer read, and cut off from any thread.
 
 Every call has a connection of its own, so that closing it is all that cancelling takes: the server
-stops working for a client that has left. Environment variables that name a proxy are not heeded.
+stops working for a client that has left. Proxies and other settings of the environment are ignored,
+redirects are not followed.
 """
 
-import http.client
 import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Any
+
+import httpx2
 
 from mlx_onevision.plugins.contract.errors import CODES, Code, PluginError, bad_request, cancelled
-from mlx_onevision.plugins.service.download import Where, split
+from mlx_onevision.plugins.service.download import split
 
-CONNECTING = 10.0  # seconds that a server may take to be there
-SILENCE = 60.0  # seconds without a sign of life in a stream; the server gives one every few
+CONNECT_TIMEOUT = 10.0  # seconds
+READ_TIMEOUT = 60.0  # seconds without a byte; in a stream the server sends one every few seconds
 LONGEST_ERROR = 1 << 20  # bytes
-LONGEST_LINE = 64 << 20
+LONGEST_ANSWER = 64 << 20  # bytes, of a JSON body or of one event
 
 # By the names that are sent: the contract's own, and OpenAI's for what it calls otherwise.
 _CODES: dict[str, Code] = {
@@ -31,48 +31,43 @@ _CODES: dict[str, Code] = {
 }
 
 
-@dataclass(frozen=True)
 class Server:
-    """Where a server is, and what opens it.
+    """Where a server is, with ``/v1`` or without, and the token that it asks for.
 
     Raises:
         PluginError: ``bad_request``, for what is not a plain http or https address.
     """
 
-    url: str
-    token: str | None = None
-
-    def __post_init__(self) -> None:
-        split(self.url)
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+    def __init__(self, url: str, token: str | None = None) -> None:
+        where = split(url)
+        if token is not None and not (token.isascii() and token.isprintable()):
             raise bad_request("the token is not printable ASCII")
+        self.name = f"{where.scheme}://{where.named}"
+        self._base = self.name + where.target.rstrip("/").removesuffix("/v1")
+        self._headers = {"User-Agent": "mlx-onevision", "Accept-Encoding": "identity"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
 
-    @property
-    def where(self) -> Where:
-        return split(self.url)
-
-    @property
-    def named(self) -> str:
-        return f"{self.where.scheme}://{self.where.named}"
-
-    def path(self, route: str) -> str:
-        """A route of the server, whether its address was given with ``/v1`` or without."""
-        return self.where.target.rstrip("/").removesuffix("/v1") + route
+    @cached_property
+    def client(self) -> httpx2.Client:
+        """No connection is kept or shared, so that each call can be cut off by itself."""
+        return httpx2.Client(
+            base_url=self._base,
+            headers=self._headers,
+            trust_env=False,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+        )
 
 
 class Call:
-    """A request that can be cut off; the end of ``with`` closes it.
+    """A request that can be cut off.
 
-    silence : seconds for which the server may say nothing.
+    read_timeout : seconds for which the server may send nothing.
     """
 
-    def __init__(self, server: Server, *, silence: float | None = SILENCE) -> None:
-        self._server, self._silence = server, silence
-        where = server.where
-        secure = where.scheme == "https"
-        cls = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self._connection = cls(where.host, where.port, timeout=CONNECTING)
-        self._answer: http.client.HTTPResponse | None = None
+    def __init__(self, server: Server, *, read_timeout: float = READ_TIMEOUT) -> None:
+        self._server = server
+        self._timeout = httpx2.Timeout(read_timeout, connect=CONNECT_TIMEOUT)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._cut = False
@@ -81,116 +76,92 @@ class Call:
         """Ends it, from any thread: whoever reads or writes is woken."""
         with self._lock:
             self._cut = True
-            if self._socket is not None:
-                with suppress(OSError):  # it has ended by itself
-                    self._socket.shutdown(socket.SHUT_RDWR)
+            self._shut_down()
 
     def ask(self, method: str, route: str, body: Any = None) -> Any:
         """The JSON that is answered.
 
         Raises:
-            PluginError: as :meth:`begin`.
+            PluginError: what the server refuses it with; ``model_not_found`` where there is no
+                server; ``cancelled`` when it was cut off.
         """
-        self.begin(method, route, body)
-        assert self._answer is not None
-        try:
-            return json.loads(self._answer.read())
-        except (OSError, http.client.HTTPException) as error:
-            raise self._failure(error) from error
-        except ValueError:
-            raise self._strange() from None
+        with self._sent(method, route, body) as response:
+            try:
+                return json.loads(_read(response, LONGEST_ANSWER))
+            except (ValueError, RecursionError):
+                raise strange(f"what {self._server.name} answers is no JSON") from None
 
     def events(self, route: str, body: Any) -> Iterator[str]:
         """The data of each server-sent event that is answered. Where the server breaks off, they
         end: what has to come last is for the caller to know.
 
         Raises:
-            PluginError: as :meth:`begin`.
+            PluginError: as :meth:`ask`.
         """
-        self.begin("POST", route, body)
-        assert self._answer is not None
-        data: list[str] = []
+        with self._sent("POST", route, body) as response:
+            for event in httpx2.EventSource(response, LONGEST_ANSWER):
+                yield event.data
+
+    @contextmanager
+    def _sent(self, method: str, route: str, body: Any) -> Iterator[httpx2.Response]:
+        """A good answer, of which the head has come."""
         try:
-            while line := self._answer.readline(LONGEST_LINE):
-                text = line.decode().rstrip("\r\n")
-                if text.startswith("data:"):
-                    data.append(text[5:].removeprefix(" "))
-                elif not text and data:
-                    yield "\n".join(data)
-                    data.clear()
-        except (OSError, http.client.HTTPException) as error:
+            with self._server.client.stream(
+                method,
+                route,
+                json=body,
+                timeout=self._timeout,
+                extensions={"trace": self._trace},
+            ) as response:
+                if not response.is_success:
+                    raise refusal(response.status_code, _read(response, LONGEST_ERROR))
+                yield response
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise self._failure(error) from error
-        except ValueError:
-            raise self._strange() from None
+        finally:
+            with self._lock:
+                self._socket = None
 
-    def begin(self, method: str, route: str, body: Any = None) -> None:
-        """Sends it, and waits for the head of a good answer.
+    def _trace(self, name: str, info: dict[str, Any]) -> None:
+        """Called by the connection as it goes: finds the socket, before any answer has come."""
+        if name in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._lock:
+                self._socket = info["return_value"].get_extra_info("socket")
+                if self._cut:
+                    self._shut_down()
 
-        Raises:
-            PluginError: what the server refuses it with; ``model_not_found`` where there is no
-                server; ``cancelled`` when it was cut off.
-        """
-        headers = {"Connection": "close", "User-Agent": "mlx-onevision"}
-        if self._server.token is not None:
-            headers["Authorization"] = f"Bearer {self._server.token}"
-        data = None
-        if body is not None:
-            data = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-            headers["Content-Type"] = "application/json"
-        self._connect()
-        connection = self._connection
-        try:
-            # A server that refuses a long body does so before it has all of it.
-            with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, self._server.path(route), data, headers)
-            self._answer = connection.getresponse()
-            if not 200 <= self._answer.status < 300:
-                raise refusal(self._answer.status, self._answer.read(LONGEST_ERROR))
-        except (OSError, http.client.HTTPException) as error:
-            raise self._failure(error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._lock:
-            self._socket = None
-        if self._answer is not None:
-            self._answer.close()
-        self._connection.close()
-
-    def _connect(self) -> None:
-        try:
-            self._connection.connect()
-        except (OSError, http.client.HTTPException) as error:
-            raise PluginError(
-                "model_not_found",
-                f"there is no server at {self._server.named} ({_reason(error)})",
-                "start one there with mlx-onevision serve, or name another",
-            ) from error
-        opened: socket.socket = self._connection.sock
-        opened.settimeout(self._silence)
-        with self._lock:
-            if self._cut:
-                raise cancelled()
-            self._socket = opened
+    def _shut_down(self) -> None:
+        if self._socket is not None:
+            with suppress(OSError):  # it has ended by itself
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _failure(self, error: Exception) -> PluginError:
         if self._cut:
             return cancelled()
+        name = self._server.name
+        if isinstance(error, httpx2.SSEError):
+            return strange(f"what {name} answers is no stream of events")
+        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+            return PluginError(
+                "model_not_found",
+                f"there is no server at {name} ({_reason(error)})",
+                "start one there with mlx-onevision serve, or name another",
+            )
         return PluginError(
             "internal",
-            f"the connection to {self._server.named} broke off ({_reason(error)})",
+            f"the connection to {name} broke off ({_reason(error)})",
             "the log of the server may say more",
         )
 
-    def _strange(self) -> PluginError:
-        return strange(f"what {self._server.named} answers is no JSON")
+
+def _read(response: httpx2.Response, most: int) -> bytes:
+    """The body, of at most ``most`` bytes."""
+    body = bytearray()
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > most:
+            raise strange(f"the server's answer has more than {most >> 20} MB")
+    return bytes(body)
 
 
 def strange(message: str) -> PluginError:
@@ -199,7 +170,7 @@ def strange(message: str) -> PluginError:
 
 
 def refusal(status: int, body: bytes) -> PluginError:
-    """An error's status and body, as the contract says it."""
+    """The error that a status and its body stand for."""
     try:
         return error_of(json.loads(body), status)
     except (ValueError, RecursionError):
@@ -220,5 +191,11 @@ def error_of(body: Any, status: int = 500) -> PluginError:
     return PluginError(_CODES.get(str(error.get("code")), usual), message, hint)
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What the system says, or the type of the error: its text may hold anything."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from mlx_onevision.plugins.conformance.subject import Subject
-from mlx_onevision.plugins.contract.results import LEAST
+from mlx_onevision.plugins.contract.results import LOGPROB_FLOOR
 from mlx_onevision.plugins.interface import (
     API_VERSION,
     Backend,
@@ -206,10 +206,10 @@ class Telling(Subject):
             assert b"".join(token.data for token in told) == last.result.text.encode()
         for token in told:
             assert token.token == token.data.decode("utf-8", "replace")
-            assert LEAST <= token.logprob <= 1e-6
+            assert LOGPROB_FLOOR <= token.logprob <= 1e-6
             likely = [other.logprob for other in token.top]
             assert likely == sorted(likely, reverse=True) and len(likely) <= count
-            assert all(LEAST <= value <= 1e-6 for value in likely)
+            assert all(LOGPROB_FLOOR <= value <= 1e-6 for value in likely)
             if count:  # it was chosen for being the likeliest
                 assert token.logprob >= likely[0] - 1e-3
         copy = GenerateResult.from_dict(json.loads(json.dumps(last.result.to_dict())))

@@ -1,8 +1,8 @@
-"""What a backend refuses, as one exception with a code; standard library only."""
+"""Why a request was not served, as one exception with a code; standard library only."""
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, cast, get_args
 
 from mlx_onevision.errors import OneVisionError
 
@@ -23,6 +23,21 @@ backend's own: nothing that the host could have asked in another way."""
 CODES: tuple[Code, ...] = get_args(Code)
 
 LONGEST = 300  # characters of a message or a hint; more would be somebody's data
+
+# The engine's codes that are not the contract's own.
+_CODES = {"bad_model": "model_not_found"}
+
+_HINTS: dict[Code, str] = {
+    "model_not_found": "check the model's name, or choose another",
+    "unsupported_media": "send a picture or a video in a usual format",
+    "too_large": "send something smaller",
+    "context_overflow": "use fewer or smaller media or a shorter text",
+    "out_of_memory": "use a smaller or quantized model, or close other programs",
+    "busy": "try again in a moment",
+    "internal": "the log of the backend says more",
+}
+
+logger = logging.getLogger("mlx_onevision")
 
 
 class PluginError(Exception):
@@ -45,7 +60,7 @@ class PluginError(Exception):
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
     def of(self, name: str) -> "PluginError":
-        """The same, said of one thing among several."""
+        """The same, about one thing among several."""
         return PluginError(self.code, f"{name}: {self.message}", self.hint)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,35 +101,17 @@ def clipped(text: str) -> str:
     return f"{text[: LONGEST - 100]} … {text[-97:]}"
 
 
-# The engine's errors in the contract's words.
-
-logger = logging.getLogger("mlx_onevision")
-
-# The engine's codes that are not the contract's own.
-_CODES = {"bad_model": "model_not_found"}
-
-_HINTS: dict[Code, str] = {
-    "model_not_found": "check the model's name, or choose another",
-    "unsupported_media": "send a picture or a video in a usual format",
-    "too_large": "send something smaller",
-    "context_overflow": "use fewer or smaller media or a shorter text",
-    "out_of_memory": "use a smaller or quantized model, or close other programs",
-    "busy": "try again in a moment",
-    "internal": "the log of the backend says more",
-}
-
-
 def to_plugin_error(error: BaseException) -> PluginError:
     """Whatever went wrong, as the one exception that a host sees.
 
-    What this package did not mean to raise is written to the log, and told without its text: that
+    An error that this package does not raise itself is logged, and passed on without its text: that
     may hold paths, addresses, or somebody's data.
     """
     if isinstance(error, PluginError):
         return error
     if isinstance(error, OneVisionError):
         named = _CODES.get(error.code, error.code)
-        code: Code = named if _is_code(named) else "bad_request"
+        code = cast(Code, named if named in CODES else "bad_request")
         message, _, hint = str(error).partition("; ")
         return PluginError(code, message, hint or _HINTS.get(code, ""))
     if isinstance(error, MemoryError):
@@ -125,7 +122,3 @@ def to_plugin_error(error: BaseException) -> PluginError:
         f"the request failed inside the backend ({type(error).__name__})",
         _HINTS["internal"],
     )
-
-
-def _is_code(text: str) -> TypeGuard[Code]:
-    return text in CODES

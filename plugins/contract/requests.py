@@ -13,9 +13,7 @@ from mlx_onevision.files import sniff as sniff
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.results import Capability
 from mlx_onevision.plugins.contract.wire import Part, Record
-from mlx_onevision.sampling.ranges import RANGES
-
-# Pictures, videos and conversations, as a host hands them over; standard library only.
+from mlx_onevision.sampling.ranges import RANGES, Range
 
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
@@ -23,12 +21,11 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Media(Part):
-    """A picture or a video: exactly one of ``path``, ``url`` and ``data``.
+    """An image or a video: exactly one of ``path``, ``url`` and ``data``.
 
     path : an absolute path on the machine of the backend.
     url : http(s), or a ``data:`` address.
     data : the file's bytes; base64 in JSON.
-    mime : what the host takes it for. Only a label: bytes are looked at, never believed.
 
     Whether a path or a URL is read at all is for whoever opened the backend to say.
     """
@@ -37,7 +34,6 @@ class Media(Part):
     path: str | None = None
     url: str | None = None
     data: bytes | None = None
-    mime: str | None = None
 
     def check(self) -> None:
         given = [name for name in ("path", "url", "data") if getattr(self, name) is not None]
@@ -78,14 +74,25 @@ EmbeddingSpace = Literal["vision", "joint"]
 LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
 LONGEST_SCHEMA = 1 << 18  # characters
 
+_RANGES = {
+    **RANGES,
+    "num_frames": Range(ge=1),
+    "fps": Range(gt=0),
+    "start": Range(ge=0),
+    "end": Range(gt=0),
+    "longest": Range(gt=0),
+    "timeout": Range(gt=0, le=round(LONGEST_TIMEOUT)),
+}
 
-class _Asked(Record):
+
+class _Request(Record):
     """What every request has."""
 
     timeout: float | None
 
     def check(self) -> None:
-        _between(self, "timeout", above=0, most=LONGEST_TIMEOUT)
+        for name, allowed in _RANGES.items():
+            _check_range(name, getattr(self, name, None), allowed)
 
     @property
     def media(self) -> tuple[Media, ...]:
@@ -94,12 +101,12 @@ class _Asked(Record):
 
 
 @dataclass(frozen=True)
-class GenerateRequest(_Asked):
+class GenerateRequest(_Request):
     """An answer to a conversation. ``timeout`` is in seconds, waiting in the queue included.
 
     max_tokens : of the answer; None for the checkpoint's own limit, else 256, within the backend's.
-    logprobs : how many of the likeliest tokens are told for each token of the answer, 0 for the
-        chosen one alone; None tells nothing.
+    logprobs : how many of the likeliest tokens are reported for each token of the answer, 0 for the
+        chosen one alone; None for no logprobs.
     json_schema : a JSON Schema, as JSON: the answer is a document that it allows, and nothing else.
     """
 
@@ -125,7 +132,7 @@ class GenerateRequest(_Asked):
 
     @classmethod
     def ask(cls, question: str, *media: Media, **settings: Any) -> "GenerateRequest":
-        """One question about pictures and videos."""
+        """One question about images and videos."""
         return cls(messages=[Message("user", [*media, question])], **settings)
 
     @property
@@ -138,23 +145,21 @@ class GenerateRequest(_Asked):
             raise bad_request("there are no messages", "ask something")
         if self.system is not None and self.messages[0].role == "system":
             raise bad_request("there are two system messages: in messages, and beside them")
-        said = [part for message in self.messages for part in message.parts]
-        if not any(isinstance(part, Media) or part.strip() for part in said):
+        parts = [part for message in self.messages for part in message.parts]
+        if not any(isinstance(part, Media) or part.strip() for part in parts):
             raise bad_request("the conversation is empty", "ask something")
         if not all(self.stop):
             raise bad_request("a stop string is empty")
-        _between(self, "fps", above=0)
         if self.num_frames is not None and self.fps is not None:
             raise bad_request("there are both num_frames and fps", "give one of them")
         if self.json_schema is not None:
             _check_schema(self.json_schema)
-        _check_window(self)
-        _check_sampling(self)
+        _check_window(self.start, self.end)
 
 
 @dataclass(frozen=True)
 class Group(Part):
-    """Several pictures that share one vector; in the joint space only."""
+    """Several images that share one vector; in the joint space only."""
 
     discriminator: ClassVar[str | None] = "group"
 
@@ -166,8 +171,8 @@ class Group(Part):
 
 
 @dataclass(frozen=True)
-class EmbedRequest(_Asked):
-    """A vector for each item: a text, a picture, a video, or a group of pictures."""
+class EmbedRequest(_Request):
+    """A vector for each item: a text, an image, a video, or a group of images."""
 
     items: Sequence[str | Group | Media]
     space: EmbeddingSpace = "vision"
@@ -199,12 +204,12 @@ class EmbedRequest(_Asked):
 
 
 @dataclass(frozen=True)
-class DescribeRequest(_Asked):
-    """A long video, told segment by segment, with chapters and a summary. The settings are those of
-    :class:`mlx_onevision.describe.options.DescribeOptions`.
+class DescribeRequest(_Request):
+    """A long video, described segment by segment, with chapters and a summary. Its settings are
+    those of :class:`mlx_onevision.describe.options.DescribeOptions`.
 
-    segments : "scenes", where the picture changes; or seconds, for parts of that length.
-    num_frames : so many of each segment are looked at.
+    segments : "scenes", between cuts; or seconds, for parts of that length.
+    num_frames : so many of each segment are sampled.
     longest : seconds; a scene that lasts longer is divided.
     max_tokens : of each segment's text.
     """
@@ -234,10 +239,8 @@ class DescribeRequest(_Asked):
         if self.video.kind != "video":
             raise bad_request("the medium is an image", "describe_video takes a video")
         if self.segments != "scenes":
-            _between(self, "segments", above=0)
-        _between(self, "longest", above=0)
-        _check_window(self)
-        _check_sampling(self)
+            _check_range("segments", self.segments, Range(gt=0))
+        _check_window(self.start, self.end)
 
 
 def _check_schema(text: str) -> None:
@@ -252,43 +255,14 @@ def _check_schema(text: str) -> None:
         raise bad_request("json_schema is no JSON Schema", "give an object")
 
 
-def _check_window(request: Part) -> None:
-    """Which frames of a video, as far as it is told by start, end and num_frames."""
-    _between(request, "num_frames", least=1)
-    _between(request, "start", least=0)
-    _between(request, "end", above=0)
-    start, end = getattr(request, "start", None), getattr(request, "end", None)
+def _check_window(start: float | None, end: float | None) -> None:
     if start is not None and end is not None and end <= start:
         raise bad_request(f"end is {end:g} s, which is not after start, {start:g} s")
 
 
-def _check_sampling(request: Part) -> None:
-    for name, allowed in RANGES.items():
-        value = getattr(request, name, None)
-        if value is not None and not allowed.holds(value):
-            raise bad_request(f"{name} is {str(value)[:30]}; it must be {allowed}")
-
-
-def _between(
-    request: Part,
-    name: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-) -> None:
-    value = getattr(request, name)
-    if value is None:
-        return
-    good = (least is None or value >= least) and (above is None or value > above)
-    if good and (most is None or value <= most):
-        return
-    low = f"{least} or more" if above is None else f"above {above}"
-    high = "" if most is None else f" and at most {most:g}"
-    raise bad_request(f"{name} is {str(value)[:30]}; it must be {low}{high}")
-
-
-# What a backend does not claim it refuses; standard library only.
+def _check_range(name: str, value: float | None, allowed: Range) -> None:
+    if value is not None and not allowed.holds(value):
+        raise bad_request(f"{name} is {str(value)[:30]}; it must be {allowed}")
 
 
 def require_capability(

@@ -1,4 +1,8 @@
-"""What a backend answers; standard library only."""
+"""What a backend answers: results, and the events that come before them; standard library only.
+
+The order of events is: any number of progress, text and segment events; at most one usage event;
+then one done or error event, and nothing after it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,8 +58,8 @@ class ModelInfo(Record):
 class Usage(Part):
     """What an answer took: tokens, seconds of wall time, bytes of the device at the peak.
 
-    cached_tokens : of the prompt, those that had not to be read again. media_tokens : of the
-        prompt, those that stand for pictures.
+    cached_tokens : of the prompt, those whose KV cache was still there. media_tokens : of the
+        prompt, those that stand for images and videos.
     """
 
     prompt_tokens: int = 0
@@ -76,7 +80,7 @@ class TopLogprob(Part):
     token : its text; where it is a part of a character only, that part is U+FFFD.
     data : its bytes.
     logprob : natural logarithm of its probability before temperature and filters, after penalties
-        and schema; LEAST where that is 0.
+        and schema; LOGPROB_FLOOR where that is 0.
     """
 
     token: str
@@ -84,7 +88,7 @@ class TopLogprob(Part):
     logprob: float
 
 
-LEAST = -9999.0
+LOGPROB_FLOOR = -9999.0
 """Stands for the logarithm of 0, for which JSON has no number."""
 
 
@@ -174,11 +178,6 @@ class DescribeResult(Record):
     warnings: tuple[str, ...] = ()
     usage: Usage | None = None
 
-
-# What happens while a request is served; standard library only.
-#
-# The order is: any number of progress, text and segment events; at most one usage event; then one
-# done or error event, and nothing after it.
 
 Result = GenerateResult | DescribeResult | EmbedResult
 

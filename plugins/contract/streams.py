@@ -20,81 +20,9 @@ from typing import Any, Generic, Self, TypeVar
 from mlx_onevision.plugins.contract.errors import PluginError, cancelled
 from mlx_onevision.plugins.contract.results import DoneEvent, ErrorEvent, Event, Result
 
-# One thread for the whole process: it does what must not hold up whoever wants it done, and what
-# is due later. Standard library only.
-
 LONGEST_WAIT = 3600.0  # seconds; Python cannot wait for just any number of them
 
 logger = logging.getLogger("mlx_onevision")
-
-
-class Timer:
-    """Something that is due at a time, unless it is cancelled before."""
-
-    def __init__(self, due: float, function: Callable[[], object]) -> None:
-        self.due = due
-        self._function: Callable[[], object] | None = function
-
-    def cancel(self) -> None:
-        """What it holds is let go of at once. Nothing happens if it has gone off."""
-        self._function = None
-
-    def go_off(self) -> None:
-        function, self._function = self._function, None
-        if function is not None:
-            function()
-
-
-class Background:
-    """What it is given has to be short: it is done one after another."""
-
-    def __init__(self) -> None:
-        self._wanted: queue.SimpleQueue[Timer] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
-
-    def start(self) -> None:
-        """To be called before the first use, and again at will."""
-        with self._starting:
-            if self._thread is None or not self._thread.is_alive():  # as after a fork
-                self._thread = threading.Thread(
-                    target=self._run, name="mlx-onevision-aside", daemon=True
-                )
-                self._thread.start()
-
-    def soon(self, function: Callable[[], object]) -> None:
-        """May be called at any point of any thread, by a finalizer within any lock, too."""
-        self._wanted.put(Timer(0.0, function))
-
-    def later(self, seconds: float, function: Callable[[], object]) -> Timer:
-        alarm = Timer(time.monotonic() + seconds, function)
-        self._wanted.put(alarm)
-        return alarm
-
-    def _run(self) -> None:
-        due: list[tuple[float, int, Timer]] = []
-        numbers = itertools.count()
-        while True:
-            wait = due[0][0] - time.monotonic() if due else LONGEST_WAIT
-            try:
-                alarm = self._wanted.get(timeout=min(max(wait, 0.0), LONGEST_WAIT))
-                heapq.heappush(due, (alarm.due, next(numbers), alarm))
-                del alarm
-            except queue.Empty:
-                pass
-            while due and due[0][0] <= time.monotonic():
-                _done(heapq.heappop(due)[2])
-
-
-def _done(alarm: Timer) -> None:
-    try:
-        alarm.go_off()
-    except Exception:
-        logger.exception("what was to be done aside failed")
-
-
-background = Background()
-
 
 Wanted = TypeVar("Wanted", bound=Result)
 Awaited = TypeVar("Awaited")
@@ -142,7 +70,7 @@ class Channel:
         if limits:
             least = min(limits)
             late = cancelled(f"the request was not done after {least:g} seconds")
-            self.at_end(background.later(least, lambda: self.fail(late)).cancel)
+            self.at_end(background.call_later(least, lambda: self.fail(late)).cancel)
 
     @property
     def ended(self) -> bool:
@@ -167,8 +95,7 @@ class Channel:
     def get(self, place: int) -> Event | None:
         """The event at a place, waited for; None behind the last."""
         with self._changed:
-            while place >= len(self._events) and not self._ended:
-                self._changed.wait()
+            self._changed.wait_for(lambda: place < len(self._events) or self._ended)
             return self._events[place] if place < len(self._events) else None
 
     async def get_async(self, place: int) -> Event | None:
@@ -186,8 +113,7 @@ class Channel:
     def last(self) -> Event:
         """The done or error event, waited for."""
         with self._changed:
-            while not self._ended:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._ended)
             return self._events[-1]
 
     async def last_async(self) -> Event:
@@ -302,7 +228,7 @@ def _result(last: Event) -> Any:
 def _given_up(channel: Channel) -> None:
     # Elsewhere: a stream may be collected while the thread that does it is inside the very locks
     # that cancelling needs.
-    background.soon(lambda: channel.fail(cancelled("the request was given up")))
+    background.call_soon(lambda: channel.fail(cancelled("the request was given up")))
 
 
 def _wake(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[None]") -> None:
@@ -314,3 +240,69 @@ def _wake(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[None]") -> No
         loop.call_soon_threadsafe(settle)
     except RuntimeError:  # the loop is closed, and with it whoever waited
         pass
+
+
+class Timer:
+    """Something that is due at a time, unless it is cancelled before."""
+
+    def __init__(self, due: float, function: Callable[[], object]) -> None:
+        self.due = due
+        self._function: Callable[[], object] | None = function
+
+    def cancel(self) -> None:
+        """What it holds is let go of at once. Nothing happens if it has run."""
+        self._function = None
+
+    def run(self) -> None:
+        function, self._function = self._function, None
+        try:
+            if function is not None:
+                function()
+        except Exception:
+            logger.exception("a function in the background failed")
+
+
+class Background:
+    """One thread that runs short functions, one after another: those that must not hold up whoever
+    wants them run, and those that are due later.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: queue.SimpleQueue[Timer] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def start(self) -> None:
+        """To be called before the first use, and again at will."""
+        with self._starting:
+            if self._thread is None or not self._thread.is_alive():  # as after a fork
+                self._thread = threading.Thread(
+                    target=self._run, name="mlx-onevision-background", daemon=True
+                )
+                self._thread.start()
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """May be called at any point of any thread, by a finalizer within any lock, too."""
+        self._wanted.put(Timer(0.0, function))
+
+    def call_later(self, seconds: float, function: Callable[[], object]) -> Timer:
+        timer = Timer(time.monotonic() + seconds, function)
+        self._wanted.put(timer)
+        return timer
+
+    def _run(self) -> None:
+        due: list[tuple[float, int, Timer]] = []
+        numbers = itertools.count()
+        while True:
+            wait = due[0][0] - time.monotonic() if due else LONGEST_WAIT
+            try:
+                timer = self._wanted.get(timeout=min(max(wait, 0.0), LONGEST_WAIT))
+                heapq.heappush(due, (timer.due, next(numbers), timer))
+                del timer
+            except queue.Empty:
+                pass
+            while due and due[0][0] <= time.monotonic():
+                heapq.heappop(due)[2].run()
+
+
+background = Background()

@@ -4,47 +4,43 @@ import threading
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from mlx_onevision.plugins.contract.errors import bad_request
+from mlx_onevision.plugins.contract.streams import Timer, background
+from mlx_onevision.plugins.service.base import CLOSED
 
 
 class Closable(Protocol):
     def close(self) -> None: ...
 
 
-Kept = TypeVar("Kept", bound=Closable)
+Model = TypeVar("Model", bound=Closable)
 
-PATIENCE_SECONDS = 10.0
-
-CLOSED = bad_request("the backend has been closed", "open it again")
+CLOSE_TIMEOUT = 10.0  # seconds that close() waits for what is in use or still loading
 
 
-class ModelKeeper(Generic[Kept]):
+class ModelKeeper(Generic[Model]):
     """load : makes the model, on a thread of its own.
     keep_alive : seconds without a request after which it is freed; None for never.
     """
 
-    def __init__(self, load: Callable[[], Kept], keep_alive: float | None) -> None:
+    def __init__(self, load: Callable[[], Model], keep_alive: float | None) -> None:
+        background.start()
         self._load, self._keep_alive = load, keep_alive
         self._changed = threading.Condition()
-        self._model: Kept | None = None
+        self._model: Model | None = None
         self._error: BaseException | None = None
         self._busy = False  # loading or freeing: never both, so that two are never in memory
         self._users = 0
-        self._wanted_gone = False
+        self._free_when_idle = False
         self._closed = False
-        self._timer: threading.Timer | None = None
+        self._timer: Timer | None = None
 
     @property
-    def loaded(self) -> bool:
-        return self._model is not None
-
-    @property
-    def kept(self) -> Kept | None:
+    def current(self) -> Model | None:
         """The model, if it is in memory just now; to look at, not to use."""
         return self._model
 
-    def borrow(self, check: Callable[[], None]) -> Kept:
-        """The model, loaded if need be. :meth:`give_back` belongs to it.
+    def acquire(self, check: Callable[[], None]) -> Model:
+        """The model, loaded if need be. :meth:`release` belongs to it.
 
         check : raises when it is not wanted any more; see :meth:`wake`.
 
@@ -56,13 +52,13 @@ class ModelKeeper(Generic[Kept]):
             # Who waits for it counts already: it must not be freed before they have it.
             self._users += 1
             try:
-                return self._awaited(check)
+                return self._wait(check)
             except BaseException:
                 self._users -= 1
                 self._settle()
                 raise
 
-    def _awaited(self, check: Callable[[], None]) -> Kept:
+    def _wait(self, check: Callable[[], None]) -> Model:
         waited = False
         while True:
             check()
@@ -75,13 +71,11 @@ class ModelKeeper(Generic[Kept]):
                 if waited and self._error is not None:
                     raise self._error
                 self._busy, self._error = True, None
-                threading.Thread(
-                    target=self._loading, name="mlx-onevision-load", daemon=True
-                ).start()
+                _start("mlx-onevision-load", self._run_load)
             waited = True
             self._changed.wait()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         with self._changed:
             self._users -= 1
             self._settle()
@@ -89,7 +83,7 @@ class ModelKeeper(Generic[Kept]):
     def unload(self) -> None:
         """Frees the model once nobody uses it or waits for it."""
         with self._changed:
-            self._wanted_gone = self._model is not None
+            self._free_when_idle = self._model is not None
             self._settle()
 
     def close(self) -> None:
@@ -97,12 +91,10 @@ class ModelKeeper(Generic[Kept]):
         and is freed when it ends.
         """
         with self._changed:
-            self._closed = self._wanted_gone = True
+            self._closed = self._free_when_idle = True
             self._changed.notify_all()
             self._settle()
-            self._changed.wait_for(
-                lambda: self._model is None and not self._busy, timeout=PATIENCE_SECONDS
-            )
+            self._changed.wait_for(lambda: self._model is None and not self._busy, CLOSE_TIMEOUT)
 
     def wake(self) -> None:
         """Has those who wait look at their ``check`` again."""
@@ -114,35 +106,32 @@ class ModelKeeper(Generic[Kept]):
     def _settle(self) -> None:
         if self._users or self._model is None:
             return
-        if self._wanted_gone or self._keep_alive == 0:
-            self._start_freeing()
+        if self._free_when_idle or self._keep_alive == 0:
+            self._free()
         elif self._keep_alive is not None:
             self._stop_timer()
-            self._timer = threading.Timer(self._keep_alive, self._idle)
-            self._timer.daemon = True
-            self._timer.start()
+            timer = background.call_later(self._keep_alive, lambda: self._free_if_idle(timer))
+            self._timer = timer
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _start_freeing(self) -> None:
+    def _free(self) -> None:
         self._stop_timer()
         model, self._model = self._model, None
-        self._busy, self._wanted_gone = True, False
-        threading.Thread(
-            target=self._freeing, args=(model,), name="mlx-onevision-free", daemon=True
-        ).start()
+        self._busy, self._free_when_idle = True, False
+        _start("mlx-onevision-free", self._run_free, model)
 
-    # On threads of their own.
+    # On other threads.
 
-    def _idle(self) -> None:
+    def _free_if_idle(self, timer: Timer) -> None:
         with self._changed:
-            if self._timer is threading.current_thread() and not self._users:
-                self._start_freeing()
+            if self._timer is timer and not self._users:
+                self._free()
 
-    def _loading(self) -> None:
+    def _run_load(self) -> None:
         model, failure = None, None
         try:
             model = self._load()
@@ -150,11 +139,11 @@ class ModelKeeper(Generic[Kept]):
             failure = error
         with self._changed:
             self._model, self._error, self._busy = model, failure, False
-            self._wanted_gone = self._closed
+            self._free_when_idle = self._closed
             self._settle()
             self._changed.notify_all()
 
-    def _freeing(self, model: Kept) -> None:
+    def _run_free(self, model: Model) -> None:
         try:
             model.close()
         finally:
@@ -162,3 +151,7 @@ class ModelKeeper(Generic[Kept]):
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
+
+
+def _start(name: str, target: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=target, args=arguments, name=name, daemon=True).start()

@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 
-from mlx_onevision.plugins.adapters.engine import Desk
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.streams import Background, Channel
 from mlx_onevision.plugins.interface import GenerateRequest
+from mlx_onevision.plugins.service.base import RequestQueue
 from mlx_onevision.plugins.service.service import Limits
 
 
@@ -27,37 +27,37 @@ def test_what_is_wanted_soon_is_done_in_order_and_elsewhere(background: Backgrou
     done: list[tuple[int, str]] = []
     last = threading.Event()
     for number in range(100):
-        background.soon(lambda n=number: done.append((n, threading.current_thread().name)))
-    background.soon(last.set)
+        background.call_soon(lambda n=number: done.append((n, threading.current_thread().name)))
+    background.call_soon(last.set)
     assert last.wait(10)
-    assert done == [(number, "mlx-onevision-aside") for number in range(100)]
+    assert done == [(number, "mlx-onevision-background") for number in range(100)]
 
 
 def test_what_is_due_later_is_done_by_its_time(background: Background) -> None:
     done: list[tuple[float, float]] = []
     began, last = time.monotonic(), threading.Event()
     for seconds in (0.3, 0.1, 1e12, 0.2, 0.0):
-        background.later(seconds, lambda s=seconds: done.append((s, time.monotonic() - began)))
-    background.later(0.4, last.set)
+        background.call_later(seconds, lambda s=seconds: done.append((s, time.monotonic() - began)))
+    background.call_later(0.4, last.set)
     assert last.wait(10)
     assert [seconds for seconds, _ in done] == [0.0, 0.1, 0.2, 0.3]
     assert all(after >= seconds for seconds, after in done)
 
 
-def test_a_cancelled_alarm_holds_nothing(background: Background) -> None:
+def test_a_cancelled_timer_holds_nothing(background: Background) -> None:
     class Answer:
         def drop(self) -> None:
             raise AssertionError("it was cancelled")
 
     answer = Answer()
     seen = weakref.ref(answer)
-    alarm = background.later(0.05, answer.drop)
+    timer = background.call_later(0.05, answer.drop)
     del answer
-    alarm.cancel()
+    timer.cancel()
     gc.collect()
     assert seen() is None
     after = threading.Event()
-    background.later(0.1, after.set)
+    background.call_later(0.1, after.set)
     assert after.wait(10)
 
 
@@ -69,9 +69,9 @@ def test_one_failure_ends_nothing_else(
 
     after = threading.Event()
     with caplog.at_level(logging.ERROR):
-        background.soon(fail)
-        background.later(0.05, fail)
-        background.later(0.1, after.set)
+        background.call_soon(fail)
+        background.call_later(0.05, fail)
+        background.call_later(0.1, after.set)
         assert after.wait(10)
     assert len(caplog.records) == 2
 
@@ -119,15 +119,15 @@ def test_where_no_thread_is_left_the_request_fails_and_the_next_does_not(
 
 
 @pytest.mark.parametrize("readers", [1, 2])
-def test_so_many_read_at_once_in_order_and_who_leaves_makes_room(readers: int) -> None:
-    desk, lock = Desk(readers), threading.Lock()
+def test_so_many_hold_a_slot_in_order_and_who_leaves_makes_room(readers: int) -> None:
+    queue, lock = RequestQueue(readers, 12), threading.Lock()
     channels = [Channel() for _ in range(12)]
     inside, order, most, gone = set[int](), list[int](), 0, list[int]()
 
     def read(number: int) -> None:
         nonlocal most
         try:
-            with desk.place(channels[number]):
+            with queue.slot(channels[number]):
                 with lock:
                     inside.add(number)
                     order.append(number)

@@ -43,7 +43,7 @@ from mlx_onevision.plugins.interface import (
     sniff,
 )
 
-PICTURE = Media("image", data=b"\x89PNG\0\xff", mime="image/png")
+PICTURE = Media("image", data=b"\x89PNG\0\xff")
 FILM = Media("video", path="/films/a.mp4")
 ASKED = GenerateRequest.ask("what?", PICTURE, FILM, temperature=0, stop=["a", "\n"], seed=2**64 - 1)
 USAGE = Usage(10, 2, 5, 4, 0.1, 0.2, 0.3, 0.4, 1 << 40)

@@ -1,0 +1,225 @@
+"""What every backend does with a request: queue, thread, time limit, end. Standard library only.
+
+Each request has a thread of its own, which waits for its slot, and whose errors are its own.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from mlx_onevision.plugins.contract.errors import (
+    PluginError,
+    bad_request,
+    cancelled,
+    to_plugin_error,
+)
+from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
+from mlx_onevision.plugins.contract.results import (
+    DescribeResult,
+    DoneEvent,
+    EmbedResult,
+    GenerateResult,
+    ProgressEvent,
+    Result,
+    UsageEvent,
+)
+from mlx_onevision.plugins.contract.streams import Channel, EventStream, background
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
+
+Request = GenerateRequest | EmbedRequest | DescribeRequest
+
+CLOSED = bad_request("the backend has been closed", "open it again")
+
+CLOSE_TIMEOUT = 5.0  # seconds that close() waits for requests that it has cancelled
+
+
+class Slot:
+    """A request's place in a :class:`RequestQueue`: waiting, active, or given up."""
+
+
+class RequestQueue:
+    """active : requests at once. waiting : queued behind them, first come first served."""
+
+    def __init__(self, active: int, waiting: int) -> None:
+        self._most_active, self._most_waiting = active, waiting
+        self._active: set[Slot] = set()
+        self._waiting: deque[Slot] = deque()
+        self._changed = threading.Condition()
+
+    def enter(self) -> Slot:
+        """A slot, at once. Raises PluginError ``busy`` when the queue is full."""
+        slot = Slot()
+        with self._changed:
+            if len(self._active) < self._most_active and not self._waiting:
+                self._active.add(slot)
+            elif len(self._waiting) < self._most_waiting:
+                self._waiting.append(slot)
+            else:
+                raise PluginError(
+                    "busy",
+                    f"{len(self._active)} requests are under way and {len(self._waiting)} wait",
+                    "try again in a moment",
+                )
+        return slot
+
+    def wait(self, slot: Slot) -> bool:
+        """Until the slot is active; False when it was given up instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: slot not in self._waiting)
+            return slot in self._active
+
+    def give_up(self, slot: Slot) -> None:
+        """Leaves the queue; an active slot is kept until it is released."""
+        with self._changed:
+            if slot in self._waiting:
+                self._waiting.remove(slot)
+                self._changed.notify_all()
+
+    def release(self, slot: Slot) -> None:
+        """Makes room for the next; nothing if the slot is not active."""
+        with self._changed:
+            self._active.discard(slot)
+            while self._waiting and len(self._active) < self._most_active:
+                self._active.add(self._waiting.popleft())
+            self._changed.notify_all()
+
+    @contextmanager
+    def slot(self, channel: Channel) -> Iterator[None]:
+        """Waits for a slot and holds it. Raises PluginError ``cancelled`` when the request ends."""
+        slot = self.enter()
+        channel.at_end(lambda: self.give_up(slot))
+        try:
+            if not self.wait(slot):
+                raise cancelled()
+            yield
+        finally:
+            self.release(slot)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many are active, and how many wait."""
+        with self._changed:
+            return len(self._active), len(self._waiting)
+
+
+class StreamingBackend(ABC):
+    """The part of a :class:`~mlx_onevision.plugins.interface.Backend` that takes requests.
+
+    policy : which media a request may name; None for bytes alone.
+    queue : how many requests are served at once.
+    """
+
+    def __init__(self, policy: MediaPolicy | None, queue: RequestQueue) -> None:
+        self.policy = policy or MediaPolicy()
+        self._queue = queue
+        self._channels: set[Channel] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @abstractmethod
+    def _serve(self, request: Request, channel: Channel) -> Result:
+        """The result, made on the request's thread; its events are put into the channel."""
+
+    @abstractmethod
+    def _time_limit(self, request: Request) -> float | None:
+        """Seconds that the request may take, waiting included."""
+
+    def _check(self, request: Request) -> None:  # noqa: B027
+        """Raises PluginError for a request that is refused before it waits."""
+
+    def generate(self, request: GenerateRequest) -> EventStream[GenerateResult]:
+        return self._start(request, GenerateRequest)
+
+    def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Raises PluginError."""
+        with self.stream_embed(request) as stream:  # Ctrl-C ends the work, too
+            return stream.result()
+
+    def stream_embed(self, request: EmbedRequest) -> EventStream[EmbedResult]:
+        return self._start(request, EmbedRequest)
+
+    def describe_video(self, request: DescribeRequest) -> EventStream[DescribeResult]:
+        return self._start(request, DescribeRequest)
+
+    def close(self) -> None:
+        """Cancels what is under way, and waits a while for it to end."""
+        with self._changed:
+            self._closed = True
+            channels = tuple(self._channels)
+        for channel in channels:
+            channel.fail(cancelled("the backend was closed"))
+        with self._changed:
+            self._changed.wait_for(lambda: not self._channels, CLOSE_TIMEOUT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self, request: Any, kind: type[Request]) -> EventStream[Any]:
+        channel = Channel()
+        stream = channel.stream()
+        try:
+            if self._closed:
+                raise CLOSED
+            if not isinstance(request, kind):
+                named = f"a {type(request).__name__} came where a {kind.__name__} belongs"
+                raise bad_request(named)
+            self.policy.admit(request.media)
+            self._check(request)
+            slot = self._queue.enter()
+        except PluginError as error:
+            channel.fail(error)
+            return stream
+        with self._changed:
+            self._channels.add(channel)
+            closed = self._closed
+        if closed:  # since it was looked at above
+            channel.fail(CLOSED)
+        channel.at_end(lambda: self._queue.give_up(slot))
+        channel.limit(request.timeout, self._time_limit(request))
+
+        def run() -> None:
+            self._end(slot, channel, self._outcome(slot, request, channel))
+
+        def begin() -> None:
+            thread = threading.Thread(target=run, name="mlx-onevision-request", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread left
+                self._end(slot, channel, to_plugin_error(error))
+
+        # In the background: start() waits until the thread runs, which under load takes a while.
+        background.call_soon(begin)
+        return stream
+
+    def _outcome(self, slot: Slot, request: Request, channel: Channel) -> Result | PluginError:
+        try:
+            channel.put(ProgressEvent("queued"))
+            return self._serve(request, channel) if self._queue.wait(slot) else cancelled()
+        except BaseException as error:
+            return to_plugin_error(error)
+
+    def _end(self, slot: Slot, channel: Channel, outcome: Result | PluginError) -> None:
+        # Before the host hears of the end: it may ask again at once.
+        self._queue.release(slot)
+        if isinstance(outcome, PluginError):
+            channel.fail(outcome)
+        else:
+            usage = None if isinstance(outcome, EmbedResult) else outcome.usage
+            if usage is not None:
+                channel.put(UsageEvent(usage))
+            channel.put(DoneEvent(outcome))
+        with self._changed:
+            self._channels.discard(channel)
+            self._changed.notify_all()
