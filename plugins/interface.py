@@ -1,8 +1,8 @@
 """The plugin contract: what a host may rely on, whatever answers behind it.
 
     with open_backend("engine", model="demo") as backend:
-        picture = Media("image", data=Path("a.jpg").read_bytes())
-        for event in backend.generate(GenerateRequest.ask("What is this?", picture)):
+        image = Media("image", data=Path("a.jpg").read_bytes())
+        for event in backend.generate(GenerateRequest.ask("What is this?", image)):
             if isinstance(event, TextEvent):
                 print(event.delta, end="")
 
@@ -12,8 +12,7 @@ contract has one version, ``API_VERSION``; objects of another are refused. Impor
 standard library and nothing else.
 """
 
-from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from mlx_onevision.plugins.contract.errors import CODES, Code, PluginError
 from mlx_onevision.plugins.contract.requests import (
@@ -137,9 +136,4 @@ class Backend(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: Any) -> None: ...

@@ -172,17 +172,9 @@ class _Engine:
             channel.check()
             channel.put(ProgressEvent("embedding", first, total))
             parts.append(self._embedded(request, first, policy, channel))
-        first_part = parts[0]
-        return EmbedResult(
-            vectors=tuple(tuple(vector) for part in parts for vector in part.vectors.tolist()),
-            space=first_part.space,
-            dim=first_part.dim,
-            model=first_part.model,
-            revision=first_part.revision,
-            quantization=first_part.quantization,
-            method=first_part.method,
-            normalized=first_part.normalized,
-        )
+        vectors = tuple(tuple(vector) for part in parts for vector in part.vectors.tolist())
+        names = [field.name for field in fields(EmbedResult) if field.name != "vectors"]
+        return EmbedResult(vectors=vectors, **{name: getattr(parts[0], name) for name in names})
 
     def _embedded(
         self, request: EmbedRequest, first: int, policy: MediaPolicy, channel: Channel
@@ -313,25 +305,18 @@ def model_info(model: str | Path, revision: str | None) -> ModelInfo:
     folder = resolve(model, revision=revision)
     config = OneVisionConfig.from_dict(read_config(folder))
     name, commit = identify(folder)
-    capabilities: list[Capability] = ["generate", "embed", "describe_video", "images", "videos"]
-    capabilities.append("logprobs")
-    if available():
-        capabilities.append("json_schema")
+    capabilities: tuple[Capability, ...]
+    capabilities = ("generate", "embed", "describe_video", "images", "videos", "logprobs")
+    hidden = config.text_config.hidden_size
     wide = config.vision_config.hidden_size * len(config.feature_layers)
     return ModelInfo(
         id=name,
         revision=commit,
         context=config.text_config.max_position_embeddings,
         quantization=described(config.quantization),
-        capabilities=tuple(capabilities),
+        capabilities=(*capabilities, "json_schema") if available() else capabilities,
         spaces=(
             Space("vision", wide, ("image", "video"), trained=False, note=NOTES["vision"]),
-            Space(
-                "joint",
-                config.text_config.hidden_size,
-                ("text", "image", "video"),
-                trained=False,
-                note=NOTES["joint"],
-            ),
+            Space("joint", hidden, ("text", "image", "video"), trained=False, note=NOTES["joint"]),
         ),
     )

@@ -264,7 +264,7 @@ def _read(medium: Media, policy: MediaPolicy) -> bytes:
         raise PluginError(
             "unsupported_media",
             f"the {medium.kind} given as {given} is no {medium.kind}",
-            "send a picture or a video in a usual format",
+            "send an image or a video in a usual format",
         )
     return data
 

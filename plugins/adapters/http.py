@@ -332,18 +332,9 @@ def _renumbered(error: PluginError, before: int) -> PluginError:
 
 
 def _usage(body: Mapping[str, Any]) -> Usage:
-    details, seconds = body["prompt_tokens_details"], body["seconds"]
-    return Usage(
-        prompt_tokens=body["prompt_tokens"],
-        cached_tokens=details["cached_tokens"],
-        media_tokens=details["media_tokens"],
-        completion_tokens=body["completion_tokens"],
-        prepare_seconds=seconds["prepare"],
-        encode_seconds=seconds["encode"],
-        prefill_seconds=seconds["prefill"],
-        decode_seconds=seconds["decode"],
-        peak_memory_bytes=body["peak_memory_bytes"],
-    )
+    seconds = {f"{name}_seconds": value for name, value in body["seconds"].items()}
+    flat = {**body, **body["prompt_tokens_details"], **seconds}
+    return Usage(**{field.name: flat[field.name] for field in fields(Usage)})
 
 
 def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:

@@ -16,7 +16,7 @@ file: :mod:`plugin` runs the suite on it from the command line.
 
 What a backend does not claim among the capabilities of its ``info()`` must be refused, and is not
 tested beyond that. It covers: round trips through JSON; that a stream is the whole, in order; text
-of every script; media; likelihoods; schemas; vectors; cancellation before, while and after;
+of every script; media; logprobs; schemas; vectors; cancellation before, while and after;
 timeouts; threads, asyncio and crowds; errors, which concern one request only; memory given back;
 the end of the backend.
 """
@@ -28,15 +28,18 @@ for _part in _PARTS:
     pytest.register_assert_rewrite(f"{__name__}.{_part}")
 
 from mlx_onevision.plugins.conformance.answers import (  # noqa: E402
-    Answering,
-    Embedding,
-    Films,
-    Telling,
+    Answers,
+    Embeddings,
+    LogprobsAndSchemas,
+    Videos,
 )
-from mlx_onevision.plugins.conformance.lifecycle import Ending, Sharing  # noqa: E402
+from mlx_onevision.plugins.conformance.lifecycle import Cancellation, Concurrency  # noqa: E402
+from mlx_onevision.plugins.conformance.subject import Subject  # noqa: E402
 
-__all__ = ["BackendConformance"]
+__all__ = ["BackendConformance", "Subject"]
 
 
-class BackendConformance(Answering, Telling, Embedding, Films, Ending, Sharing):
+class BackendConformance(
+    Answers, LogprobsAndSchemas, Embeddings, Videos, Cancellation, Concurrency
+):
     """All of it; see the module."""

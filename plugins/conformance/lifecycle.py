@@ -1,4 +1,5 @@
-"""The end: cancelled before, while and after; out of time; unloaded; closed."""
+"""Concurrency and ends: many hosts at once; cancelled before, while and after; out of time;
+unloaded; closed."""
 
 import asyncio
 import gc
@@ -21,12 +22,10 @@ from mlx_onevision.plugins.interface import (
     TextEvent,
 )
 
-# Many hosts at once: threads, asyncio, crowds, and one whose request goes wrong.
-
 THREADS = 6
 
 
-class Sharing(Subject):
+class Concurrency(Subject):
     def test_every_thread_gets_its_own_answer(self, backend: Backend) -> None:
         requests = [self.question(backend, number) for number in range(THREADS)]
         alone = [self.answered(backend, request).text for request in requests]
@@ -37,7 +36,7 @@ class Sharing(Subject):
     def test_one_that_fails_does_not_disturb_the_others(self, backend: Backend) -> None:
         request = self.question(backend)
         alone = self.answered(backend, request).text
-        broken = GenerateRequest.ask("What is it?", Media("image", data=b"no picture"))
+        broken = GenerateRequest.ask("What is it?", Media("image", data=b"no image"))
         for _ in range(3):
             streams = [backend.generate(r) for r in (request, broken, request, broken)]
             good, bad = streams[::2], streams[1::2]
@@ -53,7 +52,7 @@ class Sharing(Subject):
     def test_vectors_while_it_answers(self, backend: Backend) -> None:
         if not self.claims(backend, "embed", "images"):
             return
-        items = [self.picture(1), self.picture(2)]
+        items = [self.image(1), self.image(2)]
         alone = backend.embed(EmbedRequest(items)).vectors
         stream = backend.generate(self.long_request(max_tokens=60))
         self.started(stream)
@@ -149,7 +148,7 @@ class Sharing(Subject):
         assert self.answered(backend, self.question(backend)).text
 
 
-class Ending(Subject):
+class Cancellation(Subject):
     def test_cancelled_at_once(self, backend: Backend) -> None:
         stream = backend.generate(self.long_request())
         since = time.monotonic()
@@ -173,7 +172,7 @@ class Ending(Subject):
         assert stream.result() == result
         assert isinstance(list(stream)[-1], DoneEvent)
 
-    def test_cancelled_in_line_or_while_prepared(self, backend: Backend) -> None:
+    def test_cancelled_in_the_queue_or_while_prepared(self, backend: Backend) -> None:
         """The last of several goes; the first does not notice."""
         streams = [backend.generate(self.long_request(seed=n)) for n in range(4)]
         try:
@@ -195,9 +194,8 @@ class Ending(Subject):
         since = time.monotonic()
         stream.close()
         assert list(stream) == []
-        with pytest.raises(PluginError) as raised:
-            stream.result()
-        assert raised.value.code == "cancelled" and time.monotonic() - since <= self.soon
+        self.raises("cancelled", stream.result)
+        assert time.monotonic() - since <= self.soon
         self.wait_until_idle(backend)
 
     def test_leaving_with_cancels(self, backend: Backend) -> None:
@@ -227,7 +225,7 @@ class Ending(Subject):
             self.started(stream)
             since = time.monotonic()
             try:
-                backend.embed(EmbedRequest([self.picture(n) for n in range(8)], timeout=0.001))
+                backend.embed(EmbedRequest([self.image(n) for n in range(8)], timeout=0.001))
             except PluginError as error:
                 assert error.code == "cancelled"
             assert time.monotonic() - since <= self.soon
@@ -240,33 +238,24 @@ class Ending(Subject):
         self.started(stream)
         stream.cancel()
         after = self.answered(backend, request).text
-        other = self.open_backend()
-        try:
+        with self.opened() as other:
             assert self.answered(other, request).text == after
-        finally:
-            other.close()
 
     def test_unloaded_and_loaded_again(self) -> None:
-        backend = self.open_backend()
-        try:
+        with self.opened() as backend:
             before = self.answered(backend, self.question(backend)).text
             backend.unload()
             backend.unload()
             self.check_unloaded(backend)
             assert self.answered(backend, self.question(backend)).text == before
-        finally:
-            backend.close()
 
     def test_unloading_waits_for_what_is_under_way(self) -> None:
-        backend = self.open_backend()
-        try:
+        with self.opened() as backend:
             stream = backend.generate(self.long_request(max_tokens=20))
             self.started(stream)
             backend.unload()
             assert isinstance(list(stream)[-1], DoneEvent)
             self.check_unloaded(backend)
-        finally:
-            backend.close()
 
     def test_the_end_of_the_backend(self) -> None:
         backend = self.open_backend()
@@ -280,8 +269,7 @@ class Ending(Subject):
         self.check_cancelled(under_way, since)
         assert done.result() == result and isinstance(list(done)[-1], DoneEvent)
         assert self.refused(backend.generate(self.long_request())).hint
-        with pytest.raises(PluginError):
-            backend.embed(EmbedRequest([self.picture()]))
+        self.raises(None, lambda: backend.embed(EmbedRequest([self.image()])))
 
     def test_closed_before_it_was_asked(self) -> None:
         backend = self.open_backend()
@@ -290,6 +278,5 @@ class Ending(Subject):
 
     def test_the_backend_in_a_with(self) -> None:
         with self.open_backend() as backend:
-            stream = backend.generate(self.question(backend))
-            stream.result()
+            backend.generate(self.question(backend)).result()
         assert self.refused(backend.generate(self.long_request())).message

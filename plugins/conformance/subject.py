@@ -1,18 +1,21 @@
-"""The backend that is tested, and what is asked of it."""
+"""The backend that is tested, and what the tests ask and check with."""
 
+import json
 import signal
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
 from mlx_onevision.plugins.interface import (
     Backend,
     Capability,
+    Code,
     DoneEvent,
     ErrorEvent,
     Event,
@@ -25,9 +28,16 @@ from mlx_onevision.plugins.interface import (
     UsageEvent,
 )
 
+Finished = TypeVar("Finished")
+
+
+def through_json(record: Any, read: Callable[[Any], Any] | None = None) -> Any:
+    """The record, written as JSON and read again, by its class unless ``read`` is given."""
+    return (read or type(record).from_dict)(json.loads(json.dumps(record.to_dict())))
+
 
 def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:
-    """A picture of one colour, written with the standard library."""
+    """An image of one colour, written with the standard library."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checked = kind + data
@@ -88,21 +98,28 @@ class Subject:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-    # What the tests ask with.
+    @contextmanager
+    def opened(self) -> Iterator[Backend]:
+        """A backend of the test's own, closed at its end."""
+        backend = self.open_backend()
+        try:
+            yield backend
+        finally:
+            backend.close()
 
     def claims(self, backend: Backend, *capabilities: Capability) -> bool:
         return set(capabilities) <= set(backend.info().capabilities)
 
-    def picture(self, number: int = 0) -> Media:
+    def image(self, number: int = 0) -> Media:
         return Media("image", data=png(64, 48, (40 * number % 256, 90, 200)))
 
-    def film(self) -> Media:
+    def whole_video(self) -> Media:
         assert self.video is not None, "a backend that takes videos needs one: set `video`"
         return Media("video", data=self.video)
 
     def question(self, backend: Backend, number: int = 0) -> GenerateRequest:
         """One of several that have answers of their own, short and always the same."""
-        media = [self.picture(number)] if self.claims(backend, "images") else []
+        media = [self.image(number)] if self.claims(backend, "images") else []
         return GenerateRequest.ask(
             f"What is in the image, number {number}?", *media, max_tokens=12, temperature=0.0
         )
@@ -131,11 +148,28 @@ class Subject:
         """The error that a stream ends with; its result raises the same."""
         last = list(stream)[-1]
         assert isinstance(last, ErrorEvent), f"it ended with {last}"
-        with pytest.raises(PluginError) as raised:
-            stream.result()
-        assert (raised.value.code, str(raised.value)) == (last.error.code, str(last.error))
+        raised = self.raises(last.code, stream.result)
+        assert str(raised) == str(last.error)
         self.check_sentence(last.error)
         return last.error
+
+    def raises(self, code: Code | None, function: Callable[[], object]) -> PluginError:
+        """The error that a call raises, of a code unless that is None."""
+        with pytest.raises(PluginError) as raised:
+            function()
+        assert code in (None, raised.value.code), raised.value
+        return raised.value
+
+    def finished(
+        self, stream: EventStream[Any], kind: type[Finished]
+    ) -> tuple[list[Event], Finished]:
+        """All events of a stream, in order, and the result that it ends with."""
+        events = list(stream)
+        self.check_order(events)
+        last = events[-1]
+        assert isinstance(last, DoneEvent), f"it ended with {last}"
+        assert isinstance(last.result, kind)
+        return events, last.result
 
     def check_sentence(self, error: PluginError) -> None:
         """One sentence for a person, and nothing of the backend's inside."""

@@ -29,7 +29,7 @@ _CODES = {"bad_model": "model_not_found"}
 
 _HINTS: dict[Code, str] = {
     "model_not_found": "check the model's name, or choose another",
-    "unsupported_media": "send a picture or a video in a usual format",
+    "unsupported_media": "send an image or a video in a usual format",
     "too_large": "send something smaller",
     "context_overflow": "use fewer or smaller media or a shorter text",
     "out_of_memory": "use a smaller or quantized model, or close other programs",

@@ -167,7 +167,7 @@ class Group(Part):
 
     def check(self) -> None:
         if not self.media:
-            raise bad_request("a group holds no pictures")
+            raise bad_request("a group holds no images")
 
 
 @dataclass(frozen=True)

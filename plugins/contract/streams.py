@@ -14,7 +14,6 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from mlx_onevision.plugins.contract.errors import PluginError, cancelled
@@ -191,23 +190,13 @@ class EventStream(Iterator[Event], AsyncIterator[Event], Generic[Wanted]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.close()
 
     async def _watched(self, waiting: Coroutine[Any, Any, Awaited]) -> Awaited:

@@ -239,7 +239,7 @@ def _words(hint: Any) -> str:
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, without saying what is in it: that may be long, or somebody's picture."""
+    """What a value is, without saying what is in it: that may be long, or private."""
     if value is None or isinstance(value, bool | int | float):
         return _short(value)
     article = "an" if type(value).__name__[:1].lower() in "aeiou" else "a"

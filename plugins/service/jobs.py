@@ -1,8 +1,8 @@
-"""Long descriptions that are asked after: started, looked at now and then, and collected, for hosts
-whose calls are cut off before a film is told. Over any backend; standard library only.
+"""Descriptions of long videos as jobs: started, polled and collected, for hosts whose calls time
+out before a video is described. Over any backend; standard library only.
 
     jobs = Jobs(backend)
-    job = jobs.start(DescribeRequest(film))
+    job = jobs.start(DescribeRequest(video))
     while job.status in UNDER_WAY:
         time.sleep(1)
         job = jobs.status(job.id)
@@ -15,7 +15,6 @@ import secrets
 import threading
 from dataclasses import dataclass, field
 from time import monotonic
-from types import TracebackType
 from typing import Literal, Self
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
@@ -33,13 +32,13 @@ from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.contract.wire import Part, Record
 from mlx_onevision.plugins.interface import Backend
 
-# One description that is asked after, see :mod:`jobs`; standard library only.
-
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
 UNDER_WAY: tuple[Status, ...] = ("queued", "running")
 
 NO_END = ErrorEvent("internal", "the backend ended without a description")
+
+CANCEL_TIMEOUT = 2.0  # seconds that a backend has to end what was cancelled; then it is shown as is
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Job(Record):
     seconds : since it was started, until it ended.
     forgotten_after : seconds for which it can still be asked for, once it has ended.
     progress : what is done just now.
-    segments : those told so far, of a failed or cancelled job, too.
+    segments : those described so far, of a failed or cancelled job, too.
     result : all of it, when it is done. error : why it is not.
     """
 
@@ -76,7 +75,7 @@ class NoSuchJob(PluginError):
 
 
 @dataclass(eq=False)
-class Kept:
+class _JobState:
     """A job as it is now; changed under the lock of :class:`Jobs` alone."""
 
     stream: EventStream[DescribeResult] | None  # which holds all its events, so not kept beyond it
@@ -90,12 +89,12 @@ class Kept:
     segments: list[Segment] = field(default_factory=list)
     result: DescribeResult | None = None
     error: ErrorEvent | None = None
-    told: int = 0
+    result_size: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes: of the film while it is worked on, and of what was told, as JSON."""
-        return self.told + (self.media if self.ended is None else 0)
+        """Bytes: of the video while it is worked on, and of the result so far, as JSON."""
+        return self.result_size + (self.media if self.ended is None else 0)
 
     def end(self, outcome: DoneEvent | ErrorEvent) -> None:
         self.ended, self.stream = monotonic(), None
@@ -106,7 +105,7 @@ class Kept:
         elif isinstance(outcome.result, DescribeResult):
             self.result, self.status = outcome.result, "done"
             self.segments = list(outcome.result.segments)
-            self.told = size_of(outcome.result)
+            self.result_size = _size_of(outcome.result)
         else:
             self.error, self.status = NO_END, "failed"
 
@@ -125,21 +124,16 @@ class Kept:
         )
 
 
-def size_of(part: Part) -> int:
+def _size_of(part: Part) -> int:
     """Bytes, as JSON."""
     return len(json.dumps(part.to_dict()))
-
-
-__all__ = ["UNDER_WAY", "Job", "Jobs", "NoSuchJob"]
-
-PATIENCE_SECONDS = 2.0  # that a backend has to end what was cancelled, before it is reported as is
 
 
 class Jobs:
     """backend : stays its owner's to close, after this.
     most : jobs that are known at once. under_way : of these, not ended; more are refused as busy,
         so that a part of the backend's places is left for requests that are waited for.
-    size : bytes of all together, films that came with their requests included.
+    size : bytes of all together, videos that came with their requests included.
     kept : seconds after its end when a job is forgotten; the oldest are forgotten earlier where
         there is no room for new ones.
     """
@@ -155,7 +149,7 @@ class Jobs:
     ) -> None:
         self._backend, self._most, self._under_way = backend, most, under_way
         self._size, self._kept = size, kept
-        self._jobs: dict[str, Kept] = {}  # in the order in which they were started
+        self._jobs: dict[str, _JobState] = {}  # in the order in which they were started
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
         self._closed = False
@@ -173,7 +167,7 @@ class Jobs:
             stream = self._backend.describe_video(request)
             if stream.ended:
                 stream.result()  # refused; nothing can be done already
-            job = Kept(stream, media)
+            job = _JobState(stream, media)
             self._jobs[job.id] = job
             thread = threading.Thread(
                 target=self._follow, args=(job, stream), name="mlx-onevision-job", daemon=True
@@ -200,7 +194,7 @@ class Jobs:
         if stream is not None:
             stream.cancel()
         with self._changed:
-            self._changed.wait_for(lambda: job.ended is not None, PATIENCE_SECONDS)
+            self._changed.wait_for(lambda: job.ended is not None, CANCEL_TIMEOUT)
             return job.shown(self._kept)
 
     def close(self) -> None:
@@ -213,17 +207,12 @@ class Jobs:
         for stream in streams:
             stream.cancel()
         for thread in threads:
-            thread.join(PATIENCE_SECONDS)
+            thread.join(CANCEL_TIMEOUT)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # Under the lock.
@@ -264,30 +253,30 @@ class Jobs:
             if job.ended is not None and job.ended <= before:
                 del self._jobs[job.id]
 
-    def _found(self, id: str) -> Kept:
+    def _found(self, id: str) -> _JobState:
         self._forget()
         job = self._jobs.get(id)
         if job is None:
             raise NoSuchJob(self._kept)
         return job
 
-    def _take(self, job: Kept, event: Event) -> None:
+    def _take(self, job: _JobState, event: Event) -> None:
         if isinstance(event, ProgressEvent):
             job.progress = event
             if event.stage != "queued":
                 job.status = "running"
         elif isinstance(event, SegmentEvent):
             job.segments.append(event.segment)
-            job.told += size_of(event.segment)
+            job.result_size += _size_of(event.segment)
         elif isinstance(event, DoneEvent | ErrorEvent):
             job.end(event)
         if not self._make_room(0) and job.ended is None:
-            message = "there is no room for what is told of this video"
+            message = "there is no room for the description of this video"
             job.end(ErrorEvent("too_large", message, "take longer segments"))
 
     # On the job's own thread.
 
-    def _follow(self, job: Kept, stream: EventStream[DescribeResult]) -> None:
+    def _follow(self, job: _JobState, stream: EventStream[DescribeResult]) -> None:
         try:
             for event in stream:
                 with self._changed:

@@ -6,8 +6,8 @@ a request can widen it.
     MediaPolicy(hosts=["images.example.org"])      and that host, over https and http
     MediaPolicy.trusting()                         whatever this process may read
 
-The first is the default everywhere, also in process: a host that hands on what somebody else wrote
-cannot forget to lock the door. A program that asks for itself alone says ``trusting()``.
+The first is the default everywhere, also in process, because a host's requests may come from
+untrusted users. A program that asks for itself alone says ``trusting()``.
 
 Files are opened from the allowed folder down, one name after another and through no link, and are
 judged and read by the open descriptor: whatever is renamed or linked meanwhile, nothing outside is
@@ -41,8 +41,8 @@ class MediaPolicy:
     private : whether these hosts may have addresses of this machine or its network. A name that
         somebody else controls could otherwise point at a service next door.
     images, videos : of one request, at most.
-    size : bytes of a picture's file, and of whatever comes with a request or from a host.
-    pixels : of a picture; what has more is not decoded.
+    size : bytes of an image's file, and of whatever comes with a request or from a host.
+    pixels : of an image; what has more is not decoded.
     frames : of one video.
     """
 
@@ -145,7 +145,7 @@ class MediaPolicy:
         Raises:
             PluginError: as :meth:`open`.
         """
-        with _told_of(path):
+        with _translate_errors(path):
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
             return _descriptor(path, self._folder(path, itself=True), flags)
 
@@ -166,7 +166,7 @@ class MediaPolicy:
 
     def _opened(self, path: str) -> BinaryIO:
         below = self._folder(path)
-        with _told_of(path):
+        with _translate_errors(path):
             # Without waiting, as a pipe would have it.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
             descriptor = _descriptor(path, below, flags)
@@ -206,8 +206,8 @@ def _descriptor(path: str, below: tuple[Path, tuple[str, ...]] | None, flags: in
 
 
 @contextmanager
-def _told_of(path: str) -> Iterator[None]:
-    """What the system says of a path, as a refusal."""
+def _translate_errors(path: str) -> Iterator[None]:
+    """OSErrors of a path as PluginErrors."""
     try:
         yield
     except FileNotFoundError:

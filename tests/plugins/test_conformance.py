@@ -8,7 +8,12 @@ from endless import endless
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.conformance import BackendConformance
-from mlx_onevision.plugins.conformance.answers import Answering, Embedding, Films, Telling
+from mlx_onevision.plugins.conformance.answers import (
+    Answers,
+    Embeddings,
+    LogprobsAndSchemas,
+    Videos,
+)
 from mlx_onevision.plugins.interface import Backend, GenerateRequest
 
 VIDEO = Path(__file__).parents[2].joinpath("examples/circle.mp4").read_bytes()
@@ -22,11 +27,11 @@ class TestFake(BackendConformance):
         return open_backend("fake", delay=0.01)
 
     def long_request(self, **settings: Any) -> GenerateRequest:
-        """It repeats what it is told, so this is told at length."""
+        """It repeats what it is asked, so this is asked at length."""
         return GenerateRequest.ask("a very long story " * 100, **{"max_tokens": 2000, **settings})
 
 
-class TestPlain(Answering, Telling, Embedding, Films):
+class TestPlain(Answers, LogprobsAndSchemas, Embeddings, Videos):
     """One that claims nothing but answers: what it does not claim it refuses."""
 
     @classmethod

@@ -157,7 +157,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (Media, {"kind": "image", "data": "not base64!"}, "not base64"),
     (EmbedRequest, {"items": ["text"]}, "vision space has no place"),
     (EmbedRequest, {"items": [" "], "space": "joint"}, "items[0]"),
-    (EmbedRequest, {"items": [{"kind": "group", "media": []}], "space": "joint"}, "no pictures"),
+    (EmbedRequest, {"items": [{"kind": "group", "media": []}], "space": "joint"}, "no images"),
     (DescribeRequest, {"video": {"kind": "image", "path": "a"}}, "takes a video"),
     (DescribeRequest, {"video": {"kind": "video", "path": "a"}, "segments": 0}, "segments"),
     (GenerateRequest, {"api_version": 2}, "api_version 2"),
