@@ -372,7 +372,7 @@ def _document(schema: Any, whole: Any, depth: int) -> Any:
         }
     if kind in ("boolean", "null"):
         return True if kind == "boolean" else None
-    least, most = _BOUNDS[kind]
+    least, most = _BOUNDS[str(kind)]
     low, high = get(least, 1), get(most, max(get(least, 1), 1))
     if kind != "number":
         low, high = math.ceil(low), math.floor(high)
