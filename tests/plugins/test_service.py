@@ -231,7 +231,7 @@ def asked(number: int = 0, **settings: Any) -> GenerateRequest:
     return GenerateRequest.ask(f"what is {number}", picture, max_tokens=6, **settings)
 
 
-@pytest.mark.parametrize("place", ["generate", "fill_bank", "virtual_ids"])
+@pytest.mark.parametrize("place", ["begin", "fill_bank", "virtual_ids"])
 def test_a_fault_before_the_first_token_ends_its_request_only(
     engine: Service, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
