@@ -122,7 +122,7 @@ def test_a_request_that_waits_runs_out_of_time_too() -> None:
 
 def test_more_than_the_limits_is_refused() -> None:
     with FakeBackend(limits=Limits(max_tokens=10)) as backend:
-        error = error_of(backend.generate(HELLO))
+        error = error_of(backend.generate(GenerateRequest.ask("hello there", max_tokens=11)))
         assert error.code == "bad_request" and "10" in error.hint
         many = [Media("image", data=SHAPES)] * 17
         assert error_of(backend.generate(GenerateRequest.ask("a", *many))).code == "too_large"
