@@ -1,4 +1,4 @@
-"""From a folder to a model: every layout, quantised or not, its weights mapped and not yet read.
+"""From a folder to a model: every layout, quantized or not, its weights mapped and not yet read.
 
 Names, shapes and dtypes are checked from the files' headers, against the model that config.json
 describes, before MLX opens a file. MLX arrays belong to the thread that makes them: call this on
@@ -26,7 +26,7 @@ from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestErr
 from mlx_onevision.files import read_json
 from mlx_onevision.network.onevision import OneVision
 
-QUANTIZED_DTYPES = {mx.uint32: "U32", mx.uint8: "U8"}
+QUANTIZED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
 EMBEDDING = "language_model.embed_tokens"
 HEAD = "lm_head"
@@ -46,10 +46,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A folder whose files have been held against its configuration, and not yet read.
+    """A folder whose files have been checked against its configuration, and not yet read.
 
+    values : config.json as it stands.
     tensors : by canonical name. ``unused`` are those of :data:`NORM` that the folder has.
-    packed : how each packed module is packed, by canonical name.
+    quantized : how each quantized module is quantized, by canonical name.
     network : the model that they fit, with weights of no meaning.
     """
 
@@ -92,23 +93,24 @@ def load_checkpoint(
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
-    dtype : "float16", "bfloat16" or "float32" casts every weight that is not packed; None keeps the
-        checkpoint's. One that mixes them is cast to what config.json names, or else to the type
+    dtype : "float16", "bfloat16" or "float32" casts every weight that is not quantized; None keeps
+        the checkpoint's. One that mixes them is cast to what config.json names, or else to the type
         that most of its bytes have, so that one type runs through the network.
-    recipe : packs the weights, tensor by tensor: the whole of them is never in memory. The same
+    recipe : quantizes the weights, tensor by tensor: the whole of them is never in memory. The same
         model, bit for bit, as the converter writes.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
         CheckpointError: if something in it is missing, damaged or not supported.
-        RequestError: for a dtype of another name, and for packing a model that is packed.
+        RequestError: for a dtype of another name, and for quantizing a model that is quantized.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")
     opened = open_checkpoint(folder)
     plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe, dtype=dtype)
     model = opened.network if recipe is None else _network(plan.config, plan.specs)
-    files, weights = LazyTensorFiles(), []
+    files = LazyTensorFiles()
+    weights: list[tuple[str, mx.array]] = []
     for transform in plan.transforms:
         arrays = transform.run(files.take)
         if transform.spec is not None:
@@ -139,13 +141,11 @@ def _settle_head(tensors: dict[str, Tensor], tied: bool) -> bool:
     """
     if not tied:
         return False
-    head = {part: tensors.get(f"{HEAD}.{part}") for part in PARTS}
-    table = {part: tensors.get(f"{EMBEDDING}.{part}") for part in PARTS}
-    if not any(head.values()):
+    pairs = [(tensors.get(f"{HEAD}.{p}"), tensors.get(f"{EMBEDDING}.{p}")) for p in PARTS]
+    if not any(head for head, _ in pairs):
         return True
-    for part in PARTS:
-        one, other = head[part], table[part]
-        if one is not other and not (one and other and same_bytes(one, other)):
+    for head, table in pairs:
+        if head is not table and not (head and table and same_bytes(head, table)):
             return False
     for part in PARTS:
         tensors.pop(f"{HEAD}.{part}", None)
@@ -155,38 +155,40 @@ def _settle_head(tensors: dict[str, Tensor], tied: bool) -> bool:
 def _quantized_modules(
     config: OneVisionConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, ModuleQuantization]:
-    """How the modules are packed that are so in the files, as config.json says."""
-    quantized = sorted(name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
-    if quantized and config.quantization is None:
-        raise CheckpointError(
-            f"{short(quantized[0])} is quantized, but config.json does not say how"
-        )
-    found = {}
-    for path in quantized:
-        assert config.quantization is not None
-        found[path] = config.quantization.default
-    if config.quantization is not None:
-        for path, spec in config.quantization.modules.items():
-            name = canonical_name(path)
-            if name not in found:
-                continue
-            if spec is None:
-                raise CheckpointError(f"config.json says that {name} is not quantized, but it is")
-            found[name] = spec
-    return found
+    """How the modules are quantized that are so in the files, as config.json says."""
+    paths = sorted(name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
+    if config.quantization is None:
+        if paths:
+            raise CheckpointError(
+                f"{short(paths[0])} is quantized, but config.json does not say how"
+            )
+        return {}
+    specs = dict.fromkeys(paths, config.quantization.default)
+    for path, spec in config.quantization.modules.items():
+        name = canonical_name(path)
+        if name not in specs:
+            continue
+        if spec is None:
+            raise CheckpointError(f"config.json says that {name} is not quantized, but it is")
+        specs[name] = spec
+    return specs
 
 
-def _network(config: OneVisionConfig, quantized: Mapping[str, ModuleQuantization]) -> OneVision:
-    """A model whose modules of ``quantized`` are MLX's quantised ones."""
+def _network(config: OneVisionConfig, specs: Mapping[str, ModuleQuantization]) -> OneVision:
+    """A model whose modules of ``specs`` are MLX's quantized ones."""
     model = OneVision(config)
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in quantized:
+        if path not in specs:
             return False
-        _require_divisible(path, module, quantized[path])
-        return dataclasses.asdict(quantized[path])
+        width, group_size = module["weight"].shape[-1], specs[path].group_size
+        if width % group_size:
+            raise CheckpointError(
+                f"{path} is {width} wide, which does not divide into groups of {group_size}"
+            )
+        return dataclasses.asdict(specs[path])
 
-    if quantized:
+    if specs:
         try:
             nn.quantize(model, class_predicate=parameters)
         except (ValueError, RuntimeError) as error:
@@ -194,16 +196,8 @@ def _network(config: OneVisionConfig, quantized: Mapping[str, ModuleQuantization
     return model
 
 
-def _require_divisible(path: str, module: nn.Module, spec: ModuleQuantization) -> None:
-    width = module["weight"].shape[-1]
-    if width % spec.group_size:
-        raise CheckpointError(
-            f"{path} is {width} wide, which does not divide into groups of {spec.group_size}"
-        )
-
-
 def _check(model: OneVision, tensors: Mapping[str, Tensor]) -> None:
-    """Holds the files' names, shapes and dtypes against the model's."""
+    """Checks the files' names, shapes and dtypes against the model's."""
     wanted: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     lacking = [name for name in wanted if name not in tensors]
     extra = [tensor.source for name, tensor in tensors.items() if name not in wanted]
@@ -224,11 +218,7 @@ def _check(model: OneVision, tensors: Mapping[str, Tensor]) -> None:
                 f"{short(tensor.source)} in {tensor.file.name} has the shape {list(tensor.shape)}; "
                 f"config.json asks for {list(shape)}"
             )
-        allowed = (
-            [QUANTIZED_DTYPES[parameter.dtype]]
-            if parameter.dtype in QUANTIZED_DTYPES
-            else list(FLOATS)
-        )
+        allowed = QUANTIZED_DTYPES.get(parameter.dtype, tuple(FLOATS))
         if tensor.dtype not in allowed:
             raise CheckpointError(
                 f"{short(tensor.source)} in {tensor.file.name} is {tensor.dtype}; "
@@ -250,7 +240,7 @@ def _patch_shape(tensor: Tensor, parameter: mx.array) -> tuple[int, ...]:
 
 
 def _unpack_positions(model: OneVision) -> None:
-    """The tower adds its position table whole, so keeping that packed would gain nothing."""
+    """The tower adds its position table whole, so keeping it quantized would gain nothing."""
     tower = model.vision_tower
     positions = tower.embeddings.position_embedding
     if isinstance(positions, nn.QuantizedEmbedding):

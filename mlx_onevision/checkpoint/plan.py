@@ -1,7 +1,8 @@
 """What will be made of a checkpoint, before a byte of it is read.
 
-A plan knows the name, type and shape of every tensor, so sizes can be told and headers written
-first; its steps make them (:mod:`packing`). Recipes say which matrices are packed, and how.
+A plan knows the name, dtype and shape of every tensor, so sizes are known and headers can be
+written first. Its transforms then make the tensors, one module at a time. The loader that quantizes
+and the converter run the same transforms, so what they make is the same bit for bit.
 """
 
 import dataclasses
@@ -14,28 +15,24 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_onevision.checkpoint.recipes import Recipe
-from mlx_onevision.checkpoint.tensors import BITS as BITS_OF
-from mlx_onevision.checkpoint.tensors import Tensor, written_name
+from mlx_onevision.checkpoint.tensors import Tensor, bits_per_value, written_name
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization, Quantization
-from mlx_onevision.errors import CheckpointError, RequestError
-
-# From the tensors of a checkpoint to those of the model that is wanted, one module at a time.
-#
-# The loader that quantises and the converter take the same steps, so what they make is the same bit
-# for bit.
+from mlx_onevision.errors import CheckpointError, RequestError, short
 
 # safetensors' words for the types that weights may have, and MLX's.
 FLOATS: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 CODES = {name: code for code, name in FLOATS.items()}
 
 PATCHES = "vision_tower.embeddings.patch_embedding.weight"
+POSITIONS = "vision_tower.embeddings.position_embedding.weight"
 PARTS = ("weight", "scales", "biases")
+NOT_ZERO_AT_ZERO = frozenset({"sigmoid"})
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor that a step makes; ``dtype`` is safetensors' word for its type."""
+    """One tensor that a transform makes; ``dtype`` is safetensors' word for its type."""
 
     name: str
     dtype: str
@@ -43,18 +40,19 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * BITS_OF[self.dtype] // 8
+        return math.prod(self.shape) * bits_per_value(self.dtype) // 8
 
 
 @dataclass(frozen=True)
 class TensorTransform:
-    """One tensor, or the two or three of a packed module, from the files to the model.
+    """One tensor, or the two or three of a quantized module, from the files to the model.
 
-    sources : the tensors on disk; for a packed module its weight, scales and biases.
-    unpack, pack : how the module is packed on disk and should be; None: not.
-    dtype : MLX's name for the type of what is not packed.
-    pad : rows and columns of zeros to add.
+    sources : the tensors on disk; for a quantized module its weight, scales and biases.
+    dtype : MLX's name for the type of what is not quantized.
     values : how many numbers the weights stand for.
+    dequantize_spec, spec : how the module is quantized on disk, if that is to be undone, and how it
+        is to be quantized; None: not.
+    padding : rows and columns of zeros to add.
     """
 
     sources: tuple[Tensor, ...]
@@ -66,20 +64,14 @@ class TensorTransform:
     padding: tuple[int, int] = (0, 0)
 
     def run(self, take: Callable[[Tensor], mx.array]) -> list[tuple[str, mx.array]]:
-        """The pieces' arrays by their canonical names, not evaluated yet."""
+        """The outputs' arrays by their canonical names, not evaluated yet."""
         arrays = [take(tensor) for tensor in self.sources]
         if self.dequantize_spec is not None:
-            weight, scales, *biases = arrays
-            spec = self.dequantize_spec
-            whole = mx.dequantize(
-                weight, scales, *biases, group_size=spec.group_size, bits=spec.bits, mode=spec.mode
-            )
-            arrays = [whole]
-        arrays = [self._plain(array) for array in arrays]
+            arrays = [mx.dequantize(*arrays, **dataclasses.asdict(self.dequantize_spec))]
+        arrays = [self._converted(array) for array in arrays]
         if any(self.padding):
             (array,) = arrays
-            widths = [(0, more) for more in self.padding[: array.ndim]]
-            arrays = [mx.pad(array, widths)]
+            arrays = [mx.pad(array, [(0, more) for more in self.padding[: array.ndim]])]
         if self.spec is not None:
             arrays = list(mx.quantize(arrays[0], **dataclasses.asdict(self.spec)))
         for output, array in zip(self.outputs, arrays, strict=True):
@@ -90,7 +82,7 @@ class TensorTransform:
                 )
         return [(output.name, array) for output, array in zip(self.outputs, arrays, strict=True)]
 
-    def _plain(self, array: mx.array) -> mx.array:
+    def _converted(self, array: mx.array) -> mx.array:
         if self.outputs[0].name == PATCHES and array.shape != self.outputs[0].shape:
             array = array.transpose(0, 2, 3, 1)  # PyTorch's order to MLX's, channels last
         if mx.issubdtype(array.dtype, mx.floating):
@@ -108,28 +100,29 @@ class LazyTensorFiles:
         """A tensor's array; its file is opened now and read when the array is evaluated.
 
         Raises:
-            CheckpointError: if the file is no longer what its header said.
+            CheckpointError: if MLX does not read the file, or not as its header was understood.
         """
         if tensor.file not in self._open:
-            loaded: Any = mx.load(str(tensor.file))
+            try:
+                loaded: Any = mx.load(str(tensor.file))
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"MLX cannot read {tensor.file.name}: {short(str(error))}"
+                ) from None
             self._open[tensor.file] = loaded
-        array = self._open[tensor.file].pop(tensor.source)
-        if array.shape != tensor.shape:
+        array = self._open[tensor.file].pop(tensor.source, None)
+        if array is None or array.shape != tensor.shape:
             raise CheckpointError(f"{tensor.file.name} changed while it was being opened")
         return array
-
-
-POSITIONS = "vision_tower.embeddings.position_embedding.weight"
-NOT_ZERO_AT_ZERO = frozenset({"sigmoid"})
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
     """What will be made. ``config`` describes it, its quantization by the names that are written.
 
-    ways : how each packed module will be packed, by canonical name.
-    left : modules that the recipe would pack and whose width does not divide into its groups.
-    dtype : MLX's name for the type of what is not packed.
+    specs : how each quantized module will be quantized, by canonical name.
+    skipped : modules that the recipe would quantize and whose width does not divide into groups.
+    dtype : MLX's name for the type of what is not quantized.
     """
 
     config: OneVisionConfig
@@ -140,11 +133,11 @@ class ConversionPlan:
 
     @property
     def nbytes(self) -> int:
-        return sum(output.nbytes for step in self.transforms for output in step.outputs)
+        return sum(output.nbytes for one in self.transforms for output in one.outputs)
 
     @property
     def values(self) -> int:
-        return sum(step.values for step in self.transforms)
+        return sum(transform.values for transform in self.transforms)
 
 
 def make_plan(
@@ -159,19 +152,20 @@ def make_plan(
     """Plans a model from a checkpoint's tensors, which have been held against its configuration.
 
     tensors : by canonical name.
-    packed : how the modules that are packed on disk are, by canonical name.
-    recipe : packs; None leaves matrices as they are.
-    dtype : float16, bfloat16 or float32 for all that is not packed; None keeps the checkpoint's, or
-        where it mixes them the type that config.json names, or else the one that most bytes have.
-    dequantize : unpacks first what is packed.
+    quantized : how the modules that are quantized on disk are, by canonical name.
+    recipe : quantizes; None leaves matrices as they are.
+    dtype : float16, bfloat16 or float32 for all that is not quantized; None keeps the checkpoint's,
+        or where it mixes them the type that config.json names, or else the one that most bytes
+        have.
+    dequantize : dequantizes first what is quantized.
 
     Raises:
-        RequestError: for packing what is packed already, and rules that match nothing.
+        RequestError: for quantizing what is quantized already, and rules that match nothing.
     """
     if recipe is not None and quantized and not dequantize:
         raise RequestError(
-            "the model is quantized already; take the unquantized one, or pack what is left of it "
-            "anew with --dequantize"
+            "the model is quantized already; take the unquantized one, or quantize it anew with "
+            "--dequantize"
         )
     if dequantize and not quantized:
         raise RequestError("the model is not quantized; leave --dequantize out")
@@ -179,39 +173,33 @@ def make_plan(
     shapes = _shapes(tensors, quantized)
     chosen: dict[str, ModuleQuantization] = {}
     skipped: list[str] = []
-    wide = config.vision_config.intermediate_size
+    width = config.vision_config.intermediate_size
     if recipe is not None:
         matrices = [m for m in shapes if m not in tensors and f"{m}.weight" != POSITIONS]
         chosen = _chosen_specs(recipe, matrices, config.text_config.num_hidden_layers)
-        wide = _padded_width(config, chosen)
-        widths = {m: wide if m.endswith(".mlp.fc2") else shapes[m][-1] for m in chosen}
+        width = _padded_width(config, chosen)
+        widths = {m: width if m.endswith(".mlp.fc2") else shapes[m][-1] for m in chosen}
         skipped = [m for m, spec in chosen.items() if widths[m] % spec.group_size]
         chosen = {m: spec for m, spec in chosen.items() if m not in skipped}
-    more = wide - config.vision_config.intermediate_size
-    kept = {} if dequantize else quantized
+    more = width - config.vision_config.intermediate_size
+    specs = {**({} if dequantize else quantized), **chosen}
     transforms = [
         _transform(module, shape, tensors, floating, quantized, chosen, dequantize, more)
         for module, shape in shapes.items()
     ]
-    specs = {**kept, **chosen}
     made = dataclasses.replace(
         config,
-        vision_config=dataclasses.replace(config.vision_config, intermediate_size=wide),
-        quantization=_described(specs, shapes),
+        vision_config=dataclasses.replace(config.vision_config, intermediate_size=width),
+        quantization=_quantization_entry(specs, shapes),
         dtype=floating,
     )
     return ConversionPlan(made, tuple(transforms), specs, tuple(skipped), floating)
 
 
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor can be packed: a linear layer's weight, or the embedding table."""
-    return name.endswith(".weight") and len(shape) == 2 and name != POSITIONS
-
-
 def _shapes(
     tensors: Mapping[str, Tensor], quantized: Mapping[str, ModuleQuantization]
 ) -> dict[str, tuple[int, ...]]:
-    """Every matrix by its module, everything else by its own name, with the unpacked shape."""
+    """Every matrix by its module, everything else by its own name, with the unquantized shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
@@ -219,8 +207,9 @@ def _shapes(
             if part == "weight":
                 columns = tensor.shape[1] * 32 // quantized[module].bits
                 shapes[module] = (tensor.shape[0], columns)
-        else:
-            shapes[module if _is_matrix(name, tensor.shape) else name] = tensor.shape
+            continue
+        is_matrix = part == "weight" and len(tensor.shape) == 2 and name != POSITIONS
+        shapes[module if is_matrix else name] = tensor.shape
     return shapes
 
 
@@ -228,13 +217,9 @@ def _chosen_specs(
     recipe: Recipe, modules: Iterable[str], layers: int
 ) -> dict[str, ModuleQuantization]:
     names = {module: written_name(module) for module in modules}
-    unused = [
-        rule.pattern
-        for rule in recipe.rules
-        if not any(rule.matches(name) for name in names.values())
-    ]
-    if unused:
-        raise RequestError(f"no module of the model matches the rule for '{unused[0]}'")
+    for rule in recipe.rules:
+        if not any(rule.matches(name) for name in names.values()):
+            raise RequestError(f"no module of the model matches the rule for '{rule.pattern}'")
     found = {module: recipe.spec(name, layers) for module, name in names.items()}
     return {module: spec for module, spec in found.items() if spec is not None}
 
@@ -266,56 +251,45 @@ def _transform(
     dequantize: bool,
     more: int,
 ) -> TensorTransform:
-    """The step of one entry of :func:`_shapes`; ``more`` is how much the tower's MLPs grow."""
+    """The transform of one entry of :func:`_shapes`; ``more`` is how much the tower's MLPs grow."""
     values = math.prod(shape)
-    if module in tensors:  # a lone tensor
+    if module in tensors:  # a tensor that is no matrix
         tensor = tensors[module]
         padding = (more if module.endswith(".mlp.fc1.bias") else 0, 0)
-        shape = (shape[0] + padding[0], *shape[1:]) if shape else shape
+        shape = (shape[0] + padding[0], *shape[1:])
         if module == PATCHES and shape[1] != shape[2]:
             shape = (shape[0], *shape[2:], shape[1])
-        code = CODES[floating] if tensor.dtype in FLOATS else tensor.dtype
-        return TensorTransform(
-            (tensor,), (OutputTensor(module, code, shape),), floating, values, padding=padding
-        )
+        output = OutputTensor(module, _code(tensor, floating), shape)
+        return TensorTransform((tensor,), (output,), floating, values, padding=padding)
     sources = tuple(tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors)
     if module in quantized and not dequantize:
-        outputs = tuple(
-            OutputTensor(t.name, CODES[floating] if t.dtype in FLOATS else t.dtype, t.shape)
-            for t in sources
-        )
+        outputs = tuple(OutputTensor(t.name, _code(t, floating), t.shape) for t in sources)
         return TensorTransform(sources, outputs, floating, values)
     padding = (0, 0)
     if module.startswith("vision_tower."):
         padding = (more * module.endswith(".mlp.fc1"), more * module.endswith(".mlp.fc2"))
-    shape = (shape[0] + padding[0], shape[1] + padding[1])
-    spec = chosen.get(module)
-    outputs = _output_tensors(module, shape, spec, floating)
+    rows, columns = shape[0] + padding[0], shape[1] + padding[1]
+    spec, code = chosen.get(module), CODES[floating]
+    dtypes, shapes = (code,), ((rows, columns),)
+    if spec is not None:
+        groups = (rows, columns // spec.group_size)
+        dtypes = ("U32", code, code) if spec.mode == "affine" else ("U32", "U8")
+        shapes = ((rows, columns * spec.bits // 32), groups, groups)
+    outputs = tuple(
+        OutputTensor(f"{module}.{part}", dtype, shape)
+        for part, dtype, shape in zip(PARTS, dtypes, shapes, strict=False)
+    )
     return TensorTransform(sources, outputs, floating, values, quantized.get(module), spec, padding)
 
 
-def _output_tensors(
-    module: str, shape: tuple[int, ...], spec: ModuleQuantization | None, floating: str
-) -> tuple[OutputTensor, ...]:
-    rows, columns = shape
-    if spec is None:
-        return (OutputTensor(f"{module}.weight", CODES[floating], shape),)
-    weight = OutputTensor(f"{module}.weight", "U32", (rows, columns * spec.bits // 32))
-    groups = (rows, columns // spec.group_size)
-    if spec.mode != "affine":
-        return weight, OutputTensor(f"{module}.scales", "U8", groups)
-    code = CODES[floating]
-    return (
-        weight,
-        OutputTensor(f"{module}.scales", code, groups),
-        OutputTensor(f"{module}.biases", code, groups),
-    )
+def _code(tensor: Tensor, floating: str) -> str:
+    return CODES[floating] if tensor.dtype in FLOATS else tensor.dtype
 
 
-def _described(
+def _quantization_entry(
     specs: Mapping[str, ModuleQuantization], shapes: Mapping[str, tuple[int, ...]]
 ) -> Quantization | None:
-    """The entry of config.json: the packing of most values, and the modules that differ from it."""
+    """The entry of config.json: how most values are quantized, and the modules that differ."""
     if not specs:
         return None
     values = dict.fromkeys(specs.values(), 0)

@@ -1,4 +1,4 @@
-"""Recipes: which of a network's matrices are packed into fewer bits, and how.
+"""Recipes: which of a network's matrices are quantized, and how.
 
 A module is named as in the folders that the converter writes, which are mlx-vlm's names:
 ``language_model.model.layers.0.mlp.down_proj``. Nothing here knows arrays.
@@ -18,7 +18,7 @@ from mlx_onevision.files import read_json
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
-# MLX's packings, each with its own group size and bits; only affine takes others.
+# MLX's quantization modes, each with its own group size and bits; only affine takes others.
 MODES: Mapping[str, tuple[int, int]] = {
     "affine": (64, 4),
     "mxfp4": (32, 4),
@@ -42,7 +42,7 @@ LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Rule:
-    """How the modules whose names match a pattern (``*`` and ``?``) are packed; None: not."""
+    """How the modules whose names match a pattern (``*`` and ``?``) are quantized; None: not."""
 
     pattern: str
     spec: ModuleQuantization | None
@@ -53,7 +53,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each matrix is packed. None leaves a part as it is.
+    """How each matrix is quantized. None leaves a part as it is.
 
     language : the language model, with its embedding and head.
     vision : the tower and the projector.
@@ -68,7 +68,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
 
     def spec(self, module: str, layers: int) -> ModuleQuantization | None:
-        """How ``module`` is packed, in a language model of so many layers."""
+        """How ``module`` is quantized, in a language model of so many layers."""
         for rule in self.rules:
             if rule.matches(module):
                 return rule.spec
@@ -85,8 +85,8 @@ def uniform(
     mode: str = "affine",
     vision_bits: int | None = VISION_BITS,
 ) -> Recipe:
-    """The language model packed in one way, the tower and the projector in ``vision_bits`` bits and
-    groups of 64 (None: not at all).
+    """The language model quantized uniformly, the tower and the projector in ``vision_bits`` bits
+    and groups of 64 (None: not at all).
 
     Raises:
         RequestError: for numbers that the mode does not have.
@@ -97,7 +97,7 @@ def uniform(
 
 
 def while_loading(bits: int | None) -> Recipe | None:
-    """The recipe for a model that is packed as it is loaded; None for None.
+    """The recipe for a model that is quantized as it is loaded; None for None.
 
     Raises:
         RequestError: for bits other than 4 and 8.
@@ -165,7 +165,7 @@ def from_file(path: Path) -> Recipe:
 def quantization_spec(
     bits: int | None = None, group_size: int | None = None, mode: str = "affine"
 ) -> ModuleQuantization:
-    """A packing, completed with its mode's own numbers.
+    """How to quantize a module, completed with its mode's own numbers.
 
     Raises:
         RequestError: for a mode that is not known, and numbers that it does not have.

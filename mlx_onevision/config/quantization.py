@@ -1,4 +1,4 @@
-"""How a checkpoint's modules are packed: the ``quantization`` entry of config.json."""
+"""How a checkpoint's modules are quantized: the ``quantization`` entry of config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from mlx_onevision.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModuleQuantization:
-    """How one module's weight is packed: ``bits`` a value, ``group_size`` values a scale."""
+    """How one module's weight is quantized: ``bits`` a value, ``group_size`` values a scale."""
 
     group_size: int
     bits: int
@@ -21,8 +21,8 @@ class Quantization:
     """The ``quantization`` entry that MLX converters write: a default, and modules that differ from
     it.
 
-    ``modules`` maps a module's path, in the file's own names, to its packing, or to None where it
-    is not quantised.
+    ``modules`` maps a module's path, in the file's own names, to how it is quantized, or to None
+    where it is not.
     """
 
     default: ModuleQuantization
@@ -30,7 +30,7 @@ class Quantization:
 
     @classmethod
     def from_dict(cls, values: Json) -> "Quantization | None":
-        """From a whole config.json; None when nothing in it is quantised."""
+        """From a whole config.json; None when nothing in it is quantized."""
         given = values.get("quantization")
         if given is None:
             given = values.get("quantization_config")
@@ -65,12 +65,10 @@ def _module_quantization(entry: Json, where: str) -> ModuleQuantization:
     if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
         raise ConfigError(f"config.json's {where} names mode {mode!r}, which is not known")
     read = Reader(entry, f"config.json's {where}")
-    packing = ModuleQuantization(
-        read.integer("group_size", 64, 128), read.integer("bits", 4, 8), mode
-    )
-    if packing.bits not in (2, 3, 4, 5, 6, 8) or packing.group_size not in (16, 32, 64, 128):
+    spec = ModuleQuantization(read.integer("group_size", 64, 128), read.integer("bits", 4, 8), mode)
+    if spec.bits not in (2, 3, 4, 5, 6, 8) or spec.group_size not in (16, 32, 64, 128):
         raise ConfigError(
-            f"config.json's {where} has {packing.bits} bits in groups of {packing.group_size}, "
+            f"config.json's {where} has {spec.bits} bits in groups of {spec.group_size}, "
             "which MLX cannot read"
         )
-    return packing
+    return spec

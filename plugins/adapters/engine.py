@@ -79,17 +79,26 @@ def open_engine(
     limits : how much is taken on at once, and for how long.
     """
 
+    folders: list[Path] = []
+    found: list[ModelInfo] = []
+
+    def folder() -> Path:
+        """Resolved once, so that the Hub is asked once; anew where the folder is gone since."""
+        from mlx_onevision.checkpoint.hub import resolve
+
+        if not folders or not folders[0].is_dir():
+            folders[:] = [resolve(model, revision)]
+        return folders[0]
+
     def load() -> "_Engine":
-        from mlx_onevision.api import load
+        from mlx_onevision.api import Model
 
         most = (limits or Limits()).max_tokens
-        return _Engine(load(model, revision=revision, dtype=dtype), most)
-
-    found: list[ModelInfo] = []
+        return _Engine(Model(folder(), name=str(model), dtype=dtype), most)
 
     def describe() -> ModelInfo:
         if not found:
-            found.append(model_info(model, revision))
+            found.append(model_info(folder()))
         return found[0]
 
     return Service(load, describe, policy=policy, limits=limits)
@@ -293,16 +302,15 @@ def _result(answer: "Generation", logprobs: tuple[TokenLogprob, ...] | None) -> 
     )
 
 
-def model_info(model: str | Path, revision: str | None) -> ModelInfo:
-    """Raises OneVisionError when the model cannot be found."""
-    from mlx_onevision.checkpoint.hub import identify, resolve
+def model_info(folder: Path) -> ModelInfo:
+    """Raises OneVisionError when the folder holds no model."""
+    from mlx_onevision.checkpoint.hub import identify
     from mlx_onevision.checkpoint.load import read_config
     from mlx_onevision.config.model import OneVisionConfig
     from mlx_onevision.embed.embedder import described
     from mlx_onevision.embed.embeddings import NOTES
     from mlx_onevision.sampling.grammar import available
 
-    folder = resolve(model, revision=revision)
     config = OneVisionConfig.from_dict(read_config(folder))
     name, commit = identify(folder)
     capabilities: tuple[Capability, ...]

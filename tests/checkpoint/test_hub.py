@@ -6,15 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from checkpoints import write
 from fakehub import FakeHub
 from hub_names import FILES, HOSTILE, UNWANTED
 from huggingface_hub import constants
 
+from mlx_onevision.api import load
 from mlx_onevision.checkpoint.hub import ALIASES, resolve
 from mlx_onevision.errors import ModelNotFoundError, RequestError
+from mlx_onevision.plugins.adapters.engine import open_engine
+from mlx_onevision.plugins.contract.requests import EmbedRequest
 
 NAME = "org/name"
 CHUNK = 1 << 12
@@ -268,6 +273,25 @@ def test_the_environment_is_honoured(hub: FakeHub, tmp_path: Path) -> None:
     code, _, err = run(hub.url, tmp_path, NAME, HF_HUB_OFFLINE="1")
     assert code == 1 and err.startswith("error: org/name is only partly in the cache, and HF_HUB_O")
     assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_loading_asks_the_hub_once(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: bool
+) -> None:
+    """Of a model that is in the cache: one request, whether there is a newer commit."""
+    here = partial(resolve, cache_dir=tmp_path / "cache", endpoint=hub.url)
+    monkeypatch.setattr("mlx_onevision.checkpoint.hub.resolve", here)
+    hub.add(NAME, files(write(tmp_path / "model")))
+    folder = here(NAME)
+    hub.requests.clear()
+    if adapter:
+        with open_engine(NAME) as engine:
+            assert engine.info().revision == folder.name
+            engine.embed(EmbedRequest(items=("a",), space="joint"))
+    else:
+        assert load(NAME).path == folder
+    assert [request.path for request in hub.requests] == [f"/api/models/{NAME}/revision/main"]
 
 
 class Terminal(io.StringIO):
