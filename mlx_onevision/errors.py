@@ -1,8 +1,8 @@
-"""What can go wrong, one class per way out.
+"""The package's errors, one class for each way out.
 
-Every message is a single sentence that names the thing and, after a semicolon, what to do about it;
-it has no full stop, so that a door can go on after it.
-A door (the command, a server) prints the message and nothing else.
+Every message is a single sentence that names the thing and, after a semicolon, what to do about it.
+It has no full stop, so that an entry point (the command, a server), which prints the message and
+nothing else, can go on after it.
 """
 
 

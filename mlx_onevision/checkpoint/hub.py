@@ -1,4 +1,5 @@
-"""From what a person calls a model to the folder that holds it, downloading it if need be.
+"""From a model's name to the folder that holds it, downloaded if need be; and from a folder to the
+name and revision that identify it.
 
 Downloads go through huggingface_hub into its own cache, where a broken connection is taken up again
 and a complete model works offline (``HF_HUB_OFFLINE=1``). Only the files that a model is made of
@@ -92,7 +93,7 @@ def resolve(
 
 
 def repository_of(model: str | Path) -> str | None:
-    """The Hub's id of what a person calls a model; None for a folder, and for what is neither."""
+    """The Hub's id of a model; None for a folder, and for what is neither."""
     name = str(model)
     if not isinstance(model, str):
         return None
@@ -137,7 +138,7 @@ def _download(
 def answers(
     repository: str, revision: str | None = None, endpoint: str | None = None
 ) -> Iterator[None]:
-    """Puts what can go wrong between here and the Hub into one sentence each.
+    """Translates the errors of huggingface_hub into one sentence each.
 
     Raises:
         ModelNotFoundError: for whatever the client raises.
@@ -236,8 +237,6 @@ def _first(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200].rstrip(".")
 
-
-# Which model made something: a name for people, and a mark that changes when the weights do.
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SAMPLE = 1 << 16  # bytes

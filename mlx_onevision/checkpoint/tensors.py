@@ -100,7 +100,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         reason = short(str(error).removeprefix("Error while deserializing header: "))
         raise CheckpointError(
-            f"{path.name} is not a valid safetensors file: {reason}; download or copy it again"
+            f"{path.name} is not a valid safetensors file: {reason} (it has "
+            f"{path.stat().st_size} bytes); download or copy it again"
         ) from None
     return tensors
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says about how to answer."""
+"""A checkpoint's defaults for sampling: generation_config.json."""
 
 import logging
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from mlx_onevision.errors import ConfigError
 
 logger = logging.getLogger("mlx_onevision")
 
-# Settings that would change an answer in the reference and that are not done here, each with the
-# value that switches it off (beside null).
-NOT_DONE: Mapping[str, Any] = {
+# Settings that would change an answer in the reference and that are not supported here, each with
+# the value that switches it off (beside null).
+UNSUPPORTED: Mapping[str, Any] = {
     "num_beams": 1,
     "penalty_alpha": 0,
     "typical_p": 1.0,
@@ -36,7 +36,7 @@ NOT_DONE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """How the checkpoint wants to be sampled; the values of a caller come first.
+    """The checkpoint's defaults for sampling; a request's settings come first.
 
     eos_token_ids : the ids that end an answer; empty where no file names any.
     do_sample : False is greedy, whatever the four numbers say.
@@ -68,7 +68,7 @@ class GenerationDefaults:
             eos = config.get("eos_token_id")
             return cls(_ids(eos if eos is not None else text.get("eos_token_id"), "config.json"))
         where = "generation_config.json"
-        for key, off in NOT_DONE.items():
+        for key, off in UNSUPPORTED.items():
             if values.get(key) not in (None, off):
                 logger.warning("%s asks for %s, which is not done here.", where, key)
         read = Reader(values, where)

@@ -1,5 +1,5 @@
-"""Typed, ranged reading of JSON fields: a value that is off is an error that names its field, and
-so is a model of another kind; a key that nobody reads is reported by name.
+"""Typed, ranged reading of JSON fields: an invalid value is an error that names its field, and so
+is a model of another kind; an unknown key is logged by name.
 """
 
 import logging

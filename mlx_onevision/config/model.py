@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say, as frozen dataclasses whose fields are the files' own keys.
+"""A checkpoint's config.json, as frozen dataclasses whose fields are the file's own keys.
 
 A key that changes what the network computes is honoured, or refused by name. Keys that the
 reference implementation reads but that do nothing at inference are listed in ``INERT``; keys that
@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_onevision.config import original_layout as lmms_lab
+from mlx_onevision.config import original_layout
 from mlx_onevision.config.json_fields import ACTIVATIONS, Json, Reader, report_unknown, require_type
 from mlx_onevision.config.quantization import Quantization
 from mlx_onevision.config.rope import RopeConfig
 from mlx_onevision.errors import ConfigError
-
-# The ``vision_config`` of a checkpoint: a SigLIP tower.
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,6 @@ class VisionConfig:
         return config
 
 
-# The ``text_config`` of a checkpoint: a Qwen2 decoder.
-
-
 @dataclass(frozen=True)
 class TextConfig:
     """The Qwen2 decoder. ``layer_types`` names each layer's attention, full or sliding."""
@@ -122,20 +117,14 @@ class TextConfig:
                 f"text_config's head_dim is {head_dim}; rotary positions need an even one"
             )
         window = None
-        if (
-            read.flag("use_sliding_window", False)
-            and values.get("sliding_window", 4096) is not None
-        ):
+        sliding = read.flag("use_sliding_window", False)
+        if sliding and values.get("sliding_window", 4096) is not None:
             window = read.integer("sliding_window", 4096, 2**31 - 1)
         first_sliding = read.integer("max_window_layers", 28, 2**31 - 1, least=0)
         kinds = values.get("layer_types")
         if kinds is None:
-            kinds = [
-                "sliding_attention"
-                if window is not None and i >= first_sliding
-                else "full_attention"
-                for i in range(layers)
-            ]
+            full = layers if window is None else min(first_sliding, layers)
+            kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
         if not isinstance(kinds, Sequence) or len(kinds) != layers:
             raise ConfigError(f"text_config.layer_types does not name {layers} layers")
         for kind in kinds:
@@ -193,9 +182,7 @@ class OneVisionConfig:
 
     @property
     def max_tiles(self) -> int:
-        """The 9 of ``anyres_max_9``: a tiled image keeps at most about this many tiles' worth of
-        tokens.
-        """
+        """The 9 of ``anyres_max_9``: about the most tiles whose tokens an image keeps."""
         return int(self.vision_aspect_ratio.removeprefix("anyres_max_"))
 
     @property
@@ -204,14 +191,10 @@ class OneVisionConfig:
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """The selected hidden states, counted from the embeddings: 1 is the output of the first
-        layer.
-        """
-        chosen = self.vision_feature_layer
+        """The selected hidden states: 0 is the embeddings, 1 the output of the first layer."""
+        given = self.vision_feature_layer
         total = self.vision_config.num_hidden_layers + 1
-        return tuple(
-            layer % total for layer in (chosen if isinstance(chosen, tuple) else (chosen,))
-        )
+        return tuple(layer % total for layer in (given if isinstance(given, tuple) else (given,)))
 
     @classmethod
     def from_dict(cls, values: Json) -> "OneVisionConfig":
@@ -220,8 +203,8 @@ class OneVisionConfig:
         Raises:
             ConfigError: naming the field, when it asks for something that is not supported.
         """
-        if lmms_lab.is_original(values):
-            values = lmms_lab.to_hub(values)
+        if original_layout.is_original(values):
+            values = original_layout.to_hub(values)
         require_type(values, "config.json", "llava_onevision")
         report_unknown(
             values,

@@ -1,6 +1,6 @@
-"""The original repository's config.json, put into the Hub layout's words.
+"""The original lmms-lab config.json, translated into the keys of the Hub's layout.
 
-The lmms-lab checkpoints carry one flat file: Qwen2's fields at the top, the vision side as ``mm_*``
+It is one flat file: Qwen2's fields at the top, the vision side as ``mm_*``
 settings that name a tower instead of describing it. The values that this package implements are
 accepted, others are refused by name; what only mattered to training is dropped.
 """
@@ -51,13 +51,8 @@ TEXT_KEYS = frozenset(
     pad_token_id
     """.split()
 )
-TOP_KEYS = (
-    "image_token_index",
-    "video_token_index",
-    "torch_dtype",
-    "dtype",
-    "quantization",
-    "quantization_config",
+TOP_KEYS = frozenset(
+    "image_token_index video_token_index torch_dtype dtype quantization quantization_config".split()
 )
 
 
@@ -94,13 +89,11 @@ def to_hub(values: Mapping[str, Any]) -> dict[str, Any]:
         "image_grid_pinpoints": _pinpoints(values.get("image_grid_pinpoints"), size),
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
     }
-    return hub | {key: values[key] for key in TOP_KEYS if key in values}
+    return hub | {key: values[key] for key in TOP_KEYS & set(values)}
 
 
 def _pinpoints(given: Any, size: int) -> Any:
-    """Pixel pairs; the original also writes the range form ``"(1x1),...,(6x6)"``, counted in
-    tiles.
-    """
+    """Pixel pairs; the original also writes ranges of tiles, ``"(1x1),...,(6x6)"``."""
     if not isinstance(given, str):
         return given
     ends = given.replace(" ", "").split(",...,")

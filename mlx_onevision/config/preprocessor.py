@@ -6,19 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_onevision.config.json_fields import Json, Reader
-from mlx_onevision.config.model import (
-    DEFAULT_PINPOINTS,
-    OneVisionConfig,
-    read_pinpoints,
-)
+from mlx_onevision.config.model import DEFAULT_PINPOINTS, OneVisionConfig, read_pinpoints
 from mlx_onevision.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How pictures become pixel values (preprocessor_config.json). ``size`` is a tile's edge in
-    pixels.
-    """
+    """How images become pixel values. ``size`` is a tile's edge in pixels."""
 
     size: int = 384
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -35,15 +29,14 @@ class ImageConfig:
 
         Raises:
             ConfigError: for a step that the file switches off or changes, and for a tile size or
-            grid list
-                that differs from the model's, because token counts and features would then
-                disagree.
+                grid list that differs from the model's, because token counts and features would
+                then disagree.
         """
         size = config.vision_config.image_size
         if values is None:
             return cls(size=size, image_grid_pinpoints=config.image_grid_pinpoints)
-        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"):
-            if values.get(step) is False and step != "do_pad":
+        for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if values.get(step) is False:
                 raise ConfigError(f"{where} switches {step} off, which is not supported")
         if values.get("do_center_crop"):
             raise ConfigError(f"{where} asks for do_center_crop, which is not supported")

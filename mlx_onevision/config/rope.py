@@ -18,21 +18,12 @@ from mlx_onevision.errors import ConfigError
 ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
+    "llama3": tuple(
+        "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
     ),
-    "yarn": (
-        "factor",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "original_max_position_embeddings",
+    "yarn": tuple(
+        """factor beta_fast beta_slow attention_factor mscale mscale_all_dim truncate
+        original_max_position_embeddings""".split()
     ),
 }
 
@@ -47,9 +38,7 @@ class RopeConfig:
 
     @classmethod
     def from_dict(cls, text: Json) -> "RopeConfig":
-        """Reads ``rope_parameters`` (new files) or ``rope_theta`` with ``rope_scaling`` (old
-        ones).
-        """
+        """From ``rope_parameters``, or in older files ``rope_theta`` and ``rope_scaling``."""
         given = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(given, Mapping):
             raise ConfigError(f"text_config's rope settings are {given!r}, not an object")

@@ -1,12 +1,12 @@
 """The feature bank: encoded images and videos as token ids above the vocabulary.
 
 mlx-lm's generation, caches and batching speak token ids only. So every encoded medium owns a range
-of *virtual ids*, all at or above ``vocab_size``, one for each of its feature rows. The same pixels
+of *virtual ids*, all at or above ``vocab_size``, one for each of its embeddings. The same pixels
 under the same settings have the same ids, other pixels have others: a prompt is a plain list of
 ints, and a cache that matches on ids can never mistake one image for another.
 
-Rows are bounded in bytes and leave in order of last use. A range of ids is given to another medium
-only once neither a request nor a cached prompt holds it.
+Embeddings are bounded in bytes and evicted in order of last use. A range of ids is given to another
+medium only once neither a request nor a cached prompt holds it.
 """
 
 from collections import OrderedDict
@@ -22,17 +22,19 @@ LAST_ID = 2**31 - 1
 
 @dataclass
 class Entry:
-    """One medium: the first of its virtual ids, how many there are, and its rows while they are
-    kept.
+    """One medium.
+
+    first, length : the first of its virtual ids, and how many there are.
+    embeddings : (length, D) while they are kept.
+    requests : running requests that need the embeddings.
+    prompts : cached prompts that hold the ids; their embeddings went into KV caches already.
     """
 
     first: int
     length: int
-    rows: mx.array | None = None
+    embeddings: mx.array | None = None
     requests: int = 0
-    """Requests under way that need the rows."""
     prompts: int = 0
-    """Cached prompts that hold the ids; their rows are in key-value caches already."""
 
     @property
     def ids(self) -> range:
@@ -40,10 +42,10 @@ class Entry:
 
 
 class FeatureBank:
-    """Feature rows by content key and by virtual id.
+    """Embeddings of media by content key and by virtual id.
 
     vocab_size : the first virtual id.
-    capacity : bytes of rows to keep; those that requests under way need are kept beyond it.
+    capacity : bytes to keep; what running requests need is kept beyond it.
     """
 
     def __init__(self, vocab_size: int, capacity: int) -> None:
@@ -53,39 +55,38 @@ class FeatureBank:
         self._next = vocab_size
 
     def __contains__(self, key: str) -> bool:
-        """Whether the rows of ``key`` are here."""
+        """Whether the embeddings of ``key`` are here."""
         entry = self._entries.get(key)
-        return entry is not None and entry.rows is not None
+        return entry is not None and entry.embeddings is not None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows that are kept."""
-        return sum(entry.rows.nbytes for entry in self._entries.values() if entry.rows is not None)
+        """Bytes of the embeddings that are kept."""
+        kept = (entry.embeddings for entry in self._entries.values())
+        return sum(embeddings.nbytes for embeddings in kept if embeddings is not None)
 
     def reserve(self, key: str, length: int) -> range:
-        """The virtual ids of a medium of ``length`` rows, the same ones for as long as it is
-        known.
-        """
+        """The virtual ids of a medium of ``length`` embeddings, the same ones while it is known."""
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = Entry(self._free_range(length), length)
             self._next = entry.first + length
         if entry.length != length:
-            raise ValueError(f"medium {key} has {entry.length} rows, not {length}")
+            raise ValueError(f"medium {key} has {entry.length} embeddings, not {length}")
         self._entries.move_to_end(key)
         return entry.ids
 
-    def store(self, key: str, rows: mx.array) -> None:
-        """Keeps the rows (n, D) of a reserved medium, and drops what no longer fits."""
+    def store(self, key: str, embeddings: mx.array) -> None:
+        """Keeps the embeddings (n, D) of a reserved medium, and drops what no longer fits."""
         entry = self._entries[key]
-        if rows.shape[0] != entry.length:
-            raise ValueError(f"medium {key} reserved {entry.length} ids for {rows.shape[0]} rows")
-        entry.rows = rows
+        if (n := embeddings.shape[0]) != entry.length:
+            raise ValueError(f"medium {key} reserved {entry.length} ids for {n} embeddings")
+        entry.embeddings = embeddings
         self._evict()
 
     @contextmanager
     def in_use(self, keys: Sequence[str]) -> Iterator[None]:
-        """Keeps the rows of ``keys`` (all of them reserved) while a request is under way."""
+        """Keeps the embeddings of ``keys`` (all of them reserved) while a request runs."""
         entries = [self._entries[key] for key in keys]
         for entry in entries:
             entry.requests += 1
@@ -108,40 +109,41 @@ class FeatureBank:
         self._evict()
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Drops the rows of ``keys`` now; nobody will ask about these media again soon."""
+        """Drops the embeddings of ``keys`` now: these media will not be used again soon."""
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and entry.requests == 0:
-                entry.rows = None
+                entry.embeddings = None
         self._evict()
 
     def look_up(self, first: int, last: int) -> mx.array:
-        """The rows (last - first, D) behind the virtual ids first to last - 1, all of one
+        """The embeddings (last - first, D) of the virtual ids first to last - 1, all of one
         medium.
         """
-        for entry in self._entries.values():
-            if first in entry.ids:
-                if last - 1 not in entry.ids:
-                    raise ValueError(f"virtual ids {first} to {last - 1} are not of one medium")
-                if entry.rows is None:
-                    raise ValueError(f"the features behind virtual id {first} were dropped")
-                return entry.rows[first - entry.first : last - entry.first]
-        raise ValueError(f"token id {first} is neither in the vocabulary nor in the feature bank")
+        entry = self._entry_of(first)
+        if last - 1 not in entry.ids:
+            raise ValueError(f"virtual ids {first} to {last - 1} are not of one medium")
+        if entry.embeddings is None:
+            raise ValueError(f"the features behind virtual id {first} were dropped")
+        return entry.embeddings[first - entry.first : last - entry.first]
 
     def last_of(self, first: int) -> int:
         """The id after the last one of the medium that owns ``first``."""
+        return self._entry_of(first).ids.stop
+
+    def _entry_of(self, first: int) -> Entry:
         for entry in self._entries.values():
             if first in entry.ids:
-                return entry.ids.stop
+                return entry
         raise ValueError(f"token id {first} is neither in the vocabulary nor in the feature bank")
 
     def _evict(self) -> None:
         excess = self.nbytes - self.capacity
         for key, entry in list(self._entries.items()):
-            if entry.requests == 0 and entry.rows is not None and excess > 0:
-                excess -= entry.rows.nbytes
-                entry.rows = None
-            if entry.requests == 0 and entry.prompts == 0 and entry.rows is None:
+            if entry.requests == 0 and entry.embeddings is not None and excess > 0:
+                excess -= entry.embeddings.nbytes
+                entry.embeddings = None
+            if entry.requests == 0 and entry.prompts == 0 and entry.embeddings is None:
                 del self._entries[key]
 
     def _free_range(self, length: int) -> int:

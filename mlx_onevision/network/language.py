@@ -14,8 +14,8 @@ import mlx.nn as nn
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.network.activations import ACTIVATIONS
 
-# Steps of more tokens than this, rows times length, get evaluation points: a decoding step never
-# does, a prefill chunk does.
+# Steps of more tokens than this, B * L, get evaluation points: a decode step never does, a prefill
+# chunk does.
 LONG_STEP = 256
 
 Mask = mx.array | str | None
@@ -126,7 +126,7 @@ class Qwen2(nn.Module):
 
         h : mx.array, shape = (B, L, hidden_size)
             Embeddings of the positions that follow those in the cache.
-        cache : one key-value cache a layer, or None for a sequence that stands alone.
+        cache : one KV cache a layer, or None for a sequence that stands alone.
         interval : in long steps, evaluate hidden states and caches after every so many layers, so
             that no more than so many layers' intermediate values are ever held (0: never).
         check : called after each of these; what it raises leaves the caches of the layers behind

@@ -1,8 +1,8 @@
 """One memory budget for a request's intermediate values, and the sizes that follow from it.
 
-Weights, key-value caches and features are what they are; what can be chosen is how much is computed
-at once: tiles a group in the tower, tokens a chunk in the language model, and layers between two
-evaluations. Arithmetic only, so that it can be tried for machines that are not here.
+Weights, KV caches and features have the sizes they have; what can be chosen is how much is computed
+at once: tiles a group in the tower, tokens a chunk in prefill, and layers between two evaluations.
+Arithmetic only, so that it can be tested for other devices.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 INTERVALS = (4, 2, 1)
 TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
 
-# Rows of a batch that decode together, and that read their prompts together. More would hardly be
-# faster on the devices that this runs on, and every row waits for the longest.
+# Requests of a batch that decode together, and that are in prefill together. More would hardly be
+# faster on the devices that this runs on, and every request waits for the longest.
 MAX_BATCH_SIZE = 32
 MAX_PREFILL_BATCH_SIZE = 8
 
@@ -73,17 +73,17 @@ def batch_positions(text: TextConfig, free: int, itemsize: int) -> int:
     """Positions whose keys and values may be held for a batch.
 
     free : bytes that nothing else is planned for. Half of it, because the keys and values are
-        copied whenever rows join or leave.
+        copied whenever requests join or leave.
     """
     position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
     return max(free, 0) // 2 // position
 
 
-def prefill_batch(chunk: int, rows: int) -> tuple[int, int]:
-    """How many of a batch's ``rows`` read their prompts together, and how many tokens each at once:
+def prefill_batch(chunk: int, requests: int) -> tuple[int, int]:
+    """How many of a batch's requests are in prefill together, and how many tokens each at once:
     together no more than the ``chunk`` of a lone prompt, and no less than the smallest one each.
     """
-    together = max(1, min(rows, MAX_PREFILL_BATCH_SIZE, chunk // CHUNKS[-1]))
+    together = max(1, min(requests, MAX_PREFILL_BATCH_SIZE, chunk // CHUNKS[-1]))
     return together, chunk // together
 
 

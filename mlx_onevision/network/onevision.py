@@ -1,8 +1,8 @@
-"""LLaVA-OneVision: the tower, the projector, and how tile features become rows of a prompt.
+"""LLaVA-OneVision: the tower, the projector, and how tile features become embeddings of a prompt.
 
 Follows transformers' ``LlavaOnevisionForConditionalGeneration``. The module tree has the names of
 the checkpoints' tensors. To mlx-lm this is a language model like any other: ids in, logits out,
-only that ids at or above ``vocab_size`` stand for rows of the feature bank (see :mod:`bank`).
+only that ids at or above ``vocab_size`` stand for embeddings in the feature bank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ class MultiModalProjector(nn.Module):
 
 
 class OneVision(nn.Module):
-    """The network. ``bank`` holds the rows of encoded media; ``budget`` bounds each step's
+    """The network. ``bank`` holds the embeddings of encoded media; ``budget`` bounds each step's
     memory.
     """
 
@@ -91,7 +91,7 @@ class OneVision(nn.Module):
         )
         return head(h).astype(mx.float32)
 
-    # From pixels to rows.
+    # From pixels to embeddings.
 
     def encode_tiles(
         self,
@@ -123,7 +123,7 @@ class OneVision(nn.Module):
         return self.vision_tower(pixels, self.config.feature_layers, self.budget.tower_interval)
 
     def pack_image(self, features: mx.array, packing: Packing) -> mx.array:
-        """One tiled image's rows: the base tile's, then the tile grid's with a newline a row.
+        """One tiled image's embeddings: the base tile's, then the grid's with a newline a row.
 
         features : mx.array, shape = (1 + tiles, patches, D), the base tile first.
 
@@ -143,18 +143,18 @@ class OneVision(nn.Module):
         return mx.concatenate([features[0], grid])
 
     def pack_tile(self, features: mx.array) -> mx.array:
-        """An untiled image's rows: its one tile's and a newline, shape = (patches + 1, D)."""
+        """An untiled image's embeddings: its one tile's and a newline, shape = (patches + 1, D)."""
         return self._with_newline(features[0])
 
     def pack_video(self, frames: mx.array) -> mx.array:
-        """A video's features: its pooled frames' and a newline, shape = (frames * side² + 1, D).
+        """A video's embeddings: its pooled frames' and a newline, shape = (frames * side² + 1, D).
 
         frames : mx.array, shape = (frames, side², D), as :func:`pool_frames` makes them.
         """
         return self._with_newline(frames.reshape(-1, frames.shape[-1]))
 
-    def _with_newline(self, rows: mx.array) -> mx.array:
-        return mx.concatenate([rows, self.image_newline.astype(rows.dtype)[None]])
+    def _with_newline(self, features: mx.array) -> mx.array:
+        return mx.concatenate([features, self.image_newline.astype(features.dtype)[None]])
 
     # From ids to embeddings.
 
@@ -164,44 +164,41 @@ class OneVision(nn.Module):
         return self.language_model.norm.weight.dtype
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Embeddings, shape = (B, L, hidden_size): the table's for words, the bank's for media.
+        """Embeddings, shape = (B, L, hidden_size): the table's for text, the bank's for media.
 
         Raises:
             ValueError: for an id that is neither in the vocabulary nor in the bank.
         """
         if self._decoding and ids.shape[1] == 1:
-            return self._words(ids)
+            return self._text(ids)
         host = np.array(ids)
         if (host < self.config.text_config.vocab_size).all():
-            return self._words(ids)
-        return mx.stack([self._embed_row(row) for row in host])
+            return self._text(ids)
+        return mx.stack([self._embed_sequence(sequence) for sequence in host])
 
-    def _words(self, ids: mx.array) -> mx.array:
+    def _text(self, ids: mx.array) -> mx.array:
         return self.language_model.embed_tokens(ids).astype(self.dtype)
 
-    def _embed_row(self, ids: np.ndarray) -> mx.array:
+    def _embed_sequence(self, ids: np.ndarray) -> mx.array:
         vocab_size = self.config.text_config.vocab_size
-        pieces = []
-        start = 0
-        while start < len(ids):
-            run = ids[start:]
-            if run[0] < vocab_size:
-                same = run < vocab_size
-            else:  # the next rows of the same medium
-                same = run == run[0] + np.arange(len(run))
-                same &= run < self.bank.last_of(int(run[0]))
-            length = len(run) if same.all() else int(np.argmin(same))
-            if run[0] < vocab_size:
-                pieces.append(self._words(mx.array(run[:length])))
+        parts = []
+        while len(ids):
+            first = int(ids[0])
+            if first < vocab_size:
+                same = ids < vocab_size
+            else:  # the next ids of the same medium
+                same = (ids == first + np.arange(len(ids))) & (ids < self.bank.last_of(first))
+            length = len(ids) if same.all() else int(np.argmin(same))
+            if first < vocab_size:
+                parts.append(self._text(mx.array(ids[:length])))
             else:
-                first = int(run[0])
-                pieces.append(self.bank.look_up(first, first + length).astype(self.dtype))
-            start += length
-        return mx.concatenate(pieces)
+                parts.append(self.bank.look_up(first, first + length).astype(self.dtype))
+            ids = ids[length:]
+        return mx.concatenate(parts)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """While no prompt is being read: single ids are sampled ones, so words, and go straight to
+        """While no prompt is in prefill: single ids are sampled ones, so text, and go straight to
         the table. Without this, every step waits for its ids in order to look for virtual ones.
         """
         self._decoding = True
@@ -212,8 +209,8 @@ class OneVision(nn.Module):
 
     @contextmanager
     def interruptible(self, check: Callable[[], None]) -> Iterator[None]:
-        """Has ``check`` called in the midst of long steps; what it raises ends them, and leaves the
-        caches of some layers ahead of the others'.
+        """Calls ``check`` in the midst of long steps; what it raises ends them, and leaves the
+        KV caches of some layers ahead of the others'.
         """
         self._check = check
         try:
