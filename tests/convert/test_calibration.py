@@ -129,8 +129,8 @@ def test_the_images_are_seen(tmp_path: Path) -> None:
     for factor in (1.0, -3.0):
         subject = Subject(tmp_path / "model")
         for entry in subject.model.bank._entries.values():
-            assert entry.rows is not None
-            entry.rows = entry.rows * factor
+            assert entry.embeddings is not None
+            entry.embeddings = entry.embeddings * factor
         calibrate("gptq", subject.model, subject.prompts[:2], FOUR)
         quantized = subject.model.language_model.layers[0].mlp.up_proj
         made.append([np.array(quantized["weight"]), np.array(quantized["scales"])])
