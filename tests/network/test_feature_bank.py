@@ -47,7 +47,7 @@ def test_wrong_lengths_are_refused() -> None:
     bank.reserve("a", 4)
     with pytest.raises(ValueError, match="not 5"):
         bank.reserve("a", 5)
-    with pytest.raises(ValueError, match="3 rows"):
+    with pytest.raises(ValueError, match="3 embeddings"):
         bank.store("a", rows(3))
 
 
