@@ -18,9 +18,9 @@ from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     TEMPLATE,
     Message,
     Shown,
+    answer_loss,
     answered,
     conversation,
-    likelihood,
     options,
     shown,
     unknown,
@@ -159,17 +159,17 @@ class OneVision(lmms):
                     target = target(self.task_dict[task][split][doc_id])
                 prompt = self.model.prepare(conversation(context, about), tiling=about.tiling)
                 about = about.read(prompt.media)
-                found.append(self._likelihood(prompt, answered(context, about, str(target)), about))
+                found.append(self._loss(prompt, answered(context, about, str(target)), about))
                 self.cache_hook.add_partial("loglikelihood", (context, target), found[-1])
                 bar.update(1)
         return found
 
-    def _likelihood(self, prompt: Inputs, messages: list[Message], about: Shown) -> Measured:
+    def _loss(self, prompt: Inputs, messages: list[Message], about: Shown) -> Measured:
         whole = self.model.prepare(messages, tiling=about.tiling)
         following = whole.input_ids[len(prompt.input_ids) :]
         logits = self.model.logits(whole, last=len(following) + 1)[:-1]
         own = len(following) - following[::-1].tolist().index(self._end) - 1
-        measured = likelihood(logits, following, own)
+        measured = answer_loss(logits, following, own)
         return Measured(measured.loss, measured.greedy)
 
     @cached_property
@@ -185,7 +185,7 @@ class OneVision(lmms):
     def _answers(
         self, rows: Sequence[tuple[str, Shown, Mapping[str, Any]]]
     ) -> list[GenerationResult]:
-        """Answers to questions, together. One that cannot be asked is told, and answered with
+        """Answers to questions, together. One that cannot be asked is logged, and answered with
         nothing: the others took hours.
         """
         asked: list[list[Message]] = []

@@ -21,8 +21,6 @@ from mlx_onevision.errors import RequestError
 from mlx_onevision.media.frame_sampling import end_to_end
 from mlx_onevision.prompt.processor import Medium
 
-# Settings of a task's generation as the reference heeds them.
-
 MAX_NEW_TOKENS = 1024  # where a task says nothing
 
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -222,11 +220,8 @@ def _squared(picture: Any) -> Any:
     return square
 
 
-# How likely an answer is, as the reference measures it.
-
-
 @dataclass(frozen=True)
-class AnswerLikelihood:
+class AnswerLoss:
     """loss : minus the mean logarithm of the probabilities of the answer's tokens, its end of turn
     included. greedy : whether each of the answer's own tokens is the likeliest in its place.
     """
@@ -235,9 +230,9 @@ class AnswerLikelihood:
     greedy: bool
 
 
-def likelihood(
+def answer_loss(
     logits: NDArray[np.floating], following: NDArray[np.integer], own: int
-) -> AnswerLikelihood:
+) -> AnswerLoss:
     """logits : (n, vocabulary), of the positions before each of ``following``, (n,).
     own : so many of these are the answer's, the others end it.
     """
@@ -246,4 +241,4 @@ def likelihood(
     chosen = rows[np.arange(len(following)), following]
     losses = np.log(np.exp(rows).sum(axis=-1)) - chosen
     greedy = rows.argmax(axis=-1)[:own] == following[:own]
-    return AnswerLikelihood(float(losses.mean()), bool(greedy.all()))
+    return AnswerLoss(float(losses.mean()), bool(greedy.all()))

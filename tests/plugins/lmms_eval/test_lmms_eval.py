@@ -17,9 +17,9 @@ from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
     TEMPLATE,
     Shown,
+    answer_loss,
     answered,
     conversation,
-    likelihood,
     options,
     shown,
     unknown,
@@ -124,10 +124,10 @@ def test_settings() -> None:
 def test_likelihood() -> None:
     probabilities = np.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.25, 0.5, 0.25]])
     logits = np.log(probabilities) + np.array([[5.0], [-700.0], [900.0]])
-    measured = likelihood(logits, np.array([0, 1, 2]), own=2)
+    measured = answer_loss(logits, np.array([0, 1, 2]), own=2)
     assert measured.loss == pytest.approx(-math.log(0.5 * 0.8 * 0.25) / 3)
     assert measured.greedy
-    assert not likelihood(logits, np.array([0, 1, 2]), own=3).greedy
+    assert not answer_loss(logits, np.array([0, 1, 2]), own=3).greedy
 
 
 def test_frames_are_decoded_once_for_all_answers(tmp_path: Path) -> None:
