@@ -95,12 +95,13 @@ def resolve(
 def repository_of(model: str | Path) -> str | None:
     """The Hub's id of a model; None for a folder, and for what is neither."""
     name = str(model)
-    if not isinstance(model, str):
+    if isinstance(model, Path):
         return None
     if name.lower() in ALIASES:
         return ALIASES[name.lower()]
     there = _existing(EMBEDDED if model == DEMO else name)
-    return name if there is None and _is_hub_id(name) else None
+    is_id = HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+    return name if there is None and is_id else None
 
 
 def _existing(name: str | Path) -> Path | None:
@@ -110,10 +111,6 @@ def _existing(name: str | Path) -> Path | None:
         return path if str(name) and path.exists() else None
     except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a NUL
         return None
-
-
-def _is_hub_id(name: str) -> bool:
-    return HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def _download(
@@ -180,7 +177,9 @@ def answers(
             "are complete are kept"
         ) from None
     except Exception as error:  # the client's own, a full disk, a proxy: whatever it is
-        raise ModelNotFoundError(f"{named} could not be downloaded: {_first(error)}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0][:200].rstrip(".")
+        raise ModelNotFoundError(f"{named} could not be downloaded: {reason}") from error
 
 
 @contextmanager
@@ -230,12 +229,6 @@ def _unreached(named: str, host: str, error: Exception) -> str:
     else:
         problem = f"{host} cannot be reached; connect to the network"
     return f"{named} {state}, and {problem}, or pass the folder of a model"
-
-
-def _first(error: Exception) -> str:
-    """The first line of a message, as one sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".")
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

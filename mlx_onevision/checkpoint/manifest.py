@@ -38,26 +38,6 @@ def text(files: Mapping[str, File]) -> str:
     return json.dumps({"format": FORMAT, "files": listed}, indent=1) + "\n"
 
 
-def read(folder: Path) -> dict[str, File] | None:
-    """The files that a folder's manifest lists; None where it has none.
-
-    Raises:
-        CheckpointError: for one that cannot be understood.
-    """
-    values = read_json(folder / NAME)
-    if values is None:
-        return None
-    listed = values.get("files")
-    if values.get("format") != FORMAT or not isinstance(listed, dict):
-        raise CheckpointError(f"{NAME} is of another format; update mlx-onevision")
-    files = {}
-    for name, entry in listed.items():
-        if Path(name).name != name or "\\" in name or "\0" in name or not _is_file(entry):
-            raise CheckpointError(f"{NAME} has no valid entry for {short(name)}")
-        files[name] = File(entry["size"], entry["sha256"])
-    return files
-
-
 def check(
     folder: Path, hashes: bool = False, progress: Callable[[int], None] = lambda _: None
 ) -> None:
@@ -70,7 +50,7 @@ def check(
         CheckpointError: naming the first file that is missing or differs, or a weight file that
             the manifest does not know.
     """
-    files = read(folder)
+    files = _read(folder)
     if files is None:
         return
     for name, file in files.items():
@@ -97,6 +77,22 @@ def check(
             f"{folder} has {short(unknown[0])}, which its manifest does not list; remove it, "
             f"or delete {NAME}"
         )
+
+
+def _read(folder: Path) -> dict[str, File] | None:
+    """The files that a folder's manifest lists; None where it has none."""
+    values = read_json(folder / NAME)
+    if values is None:
+        return None
+    listed = values.get("files")
+    if values.get("format") != FORMAT or not isinstance(listed, dict):
+        raise CheckpointError(f"{NAME} is of another format; update mlx-onevision")
+    files = {}
+    for name, entry in listed.items():
+        if Path(name).name != name or "\\" in name or "\0" in name or not _is_file(entry):
+            raise CheckpointError(f"{NAME} has no valid entry for {short(name)}")
+        files[name] = File(entry["size"], entry["sha256"])
+    return files
 
 
 def _digest(path: Path, progress: Callable[[int], None]) -> str:

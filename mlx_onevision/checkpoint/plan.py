@@ -67,7 +67,9 @@ class TensorTransform:
         """The outputs' arrays by their canonical names, not evaluated yet."""
         arrays = [take(tensor) for tensor in self.sources]
         if self.dequantize_spec is not None:
-            arrays = [mx.dequantize(*arrays, **dataclasses.asdict(self.dequantize_spec))]
+            biases = arrays[2] if len(arrays) == 3 else None
+            settings: dict[str, Any] = dataclasses.asdict(self.dequantize_spec)
+            arrays = [mx.dequantize(arrays[0], arrays[1], biases, **settings)]
         arrays = [self._converted(array) for array in arrays]
         if any(self.padding):
             (array,) = arrays

@@ -22,7 +22,7 @@ Mask = mx.array | str | None
 
 
 class RotaryEmbedding:
-    """Turns pairs of dimensions half a head apart by an angle that grows with the position."""
+    """Rotates pairs of dimensions half a head apart by an angle that grows with the position."""
 
     def __init__(self, config: TextConfig) -> None:
         self.dims = config.head_dim
@@ -33,15 +33,8 @@ class RotaryEmbedding:
         self.periods = mx.array(1.0 / inverse.astype("float64"), mx.float32)
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        x = mx.fast.rope(
-            x,
-            self.dims,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self.periods,
-        )
+        settings: dict[str, Any] = {"traditional": False, "base": None, "scale": 1.0}
+        x = mx.fast.rope(x, self.dims, offset=offset, freqs=self.periods, **settings)
         return x if self.length == 1.0 else x * self.length
 
 
