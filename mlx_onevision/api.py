@@ -1,4 +1,4 @@
-"""The library: a model that is loaded once and asked often, from any thread."""
+"""The library: a loaded model, which any thread may use."""
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cached_property
@@ -18,16 +18,10 @@ from mlx_onevision.describe.pipeline import Captioner, Progress
 from mlx_onevision.describe.stream import DescriptionStream
 from mlx_onevision.embed.embedder import Embedder, Item, Vector
 from mlx_onevision.embed.embeddings import Embeddings
+from mlx_onevision.engine import generation
 from mlx_onevision.engine.engine import Engine
-from mlx_onevision.engine.generation import (
-    Generation,
-    Messages,
-    RequestBuilder,
-    Stream,
-    submit,
-    submit_all,
-)
-from mlx_onevision.engine.options import Options, rows
+from mlx_onevision.engine.generation import Generation, Messages, Stream
+from mlx_onevision.engine.options import Options, batch_requests
 from mlx_onevision.engine.request import PromptRequest
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
@@ -82,7 +76,7 @@ class Model:
         if chat_template is not None:
             self._processor.template = self._processor.template.with_source(chat_template)
             self._made.append(chat_template)
-        self._builder = RequestBuilder(self._processor, self._engine.defaults)
+        self._builder = generation.RequestBuilder(self._processor, self._engine.defaults)
 
     @property
     def config(self) -> OneVisionConfig:
@@ -90,9 +84,7 @@ class Model:
 
     @property
     def healthy(self) -> bool:
-        """False once what runs the model has died: it answers nothing any more, and has to be
-        loaded again. A request that fails does not do that.
-        """
+        """False once the model's thread has died (not merely a request failed): load it again."""
         return self._engine.healthy
 
     @overload
@@ -126,7 +118,7 @@ class Model:
         """Answers one prompt about images and videos, one conversation, or a batch of them.
 
         Takes what :meth:`stream` takes. A conversation of a batch that cannot be answered has
-        ``finish_reason`` "error" and says why in ``error``; the other rows are answered.
+        ``finish_reason`` "error" and says why in ``error``; the others are answered.
         """
         if batch is None:
             return self._ask(prompt, options, given).result()
@@ -166,7 +158,7 @@ class Model:
         options: Sequence[Options] | None = None,
         **given: Any,
     ) -> Stream | list[Stream]:
-        """Starts an answer and returns it as a stream of text; for a batch, a stream for each row.
+        """Starts an answer, as a stream of text; for a batch, a stream for each request.
 
         prompt, images, videos : the question, and what it is about (images: paths, URLs, bytes, PIL
             images or uint8 arrays; videos: paths, URLs, bytes, lists of frames or uint8 arrays
@@ -174,20 +166,16 @@ class Model:
         messages : a whole conversation instead, as a list of {"role", "content"}; content is text
             or a list of {"type": "text" | "image" | "video", ...} as the reference takes them.
             Blocks without a source take theirs from ``images`` and ``videos``.
-        batch : several conversations instead, or prompts, which are answered together. Rows may be
-            of any length, with any media or none. Each is answered as it would be alone, with the
-            same seed too, up to the rounding of half precision.
-        given : settings, by the names in ``Options``; for a batch they
-            hold for every row.
-        options : for a batch, settings of each row, which come before those for all.
+        batch : conversations or prompts instead, of any length, with any media, answered together,
+            each as it would be alone, up to the rounding of half precision.
+        given : settings, by the names in ``Options``; for a batch they hold for every request.
+        options : for a batch, settings of each request, which come before those for all.
 
-        Raises, for a batch each row for itself:
+        Raises, for a batch in each stream, else before this returns (``check`` can stop the reading
+        of media, which happens here):
             RequestError: for an empty prompt or a number out of range.
             MediaError: for an image or a video that cannot be read.
             ContextOverflowError: for a prompt, or more frames, beyond the model's context.
-
-        All of this is raised here: media are read before this returns, and ``check`` is the way to
-        stop that.
         """
         if batch is None:
             return self._ask(prompt, options, given)
@@ -197,9 +185,9 @@ class Model:
         self, prompt: str | None, options: Sequence[Options] | None, given: Mapping[str, Any]
     ) -> Stream:
         if options is not None:
-            raise RequestError("options are the rows' of a batch; give settings by their names")
+            raise RequestError("options are for a batch; give settings by their names")
         request = self._builder.build_request(prompt, **given)
-        return submit(self._engine, self._processor.tokenizer, request)
+        return generation.submit(self._engine, self._processor.tokenizer, request)
 
     def _ask_all(
         self,
@@ -211,12 +199,13 @@ class Model:
         if prompt is not None or given.keys() & {"messages", "images", "videos"}:
             raise RequestError("give a batch or one prompt or conversation, not both")
         requests: list[PromptRequest | OneVisionError] = []
-        for row, settings in rows(batch, options):
+        for conversation, settings in batch_requests(batch, options):
             try:
-                requests.append(self._builder.build_request(**row, **{**given, **settings}))
+                own = {**conversation, **given, **settings}
+                requests.append(self._builder.build_request(**own))
             except OneVisionError as error:
                 requests.append(error)
-        return submit_all(self._engine, self._processor.tokenizer, requests)
+        return generation.submit_all(self._engine, self._processor.tokenizer, requests)
 
     @property
     def default_max_tokens(self) -> int:
@@ -224,44 +213,32 @@ class Model:
         return self._builder.default_max_tokens
 
     def build_request(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:
-        """A conversation, read and tokenized but not yet submitted; see :meth:`submit_all`.
-
-        given : as in :meth:`stream`, and so are the errors.
-        """
+        """A conversation for :meth:`submit_all`; settings and errors as in :meth:`stream`."""
         return self._builder.build_request(messages=messages, **given)
 
     def compile_schema(
         self, json_schema: str | bool | Mapping[str, Any], check: Callable[[], None] = no_check
     ) -> None:
-        """Compiles a JSON schema and keeps it, so that the first answer to it need not wait.
-
-        Raises:
-            RequestError: for one that cannot be followed, in one sentence.
-        """
+        """Compiles a JSON schema ahead of its first answer. RequestError where it cannot be."""
         self._builder.compile_schema(json_schema, check)
 
     def submit_all(self, requests: Sequence[PromptRequest]) -> list[Stream]:
         """Starts the answers to prepared requests, which run together; in order."""
-        return submit_all(self._engine, self._processor.tokenizer, requests)
+        return generation.submit_all(self._engine, self._processor.tokenizer, requests)
 
     def render(self, messages: Messages, order: Order = "template") -> str:
-        """The prompt text that the chat template makes of a conversation, placeholders
-        unexpanded.
-        """
+        """The prompt text that the chat template makes, placeholders unexpanded."""
         return self._processor.render(messages, order)
 
     def prepare(self, messages: Messages, **options: Any) -> Inputs:
         """Token ids (L,) as the reference makes them, and the pixel tiles of each medium.
 
-        options : ``images``, ``videos``, ``tiling``, ``order``, ``num_frames``, ``fps``, ``start``,
-            ``end``; see :meth:`processor.Processor.prepare`.
+        options : see :meth:`~mlx_onevision.prompt.processor.Processor.prepare`.
         """
         return self._processor.prepare(messages, **options)
 
     def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
-        """Logits of every position of a prepared prompt, or of its last ones alone; float32
-        (L, vocab_size).
-        """
+        """Logits of a prepared prompt's positions, all or the last ones: float32 (L, vocab)."""
         return self._engine.logits(inputs, last)
 
     def embed(
@@ -296,12 +273,11 @@ class Model:
         cache : where vectors are looked up by content and kept; any mapping will do.
         progress : called with how many items are done, and of how many.
         on_error : called with the index of an item that cannot be embedded, which is left out then.
-        check : called while items are read, while the device is waited for, and on its thread
-            between groups of tiles: what it raises ends the work there. From several threads.
+        check : called from several threads while items are read, while the device is waited for,
+            and between groups of tiles: what it raises ends the work there.
 
         Raises:
-            OneVisionError: for the first item that cannot be embedded, by its number, unless there
-                is ``on_error``.
+            OneVisionError: for the first item that cannot be embedded, without ``on_error``.
         """
         name, revision = self._identity
         embedder = Embedder(
@@ -326,11 +302,8 @@ class Model:
         force: bool = False,
         **given: Unpack[DescribeOptions],
     ) -> VideoDescription:
-        """What a video shows, segment by segment, with chapters and a summary; not its sound.
-
-        Takes what :meth:`stream_description` takes.
-
-        progress : called as it goes on.
+        """What a video shows (not its sound), segment by segment, with chapters and a summary.
+        Takes what :meth:`stream_description` takes, and ``progress``, called as it goes on.
         """
         with self.stream_description(video, sidecar=sidecar, force=force, **given) as stream:
             for event in stream:
@@ -355,7 +328,7 @@ class Model:
         given : settings, by the names in :class:`~mlx_onevision.describe.options.DescribeOptions`.
 
         Raises, the last three as it is iterated:
-            RequestError: for a setting that does not exist or is out of range.
+            RequestError: for an unknown setting or one out of range.
             RequestError: for a sidecar of another video or model, or of other settings.
             MediaError: for a video that cannot be read; a part of it that cannot is left out.
             ContextOverflowError: for more frames than the model's context holds.

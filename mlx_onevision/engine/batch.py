@@ -6,8 +6,8 @@ request is moved into the batch when another arrives.
 """
 
 from collections import deque
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -35,8 +35,7 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
 
 
 class Batch:
-    """Answers requests in the order of ``waiting``. More may be put there meanwhile, from any
-    thread.
+    """Answers requests in the order of ``waiting``, to which any thread may add meanwhile.
 
     Keys and values of a batch are padded to its longest request, so requests are admitted while
     their number times the longest of them stays within ``runner.batch_positions``; one always is.
@@ -120,13 +119,12 @@ class Batch:
 
     def _step(self, generator: "BatchGenerator") -> None:
         """A chunk of the prompts that are being prefilled, and a decode step of the others."""
+        prefix = self._runner.prefix
         # Only then are all single ids sampled ones; see OneVision.decoding.
         decoding = nullcontext() if self._prefilling else self._runner.model.decoding()
         with decoding, self._runner.model.interruptible(self._check_all):
             prompts, answers = generator.next()
-        for prompt in prompts:
-            if prompt.end_of_prompt:
-                self._prefilling.discard(prompt.uid)
+        self._prefilling -= {prompt.uid for prompt in prompts if prompt.end_of_prompt}
         for answer in answers:
             active, failure = self._active[answer.uid], None
             try:
@@ -137,22 +135,17 @@ class Batch:
             if failure is not None or answer.finish_reason is not None:
                 try:
                     if failure is None and answer.prompt_cache and answer.all_tokens:
-                        self._store(active, answer.all_tokens, answer.prompt_cache)
+                        prefix.store_from_batch(answer.all_tokens, active.keys, answer.prompt_cache)
                 finally:  # the answer is there, whatever becomes of its cache
                     del self._active[answer.uid]
                     active.end(failure)
 
-    def _store(self, active: ActiveRequest, ids: list[int], cache: list[Any]) -> None:
-        self._runner.prefix.store_from_batch(ids, active.keys, cache)
-
     def _check_all(self) -> None:
         """Raises CancelledError in the midst of a step that nobody wants any more."""
         for active in self._active.values():
-            try:
+            with suppress(CancelledError):
                 active.check()
-            except CancelledError:
-                continue
-            return
+                return
         raise CancelledError("the requests were cancelled")
 
     def _drop_cancelled(self, generator: "BatchGenerator") -> None:
@@ -163,7 +156,7 @@ class Batch:
                 left = generator.remove([uid], return_prompt_caches=uid not in self._prefilling)
                 try:
                     for cache, ids in left.values():  # it may have ended at a stop string
-                        self._store(active, ids, cache)
+                        self._runner.prefix.store_from_batch(ids, active.keys, cache)
                 finally:
                     del self._active[uid]
                     self._prefilling.discard(uid)

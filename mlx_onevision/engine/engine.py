@@ -1,10 +1,8 @@
 """Requests to a loaded model, from any thread: tokens stream back, and can be cancelled.
 
-Requests begin in the order in which they are submitted. One that is alone runs alone; those that
-come while others are running join them, between two tokens. Everything else takes its turn.
-
-Everything that touches an MLX array happens on the inference thread (see :mod:`thread` and
-:mod:`runner`); what crosses over is ids, texts, numpy arrays and plain numbers.
+Requests begin in the order in which they are submitted; those that come while others are running
+join them, between two tokens. Everything else takes its turn. MLX arrays stay on the inference
+thread (:mod:`thread`, :mod:`runner`); ids, texts, numpy arrays and plain numbers cross over.
 """
 
 import threading
@@ -24,6 +22,7 @@ from mlx_onevision.engine.request import ActiveRequest, PromptRequest, as_packag
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.engine.thread import Worker
 from mlx_onevision.errors import CancelledError, ContextOverflowError, OneVisionError
+from mlx_onevision.media.video import no_check
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import TokenBytes
 
@@ -31,13 +30,10 @@ Result = TypeVar("Result")
 
 
 class Engine:
-    """A loaded model on its thread. Requests run in the order they came.
+    """A loaded model on its thread. Making it raises what loading raises.
 
-    folder : a checkpoint's files.
     dtype : cast the weights to this type; None keeps the checkpoint's.
     recipe : quantize the weights while they are read; None leaves them as they are.
-
-    Raises what loading raises.
     """
 
     def __init__(
@@ -51,11 +47,7 @@ class Engine:
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
 
     def admit(self, request: PromptRequest, tokenizer: TokenBytes) -> ActiveRequest:
-        """A request that can be submitted.
-
-        Raises:
-            ContextOverflowError: when the prompt leaves no room for an answer.
-        """
+        """ContextOverflowError when the prompt leaves no room for an answer."""
         length = len(request.inputs.input_ids)
         limit = self.config.text_config.max_position_embeddings
         if length >= limit:
@@ -68,9 +60,7 @@ class Engine:
         return ActiveRequest(request, tokenizer, max_tokens, eos, closing)
 
     def submit(self, requests: Sequence[ActiveRequest]) -> None:
-        """Starts requests, which run together; each has its tokens, its cancellation and its errors
-        to itself.
-        """
+        """Starts requests, which run together."""
         with self._order:
             waiting = self._waiting
             waiting.extend(requests)
@@ -85,22 +75,24 @@ class Engine:
                 raise
 
     def _in_turn(self, function: Callable[[Runner], Result]) -> "Future[Result]":
-        """Runs ``function`` in its turn: after the answers that wait now, and before those that are
-        asked for from here on.
-        """
+        """Runs ``function`` after the requests that wait now, and before those that come later."""
+
+        def job(runner: Runner) -> Result:
+            try:
+                return function(runner)
+            except RuntimeError as error:
+                raise as_package_error(error) from error
+
         with self._order:
             self._waiting = deque()
-            return self._worker.submit(lambda runner: translate_errors(lambda: function(runner)))
+            return self._worker.submit(job)
 
     def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
         """Logits of the last positions of a prompt, or of every one; float32 (L, vocab_size)."""
         return self._in_turn(lambda runner: runner.logits(inputs, last)).result()
 
     def embed_tiles(
-        self,
-        tiles: np.ndarray,
-        normalization: np.ndarray,
-        check: Callable[[], None] = lambda: None,
+        self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[[], None] = no_check
     ) -> "Future[np.ndarray]":
         """The tower's mean features of tiles (n, S, S, 3), one vector each; float32 (n, width).
 
@@ -110,12 +102,9 @@ class Engine:
         return self._in_turn(lambda runner: runner.embed_tiles(tiles, normalization, both))
 
     def embed_prompts(
-        self, prompts: Sequence[Inputs], check: Callable[[], None] = lambda: None
+        self, prompts: Sequence[Inputs], check: Callable[[], None] = no_check
     ) -> "Future[np.ndarray]":
-        """The last hidden state of each prompt; float32 (n, hidden_size).
-
-        check : called on the inference thread between prompts, and within them; ends it by raising.
-        """
+        """The last hidden state of each prompt; float32 (n, hidden_size). ``check`` : as above."""
         both = _checking(self._worker.closing, check)
         return self._in_turn(lambda runner: runner.embed_prompts(prompts, both))
 
@@ -149,11 +138,3 @@ def _end(requests: Sequence[ActiveRequest], error: BaseException) -> None:
     for active in requests:
         with suppress(BaseException):  # its reader gets the error, whatever else goes wrong
             active.end(error)
-
-
-def translate_errors(function: Callable[[], Result]) -> Result:
-    """Runs ``function``; see :func:`~mlx_onevision.engine.request.as_package_error`."""
-    try:
-        return function()
-    except RuntimeError as error:
-        raise as_package_error(error) from error

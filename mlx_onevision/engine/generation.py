@@ -27,10 +27,9 @@ DEFAULT_MAX_TOKENS = 256
 class Usage:
     """What an answer took.
 
-    Tokens: of the prompt, how many of these were in the cache already, how many of them stand for
-    images and videos, and of the answer. Seconds of wall time: images to tiles to ids, loading
-    mlx-lm (once a process, while tiles are encoded), tiles to features beyond that, prefill
-    up to the first token, and the tokens after that.
+    cached_tokens, media_tokens : of the prompt, those in the cache already, and those of media.
+    Seconds of wall time: images to tiles to ids, loading mlx-lm (once a process, while tiles are
+    encoded), tiles to features beyond that, prefill up to the first token, and the tokens after it.
     """
 
     prompt_tokens: int
@@ -48,19 +47,13 @@ class Usage:
     @classmethod
     def of(cls, active: ActiveRequest | None, tokens: int) -> "Usage":
         """tokens : of the answer. None is a request that never began."""
-        counters = Counters() if active is None else active.counters
+        counters = vars(Counters() if active is None else active.counters)
+        counters = {**counters, "completion_tokens": tokens}
+        media = active.request.inputs.media if active else ()
         return cls(
-            prompt_tokens=counters.prompt_tokens,
-            cached_tokens=counters.cached_tokens,
-            media_tokens=sum(m.tokens for m in active.request.inputs.media) if active else 0,
-            encoded_media=counters.encoded_media,
-            completion_tokens=tokens,
+            media_tokens=sum(medium.tokens for medium in media),
             prepare_seconds=active.request.prepare_seconds if active else 0.0,
-            import_seconds=counters.import_seconds,
-            encode_seconds=counters.encode_seconds,
-            prefill_seconds=counters.prefill_seconds,
-            decode_seconds=counters.decode_seconds,
-            peak_memory_bytes=counters.peak_memory,
+            **counters,
         )
 
     @property
@@ -143,9 +136,7 @@ class Stream:
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob]:
-        """Where they were asked for, those of the tokens that the pieces so far are made of. It has
-        grown when a piece comes.
-        """
+        """Where they were asked for: of the tokens that the pieces so far are made of."""
         return () if self._logprobs is None else self._logprobs.logprobs
 
     def cancel(self) -> None:
@@ -164,9 +155,7 @@ class Stream:
         return self._result
 
     def outcome(self) -> Generation:
-        """As :meth:`result`, but what this package refuses to do is in ``error`` of what it
-        returns.
-        """
+        """As :meth:`result`, but with an OneVisionError in ``error`` of what it returns."""
         try:
             return self.result()
         except OneVisionError as error:
@@ -218,8 +207,8 @@ def submit(engine: Engine, tokenizer: Tokenizer, request: PromptRequest) -> Stre
 def submit_all(
     engine: Engine, tokenizer: Tokenizer, requests: Sequence[PromptRequest | OneVisionError]
 ) -> list[Stream]:
-    """Starts answers that run together, one for each request, in order. The stream of a request
-    that failed while it was prepared raises its error, as does one beyond the context.
+    """Starts answers that run together, in order. The stream of a request that failed while it was
+    prepared, or is beyond the context, raises its error.
     """
     sources: list[ActiveRequest | OneVisionError] = []
     for request in requests:
@@ -250,7 +239,7 @@ class RequestBuilder:
     def compile_schema(
         self, schema: str | bool | Mapping[str, Any], check: Callable[[], None] = no_check
     ) -> Grammar:
-        """See :meth:`~mlx_onevision.sampling.grammar.Grammars.of`."""
+        """See :meth:`Grammars.of`."""
         return self._grammars.of(schema, check)
 
     def build_request(
@@ -282,14 +271,15 @@ class RequestBuilder:
         """One conversation, read and tokenized; the settings are those of ``Options``."""
         if max_tokens is None:
             max_tokens = self.default_max_tokens
-        sampling = self._sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        defaults = self._defaults
+        settings: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty, "seed": seed}
+        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        if defaults.do_sample or temperature:
+            settings |= {name: getattr(defaults, name) for name in given}
+        given["repetition_penalty"] = repetition_penalty
+        settings |= {name: value for name, value in given.items() if value is not None}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        sampling = Sampling(**settings)
         started = time.perf_counter()
         grammar = None if json_schema is None else self.compile_schema(json_schema, check)
         inputs = self._processor.prepare(
@@ -305,24 +295,6 @@ class RequestBuilder:
             answer=max_tokens,
             check=check,
         )
-        return PromptRequest(
-            inputs,
-            sampling,
-            max_tokens,
-            (stop,) if isinstance(stop, str) else tuple(stop),
-            time.perf_counter() - started,
-            grammar,
-            logprobs,
-        )
-
-    def _sampling(self, *, seed: int | None, **given: Any) -> Sampling:
-        """The caller's settings, over those of the checkpoint's generation_config.json."""
-        defaults = self._defaults
-        chosen: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty}
-        if defaults.do_sample or given["temperature"]:
-            chosen |= {
-                name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")
-            }
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        return Sampling(seed=seed, **chosen)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        seconds = time.perf_counter() - started
+        return PromptRequest(inputs, sampling, max_tokens, stops, seconds, grammar, logprobs)

@@ -51,32 +51,31 @@ class Options(TypedDict, total=False):
     check: Callable[[], None]
 
 
-def rows(
+def batch_requests(
     batch: Sequence[Any], options: Sequence[Options] | None
 ) -> Iterator[tuple[dict[str, Any], Options]]:
-    """Each row of a batch as ``prompt`` or ``messages``, with the settings that are its own.
+    """Each request of a batch as ``prompt`` or ``messages``, with the settings that are its own.
 
     Raises:
-        RequestError: for a batch or options that are no lists of the same length, and for a setting
-            of a row that does not exist.
+        RequestError: for a batch or options that are no lists of one length; an unknown setting.
     """
     if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence):
         raise RequestError(f"the batch is a {type(batch).__name__}; it must be a list")
-    if batch and all(isinstance(row, Mapping) for row in batch):
+    if batch and all(isinstance(item, Mapping) for item in batch):
         raise RequestError("the batch is one conversation; give a list of conversations")
     if options is None:
         options = [Options() for _ in batch]
     if isinstance(options, str | Mapping) or not isinstance(options, Sequence):
-        raise RequestError("options must be a list, with the settings of each row of the batch")
+        raise RequestError("options must be a list, with the settings of each request of the batch")
     if len(options) != len(batch):
-        raise RequestError(f"the batch has {len(batch)} rows, but {len(options)} have options")
+        raise RequestError(f"the batch has {len(batch)} requests, but {len(options)} have options")
     for number, own in enumerate(options, 1):
         if not isinstance(own, Mapping):
-            raise RequestError(f"the options of row {number} are a {type(own).__name__}")
+            raise RequestError(f"the options of request {number} are a {type(own).__name__}")
         unknown = sorted(map(str, own.keys() - Options.__annotations__.keys()))
         if unknown:
-            raise RequestError(f"the options of row {number} have {unknown[0]!r}; see Options")
+            raise RequestError(f"the options of request {number} have {unknown[0]!r}; see Options")
     return (
-        ({"prompt": row} if isinstance(row, str) else {"messages": row}, own)
-        for row, own in zip(batch, options, strict=True)
+        ({"prompt": item} if isinstance(item, str) else {"messages": item}, own)
+        for item, own in zip(batch, options, strict=True)
     )

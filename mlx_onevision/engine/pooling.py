@@ -1,6 +1,5 @@
-"""What an embedding is made of, on the inference thread: pooled tower features and hidden states.
-
-Sums and means are taken in float32, whatever type the model computes in.
+"""Embeddings on the inference thread: mean vision-tower features and last hidden states. Sums and
+means are taken in float32, whatever type the model computes in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,12 @@ def tower_means(
     normalization: NDArray[np.float32],
     check: Callable[[], None],
 ) -> NDArray[np.float32]:
-    """The mean over its patches of each tile's selected tower features, before the projector.
+    """The mean over its patches of each tile's selected tower features, before the projector:
+    float32 (tiles, tower width * selected layers).
 
-    tiles : uint8, shape = (tiles, S, S, 3).
-    normalization : float32 (256, 3), the pixel value of each code in each channel.
+    tiles : uint8 (tiles, S, S, 3).
+    normalization : float32 (256, 3), the pixel value of each level in each channel.
     check : called while the device works on a group of tiles; what it raises ends the work.
-
-    Returns float32 (tiles, tower width * selected layers).
     """
     size = model.budget.tile_group
     groups = []
@@ -40,18 +38,17 @@ def tower_means(
 def last_hidden(
     model: OneVision, prompts: Sequence[Sequence[int]], check: Callable[[], None]
 ) -> NDArray[np.float32]:
-    """The hidden state after the final norm at the last position of each prompt.
+    """The hidden state after the final norm at the last position of each prompt: float32 (prompts,
+    hidden_size).
 
-    prompts : ids, virtual ones included; every medium's rows have to be in the feature bank.
-
-    Returns float32 (prompts, hidden_size).
+    prompts : ids, virtual ones included; the features of every medium must be in the feature bank.
     """
     states: list[NDArray[np.float32]] = []
-    for group in _groups(prompts, model.budget.chunk):
+    for group in _padded_batches(prompts, model.budget.chunk):
         check()
         longest = max(map(len, group))
         if longest > model.budget.chunk:  # then it is alone
-            states.append(np.array(_in_chunks(model, group[0], check)))
+            states.append(np.array(_prefill_in_chunks(model, group[0], check)))
             continue
         # Padding comes after the last id, where a causal model cannot see it.
         padded = [[*ids, *[0] * (longest - len(ids))] for ids in group]
@@ -62,8 +59,8 @@ def last_hidden(
     return np.concatenate(states)
 
 
-def _groups(prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
-    """Neighbours that together, padded to the longest, have at most ``most`` ids."""
+def _padded_batches(prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Adjacent prompts that together, padded to the longest, have at most ``most`` ids."""
     group: list[Sequence[int]] = []
     for ids in prompts:
         if group and (len(group) + 1) * max(len(ids), *map(len, group)) > most:
@@ -74,8 +71,8 @@ def _groups(prompts: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequen
         yield group
 
 
-def _in_chunks(model: OneVision, ids: Sequence[int], check: Callable[[], None]) -> mx.array:
-    """One long prompt, read in steps that fit the memory budget."""
+def _prefill_in_chunks(model: OneVision, ids: Sequence[int], check: Callable[[], None]) -> mx.array:
+    """The last hidden state of one long prompt."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)

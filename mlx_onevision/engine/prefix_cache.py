@@ -1,8 +1,8 @@
 """The key-value caches of the last conversations, so that the next turn of each prefills only what
 is new.
 
-A conversation that goes on trims its own cache in place: nothing is copied and there is one set of
-keys and values. That ids name media by content is what makes a match on ids safe.
+A conversation that goes on trims its own cache in place, without a copy. Virtual ids name media by
+content, so a match on ids is a match on content.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,9 @@ import mlx.core as mx
 
 from mlx_onevision.network.onevision import OneVision
 
-# A shorter match is not worth trimming for: every prompt shares its first few template tokens, and
-# without this a new image after them would start from a cache instead of afresh.
+# Every prompt shares its first few template tokens: not worth trimming a cache for.
 LEAST_MATCH = 64
-
-# All of them are looked at with every request.
-MOST_KEPT = 32
+MOST_KEPT = 32  # all are looked at with every request
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +57,8 @@ class PrefixCache:
         return sum(kept.nbytes for kept in self._kept)
 
     def take(self, ids: list[int]) -> tuple[list[Any], int]:
-        """A cache to continue from, and how many of ``ids`` it already holds.
-
-        The last id is never among them, because its logits are what generation begins with. The
-        cache is the caller's until it is stored.
+        """A cache to continue from, the caller's until it is stored, and how many of ``ids`` it
+        already holds: never the last id, with whose logits generation begins.
         """
         from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -87,8 +82,8 @@ class PrefixCache:
         return self._best(ids)[1]
 
     def store(self, ids: Sequence[int], keys: Sequence[str], cache: list[Any]) -> None:
-        """Keeps ``cache`` for the next turn; it holds the first of ``ids``, as far as it
-        reaches. ``keys`` : the media in them, whose ids are still somebody's.
+        """Keeps ``cache``, which holds the first of ``ids``, for the next turn. ``keys`` : of the
+        media in them, whose virtual ids are still held.
         """
         new = Kept(list(ids[: cache[0].offset]), tuple(keys), cache, _size(cache))
         self._model.bank.hold(new.keys)

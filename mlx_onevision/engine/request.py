@@ -24,10 +24,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, eq=False)
 class PromptRequest:
-    """A prepared conversation, and how to answer it.
-
-    grammar : the schema that the answer keeps to.
-    logprobs : see :class:`~mlx_onevision.engine.options.Options`.
+    """A prepared conversation, and how to answer it; settings as in
+    :class:`~mlx_onevision.engine.options.Options`. ``grammar`` : of its JSON schema.
 
     Raises:
         RequestError: for a max_tokens or logprobs out of range, and for a stop string that is none.
@@ -54,16 +52,14 @@ class Counters:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Prompt tokens whose keys and values were there already."""
     encoded_media: int = 0
     """Images and videos that went through the tower; the others came from the feature bank."""
     completion_tokens: int = 0
     import_seconds: float = 0.0
-    """Loading mlx-lm, which the first request of a process waits for."""
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    peak_memory: int = 0
+    peak_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,10 +76,10 @@ class TokenText:
 
 
 class ActiveRequest:
-    """A request from its submission to its end: a queue of its tokens with their text, its
-    cancellation and counters for whoever asked, and its state on the inference thread.
+    """A request from its submission to its end: its tokens, cancellation and counters for the
+    caller, and its state on the inference thread.
 
-    max_tokens : at most the request's own, as far as the context allows.
+    max_tokens : the request's own, or fewer where the context holds fewer.
     eos : ids that end an answer. closing : set when the model is being closed, which cancels.
     """
 
@@ -137,7 +133,6 @@ class ActiveRequest:
 
     @property
     def is_paused(self) -> bool:
-        """Whether it was begun alone, and is to go on in a batch."""
         return self.cache is not None
 
     def check(self, *_: object) -> None:
@@ -165,7 +160,13 @@ class ActiveRequest:
         Raises:
             RequestError: where the schema could not be followed any further.
         """
-        self._count()
+        now = time.perf_counter()
+        self.counters.completion_tokens += 1
+        if self.counters.completion_tokens == 1:
+            self.counters.prefill_seconds, self._since = now - self._since, now
+            self._features.close()
+        else:
+            self.counters.decode_seconds = now - self._since
         self.ids.append(token)
         self.sampler.accept_token(token)
         start, text = self._decoded, ""
@@ -180,15 +181,6 @@ class ActiveRequest:
                 self._cancelled.set()
         self._queue.put(TokenText(token, start, text))
 
-    def _count(self) -> None:
-        now = time.perf_counter()
-        self.counters.completion_tokens += 1
-        if self.counters.completion_tokens == 1:
-            self.counters.prefill_seconds, self._since = now - self._since, now
-            self._features.close()
-        else:
-            self.counters.decode_seconds = now - self._since
-
     def end(self, error: BaseException | None = None) -> None:
         """Frees what it holds, and says that nothing more comes, once, whatever happens."""
         if self._ended:
@@ -199,18 +191,15 @@ class ActiveRequest:
             self._features.close()
             self._virtual_ids.close()
             self.sampler.end()
-            self.counters.peak_memory = mx.get_peak_memory()
+            self.counters.peak_memory_bytes = mx.get_peak_memory()
             if error is None or isinstance(error, CancelledError):
                 error = None
-                self._emit_held_back()
+                if self._stop.found is None:
+                    text = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
+                    if text:
+                        self._queue.put(TokenText(None, self._decoded, text))
         finally:
             self._queue.put(None if error is None else as_package_error(error))
-
-    def _emit_held_back(self) -> None:
-        if self._stop.found is None:
-            text = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
-            if text:
-                self._queue.put(TokenText(None, self._decoded, text))
 
 
 def as_package_error(error: BaseException) -> BaseException:

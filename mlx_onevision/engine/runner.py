@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 # about twenty large images of the largest model take.
 BANK_SHARE = 32
 MOST_BANK_BYTES = 1 << 31
-
-# Keys and values of conversations before the last one are kept up to this share of the memory that
-# nothing else is planned for.
-PREFIX_SHARE = 8
+PREFIX_SHARE = 8  # keys and values of conversations before the last, of memory not planned for
 MOST_PREFIX_BYTES = 1 << 32
 
 
@@ -56,21 +53,18 @@ class Runner:
         self.chunk = memory.CHUNKS[-1] if processor else self.model.budget.chunk
         """Tokens of a lone prompt that are prefilled at once."""
         self.batch_positions = memory.batch_positions(
-            self.model.config.text_config,
-            free - self.prefix.capacity,
-            itemsize,
+            self.model.config.text_config, free - self.prefix.capacity, itemsize
         )
         """How many positions, padding included, the requests of a batch may have together."""
 
     def run_alone(
         self, active: ActiveRequest, should_yield: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Runs a request by itself until it ends; False where it was paused, to go on in a batch.
+        """Runs a request by itself until it ends; False where it was paused, to go on in a batch,
+        because ``should_yield``, asked after each token, found others waiting.
 
         The request's ``check`` is called between tokens, prefill chunks, groups of layers in these,
         and groups of tiles. What was prefilled before a cancellation stays in the prefix cache.
-
-        should_yield : asked after each token whether others wait, with whom it is to go on.
         """
         mx.reset_peak_memory()
         try:
@@ -99,6 +93,8 @@ class Runner:
         self, active: ActiveRequest, cache: list[Any], should_yield: Callable[[], bool]
     ) -> bool:
         """Prefill and decode steps of a lone request; True where it was paused."""
+        from mlx_lm.models.cache import trim_prompt_cache
+
         try:
             for token in self._tokens(active, cache):
                 active.accept(token)
@@ -106,7 +102,8 @@ class Runner:
                     break
                 active.check()
                 if should_yield() and active.counters.completion_tokens < active.max_tokens:
-                    _pause(active, cache)
+                    # Leaves in the cache all ids but the last: mlx-lm is a token ahead.
+                    trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
                     return True
         except CancelledError:
             trim_to_shortest_layer(cache)
@@ -114,7 +111,7 @@ class Runner:
             raise
         except BaseException as error:
             if isinstance(as_package_error(error), OutOfMemoryError):
-                self.prefix.clear()
+                self.prefix.clear()  # all kept caches go, so that the next request has memory
             raise
         self.prefix.store(active.ids, active.keys, cache)
         return False
@@ -142,9 +139,7 @@ class Runner:
                 yield int(token)
 
     def insert(self, active: ActiveRequest, generator: "BatchGenerator") -> tuple[int, bool]:
-        """Adds a request to a batch: its number there, and whether its prompt is to be prefilled.
-        One that is paused goes on.
-        """
+        """Adds a new or paused request to a batch: its uid there, and whether it is prefilling."""
         cache, config = active.cache, self.model.config
         prefilling = cache is None
         if cache is None:
@@ -197,7 +192,6 @@ class Runner:
     def embed_tiles(
         self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]
     ) -> np.ndarray:
-        """See :func:`pooling.tower_means`."""
         with _wired():
             return tower_means(self.model, tiles, normalization, check)
 
@@ -218,9 +212,7 @@ class Runner:
         self.model.bank.forget(keys)
 
     def virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
-        """The prompt with every placeholder replaced by its medium's virtual ids, and their
-        keys.
-        """
+        """The prompt's ids, placeholders replaced by virtual ids, and the keys of its media."""
         ids: list[int] = inputs.input_ids.tolist()
         placeholders = (self.model.config.image_token_index, self.model.config.video_token_index)
         position = 0
@@ -235,8 +227,8 @@ class Runner:
     def _encode(
         self, inputs: Inputs, ids: Sequence[int], matched: int, check: Callable[..., None]
     ) -> int:
-        """Puts the rows of all media that reach beyond ``matched`` into the bank; what the cache
-        holds whole needs none. Returns how many went through the tower.
+        """Encodes all media that reach beyond ``matched`` into the bank, and returns how many went
+        through the tower.
         """
         bank = self.model.bank
         rest = set(ids[matched:])
@@ -244,30 +236,23 @@ class Runner:
         for medium in inputs.media:
             needed = bank.reserve(medium.key, medium.tokens)[-1] in rest
             if needed and medium.key not in bank:
-                bank.store(medium.key, self._rows(medium, check))
+                bank.store(medium.key, self._features(medium, check))
                 encoded += 1
         return encoded
 
-    def _rows(self, medium: Medium, check: Callable[..., None]) -> mx.array:
+    def _features(self, medium: Medium, check: Callable[..., None]) -> mx.array:
         model = self.model
-        finish = pool_frames if medium.kind == "video" else _whole
+        finish = pool_frames if medium.kind == "video" else lambda group: group
         features = model.encode_tiles(medium.tiles, medium.normalization, check, finish)
         if medium.kind == "video":
-            rows = model.pack_video(features)
+            packed = model.pack_video(features)
         elif medium.packing is not None:
-            rows = model.pack_image(features, medium.packing)
+            packed = model.pack_image(features, medium.packing)
         else:
-            rows = model.pack_tile(features)
-        rows = rows.astype(model.dtype)
-        mx.eval(rows)
-        return rows
-
-
-def _pause(active: ActiveRequest, cache: list[Any]) -> None:
-    """Leaves in the cache all ids but the last: mlx-lm is a token ahead."""
-    from mlx_lm.models.cache import trim_prompt_cache
-
-    trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
+            packed = model.pack_tile(features)
+        packed = packed.astype(model.dtype)
+        mx.eval(packed)
+        return packed
 
 
 def trim_to_shortest_layer(cache: Sequence[Any]) -> None:
@@ -275,10 +260,6 @@ def trim_to_shortest_layer(cache: Sequence[Any]) -> None:
     shortest = min(layer.offset for layer in cache)
     for layer in cache:
         layer.trim(layer.offset - shortest)
-
-
-def _whole(group: mx.array) -> mx.array:
-    return group
 
 
 @contextmanager
@@ -297,7 +278,7 @@ def _wired() -> Iterator[None]:
 
 
 def _import_mlx_lm() -> float:
-    """Seconds that it took; next to nothing after the first time."""
+    """Returns the seconds that it took."""
     started = time.perf_counter()
     import mlx_lm.generate  # noqa: F401
 

@@ -39,13 +39,9 @@ class Worker(Generic[Owned]):
         self.closing = threading.Event()
         """Set when the worker is to stop; a long job should end early then."""
         built: Future[None] = Future()
-        # The thread knows nothing of the worker, so that a forgotten worker is collected and
-        # closed.
+        # The thread does not refer to the worker, so that a forgotten one is collected and closed.
         self._thread = threading.Thread(
-            target=_work,
-            args=(build, built, self._jobs),
-            name="mlx-onevision",
-            daemon=True,
+            target=_work, args=(build, built, self._jobs), name="mlx-onevision", daemon=True
         )
         self._thread.start()
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._jobs, self.closing)
@@ -93,9 +89,7 @@ class Worker(Generic[Owned]):
         return future
 
     def close(self) -> None:
-        """Ends the thread after the job under way. Jobs still queued are run, to see
-        ``closing``.
-        """
+        """Ends the thread after the job under way; queued jobs still run, and see ``closing``."""
         self._finalizer()
 
 
@@ -109,30 +103,24 @@ class _Jobs(Generic[Owned]):
     """What a thread is to do, until it dies."""
 
     def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
         self._between = threading.Lock()  # a job is queued or refused, and never left lying
         self.killer: str | None = None
-        """Of which kind the error was that killed the thread."""
+        """The class of the error that killed the thread."""
 
     def put(self, job: _Job[Owned]) -> None:
         with self._between:
             if self.killer is not None:
                 raise self._died()
-            self._waiting.put(job)
-
-    def stop(self) -> None:
-        self._waiting.put(None)
-
-    def get(self) -> _Job[Owned] | None:
-        return self._waiting.get()
+            self.waiting.put(job)
 
     def lose(self, error: BaseException, under_way: _Job[Owned] | None) -> None:
         """The thread dies of ``error``, which everybody who waits for it gets."""
         lost = [] if under_way is None else [under_way]
         with self._between:
             self.killer = type(error).__name__
-            while not self._waiting.empty():
-                job = self._waiting.get()
+            while not self.waiting.empty():
+                job = self.waiting.get()
                 lost += [] if job is None else [job]
         for job in lost:
             with suppress(BaseException):
@@ -161,7 +149,7 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
     del build, built
     job: _Job[Owned] | None = None
     try:
-        while (job := jobs.get()) is not None:
+        while (job := jobs.waiting.get()) is not None:
             job.run(owned)
             job = None
     except BaseException as error:
@@ -173,7 +161,7 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
 
 def _stop(thread: threading.Thread, jobs: _Jobs[Owned], closing: threading.Event) -> None:
     closing.set()
-    jobs.stop()
+    jobs.waiting.put(None)
     if thread is not threading.current_thread():
         thread.join(timeout=PATIENCE_SECONDS)
 

@@ -1,4 +1,4 @@
-"""Generated ids to text as they come: whole characters only, and stop strings never shown."""
+"""Streaming detokenizer: whole characters only, cut before stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,16 +8,14 @@ from mlx_onevision.errors import RequestError
 
 
 class TokenBytes(Protocol):
-    """Who knows what bytes a token stands for (a tokenizer)."""
+    """A tokenizer."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class Detokenizer:
-    """Joins the bytes of tokens into characters.
-
-    The joined deltas are ``tokenizer.decode(ids)`` with special tokens skipped, for any ids and
-    however they are spread over calls: a character is held back until its last byte has come.
+    """Joins the bytes of tokens into text, holding an incomplete character back: the pieces joined
+    are ``tokenizer.decode(ids)`` with special tokens skipped.
     """
 
     def __init__(self, tokenizer: TokenBytes) -> None:
@@ -25,19 +23,17 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """The characters that this token completes, maybe none."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD if the last character never became whole."""
+        """U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string that comes to its end in it.
-
-    Of several that end at the same place the longest counts. What is shown does not depend on how
-    the text is cut into chunks; text is held back only while it may still become a stop string.
+    """Cuts a stream of text before the first stop string that is complete in it, however the text
+    is chunked; of several that end at the same place, the longest. Text is held back only while it
+    may still become a stop string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -49,20 +45,16 @@ class StopStrings:
         self._stops = stops
         self._held = ""
         self.found: str | None = None
-        """The stop string that ended the text, once one has."""
+        """The stop string that ended the text."""
 
     def add(self, text: str) -> str:
-        """What may be shown after ``text`` has come; nothing once ``found`` is set."""
+        """The text that can be emitted now; none once ``found`` is set."""
         if self.found is not None:
             return ""
         text = self._held + text
-        ends = [
-            (start + len(stop), start, stop)
-            for stop in self._stops
-            if (start := text.find(stop)) >= 0
-        ]
-        if ends:
-            _, start, self.found = min(ends)
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            start, self.found = min(found, key=lambda one: (one[0] + len(one[1]), one[0]))
             self._held = ""
             return text[:start]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
@@ -70,7 +62,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back and did not become a stop string."""
+        """The text that was held back and did not become a stop string."""
         held, self._held = self._held, ""
         return held
 

@@ -1,11 +1,9 @@
-"""Answers that are JSON of a given schema: what may come next, token by token, by way of llguidance
-(the extra ``structured``).
+"""Answers that are JSON of a given schema, with llguidance (the extra ``structured``).
 
-A schema is compiled on the thread that asks, once, and kept. On the inference thread it is
-one more of mlx-lm's logits processors, which leaves a token its chance only where the document can
-go on with it; the end of text has one exactly where the document is complete. Documents have one
-form: no white space but a blank after each comma and colon, so that none is spent on an endless
-indentation.
+A schema is compiled once, on the calling thread, and kept. On the inference thread it is a logits
+processor that masks every token with which the document cannot go on; the end of text is allowed
+exactly where the document is complete. The only white space is a blank after each comma and colon,
+so that no answer ends in endless indentation.
 """
 
 import threading
@@ -17,14 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.sampling.json_schema import (
-    LIMITS,
-    OPTIONS,
-    line_of,
-    normal,
-    refusal,
-    work_through,
-)
+from mlx_onevision.sampling import json_schema
+from mlx_onevision.sampling.json_schema import line_of
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -49,10 +41,12 @@ def available() -> bool:
 
 
 class Grammars:
-    """Makes and keeps the grammars of schemas, for one model. From any thread."""
+    """Compiles and keeps the grammars of schemas, for one model, from any thread.
+
+    ends : the ids that end an answer.
+    """
 
     def __init__(self, vocabulary: Vocabulary, ends: Sequence[int]) -> None:
-        """ends : the ids that end an answer."""
         self._vocabulary, self._ends = vocabulary, frozenset(ends)
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
@@ -66,10 +60,9 @@ class Grammars:
         check : called while a schema is compiled; ends it by raising.
 
         Raises:
-            RequestError: in one sentence, for a schema that is none, that uses what is not
-                supported, that is too large, or that allows no document.
+            RequestError: for a schema that is invalid, unsupported, too large or unsatisfiable.
         """
-        text = normal(schema)
+        text = json_schema.normal(schema)
         if not available():
             raise RequestError(
                 "answers that keep to a JSON schema need llguidance; "
@@ -84,7 +77,7 @@ class Grammars:
             if text in self._kept:
                 self._kept.move_to_end(text)
                 return self._kept[text]
-        work_through(text, check)
+        json_schema.work_through(text, check)
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(self._vocabulary, self._ends)
@@ -110,10 +103,8 @@ class Grammar:
 
 
 class Guide:
-    """A logits processor of mlx-lm's, for one answer. On the inference thread.
-
-    It does not raise, for that would end all answers of a batch: what went wrong is in ``failure``,
-    and what the answer has come to since is worth nothing.
+    """A logits processor for one answer. To raise would end a whole batch: an error is left in
+    ``failure``, and the answer is invalid from there on.
     """
 
     def __init__(self, matcher: "LLMatcher") -> None:
@@ -163,9 +154,8 @@ def _tokenizer(vocabulary: Vocabulary, ends: frozenset[int]) -> "LLTokenizer":
     from llguidance import LLTokenizer, TokenizerWrapper
 
     class Tokens:
-        """A vocabulary as llguidance wants one. Control tokens have no bytes, so they never fit;
-        nor does an end-of-text token that is a word, as a word. What a schema leaves no choice
-        about is cut into words as the model's own tokenizer cuts it.
+        """Control tokens have no bytes, so they never fit, nor do end-of-text tokens as words. Text
+        that a schema prescribes is tokenized by the model's own tokenizer.
         """
 
         eos_token_id = min(ends)
@@ -188,8 +178,9 @@ def _tokenizer(vocabulary: Vocabulary, ends: frozenset[int]) -> "LLTokenizer":
 def _matcher(tokenizer: "LLTokenizer", schema: str) -> "LLMatcher":
     from llguidance import LLMatcher, LLParserLimits
 
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=json_schema.OPTIONS)
+    limits = LLParserLimits(**json_schema.LIMITS)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error() or _allowed(matcher) is None:
-        raise refusal(matcher.get_error())
+        raise json_schema.refusal(matcher.get_error())
     return matcher

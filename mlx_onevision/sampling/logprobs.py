@@ -1,8 +1,8 @@
 """Logprobs: how likely the tokens of an answer were, and the likeliest alternatives.
 
-The values are natural logarithms of probabilities as the model has them after penalties and a
-schema, and before temperature and filters: what mlx-lm hands to its samplers. They are taken there,
-as a part of the step that they belong to, so that the next step need not wait for them.
+Natural logarithms of probabilities after penalties and a schema, and before temperature and
+filters: what mlx-lm hands to its samplers. They are taken there, as a part of the same step, so
+that the next one need not wait for them.
 """
 
 from collections import deque
@@ -25,8 +25,8 @@ LOGPROB_FLOOR = -9999.0
 class TopLogprob:
     """A token, and how likely it was in its place.
 
-    id : its number. token : its text; where it is a part of a character only, that part is U+FFFD.
-    data : the bytes that it adds to the text; none for a control token, whose text is its name.
+    token : its text, with U+FFFD for a part of a character; a control token's name.
+    data : the bytes that it adds to the text; none for a control token.
     logprob : natural logarithm of its probability, LOGPROB_FLOOR where that is 0.
     """
 
@@ -37,12 +37,8 @@ class TopLogprob:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; bytes are numbers."""
-        return {
-            "id": self.id,
-            "token": self.token,
-            "bytes": list(self.data),
-            "logprob": self.logprob,
-        }
+        values = {"id": self.id, "token": self.token, "bytes": list(self.data)}
+        return {**values, "logprob": self.logprob}
 
 
 @dataclass(frozen=True)
@@ -64,16 +60,12 @@ class Names(Protocol):
 
 
 class LogprobRecorder:
-    """Records the logprobs of one answer's tokens on the inference thread, for another thread to
-    take.
+    """Records logprobs of one answer on the inference thread, for another thread to take.
+
+    count : how many tokens of each place, 0 for the chosen one alone; RequestError out of range.
     """
 
     def __init__(self, count: int) -> None:
-        """count : how many tokens of each place, 0 for the chosen one alone.
-
-        Raises:
-            RequestError: for a number out of range.
-        """
         check_range("logprobs", count)
         self._count = count
         self._ahead: deque[tuple[mx.array, mx.array]] = deque()
@@ -95,18 +87,16 @@ class LogprobRecorder:
         return chosen
 
     def record(self) -> None:
-        """The next token has come, and is about to be handed on."""
+        """The next token has come."""
         ids, logprobs = self._ahead.popleft()
         self._recorded.append((np.array(ids), np.array(logprobs)))
 
     def end(self) -> None:
-        """No more will come: drops what mlx-lm had computed ahead, with its arrays."""
+        """Drops what mlx-lm had computed ahead."""
         self._ahead.clear()
 
     def take(self) -> tuple[list[int], list[float]]:
-        """Of the next token: its id and those of the likeliest, the likeliest first; and the
-        logarithms of all of these.
-        """
+        """Ids and logprobs for the next token: its own, then the likeliest in falling order."""
         ids, logprobs = (values.tolist() for values in self._recorded.popleft())
         chosen = (ids[0], logprobs[0])
         others = list(zip(ids[1:], logprobs[1:], strict=True))
@@ -135,10 +125,9 @@ def _likeliest(logprobs: "mx.array", token: "mx.array", count: int) -> "tuple[mx
 class LogprobStream:
     """Emits the logprobs of tokens once their text has been emitted.
 
-    A token that adds nothing to the text, such as the end of text, is left out, and so is one that
-    stands behind the text's end because a stop string came; one of which a part is emitted is there
-    whole. Without a stop string, and as long as the tokens make valid UTF-8, their bytes joined are
-    the text's.
+    Tokens that add nothing to the text, such as the end of text, and those behind a stop string's
+    beginning are left out; one that is emitted in part is there whole. Without a stop string, and
+    for valid UTF-8, their bytes joined are the text's.
     """
 
     def __init__(self, recorder: LogprobRecorder, names: Names) -> None:
@@ -147,7 +136,7 @@ class LogprobStream:
         self.logprobs: list[TokenLogprob] = []
 
     def add(self, start: int) -> None:
-        """The next token has come, which adds to the text from the character ``start`` on."""
+        """The next token has come, whose text begins at the character ``start``."""
         ids, logprobs = self._recorder.take()
         data = self._names.token_bytes(ids[0])
         if data:

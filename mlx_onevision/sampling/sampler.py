@@ -16,9 +16,10 @@ GREEDY = 1e-5
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy: the most likely token, ties to the lower id.
+    """Sampling settings. RequestError for a number out of range.
 
-    temperature : 0 and up; divides the logits.
+    temperature : 0 and up; divides the logits. 0 is greedy: the likeliest token, ties to the lower
+        id.
     top_p : in (0, 1]; the smallest set of tokens with this much probability.
     top_k : the k most likely tokens; 0 for all.
     min_p : in [0, 1]; tokens at least this likely, relative to the most likely one.
@@ -35,7 +36,6 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises RequestError for a number out of range."""
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
             check_range(name, getattr(self, name))
         if self.seed is not None:
@@ -46,9 +46,8 @@ class Sampling:
 
         drawn : how many tokens of the answer there are already; the draws go on after those.
 
-        mlx-lm's, but for the draw: its draws share one state, so that an answer's would depend on
-        who else is being answered. Here every answer has a key of its own, and a seed means the
-        same alone and in a batch.
+        mlx-lm's, but every answer draws with its own random key (mlx-lm's share one state), so that
+        a seed gives the same answer alone and in a batch.
         """
         import mlx.core as mx
         from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler
@@ -78,12 +77,10 @@ class Sampling:
     def logits_processors(
         self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
     ) -> list[Callable[[Any, Any], Any]]:
-        """mlx-lm's logits processors.
+        """mlx-lm's logits processors. They index logits by the prompt's ids: virtual ids, which are
+        beyond the vocabulary, become ``placeholder``, as in the reference.
 
-        They index logits by the prompt's ids, where a virtual id would read beyond the end. Such an
-        id is shown to them as ``placeholder``: the placeholder that the reference has in its place.
-
-        before : the ids of the prompt that come from a cache and that mlx-lm therefore never sees.
+        before : the ids of the prompt that come from a cache, and that mlx-lm never sees.
         """
         if self.repetition_penalty == 1:
             return []
@@ -103,9 +100,7 @@ class Sampling:
 
 @cache
 def _draw() -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """A draw in one piece, since every answer of a batch makes its own: from log-probabilities, a
-    key and 1 / temperature to the next key and the token.
-    """
+    """A compiled draw: log-probabilities, key and 1 / temperature to the next key and the token."""
     import mlx.core as mx
 
     def draw(logprobs: mx.array, key: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
@@ -116,11 +111,8 @@ def _draw() -> Callable[[Any, Any, Any], tuple[Any, Any]]:
 
 
 class RequestSampler:
-    """Sampler, logits processors and logprobs of one request; on the inference thread. It may begin
-    alone and go on in a batch: mlx-lm is then given new functions, which continue where the old
-    ones were.
-
-    grammar : the schema that the answer keeps to. recorder : takes the tokens' logprobs.
+    """Sampler, logits processors and logprobs of one request, on the inference thread. For one that
+    is moved into a batch, new functions continue where the old ones were.
     """
 
     def __init__(
@@ -149,11 +141,7 @@ class RequestSampler:
         return [*processors, self._guide]  # last: nothing may change what it rules out
 
     def accept_token(self, token: int) -> None:
-        """mlx-lm has chosen a token, which is about to be handed on.
-
-        Raises:
-            RequestError: where the schema could not be followed any further.
-        """
+        """Raises RequestError where the schema could not be followed any further."""
         if self._recorder is not None:
             self._recorder.record()
         if self._guide is not None:
@@ -165,7 +153,6 @@ class RequestSampler:
             self._accepted.append(token)
 
     def end(self) -> None:
-        """The answer has ended."""
         self._guide = None
         if self._recorder is not None:
             self._recorder.end()

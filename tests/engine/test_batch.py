@@ -181,7 +181,7 @@ def test_a_batch_of_one_or_none(model: Model, alone: list[tuple[int, ...]]) -> N
     [
         ({"batch": "hello"}, "str"),
         ({"batch": ROWS[0]}, "one conversation"),
-        ({"batch": ["a", "b"], "options": [{}]}, "2 rows, but 1"),
+        ({"batch": ["a", "b"], "options": [{}]}, "2 requests, but 1"),
         ({"batch": ["a"], "options": {"seed": 1}}, "list"),
         ({"batch": ["a"], "options": [{"temprature": 1}]}, "'temprature'"),
         ({"batch": ["a"], "options": [3]}, "row 1"),
