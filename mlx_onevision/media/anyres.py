@@ -1,14 +1,11 @@
 """Which grid of tiles an image gets, and which of its tokens the language model reads.
 
 Algorithmically follows transformers' ``select_best_resolution``, ``get_patch_output_size``,
-``unpad_image`` and ``pack_image_features``. But there, the processor counts the tokens and the
-model packs them by two pieces of code that have to agree; here both ask :func:`plan_packing`.
+``unpad_image`` and ``pack_image_features``. Processor and model both ask :func:`plan_packing`.
 
 Every size is (height, width). All quotients are float64 and every comparison is as strict as the
 reference's: some hundred sizes sit exactly on an edge, where ``H * (w / W)`` and ``H * w / W``
-differ.
-The functions in the plural take and return int64 arrays, one entry an image, so that a test can
-try every size there is; the ones in the singular are the same code on arrays of one.
+differ. The functions in the plural take and return int64 arrays, one entry an image.
 """
 
 from __future__ import annotations
@@ -30,11 +27,9 @@ _THIN_BEYOND = 1.1
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of one tiled image become the rows that the language model reads.
-
-    The tiles' tokens are stitched into one grid, the rows or columns that came from padding are
-    cut off, the rest is thinned out if it is too much, and each row gets a newline at its end. The
-    base tile's tokens go in front, whole and without a newline.
+    """How the tokens of one tiled image become the embeddings that the language model reads: the
+    base tile's, and then those of the other tiles, stitched into one grid, without the rows or
+    columns that came from padding, thinned out if too many, with a newline after each row.
     """
 
     grid: Size
@@ -48,12 +43,12 @@ class Packing:
 
     @property
     def tiles(self) -> int:
-        """Tiles of this image, the base tile included."""
+        """The base tile included."""
         return 1 + self.grid[0] * self.grid[1]
 
     @property
     def tokens(self) -> int:
-        """Rows of the packed image: base tile, token grid, one newline a grid row."""
+        """Of the packed image: base tile, token grid, one newline a grid row."""
         rows, cols = self.shape
         return self.patches**2 + rows * cols + rows
 
@@ -74,12 +69,8 @@ class Packings(NamedTuple):
 
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps the most of an image's pixels and, among equals, wastes the least.
-
-    A tie after that goes to the pinpoint that is listed first.
-    """
-    best = best_resolutions([size[0]], [size[1]], pinpoints)
-    return pinpoints[int(best[0])]
+    """The pinpoint that keeps the most of an image's pixels, then wastes the least, then is first."""
+    return pinpoints[int(best_resolutions([size[0]], [size[1]], pinpoints)[0])]
 
 
 def best_resolutions(heights: ArrayLike, widths: ArrayLike, pinpoints: Sequence[Size]) -> Integers:
@@ -157,7 +148,7 @@ def plan_packings(
 
 
 def single_tile_tokens(patches: int) -> int:
-    """Rows of an untiled image: its one tile and one newline."""
+    """Of an untiled image: its one tile and one newline."""
     return patches**2 + 1
 
 
@@ -167,7 +158,7 @@ def video_side(patches: int) -> int:
 
 
 def video_tokens(frames: int, patches: int) -> int:
-    """Rows of a video: its pooled frames and one newline at the very end."""
+    """Of a video: its pooled frames and one newline at the very end."""
     return frames * video_side(patches) ** 2 + 1
 
 

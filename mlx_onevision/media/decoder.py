@@ -1,7 +1,5 @@
-"""The client of the process that decodes videos: starts it, sends commands, checks the answers.
-
-The process is a Python interpreter that runs ``decoder_process.py``; see
-:mod:`~mlx_onevision.subprocesses`.
+"""The client of the process that decodes videos (``decoder_process.py``): starts it, sends
+commands, checks the answers.
 """
 
 import json
@@ -59,8 +57,7 @@ class TooManyFramesError(ContextOverflowError):
 class VideoInfo:
     """What is known of a video before a frame is decoded.
 
-    total : frames in the file. length : seconds.
-    claimed : frames that the file says it has; 0 where it says nothing.
+    total : frames in the file. length : seconds. claimed : frames by the file's header, or 0.
     """
 
     total: int
@@ -73,8 +70,8 @@ class VideoInfo:
 class FrameSelection:
     """Chosen frames: their numbers in the video, and the second at which each appears.
 
-    frames : yields (position in ``indices``, uint8 RGB (H, W, 3)); one that cannot be decoded is
-        left out. To be read to its end, or given up, before the next command.
+    frames : yields (position in ``indices``, uint8 RGB (H, W, 3)) of those that can be decoded; to
+        be read to its end, or given up, before the next command.
     """
 
     indices: tuple[int, ...]
@@ -87,17 +84,15 @@ def no_check() -> None:
 
 
 class VideoReader:
-    """An open video file. One process decodes for as long as it is open, so the file's index is
-    read once; where the process breaks off, the next command starts another one.
+    """An open video file. One process decodes while it is open; where that breaks off, the next
+    command starts another one.
 
     file : a real file, seekable. name : what errors call it.
-    limits : their seconds are for each command, and for each thumbnail.
+    limits : their seconds are for each command and each thumbnail, with ``once`` for everything.
     check : called a few times a second; ends the work by raising.
-    once : there will be one command only, and the limits are for everything together.
+    once : there will be one command only.
 
-    Raises, when it is made and when it is read:
-        MediaError: when it cannot be read as a video, in one sentence.
-        TooLargeError: beyond ``limits``.
+    Raises MediaError, and TooLargeError beyond ``limits``, when it is made and when it is read.
     """
 
     def __init__(
@@ -123,11 +118,9 @@ class VideoReader:
     def thumbnails(
         self, begin: float | None = None, end: float | None = None
     ) -> Iterator[tuple[float, Pixels]]:
-        """All frames on screen between two times that can be decoded: the second at which each
-        appears, and its pixels, 64x64 of them or fewer, uint8 RGB (h, w, 3).
-
-        Raises:
-            RequestError: for a beginning behind the end of the video.
+        """All decodable frames on screen between two times: the second at which each appears, and
+        its pixels, uint8 RGB (h, w, 3), 64x64 or fewer. RequestError for a beginning behind the end
+        of the video.
         """
         options = asdict(FrameOptions(start=begin, end=end))
         with self._command({"do": "thumbnails", "options": options}) as process:
@@ -144,9 +137,8 @@ class VideoReader:
         """Chosen frames of the video, or of a part of it.
 
         default : how many of them where ``options`` do not say.
-        most : more than that are refused, before any is decoded.
 
-        Raises:
+        Raises, before any is decoded:
             RequestError: when the options do not fit the video.
             TooManyFramesError: beyond ``most``.
         """
@@ -156,7 +148,7 @@ class VideoReader:
         return FrameSelection(indices, times, answer)
 
     def _frames(self, command: Mapping[str, Any]) -> Iterator[Any]:
-        """Which frames are coming, and then the frames."""
+        """Indices and times, and then the frames."""
         with self._command(command) as process:
             values = process.message("chosen")
             with process.parsing():
@@ -170,7 +162,7 @@ class VideoReader:
 
     @contextmanager
     def _command(self, command: Mapping[str, Any]) -> Iterator["_Process"]:
-        """The process as it answers; what is not read to its end ends the process."""
+        """The process as it answers; an answer that is not read to its end ends the process."""
         if not self._process.idle:  # it broke off, or frames that were given up are still coming
             self._process.close()
             self._process = self._start()
@@ -185,11 +177,8 @@ class VideoReader:
 
 
 class _Process:
-    """A decoding process, and its messages, waited for no longer than its limits allow.
-
-    Only waiting counts, from the beginning or from the last :meth:`renew`; what the reader does
-    between two messages takes nothing off the process's time. It has met an untrusted file, so
-    whatever it sends is checked.
+    """A decoding process and its messages. Only waiting for it counts against its time, from the
+    beginning or the last :meth:`renew`. It reads an untrusted file, so all that it sends is checked.
     """
 
     def __init__(
@@ -241,7 +230,6 @@ class _Process:
         self.idle = True
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
         self.idle = False
         self._process.kill()
         self._process.wait()
@@ -259,7 +247,7 @@ class _Process:
             self.fail()
 
     def renew(self) -> None:
-        """The process has shown that it lives, and may take as long again."""
+        """The process may take as long again."""
         self._left = self._limits.seconds
 
     def message(self, kind: str, end: str | None = None) -> Any:
@@ -279,7 +267,7 @@ class _Process:
             return None if end is not None and end in values else values[kind]
 
     def frames(self, total: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The positions of frames, rising, and what is said of each; their pixels come next."""
+        """Positions of frames, rising, and the message about each, which its pixels follow."""
         last = -1
         while (about := self.message("frame", "end")) is not None:
             with self.parsing():
@@ -292,9 +280,8 @@ class _Process:
     def pixels(self, about: Mapping[str, Any]) -> Pixels:
         """The frame that a message was about, upright; uint8 RGB (H, W, 3)."""
         with self.parsing():
-            high, wide, stride, size = (
-                int(about[name]) for name in ("high", "wide", "stride", "bytes")
-            )
+            fields = ("high", "wide", "stride", "bytes")
+            high, wide, stride, size = (int(about[name]) for name in fields)
             a, b, c, d = map(int, about["matrix"])
         if not 0 < high * wide <= self._limits.pixels or high < 0:
             self.fail()
@@ -313,21 +300,20 @@ class _Process:
 
     @contextmanager
     def parsing(self) -> Iterator[None]:
-        """What a message holds is taken apart inside: the one error where that cannot be done."""
+        """Turns errors while a message is parsed into the one of :meth:`fail`."""
         try:
             yield
         except (ValueError, KeyError, TypeError, RecursionError):
             self.fail()
 
     def fail(self) -> NoReturn:
-        """The process broke off, or talks nonsense."""
+        """The process broke off, or sent an invalid message."""
         self._process.kill()
         code = self._process.wait()
         why = f"signal {-code}" if code < 0 else f"code {code}"
         raise MediaError(f"cannot read {self._name}: the decoder broke off ({why})") from None
 
     def _receive(self) -> None:
-        """Waits for more bytes."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._out, selectors.EVENT_READ)
             ready = False
@@ -357,8 +343,8 @@ class _Process:
 
 
 def _upright(image: Pixels, matrix: tuple[int, int, int, int]) -> Pixels:
-    """``image`` (H, W, 3) as a display matrix (a, b, c, d) wants it: x' = ax + cy, y' = bx + dy,
-    of signs; one that is no turn or mirror image leaves it as it is.
+    """``image`` (H, W, 3) turned by a display matrix of signs: x' = ax + cy, y' = bx + dy. One that
+    is no quarter turn or mirror image is ignored.
     """
     a, b, c, d = matrix
     if b and c and not a and not d:

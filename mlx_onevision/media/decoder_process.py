@@ -1,13 +1,12 @@
 """The process that decodes a video: started by :mod:`decoder`, never imported by the rest. What it
-does is in :mod:`libav`; here are its bounds and its messages.
+does is in :mod:`libav`; here are its limits and its messages.
 
-Video decoders are large, written in C, and meet untrusted files. So they run in a process of their
-own, with limits on memory, processor time and open files, that can die without harm. The file
-arrives as standard input, already open: libav sees bytes, and neither a name nor a URL, and it may
-take them for one of a few containers only (a playlist, which names other files, is none).
+Video decoders are large, written in C, and meet untrusted files, so they run in a process of their
+own, with limits on memory, processor time and open files. The file is standard input: libav gets
+neither a name nor a URL, and accepts a few containers only (no playlist, which names other files).
 
-The video is kept open, and commands (lines of JSON) are read from a descriptor. What comes back on
-standard output is lines of JSON, some followed by one frame's pixels:
+Commands (lines of JSON) are read from a descriptor. Standard output is lines of JSON, some followed
+by one frame's pixels:
 
     {"video": {…}}                     once: how many frames there are, and how long it is
     {"chosen": {…}}                    after the command "frames": which are coming
@@ -58,9 +57,7 @@ def main() -> None:
 
 
 def _limit_processor_time(request: dict[str, Any], length: float) -> None:
-    """Sets the processor time from now on: what one answer may take, and each thread as long as the
-    video lasts. Commands are answered one after another, each with its own.
-    """
+    """Sets the processor time of the next answer: for each thread, the limit and ``length``."""
     import resource
 
     seconds = (request["seconds"] + length) * request["threads"]

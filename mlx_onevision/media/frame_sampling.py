@@ -1,10 +1,9 @@
 """Which frames of a video the model sees. Numbers only: the decoding process imports this, too.
 
-Uniform sampling is the reference's integer rule, ``floor(i * T / N)`` for N of T frames. Where more
-frames are asked for than there are, all of them are taken (the reference refuses). A rate is the
-reference's as well, ``int(duration * fps)`` frames by the same rule, as long as the frames are
-evenly spaced in time; where they are not, it is the frame on screen at each of as many evenly
-spaced instants, and none of them twice.
+Uniform sampling is the reference's integer rule, ``floor(i * T / N)`` for N of T frames, or all
+where N > T (the reference refuses). A rate is ``int(duration * fps)`` frames by the same rule, as
+in the reference, if the frames are evenly spaced in time; else the frame on screen at each of as
+many evenly spaced instants, none of them twice.
 """
 
 import math
@@ -87,9 +86,7 @@ def uniform(total: int, wanted: int) -> list[int]:
 
 
 def end_to_end(total: int, wanted: int) -> list[int]:
-    """Indices of ``wanted`` frames of ``total`` from the first to the last: in the same arithmetic,
-    NumPy's ``linspace(0, total - 1, wanted, dtype=int)``.
-    """
+    """Indices from the first frame to the last: ``numpy.linspace(0, total - 1, wanted, dtype=int)``."""
     if wanted == 1:
         return [0]
     step = (total - 1) / (wanted - 1)

@@ -4,13 +4,12 @@ Two routes, as in the reference (transformers with its torchvision backend):
 
 - A file (path, URL, bytes, base64): turned upright by its EXIF orientation, transparency dropped
   (the colours under it show). For 8-bit JPEG, PNG, GIF and still WebP this gives the levels that
-  torchvision's decoder gives. Where that one has no sensible answer, Pillow's is taken: 16-bit PNG
-  (torchvision hands on 0..65535), animations (the first frame), the transparent colour of a GIF,
-  BMP, TIFF, AVIF, HEIC (torchvision refuses them); and WebP is turned by its EXIF, too.
+  torchvision's decoder gives. Pillow's are taken for 16-bit PNG (torchvision returns 0..65535),
+  animations (the first frame), the transparent colour of a GIF, and BMP, TIFF, AVIF, HEIC
+  (torchvision refuses them); and WebP is turned by its EXIF, too.
 - An image in memory (PIL image, array): taken as it stands, not turned; transparency is laid on
-  white. Arrays are uint8 with 1, 3 or 4 channels; where both the first and the last axis could be
-  the channels, the first is. Float arrays are refused: the reference scales them as if they held
-  0..255 and resizes them without rounding, which nobody means.
+  white. Arrays are uint8 with 1, 3 or 4 channels, the first axis if both it and the last could be.
+  Float arrays are refused: the reference would scale them as if they held 0..255.
 """
 
 from __future__ import annotations
@@ -46,21 +45,14 @@ MAX_SIDE = 200_000  # beyond, an image one pixel high would take gigabytes to re
 # What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000", "QOI", "AVIF")
 # EXIF orientation to the PIL.Image.Transpose that undoes it, by name.
-_UPRIGHT = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = dict(enumerate(_TURNS.split(), 2))
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """What :func:`load_image` has returned, to be given to it again: ``pixels`` come back as they
-    are, uint8 RGB (H, W, 3). As a bare array, an image three pixels high would be ambiguous.
+    """``pixels`` as :func:`load_image` returns them, uint8 RGB (H, W, 3), to be given to it again. As
+    a bare array, an image three pixels high would be ambiguous.
     """
 
     pixels: Pixels
@@ -75,11 +67,10 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
 
     source : path, http(s) URL, data URI or base64 text, bytes, binary file, PIL image, array, or
         :class:`DecodedImage`.
-    max_pixels : more than that is not decoded.
 
     Raises:
         MediaError: whatever keeps it from being read, in one sentence that names it.
-        TooLargeError: more pixels (known before decoding) or bytes (of a download) than allowed.
+        TooLargeError: more than ``max_pixels`` (before decoding), or too large a download.
     """
     from PIL.Image import Image
 
@@ -124,10 +115,8 @@ def pad_to_square_tile(image: Pixels, config: ImageConfig) -> Pixels:
 
 @lru_cache(maxsize=8)
 def normalization_table(config: ImageConfig) -> NDArray[np.float32]:
-    """The pixel value of each level in each channel: float32 (256, 3), read-only.
-
-    The reference folds the rescaling into mean and standard deviation, all in float32, which is
-    up to 6e-8 from doing one after the other.
+    """The pixel value of each level in each channel: float32 (256, 3), read-only. As in the
+    reference, the rescaling is folded into mean and standard deviation, all in float32.
     """
     unscale = np.float32(1.0 / config.rescale_factor)
     mean = np.array(config.image_mean, np.float32) * unscale
@@ -157,7 +146,6 @@ def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
-    """The file's route: upright by EXIF, transparency dropped."""
     from PIL import Image, UnidentifiedImageError
 
     with _media_errors(name, f"cannot read {name}"):
@@ -208,7 +196,6 @@ def _media_errors(name: str, problem: str) -> Iterator[None]:
 
 
 def _from_object(image: Image, max_pixels: int) -> Pixels:
-    """A PIL image's route: as it stands, transparency laid on white."""
     from PIL import Image as module
 
     name = f"the {image.width}x{image.height} PIL image"
@@ -221,7 +208,6 @@ def _from_object(image: Image, max_pixels: int) -> Pixels:
 
 
 def _from_array(source: object, max_pixels: int) -> Pixels:
-    """An array's route: uint8, 1, 3 or 4 channels first or last; the fourth laid on white."""
     try:
         array = np.asarray(source)
     except (TypeError, ValueError):

@@ -46,17 +46,16 @@ class Refusal(Exception):
 
 
 class Key(NamedTuple):
-    """A frame that can be decoded on its own: its place in display order, and where it lies."""
+    """A key frame: its place in display order, and the stamp to seek to."""
 
     place: int
     seek: int
 
 
 class Index(NamedTuple):
-    """Every frame of a file, in the order in which they are shown.
+    """Every frame of a file, in display order.
 
     stamps : when each appears, in ticks of the stream's clock. times : in seconds, from 0.
-    length : of the video in seconds.
     counted : whether the stamps are only counted, because the container's own cannot be trusted.
     """
 
@@ -68,12 +67,9 @@ class Index(NamedTuple):
 
 
 def serve(request: Json, send: Send, renew: Callable[[float], None]) -> None:
-    """Sends what is known of the video, and then what each command asks for.
+    """Sends what is known of the video, and then what each command asks for. Raises Refusal.
 
-    renew : allows the next answer its processor time, and the seconds of video beside it.
-
-    Raises:
-        Refusal: where it cannot.
+    renew : allows the next answer its processor time, and these seconds beside it.
     """
     container, stream = _open_video(request)
     index = _read_index(container, stream)
@@ -125,20 +121,15 @@ def _send_frame(send: Send, frame: VideoFrame, matrix: list[int], **about: Any) 
 
 
 def _matrix(frame: VideoFrame) -> list[int]:
-    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count.
-
-    A frame that has been asked for its side data is in a cycle with it, and stays, with all its
-    pixels, until Python looks for cycles.
+    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count. Side
+    data that has been asked for is in a reference cycle with its frame and the pixels.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return [1, 0, 0, 1]
     a, b, _, c, d = struct.unpack("5i", bytes(data)[:20])
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        a = d = 0
-    else:
-        b = c = 0
-    return [(n > 0) - (n < 0) for n in (a, b, c, d)]
+    turned = abs(b) + abs(c) > abs(a) + abs(d)
+    return [(n > 0) - (n < 0) for n in ((0, b, c, 0) if turned else (a, 0, 0, d))]
 
 
 def _open_video(request: Json) -> tuple[InputContainer, VideoStream]:
@@ -249,11 +240,8 @@ def _chosen_frames(
 def _thumbnails(
     request: Json, index: Index, first: int, last: int
 ) -> Iterator[tuple[int, VideoFrame, VideoFrame]]:
-    """(index, frame, thumbnail) of those frames from ``first`` to before ``last`` that can be
-    decoded.
-
-    Single pixels of each frame, not means: that takes next to no time beside decoding. So does what
-    is left out, the smoothing of frames that no other frame is made from.
+    """(index, frame, thumbnail) of the decodable frames from ``first`` to before ``last``. For speed,
+    thumbnails are single pixels, not means, and non-reference frames are not deblocked.
     """
     container, stream = _open_video(request)
     quick = {"skip_loop_filter": "noref"}
@@ -271,14 +259,9 @@ def _thumbnails(
             continue
         first = number + 1
         _check_size(frame.width, frame.height, request["max_pixels"])
+        wide, high = (max(2, min(side, THUMBNAIL)) for side in (frame.width, frame.height))
         small = smaller.reformat(
-            frame,
-            width=max(2, min(frame.width, THUMBNAIL)),
-            height=max(2, min(frame.height, THUMBNAIL)),
-            format="rgb24",
-            dst_color_range="JPEG",
-            interpolation=Interpolation.POINT,
-            threads=1,
+            frame, wide, high, "rgb24", None, "JPEG", Interpolation.POINT, threads=1
         )
         yield number, frame, small
 
@@ -316,7 +299,7 @@ def _seek(
 def _shown(
     packets: Iterable[Packet], stream: VideoStream, index: Index, start: int
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """(index, frame) in the order of showing. ``start`` : where counting begins."""
+    """(index, frame) in display order. ``start`` : where counting begins."""
     number = start - 1
     for frame in _outputs(packets, stream):
         if index.counted:
@@ -331,7 +314,6 @@ def _shown(
 
 
 def _outputs(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFrame]:
-    """Every frame that the decoder gives, whatever is broken between them."""
     try:
         for packet in packets:
             try:

@@ -1,13 +1,11 @@
 """Bicubic resizing of 8-bit images, to the bit as torchvision does it, in numpy.
 
 It makes two passes, one an axis, in integers: weights are rounded to some fractional bits, and each
-pass rounds and clamps to 0..255. Float bicubic is up to 13 levels away from that, and the
-reference's pixels are made this way.
+pass rounds and clamps to 0..255. Float bicubic is up to 13 levels away from that.
 
-The integer sums are computed as matrix products in floating point, which numpy hands to BLAS. A
-float holds whole numbers exactly up to 2**24, a double up to 2**53: where no partial sum can pass
-that (checked for each axis), every product and every sum is exact in any order, and so the result
-is the integer one. The weights' scale, 2**-bits, changes no digit.
+The integer sums are computed as BLAS matrix products in floating point. A float holds whole numbers
+exactly up to 2**24, a double up to 2**53: where no partial sum can pass that (checked for each
+axis), every sum is exact in any order. The weights' scale, 2**-bits, changes no digit.
 """
 
 from __future__ import annotations
@@ -71,10 +69,8 @@ class _Axis:
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """``image`` (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C).
-
-    An antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
-    An image that has the size already is returned as it is, not copied.
+    """``image`` (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C). Not copied
+    where it has the size already. Antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
     """
     (high, wide), (to_high, to_wide) = image.shape[:2], size
     if min(high, wide, to_high, to_wide) < 1:
@@ -84,10 +80,7 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
 
 def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
     """``image`` (H, W, C) centred on a square of colour ``fill``, and that resized to ``size``:
-    uint8 (size, size, C).
-
-    The square itself, 1.2 GB for a panorama 20,000 pixels wide, is never made: rows of ``fill`` are
-    all alike, and so are the outputs that see nothing but ``fill``.
+    uint8 (size, size, C). The square itself, 1.2 GB for a panorama 20,000 pixels wide, is never made.
     """
     high, wide, channels = image.shape
     side = max(high, wide)
@@ -119,7 +112,6 @@ def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
 
 
 def _across(image: Pixels, to_wide: int) -> Pixels:
-    """The pass along rows: (H, W, C) to (H, to_wide, C)."""
     wide = image.shape[1]
     return image if wide == to_wide else _along_rows(image, _axis(wide, to_wide))
 
@@ -153,7 +145,6 @@ def _along_rows(image: Pixels, axis: _Axis) -> Pixels:
 
 @_quiet
 def _down(image: Pixels, to_high: int) -> Pixels:
-    """The pass along columns: (H, W, C) to (to_high, W, C)."""
     high, wide, channels = image.shape
     if high == to_high:
         return image
@@ -208,10 +199,8 @@ def _axis(size: int, to_size: int) -> _Axis:
 
 
 def _weights(size: int, to_size: int, start: int, stop: int) -> tuple[NDArray[np.int64], Reals]:
-    """(first inputs (outputs,), weights (taps, outputs)) of outputs ``start:stop``, unrounded.
-
-    Every operation is in the library's order, because a last bit can move a weight. Past the
-    last input of an output the weights are 0.
+    """(first inputs (outputs,), weights (taps, outputs)) of outputs ``start:stop``, unrounded; 0 past
+    the last input. In torchvision's order of operations, because a last bit can move a weight.
     """
     scale = size / to_size
     stretch = max(scale, 1.0)
@@ -227,7 +216,6 @@ def _weights(size: int, to_size: int, start: int, stop: int) -> tuple[NDArray[np
 
 
 def _cubic(x: Reals) -> Reals:
-    """Keys' cubic with a = -0.5."""
     a = -0.5
     x = np.abs(x)
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0

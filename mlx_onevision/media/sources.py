@@ -52,13 +52,9 @@ def is_video(source: object) -> bool:
 
 
 def open_source(source: Any, kind: Kind) -> tuple[bytes | FileIO, str]:
-    """The bytes of what :func:`is_file`, or its open file; and what errors call it.
-
-    A string is a data URI, a URL, a path, or, if it can be nothing else, base64.
-
-    Raises:
-        MediaError: in one sentence that names it; also for a folder, a pipe or a device.
-        TooLargeError: for too large a download.
+    """The bytes or the open file of what :func:`is_file`, and what errors call it. A string is a data
+    URI, a URL, a path, or, if it can be nothing else, base64. Raises MediaError, and TooLargeError
+    for too large a download.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source), f"the {kind} given as bytes"
@@ -149,13 +145,8 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
-    """The body behind an http(s) URL, of at most ``most`` bytes.
-
-    Redirects are followed, to http(s) only.
-
-    Raises:
-        MediaError: no network, no such host, an error status, a body that does not end.
-        TooLargeError: more than ``most`` bytes.
+    """The body behind an http(s) URL; redirects are followed, to http(s) only. Raises MediaError, and
+    TooLargeError beyond ``most`` bytes.
     """
     from http.client import HTTPException
     from time import monotonic
@@ -164,15 +155,9 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
 
     # urllib's own opener would follow a redirect to ftp as well.
     opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPRedirectHandler,
-        request.HTTPErrorProcessor,
-        request.HTTPDefaultErrorHandler,
-    ):
-        opener.add_handler(handler())
+    for name in ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError"):
+        opener.add_handler(getattr(request, f"{name}Handler")())
+    opener.add_handler(request.HTTPErrorProcessor())
     too_large = f"{quoted(url)} is larger than {most >> 20:,} MB, the most that is downloaded"
     deadline = monotonic() + DEADLINE
     body = bytearray()

@@ -1,13 +1,11 @@
 """Videos to tiles: each chosen frame squeezed into one tile, as the reference does it.
 
-A video is a file (path, URL, bytes), or frames in memory: a list of images, each whatever
-:func:`~mlx_onevision.media.image.load_image` takes, or a uint8 array (T, H, W, C) or (T, C, H, W).
-Of a file, 32 frames are taken unless the caller says how many; of frames in memory, all of them, as
-in the reference. Frames have no clock, so a rate, a start and an end need a file.
+A video is a file (path, URL, bytes), of which 32 frames are taken unless the caller says how many;
+or frames in memory (a list of what :func:`~mlx_onevision.media.image.load_image` takes, or a uint8
+array (T, H, W, C) or (T, C, H, W)), all of which are, without a rate, a start or an end.
 
 Files: MP4, MOV, Matroska, WebM, AVI, GIF. Turned upright by their display matrix; transparency is
-dropped; of several video streams the first counts. No more than one decoded frame and the tiles are
-ever in memory.
+dropped; of several video streams the first counts. One decoded frame at a time is in memory.
 """
 
 from __future__ import annotations
@@ -36,17 +34,8 @@ from mlx_onevision.media.image import load_image
 from mlx_onevision.media.resize import Pixels, resize
 from mlx_onevision.media.sources import file_name, is_file, open_source
 
-VideoSource: TypeAlias = (
-    str
-    | os.PathLike[str]
-    | bytes
-    | bytearray
-    | memoryview
-    | BinaryIO
-    | list[Any]
-    | tuple[Any, ...]
-    | NDArray[Any]
-)
+_File: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO"
+VideoSource: TypeAlias = "_File | list[Any] | tuple[Any, ...] | NDArray[Any]"
 
 FILE = "video_preprocessor_config.json"
 
@@ -57,9 +46,7 @@ logger = logging.getLogger("mlx_onevision")
 class VideoConfig:
     """How videos become pixel values, which a checkpoint may say apart from images.
 
-    pixels : size, mean and so on of a frame.
-    frames : how many are taken of a video where the caller does not say; unset in the published
-        checkpoints.
+    frames : where the caller does not say; unset in the published checkpoints.
     """
 
     pixels: ImageConfig
@@ -70,10 +57,7 @@ class VideoConfig:
         cls, folder: Path, processor: Json, images: ImageConfig, config: OneVisionConfig
     ) -> VideoConfig:
         """From ``video_processor`` of processor_config.json, else from the file of its own, else
-        as images are.
-
-        Raises:
-            ConfigError: for a setting that is not supported.
+        as images are. ConfigError for a setting that is not supported.
         """
         where, values = "processor_config.json's video_processor", processor.get("video_processor")
         if not values:
@@ -89,10 +73,8 @@ class VideoConfig:
         """Raises ConfigError for a setting that is not supported."""
         size = values.get("size")
         if isinstance(size, Mapping) and not size.keys() & {"height", "width"}:
-            raise ConfigError(
-                f"{where} has size {dict(size)}; a frame fills one tile, so it needs height and "
-                "width"
-            )
+            needs = "a frame fills one tile, so it needs height and width"
+            raise ConfigError(f"{where} has size {dict(size)}; {needs}")
         pixels = {key: value for key, value in values.items() if key != "image_grid_pinpoints"}
         frames = FrameOptions()
         if values.get("do_sample_frames"):
@@ -134,14 +116,13 @@ def load_video(
     """The chosen frames of a video as tiles of ``size`` pixels.
 
     default : how many of a file where ``options`` do not say.
-    most : more frames than that are refused, before any is decoded.
     check : called between frames and while waiting; ends the work by raising.
 
     Raises:
         MediaError: for what cannot be read, in one sentence that names it.
         TooLargeError: beyond ``limits``, or a download that is too large.
         RequestError: for options that do not fit the video.
-        TooManyFramesError: beyond ``most``.
+        TooManyFramesError: beyond ``most``, before any is decoded.
     """
     options = options or FrameOptions()
     if is_file(source):
@@ -157,9 +138,7 @@ def load_video(
 
 def open_video_file(source: Any) -> tuple[BinaryIO, str]:
     """A real file that holds a video (one that :func:`is_file`), open, and what errors call it.
-
-    Raises:
-        MediaError: for what cannot be opened, or is empty.
+    MediaError for what cannot be opened, or is empty.
     """
     regular = isinstance(source, FileIO) and stat.S_ISREG(os.fstat(source.fileno()).st_mode)
     if regular and source.readable() and not source.tell():
@@ -195,10 +174,8 @@ def _from_file(
     if info.total < info.claimed:
         notes.append(f"{name} breaks off: {info.total} of its {info.claimed} frames are there")
     if len(places) < wanted:
-        notes.append(
-            f"{name} is damaged: {wanted - len(places)} of {wanted} chosen frames "
-            "cannot be decoded and are left out"
-        )
+        lost = f"{wanted - len(places)} of {wanted} chosen frames"
+        notes.append(f"{name} is damaged: {lost} cannot be decoded and are left out")
     return VideoFrames(
         tiles[: len(places)],
         tuple(chosen.indices[place] for place in places),
@@ -220,10 +197,8 @@ def _from_frames(
     elif isinstance(given, list | tuple):
         name = f"the list of {len(given)} frames"
     else:
-        kind = type(source).__name__
-        raise MediaError(
-            f"a {kind} is not a video; give a path, URL, bytes, list of frames or array"
-        )
+        sources = "give a path, URL, bytes, list of frames or array"
+        raise MediaError(f"a {type(source).__name__} is not a video; {sources}")
     total = len(given)
     if not total:
         raise MediaError(f"{name} has no frame in it")
