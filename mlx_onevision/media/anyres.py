@@ -69,7 +69,7 @@ class Packings(NamedTuple):
 
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps the most of an image's pixels, then wastes the least, then is first."""
+    """The pinpoint that keeps the most of an image's pixels, wastes the least, and is first."""
     return pinpoints[int(best_resolutions([size[0]], [size[1]], pinpoints)[0])]
 
 

@@ -178,7 +178,7 @@ class VideoReader:
 
 class _Process:
     """A decoding process and its messages. Only waiting for it counts against its time, from the
-    beginning or the last :meth:`renew`. It reads an untrusted file, so all that it sends is checked.
+    beginning or the last :meth:`renew`. It reads an untrusted file: all it sends is checked.
     """
 
     def __init__(

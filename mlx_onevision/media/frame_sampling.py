@@ -86,7 +86,7 @@ def uniform(total: int, wanted: int) -> list[int]:
 
 
 def end_to_end(total: int, wanted: int) -> list[int]:
-    """Indices from the first frame to the last: ``numpy.linspace(0, total - 1, wanted, dtype=int)``."""
+    """NumPy's ``linspace(0, total - 1, wanted, dtype=int)``: the first to the last."""
     if wanted == 1:
         return [0]
     step = (total - 1) / (wanted - 1)

@@ -51,8 +51,8 @@ _UPRIGHT = dict(enumerate(_TURNS.split(), 2))
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """``pixels`` as :func:`load_image` returns them, uint8 RGB (H, W, 3), to be given to it again. As
-    a bare array, an image three pixels high would be ambiguous.
+    """``pixels`` as :func:`load_image` returns them, uint8 RGB (H, W, 3), to be given to it again.
+    As a bare array, an image three pixels high would be ambiguous.
     """
 
     pixels: Pixels

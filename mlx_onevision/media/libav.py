@@ -240,8 +240,8 @@ def _chosen_frames(
 def _thumbnails(
     request: Json, index: Index, first: int, last: int
 ) -> Iterator[tuple[int, VideoFrame, VideoFrame]]:
-    """(index, frame, thumbnail) of the decodable frames from ``first`` to before ``last``. For speed,
-    thumbnails are single pixels, not means, and non-reference frames are not deblocked.
+    """(index, frame, thumbnail) of the decodable frames from ``first`` to before ``last``. To be
+    quick, thumbnails are single pixels, not means, and non-reference frames are not deblocked.
     """
     container, stream = _open_video(request)
     quick = {"skip_loop_filter": "noref"}
@@ -259,9 +259,14 @@ def _thumbnails(
             continue
         first = number + 1
         _check_size(frame.width, frame.height, request["max_pixels"])
-        wide, high = (max(2, min(side, THUMBNAIL)) for side in (frame.width, frame.height))
         small = smaller.reformat(
-            frame, wide, high, "rgb24", None, "JPEG", Interpolation.POINT, threads=1
+            frame,
+            width=max(2, min(frame.width, THUMBNAIL)),
+            height=max(2, min(frame.height, THUMBNAIL)),
+            format="rgb24",
+            dst_color_range="JPEG",
+            interpolation=Interpolation.POINT,
+            threads=1,
         )
         yield number, frame, small
 

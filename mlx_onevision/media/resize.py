@@ -69,8 +69,8 @@ class _Axis:
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """``image`` (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C). Not copied
-    where it has the size already. Antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
+    """``image`` (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C), or as it is
+    if it has that size already. Antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
     """
     (high, wide), (to_high, to_wide) = image.shape[:2], size
     if min(high, wide, to_high, to_wide) < 1:
@@ -80,7 +80,7 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
 
 def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
     """``image`` (H, W, C) centred on a square of colour ``fill``, and that resized to ``size``:
-    uint8 (size, size, C). The square itself, 1.2 GB for a panorama 20,000 pixels wide, is never made.
+    uint8 (size, size, C). The square, 1.2 GB for a panorama 20,000 pixels wide, is never made.
     """
     high, wide, channels = image.shape
     side = max(high, wide)
@@ -199,8 +199,8 @@ def _axis(size: int, to_size: int) -> _Axis:
 
 
 def _weights(size: int, to_size: int, start: int, stop: int) -> tuple[NDArray[np.int64], Reals]:
-    """(first inputs (outputs,), weights (taps, outputs)) of outputs ``start:stop``, unrounded; 0 past
-    the last input. In torchvision's order of operations, because a last bit can move a weight.
+    """(first inputs (outputs,), weights (taps, outputs)) of outputs ``start:stop``, unrounded, and 0
+    past the last input. In torchvision's order of operations, because a last bit can move a weight.
     """
     scale = size / to_size
     stretch = max(scale, 1.0)

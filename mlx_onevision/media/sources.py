@@ -52,9 +52,9 @@ def is_video(source: object) -> bool:
 
 
 def open_source(source: Any, kind: Kind) -> tuple[bytes | FileIO, str]:
-    """The bytes or the open file of what :func:`is_file`, and what errors call it. A string is a data
-    URI, a URL, a path, or, if it can be nothing else, base64. Raises MediaError, and TooLargeError
-    for too large a download.
+    """The bytes or the open file of what :func:`is_file`, and what errors call it. A string is a
+    data URI, a URL, a path, or, if it can be nothing else, base64. Raises MediaError, and
+    TooLargeError for too large a download.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source), f"the {kind} given as bytes"
@@ -145,8 +145,8 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
-    """The body behind an http(s) URL; redirects are followed, to http(s) only. Raises MediaError, and
-    TooLargeError beyond ``most`` bytes.
+    """The body behind an http(s) URL; redirects are followed, to http(s) only. Raises MediaError,
+    and TooLargeError beyond ``most`` bytes.
     """
     from http.client import HTTPException
     from time import monotonic
