@@ -209,7 +209,7 @@ class Model:
 
     @property
     def default_max_tokens(self) -> int:
-        """Of an answer for which no limit is given: the checkpoint's max_new_tokens, else 256."""
+        """The checkpoint's max_new_tokens, else 256."""
         return self._builder.default_max_tokens
 
     def build_request(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:

@@ -39,8 +39,7 @@ class Batch:
 
     Keys and values of a batch are padded to its longest request, so requests are admitted while
     their number times the longest of them stays within ``runner.batch_positions``; one always is.
-    No more are encoded and prefilled at once than ``memory.prefill_batch`` says, so that few media
-    are held beyond what the feature bank keeps.
+    ``memory.prefill_batch`` of them are encoded and prefilled at once, to hold few media.
     """
 
     def __init__(self, runner: Runner, waiting: deque[ActiveRequest]) -> None:
@@ -52,9 +51,8 @@ class Batch:
         self._together, self._step_size = memory.prefill_batch(chunk, len(waiting))
 
     def run(self) -> None:
-        """Until every request has ended, or one is left that has not begun: that one is for
-        :meth:`Runner.run_alone`. An error that cannot be traced to a request ends those under way
-        with it; those that still wait go on.
+        """Until every request has ended, or one is left that has not begun: that one runs alone. An
+        error of no single request ends those under way with it; those that still wait go on.
         """
         mx.reset_peak_memory()
         while self._others_waiting():
@@ -141,7 +139,7 @@ class Batch:
                     active.end(failure)
 
     def _check_all(self) -> None:
-        """Raises CancelledError in the midst of a step that nobody wants any more."""
+        """Raises CancelledError once all are cancelled."""
         for active in self._active.values():
             with suppress(CancelledError):
                 active.check()

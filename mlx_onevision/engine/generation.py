@@ -76,8 +76,7 @@ class Generation:
         context was used up), ``cancelled``, or, in a batch, ``error``.
     notes : what of the videos was not used as it was asked for, a sentence each.
     error : what went wrong with this answer of a batch; ``text`` is what had come until then.
-    logprobs : where they were asked for, of every token that the text is made of; see
-        :class:`~mlx_onevision.sampling.logprobs.LogprobStream`.
+    logprobs : where asked for; see :class:`~mlx_onevision.sampling.logprobs.LogprobStream`.
     """
 
     text: str
@@ -112,13 +111,13 @@ def _rate(count: int, seconds: float) -> float:
 
 
 class Stream:
-    """An answer on its way: an iterator of pieces of text, whole characters each.
+    """An answer on its way: an iterator of pieces of text, joined :attr:`Generation.text`.
+    An abandoned stream cancels itself.
 
-    The pieces joined are :attr:`Generation.text`. An abandoned stream cancels itself.
+    source : an error, where the request could not be prepared.
     """
 
     def __init__(self, source: ActiveRequest | OneVisionError, tokenizer: Tokenizer) -> None:
-        """source : an error, where the request could not be prepared."""
         self._active = source if isinstance(source, ActiveRequest) else None
         self._error = source if isinstance(source, OneVisionError) else None
         self._tokens: list[int] = []
@@ -232,7 +231,6 @@ class RequestBuilder:
 
     @property
     def default_max_tokens(self) -> int:
-        """Of an answer for which the caller sets no limit: the checkpoint's own limit, else 256."""
         limit = self._defaults.max_new_tokens
         return DEFAULT_MAX_TOKENS if limit is None else limit
 

@@ -20,10 +20,7 @@ MOST_KEPT = 32  # all are looked at with every request
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The cache of one conversation.
-
-    ids : what it holds, one for each position. keys : the media whose virtual ids are among them.
-    """
+    """The cache of one conversation: an id for each position, and the keys of media among them."""
 
     ids: list[int]
     keys: tuple[str, ...]
@@ -43,8 +40,8 @@ class Kept:
 
 
 class PrefixCache:
-    """Caches by what they hold. The last one is kept whatever it takes; a few before it while all
-    together are within ``capacity`` bytes, and those used longest ago go first.
+    """Caches by what they hold. The last one is always kept, others while all together are within
+    ``capacity`` bytes; the least recently used go first.
     """
 
     def __init__(self, model: OneVision, capacity: int = 0) -> None:

@@ -64,10 +64,8 @@ class Counters:
 
 @dataclass(frozen=True)
 class TokenText:
-    """A generated token, and the text that can be emitted now that it is known.
-
-    token : None for text that was held back, as the start of a stop string, until the end.
-    start : characters that were decoded before it.
+    """A generated token (None for text held back until the end), the characters decoded before it,
+    and the text that can be emitted now.
     """
 
     token: int | None
@@ -97,12 +95,9 @@ class ActiveRequest:
         self.finish_reason: FinishReason = "length"
         self.recorder = None if request.logprobs is None else LogprobRecorder(request.logprobs)
         self.sampler = RequestSampler(request.sampling, request.grammar, self.recorder)
-        self.ids: list[int] = []
-        """The prompt's, virtual ones among them, and the answer's so far; empty until it begins."""
-        self.keys: list[str] = []
-        """Of the media whose virtual ids are among them."""
-        self.cache: list[Any] | None = None
-        """Its KV cache, while it runs alone or is paused; else its batch has it."""
+        self.ids: list[int] = []  # the prompt's, virtual ones among them, and the answer's so far
+        self.keys: list[str] = []  # of the media whose virtual ids are among them
+        self.cache: list[Any] | None = None  # while it runs alone or is paused; else its batch's
         self._eos = frozenset(eos)
         self._closing, self._cancelled = closing, threading.Event()
         self._detokenizer, self._stop = Detokenizer(tokenizer), StopStrings(request.stop)
@@ -128,7 +123,6 @@ class ActiveRequest:
 
     @property
     def max_positions(self) -> int:
-        """Positions that its keys and values can come to."""
         return len(self.request.inputs.input_ids) + self.max_tokens
 
     @property
@@ -136,7 +130,6 @@ class ActiveRequest:
         return self.cache is not None
 
     def check(self, *_: object) -> None:
-        """Raises CancelledError once nobody wants the rest."""
         if self._cancelled.is_set() or self._closing.is_set():
             if self.finish_reason != "stop":
                 self.finish_reason = "cancelled"
@@ -150,7 +143,6 @@ class ActiveRequest:
         self._virtual_ids.callback(bank.release, keys)
 
     def begin(self, ids: list[int], cache: list[Any]) -> None:
-        """Prefill of ``ids`` begins, from a cache that may hold some of them."""
         self.ids, self.cache = ids, cache
         self._since = time.perf_counter()
 

@@ -119,16 +119,13 @@ class Runner:
     def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Iterator[int]:
         from mlx_lm.generate import generate_step
 
-        config, cached = self.model.config, active.counters.cached_tokens
-        prompt, ids = active.ids[cached:], active.ids[:cached]
+        cached = active.counters.cached_tokens
         steps = generate_step(
-            mx.array(prompt, mx.int32),
+            mx.array(active.ids[cached:], mx.int32),
             self.model,
             max_tokens=active.max_tokens,
             sampler=active.sampler.sampler(),
-            logits_processors=active.sampler.logits_processors(
-                config.text_config.vocab_size, config.image_token_index, ids
-            ),
+            logits_processors=self._processors(active, active.ids[:cached]),
             prompt_cache=cache,
             prefill_step_size=self.chunk,
             prompt_progress_callback=active.check,
@@ -140,7 +137,7 @@ class Runner:
 
     def insert(self, active: ActiveRequest, generator: "BatchGenerator") -> tuple[int, bool]:
         """Adds a new or paused request to a batch: its uid there, and whether it is prefilling."""
-        cache, config = active.cache, self.model.config
+        cache = active.cache
         prefilling = cache is None
         if cache is None:
             cache = self.begin(active)
@@ -152,14 +149,15 @@ class Runner:
             caches=[cache],
             all_tokens=[active.ids[:held]],
             samplers=[active.sampler.sampler(produced)],
-            logits_processors=[
-                active.sampler.logits_processors(
-                    config.text_config.vocab_size, config.image_token_index
-                )
-            ],
+            logits_processors=[self._processors(active)],
         )
         active.cache = None
         return uid, prefilling
+
+    def _processors(self, active: ActiveRequest, before: Sequence[int] = ()) -> list[Any]:
+        config = self.model.config
+        vocab_size, placeholder = config.text_config.vocab_size, config.image_token_index
+        return active.sampler.logits_processors(vocab_size, placeholder, before)
 
     def fill_bank(
         self,
@@ -169,9 +167,7 @@ class Runner:
         counters: Counters,
         check: Callable[..., None],
     ) -> None:
-        """Encodes what reaches beyond the first ``matched`` ids, which a key-value cache holds, and
-        loads mlx-lm meanwhile.
-        """
+        """Encodes the media beyond the first ``matched`` ids, and loads mlx-lm meanwhile."""
         started = time.perf_counter()
 
         def launched() -> None:
@@ -207,7 +203,6 @@ class Runner:
             return last_hidden(self.model, rows, check)
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Drops the features of media, and the conversations about them."""
         self.prefix.forget(keys)
         self.model.bank.forget(keys)
 
@@ -286,7 +281,7 @@ def _import_mlx_lm() -> float:
 
 
 def working_set() -> int:
-    """Bytes of memory that the device should use: Metal's own advice, else the machine's memory."""
+    """Bytes of memory that the device should use: Metal's advice, else the machine's memory."""
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
         if key in info:

@@ -12,8 +12,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import mlx.core as mx
 
@@ -25,19 +24,19 @@ Result = TypeVar("Result")
 # At interpreter exit, how long a job that does not notice its cancellation is waited for.
 PATIENCE_SECONDS = 10.0
 
+_Job: TypeAlias = tuple[Callable[[Owned], None], Callable[[DiedError], None]]
+
 logger = logging.getLogger("mlx_onevision")
 
 
 class Worker(Generic[Owned]):
-    """Builds an object with ``build`` on a new thread and keeps it until :meth:`close`.
-
-    Raises what ``build`` raises. Every method may be called from any thread.
+    """Builds an object with ``build`` on a new thread, raising what that raises, and keeps it until
+    :meth:`close`. Every method may be called from any thread.
     """
 
     def __init__(self, build: Callable[[], Owned]) -> None:
         self._jobs: _Jobs[Owned] = _Jobs()
-        self.closing = threading.Event()
-        """Set when the worker is to stop; a long job should end early then."""
+        self.closing = threading.Event()  # a long job should end early once it is set
         built: Future[None] = Future()
         # The thread does not refer to the worker, so that a forgotten one is collected and closed.
         self._thread = threading.Thread(
@@ -61,31 +60,34 @@ class Worker(Generic[Owned]):
     ) -> None:
         """Queues ``job``, which must not raise: that would kill the thread.
 
-        lost : called instead where the thread has died, or dies in the middle of the job.
+        lost : called where the thread dies before the job's end.
 
-        Raises:
-            OneVisionError: when the worker has been closed.
-            DiedError: when its thread has died.
+        Raises OneVisionError when the worker has been closed, DiedError when its thread has died.
         """
         if self.closing.is_set():
             raise OneVisionError("the model has been closed; load it again")
-        self._jobs.put(_Job(job, lost))
+        self._jobs.put((job, lost))
 
     def call(self, function: Callable[[Owned], Result]) -> Result:
-        """Runs ``function`` after the jobs that are queued, and returns or raises what it does."""
+        """Runs ``function`` after the queued jobs, and returns or raises what it does."""
         return self.submit(function).result()
 
     def submit(self, function: Callable[[Owned], Result]) -> "Future[Result]":
-        """As :meth:`call`, but returns at once; the future has the result or the error. One that is
-        cancelled before it begins is not run.
-        """
+        """As :meth:`call`, but returns at once; not run if cancelled before it begins."""
         future: Future[Result] = Future()
+
+        def run(owned: Owned) -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(owned))
+                except BaseException as error:
+                    future.set_exception(error)
 
         def lost(error: DiedError) -> None:
             if not future.done():
                 future.set_exception(error)
 
-        self.post(lambda owned: _resolve(future, function, owned), lost)
+        self.post(run, lost)
         return future
 
     def close(self) -> None:
@@ -93,20 +95,11 @@ class Worker(Generic[Owned]):
         self._finalizer()
 
 
-@dataclass(frozen=True)
-class _Job(Generic[Owned]):
-    run: Callable[[Owned], None]
-    lost: Callable[[DiedError], None]
-
-
 class _Jobs(Generic[Owned]):
-    """What a thread is to do, until it dies."""
-
     def __init__(self) -> None:
         self.waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
         self._between = threading.Lock()  # a job is queued or refused, and never left lying
-        self.killer: str | None = None
-        """The class of the error that killed the thread."""
+        self.killer: str | None = None  # the class of the error that killed the thread
 
     def put(self, job: _Job[Owned]) -> None:
         with self._between:
@@ -122,9 +115,9 @@ class _Jobs(Generic[Owned]):
             while not self.waiting.empty():
                 job = self.waiting.get()
                 lost += [] if job is None else [job]
-        for job in lost:
+        for _, end in lost:
             with suppress(BaseException):
-                job.lost(self._died())
+                end(self._died())
 
     def _died(self) -> DiedError:
         return DiedError(f"what runs the model has died ({self.killer}); load it again")
@@ -150,7 +143,7 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
     job: _Job[Owned] | None = None
     try:
         while (job := jobs.waiting.get()) is not None:
-            job.run(owned)
+            job[0](owned)
             job = None
     except BaseException as error:
         # As text: a log that kept the error would keep the arrays that its frames hold.
@@ -164,12 +157,3 @@ def _stop(thread: threading.Thread, jobs: _Jobs[Owned], closing: threading.Event
     jobs.waiting.put(None)
     if thread is not threading.current_thread():
         thread.join(timeout=PATIENCE_SECONDS)
-
-
-def _resolve(future: "Future[Result]", function: Callable[[Owned], Result], owned: Owned) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function(owned))
-    except BaseException as error:
-        future.set_exception(error)

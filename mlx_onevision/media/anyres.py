@@ -30,16 +30,16 @@ class Packing:
     """How the tokens of one tiled image become the embeddings that the language model reads: the
     base tile's, and then those of the other tiles, stitched into one grid, without the rows or
     columns that came from padding, thinned out if too many, with a newline after each row.
+
+    grid : rows and columns of tiles, without the base tile. patches : tokens along a tile's side.
+    box : (top, bottom, left, right), the half-open ranges kept of the stitched token grid.
+    shape : rows and columns of tokens after thinning, without the newlines.
     """
 
     grid: Size
-    """Rows and columns of tiles, without the base tile."""
     patches: int
-    """Tokens along one side of a tile."""
     box: tuple[int, int, int, int]
-    """(top, bottom, left, right): the half-open ranges kept of the stitched token grid."""
     shape: Size
-    """Rows and columns of tokens after thinning, without the newlines."""
 
     @property
     def tiles(self) -> int:
@@ -93,9 +93,8 @@ def best_resolutions(heights: ArrayLike, widths: ArrayLike, pinpoints: Sequence[
 
 
 def fitted_size(size: Size, resolution: Size) -> Size:
-    """Size of an image of ``size`` when fitted into ``resolution``, its aspect ratio kept.
-
-    Rounds up, where the token geometry rounds down: the two are different formulas on purpose.
+    """``size`` fitted into ``resolution``, its aspect ratio kept; rounds up, as the reference does,
+    where the token geometry rounds down.
     """
     (high, wide), (room_high, room_wide) = size, resolution
     scale_wide, scale_high = room_wide / wide, room_high / high
@@ -163,9 +162,7 @@ def video_tokens(frames: int, patches: int) -> int:
 
 
 def _whole(lengths: NDArray[np.float64]) -> Integers:
-    """``int(round(length, 7))``: down to a whole number, unless a hair below the next one.
-
-    numpy's round agrees with Python's here: a length is n / side for whole n, so it is either
-    within rounding of a whole number or at least 1 / side away, and no side reaches 10 million.
+    """``int(round(length, 7))``. numpy's round agrees with Python's here: a length is n / side, so
+    it is within rounding of a whole number or 1 / side away, and no side reaches 10 million.
     """
     return np.round(lengths, 7).astype(np.int64)

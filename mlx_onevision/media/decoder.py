@@ -46,8 +46,6 @@ class Limits:
 
 
 class TooManyFramesError(ContextOverflowError):
-    """``wanted`` frames were asked for, which is more than there is room for."""
-
     def __init__(self, wanted: int) -> None:
         super().__init__(f"{wanted} frames are too many")
         self.wanted = wanted
@@ -283,11 +281,12 @@ class _Process:
             fields = ("high", "wide", "stride", "bytes")
             high, wide, stride, size = (int(about[name]) for name in fields)
             a, b, c, d = map(int, about["matrix"])
-        if not 0 < high * wide <= self._limits.pixels or high < 0:
-            self.fail()
-        if not 3 * wide <= stride <= 3 * wide + 4096:
-            self.fail()
-        if not (high - 1) * stride + 3 * wide <= size <= (high + 16) * stride + 4096:
+        if (
+            not 0 < high * wide <= self._limits.pixels
+            or high < 0
+            or not 3 * wide <= stride <= 3 * wide + 4096
+            or not (high - 1) * stride + 3 * wide <= size <= (high + 16) * stride + 4096
+        ):
             self.fail()
         while len(self._buffer) < size:
             self._receive()

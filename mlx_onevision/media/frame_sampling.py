@@ -24,12 +24,12 @@ _INSTANT = 1e-6
 class FrameOptions:
     """What a caller asks of a video's frames.
 
-    num_frames : so many, evenly spread over the video. None, with no ``fps`` either: 32 of a file,
-        or fewer where the model's context holds fewer; all of a list or an array.
+    num_frames : evenly spread over the video. None, with no ``fps`` either: 32 of a file, or fewer
+        where the model's context holds fewer; all of a list or an array.
     fps : so many a second instead.
     start, end : only what is on screen between these seconds.
-    ends : the first frame and the last are among them, by the rule of the original code; where
-        there are fewer frames than wanted, they come more than once, as they do there.
+    ends : the first frame and the last are among them, and some are repeated where there are fewer
+        than wanted, as in the original code.
 
     Raises:
         RequestError: for a number out of range, and for ``fps`` with ``num_frames`` or ``ends``.
@@ -123,10 +123,8 @@ def frames_between(times: Sequence[float], length: float, options: FrameOptions)
 def select_frames(
     times: Sequence[float], length: float, options: FrameOptions, default: int
 ) -> list[int]:
-    """Indices of the frames to decode, rising; at least one. With ``ends`` some may be equal.
-
-    times, length : as in :func:`frames_between`, with at least one frame.
-    default : how many where the options do not say.
+    """Indices of the frames to decode, rising; at least one, and with ``ends`` some may be equal.
+    ``times``, ``length`` : as in :func:`frames_between`, with at least one frame.
     """
     window = frames_between(times, length, options)
     if options.fps is None:

@@ -88,10 +88,9 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
 
 
 def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
-    """The tiles of an image that stands alone in its conversation: uint8 (1 + tiles, S, S, 3).
-
-    The first is the whole image squeezed into one tile. The others are cut, row by row, from the
-    image fitted into the best of the grids and centred on black.
+    """The tiles of an image that stands alone in its conversation, uint8 (1 + tiles, S, S, 3): the
+    whole image squeezed into one tile, and those cut, row by row, from the image fitted into the
+    best of the grids and centred on black.
     """
     tile, size = config.size, (image.shape[0], image.shape[1])
     high, wide = select_best_resolution(size, config.image_grid_pinpoints)

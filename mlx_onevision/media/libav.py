@@ -38,7 +38,7 @@ ATTACHED_PICTURE = 0x400
 
 
 class Refusal(Exception):
-    """A sentence for the caller; ``kind`` says which error it becomes."""
+    """``text`` : for the caller. ``kind`` : of the error that it becomes."""
 
     def __init__(self, text: str, kind: str = "media") -> None:
         super().__init__(text)
@@ -113,7 +113,6 @@ def _send_frames(request: Json, index: Index, command: Json, send: Send) -> None
 
 
 def _send_frame(send: Send, frame: VideoFrame, matrix: list[int], **about: Any) -> None:
-    """``frame`` : in RGB, to be turned by ``matrix``."""
     plane = frame.planes[0]
     size = {"wide": frame.width, "high": frame.height, "stride": plane.line_size}
     about |= {**size, "matrix": matrix, "bytes": plane.buffer_size}

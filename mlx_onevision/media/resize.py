@@ -11,9 +11,8 @@ axis), every sum is exact in any order. The weights' scale, 2**-bits, changes no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,30 +35,31 @@ _VALUES = 1 << 20  # levels held as floats at a time
 _quiet = np.errstate(divide="ignore", over="ignore", invalid="ignore")
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Outputs ``start:stop`` of an axis, made of its inputs ``first:last``."""
+class _Block(NamedTuple):
+    """Outputs ``start:stop`` of an axis, made of its inputs ``first:last``.
+
+    matrix : (outputs, inputs), whole multiples of 2**-bits; float32 if that is exact.
+    """
 
     start: int
     stop: int
     first: int
     last: int
     matrix: NDArray[Any]
-    """(outputs, inputs): weights, whole multiples of 2**-bits. float32 if that is exact."""
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """One pass over levels from which 128 was taken."""
+class _Axis(NamedTuple):
+    """One pass over levels from which 128 was taken.
+
+    offset : (outputs,), what the 128 would have added, and half a level: truncating then rounds.
+    """
 
     blocks: tuple[_Block, ...]
     offset: NDArray[Any]
-    """(outputs,): what the 128 would have added, and half a level, so that truncating rounds."""
     dtype: type[np.float32] | type[np.float64]
 
     @property
     def longest(self) -> int:
-        """The most inputs that a block has."""
         return max(block.last - block.first for block in self.blocks)
 
     @property
@@ -69,8 +69,8 @@ class _Axis:
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """``image`` (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C), or as it is
-    if it has that size already. Antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
+    """``image`` (H, W, C) resized to ``size`` = (height, width): (height, width, C), or itself
+    if it has that size. An antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
     """
     (high, wide), (to_high, to_wide) = image.shape[:2], size
     if min(high, wide, to_high, to_wide) < 1:
@@ -199,8 +199,8 @@ def _axis(size: int, to_size: int) -> _Axis:
 
 
 def _weights(size: int, to_size: int, start: int, stop: int) -> tuple[NDArray[np.int64], Reals]:
-    """(first inputs (outputs,), weights (taps, outputs)) of outputs ``start:stop``, unrounded, and 0
-    past the last input. In torchvision's order of operations, because a last bit can move a weight.
+    """First inputs (outputs,) and weights (taps, outputs) of ``start:stop``, unrounded; 0 past
+    the last input. Torchvision's order of operations, because a last bit can move a weight.
     """
     scale = size / to_size
     stretch = max(scale, 1.0)

@@ -99,7 +99,7 @@ def file_name(file: Any, kind: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """``text`` as a sentence can name it: in quotes, on one line, its middle left out if long."""
+    """``text`` in quotes, on one line, its middle left out if long."""
     if len(text) > 160:
         text = f"{text[:90]}…{text[-60:]}"
     return f"'{text}'" if text.isprintable() else repr(text)

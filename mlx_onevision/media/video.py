@@ -87,12 +87,10 @@ class VideoConfig:
 
 @dataclass(frozen=True, eq=False)
 class VideoFrames:
-    """The frames of a video that the model will see, and which ones they are.
+    """The frames of a video that the model will see; times and length are None without a clock.
 
-    tiles : uint8 (n, S, S, 3).
-    indices : of each in the video. times : the second at which each appears; None without a clock.
-    total : frames in the video. length : seconds; None without a clock.
-    notes : what did not go as asked, a sentence each; also logged.
+    tiles : uint8 (n, S, S, 3). indices : in the video. times : the second at which each appears.
+    total : frames in the video. length : seconds. notes : what did not go as asked; also logged.
     """
 
     tiles: Pixels
@@ -176,14 +174,10 @@ def _from_file(
     if len(places) < wanted:
         lost = f"{wanted - len(places)} of {wanted} chosen frames"
         notes.append(f"{name} is damaged: {lost} cannot be decoded and are left out")
-    return VideoFrames(
-        tiles[: len(places)],
-        tuple(chosen.indices[place] for place in places),
-        tuple(chosen.times[place] for place in places),
-        info.total,
-        info.length,
-        (*notes, *_fewer(name, wanted, options)),
-    )
+    indices = tuple(chosen.indices[place] for place in places)
+    times = tuple(chosen.times[place] for place in places)
+    notes += _fewer(name, wanted, options)
+    return VideoFrames(tiles[: len(places)], indices, times, info.total, info.length, tuple(notes))
 
 
 def _from_frames(
@@ -219,7 +213,6 @@ def _from_frames(
 
 
 def _fewer(name: str, there: int, options: FrameOptions) -> tuple[str, ...]:
-    """The note that there are fewer frames than were asked for, where it is so."""
     asked = options.num_frames
     if asked is None or asked <= there:
         return ()

@@ -90,13 +90,13 @@ class Grammars:
 
 
 class Grammar:
-    """A schema, ready to be followed by any number of answers."""
+    """A compiled schema."""
 
     def __init__(self, start: "LLMatcher") -> None:
         self._start = start
 
     def guide(self, tokens: Sequence[int] = ()) -> "Guide":
-        """For one answer. tokens : its tokens so far, where it goes on from there."""
+        """For one answer, of which ``tokens`` are there already."""
         matcher = self._start.deep_copy()
         matcher.consume_tokens(list(tokens))
         return Guide(matcher)

@@ -126,14 +126,12 @@ class RequestSampler:
         self._accepted: list[int] = []
 
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
-        """See :meth:`Sampling.sampler`."""
         sampler = self._sampling.sampler(drawn)
         return sampler if self._recorder is None else self._recorder.sampler(sampler)
 
     def logits_processors(
         self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
     ) -> list[Callable[[Any, Any], Any]]:
-        """See :meth:`Sampling.logits_processors`."""
         processors = self._sampling.logits_processors(vocab_size, placeholder, before)
         if self._grammar is None:
             return processors

@@ -184,7 +184,7 @@ def test_a_batch_of_one_or_none(model: Model, alone: list[tuple[int, ...]]) -> N
         ({"batch": ["a", "b"], "options": [{}]}, "2 requests, but 1"),
         ({"batch": ["a"], "options": {"seed": 1}}, "list"),
         ({"batch": ["a"], "options": [{"temprature": 1}]}, "'temprature'"),
-        ({"batch": ["a"], "options": [3]}, "row 1"),
+        ({"batch": ["a"], "options": [3]}, "request 1"),
         ({"batch": ["a"], "prompt": "b"}, "not both"),
         ({"batch": ["a"], "messages": ROWS[0]}, "not both"),
         ({"prompt": "a", "options": [{}]}, "options"),
