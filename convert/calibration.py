@@ -1,9 +1,8 @@
 """Calibrated quantization of the language model: mlx-lm's own AWQ and GPTQ, on prompts with images.
 
-Their code is used as it stands. It expects a language model of mlx-lm's making, which this one is
-all but: here are the few differences. Each method quantizes the language model of a
-:class:`~mlx_onevision.network.onevision.OneVision` in place; tower and projector are not touched.
-Unlike other conversions, a calibrated one holds the whole model in memory.
+Their code expects a language model of mlx-lm's; here are the few differences. Each method quantizes
+the language model in place; tower and projector are not touched. Unlike other conversions, a
+calibrated one holds the whole model in memory.
 
 - GPTQ collects the inputs of every matrix, and takes prompts of any length. It is fed float32
   embeddings, because it multiplies activations with each other.
@@ -52,9 +51,7 @@ QUESTIONS = (
 def calibrated(
     conversion: Conversion, method: Method, given: Sequence[Probe] | None = None
 ) -> Conversion:
-    """A planned conversion whose language model is quantized by ``method``.
-
-    given : other conversations to calibrate on.
+    """A planned conversion, its language model quantized by ``method`` and calibrated on ``given``.
 
     Raises:
         RequestError: for a plan that the method cannot follow.
@@ -91,9 +88,7 @@ def calibrated(
 
 
 def calibration_set() -> list[Probe]:
-    """Conversations about drawn images; none of them is among those that a loss is measured on,
-    which would flatter it.
-    """
+    """Conversations about drawn images, none of which a loss is measured on: it would flatter."""
     images = [
         probes.shapes(300, 420),
         probes.landscape(420, 380, seed=21),
@@ -111,10 +106,7 @@ def calibration_set() -> list[Probe]:
 
 
 def calibrate(
-    method: Method,
-    model: OneVision,
-    prompts: Sequence[Sequence[int]],
-    spec: ModuleQuantization,
+    method: Method, model: OneVision, prompts: Sequence[Sequence[int]], spec: ModuleQuantization
 ) -> None:
     """Quantizes the language model in place.
 
@@ -146,15 +138,6 @@ def require_spec(method: str, spec: ModuleQuantization) -> None:
         )
 
 
-def quantized_modules(model: OneVision) -> dict[str, ModuleQuantization]:
-    """The quantization of every quantized module of a model, by its path."""
-    return {
-        path: ModuleQuantization(module.group_size, module.bits, module.mode)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    }
-
-
 def _replaced(part: Part, made: dict[str, mx.array]) -> Part:
     """A part of the language model with the tensors that the method made; any other as it is."""
     if not part.pieces[0].name.startswith(LANGUAGE):
@@ -165,12 +148,12 @@ def _replaced(part: Part, made: dict[str, mx.array]) -> Part:
 
 
 def _embeddings(model: OneVision, ids: Sequence[int]) -> mx.array:
-    """float32 (1, L, D)."""
+    """float32 (1, tokens, width)."""
     return model.embed(mx.array([list(ids)], mx.int32)).astype(mx.float32)
 
 
-def _quantize_tables(model: OneVision, table: ModuleQuantization) -> None:
-    nn.quantize(model, table.group_size, table.bits, class_predicate=lambda path, _: path in TABLES)
+def _quantize_tables(model: OneVision, spec: ModuleQuantization) -> None:
+    nn.quantize(model, spec.group_size, spec.bits, class_predicate=lambda path, _: path in TABLES)
 
 
 class _Layers(nn.Module):
@@ -187,11 +170,7 @@ class _Layers(nn.Module):
             mx.eval(self._forward(embeddings))
 
 
-def _gptq(
-    model: OneVision,
-    prompts: Sequence[Sequence[int]],
-    spec: ModuleQuantization,
-) -> None:
+def _gptq(model: OneVision, prompts: Sequence[Sequence[int]], spec: ModuleQuantization) -> None:
     from mlx_lm.quant.gptq import gptq_quantize
 
     data = [_embeddings(model, ids) for ids in prompts]
@@ -201,9 +180,7 @@ def _gptq(
 
 
 class _Table(nn.Module):
-    """Stands where AWQ expects the embedding: it is quantized with its table, and hands embeddings
-    on.
-    """
+    """Stands where AWQ expects the embedding: quantized with its table, it hands embeddings on."""
 
     def __init__(self, quantize: Callable[[], None]) -> None:
         super().__init__()
@@ -234,9 +211,7 @@ class _MaskedLayer(DecoderLayer):
 
 @contextmanager
 def _masked(model: OneVision) -> Iterator[None]:
-    """The layers as AWQ calls them. Other layers under the same weights would do, too; but AWQ
-    replaces the layers' parts, and has to find the real ones.
-    """
+    """The layers as AWQ calls them: the real ones, because it replaces their parts."""
     language: Any = model.language_model
     for layer in language.layers:
         layer.__class__, layer.self_attn.__class__ = _MaskedLayer, _MaskedAttention
@@ -249,20 +224,17 @@ def _masked(model: OneVision) -> Iterator[None]:
             del layer.self_attn._rotate
 
 
-def _awq(
-    model: OneVision,
-    prompts: Sequence[Sequence[int]],
-    spec: ModuleQuantization,
-) -> None:
+def _awq(model: OneVision, prompts: Sequence[Sequence[int]], spec: ModuleQuantization) -> None:
     from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
 
     if any(window is not None for window in model.language_model._windows):
         raise RequestError("awq cannot calibrate layers that see a window; leave --method out")
     shortest = min(map(len, prompts))
-    inputs = mx.concatenate([_embeddings(model, ids[:shortest]) for ids in prompts])
+    rows = [_embeddings(model, ids[:shortest]) for ids in prompts]
+    inputs = mx.concatenate(rows).astype(model.dtype)
     decoder = nn.Module()  # with the attributes that AWQ uses
     decoder.layers, decoder.model = model.language_model.layers, nn.Module()
     decoder.model.embed_tokens = _Table(lambda: _quantize_tables(model, spec))
-    inputs, config = inputs.astype(model.dtype), AWQ_MODEL_CONFIGS["qwen2"]
+    sizes = {"group_size": spec.group_size, "bits": spec.bits}
     with _masked(model):
-        awq_quantize(decoder, inputs, config, group_size=spec.group_size, bits=spec.bits)
+        awq_quantize(decoder, inputs, AWQ_MODEL_CONFIGS["qwen2"], **sizes)

@@ -10,15 +10,13 @@ from mlx_onevision.convert.hub import Source
 from mlx_onevision.convert.summary import ConversionSummary, size
 
 logger = logging.getLogger("mlx_onevision")
-
 # What of a source's own card holds for the converted model too.
 KEPT = ("license", "license_name", "license_link", "language", "datasets", "extra_gated_prompt")
 TAGS = ("mlx", "mlx-onevision", "llava-onevision")
-
 LONGEST = 1 << 20  # characters of a card that are looked at
 
 LAYOUT = """\
-# {title}
+# {name}
 
 {origin}
 
@@ -28,11 +26,11 @@ LAYOUT = """\
 
 With mlx-onevision:
 
-    mlx-onevision generate --model {folder} --image photo.jpg --prompt "What is this?"
+    mlx-onevision generate --model {name} --image photo.jpg --prompt "What is this?"
 
 or with [mlx-vlm](https://github.com/Blaizzy/mlx-vlm):
 
-    python -m mlx_vlm generate --model {folder} --image photo.jpg --prompt "What is this?"
+    python -m mlx_vlm generate --model {name} --image photo.jpg --prompt "What is this?"
 
 ## What it lost
 
@@ -42,31 +40,21 @@ or with [mlx-vlm](https://github.com/Blaizzy/mlx-vlm):
 
     {command}
 """
-UNMEASURED = "Nothing was lost on purpose: the weights are the source's."
-NOT_MEASURED = "The loss against the source was not measured."
 
 
 def card(source: Source, summary: ConversionSummary, loss: str | None, command: str) -> bytes:
-    """README.md.
-
-    loss : Markdown that says what quantizing cost; None where it was not measured.
-    """
-    if loss is None:
-        loss = NOT_MEASURED if summary.quantized else UNMEASURED
-    body = LAYOUT.format(
-        title=summary.target.name,
-        origin=_origin(source, summary),
-        summary=_table(summary),
-        folder=summary.target.name,
-        loss=loss,
-        command=command,
-    )
+    """README.md. ``loss`` says in Markdown what quantizing cost; None where it was not measured."""
+    if loss is None and summary.quantized:
+        loss = "The loss against the source was not measured."
+    elif loss is None:
+        loss = "Nothing was lost on purpose: the weights are the source's."
+    origin, rows = _origin(source, summary), _table(summary)
+    name = summary.target.name
+    body = LAYOUT.format(name=name, origin=origin, summary=rows, loss=loss, command=command)
     # JSON is YAML, and needs no quoting rules of its own.
-    head = "".join(
-        f"{key}: {json.dumps(value, ensure_ascii=False)}\n"
-        for key, value in _metadata(source, summary).items()
-    )
-    return f"---\n{head}---\n\n{body}".encode()
+    metadata = _metadata(source, summary).items()
+    head = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata]
+    return f"---\n{''.join(head)}---\n\n{body}".encode()
 
 
 def _metadata(source: Source, summary: ConversionSummary) -> dict[str, Any]:
@@ -115,8 +103,7 @@ def _origin(source: Source, summary: ConversionSummary) -> str:
     name = f"`{source.name}`"
     if source.base is not None:
         name = f"[{source.base}](https://huggingface.co/{source.base})"
-    if source.base is not None and source.commit is not None:
-        name += f" at commit `{source.commit}`"
+        name += f" at commit `{source.commit}`" if source.commit is not None else ""
     kind = "quantized" if summary.quantized else "in MLX's layout"
     return f"{name}, {kind} by mlx-onevision {summary.version}."
 

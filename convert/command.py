@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_onevision.cli.options import revision_option
-from mlx_onevision.convert.options import (
-    BITS,
-    Bytes,
-    command_of,
-    compared_recipes,
-    default_target,
-    either,
-    recipe_of,
-    require_usage,
-)
+from mlx_onevision.convert import options
 
 if TYPE_CHECKING:
     from mlx_onevision.checkpoint.recipes import Recipe
@@ -39,7 +30,7 @@ if TYPE_CHECKING:
 )
 @revision_option
 @click.option("-q", "--quantize", is_flag=True, help="Quantize the weights; to 4 bits by default.")
-@click.option("--q-bits", type=click.Choice(BITS), help="Bits of the language model.")
+@click.option("--q-bits", type=click.Choice(options.BITS), help="Bits of the language model.")
 @click.option("--q-group-size", type=click.Choice(["32", "64", "128"]), help="Values a scale.")
 @click.option(
     "--q-mode",
@@ -48,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--quantize-vision",
-    type=click.Choice([*BITS, "none"]),
+    type=click.Choice([*options.BITS, "none"]),
     help="Bits of the projector and the tower. Default: 8 when the language model is quantized.",
 )
 @click.option(
@@ -58,7 +49,10 @@ if TYPE_CHECKING:
     help="mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6; or fit, for the best one that fits.",
 )
 @click.option(
-    "--memory", type=Bytes(binary=True), metavar="SIZE", help="For fit: the memory of the Mac."
+    "--memory",
+    type=options.Bytes(binary=True),
+    metavar="SIZE",
+    help="For fit: the memory of the Mac.",
 )
 @click.option(
     "--context",
@@ -86,7 +80,7 @@ if TYPE_CHECKING:
 @click.option("-d", "--dequantize", is_flag=True, help="Dequantize what is quantized.")
 @click.option(
     "--shard-size",
-    type=Bytes(),
+    type=options.Bytes(),
     default=5 << 30,
     metavar="SIZE",
     help="The most that one file holds. Default: 5 GiB.",
@@ -146,11 +140,11 @@ def convert(
     """
     if hf_path and model and folder is None:  # then the one argument is the folder
         model, folder = None, Path(model)
-    model = either(model, hf_path, "MODEL", "--model")
-    target = either(folder, mlx_path, "FOLDER", "--mlx-path")
+    model = options.either(model, hf_path, "MODEL", "--model")
+    target = options.either(folder, mlx_path, "FOLDER", "--mlx-path")
     if model is None:
         raise click.UsageError("Say which MODEL to convert")
-    require_usage(click.get_current_context().params | {"folder": target})
+    options.require_usage(click.get_current_context().params | {"folder": target})
 
     from mlx_onevision.convert import conversion, fit, hub
     from mlx_onevision.convert.plot import require_plot
@@ -160,30 +154,28 @@ def convert(
     if plot:
         require_plot(plot)
     if compare:
-        compared = compared_recipes(
-            compare, quantization["q_group_size"], quantization["quantize_vision"]
-        )
+        group_size, vision = quantization["q_group_size"], quantization["quantize_vision"]
+        compared = options.compared_recipes(compare, group_size, vision)
         _compare(hub.find(model, revision), compared, dtype, plot, as_json)
         return
     fitting = quantization["recipe"] == "fit"
-    recipe = None if fitting else recipe_of(**quantization)
+    recipe = None if fitting else options.recipe_of(**quantization)
     if target is None and not fitting:
-        target = default_target(model, recipe, dequantize, dtype)
+        target = options.default_target(model, recipe, dequantize, dtype)
     if target is not None and not dry_run:
         require_target(target, overwrite)
-    loss = warning = why = None
+    loss = warning = why = uploaded = None
     with ExitStack() as stack:
         if dry_run:
             source = stack.enter_context(hub.outline(model, revision))
         else:
             source = hub.find(model, revision)
         if fitting:
-            fitted = fit.choose(
-                source.folder, quantization["memory"], quantization["context"], dtype
-            )
+            memory, context = quantization["memory"], quantization["context"]
+            fitted = fit.choose(source.folder, memory, context, dtype)
             recipe, why = fitted.recipe, fitted.why
         if target is None:
-            target = default_target(model, recipe, dequantize, dtype)
+            target = options.default_target(model, recipe, dequantize, dtype)
         planned = conversion.prepare(
             source, target, recipe, dtype, dequantize, shard_size, overwrite or dry_run
         )
@@ -191,7 +183,7 @@ def convert(
         if why:
             click.echo(why, err=True)
         if not dry_run:
-            command = command_of(model, target)
+            command = options.command_of(model, target)
             if quantization["method"]:
                 from mlx_onevision.convert.calibration import calibrated
 
@@ -204,7 +196,6 @@ def convert(
         from mlx_onevision.convert.plot import plot as draw
 
         draw(loss, plot)
-    uploaded = None
     if upload_repo and not dry_run:
         uploaded = hub.upload(summary.target, upload_repo, private=private, create_pr=create_pr)
     if as_json:
@@ -224,7 +215,6 @@ def convert(
 def _write(
     planned: Conversion, verify: bool | None, overwrite: bool, command: str
 ) -> tuple[ConversionSummary, Loss | None, str | None]:
-    """What was written, what it lost, and what to warn of."""
     from mlx_onevision.convert import conversion
     from mlx_onevision.convert import verify as verification
 
@@ -259,33 +249,28 @@ def _compare(
 
 
 def report(summary: ConversionSummary, planned: bool = False) -> str:
-    """What a person reads in the end, or with ``--dry-run`` instead of it."""
     from mlx_onevision.convert.summary import size
 
     count = "1 file" if summary.shards == 1 else f"{summary.shards} files"
+    weights = f"{size(summary.nbytes)} in {count}"
     rows = [
         ("source", summary.source + (f" at {summary.revision}" if summary.revision else "")),
         ("download", size(summary.download)) if planned else ("", ""),
         ("to write" if planned else "folder", str(summary.target)),
-        (
-            "weights",
-            f"{size(summary.nbytes)} in {count}, {summary.bits_per_weight:.2f} bits a weight",
-        ),
+        ("weights", f"{weights}, {summary.bits_per_weight:.2f} bits a weight"),
         ("recipe", summary.recipe + (f", the rest {summary.dtype}" if summary.quantized else "")),
         *(("", f"{number} matrices with {spec}") for spec, number in summary.quantized.items()),
     ]
     if summary.padded:
         rows.append(("", f"the tower's MLPs padded with zeros to a width of {summary.padded}"))
     if summary.skipped:
-        rows.append(
-            ("", f"{len(summary.skipped)} matrices not quantized, whose width has no whole groups")
-        )
+        skipped = f"{len(summary.skipped)} matrices not quantized"
+        rows.append(("", f"{skipped}, whose width has no whole groups"))
     return "\n".join(f"{name:<10} {text}".rstrip() for name, text in rows if text)
 
 
 @contextmanager
 def _progress(name: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, once it takes longer than a moment."""
     from tqdm import tqdm
 
     scale = unit == "B"

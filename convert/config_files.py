@@ -12,14 +12,12 @@ from mlx_onevision.checkpoint.plan import ConversionPlan
 from mlx_onevision.config import original_layout
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
-from mlx_onevision.config.quantization import Quantization
 from mlx_onevision.convert.hub import Source
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.files import read_json
 from mlx_onevision.prompt.chat_template import ChatTemplate
 
-LICENSES = "LICENSE*"
-MOST = 100_000_000  # bytes of one of them
+MOST = 100_000_000  # bytes of one file
 
 TEXT_FIELDS = """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -31,15 +29,17 @@ DROPPED = ("_name_or_path", "torch_dtype", "quantization", "quantization_config"
 def config_json(
     opened: OpenedCheckpoint, plan: ConversionPlan, source: Source, version: str, recipe: str
 ) -> bytes:
-    """The config.json of what ``plan`` makes.
+    """The config.json of what ``plan`` makes, in the Hub's layout.
 
-    Defaults are written out, because other readers have other ones, under the keys of the Hub's
-    layout. The source's own keys are kept where they say nothing else.
+    Defaults are written out, because other readers have other ones; the source's further keys stay.
 
     Raises:
         CheckpointError: when it would not be read back as the model that was made.
     """
     values = dict(opened.values)
+    # A folder's path is nobody's business, its name may be.
+    origin = {"version": version, "recipe": recipe, "base_model": source.base}
+    origin |= {"revision": source.commit}
     if original_layout.is_original(values):
         values = original_layout.to_hub(values)
         values["architectures"] = ["LlavaOnevisionForConditionalGeneration"]
@@ -65,30 +65,25 @@ def config_json(
         "vision_aspect_ratio": config.vision_aspect_ratio,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": plan.dtype,
-        "mlx_onevision": _origin(source, version, recipe),
+        "mlx_onevision": {key: value for key, value in origin.items() if value is not None},
     }
     values["text_config"].pop("dtype", None)
     values.pop("dtype", None)
     if config.quantization is not None:
-        values["quantization"] = quantization_json(config.quantization)
-        values["quantization_config"] = values["quantization"]
+        # As MLX converters write it: a default, and the modules that differ from it.
+        quantization = dataclasses.asdict(config.quantization.default) | {
+            name: False if spec is None else dataclasses.asdict(spec)
+            for name, spec in sorted(config.quantization.modules.items())
+        }
+        values |= {"quantization": quantization, "quantization_config": quantization}
     written = json.loads(json.dumps(values, allow_nan=False))
     if OneVisionConfig.from_dict(written) != config:
         raise CheckpointError("config.json has settings that the converted one would lose")
-    return (json.dumps(dict(sorted(values.items())), indent=2) + "\n").encode()
+    return _json(dict(sorted(values.items())))
 
 
 def _kept(values: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (values or {}).items() if key not in DROPPED}
-
-
-def quantization_json(quantization: Quantization) -> dict[str, Any]:
-    """The entry as MLX converters write it: a default, and the modules that differ from it."""
-
-    return dataclasses.asdict(quantization.default) | {
-        name: False if spec is None else dataclasses.asdict(spec)
-        for name, spec in sorted(quantization.modules.items())
-    }
 
 
 def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
@@ -98,23 +93,33 @@ def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
         CheckpointError: for one that cannot be read.
     """
     folder, config = opened.folder, opened.config
-    licenses = sorted(path.name for path in folder.glob(LICENSES))
+    licenses = sorted(path.name for path in folder.glob("LICENSE*"))
     files = {name: _read(folder / name) for name in (*SIDECARS, *licenses)}
     found = {name: data for name, data in files.items() if data is not None}
     if "chat_template.json" not in found and "chat_template.jinja" not in found:
         found["chat_template.jinja"] = ChatTemplate.from_folder(folder).source.encode()
     if "preprocessor_config.json" not in found:
         image = ImageConfig.from_dict(None, config)
+        pixels = {
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": list(image.image_mean),
+            "image_std": list(image.image_std),
+            "processor_class": "LlavaOnevisionProcessor",
+            "resample": 3,
+            "rescale_factor": image.rescale_factor,
+            "size": {"height": image.size, "width": image.size},
+        }
         tiles = {
             "do_pad": True,
             "image_grid_pinpoints": [list(pair) for pair in image.image_grid_pinpoints],
             "image_processor_type": "LlavaOnevisionImageProcessor",
         }
-        found["preprocessor_config.json"] = _json(_pixels(image) | tiles)
-        found.setdefault(
-            "video_preprocessor_config.json",
-            _json(_pixels(image) | {"video_processor_type": "LlavaOnevisionVideoProcessor"}),
-        )
+        frames = {"video_processor_type": "LlavaOnevisionVideoProcessor"}
+        found["preprocessor_config.json"] = _json(pixels | tiles)
+        found.setdefault("video_preprocessor_config.json", _json(pixels | frames))
     if "processor_config.json" not in found:
         found["processor_config.json"] = _json(
             {
@@ -131,15 +136,9 @@ def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
     return found
 
 
-def _origin(source: Source, version: str, recipe: str) -> dict[str, Any]:
-    """Where the model came from; a folder's path is nobody's business, its name may be."""
-    given = {"version": version, "recipe": recipe, "base_model": source.base}
-    return {k: v for k, v in (given | {"revision": source.commit}).items() if v is not None}
-
-
 def _with_placeholders(tokenizer: bytes, folder: Path, config: OneVisionConfig) -> bytes:
-    """The tokenizer with a token for images and one for videos. The original checkpoints' have
-    none; this package does not need them, other programs look the placeholders up.
+    """The tokenizer with the placeholders of images and videos, which original checkpoints lack
+    and other programs look up.
     """
     from tokenizers import Tokenizer
 
@@ -161,21 +160,6 @@ def _with_placeholders(tokenizer: bytes, folder: Path, config: OneVisionConfig) 
     made = Tokenizer.from_str(text)  # which counts on from the last token, whatever the id
     right = all(made.token_to_id(token) == index for token, index in wanted.items())
     return text.encode() if lacking and right else tokenizer
-
-
-def _pixels(image: ImageConfig) -> dict[str, Any]:
-    return {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(image.image_mean),
-        "image_std": list(image.image_std),
-        "processor_class": "LlavaOnevisionProcessor",
-        "resample": 3,
-        "rescale_factor": image.rescale_factor,
-        "size": {"height": image.size, "width": image.size},
-    }
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from mlx_onevision.checkpoint.plan import (
     ConversionPlan,
     LazyTensorFiles,
     OutputTensor,
+    TensorTransform,
     make_plan,
 )
 from mlx_onevision.checkpoint.recipes import Recipe
-from mlx_onevision.checkpoint.tensors import INDEX, NORM, written_name
+from mlx_onevision.checkpoint.tensors import INDEX, NORM, Tensor, written_name
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.convert.card import card
 from mlx_onevision.convert.config_files import config_json, processor_files
@@ -41,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is planned and not begun; see :func:`prepare`."""
+    """A conversion that :func:`prepare` has planned."""
 
     source: Source
     target: Path
@@ -68,15 +70,14 @@ def convert(
     """Converts a model into a folder, which afterwards is whole and checked, or as it was.
 
     model, revision : as for ``load``.
-    recipe : see :mod:`mlx_onevision.checkpoint.recipes`; None quantizes nothing.
-    dtype : ``float16``, ``bfloat16`` or ``float32`` for all that is not quantized; None keeps the
-        source's.
+    recipe : None quantizes nothing.
+    dtype : ``float16``, ``bfloat16`` or ``float32`` for what is not quantized; None: the source's.
     dequantize : dequantizes what is quantized in the source.
     shard_bytes : of tensors in one file, at most.
     overwrite : replace a model that is at ``target``, once the new one has been checked.
     progress : called with how many bytes have been written and read back, and of how many.
-    measure : called with the source's folder and the new one, whose weights can be loaded by then;
-        the Markdown that it returns goes into the model card, as what was lost.
+    measure : called with the source's folder and the new one, which can be loaded by then; returns
+        Markdown for the model card.
     command : what to name in the model card; None for the call of this function.
 
     Raises:
@@ -129,23 +130,20 @@ def write(
     measure: Measure | None = None,
     command: str | None = None,
 ) -> ConversionSummary:
-    """Does what :func:`prepare` planned.
-
-    Raises:
-        StorageError: when the system does not write; nothing has been changed then.
+    """Does what :func:`prepare` planned. Raises StorageError when the system does not write;
+    nothing has been changed then.
     """
     source, opened, plan = conversion.source, conversion.opened, conversion.plan
-    summary = conversion.summary
+    shards, summary = conversion.shards, conversion.summary
     begun = time.monotonic()
     Processor.from_folder(source.folder, opened.config)  # before weights are written for nothing
     side = {
-        INDEX: index(conversion.shards, summary.values),
+        INDEX: index(shards, summary.values),
         **processor_files(opened),
         # Last of what a loader needs: a folder without it is no model's.
         "config.json": config_json(opened, plan, source, summary.version, summary.recipe),
     }
-    nbytes = sum(shard.nbytes for shard in conversion.shards)
-    nbytes += sum(map(len, side.values()))
+    nbytes = sum(shard.nbytes for shard in shards) + sum(map(len, side.values()))
     done = 0
 
     def count(more: int) -> None:
@@ -157,7 +155,7 @@ def write(
     with Staging(conversion.target, overwrite) as staging:
         folder = staging.path
         require_space(folder.parent, nbytes + MARGIN)
-        for shard in conversion.shards:
+        for shard in shards:
             files[shard.name] = write_shard(folder, shard, count)
         for name, content in side.items():
             files[name] = _write(folder / name, content, count)
@@ -173,14 +171,8 @@ def write(
     return dataclasses.replace(summary, files=sizes, seconds=time.monotonic() - begun)
 
 
-def check(
-    folder: Path, config: OneVisionConfig, progress: Callable[[int], None] = lambda _: None
-) -> None:
-    """Reads a new folder back: every byte is what was written, and it is the model that was meant.
-
-    Raises:
-        CheckpointError: if it is not.
-    """
+def check(folder: Path, config: OneVisionConfig, progress: Callable[[int], None]) -> None:
+    """Raises CheckpointError unless a new folder's bytes and configuration are those planned."""
     manifest.check(folder, hashes=True, progress=progress)
     if open_checkpoint(folder).config != config:
         raise CheckpointError("what was written is not the model that was planned")
@@ -197,28 +189,27 @@ def _write(
 def _parts(opened: OpenedCheckpoint, plan: ConversionPlan) -> list[Part]:
     """All tensors of the new model, in the order of the source's."""
     files = LazyTensorFiles()
-    parts = []
-    for step in plan.transforms:
 
-        def make(step=step) -> list[mx.array]:  # noqa: ANN001
-            return [array for _, array in step.run(files.take)]
+    def make(step: TensorTransform) -> list[mx.array]:
+        return [array for _, array in step.run(files.take)]
 
-        parts.append(Part(step.outputs, make))
+    parts = [Part(step.outputs, partial(make, step)) for step in plan.transforms]
     width = opened.config.vision_config.hidden_size
+
+    def norm(tensor: Tensor | None, fill: Callable[..., mx.array]) -> list[mx.array]:
+        array = fill((width,)) if tensor is None else files.take(tensor)
+        return [array.astype(getattr(mx, plan.dtype))]
+
     for name, fill in zip(NORM, (mx.ones, mx.zeros), strict=True):
         # Never used, but other programs will not load a tower without it.
         tensor = opened.unused.get(name)
-
-        def norm(tensor=tensor, fill=fill) -> list[mx.array]:  # noqa: ANN001
-            array = fill((width,)) if tensor is None else files.take(tensor)
-            return [array.astype(getattr(mx, plan.dtype))]
-
         if tensor is not None and tensor.shape != (width,):
             raise CheckpointError(
                 f"{tensor.source} in {tensor.file.name} has the shape {list(tensor.shape)}; "
                 f"config.json asks for {[width]}"
             )
-        parts.append(Part((OutputTensor(name, CODES[plan.dtype], (width,)),), norm))
+        output = OutputTensor(name, CODES[plan.dtype], (width,))
+        parts.append(Part((output,), partial(norm, tensor, fill)))
     return parts
 
 

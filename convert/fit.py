@@ -18,8 +18,7 @@ from mlx_onevision.errors import RequestError
 from mlx_onevision.media.anyres import plan_packing
 from mlx_onevision.network.memory_budget import scratch_bytes
 
-# The prompt that sizes are stated for: one image of 3 x 3 tiles (and the base tile), the words
-# around it, and an answer. 1152 x 1152 pixels in tiles of 384.
+# Sizes are stated for a prompt of one image of 3 x 3 tiles (and the base tile) and some words.
 TILES = 3
 WORDS = 80
 ANSWER_TOKENS = 256
@@ -37,8 +36,6 @@ LARGE = 36 << 30
 class Footprint:
     """Bytes at the peak of answering a prompt of ``tokens`` tokens, its answer included.
 
-    weights : of the whole model.
-    cache : keys and values of every token.
     features : of the image, once as tiles and once as placed into the prompt.
     scratch : the intermediate values that the memory budget allows.
     """
@@ -81,8 +78,7 @@ def footprint(
     """What a model with ``weights`` bytes of weights needs.
 
     tokens : of the prompt and its answer; None: one 10-tile image, some words, and an answer.
-    working_set : bytes that the device should use at most, of which the memory budget takes a
-        share; None: the machine is no larger than it has to be, and the budget the smallest.
+    working_set : bytes that the device should use at most; None: the smallest memory budget.
     itemsize : bytes a value, of the type that the model computes in.
     """
     text = config.text_config
@@ -107,28 +103,13 @@ class Fit:
 
 
 def candidates() -> list[Recipe | None]:
-    """From the best to the worst, each smaller than the one before it.
-
-    The order is that of the measured loss; the README has the numbers.
-    """
-    return [
-        None,
-        uniform(8),
-        uniform(6),
-        uniform(5),
-        mixed("mixed_4_6"),
-        uniform(4),
-        mixed("mixed_3_6"),
-        mixed("mixed_3_4"),
-        uniform(3),
-        mixed("mixed_2_6"),
-    ]
+    """From the least measured loss to the most, each smaller than the one before it."""
+    names = (8, 6, 5, "mixed_4_6", 4, "mixed_3_6", "mixed_3_4", 3, "mixed_2_6")
+    return [None, *(mixed(name) if isinstance(name, str) else uniform(name) for name in names)]
 
 
 def usable_bytes(memory: int) -> int:
-    """What a GPU should use of so much unified memory: two thirds, or of a large one three
-    quarters.
-    """
+    """What a GPU should use of so much unified memory."""
     return memory * 3 // 4 if memory >= LARGE else memory * 2 // 3
 
 

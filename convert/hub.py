@@ -26,8 +26,7 @@ class Source:
     """A checkpoint to convert.
 
     name : the Hub's id of it, or the folder's own name.
-    base : the Hub's id of the model that it is, if that is known.
-    commit : of the Hub's repository ``base``, if that is known.
+    base, commit : the Hub's id and commit of the model that it is, if they are known.
     download : bytes that are not on this machine yet.
     """
 
@@ -39,11 +38,7 @@ class Source:
 
 
 def find(model: str | Path, revision: str | None = None) -> Source:
-    """A model's folder, downloaded if need be.
-
-    Raises:
-        ModelNotFoundError: if there is none, or it cannot be reached.
-    """
+    """A model's folder, downloaded if need be. Raises ModelNotFoundError as ``resolve`` does."""
     folder = resolve(model, revision)
     name, commit = identify(folder)
     if folder.parent.name == "snapshots" and COMMIT.fullmatch(commit):
@@ -59,11 +54,8 @@ def find(model: str | Path, revision: str | None = None) -> Source:
 
 @contextmanager
 def outline(model: str | Path, revision: str | None = None) -> Iterator[Source]:
-    """A model without downloading it: weight files that are not here yet stand in as their headers
-    alone, with holes where the weights will be.
-
-    Raises:
-        ModelNotFoundError: if there is none, or it cannot be reached.
+    """A model without downloading it: weight files that are not here yet are headers and holes.
+    Raises ModelNotFoundError if there is none, or it cannot be reached.
     """
     repository = hub.repository_of(model)
     if repository is None:
@@ -112,10 +104,8 @@ def _outline(repository: str, revision: str | None, folder: Path) -> Source | No
 
 def _write_outline(path: Path, tensors: Mapping[str, Any]) -> None:
     """A safetensors file of these tensors that takes no room: its data are a hole."""
-    entries = {
-        name: {key: getattr(tensor, key) for key in ("dtype", "shape", "data_offsets")}
-        for name, tensor in tensors.items()
-    }
+    keys = ("dtype", "shape", "data_offsets")
+    entries = {name: {key: getattr(t, key) for key in keys} for name, t in tensors.items()}
     text = json.dumps(entries).encode()
     end = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     with path.open("wb") as file:
@@ -124,10 +114,8 @@ def _write_outline(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, create_pr: bool = False) -> str:
-    """Uploads a folder into a repository, which is made if there is none, in one commit: at no
-    moment is half a model there. Weight files of another model that the repository had are removed.
-
-    Returns the commit's address, or the pull request's.
+    """Uploads a folder into a repository, made if there is none, in one commit that also removes
+    weight files of another model. Returns the address of the commit, or of the pull request.
 
     Raises:
         OneVisionError: when the Hub does not take it; the folder stays.
@@ -144,15 +132,10 @@ def upload(folder: Path, repository: str, *, private: bool = False, create_pr: b
         api.create_repo(repository, private=private, exist_ok=True)
         there = api.list_repo_files(repository)
         stale = [n for n in there if n.endswith(".safetensors") and "/" not in n and n not in ours]
-        done = api.create_commit(
-            repository,
-            [
-                *(CommitOperationAdd(name, folder / name) for name in ours),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message="Upload a model converted by mlx-onevision",
-            create_pr=create_pr,
-        )
+        added = [CommitOperationAdd(name, folder / name) for name in ours]
+        changes = [*added, *map(CommitOperationDelete, stale)]
+        message = "Upload a model converted by mlx-onevision"
+        done = api.create_commit(repository, changes, commit_message=message, create_pr=create_pr)
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
@@ -168,5 +151,4 @@ def upload(folder: Path, repository: str, *, private: bool = False, create_pr: b
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether a name is one that the files of a model have."""
     return any(fnmatchcase(path.name, pattern) for pattern in FILES)

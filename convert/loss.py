@@ -1,9 +1,8 @@
 """The measured loss: how far a converted model's answers are from those of its source.
 
-Both folders are read as anyone's are, one after the other: first the source goes through the probes
-and answers them, then the result reads the same words, those answers included. Compared are the
-distributions over the next token at every position of text, in nats; what the tower sees; and the
-hidden states after every layer. Everything runs on the calling thread.
+First the source goes through the probes and answers them, then the result reads the same tokens,
+those answers included. Compared are the distributions over the next token at every position of
+text, in nats; the tower's features; and the hidden states after every layer.
 """
 
 import dataclasses
@@ -18,22 +17,11 @@ import numpy as np
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.tensors import read_weights
 from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.convert import metrics
 from mlx_onevision.convert.fit import footprint
-from mlx_onevision.convert.metrics import (
-    Divergence,
-    DivergenceStats,
-    LayerLoss,
-    Loss,
-    Numbers,
-    diverge,
-)
+from mlx_onevision.convert.metrics import Divergence, DivergenceStats, LayerLoss, Loss
 from mlx_onevision.convert.probes import VERSION, Probe, probes
-from mlx_onevision.convert.recording import (
-    Prompt,
-    Recording,
-    compared_positions,
-    record,
-)
+from mlx_onevision.convert.recording import Prompt, Recording, compared_positions, record
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.processor import Inputs, Processor
 
@@ -58,12 +46,10 @@ def measure(
 class Reference:
     """A source, against which any number of results are measured.
 
-    One model is in memory at a time; of the source, which answers once, its head stays for the
-    comparison.
+    One model is in memory at a time; of the source, which answers once, only its head stays.
 
-    dtype : the type that both models compute in. In float32 only what was done to the weights
-        counts. None is each folder's own: for a model that is too large otherwise; the rounding of
-        half precision then counts, too, which is more than all that 8 bits lose.
+    dtype : the type that both models compute in; None is each folder's own, whose rounding then
+        counts, too: in half precision more than all that 8 bits lose.
     probe_set : other probes than the fixed ones; the result then compares with nothing else.
     """
 
@@ -82,9 +68,7 @@ class Reference:
         self._recording: Recording | None = None
 
     def measure(self, result: Path, progress: Progress = lambda done, total: None) -> Loss:
-        """What ``result`` has lost.
-
-        progress : called with how many steps are done, and of how many.
+        """What ``result`` has lost; ``progress`` gets how many steps are done, and of how many.
 
         Raises:
             RequestError: for folders of two different networks.
@@ -126,7 +110,6 @@ class Reference:
 def _require_same_network(
     source: Path, config: OneVisionConfig, result: Path, other: OneVisionConfig
 ) -> None:
-    """Everything that is compared has to have the same shape in both."""
     for name, path in (
         ("vocabularies", "text_config.vocab_size"),
         ("widths", "text_config.hidden_size"),
@@ -170,8 +153,7 @@ def _require_same_prompts(
 def _compare(
     prompt: Prompt, config: OneVisionConfig, before: Recording, after: Recording, number: int
 ) -> Divergence:
-    """Both heads on both hidden states, so many positions at a time that the logits stay small."""
-    assert before.head is not None and after.head is not None
+    """Applies both heads, to so many positions at a time that the logits stay small."""
     placeholders = (config.image_token_index, config.video_token_index)
     positions = compared_positions(prompt.ids, placeholders)
     following = prompt.ids[positions + 1]
@@ -181,7 +163,7 @@ def _compare(
         chosen = slice(start, start + rows)
         source = np.array(before.head(before.hidden[number][chosen]).astype(mx.float32))
         result = np.array(after.head(after.hidden[number][chosen]).astype(mx.float32))
-        pieces.append(diverge(source, result, following[chosen]))
+        pieces.append(metrics.diverge(source, result, following[chosen]))
     names = [field.name for field in dataclasses.fields(Divergence)]
     return Divergence(*(np.concatenate([getattr(p, name) for p in pieces]) for name in names))
 
@@ -199,7 +181,10 @@ def _loss(
     texts = [d for prompt, d in pairs if prompt.is_text]
     conversations = [d for prompt, d in pairs if not prompt.is_text]
     cosine = _cosines(before, after)
-    weights, source_weights = _weights_bytes(result), _weights_bytes(source)
+    source_weights, weights = (
+        sum(tensor.stop - tensor.start for tensor in read_weights(folder).values())
+        for folder in (source, result)
+    )
     itemsize = 4 if config.dtype == "float32" else 2  # as it is used, not as it was measured
     return Loss(
         source=str(source),
@@ -230,11 +215,11 @@ def _stats(name: str, divergences: Sequence[Divergence]) -> DivergenceStats:
     return DivergenceStats(name, len(kl), *map(float, spread))
 
 
-def _perplexity(losses: Sequence[Numbers]) -> float | None:
+def _perplexity(losses: Sequence[metrics.Numbers]) -> float | None:
     return float(np.exp(np.concatenate(losses).mean())) if losses else None
 
 
-def _cosines(before: Recording, after: Recording) -> Numbers:
+def _cosines(before: Recording, after: Recording) -> metrics.Numbers:
     """One for each patch of each tile; exactly 1 where the features are equal."""
     found = []
     for one, other in zip(before.features, after.features, strict=True):
@@ -258,7 +243,3 @@ def _layers(before: Recording, after: Recording) -> tuple[LayerLoss, ...]:
     order = ("tower", "projector", "language")
     layers.sort(key=lambda layer: (order.index(layer[0]), layer[1]))
     return tuple(LayerLoss(*layer) for layer in layers)
-
-
-def _weights_bytes(folder: Path) -> int:
-    return sum(tensor.stop - tensor.start for tensor in read_weights(folder).values())

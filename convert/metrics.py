@@ -15,11 +15,9 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Divergence:
-    """One entry for each position.
-
-    kl : Kullback-Leibler divergence of the result's distribution from the source's, in nats.
-    same : whether both have the same likeliest token.
-    source_loss, result_loss : minus the logarithm of the probability of the token that follows.
+    """For each position the Kullback-Leibler divergence of the result's distribution from the
+    source's, in nats; whether both have the same likeliest token; and both negative log-likelihoods
+    of the token that follows.
     """
 
     kl: Numbers
@@ -39,7 +37,6 @@ def diverge(source: Logits, result: Logits, following: NDArray[np.integer]) -> D
 
 
 def _log_softmax(logits: Logits) -> Numbers:
-    """Over the last axis. The largest entry is taken off first, so that nothing overflows."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -52,9 +49,7 @@ Part = Literal["tower", "projector", "language"]
 class LayerLoss:
     """``error`` is the mean over sampled rows of |result - source| / |source|, Euclidean.
 
-    Errors accumulate: the result's layer is fed what the result's layers below it gave, as when it
-    answers. So a layer's own share is the rise over the one before it, and the last one's error is
-    what reaches the head.
+    Errors accumulate: a layer's own share is the rise over the one before it.
     """
 
     part: Part
@@ -64,11 +59,8 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class DivergenceStats:
-    """How far the distributions over the next token are apart, at some of the positions.
-
-    kl_mean, kl_p99, kl_max : Kullback-Leibler divergence of the result's distribution from the
-        source's, nats a position: the mean, the 99th percentile and the largest.
-    top1_agreement : share of positions at which both have the same likeliest token, 0 to 1.
+    """Mean, 99th percentile and maximum of the KL divergence over some positions, in nats, and the
+    share of positions (0 to 1) at which both models have the same likeliest token.
     """
 
     name: str
@@ -83,17 +75,14 @@ class DivergenceStats:
 class Loss:
     """What was lost between two folders.
 
-    all, conversations, texts : over every position, over those of the probes that are answered,
-        and over those of texts that are only read. Rows of media are not among the positions: what
-        they predict is neither trained nor read.
-    probes : the same for each probe.
+    all, conversations, texts, probes : over every position, those of the probes that are answered,
+        those of texts that are only read, and those of each probe; never over rows of media.
     tower_cosine_mean, tower_cosine_min : cosine between the features that the tower gives for the
         same patch; None without media.
     source_perplexity, result_perplexity : on the texts; None without any.
     bits_per_weight : of the result, scales and padding included, for each number of the source.
     weights_bytes : of the result's tensors; ``source_weights_bytes`` of the source's.
-    disk_bytes : of all files in the result's folder when it was measured: of a new one, without its
-        model card and its manifest, which come afterwards.
+    disk_bytes : of all files in the result's folder; a new one has no card and manifest yet.
     memory : an estimate of the memory in use while the result answers about one 10-tile image.
     version : of the set of probes; losses of two versions do not compare.
     """
@@ -119,7 +108,6 @@ class Loss:
 
     @property
     def perplexity_ratio(self) -> float | None:
-        """The result's perplexity over the source's; 1 is no loss."""
         result, source = self.result_perplexity, self.source_perplexity
         return None if result is None or source is None else result / source
 

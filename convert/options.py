@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,7 @@ BITS = ("2", "3", "4", "5", "6", "8")
 
 
 class Bytes(click.ParamType):
-    """A number of bytes: ``5GB``, ``512MiB``, ``1000``.
-
-    binary : GB means GiB, as it does of a computer's memory and not of a disk.
-    """
+    """``5GB``, ``512MiB``, ``1000``; where ``binary``, GB means GiB, as of a computer's memory."""
 
     name = "size"
 
@@ -63,8 +61,6 @@ def recipe_of(
     **_: Any,
 ) -> Recipe | None:
     """The recipe that the options ask for; None where they ask for none."""
-    from dataclasses import replace
-
     from mlx_onevision.checkpoint import recipes
 
     vision = None if quantize_vision in (None, "none") else int(quantize_vision or 0)
@@ -83,24 +79,20 @@ def recipe_of(
     if quantize or q_bits or q_group_size or q_mode or method:
         bits = int(q_bits) if q_bits else None
         made = recipes.uniform(bits, group, q_mode or "affine", default)
-        return made if method is None else _calibrated(made, method)
+        if method is None:
+            return made
+        from mlx_onevision.convert.calibration import require_spec
+
+        assert made.language is not None
+        require_spec(method, made.language)
+        return replace(made, name=f"{method}-{made.name}")
     if vision is not None:
         return recipes.Recipe(f"vision-{vision}-bit", None, recipes.vision_spec(vision))
     return None
 
 
-def _calibrated(recipe: Recipe, method: str) -> Recipe:
-    from dataclasses import replace
-
-    from mlx_onevision.convert.calibration import require_spec
-
-    assert recipe.language is not None
-    require_spec(method, recipe.language)
-    return replace(recipe, name=f"{method}-{recipe.name}")
-
-
 def require_usage(options: dict[str, Any]) -> None:
-    """Refuses options that contradict each other, or need another one."""
+    """Raises UsageError for options that contradict each other, or need another one."""
     if reason := next(_refusals(SimpleNamespace(**options)), None):
         raise click.UsageError(reason)
 
@@ -155,20 +147,15 @@ def default_target(model: str, recipe: Recipe | None, dequantize: bool, dtype: s
 
 def command_of(model: str, target: Path) -> str:
     """What was typed, for the model card, without anybody's folders."""
-    words = sys.argv[1:] if "convert" in sys.argv[1:2] else ["convert", model, target.name]
-    return shlex.join(["mlx-onevision", *(Path(w).name if _is_path(w) else w for w in words)])
-
-
-def _is_path(word: str) -> bool:
-    return word.startswith(("/", "~", ".")) or Path(word).exists()
+    words = ["mlx-onevision"]
+    for word in sys.argv[1:] if "convert" in sys.argv[1:2] else ["convert", model, target.name]:
+        is_path = word.startswith(("/", "~", ".")) or Path(word).exists()
+        words.append(Path(word).name if is_path else word)
+    return shlex.join(words)
 
 
 def compared_recipes(names: str, group_size: str | None, vision: str | None) -> list[Recipe]:
-    """The recipes of ``--compare``: bits of the language model, or names, between commas.
-
-    Raises:
-        RequestError: for a name that no recipe has.
-    """
+    """The recipes of ``--compare``: bits of the language model, or names, between commas."""
     from mlx_onevision.checkpoint.recipes import MIXED
 
     found = {}

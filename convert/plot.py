@@ -15,8 +15,7 @@ THEMES: dict[str, dict[str, str]] = {
     "light": {"ground": "#ffffff", "ink": "#1f2328", "faint": "#d0d7de"},
     "dark": {"ground": "#0d1117", "ink": "#e6edf3", "faint": "#30363d"},
 }
-# Different in grey, too, and for people who do not see red or green; the lines differ in their
-# marks besides.
+# Different in grey, too, and for people who do not see red or green.
 COLOURS = {
     "light": {"tower": "#0969da", "projector": "#bc4c00", "language": "#6639ba"},
     "dark": {"tower": "#58a6ff", "projector": "#f0883e", "language": "#bc8cff"},
@@ -27,15 +26,12 @@ INCHES, DOTS = (7.2, 4.4), 150
 
 
 def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
-    """The relative error after every layer, from the tower's first to the language model's last.
-
-    path : a .png, .svg or .pdf file.
+    """Draws the relative error after every layer into a .png, .svg or .pdf file.
 
     Raises:
         RequestError: when matplotlib is not installed, or for another kind of file.
     """
     figure, axes = _figure(path, theme)
-    colours = COLOURS[theme]
     position, ticks, names, count = 0, [], [], len(loss.layers)
     step = next(n for n in (1, 2, 5, 10, 20, 50, count) if n * 14 >= count)
     for part in ("tower", "projector", "language"):
@@ -45,7 +41,9 @@ def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
         places = range(position, position + len(layers))
         # An error of nothing at all has no place on a logarithmic axis.
         errors = [100 * layer.error or float("nan") for layer in layers]
-        axes.plot(places, errors, color=colours[part], marker=MARKS[part], markersize=4, label=part)
+        axes.plot(
+            places, errors, color=COLOURS[theme][part], marker=MARKS[part], markersize=4, label=part
+        )
         for place, layer in zip(places, layers, strict=True):
             if part == "projector" or layer.number % step == 0:
                 ticks.append(place)
@@ -64,10 +62,8 @@ def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
 
 
 def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = "light") -> None:
-    """What quality costs: mean KL divergence over the size of the weights, a point a recipe.
-
-    losses : each with its recipe's name, all measured against one source.
-    path : a .png, .svg or .pdf file.
+    """Draws mean KL divergence over the size of the weights, a point for each named recipe, all
+    measured against one source, into a .png, .svg or .pdf file.
 
     Raises:
         RequestError: when matplotlib is not installed, for another kind of file, or for no losses.
@@ -87,13 +83,10 @@ def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = 
         if kl < least:
             best, least = [*best, number], kl
     others = [number for number in range(len(found)) if number not in best]
+    worse = "a smaller one is better"
     for numbers, style, label in (
         (best, {"color": colours["tower"], "marker": "o"}, "the best of its size"),
-        (
-            others,
-            {"color": colours["projector"], "marker": "D", "linestyle": "none"},
-            "a smaller one is better",
-        ),
+        (others, {"color": colours["projector"], "marker": "D", "linestyle": "none"}, worse),
     ):
         if numbers or style["marker"] == "o":
             at = [sizes[n] for n in numbers], [found[n] for n in numbers]
@@ -145,11 +138,8 @@ def _label(axes: Any, name: str, point: tuple[float, float], across: int, up: in
 
 
 def require_plot(path: Path) -> None:
-    """Refuses what could not be drawn, before anything is measured.
-
-    Raises:
-        RequestError: when matplotlib is not installed, for another kind of file, or where there is
-            no folder for it.
+    """Raises RequestError for a plot that could not be drawn, before anything is measured: without
+    matplotlib, for another kind of file, or where there is no folder for it.
     """
     _figure(path, "light")
     if not path.absolute().parent.is_dir():
@@ -165,16 +155,16 @@ def _figure(path: Path, theme: Theme) -> tuple[Any, Any]:
         raise RequestError(
             "plots need matplotlib, which is not installed; pip install 'mlx-onevision[plot]'"
         ) from None
-    colours = THEMES[theme]
-    figure = Figure(figsize=INCHES, layout="constrained", facecolor=colours["ground"])
+    ink, ground, faint = (THEMES[theme][name] for name in ("ink", "ground", "faint"))
+    figure = Figure(figsize=INCHES, layout="constrained", facecolor=ground)
     axes = figure.subplots()
-    axes.set_facecolor(colours["ground"])
-    axes.grid(True, color=colours["faint"], linewidth=0.6)
+    axes.set_facecolor(ground)
+    axes.grid(True, color=faint, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=colours["ink"])
+    axes.tick_params(which="both", colors=ink)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(colours["ink"])
+        spine.set_color(ink)
     return figure, axes
 
 
@@ -195,8 +185,8 @@ def _logarithmic(axes: Any) -> None:
 def _finish(figure: Any, axes: Any, path: Path, theme: Theme) -> None:
     """Adds the legend, gives all text its colour, and writes the file."""
     legend = axes.legend(frameon=False, fontsize=9)
-    texts = [*legend.get_texts(), *axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
-    for text in texts:
+    labels = axes.title, axes.xaxis.label, axes.yaxis.label
+    for text in (*legend.get_texts(), *axes.texts, *labels):
         text.set_color(THEMES[theme]["ink"])
     drawn = path.with_name(f".{path.stem}.drawing{path.suffix}")  # the old one stays until then
     try:

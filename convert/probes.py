@@ -1,9 +1,8 @@
 """What a loss is measured on: a fixed set of conversations about drawn media, and of texts.
 
-Images are drawn from numbers, so that they are the same everywhere and for ever. They are unlike
-each other in what a vision tower answers to: smooth colour, edges, small writing, noise, and the
-rough and shaded surfaces of photographs. Changing anything here changes every number that was ever
-printed: then raise ``VERSION``.
+Images are computed, so that they are the same everywhere, and unlike each other: smooth colour,
+edges, small writing, noise, rough and shaded surfaces. Whoever changes anything here, and so every
+measured loss, raises ``VERSION``.
 """
 
 from dataclasses import dataclass, field
@@ -22,9 +21,7 @@ QUICK = ("shapes", "question", "prose")
 
 @dataclass(frozen=True)
 class Probe:
-    """One prompt. With ``messages`` it is a conversation, which the source model answers; with
-    ``text`` it is read as it stands.
-    """
+    """A conversation, which the source model answers, or a ``text``, which it only reads."""
 
     name: str
     messages: tuple[dict[str, Any], ...] = ()
@@ -35,6 +32,7 @@ class Probe:
 @cache
 def probes() -> tuple[Probe, ...]:
     """All of them, drawn once: that takes seconds."""
+    disc = moving_disc(8, 240, 320)
     return (
         about("shapes", "What is in the image?", shapes(252, 336)),
         about("shapes, large", "How many shapes are there?", shapes(900, 1200)),
@@ -50,20 +48,14 @@ def probes() -> tuple[Probe, ...]:
             shapes(300, 300),
             landscape(480, 640, seed=11),
         ),
-        about(
-            "video",
-            "How does the circle move?",
-            moving_disc(8, 240, 320),
-            kind="video",
-            num_frames=8,
-        ),
+        about("video", "How does the circle move?", disc, kind="video", num_frames=8),
         Probe("question", ({"role": "user", "content": "Why is the sky blue?"},)),
         *(Probe(name, text=text) for name, text in TEXTS.items()),
     )
 
 
 def quick_probes() -> list[Probe]:
-    """A few of them, for a result that should differ in nothing at all."""
+    """For a result that should differ in nothing at all."""
     return [probe for probe in probes() if probe.name in QUICK]
 
 

@@ -1,9 +1,7 @@
 """One pass of a folder's model over the probes.
 
 Kept of it are final hidden states, from which the head computes the logits again, the tower's
-features, and a sample of every layer's output: little enough that the next model has the memory for
-itself. The model runs in the runner, in groups of tiles and chunks of tokens that fit the memory
-budget, as for any request.
+features, and a sample of every layer's output: little enough to leave the next model the memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +28,6 @@ ANSWER = 24
 SAMPLED_TOKENS, SAMPLED_PATCHES = 16, 8
 
 Rows = NDArray[np.float32]
-Head = Callable[[mx.array], mx.array]
 
 
 @dataclass
@@ -55,15 +52,14 @@ class Recording:
         in the type that the model computes in.
     features : the tower's features (tiles, patches, width), a group of tiles each.
     layers : sampled rows of each layer's output, by the layer's name.
-    head : makes logits of hidden states.
     """
 
+    head: Callable[[mx.array], mx.array]
+    budget: Budget
+    values: int
     hidden: list[mx.array] = field(default_factory=list)
     features: list[mx.array] = field(default_factory=list)
     layers: dict[str, list[Rows]] = field(default_factory=dict)
-    head: Head | None = None
-    budget: Budget | None = None
-    values: int = 0
 
 
 def record(
@@ -75,17 +71,17 @@ def record(
     done: Callable[[], None],
     budget: Budget | None = None,
 ) -> Recording:
-    """Loads a folder's model, lets it read the prompts, and lets it go.
-
-    answering : whether the model first answers the prompts that are no texts.
-    done : called after each prompt.
-    budget : steps of another size than the runner would plan, so that two models take the same.
+    """Loads a folder's model and runs it on the prompts; if ``answering``, it first answers those
+    that are no texts. With another model's ``budget`` both compute in the same steps.
     """
     runner = Runner(load_checkpoint(folder, dtype=dtype))
     model = runner.model
     if budget is not None:
         model.budget = budget
-    recording = Recording(head=_head(model), budget=model.budget, values=count_values(model))
+    # The head alone: holding it holds none of the other weights.
+    tied = model.config.tie_word_embeddings
+    head = model.language_model.embed_tokens.as_linear if tied else model.lm_head
+    recording = Recording(head, model.budget, count_values(model))
     for prompt in prompts:
         recording.hidden.append(_read(runner, prompt, recording, answering))
         done()
@@ -93,11 +89,8 @@ def record(
 
 
 def compared_positions(ids: NDArray[np.int32], placeholders: Sequence[int]) -> NDArray[np.intp]:
-    """The positions whose next-token distributions count: all but the last, which nothing follows,
-    and those of media.
-
-    What a media row predicts was never trained and is never read, so it says nothing about answers;
-    and there are a hundred such rows to each word.
+    """The positions whose next-token distributions count: not the last, which nothing follows, and
+    none of media, whose predictions are neither trained nor read.
     """
     return np.flatnonzero(~np.isin(ids[:-1], placeholders))
 
@@ -160,9 +153,7 @@ def _forward(model: OneVision, ids: Sequence[int], cache: list[Any]) -> mx.array
 
 
 def _answer(checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any]) -> list[int]:
-    """The model's likeliest tokens after a prompt that is in the cache, an end-of-text token
-    included.
-    """
+    """The greedy answer to a prompt that is in the cache, its end-of-text token included."""
     from mlx_lm.models.cache import trim_prompt_cache
 
     model = checkpoint.model
@@ -176,13 +167,6 @@ def _answer(checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any]) -> lis
             if token in checkpoint.generation_defaults.eos_token_ids:
                 break
     return answer
-
-
-def _head(model: OneVision) -> Head:
-    """The head alone: holding it holds none of the other weights."""
-    if model.config.tie_word_embeddings:
-        return model.language_model.embed_tokens.as_linear
-    return model.lm_head
 
 
 class _Tap(nn.Module):
@@ -229,10 +213,8 @@ def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
         for n, layer in enumerate(tower.layers)
     ]
     network.multi_modal_projector = _Tap(network.multi_modal_projector, keep_features)
-    language.layers = [
-        _Tap(layer, sampled(f"language.{n}", SAMPLED_TOKENS))
-        for n, layer in enumerate(language.layers)
-    ]
+    taps = (sampled(f"language.{n}", SAMPLED_TOKENS) for n in range(len(language.layers)))
+    language.layers = [_Tap(*pair) for pair in zip(language.layers, taps, strict=True)]
     try:
         yield
     finally:

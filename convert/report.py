@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mlx_onevision.convert.metrics import DivergenceStats, Loss
+from mlx_onevision.convert.summary import size
 
 Row = tuple[str, ...]
 
@@ -17,8 +18,15 @@ def table(loss: Loss, layers: bool = True) -> str:
         _aligned(_summary(loss), right=False),
     ]
     if layers:
+        layer_rows = [
+            (
+                layer.part + (f" {layer.number}" if layer.part != "projector" else ""),
+                f"{layer.error:.2%}",
+            )
+            for layer in loss.layers
+        ]
         blocks += [
-            _aligned([("layer", "relative error"), *_layer_rows(loss)]),
+            _aligned([("layer", "relative error"), *layer_rows]),
             "Errors accumulate: each layer is fed what the layers below it gave.",
         ]
     return "\n\n".join(blocks) + "\n"
@@ -29,39 +37,25 @@ def comparison(losses: Sequence[tuple[str, Loss]]) -> str:
     head = ("recipe", "bits a weight", "weights", "KL mean", "KL 99 %", "same top token", "memory")
     rows = []
     for name, loss in losses:
-        sizes = (f"{loss.bits_per_weight:.2f}", gigabytes(loss.weights_bytes))
+        bits, weights = f"{loss.bits_per_weight:.2f}", size(loss.weights_bytes)
         _, _, mean, p99, _, same = _stats_row(loss.all)
-        rows.append((name, *sizes, mean, p99, same, gigabytes(loss.memory.total)))
+        rows.append((name, bits, weights, mean, p99, same, size(loss.memory.total)))
     return _aligned([head, *rows]) + "\n"
 
 
-def gigabytes(size: int) -> str:
-    """Decimal units, as disks are sold and as memory of models is spoken of."""
-    for unit, bytes_each in (("GB", 10**9), ("MB", 10**6)):
-        if size >= bytes_each:
-            value = size / bytes_each
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
-    return f"{size / 1000:.1f} kB"
-
-
 def _stats_row(stats: DivergenceStats) -> Row:
-    return (
-        stats.name,
-        str(stats.positions),
-        _small(stats.kl_mean),
-        _small(stats.kl_p99),
-        _small(stats.kl_max),
-        f"{stats.top1_agreement:.2%}",
-    )
+    divergences = (stats.kl_mean, stats.kl_p99, stats.kl_max)
+    numbers = ("0" if kl == 0 else f"{kl:.2e}" for kl in divergences)
+    return (stats.name, str(stats.positions), *numbers, f"{stats.top1_agreement:.2%}")
 
 
 def _summary(loss: Loss) -> list[Row]:
-    weights, source = gigabytes(loss.weights_bytes), gigabytes(loss.source_weights_bytes)
-    memory = f"{gigabytes(loss.memory.total)} at {loss.memory.tokens} tokens"
+    weights, source = size(loss.weights_bytes), size(loss.source_weights_bytes)
+    memory = f"{size(loss.memory.total)} at {loss.memory.tokens} tokens"
     rows = [
         ("bits a weight", f"{loss.bits_per_weight:.2f}"),
         ("weights", f"{weights} (source {source})"),
-        ("on disk", gigabytes(loss.disk_bytes)),
+        ("on disk", size(loss.disk_bytes)),
         ("memory, estimated", f"{memory}, one image of 10 tiles"),
     ]
     if loss.tower_cosine_mean is not None and loss.tower_cosine_min is not None:
@@ -76,21 +70,6 @@ def _summary(loss: Loss) -> list[Row]:
     own = loss.dtype != "float32"
     rows.append(("computed in", loss.dtype + (", whose rounding counts, too" if own else "")))
     return rows
-
-
-def _layer_rows(loss: Loss) -> list[Row]:
-    return [
-        (
-            layer.part + (f" {layer.number}" if layer.part != "projector" else ""),
-            f"{layer.error:.2%}",
-        )
-        for layer in loss.layers
-    ]
-
-
-def _small(value: float) -> str:
-    """Divergences span many powers of ten, so three digits of each."""
-    return "0" if value == 0 else f"{value:.2e}"
 
 
 def _aligned(rows: Sequence[Row], right: bool = True) -> str:

@@ -1,8 +1,7 @@
 """A folder that is either the old one or the whole new one, at every moment.
 
-The new folder is made beside the one that it will become, under a name that nothing loads, and
-locked while its maker lives. A run that was killed leaves it behind, unlocked, and the next one
-removes it.
+The new folder is made beside the target, under a name that nothing loads, and locked while its
+maker lives. What a killed run leaves behind is unlocked, and the next run removes it.
 """
 
 import ctypes
@@ -29,9 +28,7 @@ logger = logging.getLogger("mlx_onevision")
 # ".name.mlx-onevision-1a2b3c4d" is being made; "...-old-1a2b3c4d" was there before.
 TEMPORARY = re.compile(r"\.(.+)\.mlx-onevision-(old-)?[0-9a-f]{8}", re.DOTALL)
 
-# From linux/fs.h and macOS' stdio.h.
-RENAME_EXCHANGE = 2
-RENAME_SWAP = 2
+RENAME_EXCHANGE = RENAME_SWAP = 2  # from linux/fs.h and macOS' stdio.h
 AT_FDCWD = -100
 # Errors of a system or a file system that cannot swap two folders.
 UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
@@ -42,7 +39,6 @@ IGNORED = (".DS_Store", ".gitattributes")
 
 class Staging:
     """``with Staging(target, overwrite) as staging:`` fill ``staging.path``, then ``publish()``.
-
     Without that, and when it fails, nothing is left and the target is what it was.
 
     Raises:
@@ -103,11 +99,8 @@ class Staging:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders of one file system in one step: at no moment is either name without one.
-    False, and nothing done, where the system cannot.
-
-    Raises:
-        OSError: when the system can, but does not.
+    """Swaps two folders of one file system in one step; False, and nothing done, where the system
+    cannot. Raises OSError when it can, but does not.
     """
     library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
@@ -185,8 +178,8 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def _replace(new: Path, target: Path) -> Path:
-    """For systems that cannot swap: two steps, the first undone if the second fails. A run that is
-    killed between them is mended by the next.
+    """For systems that cannot swap: two steps, the first undone if the second fails, and by the
+    next run if this one is killed between them.
     """
     old = _beside(target, "old-")
     with _held(target):
@@ -212,7 +205,6 @@ def _beside(target: Path, kind: str = "") -> Path:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Holds a folder's lock, if it is to be had."""
     descriptor = _open(folder)
     try:
         yield _try_lock(descriptor, folder) is True

@@ -13,14 +13,13 @@ class ConversionSummary:
     """What a conversion makes, or would make.
 
     source : the Hub's id or the folder's name; ``revision`` the Hub's commit.
-    download : bytes that had to come from the Hub first, where that is known.
     nbytes : of the weights. ``values`` is how many numbers they stand for, padding left out.
     quantized : how many matrices there are of each quantization, in words.
     specs : the quantization of each quantized module, by the name that is written.
     skipped : modules that the recipe would have quantized, whose width does not divide into groups.
     padded : the width that the tower's MLPs were padded to; None if they were not.
     files : the sizes of all files that are written; of a plan, of the weights alone.
-    seconds : that writing and checking took.
+    download : bytes that are not on this machine yet; ``seconds`` : of writing and checking.
     """
 
     source: str

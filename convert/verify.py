@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +21,11 @@ from mlx_onevision.engine.runner import working_set
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.network import memory_budget as memory
 
-WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}
+WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}  # bytes a value
+INTRODUCTION = (
+    "Measured against the source on a fixed set of drawn images and of texts, which the source's "
+    "own answers belong to:"
+)
 
 # Mean KL divergences, in nats, that no model should come near to at so many bits: on the
 # checkpoints that this was tried on, losses were a tenth of it and less. Below 4 bits a model may
@@ -29,10 +34,8 @@ SUSPICIOUS = {8: 0.02, 4: 0.5}
 
 
 class Verification:
-    """Measures a folder against its source: the ``measure`` of a conversion.
-
-    loss : what was measured, once it has been.
-    warning : a sentence about a loss that the recipe does not explain.
+    """Measures a folder against its source: the ``measure`` of a conversion. Afterwards ``loss``
+    is what was measured, and ``warning`` a sentence where the recipe does not explain it.
     """
 
     def __init__(
@@ -59,14 +62,8 @@ class Verification:
             ) from None
         self.loss = dataclasses.replace(loss, result=str(self._summary.target))
         self.warning = suspicion(self._summary, loss)
-        words = [self.warning + "."] if self.warning else []
-        return "\n\n".join([INTRODUCTION, f"```\n{table(loss)}```", *words])
-
-
-INTRODUCTION = (
-    "Measured against the source on a fixed set of drawn images and of texts, which the source's "
-    "own answers belong to:"
-)
+        text = f"{INTRODUCTION}\n\n```\n{table(loss)}```"
+        return f"{text}\n\n{self.warning}." if self.warning else text
 
 
 def suspicion(summary: ConversionSummary, loss: Loss) -> str | None:
@@ -89,19 +86,23 @@ def is_unchanged(opened: OpenedCheckpoint, summary: ConversionSummary) -> bool:
 
 def too_large(source: Path) -> str | None:
     """Why a source cannot be measured against on this machine: it does not fit even as it is."""
-    needed, room = _loaded_bytes(source, None), working_set()
-    if needed + memory.scratch_bytes(room, needed) <= room:
+    needed = _loaded_bytes(source, None)
+    if _fits(needed):
         return None
     return (
         f"the loss was not measured: the source takes {size(needed)} of memory, of which "
-        f"{size(room)} may be used here; --verify measures it all the same"
+        f"{size(working_set())} may be used here; --verify measures it all the same"
     )
 
 
 def computing_dtype(*folders: Path) -> str | None:
     """float32, or None, a folder's own type, where float32 would not fit this machine."""
-    needed, room = max(_loaded_bytes(folder, 4) for folder in folders), working_set()
-    return "float32" if needed + memory.scratch_bytes(room, needed) <= room else None
+    return "float32" if all(_fits(_loaded_bytes(folder, 4)) for folder in folders) else None
+
+
+def _fits(needed: int) -> bool:
+    room = working_set()
+    return needed + memory.scratch_bytes(room, needed) <= room
 
 
 def _loaded_bytes(folder: Path, width: int | None) -> int:
@@ -122,25 +123,19 @@ def compare(
     probe_set: Sequence[Probe] | None = None,
 ) -> list[tuple[str, Loss]]:
     """The loss of each recipe, by its name: converted, measured against the source, and removed.
-
     One converted model is on the disk at a time, in a temporary folder (``TMPDIR``).
 
-    dtype : as for a conversion.
     progress : called with how many steps are done, and of how many.
-    probe_set : other probes than the fixed ones.
 
     Raises:
         OneVisionError: as a conversion and its measurement do; nothing is left then.
     """
     given = probes() if probe_set is None else probe_set
     reference = Reference(source.folder, dtype=computing_dtype(source.folder), probe_set=given)
-    done = 0
-    total = (1 + 2 * len(recipes)) * len(given)  # the source answers once
+    steps, total = count(1), (1 + 2 * len(recipes)) * len(given)  # the source answers once
 
     def step(_: int, __: int) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
+        progress(next(steps), total)
 
     losses = []
     with TemporaryDirectory(prefix="mlx-onevision-") as room:

@@ -1,9 +1,9 @@
 """safetensors files, written front to back: no more than one module's tensors are in memory.
 
-A plan knows every shape before a weight is read, so a file's header can be written first. Files are
-on the disk itself when they are done, and the hash of what was written is known.
+The plan knows every shape, so a file's header can be written first. Files are flushed to the disk.
 """
 
+import fcntl
 import json
 import os
 import sys
@@ -28,7 +28,6 @@ DTYPES = {
     "BF16": mx.bfloat16,
     "F32": mx.float32,
 }
-METADATA = {"format": "mlx"}
 CHUNK = 1 << 24  # bytes written at once, and between two looks at Ctrl-C
 
 
@@ -54,14 +53,11 @@ class Shard:
     @cached_property
     def header(self) -> bytes:
         """The safetensors header, padded so that the data begins at a multiple of 8 bytes."""
-        entries: dict[str, Any] = {"__metadata__": METADATA}
+        entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
         at = 0
         for piece in self.pieces:
-            entries[written_name(piece.name)] = {
-                "dtype": piece.dtype,
-                "shape": list(piece.shape),
-                "data_offsets": [at, at + piece.nbytes],
-            }
+            entry = {"dtype": piece.dtype, "shape": list(piece.shape)}
+            entries[written_name(piece.name)] = entry | {"data_offsets": [at, at + piece.nbytes]}
             at += piece.nbytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -82,9 +78,8 @@ class Shard:
 
 
 def divide(parts: Iterable[Part], most: int) -> list[Shard]:
-    """Files of at most ``most`` bytes of tensors, in order; a module that is larger gets its own.
-
-    They are named as mlx-lm and transformers name them.
+    """Files of at most ``most`` bytes of tensors, in order, named as mlx-lm and transformers do; a
+    module that is larger gets its own.
     """
     groups: list[list[Part]] = [[]]
     size = 0
@@ -114,11 +109,7 @@ def index(shards: Sequence[Shard], values: int) -> bytes:
 
 
 def write_shard(folder: Path, shard: Shard, progress: Callable[[int], None]) -> File:
-    """Writes one file into a folder, module by module.
-
-    Raises:
-        StorageError: when it cannot be written.
-    """
+    """Writes one file into a folder, module by module. Raises StorageError when it cannot."""
     with Writer(folder / shard.name, progress) as file:
         file.write(shard.header)
         for part in shard.parts:
@@ -132,7 +123,6 @@ def write_shard(folder: Path, shard: Shard, progress: Callable[[int], None]) -> 
 
 
 def _raw(array: mx.array, piece: OutputTensor) -> memoryview:
-    """An array's bytes, row after row."""
     if array.shape != piece.shape or array.dtype != DTYPES[piece.dtype]:
         raise ValueError(f"{piece.name} is {array.dtype} {array.shape}, planned as {piece}")
     array = mx.contiguous(array if array.ndim else array.reshape(1))
@@ -145,10 +135,8 @@ def open_new(path: Path) -> BinaryIO:
 
 
 class Writer:
-    """Writes one new file. ``progress`` is called with how many bytes were just written.
-
-    Raises:
-        StorageError: saying which file the system did not write, and why.
+    """Writes one new file; ``progress`` is called with how many bytes were just written. Raises
+    StorageError, saying which file the system did not write, and why.
     """
 
     def __init__(self, path: Path, progress: Callable[[int], None] = lambda _: None) -> None:
@@ -194,8 +182,6 @@ class Writer:
 
 def flush(descriptor: int) -> None:
     """Waits until a file or folder is on the disk itself."""
-    import fcntl
-
     if sys.platform == "darwin":  # where fsync leaves it in the drive's cache
         try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
@@ -206,7 +192,6 @@ def flush(descriptor: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Waits until a folder's list of names is on the disk."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -218,6 +203,5 @@ def flush_folder(folder: Path) -> None:
 
 
 def failure(path: Path, error: OSError) -> StorageError:
-    """What to tell a person about a file or folder that could not be written."""
     reason = error.strerror or str(error)
     return StorageError(f"{path} cannot be written: {reason}; nothing was changed")

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.convert import probes
-from mlx_onevision.convert.calibration import BITS, Method, calibrate, quantized_modules
+from mlx_onevision.convert.calibration import BITS, Method, calibrate
 from mlx_onevision.convert.metrics import diverge
 from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError
@@ -48,6 +48,14 @@ class Subject:
         self.runner.fill_bank(inputs, ids, 0, Counters(), lambda *_: None)
         assert max(ids) >= self.model.config.text_config.vocab_size
         return ids
+
+
+def quantized_modules(model: OneVision) -> dict[str, ModuleQuantization]:
+    return {
+        path: ModuleQuantization(module.group_size, module.bits, module.mode)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    }
 
 
 def logits(model: OneVision, prompts: list[list[int]]) -> np.ndarray:

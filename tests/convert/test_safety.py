@@ -262,12 +262,12 @@ def test_what_was_written_is_read_back(
     place.begin(older=True)
     check = conversion.check
 
-    def spoiled(folder: Path, config: Any, *rest: Any) -> None:
+    def spoiled(folder: Path, *rest: Any) -> None:
         path = next(folder.glob("*.safetensors"))
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        check(folder, config)
+        check(folder, *rest)
 
     monkeypatch.setattr(conversion, "check", spoiled)
     with pytest.raises(OneVisionError, match="does not hold what was written"):

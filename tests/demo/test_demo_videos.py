@@ -40,8 +40,8 @@ def test_it_sees_how_things_move(demo: Model, kind: str, motion: str) -> None:
     data = film(frames, kind, rate=12)
     assert demo.generate(turn[1], videos=[data], max_tokens=60).text == turn[2]
     if caption := scene_caption(scene):
-        text_only = demo.generate(SEGMENT, videos=[data], max_tokens=60)
-        assert text_only.text == caption_text(caption)
+        caption_answer = demo.generate(SEGMENT, videos=[data], max_tokens=60)
+        assert caption_answer.text == caption_text(caption)
 
 
 def test_a_film_beside_a_picture(demo: Model) -> None:
