@@ -4,8 +4,7 @@ Their code expects a language model of mlx-lm's; here are the few differences. E
 the language model in place; tower and projector are not touched. Unlike other conversions, a
 calibrated one holds the whole model in memory.
 
-- GPTQ collects the inputs of every matrix, and takes prompts of any length. It is fed float32
-  embeddings, because it multiplies activations with each other.
+- GPTQ takes prompts of any length, and float32 embeddings, because it multiplies activations.
 - AWQ calls layers with a mask alone, where ours are also given their rotation; while it runs, their
   class knows the rotation. It stacks prompts, so they are cut to the length of the shortest.
 """
@@ -108,11 +107,9 @@ def calibration_set() -> list[Probe]:
 def calibrate(
     method: Method, model: OneVision, prompts: Sequence[Sequence[int]], spec: ModuleQuantization
 ) -> None:
-    """Quantizes the language model in place.
+    """Quantizes the language model in place; the embedding and the head are not calibrated.
 
-    prompts : ids, virtual ones included; the embeddings of every medium have to be in the feature
-        bank, and stay what they are, whatever is done to the tower later.
-    spec : affine. The embedding, and the head where it is another, are not calibrated.
+    prompts : ids, virtual ones included, whose media have their embeddings in the feature bank.
 
     Raises:
         RequestError: for an unknown method, no prompts, and bits or modes that the method has not.

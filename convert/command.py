@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mlx_onevision.convert.summary import ConversionSummary
 
 
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
 @click.command(short_help="Write a model in MLX's layout, smaller if you like.")
 @click.argument("model", required=False)
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
@@ -60,12 +63,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="For fit: tokens of the longest prompt. Default: those of one 10-tile image.",
 )
-@click.option(
-    "--rules",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="A recipe of your own, in JSON.",
-)
+@click.option("--rules", type=FILE, metavar="FILE", help="A recipe of your own, in JSON.")
 @click.option(
     "--method",
     type=click.Choice(["gptq", "awq"]),
@@ -92,7 +90,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     metavar="FILE",
     help="Draw the loss per layer; of --compare, quality over size. Needs the extra 'plot'.",
 )
@@ -147,12 +145,12 @@ def convert(
     options.require_usage(click.get_current_context().params | {"folder": target})
 
     from mlx_onevision.convert import conversion, fit, hub
-    from mlx_onevision.convert.plot import require_plot
+    from mlx_onevision.convert import plot as plots
     from mlx_onevision.convert.staging import require_target
 
     # Whatever can be refused is, before anything is downloaded.
     if plot:
-        require_plot(plot)
+        plots.require_plot(plot)
     if compare:
         group_size, vision = quantization["q_group_size"], quantization["quantize_vision"]
         compared = options.compared_recipes(compare, group_size, vision)
@@ -193,9 +191,7 @@ def convert(
     if warning:
         click.echo(f"warning: {warning}", err=True)
     if plot and loss:
-        from mlx_onevision.convert.plot import plot as draw
-
-        draw(loss, plot)
+        plots.plot(loss, plot)
     if upload_repo and not dry_run:
         uploaded = hub.upload(summary.target, upload_repo, private=private, create_pr=create_pr)
     if as_json:

@@ -88,9 +88,7 @@ def _kept(values: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
     """The files that prepare prompts and images, those that the source lacks made for it.
-
-    Raises:
-        CheckpointError: for one that cannot be read.
+    Raises CheckpointError for one that cannot be read.
     """
     folder, config = opened.folder, opened.config
     licenses = sorted(path.name for path in folder.glob("LICENSE*"))

@@ -99,10 +99,8 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Conversion:
-    """Looks at a source and plans all that would be written, to the byte; writes nothing.
-
-    Raises:
-        OneVisionError: for what is wrong with the source, the target or the request.
+    """Plans all that would be written, to the byte; writes nothing. Raises OneVisionError for what
+    is wrong with the source, the target or the request.
     """
     _require_dtype(dtype)
     target = require_target(target, overwrite)
@@ -187,7 +185,6 @@ def _write(
 
 
 def _parts(opened: OpenedCheckpoint, plan: ConversionPlan) -> list[Part]:
-    """All tensors of the new model, in the order of the source's."""
     files = LazyTensorFiles()
 
     def make(step: TensorTransform) -> list[mx.array]:
@@ -227,7 +224,7 @@ def _summary(
         for spec in plan.specs.values()
     )
     width = plan.config.vision_config.intermediate_size
-    grown = width != opened.config.vision_config.intermediate_size
+    padded = None if width == opened.config.vision_config.intermediate_size else width
     nbytes = sum(shard.data_bytes for shard in shards)
     values = plan.values + len(NORM) * opened.config.vision_config.hidden_size
     name = recipe.name if recipe is not None else "as the source" if plan.specs else plan.dtype
@@ -244,7 +241,7 @@ def _summary(
         quantized=dict(sorted(quantized.items())),
         specs={written_name(module): spec for module, spec in plan.specs.items()},
         skipped=tuple(written_name(module) for module in plan.skipped),
-        padded=width if grown else None,
+        padded=padded,
         files={shard.name: shard.nbytes for shard in shards},
         version=version("mlx-onevision"),
         download=source.download,

@@ -57,14 +57,9 @@ class Footprint:
 
 def image_tokens(config: OneVisionConfig, tiles: int = TILES) -> int:
     """Tokens in the prompt of one square image that fills ``tiles`` by ``tiles`` tiles."""
-    side = config.vision_config.image_size * tiles
-    return plan_packing(
-        (side, side),
-        config.image_grid_pinpoints,
-        config.vision_config.image_size,
-        config.vision_config.patches_per_side,
-        config.max_tiles,
-    ).tokens
+    tile, patches = config.vision_config.image_size, config.vision_config.patches_per_side
+    square, grids = (tile * tiles, tile * tiles), config.image_grid_pinpoints
+    return plan_packing(square, grids, tile, patches, config.max_tiles).tokens
 
 
 def footprint(
@@ -127,10 +122,8 @@ def best(
     context: int | None = None,
     dtype: str | None = None,
 ) -> Fit:
-    """The best recipe with which a model and a prompt fit into ``memory`` bytes of unified memory.
-
-    tensors, quantized : as for :func:`~mlx_onevision.checkpoint.plan.make_plan`.
-    context : tokens of the prompt; None for a question about one image of ten tiles.
+    """The best recipe with which a model fits into ``memory`` bytes of unified memory, and a prompt
+    of ``context`` tokens; None: a question about one image of ten tiles.
 
     Raises:
         RequestError: when none fits.

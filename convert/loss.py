@@ -7,6 +7,7 @@ text, in nats; the tower's features; and the hidden states after every layer.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -85,20 +86,12 @@ class Reference:
         _require_same_network(self.source, self._config, result, config)
         theirs = _prompts(result, config, self._probes)
         _require_same_prompts(self.source, self._prompts, result, theirs)
+        run = partial(record, prompts=self._prompts, dtype=self._dtype, done=done)
         if self._recording is None:
-            self._recording = record(
-                self.source, self._prompts, answering=True, dtype=self._dtype, done=done
-            )
+            self._recording = run(self.source, answering=True)
             mx.clear_cache()
         before = self._recording
-        after = record(
-            result,
-            self._prompts,
-            answering=False,
-            dtype=self._dtype,
-            budget=before.budget,
-            done=done,
-        )
+        after = run(result, answering=False, budget=before.budget)
         mx.clear_cache()
         divergences = []
         for number, prompt in enumerate(self._prompts):
@@ -127,7 +120,6 @@ def _require_same_network(
 
 
 def _prompts(folder: Path, config: OneVisionConfig, given: Sequence[Probe]) -> list[Prompt]:
-    """The probes as a folder's processor prepares them."""
     processor = Processor.from_folder(folder, config)
 
     def inputs(probe: Probe) -> Inputs:

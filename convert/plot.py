@@ -50,8 +50,7 @@ def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
                 names.append("P" if part == "projector" else str(layer.number))
         position += len(layers) + 1
     axes.set_xticks(ticks, names)
-    axes.set_xlabel("layer (P: the projector)")
-    axes.set_ylabel("relative error of hidden states, %")
+    axes.set(xlabel="layer (P: the projector)", ylabel="relative error of hidden states, %")
     axes.set_title(f"Loss per layer at {loss.bits_per_weight:.2f} bits a weight", fontsize=11)
     if any(layer.error for layer in loss.layers):
         _logarithmic(axes)
@@ -92,8 +91,7 @@ def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = 
             at = [sizes[n] for n in numbers], [found[n] for n in numbers]
             axes.plot(*at, **style, label=label)
     axes.margins(x=0.12, y=0.12)
-    axes.set_xlabel(f"weights, {unit}")
-    axes.set_ylabel("mean KL divergence, nats a position")
+    axes.set(xlabel=f"weights, {unit}", ylabel="mean KL divergence, nats a position")
     axes.set_title("Size and quality of recipes", fontsize=11)
     if any(loss.all.kl_mean for _, loss in ordered):
         _logarithmic(axes)
@@ -126,15 +124,9 @@ def _name(figure: Any, axes: Any, names: Sequence[str], at: Sequence[tuple[float
 
 
 def _label(axes: Any, name: str, point: tuple[float, float], across: int, up: int) -> Any:
-    return axes.annotate(
-        name,
-        point,
-        xytext=(across, up),
-        textcoords="offset points",
-        horizontalalignment="left" if across > 0 else "right",
-        verticalalignment="bottom" if up > 0 else "top",
-        fontsize=9,
-    )
+    sides = {"ha": "left" if across > 0 else "right", "va": "bottom" if up > 0 else "top"}
+    offset = {"xytext": (across, up), "textcoords": "offset points"}
+    return axes.annotate(name, point, **offset, **sides, fontsize=9)
 
 
 def require_plot(path: Path) -> None:

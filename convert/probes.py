@@ -16,7 +16,7 @@ Image = NDArray[np.uint8]
 Field = NDArray[np.float64]
 
 VERSION = 1
-QUICK = ("shapes", "question", "prose")
+QUICK = ("shapes", "question", "prose")  # for a result that should differ in nothing at all
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ def probes() -> tuple[Probe, ...]:
         Probe("question", ({"role": "user", "content": "Why is the sky blue?"},)),
         *(Probe(name, text=text) for name, text in TEXTS.items()),
     )
-
-
-def quick_probes() -> list[Probe]:
-    """For a result that should differ in nothing at all."""
-    return [probe for probe in probes() if probe.name in QUICK]
 
 
 def about(name: str, question: str, *media: Image, kind: str = "image", **options: Any) -> Probe:
@@ -142,7 +137,7 @@ def _image(*channels: Field) -> Image:
 
 
 def _glyph(box: Field, rng: np.random.Generator) -> None:
-    """Three strokes between points of a 3 x 3 grid, into a view of the page."""
+    """Draws three strokes between points of a 3 x 3 grid."""
     height, width = box.shape
     if height < 3 or width < 3:
         return

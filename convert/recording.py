@@ -103,14 +103,12 @@ def count_values(model: OneVision) -> int:
         for name, value in module.items():
             if not isinstance(value, mx.array) or (quantized and name in ("scales", "biases")):
                 continue
-            total += (
-                value.size * 32 // module.bits if quantized and name == "weight" else value.size
-            )
+            is_quantized = quantized and name == "weight"
+            total += value.size * 32 // module.bits if is_quantized else value.size
     return total
 
 
 def _read(runner: Runner, prompt: Prompt, recording: Recording, answering: bool) -> mx.array:
-    """Final hidden states of the compared positions."""
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
     model = runner.model

@@ -120,11 +120,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def require_target(target: Path, overwrite: bool) -> Path:
-    """The folder to write, every link in its name followed.
-
-    Raises:
-        RequestError: if it has no parent folder, is there already and ``overwrite`` is not given,
-            or holds anything that is not a model's.
+    """The folder to write, every link in its name followed. Raises RequestError if it has no parent
+    folder, is there without ``overwrite``, or holds anything that is not a model's.
     """
     try:
         target = target.expanduser().resolve()

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -183,11 +184,9 @@ class Writer:
 def flush(descriptor: int) -> None:
     """Waits until a file or folder is on the disk itself."""
     if sys.platform == "darwin":  # where fsync leaves it in the drive's cache
-        try:
+        with suppress(OSError):  # on a file system that does not have it
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
-        except OSError:  # a file system that does not have it
-            pass
     os.fsync(descriptor)
 
 
