@@ -51,9 +51,7 @@ def calibrated(
     conversion: Conversion, method: Method, given: Sequence[Probe] | None = None
 ) -> Conversion:
     """A planned conversion, its language model quantized by ``method`` and calibrated on ``given``.
-
-    Raises:
-        RequestError: for a plan that the method cannot follow.
+    Raises RequestError for a plan that the method cannot follow.
     """
     plan = conversion.plan
     specs = {spec for module, spec in plan.specs.items() if f"{module}.".startswith(LANGUAGE)}

@@ -93,7 +93,6 @@ def read_metadata(folder: Path) -> Mapping[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Text, or a list of text: what the kept fields may be."""
     if isinstance(value, list):
         return bool(value) and all(isinstance(item, str) for item in value)
     return isinstance(value, str) and bool(value)

@@ -135,9 +135,7 @@ def processor_files(opened: OpenedCheckpoint) -> dict[str, bytes]:
 
 
 def _with_placeholders(tokenizer: bytes, folder: Path, config: OneVisionConfig) -> bytes:
-    """The tokenizer with the placeholders of images and videos, which original checkpoints lack
-    and other programs look up.
-    """
+    """The tokenizer with the placeholders that original checkpoints lack and others need."""
     from tokenizers import Tokenizer
 
     if not original_layout.is_original(read_json(folder / "config.json") or {}):

@@ -128,9 +128,7 @@ def write(
     measure: Measure | None = None,
     command: str | None = None,
 ) -> ConversionSummary:
-    """Does what :func:`prepare` planned. Raises StorageError when the system does not write;
-    nothing has been changed then.
-    """
+    """Does what :func:`prepare` planned, or changes nothing: StorageError when it cannot write."""
     source, opened, plan = conversion.source, conversion.opened, conversion.plan
     shards, summary = conversion.shards, conversion.summary
     begun = time.monotonic()

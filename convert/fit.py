@@ -90,8 +90,6 @@ def footprint(
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe (None: nothing is quantized), what it takes, and why: text for a person."""
-
     recipe: Recipe | None
     footprint: Footprint
     why: str

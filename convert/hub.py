@@ -1,6 +1,4 @@
-"""The Hub's side of a conversion: a model's folder and origin, its outline before a download, and
-the upload of the result.
-"""
+"""The Hub's side of a conversion: finding a model, its outline before a download, the upload."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -115,10 +113,8 @@ def _write_outline(path: Path, tensors: Mapping[str, Any]) -> None:
 
 def upload(folder: Path, repository: str, *, private: bool = False, create_pr: bool = False) -> str:
     """Uploads a folder into a repository, made if there is none, in one commit that also removes
-    weight files of another model. Returns the address of the commit, or of the pull request.
-
-    Raises:
-        OneVisionError: when the Hub does not take it; the folder stays.
+    weight files of another model. Returns the address of the commit, or of the pull request; raises
+    OneVisionError when the Hub does not take it.
     """
     if not HUB_ID.fullmatch(repository):
         raise RequestError(f"'{repository}' is not a repository's id, such as name/model")

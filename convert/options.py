@@ -60,7 +60,6 @@ def recipe_of(
     method: str | None = None,
     **_: Any,
 ) -> Recipe | None:
-    """The recipe that the options ask for; None where they ask for none."""
     from mlx_onevision.checkpoint import recipes
 
     vision = None if quantize_vision in (None, "none") else int(quantize_vision or 0)
@@ -129,14 +128,12 @@ def _refusals(given: SimpleNamespace) -> Iterator[str]:
 
 
 def either(given: Any, option: Any, name: str, flag: str) -> Any:
-    """What was said as an argument, or as an option instead."""
     if given is not None and option is not None:
         raise click.UsageError(f"Give {name} or {flag}, not both")
     return option if given is None else given
 
 
 def default_target(model: str, recipe: Recipe | None, dequantize: bool, dtype: str | None) -> Path:
-    """A folder here, called after the model and what becomes of it."""
     from mlx_onevision.checkpoint.hub import repository_of
 
     name = repository_of(model) or Path(model).expanduser().resolve().name

@@ -175,7 +175,6 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _finish(figure: Any, axes: Any, path: Path, theme: Theme) -> None:
-    """Adds the legend, gives all text its colour, and writes the file."""
     legend = axes.legend(frameon=False, fontsize=9)
     labels = axes.title, axes.xaxis.label, axes.yaxis.label
     for text in (*legend.get_texts(), *axes.texts, *labels):

@@ -168,8 +168,6 @@ def _answer(checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any]) -> lis
 
 
 class _Tap(nn.Module):
-    """A layer that also hands its input and output to ``keep``."""
-
     def __init__(self, layer: nn.Module, keep: Callable[[mx.array, mx.array], None]) -> None:
         super().__init__()
         self._layer, self._keep = layer, keep
@@ -182,7 +180,6 @@ class _Tap(nn.Module):
 
 @contextmanager
 def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
-    """While it lasts, samples of every layer's output go into the recording."""
     # Any: a tap stands where the network declares its layers' own classes.
     network: Any = model
     tower, language = network.vision_tower.encoder, network.language_model

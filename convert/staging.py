@@ -175,9 +175,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def _replace(new: Path, target: Path) -> Path:
-    """For systems that cannot swap: two steps, the first undone if the second fails, and by the
-    next run if this one is killed between them.
-    """
+    """Two steps, for systems that cannot swap; the next run mends one killed between them."""
     old = _beside(target, "old-")
     with _held(target):
         os.rename(target, old)

@@ -1,7 +1,4 @@
-"""safetensors files, written front to back: no more than one module's tensors are in memory.
-
-The plan knows every shape, so a file's header can be written first. Files are flushed to the disk.
-"""
+"""safetensors files, written front to back and flushed: one module's tensors are in memory."""
 
 import fcntl
 import json
@@ -46,8 +43,6 @@ class Part:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file, and what goes into it in order."""
-
     name: str
     parts: tuple[Part, ...]
 
@@ -131,7 +126,6 @@ def _raw(array: mx.array, piece: OutputTensor) -> memoryview:
 
 
 def open_new(path: Path) -> BinaryIO:
-    """A file that is not there yet, unbuffered."""
     return path.open("xb", buffering=0)
 
 
