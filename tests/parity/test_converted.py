@@ -43,7 +43,7 @@ def test_mlx_vlm_answers_the_same(
     source = checkpoints.hub(Tiny(tied=tied, **SIZES))
     facts = convert(source, tmp_path / "converted", recipe=recipe)
     assert facts.padded == (192 if recipe is not None and recipe.vision else None)
-    assert facts.left == ()
+    assert facts.skipped == ()
     assert_same_answers(facts.target, tmp_path)
 
 
