@@ -198,7 +198,13 @@ def test_a_model_of_ones_own_and_ctrl_c(tmp_path: Path) -> None:
     assert said("-m", "mine", "hi", "-o", "max_tokens", "3")
     for way in ((), ("--async",)):
         endless = [LLM, "-m", "mine", "hi", "-o", "max_tokens", "30000", *way]
-        asking = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        asking = subprocess.Popen(
+            endless,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # A process that is started in the background ignores Ctrl-C, and hands that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         assert asking.stdout is not None
         assert asking.stdout.read(20)  # it has begun
         asking.send_signal(signal.SIGINT)

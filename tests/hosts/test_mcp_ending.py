@@ -1,6 +1,9 @@
 """The end of the MCP server: of stdin, by a signal, while it answers; and what reaches stdout."""
 
+import fcntl
 import signal
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -22,6 +25,11 @@ def log(tmp_path: Path) -> Path:
 def answering(server: Piped) -> None:
     """Until an answer is under way."""
     server.waited(lambda m: m.get("params", {}).get("message") == "answering")
+
+
+def unread(pipe: int) -> int:
+    """Bytes that wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def end(server: Piped, how: str) -> None:
@@ -95,7 +103,11 @@ def test_it_ends_when_nobody_reads(log: Path) -> None:
     with Piped(command, log, reads=False) as server:
         server.hello()
         server.call("ask_image", True, path=SHAPES, question="What is it?", max_tokens=4000)
-        time.sleep(2.5)  # it starts, answers, and fills the pipe
+        assert server.process.stdout is not None
+        until = time.monotonic() + 60
+        while unread(server.process.stdout.fileno()) < 1 << 15:  # the answer fills the pipe
+            assert time.monotonic() < until
+            time.sleep(0.1)
         end(server, "EOF")
         assert server.ended_after(10) <= SOON and server.process.returncode == 0
 
