@@ -208,9 +208,9 @@ class Model:
         return generation.submit_all(self._engine, self._processor.tokenizer, requests)
 
     @property
-    def default_max_tokens(self) -> int:
-        """The checkpoint's max_new_tokens, else 256."""
-        return self._builder.default_max_tokens
+    def checkpoint_max_tokens(self) -> int | None:
+        """The checkpoint's max_new_tokens, for answers without a limit; None where it has none."""
+        return self._builder.checkpoint_max_tokens
 
     def build_request(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:
         """A conversation for :meth:`submit_all`; settings and errors as in :meth:`stream`."""

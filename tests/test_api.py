@@ -362,7 +362,8 @@ def test_without_max_tokens_the_checkpoint_s_own_limit_holds(
 
 
 def test_without_any_limit_an_answer_has_256_tokens(model: Model) -> None:
-    assert model.default_max_tokens == 256
+    assert model.checkpoint_max_tokens is None
+    assert model.build_request([{"role": "user", "content": "hello"}]).max_tokens == 256
 
 
 def test_a_model_is_resolved_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,8 @@ def open_engine(
     def load() -> "_Engine":
         from mlx_onevision.api import Model
 
-        most = (limits or Limits()).max_tokens
-        return _Engine(Model(folder(), name=str(model), dtype=dtype), most)
+        loaded = Model(folder(), name=str(model), dtype=dtype)
+        return _Engine(loaded, (limits or Limits()).default_for(loaded.checkpoint_max_tokens))
 
     def describe() -> ModelInfo:
         if not found:
@@ -114,10 +114,9 @@ def import_engine() -> None:
 class _Engine:
     """A loaded model; see :class:`~mlx_onevision.plugins.service.service.LoadedModel`."""
 
-    def __init__(self, model: "Model", max_tokens: int) -> None:
-        """max_tokens : of an answer for which the request sets no limit, at most."""
+    def __init__(self, model: "Model", default_max_tokens: int) -> None:
         self._model = model
-        self._default_max_tokens = min(model.default_max_tokens, max_tokens)
+        self._default_max_tokens = default_max_tokens
         self._preparing = RequestQueue(PREPARING, sys.maxsize)
 
     @property

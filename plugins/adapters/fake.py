@@ -173,7 +173,7 @@ class FakeBackend(Service):
                     channel.put(TextEvent(piece, logprobs=logprobs.emit(piece)))
                 return piece
 
-            max_tokens = request.max_tokens or min(256, self._owner.limits.max_tokens)
+            max_tokens = request.max_tokens or self._owner.limits.default_for(None)
             for place, piece in enumerate(pieces):
                 if place == max_tokens:
                     finish = "length"

@@ -32,6 +32,7 @@ class Limits:
     timeout : seconds that a request may take, waiting included; its own may be shorter.
     film_timeout : the same for a video that is described, which may last for hours.
     max_tokens : of one answer.
+    default_max_tokens : of an answer for which neither the request nor the checkpoint has a limit.
     keep_alive : seconds after the last request when the model is freed; None for never.
     """
 
@@ -40,16 +41,26 @@ class Limits:
     timeout: float | None = 300.0
     film_timeout: float | None = 6 * 3600.0
     max_tokens: int = 4096
+    default_max_tokens: int = 256
     keep_alive: float | None = 300.0
 
     def __post_init__(self) -> None:
         """Raises PluginError for a number out of range."""
-        for name, least in (("active", 1), ("waiting", 0), ("max_tokens", 1)):
+        for name, least in (
+            ("active", 1),
+            ("waiting", 0),
+            ("max_tokens", 1),
+            ("default_max_tokens", 1),
+        ):
             if getattr(self, name) < least:
                 raise bad_request(f"the limit {name} is {getattr(self, name)}, below {least}")
         for name in ("timeout", "film_timeout", "keep_alive"):
             if (getattr(self, name) or 0) < 0:
                 raise bad_request(f"the limit {name} is {getattr(self, name)}, below 0")
+
+    def default_for(self, checkpoint: int | None) -> int:
+        """Of an answer whose request has no max_tokens; ``checkpoint`` has its own, or None."""
+        return min(checkpoint or self.default_max_tokens, self.max_tokens)
 
 
 class LoadedModel(Protocol):

@@ -13,6 +13,7 @@ from mlx_onevision.cli.options import dtype_option, model_option, revision_optio
 from mlx_onevision.errors import RequestError
 
 API_KEY = "MLX_ONEVISION_API_KEY"
+DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without max_tokens
 
 
 @click.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")
@@ -144,6 +145,7 @@ def serve(
                     timeout=timeout,
                     film_timeout=film_timeout,
                     max_tokens=max_tokens,
+                    default_max_tokens=DEFAULT_MAX_TOKENS,
                     keep_alive=keep_alive,
                 ),
             )

@@ -1,6 +1,7 @@
 """Who may speak to the server, and how much it reads of what they say."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -14,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import write
+from click.testing import CliRunner
 from served import JSON, Client, serving, wait_for
 
+from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.hosts.http import server as running
 from mlx_onevision.plugins.hosts.http.app import create_app
+from mlx_onevision.plugins.hosts.http.command import serve
 from mlx_onevision.plugins.hosts.http.errors import redact_paths
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
+from mlx_onevision.plugins.service.service import Limits
 
 ROOT = Path(__file__).parents[3]
 ROUTES = [
@@ -354,6 +360,35 @@ def port_of(server: "subprocess.Popen[str]") -> int:
         if line.startswith("Serving at http://"):
             return int(line.split("/v1")[0].rpartition(":")[2])
     raise AssertionError("it did not begin to serve")
+
+
+def test_the_command_s_default_is_an_answer_of_1024_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Limits] = []
+
+    def seen(*_: object, limits: Limits, **__: object) -> None:
+        opened.append(limits)
+        raise PluginError("internal", "seen")
+
+    monkeypatch.setattr("mlx_onevision.plugins.adapters.engine.open_engine", seen)
+    for most in ("4096", "500"):
+        CliRunner().invoke(serve, ["--port", "0", "--max-tokens", most])
+    usual, small = opened
+    assert (usual.default_for(None), usual.default_for(5), small.default_for(None)) == (
+        1024,
+        5,
+        500,
+    )
+    folder = write(tmp_path, tied=False)
+    config = folder / "generation_config.json"
+    values = json.loads(config.read_text()) if config.exists() else {}
+    for own, expected in ({}, 6), ({"max_new_tokens": 4}, 4), ({"max_new_tokens": 9}, 8):
+        config.write_text(json.dumps({**values, **own}))
+        limits = Limits(default_max_tokens=6, max_tokens=8)
+        with open_engine(folder, limits=limits) as backend, serving(backend) as client:
+            assert client.chat("hello").json["usage"]["completion_tokens"] == expected
+            assert client.chat("hello", max_tokens=3).json["usage"]["completion_tokens"] == 3
 
 
 def test_the_command_and_its_end_while_it_answers(tmp_path: Path) -> None:
