@@ -172,7 +172,8 @@ def test_an_answer_that_fails_half_way(browser: Browser) -> None:
 
 
 def test_an_answer_that_is_cut_off(browser: Browser) -> None:
-    with opened(browser, FakeBackend(pieces=["x "] * 1100)) as tab:
+    limits = Limits(default_max_tokens=1024)  # as `serve` sets it
+    with opened(browser, FakeBackend(pieces=["x "] * 1100, limits=limits)) as tab:
         tab.ask("Go on.")
         expect(
             tab.turns.get_by_text("Cut off: the answer may not have more tokens.")
