@@ -50,16 +50,9 @@ OPERATIONS: tuple[Operation, ...] = (
     responses.OPERATION,
     embeddings.OPERATION,
     *videos.OPERATIONS,
-    Operation(
-        "GET",
-        "/openapi.json",
-        openapi_file,
-        name="openapi",
-        summary="This file",
-        gives={JSON: dict[str, Any]},
-    ),
+    Operation("GET", "/openapi.json", openapi_file, "openapi", "This file", {JSON: dict[str, Any]}),
 )
-"""Every route for programs. What one is stands beside what answers it."""
+"""Every route for programs, each declared beside its handler."""
 
 
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:

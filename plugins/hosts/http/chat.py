@@ -31,16 +31,12 @@ async def chat(state: AppState, request: Request) -> Response:
     )
     await state.check_capabilities(wanted, logprobs="logprobs", json_schema="response_format")
     usage = asked.stream_options is not None and asked.stream_options.include_usage
-    return await streaming.generate(
-        state, request, wanted, Answer(state.model, usage), asked.stream
-    )
+    answer = Answer(state.model, usage)
+    return await streaming.generate(state, request, wanted, answer, bool(asked.stream))
 
 
 class Answer:
-    """One completion, whole or in chunks.
-
-    usage : whether the chunks end with one that holds it.
-    """
+    """One completion, whole or in chunks, the last of which holds the usage if that is wanted."""
 
     def __init__(self, model: str, usage: bool) -> None:
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())

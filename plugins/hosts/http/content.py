@@ -1,7 +1,5 @@
 """Messages, their parts and the format of an answer: what requests hold, made the contract's.
-
-An image part has the names that it has in any of OpenAI's routes, in vLLM and in mlx-vlm; each of
-them is taken in all routes.
+All routes take the names of parts of any of OpenAI's routes, of vLLM and of mlx-vlm.
 """
 
 import json
@@ -98,12 +96,9 @@ class NamedVideoPart(Strict):
         return self.video.media("video")
 
 
-MediaPart = Annotated[
-    ImagePart | NamedImagePart | VideoPart | NamedVideoPart, Field(discriminator="type")
-]
-AnyPart = Annotated[
-    TextPart | ImagePart | NamedImagePart | VideoPart | NamedVideoPart, Field(discriminator="type")
-]
+_Medium = ImagePart | NamedImagePart | VideoPart | NamedVideoPart
+MediaPart = Annotated[_Medium, Field(discriminator="type")]
+AnyPart = Annotated[TextPart | _Medium, Field(discriminator="type")]
 
 
 class GroupPart(Strict):
@@ -116,10 +111,7 @@ class GroupPart(Strict):
         return Group([part.to_contract() for part in self.content])
 
 
-AnyItem = Annotated[
-    TextPart | ImagePart | NamedImagePart | VideoPart | NamedVideoPart | GroupPart,
-    Field(discriminator="type"),
-]
+AnyItem = Annotated[TextPart | _Medium | GroupPart, Field(discriminator="type")]
 
 
 def _as_parts(content: Any) -> Any:

@@ -26,24 +26,19 @@ async def embeddings(state: AppState, request: Request) -> Response:
         tiling=asked.tiling,
         timeout=asked.timeout,
     )
-    await _check_dimensions(state, asked)
+    if asked.dimensions is not None:
+        await _check_dimensions(state, asked)
     found = await streaming.result(state.backend.stream_embed(wanted), request.receive)
     # Thousands of numbers take a while to write.
     return await state.blocking(lambda: JSONResponse(_body(found, asked, state.model)))
 
 
 async def _check_dimensions(state: AppState, asked: EmbeddingsRequest) -> None:
-    if asked.dimensions is None:
-        return
     info = await state.blocking(state.backend.info)
     dim = {space.id: space.dim for space in info.spaces}.get(asked.space)
     if asked.dimensions != dim:
-        raise HTTPError(
-            400,
-            f"vectors of the space {asked.space} have {dim} dimensions and cannot be shortened; "
-            "leave dimensions out",
-            param="dimensions",
-        )
+        why = f"vectors of the space {asked.space} have {dim} dimensions and cannot be shortened"
+        raise HTTPError(400, f"{why}; leave dimensions out", param="dimensions")
 
 
 def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embeddings:
@@ -57,7 +52,6 @@ def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embedding
         ],
         # Backends do not count them.
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
-        # Vectors mean the same only if these agree.
         "space": found.space,
         "dim": found.dim,
         "revision": found.revision,
@@ -68,7 +62,6 @@ def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embedding
 
 
 def _base64(vector: Sequence[float]) -> str:
-    """Little-endian float32, as OpenAI's."""
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 

@@ -57,11 +57,7 @@ class ErrorBody(TypedDict):
 
 
 class HTTPError(Exception):
-    """A request that is refused for what only HTTP knows of.
-
-    status : of the answer. message : one sentence without a full stop. code : for programs.
-    param : the field that is at fault, where it is one.
-    """
+    """A refused request. message : one sentence without a full stop. param : the field at fault."""
 
     def __init__(
         self, status: int, message: str, code: str = "bad_request", param: str | None = None
@@ -87,7 +83,6 @@ class HTTPError(Exception):
 
 
 def to_http_error(error: PluginError) -> HTTPError:
-    """A backend's refusal, as HTTP has it."""
     code = _CODES.get(error.code, error.code)
     return HTTPError(_STATUS[error.code], redact_paths(str(error)), code)
 
@@ -108,7 +103,7 @@ def _redacted(found: re.Match[str]) -> str:
 
 
 async def not_routed(request: Request, error: Exception) -> Response:
-    """For what no route takes: a path that is none, a method that it does not have."""
+    """Answers a request for an unknown path or method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         found = HTTPError(405, f"this address does not take {request.method[:10]}")

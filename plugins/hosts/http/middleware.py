@@ -31,10 +31,7 @@ _ADMIT = "mlx_onevision.admit"  # the key in the scope
 
 
 class Guards:
-    """Checks Host, Origin and token.
-
-    public : paths that are read without a token; their answers are the same for everybody.
-    """
+    """Checks Host, Origin and token; the paths in ``public`` need no token."""
 
     def __init__(self, settings: ServerSettings, public: frozenset[str] = frozenset()) -> None:
         self._token, self._public = settings.token, public
@@ -60,24 +57,16 @@ class Guards:
         public = scope["method"] in ("GET", "HEAD") and scope["path"] in self._public
         if self._token is not None and not public:
             given = headers[b"authorization"]
+            scheme, space, token = given[0].partition(b" ") if len(given) == 1 else (b"",) * 3
             wanted = b"bearer " + self._token.encode()
-            if len(given) != 1 or not hmac.compare_digest(_lower_scheme(given[0]), wanted):
-                raise HTTPError(
-                    401,
-                    "the token is missing or wrong; send it as Authorization: Bearer",
-                    "invalid_api_key",
-                )
+            if not hmac.compare_digest(scheme.lower() + space + token, wanted):
+                message = "the token is missing or wrong; send it as Authorization: Bearer"
+                raise HTTPError(401, message, "invalid_api_key")
 
 
 def _name(host: bytes) -> str | None:
-    """What a Host header names, without its port; None where it is no such header."""
     found = _HOST.fullmatch(host.decode("latin-1"))
     return None if found is None or int(found[2] or 0) > 65535 else _plain(found[1])
-
-
-def _lower_scheme(value: bytes) -> bytes:
-    scheme, space, token = value.partition(b" ")
-    return scheme.lower() + space + token
 
 
 def _plain(name: str) -> str:
@@ -114,7 +103,6 @@ class Metrics:
                 self._tokens[kind] += getattr(usage, f"{kind}_tokens")
 
     def text(self, info: ModelInfo) -> str:
-        """Everything, a line each."""
         with self._lock:
             requests, seconds = sorted(self._requests.items()), sorted(self._seconds.items())
             tokens = dict(self._tokens)
@@ -139,8 +127,8 @@ class Metrics:
 class Middleware:
     """Around the application: guards, the admission limit, and the counts.
 
-    routes : the path of each endpoint, ``{name}`` and all. Only these have a name in the metrics:
-        anything else that is asked for could fill the memory with names.
+    routes : the path of each endpoint; others are not named in the metrics, as they could fill the
+        memory.
     limit : requests for the model at once; None for as many as the backend takes.
     """
 
@@ -191,18 +179,15 @@ class Middleware:
 
     def _admit(self, request: object) -> None:
         if self._limit is not None and len(self._admitted) >= self._limit:
-            count = len(self._admitted)
-            raise PluginError(
-                "busy", f"{count} requests are under way or wait", "try again in a moment"
-            )
+            message = f"{len(self._admitted)} requests are under way or wait"
+            raise PluginError("busy", message, "try again in a moment")
         self._admitted.add(request)
 
 
 def admit(request: Request) -> None:
     """Counts a request for the model, until its answer has been sent or nobody waits for it.
 
-    Called as soon as its body has been read, and before anything is made of it: in a crowd, parsing
-    what is refused anyway would hold up everybody.
+    Called before its body is parsed: parsing what is refused anyway would hold up everybody.
 
     Raises:
         PluginError: ``busy``, where there are as many as the limit allows.

@@ -1,6 +1,4 @@
-"""``GET /openapi.json``: every route, as it declares itself, in OpenAPI 3.1. Schemas come from the
-models that requests are checked with, and from the types of answers and of the contract's objects.
-"""
+"""``GET /openapi.json``: every route in OpenAPI 3.1, with the schemas of the models and types."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -47,7 +45,6 @@ class Generator(GenerateJsonSchema):
         return {"additionalProperties": False, **super().typed_dict_schema(schema)}
 
     def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
-        """Of a part of the contract, as its ``to_dict`` writes it."""
         made = super().dataclass_schema(schema)
         cls = schema["cls"]
         if issubclass(cls, Part):
@@ -97,7 +94,8 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
     paths: dict[str, Document] = {}
     used: set[int] = set()
     for one in operations:
-        statuses = _refused(one, token)
+        with_body = {404, *_WITH_BODY} if one.takes is not None else set()  # 404: another model
+        statuses = {*_ALWAYS, *one.refuses, *with_body, *((401,) if token else ())}
         used |= statuses
         described: Document = {"operationId": one.name, "summary": one.summary}
         path = re.sub(r":\w+}", "}", one.path)
@@ -145,7 +143,7 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
 
 
 def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict[str, Document]]:
-    """Of every type that crosses over its schema, and what these have in common by name."""
+    """The schema of each type, and the components that these refer to."""
     taken = (one.takes for one in operations if one.takes is not None)
     given = (kind for one in operations for kind in one.gives.values())
     kinds = list(dict.fromkeys((ErrorBody, *taken, *given)))
@@ -168,13 +166,7 @@ def _as_set_up(fields: Document, state: AppState) -> None:
                     kind["maximum"] = most
 
 
-def _refused(one: Operation, token: bool) -> set[int]:
-    with_body = {404, *_WITH_BODY} if one.takes is not None else set()  # 404: another model's name
-    return {*_ALWAYS, *one.refuses, *with_body, *((401,) if token else ())}
-
-
 def _event(one: Operation, shape: Document) -> Document:
-    """One event of a stream."""
     data: Document = {"type": "string", "contentMediaType": JSON, "contentSchema": shape}
     if one.ends is not None:
         data = {"anyOf": [data, {"const": one.ends}]}

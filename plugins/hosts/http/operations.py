@@ -25,9 +25,7 @@ JSON = "application/json"
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
 
-DONE = "[DONE]"
-"""The last line of a stream of chat completions, which is no JSON."""
-
+DONE = "[DONE]"  # the last line of a stream of chat completions
 GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
@@ -36,8 +34,7 @@ class AppState:
     """A backend, and how it is served.
 
     model : the name it has for clients. created : seconds since 1970.
-    threads : for calls that block; more than the backend takes on at once, so that the one after
-        the last is refused at once.
+    threads : for calls that block; more than the backend takes on at once.
     openapi : the answer of ``/openapi.json``, once it was asked for.
     """
 
@@ -52,7 +49,6 @@ class AppState:
     openapi: Response | None = None
 
     async def blocking(self, function: Callable[[], Answer]) -> Answer:
-        """Calls a function that waits, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, function)
 
     def check_model(self, name: str | None) -> None:
@@ -64,9 +60,7 @@ class AppState:
     async def check_capabilities(
         self, wanted: GenerateRequest, *, logprobs: str, json_schema: str
     ) -> None:
-        """Raises HTTPError 400 for what the backend cannot do, by the name of the field that asked
-        for it.
-        """
+        """Raises HTTPError 400 for what the backend cannot do, naming the request's field."""
         for capability, field in (("logprobs", logprobs), ("json_schema", json_schema)):
             if getattr(wanted, capability) is not None:
                 info = await self.blocking(self.backend.info)
@@ -80,18 +74,13 @@ Handler = Callable[[AppState, Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path; declared beside what answers it, listed in ``app``.
+    """One method of one path; declared beside its handler, listed in ``app``.
 
     path : as the router reads it; ``{name:path}`` takes slashes, too.
-    name : ``operationId``, for clients that are made from the file.
-    summary : one line for people.
-    takes : what the body is checked with; None where there is none.
-    gives : of each media type of a good answer what it holds: anything pydantic has a schema for.
-        Of an event stream it is what the data of each event holds.
+    name : ``operationId``. takes : the model of the body.
+    gives : the type of each media type of a good answer; for an event stream, of an event's data.
     ends : the data of its last event, where that is no JSON.
-    status : of a good answer.
-    refuses : statuses of errors that this route has beside those of every route, and of every route
-        that takes a body.
+    status : of a good answer. refuses : statuses of errors that only this route has.
     """
 
     method: str
@@ -107,12 +96,10 @@ class Operation:
 
 
 async def handle_errors(answer: Awaitable[Response]) -> Response:
-    """An answer, or the error that it ended with in the form that all errors have."""
     try:
         return await answer
     except HTTPError as error:
-        # What is left of a body that was refused is not read.
-        unread = error.status in (408, 413, 415, 429)
+        unread = error.status in (408, 413, 415, 429)  # the rest of the body is not read
         return error.response({"Connection": "close"} if unread else None)
     except ClientDisconnect:
         return Response(status_code=GONE)

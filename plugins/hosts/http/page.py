@@ -1,8 +1,5 @@
-"""``GET /``: the page for people, and the files that it is made of.
-
-They are the same for everybody, so they need no token; what the page asks for afterwards does. The
-headers make a browser run and load what this server sends and nothing else, in no frame, and ask
-each time whether a file has changed.
+"""``GET /``: the page for people, and the files that it is made of. They need no token; what the
+page asks for afterwards does. The headers make a browser load nothing but this server's files.
 """
 
 import hashlib
@@ -58,7 +55,7 @@ class File:
 
 
 def read_files(settings: ServerSettings) -> dict[str, File]:
-    """Every path that is answered; nothing else that is asked for is ever looked for as a file."""
+    """By path. All are read at the start: no request's path is ever looked for as a file."""
     files: dict[str, File] = {}
     for file in sorted(FILES.iterdir()):
         if file.suffix in KINDS:
@@ -72,8 +69,6 @@ def read_files(settings: ServerSettings) -> dict[str, File]:
 
 
 def handler(files: Mapping[str, File]) -> Handler:
-    """Answers any of ``files``."""
-
     async def answer(_: AppState, request: Request) -> Response:
         file = files[request.scope["path"]]
         headers = {**HEADERS, "ETag": file.tag}

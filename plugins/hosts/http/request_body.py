@@ -33,12 +33,11 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyReader:
-    """Reads the bodies of a server's requests, and knows how much of them it holds together."""
+    """Reads the bodies of a server's requests, and counts the bytes held by all of them."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings, self._held = settings, 0
-        # Megabytes of base64 take a while; others are answered meanwhile. Several threads would not
-        # parse any faster, and each would be one more that has the interpreter now and then.
+        # Megabytes of base64 take a while. Several threads would not parse them any faster.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
 
     async def read(self, request: Request, kind: type[Wanted]) -> Wanted:
@@ -75,11 +74,8 @@ class BodyReader:
             if len(data) > self._settings.body:
                 raise _too_much(self._settings)
             if self._held > self._settings.bodies:
-                raise HTTPError(
-                    429,
-                    "too much is being sent by all clients together; try again in a moment",
-                    "rate_limit_exceeded",
-                )
+                why = "too much is being sent by all clients together; try again in a moment"
+                raise HTTPError(429, why, "rate_limit_exceeded")
             more = message.get("more_body", False)
 
 
@@ -112,10 +108,10 @@ def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wa
 
 
 def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
-    """A JSON object. NaN, deep nesting, very many values and what is no text are refused.
+    """A JSON object.
 
     Raises:
-        HTTPError: 400.
+        HTTPError: 400, also for NaN, deep nesting, very many values and lone surrogates.
     """
     # Before it is parsed: every value costs far more memory than its characters.
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
@@ -165,7 +161,6 @@ def _number(text: str) -> float:
 
 
 def _sentence(error: ErrorDetails) -> str:
-    """What is wrong, in one sentence without a full stop."""
     context = error.get("ctx", {})
     if error["type"] == "union_tag_invalid":
         tag, known = repr(context["tag"])[:40], context["expected_tags"]
@@ -179,9 +174,7 @@ def _sentence(error: ErrorDetails) -> str:
 
 
 def _field(error: ErrorDetails, values: Any) -> str:
-    """Where it is: ``messages[0].content``. Names of pydantic's union members are left
-    out: the request does not hold them.
-    """
+    """Such as ``messages[0].content``, without pydantic's names of union members."""
     text, at = "", values
     for part in error["loc"]:
         if isinstance(part, int):

@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from starlette.requests import Request
@@ -32,9 +33,8 @@ async def respond(state: AppState, request: Request) -> Response:
     )
     named = "include" if asked.top_logprobs is None else "top_logprobs"
     await state.check_capabilities(wanted, logprobs=named, json_schema="text")
-    return await streaming.generate(
-        state, request, wanted, Answer(asked, state.model), asked.stream
-    )
+    answer = Answer(asked, state.model)
+    return await streaming.generate(state, request, wanted, answer, bool(asked.stream))
 
 
 def _messages(asked: ResponsesRequest) -> list[Message]:
@@ -60,7 +60,7 @@ class Answer:
             "output_index": 0,
             "content_index": 0,
         }
-        self._text, self._number = "", -1
+        self._text, self._numbers = "", count()
         self._announced = self._begun = False
 
     def _body(self) -> types.ResponseObject:
@@ -99,7 +99,7 @@ class Answer:
     def whole(self, found: results.GenerateResult) -> types.ResponseObject:
         body, cut = self._body(), found.finish_reason == "length"
         part = _part(found.text, found.logprobs or ())
-        body["output"] = [self._item("incomplete" if cut else "completed", [part])]
+        body["output"] = [self._item("incomplete" if cut else "completed", part)]
         body["usage"] = _usage(found.usage)
         body["status"] = "incomplete" if cut else "completed"
         if cut:
@@ -115,18 +115,16 @@ class Answer:
         code = "server_error" if found.status >= 500 else "invalid_prompt"
         body["status"], body["error"] = "failed", {"code": code, "message": found.message}
         if self._begun:
-            body["output"] = [self._item("incomplete", [_part(self._text)])]
+            body["output"] = [self._item("incomplete", _part(self._text))]
         return body
 
-    def _item(
-        self, status: types.MessageStatus, content: list[types.OutputText]
-    ) -> types.OutputMessage:
+    def _item(self, status: types.MessageStatus, *content: types.OutputText) -> types.OutputMessage:
         return {
             "type": "message",
             "id": self._place["item_id"],
             "role": "assistant",
             "status": status,
-            "content": content,
+            "content": list(content),
         }
 
     def events(self, event: results.Event) -> Iterator[bytes]:
@@ -144,7 +142,7 @@ class Answer:
             self._text += event.delta
             yield {
                 "type": "response.output_text.delta",
-                "sequence_number": self._next(),
+                "sequence_number": next(self._numbers),
                 **self._place,
                 "delta": event.delta,
                 "logprobs": [types.chosen(token) for token in event.logprobs],
@@ -162,13 +160,13 @@ class Answer:
         self._begun = True
         yield {
             "type": "response.output_item.added",
-            "sequence_number": self._next(),
+            "sequence_number": next(self._numbers),
             "output_index": 0,
-            "item": self._item("in_progress", []),
+            "item": self._item("in_progress"),
         }
         yield {
             "type": "response.content_part.added",
-            "sequence_number": self._next(),
+            "sequence_number": next(self._numbers),
             **self._place,
             "part": _part(""),
         }
@@ -179,32 +177,28 @@ class Answer:
         (part,) = message["content"]
         yield {
             "type": "response.output_text.done",
-            "sequence_number": self._next(),
+            "sequence_number": next(self._numbers),
             **self._place,
             "text": part["text"],
             "logprobs": part["logprobs"],
         }
         yield {
             "type": "response.content_part.done",
-            "sequence_number": self._next(),
+            "sequence_number": next(self._numbers),
             **self._place,
             "part": part,
         }
         yield {
             "type": "response.output_item.done",
-            "sequence_number": self._next(),
+            "sequence_number": next(self._numbers),
             "output_index": 0,
             "item": message,
         }
-        cut = found.finish_reason == "length"
+        cut = body["status"] == "incomplete"
         yield self._state("response.incomplete" if cut else "response.completed", body)
 
     def _state(self, kind: types.WholeType, body: types.ResponseObject) -> types.ResponseEvent:
-        return {"type": kind, "sequence_number": self._next(), "response": body}
-
-    def _next(self) -> int:
-        self._number += 1
-        return self._number
+        return {"type": kind, "sequence_number": next(self._numbers), "response": body}
 
 
 def _part(text: str, logprobs: Sequence[results.TokenLogprob] = ()) -> types.OutputText:

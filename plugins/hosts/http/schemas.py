@@ -1,7 +1,5 @@
-"""What the routes take, field by field, strictly typed; the OpenAPI file is made of the same.
-
-Fields that are not known are ignored, as OpenAI's clients expect; those that are known, are not
-supported, and would change what the answer means are refused.
+"""What the routes take, field by field; the OpenAPI file is made of the same. Unknown fields are
+ignored, as OpenAI's clients expect; unsupported ones that would change the answer are refused.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -55,11 +53,9 @@ Defaults = dict[str, tuple[Any, ...]]
 
 
 class RejectUnsupported(Strict):
-    """Refuses fields that would change what an answer is, but for the values with which they do
-    not.
+    """Refuses fields that would change what an answer is, but for values that change nothing.
 
-    accepted_defaults : these fields and values. hints : the sentence of a refusal, where it is not
-        the usual one.
+    accepted_defaults : these fields and values. hints : sentences of refusals, by field.
     """
 
     accepted_defaults: ClassVar[Defaults] = {}
@@ -184,7 +180,6 @@ def _as_messages(asked: Any) -> Any:
 
 
 def _few(pairs: Any) -> Any:
-    """Looked at before the pairs themselves are, of which there may be very many."""
     if isinstance(pairs, dict) and len(pairs) > PAIRS:
         raise ValueError(f"there are {len(pairs)} pairs; {PAIRS} are kept")
     return pairs
@@ -235,7 +230,6 @@ class ResponsesRequest(RejectUnsupported, MediaOptions):
 
 
 def _as_items(value: Any) -> Any:
-    """One item or several, texts written out as parts."""
     items = [value] if isinstance(value, str | dict) else value
     return [_as_item(item) for item in items] if isinstance(items, list) else items
 
@@ -252,8 +246,7 @@ def _as_item(item: Any) -> Any:
 
 
 _Given = str | content.AnyItem
-_Bounds = Field(min_length=1, max_length=ITEMS)
-_Inputs = _Given | Annotated[list[_Given], _Bounds]
+_Inputs = _Given | Annotated[list[_Given], Field(min_length=1, max_length=ITEMS)]
 
 
 class EmbeddingsRequest(Strict):

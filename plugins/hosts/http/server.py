@@ -76,10 +76,8 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._healthy, self._end = healthy, end
-        self.failed = False
-        """Whether it ended because it was not healthy."""
-        self.signal: int | None = None
-        """The one that ended it."""
+        self.failed = False  # whether it ended because it was not healthy
+        self.signal: int | None = None  # that ended it
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0 and not self._healthy():
@@ -89,16 +87,13 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, but requests that are still waiting end with an error."""
-        loop = asyncio.get_running_loop()
-        ending = loop.call_later(GRACE_SECONDS, self._end)
+        ending = asyncio.get_running_loop().call_later(GRACE_SECONDS, self._end)
         await super().shutdown(sockets)
         ending.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but for the end: there the signal would end the process at once, and
-        nothing that it holds could be closed.
-        """
+        """As uvicorn's, but does not raise the signal again: it would end the process at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -115,8 +110,8 @@ class Server(uvicorn.Server):
 
 
 def timeout_protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, that waits so long for a request's head, on a new connection and on one
-    that is used again. Without it, whoever opens connections and sends nothing keeps them.
+    """uvicorn's protocol, with a time limit for a request's head: without it, whoever opens
+    connections and sends nothing keeps them.
     """
 
     class TimeoutProtocol(H11Protocol):
@@ -124,8 +119,8 @@ def timeout_protocol(seconds: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            # asyncio does so only where the listening socket was made with the protocol's number. A
-            # token would otherwise wait for the acknowledgement of the one before: 40 ms.
+            # Else a token waits 40 ms for the acknowledgement of the one before (asyncio sets it
+            # only where the listening socket was made with the protocol's number).
             connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._timer = self.loop.call_later(seconds, self._time_out)
@@ -145,13 +140,11 @@ def timeout_protocol(seconds: float) -> type[H11Protocol]:
             """In the form that every error has, where an answer can still be sent."""
             del msg
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                answer = HTTPError(400, "this is not HTTP as it has to be").response(
-                    {"Connection": "close"}
-                )
-                head = h11.Response(
-                    status_code=400, headers=answer.raw_headers, reason=b"Bad Request"
-                )
-                for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                error = HTTPError(400, "this is not HTTP as it has to be")
+                answer = error.response({"Connection": "close"})
+                headers, data = answer.raw_headers, h11.Data(data=bytes(answer.body))
+                head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+                for event in (head, data, h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
             if self._in_request():  # whoever waits for the rest of the body need not
                 self.cycle.disconnected = True
@@ -176,36 +169,30 @@ def timeout_protocol(seconds: float) -> type[H11Protocol]:
 
 
 def tune_interpreter() -> None:
-    """Sees to it that the thread that speaks to all clients is never held up for long.
+    """Keeps other threads from holding up the event loop; for a process that only serves.
 
-    Call it when everything has been imported. It concerns the whole process, so it is for a program
-    that is nothing but a server.
+    Call it when everything has been imported.
     """
-    # It waits for as long as this, again and again, while others prepare images; Python's own
-    # 5 ms add up to half a second in a crowd.
+    # Python's own 5 ms add up to half a second while many requests prepare images.
     sys.setswitchinterval(SWITCH_SECONDS)
-    # Modules are never garbage, but looking through all of their objects for it stops every thread
-    # for 70 ms.
+    # A collection that looks through all modules stops every thread for 70 ms.
     gc.collect()
     gc.freeze()
 
 
 class Closing:
-    """The end of a backend, on a thread of its own: its model may be in the midst of something that
-    takes long. To be called from one thread.
-    """
+    """Closes a backend on a thread of its own, as that may take long. Called from one thread."""
 
     def __init__(self, backend: Backend) -> None:
-        self._thread = threading.Thread(
-            target=backend.close, name="mlx-onevision-closing", daemon=True
-        )
+        name = "mlx-onevision-closing"
+        self._thread = threading.Thread(target=backend.close, name=name, daemon=True)
 
     def begin(self) -> None:
         if self._thread.ident is None:
             self._thread.start()
 
     def done(self) -> bool:
-        """Whether it has ended, after a while at the latest."""
+        """Whether it has ended; waits for that, but not long."""
         self.begin()
         self._thread.join(CLOSING_SECONDS)
         return not self._thread.is_alive()

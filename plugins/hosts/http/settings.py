@@ -16,10 +16,8 @@ class ServerSettings:
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
     max_tokens : the backend's limit for one answer.
-    admission_limit : requests for the model at once, those waiting included; None leaves it to the
-        backend.
-    body : bytes of a request, at most.
-    bodies : bytes of all requests that are being read, together.
+    admission_limit : requests for the model, waiting ones included; None for the backend's limit.
+    body, bodies : bytes of one request, and of all that are being read.
     depth, values : how deep, and how many, a request's JSON may hold.
     header_timeout : seconds that a request's head may take, and that its body may stand still.
     keep_alive_interval : seconds without an event after which a stream gets a comment.
@@ -45,7 +43,7 @@ class ServerSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own, for itself alone."""
+    """Whether only this machine can reach the address."""
     if host.lower() == "localhost":
         return True
     try:

@@ -13,17 +13,13 @@ from mlx_onevision.plugins.hosts.http.middleware import Metrics
 from mlx_onevision.plugins.hosts.http.openapi import WithKeys
 from mlx_onevision.plugins.hosts.http.operations import JSON, TEXT, AppState, Operation
 
-Known = Annotated[
-    ModelInfo,
-    WithKeys(
-        {
-            "object": {"const": "model"},
-            "created": {"type": "integer"},
-            "owned_by": {"type": "string"},
-            "root": {"type": "string"},
-        }
-    ),
-]
+_KEYS = {
+    "object": {"const": "model"},
+    "created": {"type": "integer"},
+    "owned_by": {"type": "string"},
+    "root": {"type": "string"},
+}
+Known = Annotated[ModelInfo, WithKeys(_KEYS)]
 
 
 class Health(TypedDict):

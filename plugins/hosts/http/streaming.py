@@ -36,9 +36,7 @@ class Answer(Protocol):
 
     def whole(self, found: results.GenerateResult) -> Any: ...
 
-    def events(self, event: results.Event) -> Iterable[bytes]:
-        """What is sent for an event; for most, nothing."""
-        ...
+    def events(self, event: results.Event) -> Iterable[bytes]: ...
 
 
 async def generate(
@@ -60,10 +58,9 @@ async def generate(
         return JSONResponse(answer.whole(found))
 
     def write(event: results.Event) -> Iterable[bytes]:
-        if isinstance(event, results.DoneEvent) and isinstance(
-            event.result, results.GenerateResult
-        ):
-            state.metrics.add_usage(event.result.usage)
+        done = event.result if isinstance(event, results.DoneEvent) else None
+        if isinstance(done, results.GenerateResult):
+            state.metrics.add_usage(done.usage)
         return answer.events(event)
 
     return SentEvents(stream, write, state.settings.keep_alive_interval)
@@ -84,13 +81,8 @@ async def result(stream: EventStream[Wanted], receive: Receive) -> Wanted:
 
 
 class SentEvents(Response):
-    """The events of a request as they come.
-
-    write : an event, as what is sent for it.
-    interval : seconds after which a comment is sent instead.
-
-    The status is decided late: a request that is refused before anything has come of it gets the
-    error's own status and body.
+    """The events of a request as they come, each as what ``write`` makes of it, and a comment
+    after ``interval`` seconds without any. An error before all others still sets the status.
     """
 
     def __init__(

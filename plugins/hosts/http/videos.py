@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 from starlette.requests import Request
@@ -20,12 +21,8 @@ from mlx_onevision.plugins.service.jobs import Job, Jobs, NoSuchJob
 
 PATH = "/v1/video/jobs"
 
-JobBody = Annotated[
-    Job,
-    WithKeys(
-        {"object": {"const": "video.job"}, "poll": {"type": "string", "format": "uri-reference"}}
-    ),
-]
+_KEYS = {"object": {"const": "video.job"}, "poll": {"type": "string", "format": "uri-reference"}}
+JobBody = Annotated[Job, WithKeys(_KEYS)]
 
 _FIELDS = ("segments", "start", "end", "num_frames", "longest", "system", "timeout")
 
@@ -40,14 +37,6 @@ async def start(state: AppState, request: Request) -> Response:
     return await state.blocking(lambda: _response(state.jobs.start(wanted), 202))
 
 
-async def status(state: AppState, request: Request) -> Response:
-    return await _of_job(state, request, Jobs.status)
-
-
-async def cancel(state: AppState, request: Request) -> Response:
-    return await _of_job(state, request, Jobs.cancel)
-
-
 async def _read(state: AppState, request: Request) -> DescribeRequest:
     asked = await state.reader.read(request, VideoRequest)
     state.check_model(asked.model)
@@ -59,7 +48,7 @@ async def _read(state: AppState, request: Request) -> DescribeRequest:
     )
 
 
-async def _of_job(state: AppState, request: Request, call: Callable[[Jobs, str], Job]) -> Response:
+async def _of_job(call: Callable[[Jobs, str], Job], state: AppState, request: Request) -> Response:
     id = request.path_params["id"]
     try:
         return await state.blocking(lambda: _response(call(state.jobs, id)))
@@ -68,7 +57,6 @@ async def _of_job(state: AppState, request: Request, call: Callable[[Jobs, str],
 
 
 def _response(job: Job, status: int = 200) -> Response:
-    """A job as it stands, and where it is polled for."""
     if job.error is not None:
         job = replace(job, error=ErrorEvent.of(redact_error(job.error.error)))
     path = f"{PATH}/{job.id}"
@@ -105,7 +93,7 @@ OPERATIONS = (
     Operation(
         "GET",
         PATH + "/{id}",
-        status,
+        partial(_of_job, Jobs.status),
         name="retrieveVideoJob",
         summary="How far a description has come; its segments so far, its result or its error",
         gives={JSON: JobBody},
@@ -114,7 +102,7 @@ OPERATIONS = (
     Operation(
         "DELETE",
         PATH + "/{id}",
-        cancel,
+        partial(_of_job, Jobs.cancel),
         name="cancelVideoJob",
         summary="End a description",
         gives={JSON: JobBody},
