@@ -6,11 +6,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from mlx_onevision.plugins.contract.errors import to_plugin_error
 from mlx_onevision.plugins.hosts.http import (
     chat,
     embeddings,
@@ -20,21 +21,16 @@ from mlx_onevision.plugins.hosts.http import (
     status,
     videos,
 )
-from mlx_onevision.plugins.hosts.http.errors import not_routed
+from mlx_onevision.plugins.hosts.http.errors import HTTPError, not_routed, to_http_error
 from mlx_onevision.plugins.hosts.http.middleware import Guards, Metrics, Middleware
-from mlx_onevision.plugins.hosts.http.operations import (
-    JSON,
-    AppState,
-    Handler,
-    Operation,
-    handle_errors,
-)
+from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Handler, Operation
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import Jobs
 
 THREADS = 64
+GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
 async def openapi_file(state: AppState, _: Request) -> Response:
@@ -93,6 +89,14 @@ def _route(path: str, handlers: dict[str, Handler], state: AppState) -> Route:
 
     async def endpoint(request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
-        return await handle_errors(handlers[method](state, request))
+        try:
+            return await handlers[method](state, request)
+        except HTTPError as error:
+            unread = error.status in (408, 413, 415, 429)  # the rest of the body is not read
+            return error.response({"Connection": "close"} if unread else None)
+        except ClientDisconnect:
+            return Response(status_code=GONE)
+        except Exception as error:
+            return to_http_error(to_plugin_error(error)).response()
 
     return Route(path, endpoint, methods=list(handlers))

@@ -97,19 +97,18 @@ class Answer:
         logprobs: Sequence[results.TokenLogprob] = (),
         finish: results.FinishReason | None = None,
     ) -> types.ChatCompletionChunk:
+        choice: types.ChunkChoice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": _logprobs(logprobs or None),
+            "finish_reason": finish,
+        }
         return {
             "id": self._id,
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self._model,
-            "choices": [
-                {
-                    "index": 0,
-                    "delta": delta,
-                    "logprobs": _logprobs(logprobs or None),
-                    "finish_reason": finish,
-                }
-            ],
+            "choices": [choice],
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 from importlib.util import find_spec
@@ -104,13 +105,11 @@ def serve(
     MLX_ONEVISION_API_KEY=… mlx-onevision serve --host 0.0.0.0
     """
     if any(find_spec(module) is None for module in ("starlette", "uvicorn", "pydantic")):
-        raise RequestError(
-            "serve needs what comes with the extra server; pip install 'mlx-onevision[server]'"
-        )
+        needed = "serve needs what comes with the extra server"
+        raise RequestError(f"{needed}; pip install 'mlx-onevision[server]'")
     if model is None:
-        click.echo(
-            "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
-        )
+        notice = "No --model: the embedded demo model answers; it knows coloured shapes only."
+        click.echo(notice, err=True)
 
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
@@ -124,7 +123,7 @@ def serve(
         raise click.UsageError("--api-key has to be printable ASCII")
     try:
         made = api_key is None and not is_loopback(host)
-        token = server.new_token() if made else api_key
+        token = secrets.token_urlsafe(32) if made else api_key
         settings = ServerSettings(
             host=host,
             names=names,
@@ -158,8 +157,7 @@ def serve(
                 import_engine()  # or else the first request waits for it
                 server.tune_interpreter()
                 shown = f"[{host}]" if ":" in host else host
-                number = listening.getsockname()[1]
-                address = f"http://{shown}:{number}"
+                address = f"http://{shown}:{listening.getsockname()[1]}"
                 click.echo(f"Serving at {address}/v1, a page at {address} (Ctrl-C ends)", err=True)
                 closing = server.Closing(backend)
                 runner = server.Server(app, settings, lambda: backend.info().healthy, closing.begin)
@@ -170,9 +168,7 @@ def serve(
 
 
 def _end(failed: bool, number: int | None, *, closed: bool) -> None:
-    """Ends the command as the server ended. Where the model is not closed, the process ends there
-    and then: the interpreter would wait for what the model is in the midst of.
-    """
+    """Ends the command as the server ended; at once where the model is busy and not closed."""
     outcome: BaseException | None = KeyboardInterrupt() if number == signal.SIGINT else None
     if failed:
         message = "the model cannot answer any more, so the server ends; start it again"

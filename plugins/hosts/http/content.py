@@ -132,8 +132,6 @@ Content = Annotated[
 
 
 class Turn(Strict):
-    """What all messages have in common."""
-
     role: Any
     content: Any
 
@@ -165,8 +163,6 @@ class TextFormat(Strict):
 
 
 class ObjectFormat(Strict):
-    """Any JSON object."""
-
     type: Literal["json_object"]
 
 
@@ -180,15 +176,11 @@ class NamedSchema(Strict):
 
 
 class SchemaFormat(Strict):
-    """As chat completions have it."""
-
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
 class FlatSchemaFormat(NamedSchema):
-    """As responses have it."""
-
     type: Literal["json_schema"]
 
 

@@ -27,18 +27,16 @@ async def embeddings(state: AppState, request: Request) -> Response:
         timeout=asked.timeout,
     )
     if asked.dimensions is not None:
-        await _check_dimensions(state, asked)
+        info = await state.blocking(state.backend.info)
+        dim = {space.id: space.dim for space in info.spaces}.get(asked.space)
+        if asked.dimensions != dim:
+            why = (
+                f"vectors of the space {asked.space} have {dim} dimensions and cannot be shortened"
+            )
+            raise HTTPError(400, f"{why}; leave dimensions out", param="dimensions")
     found = await streaming.result(state.backend.stream_embed(wanted), request.receive)
     # Thousands of numbers take a while to write.
     return await state.blocking(lambda: JSONResponse(_body(found, asked, state.model)))
-
-
-async def _check_dimensions(state: AppState, asked: EmbeddingsRequest) -> None:
-    info = await state.blocking(state.backend.info)
-    dim = {space.id: space.dim for space in info.spaces}.get(asked.space)
-    if asked.dimensions != dim:
-        why = f"vectors of the space {asked.space} have {dim} dimensions and cannot be shortened"
-        raise HTTPError(400, f"{why}; leave dimensions out", param="dimensions")
 
 
 def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embeddings:
@@ -50,8 +48,7 @@ def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embedding
             {"object": "embedding", "index": index, "embedding": encode(vector)}
             for index, vector in enumerate(found.vectors)
         ],
-        # Backends do not count them.
-        "usage": {"prompt_tokens": 0, "total_tokens": 0},
+        "usage": {"prompt_tokens": 0, "total_tokens": 0},  # backends do not count them
         "space": found.space,
         "dim": found.dim,
         "revision": found.revision,

@@ -1,11 +1,8 @@
-"""What is around the application: who may speak to the server, how many requests there are at once,
-and counts for Prometheus.
+"""Around the application: guards, the admission limit, and counts for Prometheus.
 
-A web page can send requests to this machine from its visitor's browser, and with a name that it
-points here (DNS rebinding) read the answers, too. So the name that a request calls the server by
-has to be the server's own; a request that another page sent names it in ``Origin`` and is refused;
-and no header ever allows a page to read an answer. All that is looked at before anything of a
-request is read.
+A web page can send requests to this machine from its visitor's browser and, with DNS rebinding,
+read the answers. So ``Host`` has to be a name of this server, ``Origin`` must not be another
+page, and no header ever allows one to read an answer; all before anything of a body is read.
 """
 
 import asyncio

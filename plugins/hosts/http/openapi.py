@@ -88,7 +88,6 @@ _HEADERS: dict[int, Document] = {
 
 
 def document(operations: Sequence[Operation], state: AppState) -> Document:
-    """The whole file, for a server as it is set up."""
     token = state.settings.token is not None
     schemas, components = _schemas(operations)
     paths: dict[str, Document] = {}

@@ -1,4 +1,4 @@
-"""What a route is, the state that all routes share, and how their errors are answered."""
+"""What a route is, and the state that all routes share."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_onevision.plugins.contract.errors import to_plugin_error
 from mlx_onevision.plugins.contract.requests import GenerateRequest
-from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
+from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.middleware import Metrics
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
@@ -26,7 +25,6 @@ EVENTS = "text/event-stream"
 TEXT = "text/plain"
 
 DONE = "[DONE]"  # the last line of a stream of chat completions
-GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
 
 
 @dataclass(eq=False)
@@ -93,15 +91,3 @@ class Operation:
     ends: str | None = None
     status: int = 200
     refuses: tuple[int, ...] = ()
-
-
-async def handle_errors(answer: Awaitable[Response]) -> Response:
-    try:
-        return await answer
-    except HTTPError as error:
-        unread = error.status in (408, 413, 415, 429)  # the rest of the body is not read
-        return error.response({"Connection": "close"} if unread else None)
-    except ClientDisconnect:
-        return Response(status_code=GONE)
-    except Exception as error:
-        return to_http_error(to_plugin_error(error)).response()

@@ -20,12 +20,8 @@ from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 Wanted = TypeVar("Wanted", bound=BaseModel)
 
 # Where pydantic's message has Python's words.
-_KINDS = {
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "list_type": "a list",
-}
+_OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
+_KINDS = {**dict.fromkeys(_OBJECT_TYPES, "an object"), "list_type": "a list"}
 
 SMALL = 64 << 10  # bytes that are parsed sooner than a thread takes them over
 EXACT = 2**53  # up to here a float holds every whole number

@@ -143,7 +143,6 @@ def took(usage: Usage) -> Took:
 
 
 def chosen(token: TokenLogprob) -> Chosen:
-    """The logprobs of one token."""
     return {**_likely(token), "top_logprobs": [_likely(one) for one in token.top]}
 
 
@@ -241,8 +240,6 @@ class ResponseObject(TypedDict):
 
 
 class Whole(TypedDict):
-    """An event that holds the response as it is then."""
-
     type: WholeType
     sequence_number: int
     response: ResponseObject
@@ -256,8 +253,6 @@ class ItemEvent(TypedDict):
 
 
 class InItem(TypedDict):
-    """Where a part stands."""
-
     item_id: str
     output_index: int
     content_index: int

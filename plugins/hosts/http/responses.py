@@ -64,7 +64,6 @@ class Answer:
         self._announced = self._begun = False
 
     def _body(self) -> types.ResponseObject:
-        """Before there is anything of it."""
         asked = self._asked
         form: dict[str, Any] = {"type": "text"}
         if asked.text is not None and asked.text.format is not None:

@@ -57,10 +57,8 @@ async def model(state: AppState, request: Request) -> Response:
 
 
 async def metrics(state: AppState, _: Request) -> Response:
-    info = await state.blocking(state.backend.info)
-    return PlainTextResponse(
-        state.metrics.text(info), headers={"Content-Type": Metrics.CONTENT_TYPE}
-    )
+    text = state.metrics.text(await state.blocking(state.backend.info))
+    return PlainTextResponse(text, headers={"Content-Type": Metrics.CONTENT_TYPE})
 
 
 async def _model(state: AppState) -> dict[str, Any]:
@@ -86,21 +84,9 @@ OPERATIONS = (
         gives={JSON: Health},
         refuses=(503,),
     ),
+    Operation("GET", "/metrics", metrics, "metrics", "Counts for Prometheus", {TEXT: str}),
     Operation(
-        "GET",
-        "/metrics",
-        metrics,
-        name="metrics",
-        summary="Counts for Prometheus",
-        gives={TEXT: str},
-    ),
-    Operation(
-        "GET",
-        "/v1/models",
-        models,
-        name="listModels",
-        summary="The model that is served",
-        gives={JSON: Models},
+        "GET", "/v1/models", models, "listModels", "The model that is served", {JSON: Models}
     ),
     Operation(
         "GET",

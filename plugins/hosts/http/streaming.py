@@ -40,11 +40,7 @@ class Answer(Protocol):
 
 
 async def generate(
-    state: AppState,
-    request: Request,
-    wanted: GenerateRequest,
-    answer: Answer,
-    streamed: bool | None,
+    state: AppState, request: Request, wanted: GenerateRequest, answer: Answer, streamed: bool
 ) -> Response:
     """The answer to a request for text. Its tokens are counted in the metrics.
 
