@@ -88,7 +88,7 @@ class SentEvents(Response):
         interval: float,
     ) -> None:
         super().__init__(media_type=EVENTS, headers=HEADERS)
-        # Its length is not known.
+        # The length is not known.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         self._stream, self._write, self._interval = stream, write, interval
         self._begun = False
@@ -131,7 +131,6 @@ class SentEvents(Response):
         return None
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        """The first bytes bring the status with them."""
         if not self._begun:
             self._begun = True
             head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

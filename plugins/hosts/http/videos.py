@@ -40,10 +40,9 @@ async def start(state: AppState, request: Request) -> Response:
 async def _read(state: AppState, request: Request) -> DescribeRequest:
     asked = await state.reader.read(request, VideoRequest)
     state.check_model(asked.model)
-    most = state.settings.default_segment_tokens if asked.max_tokens is None else asked.max_tokens
     return DescribeRequest(
         video=asked.video.media("video"),
-        max_tokens=most,
+        max_tokens=asked.max_tokens or state.settings.default_segment_tokens,
         **{name: getattr(asked, name) for name in (*Sampling.model_fields, *_FIELDS)},
     )
 
