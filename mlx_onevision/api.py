@@ -210,7 +210,7 @@ class Model:
     @property
     def checkpoint_max_tokens(self) -> int | None:
         """The checkpoint's max_new_tokens, for answers without a limit; None where it has none."""
-        return self._builder.checkpoint_max_tokens
+        return self._engine.defaults.max_new_tokens
 
     def build_request(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:
         """A conversation for :meth:`submit_all`; settings and errors as in :meth:`stream`."""

@@ -230,9 +230,10 @@ class RequestBuilder:
         self._grammars = Grammars(processor.tokenizer, defaults.eos_token_ids)
 
     @property
-    def checkpoint_max_tokens(self) -> int | None:
-        """The checkpoint's max_new_tokens, where it has one."""
-        return self._defaults.max_new_tokens
+    def default_max_tokens(self) -> int:
+        """Of an answer for which the caller sets no limit: the checkpoint's own limit, else 256."""
+        limit = self._defaults.max_new_tokens
+        return DEFAULT_MAX_TOKENS if limit is None else limit
 
     def compile_schema(
         self, schema: str | bool | Mapping[str, Any], check: Callable[[], None] = no_check
@@ -268,7 +269,7 @@ class RequestBuilder:
     ) -> PromptRequest:
         """One conversation, read and tokenized; the settings are those of ``Options``."""
         if max_tokens is None:
-            max_tokens = self.checkpoint_max_tokens or DEFAULT_MAX_TOKENS
+            max_tokens = self.default_max_tokens
         defaults = self._defaults
         settings: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty, "seed": seed}
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}

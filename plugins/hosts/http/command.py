@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import sys
 from importlib.util import find_spec
@@ -123,7 +122,7 @@ def serve(
         raise click.UsageError("--api-key has to be printable ASCII")
     try:
         made = api_key is None and not is_loopback(host)
-        token = secrets.token_urlsafe(32) if made else api_key
+        token = server.new_token() if made else api_key
         settings = ServerSettings(
             host=host,
             names=names,

@@ -30,10 +30,9 @@ async def embeddings(state: AppState, request: Request) -> Response:
         info = await state.blocking(state.backend.info)
         dim = {space.id: space.dim for space in info.spaces}.get(asked.space)
         if asked.dimensions != dim:
-            why = (
-                f"vectors of the space {asked.space} have {dim} dimensions and cannot be shortened"
-            )
-            raise HTTPError(400, f"{why}; leave dimensions out", param="dimensions")
+            why = f"vectors of the space {asked.space} have {dim} dimensions"
+            message = f"{why} and cannot be shortened; leave dimensions out"
+            raise HTTPError(400, message, param="dimensions")
     found = await streaming.result(state.backend.stream_embed(wanted), request.receive)
     # Thousands of numbers take a while to write.
     return await state.blocking(lambda: JSONResponse(_body(found, asked, state.model)))

@@ -103,7 +103,6 @@ def _redacted(found: re.Match[str]) -> str:
 
 
 async def not_routed(request: Request, error: Exception) -> Response:
-    """Answers a request for an unknown path or method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         found = HTTPError(405, f"this address does not take {request.method[:10]}")

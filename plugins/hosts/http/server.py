@@ -204,6 +204,10 @@ def token_file() -> Path:
     return Path(state).expanduser() / "mlx-onevision" / "token"
 
 
+def new_token() -> str:
+    return secrets.token_urlsafe(32)
+
+
 def keep_token(token: str, file: Path) -> None:
     """Writes the token where only its owner can read it, in the place of an older one."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
