@@ -7,7 +7,6 @@ that takes keyword arguments and returns a :class:`~mlx_onevision.plugins.interf
     mine = "my_package.backend:MyBackend"
 """
 
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -29,7 +28,7 @@ def backends() -> dict[str, str]:
 
     Nothing is imported. Nobody can take the place of this package's own.
     """
-    return {name: _location(found) for name, found in sorted(_found().items())}
+    return {name: found.value for name, found in sorted(_found().items())}
 
 
 def open_backend(name: str = "engine", **settings: Any) -> Backend:
@@ -37,20 +36,18 @@ def open_backend(name: str = "engine", **settings: Any) -> Backend:
 
     "engine" runs a model in this process (:func:`~.adapters.engine.open_engine`), "http" asks a
     server (:class:`~.adapters.http.HttpBackend`), "fake" needs no weights
-    (:class:`~.adapters.fake.FakeBackend`).
-
-    Raises:
-        PluginError: ``bad_request``, for a name that nobody has brought, for one that cannot be
-            imported, for settings that do not exist; and what opening it raises.
+    (:class:`~.adapters.fake.FakeBackend`). Raises PluginError: ``bad_request``, for a name that
+    nobody has brought, for one that cannot be imported, for settings that do not exist; and what
+    opening it raises.
     """
     found = _found()
     if name not in found:
         raise bad_request(f"there is no backend {name!r}", f"there are {', '.join(sorted(found))}")
     try:
-        opening = _opening(found[name])
+        opening: Any = found[name].load()
     except Exception as error:  # whatever an import of somebody's module may raise
         raise bad_request(
-            f"the backend {name!r} cannot be imported from {_location(found[name])} "
+            f"the backend {name!r} cannot be imported from {found[name].value} "
             f"({type(error).__name__}: {error})",
             "install or remove the package that brings it",
         ) from error
@@ -61,23 +58,13 @@ def open_backend(name: str = "engine", **settings: Any) -> Backend:
     if not isinstance(backend, Backend):
         raise PluginError(
             "internal",
-            f"what {_location(found[name])} returned is no backend",
+            f"what {found[name].value} returned is no backend",
             "ask whoever wrote it to run mlx_onevision.plugins.conformance on it",
         )
     return backend
 
 
-def _found() -> dict[str, EntryPoint | str]:
+def _found() -> dict[str, EntryPoint]:
     brought = {entry.name: entry for entry in entry_points(group=GROUP)}
-    return {**brought, **BUILT_IN}
-
-
-def _location(found: EntryPoint | str) -> str:
-    return found if isinstance(found, str) else found.value
-
-
-def _opening(found: EntryPoint | str) -> Any:
-    if not isinstance(found, str):
-        return found.load()
-    module, _, name = found.partition(":")
-    return getattr(import_module(module), name)
+    own = {name: EntryPoint(name, location, GROUP) for name, location in BUILT_IN.items()}
+    return {**brought, **own}

@@ -97,10 +97,8 @@ class Backend(Protocol):
     """
 
     def info(self) -> ModelInfo:
-        """Which model it is. Reads no weights, but may have to download them.
-
-        Raises:
-            PluginError: ``model_not_found``.
+        """Which model it is. Reads no weights, but may have to download them. Raises PluginError:
+        ``model_not_found``.
         """
         ...
 
@@ -109,10 +107,8 @@ class Backend(Protocol):
         ...
 
     def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Vectors, waited for.
-
-        Raises:
-            PluginError: for the first item that cannot be embedded, naming it.
+        """Vectors, waited for. Raises PluginError: for the first item that cannot be embedded,
+        naming it.
         """
         ...
 

@@ -12,30 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_onevision.errors import OneVisionError
+from mlx_onevision.plugins.contract import requests, results
 from mlx_onevision.plugins.contract.errors import PluginError, cancelled, to_plugin_error
-from mlx_onevision.plugins.contract.requests import (
-    DescribeRequest,
-    EmbedRequest,
-    GenerateRequest,
-    Group,
-    Media,
-)
-from mlx_onevision.plugins.contract.results import (
-    Capability,
-    Chapter,
-    DescribeResult,
-    EmbedResult,
-    GenerateResult,
-    ModelInfo,
-    ProgressEvent,
-    Segment,
-    SegmentEvent,
-    Space,
-    TextEvent,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
+from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.base import RequestQueue
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -46,8 +26,7 @@ if TYPE_CHECKING:
     from mlx_onevision.embed.embeddings import Embeddings
     from mlx_onevision.engine.generation import Generation
     from mlx_onevision.engine.request import PromptRequest
-    from mlx_onevision.sampling.logprobs import TokenLogprob as LibraryTokenLogprob
-    from mlx_onevision.sampling.logprobs import TopLogprob as LibraryTopLogprob
+    from mlx_onevision.sampling import logprobs
 
 # Requests that are prepared at once: work that waits for nothing but the processor. All of them at
 # once would be hardly faster, for Python lets one thread run at a time, and the threads that speak
@@ -80,7 +59,7 @@ def open_engine(
     """
 
     folders: list[Path] = []
-    found: list[ModelInfo] = []
+    found: list[results.ModelInfo] = []
 
     def folder() -> Path:
         """Resolved once, so that the Hub is asked once; anew where the folder is gone since."""
@@ -96,7 +75,7 @@ def open_engine(
         loaded = Model(folder(), name=str(model), dtype=dtype)
         return _Engine(loaded, (limits or Limits()).default_for(loaded.checkpoint_max_tokens))
 
-    def describe() -> ModelInfo:
+    def describe() -> results.ModelInfo:
         if not found:
             found.append(model_info(folder()))
         return found[0]
@@ -126,20 +105,20 @@ class _Engine:
     def generate(
         self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
     ) -> GenerateResult:
-        channel.put(ProgressEvent("preparing"))
+        channel.put(results.ProgressEvent("preparing"))
         if request.json_schema is not None:  # refused before anything is read
             self._model.compile_schema(request.json_schema, channel.check)
         question = self._question(request, policy, channel)
         channel.check()
-        channel.put(ProgressEvent("answering"))
+        channel.put(results.ProgressEvent("answering"))
         (stream,) = self._model.submit_all([question])
         del question  # and with it the tiles, once they are encoded
         channel.at_end(stream.cancel)
-        logprobs: list[TokenLogprob] = []
+        logprobs: list[results.TokenLogprob] = []
         for piece in stream:
             new = tuple(map(_token_logprob, stream.logprobs[len(logprobs) :]))
             logprobs += new
-            channel.put(TextEvent(piece, logprobs=new))
+            channel.put(results.TextEvent(piece, logprobs=new))
         return _result(stream.result(), None if request.logprobs is None else tuple(logprobs))
 
     def _question(
@@ -156,7 +135,7 @@ class _Engine:
                     "role": message.role,
                     "content": [
                         {"type": part.kind, part.kind: read[id(part)]}
-                        if isinstance(part, Media)
+                        if isinstance(part, requests.Media)
                         else {"type": "text", "text": part}
                         for part in message.parts
                     ],
@@ -178,7 +157,7 @@ class _Engine:
         parts = []
         for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
             channel.check()
-            channel.put(ProgressEvent("embedding", first, total))
+            channel.put(results.ProgressEvent("embedding", first, total))
             parts.append(self._embedded(request, first, policy, channel))
         vectors = tuple(tuple(vector) for part in parts for vector in part.vectors.tolist())
         names = [field.name for field in fields(EmbedResult) if field.name != "vectors"]
@@ -220,25 +199,27 @@ class _Engine:
         from mlx_onevision.describe.pipeline import Progress
 
         given = {name: getattr(request, name) for name in DESCRIBING}
-        segments: list[Segment] = []
+        segments: list[results.Segment] = []
         with _MediaReader(policy, self._preparing, channel) as reader:
-            channel.put(ProgressEvent("preparing"))
+            channel.put(results.ProgressEvent("preparing"))
             video = reader.of(request.video)
             stream = reader.enter_context(self._model.stream_description(video, **given))
             channel.at_end(stream.cancel)
             for event in stream:
                 if isinstance(event, Progress):
-                    channel.put(ProgressEvent(event.stage, event.done, event.total))
+                    channel.put(results.ProgressEvent(event.stage, event.done, event.total))
                 elif isinstance(event, LibrarySegment):
                     what = (event.start, event.end, event.text, event.frames)
-                    segments.append(Segment(len(segments), *what))
-                    channel.put(SegmentEvent(segments[-1]))
+                    segments.append(results.Segment(len(segments), *what))
+                    channel.put(results.SegmentEvent(segments[-1]))
             found = stream.result()
         return DescribeResult(
             duration=found.duration,
             segments=tuple(segments),
             summary=found.summary,
-            chapters=tuple(Chapter(chapter.start, chapter.title) for chapter in found.chapters),
+            chapters=tuple(
+                results.Chapter(chapter.start, chapter.title) for chapter in found.chapters
+            ),
             warnings=found.warnings,
         )
 
@@ -253,20 +234,18 @@ class _MediaReader(ExitStack):
         super().__init__()
         self._policy, self._preparing, self._channel = policy, preparing, channel
 
-    def item(self, item: str | Media | Group) -> Any:
+    def item(self, item: str | requests.Media | requests.Group) -> Any:
         """As :meth:`mlx_onevision.api.Model.embed` takes it; the errors are those of :meth:`of`."""
         if isinstance(item, str):
             return {"type": "text", "text": item}
-        if isinstance(item, Media):
+        if isinstance(item, requests.Media):
             return {"type": item.kind, item.kind: self.of(item)}
         return [self.item(medium) for medium in item.media]
 
-    def of(self, medium: Media) -> Any:
-        """Of an image its pixels, of a video its bytes or its open file.
-
-        Raises:
-            PluginError: when the policy does not allow it, or the request has ended.
-            OneVisionError: when it cannot be read.
+    def of(self, medium: requests.Media) -> Any:
+        """Of an image its pixels, of a video its bytes or its open file. Raises PluginError: when
+        the policy does not allow it, or the request has ended; OneVisionError: when it cannot be
+        read.
         """
         self._channel.check()
         source = self._policy.open(medium)
@@ -281,27 +260,28 @@ class _MediaReader(ExitStack):
             return DecodedImage(load_image(source, self._policy.pixels))
 
 
-def _token_logprob(token: "LibraryTokenLogprob") -> TokenLogprob:
-    return TokenLogprob(token.token, token.data, token.logprob, tuple(map(_top_logprob, token.top)))
+def _token_logprob(token: "logprobs.TokenLogprob") -> results.TokenLogprob:
+    top = (results.TopLogprob(other.token, other.data, other.logprob) for other in token.top)
+    return results.TokenLogprob(token.token, token.data, token.logprob, tuple(top))
 
 
-def _top_logprob(token: "LibraryTopLogprob") -> TopLogprob:
-    return TopLogprob(token.token, token.data, token.logprob)
-
-
-def _result(answer: "Generation", logprobs: tuple[TokenLogprob, ...] | None) -> GenerateResult:
+def _result(
+    answer: "Generation", logprobs: tuple[results.TokenLogprob, ...] | None
+) -> GenerateResult:
     if answer.finish_reason not in ("stop", "length"):
         raise cancelled()
     return GenerateResult(
         text=answer.text,
         finish_reason=answer.finish_reason,
-        usage=Usage(**{field.name: getattr(answer.usage, field.name) for field in fields(Usage)}),
+        usage=results.Usage(
+            **{field.name: getattr(answer.usage, field.name) for field in fields(results.Usage)}
+        ),
         notes=answer.notes,
         logprobs=logprobs,
     )
 
 
-def model_info(folder: Path) -> ModelInfo:
+def model_info(folder: Path) -> results.ModelInfo:
     """Raises OneVisionError when the folder holds no model."""
     from mlx_onevision.checkpoint.hub import identify
     from mlx_onevision.checkpoint.load import read_config
@@ -312,18 +292,20 @@ def model_info(folder: Path) -> ModelInfo:
 
     config = OneVisionConfig.from_dict(read_config(folder))
     name, commit = identify(folder)
-    capabilities: tuple[Capability, ...]
+    capabilities: tuple[results.Capability, ...]
     capabilities = ("generate", "embed", "describe_video", "images", "videos", "logprobs")
     hidden = config.text_config.hidden_size
     wide = config.vision_config.hidden_size * len(config.feature_layers)
-    return ModelInfo(
+    return results.ModelInfo(
         id=name,
         revision=commit,
         context=config.text_config.max_position_embeddings,
         quantization=described(config.quantization),
         capabilities=(*capabilities, "json_schema") if available() else capabilities,
         spaces=(
-            Space("vision", wide, ("image", "video"), trained=False, note=NOTES["vision"]),
-            Space("joint", hidden, ("text", "image", "video"), trained=False, note=NOTES["joint"]),
+            results.Space("vision", wide, ("image", "video"), trained=False, note=NOTES["vision"]),
+            results.Space(
+                "joint", hidden, ("text", "image", "video"), trained=False, note=NOTES["joint"]
+            ),
         ),
     )

@@ -17,34 +17,10 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
+from mlx_onevision.plugins.contract import requests, results
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.contract.requests import (
-    DescribeRequest,
-    EmbedRequest,
-    GenerateRequest,
-    Group,
-    Media,
-    Message,
-    require_capability,
-    sniff,
-)
-from mlx_onevision.plugins.contract.results import (
-    Capability,
-    Chapter,
-    DescribeResult,
-    EmbedResult,
-    FinishReason,
-    GenerateResult,
-    ModelInfo,
-    ProgressEvent,
-    Segment,
-    SegmentEvent,
-    Space,
-    TextEvent,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
+from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 from mlx_onevision.plugins.service.service import DEAD, Limits, Service
@@ -55,7 +31,7 @@ SECONDS = 30.0  # how long every video is
 MOST_SEGMENTS = 100_000  # as the engine
 POLL_SECONDS = 0.005
 
-INFO = ModelInfo(
+INFO = results.ModelInfo(
     id="fake",
     revision="1",
     context=32768,
@@ -64,8 +40,8 @@ INFO = ModelInfo(
         *("logprobs", "json_schema"),
     ),
     spaces=(
-        Space("vision", DIM, ("image", "video"), trained=False),
-        Space("joint", DIM, ("text", "image", "video"), trained=False),
+        results.Space("vision", DIM, ("image", "video"), trained=False),
+        results.Space("joint", DIM, ("text", "image", "video"), trained=False),
     ),
 )
 
@@ -91,7 +67,7 @@ class FakeBackend(Service):
         error: BaseException | None = None,
         fail_load: BaseException | None = None,
         die_at: int | None = None,
-        without: Sequence[Capability] = (),
+        without: Sequence[results.Capability] = (),
         policy: MediaPolicy | None = None,
         limits: Limits | None = None,
     ) -> None:
@@ -103,7 +79,7 @@ class FakeBackend(Service):
         self._fail_at, self._fail_load, self._die_at = fail_at, fail_load, die_at
         self._alive = True
         self._error = error or PluginError("internal", "the fake backend was set to fail")
-        self._claimed: tuple[Capability, ...] = tuple(
+        self._claimed: tuple[results.Capability, ...] = tuple(
             claim for claim in INFO.capabilities if claim not in without
         )
         spaces = INFO.spaces if "embed" in self._claimed else ()
@@ -147,8 +123,8 @@ class FakeBackend(Service):
         def generate(
             self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
         ) -> GenerateResult:
-            require_capability(request, self._owner._claimed)
-            channel.put(ProgressEvent("preparing"))
+            requests.require_capability(request, self._owner._claimed)
+            channel.put(results.ProgressEvent("preparing"))
             pieces = self._owner._pieces or _answer(request.messages)
             if request.json_schema is not None:
                 pieces = document(request.json_schema)
@@ -163,14 +139,14 @@ class FakeBackend(Service):
                     f"the prompt has {prompt} tokens, but the context holds {INFO.context}",
                     "use fewer media or a shorter text",
                 )
-            channel.put(ProgressEvent("answering"))
+            channel.put(results.ProgressEvent("answering"))
             stop, logprobs = StopStrings(request.stop), _Logprobs(request.logprobs)
             text, count = "", 0
-            finish: FinishReason = "stop"
+            finish: results.FinishReason = "stop"
 
             def emit(piece: str) -> str:
                 if piece:
-                    channel.put(TextEvent(piece, logprobs=logprobs.emit(piece)))
+                    channel.put(results.TextEvent(piece, logprobs=logprobs.emit(piece)))
                 return piece
 
             max_tokens = request.max_tokens or self._owner.limits.default_for(None)
@@ -185,7 +161,7 @@ class FakeBackend(Service):
                 if stop.found is not None:
                     break
             text += emit(stop.finish())
-            usage = Usage(
+            usage = results.Usage(
                 prompt_tokens=prompt, media_tokens=196 * len(request.media), completion_tokens=count
             )
             return GenerateResult(text, finish, usage, logprobs=logprobs.all)
@@ -193,12 +169,12 @@ class FakeBackend(Service):
         def embed(
             self, request: EmbedRequest, policy: MediaPolicy, channel: Channel
         ) -> EmbedResult:
-            require_capability(request, self._owner._claimed)
+            requests.require_capability(request, self._owner._claimed)
             vectors = []
             for place, item in enumerate(request.items):
-                channel.put(ProgressEvent("embedding", place, len(request.items)))
+                channel.put(results.ProgressEvent("embedding", place, len(request.items)))
                 self._owner._step(place, channel)
-                media = item.media if isinstance(item, Group) else [item]
+                media = item.media if isinstance(item, requests.Group) else [item]
                 try:
                     parts = [m.encode() if isinstance(m, str) else _read(m, policy) for m in media]
                 except PluginError as error:
@@ -217,8 +193,8 @@ class FakeBackend(Service):
         def describe_video(
             self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
         ) -> DescribeResult:
-            require_capability(request, self._owner._claimed)
-            channel.put(ProgressEvent("preparing"))
+            requests.require_capability(request, self._owner._claimed)
+            channel.put(results.ProgressEvent("preparing"))
             _read(request.video, policy)
             first, last = request.start or 0.0, min(request.end or SECONDS, SECONDS)
             if first >= last:
@@ -231,35 +207,37 @@ class FakeBackend(Service):
                     f"{MOST_SEGMENTS} segments",
                     "use longer ones",
                 )
-            segments: list[Segment] = []
+            segments: list[results.Segment] = []
             count = math.ceil((last - first) / window)
             for place in range(count):
                 self._owner._step(place, channel)
                 begin = first + place * window
                 text = f"This is part {place + 1}."
-                channel.put(TextEvent(text, segment=place))
-                segments.append(Segment(place, begin, min(begin + window, last), text, (begin,)))
-                channel.put(SegmentEvent(segments[-1]))
-                channel.put(ProgressEvent("describing", place + 1, count))
+                channel.put(results.TextEvent(text, segment=place))
+                segments.append(
+                    results.Segment(place, begin, min(begin + window, last), text, (begin,))
+                )
+                channel.put(results.SegmentEvent(segments[-1]))
+                channel.put(results.ProgressEvent("describing", place + 1, count))
             return DescribeResult(
                 duration=SECONDS,
                 segments=tuple(segments),
                 summary=f"A video of {count} parts.",
-                chapters=(Chapter(first, "All of it"),),
+                chapters=(results.Chapter(first, "All of it"),),
             )
 
         def close(self) -> None:
             """Nothing is held."""
 
 
-def _read(medium: Media, policy: MediaPolicy) -> bytes:
+def _read(medium: requests.Media, policy: MediaPolicy) -> bytes:
     source = policy.open(medium)
     if isinstance(source, bytes):
         data = source
     else:
         with source:
             data = source.read()
-    if sniff(data) != medium.kind:
+    if requests.sniff(data) != medium.kind:
         given = "bytes" if medium.data else "a path" if medium.path else "a URL"
         raise PluginError(
             "unsupported_media",
@@ -272,7 +250,7 @@ def _read(medium: Media, policy: MediaPolicy) -> bytes:
 # Fake answers: the question again, vectors made of bytes, and logprobs. Always the same.
 
 
-def _answer(messages: Sequence[Message]) -> list[str]:
+def _answer(messages: Sequence[requests.Message]) -> list[str]:
     """The last text, word by word, and how many media came with all of them."""
     texts = [part for message in messages for part in message.parts if isinstance(part, str)]
     media = [medium for message in messages for medium in message.media]
@@ -298,16 +276,16 @@ class _Logprobs:
 
     def __init__(self, count: int | None) -> None:
         self._count = count
-        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
+        self._waiting: deque[tuple[int, results.TokenLogprob]] = deque()
         self._added = self._emitted = 0
-        self._all: list[TokenLogprob] = []
+        self._all: list[results.TokenLogprob] = []
 
     def add(self, piece: str) -> None:
         if self._count is not None:
             self._waiting.append((self._added, _logprob(piece, self._count)))
             self._added += len(piece)
 
-    def emit(self, text: str) -> tuple[TokenLogprob, ...]:
+    def emit(self, text: str) -> tuple[results.TokenLogprob, ...]:
         """Those of the pieces that begin before the end of a text that is emitted."""
         self._emitted += len(text)
         first = len(self._all)
@@ -316,16 +294,18 @@ class _Logprobs:
         return tuple(self._all[first:])
 
     @property
-    def all(self) -> tuple[TokenLogprob, ...] | None:
+    def all(self) -> tuple[results.TokenLogprob, ...] | None:
         return None if self._count is None else tuple(self._all)
 
 
-def _logprob(piece: str, count: int) -> TokenLogprob:
+def _logprob(piece: str, count: int) -> results.TokenLogprob:
     data = piece.encode()
     value = -0.01 - zlib.crc32(data) % 64 / 100
     others = [(f"other {n}", value - 1.0 - n) for n in range(1, count)]
     top = [(piece, value), *others][:count]
-    return TokenLogprob(piece, data, value, tuple(TopLogprob(t, t.encode(), p) for t, p in top))
+    return results.TokenLogprob(
+        piece, data, value, tuple(results.TopLogprob(t, t.encode(), p) for t, p in top)
+    )
 
 
 # Fake documents: what a JSON Schema allows. The usual keywords are known, others are refused.

@@ -19,33 +19,10 @@ from typing import Any
 from urllib.parse import quote
 
 from mlx_onevision.plugins.adapters.http_call import READ_TIMEOUT, Call, Server, error_of, strange
+from mlx_onevision.plugins.contract import requests, results
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.requests import (
-    DescribeRequest,
-    EmbedRequest,
-    GenerateRequest,
-    Group,
-    Media,
-    Message,
-)
-from mlx_onevision.plugins.contract.results import (
-    DescribeResult,
-    DoneEvent,
-    EmbedResult,
-    ErrorEvent,
-    Event,
-    FinishReason,
-    GenerateResult,
-    ModelInfo,
-    ProgressEvent,
-    Result,
-    TextEvent,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-    UsageEvent,
-    event_from_dict,
-)
+from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
+from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.base import Request, RequestQueue, StreamingBackend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -97,7 +74,7 @@ class HttpBackend(StreamingBackend):
         super().__init__(policy, RequestQueue(sys.maxsize, 0))  # the server's queue is what counts
         self._server, self._model, self._timeout = Server(url, token), model, timeout
 
-    def info(self) -> ModelInfo:
+    def info(self) -> results.ModelInfo:
         """What the server says. Raises PluginError, ``model_not_found`` where there is none."""
         route = "/v1/models"
         if self._model is not None:
@@ -105,8 +82,10 @@ class HttpBackend(StreamingBackend):
         body = Call(self._server, read_timeout=INFO_TIMEOUT).ask("GET", route)
         with _reading():
             found = body["data"][0] if self._model is None else body
-            names = [field.name for field in fields(ModelInfo) if field.name in found]
-            return ModelInfo.from_dict({name: found[name] for name in ("api_version", *names)})
+            names = [field.name for field in fields(results.ModelInfo) if field.name in found]
+            return results.ModelInfo.from_dict(
+                {name: found[name] for name in ("api_version", *names)}
+            )
 
     def unload(self) -> None:
         """Nothing: the model belongs to whoever started the server, which has no route that frees
@@ -116,7 +95,7 @@ class HttpBackend(StreamingBackend):
     def _time_limit(self, request: Request) -> float | None:
         return self._timeout
 
-    def _serve(self, request: Request, channel: Channel) -> Result:
+    def _serve(self, request: Request, channel: Channel) -> results.Result:
         if isinstance(request, GenerateRequest):
             return self._generate(request, channel)
         if isinstance(request, EmbedRequest):
@@ -134,7 +113,7 @@ class HttpBackend(StreamingBackend):
         return {name: value for name, value in values.items() if value is not None} | more
 
     def _generate(self, request: GenerateRequest, channel: Channel) -> GenerateResult:
-        system = [] if request.system is None else [Message("system", request.system)]
+        system = [] if request.system is None else [requests.Message("system", request.system)]
         messages = [
             {"role": turn.role, "content": [_part(part, self.policy) for part in turn.parts]}
             for turn in (*system, *request.messages)
@@ -161,7 +140,7 @@ class HttpBackend(StreamingBackend):
         done = 0
         for group in _groups(request, self.policy):
             channel.check()
-            channel.put(ProgressEvent("embedding", done, len(request.items)))
+            channel.put(results.ProgressEvent("embedding", done, len(request.items)))
             body = self._body(request, _EMBED, input=group, encoding_format="base64")
             try:
                 answer = self._call(channel, EMBED_TIMEOUT).ask("POST", "/v1/embeddings", body)
@@ -185,12 +164,12 @@ class HttpBackend(StreamingBackend):
         body = self._body(request, _DESCRIBE, video=video, longest=request.longest)
         for data in self._call(channel).events("/v1/video/describe", body):
             with _reading():
-                event = event_from_dict(json.loads(data))
-            if isinstance(event, DoneEvent) and isinstance(event.result, DescribeResult):
+                event = results.event_from_dict(json.loads(data))
+            if isinstance(event, results.DoneEvent) and isinstance(event.result, DescribeResult):
                 return event.result
-            if isinstance(event, ErrorEvent):
+            if isinstance(event, results.ErrorEvent):
                 raise event.error
-            if not isinstance(event, UsageEvent):
+            if not isinstance(event, results.UsageEvent):
                 channel.put(event)
         raise BROKEN
 
@@ -200,15 +179,17 @@ class HttpBackend(StreamingBackend):
 
 def _groups(request: EmbedRequest, policy: MediaPolicy) -> Iterator[list[dict[str, Any]]]:
     """The items, in groups that a server takes at once, no more than one of which is ever held.
-
-    Raises:
-        PluginError: for an item that the policy does not let be read, naming it.
+    Raises PluginError: for an item that the policy does not let be read, naming it.
     """
     group: list[dict[str, Any]] = []
     size = 0
     for number, item in enumerate(request.items, 1):
         try:
-            part = _item(item, policy)
+            if isinstance(item, requests.Group):
+                content = [_part(medium, policy) for medium in item.media]
+                part = {"type": "group", "content": content}
+            else:
+                part = _part(item, policy)
         except PluginError as error:
             raise error.of(f"item {number}") from None
         length = len(json.dumps(part))
@@ -221,26 +202,20 @@ def _groups(request: EmbedRequest, policy: MediaPolicy) -> Iterator[list[dict[st
         yield group
 
 
-def _item(item: str | Media | Group, policy: MediaPolicy) -> dict[str, Any]:
-    if isinstance(item, Group):
-        return {"type": "group", "content": [_part(medium, policy) for medium in item.media]}
-    return _part(item, policy)
-
-
-def _part(part: str | Media, policy: MediaPolicy) -> dict[str, Any]:
+def _part(part: str | requests.Media, policy: MediaPolicy) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = f"{part.kind}_url"
     return {"type": kind, kind: _data_url(part, policy)}
 
 
-def _data_url(medium: Media, policy: MediaPolicy) -> dict[str, str]:
+def _data_url(medium: requests.Media, policy: MediaPolicy) -> dict[str, str]:
     source = policy.open(medium)
     if not isinstance(source, bytes):
         with source:
             source = source.read(policy.size + 1)
         if source:  # a video is sent whole, so it is bounded as an image is
-            policy.admit([Media(medium.kind, data=source)])
+            policy.admit([requests.Media(medium.kind, data=source)])
     text = base64.b64encode(source).decode("ascii")
     return {"url": f"data:{medium.kind}/*;base64,{text}"}
 
@@ -257,16 +232,14 @@ class _Completion:
     def __init__(self, logprobs: bool) -> None:
         self._asked, self._begun = logprobs, False
         self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._finish: FinishReason | None = None
-        self._usage: Usage | None = None
+        self._logprobs: list[results.TokenLogprob] = []
+        self._finish: results.FinishReason | None = None
+        self._usage: results.Usage | None = None
         self._notes: tuple[str, ...] = ()
 
-    def add(self, data: str) -> Event | None:
-        """The event that a chunk is, where it is one.
-
-        Raises:
-            PluginError: the error that a chunk holds.
+    def add(self, data: str) -> results.Event | None:
+        """The event that a chunk is, where it is one. Raises PluginError: the error that a chunk
+        holds.
         """
         with _reading():
             chunk = json.loads(data)
@@ -285,10 +258,10 @@ class _Completion:
                 if delta or logprobs:
                     self._text.append(delta)
                     self._logprobs += logprobs
-                    return TextEvent(delta, logprobs=logprobs)
+                    return results.TextEvent(delta, logprobs=logprobs)
             if not self._begun:
                 self._begun = True
-                return ProgressEvent("answering")
+                return results.ProgressEvent("answering")
         return None
 
     def result(self) -> GenerateResult:
@@ -311,15 +284,9 @@ def _reading() -> Iterator[None]:
 def _embeddings(body: Any) -> EmbedResult:
     with _reading():
         names = [field.name for field in fields(EmbedResult) if field.name != "vectors"]
-        return EmbedResult(
-            vectors=tuple(_vector(item["embedding"]) for item in body["data"]),
-            **{name: body[name] for name in names},
-        )
-
-
-def _vector(text: str) -> tuple[float, ...]:
-    data = base64.b64decode(text, validate=True)
-    return struct.unpack(f"<{len(data) // 4}f", data)
+        coded = [base64.b64decode(item["embedding"], validate=True) for item in body["data"]]
+        vectors = tuple(struct.unpack(f"<{len(data) // 4}f", data) for data in coded)
+        return EmbedResult(vectors=vectors, **{name: body[name] for name in names})
 
 
 def _renumbered(error: PluginError, before: int) -> PluginError:
@@ -331,16 +298,18 @@ def _renumbered(error: PluginError, before: int) -> PluginError:
     return PluginError(error.code, message, error.hint)
 
 
-def _usage(body: Mapping[str, Any]) -> Usage:
+def _usage(body: Mapping[str, Any]) -> results.Usage:
     seconds = {f"{name}_seconds": value for name, value in body["seconds"].items()}
     flat = {**body, **body["prompt_tokens_details"], **seconds}
-    return Usage(**{field.name: flat[field.name] for field in fields(Usage)})
+    return results.Usage(**{field.name: flat[field.name] for field in fields(results.Usage)})
 
 
-def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+def _logprobs(choice: Mapping[str, Any]) -> tuple[results.TokenLogprob, ...]:
     content = (choice.get("logprobs") or {}).get("content") or ()
     return tuple(
-        TokenLogprob(*_token(one), top=tuple(TopLogprob(*_token(o)) for o in one["top_logprobs"]))
+        results.TokenLogprob(
+            *_token(one), top=tuple(results.TopLogprob(*_token(o)) for o in one["top_logprobs"])
+        )
         for one in content
     )
 

@@ -32,10 +32,8 @@ _CODES: dict[str, Code] = {
 
 
 class Server:
-    """Where a server is, with ``/v1`` or without, and the token that it asks for.
-
-    Raises:
-        PluginError: ``bad_request``, for what is not a plain http or https address.
+    """Where a server is, with ``/v1`` or without, and the token that it asks for. Raises
+    PluginError: ``bad_request``, for what is not a plain http or https address.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -79,11 +77,8 @@ class Call:
             self._shut_down()
 
     def ask(self, method: str, route: str, body: Any = None) -> Any:
-        """The JSON that is answered.
-
-        Raises:
-            PluginError: what the server refuses it with; ``model_not_found`` where there is no
-                server; ``cancelled`` when it was cut off.
+        """The JSON that is answered. Raises PluginError: what the server refuses it with;
+        ``model_not_found`` where there is no server; ``cancelled`` when it was cut off.
         """
         with self._sent(method, route, body) as response:
             try:
@@ -93,10 +88,7 @@ class Call:
 
     def events(self, route: str, body: Any) -> Iterator[str]:
         """The data of each server-sent event that is answered. Where the server breaks off, they
-        end: what has to come last is for the caller to know.
-
-        Raises:
-            PluginError: as :meth:`ask`.
+        end: what has to come last is for the caller to know. Raises PluginError: as :meth:`ask`.
         """
         with self._sent("POST", route, body) as response:
             for event in httpx2.EventSource(response, LONGEST_ANSWER):
@@ -107,11 +99,7 @@ class Call:
         """A good answer, of which the head has come."""
         try:
             with self._server.client.stream(
-                method,
-                route,
-                json=body,
-                timeout=self._timeout,
-                extensions={"trace": self._trace},
+                method, route, json=body, timeout=self._timeout, extensions={"trace": self._trace}
             ) as response:
                 if not response.is_success:
                     raise refusal(response.status_code, _read(response, LONGEST_ERROR))
@@ -178,11 +166,7 @@ def refusal(status: int, body: bytes) -> PluginError:
 
 
 def error_of(body: Any, status: int = 500) -> PluginError:
-    """The error that a body of OpenAI's form holds.
-
-    Raises:
-        ValueError: for one of another form.
-    """
+    """The error that a body of OpenAI's form holds. Raises ValueError: for one of another form."""
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
         raise ValueError("no error in it")

@@ -9,18 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mlx_onevision.plugins import interface
 from mlx_onevision.plugins.conformance.subject import Subject
-from mlx_onevision.plugins.interface import (
-    Backend,
-    DoneEvent,
-    EmbedRequest,
-    ErrorEvent,
-    GenerateRequest,
-    GenerateResult,
-    Media,
-    PluginError,
-    TextEvent,
-)
+from mlx_onevision.plugins.interface import Backend, DoneEvent, EmbedRequest, GenerateRequest
 
 THREADS = 6
 
@@ -36,7 +27,7 @@ class Concurrency(Subject):
     def test_one_that_fails_does_not_disturb_the_others(self, backend: Backend) -> None:
         request = self.question(backend)
         alone = self.answered(backend, request).text
-        broken = GenerateRequest.ask("What is it?", Media("image", data=b"no image"))
+        broken = GenerateRequest.ask("What is it?", interface.Media("image", data=b"no image"))
         for _ in range(3):
             streams = [backend.generate(r) for r in (request, broken, request, broken)]
             good, bad = streams[::2], streams[1::2]
@@ -44,7 +35,7 @@ class Concurrency(Subject):
                 assert self.refused(stream).code in ("unsupported_media", "busy")
             for stream in good:
                 last = list(stream)[-1]
-                if isinstance(last, ErrorEvent):
+                if isinstance(last, interface.ErrorEvent):
                     assert last.code == "busy"
                 else:
                     assert stream.result().text == alone
@@ -62,7 +53,7 @@ class Concurrency(Subject):
 
     def test_read_from_another_thread_than_asked(self, backend: Backend) -> None:
         stream = backend.generate(self.question(backend))
-        found: list[GenerateResult] = []
+        found: list[interface.GenerateResult] = []
         reader = threading.Thread(target=lambda: found.append(stream.result()))
         reader.start()
         reader.join(self.patience)
@@ -77,7 +68,7 @@ class Concurrency(Subject):
             text = ""
             async with backend.generate(request) as stream:
                 async for event in stream:
-                    text += event.delta if isinstance(event, TextEvent) else ""
+                    text += event.delta if isinstance(event, interface.TextEvent) else ""
                 assert (await stream.aresult()).text == text
             return text
 
@@ -105,7 +96,7 @@ class Concurrency(Subject):
 
             async def read() -> None:
                 async for event in stream:
-                    if isinstance(event, TextEvent):
+                    if isinstance(event, interface.TextEvent):
                         began.set()
 
             task = asyncio.create_task(read())
@@ -126,13 +117,12 @@ class Concurrency(Subject):
         since = time.monotonic()
         streams = [backend.generate(self.long_request(seed=n)) for n in range(self.crowd)]
         assert time.monotonic() - since <= self.soon, "asking takes too long"
-        self.wait_for(
-            lambda: (
-                any(stream.ended for stream in streams)
-                or backend.info().active + backend.info().waiting >= 1
-            ),
-            "nobody is served",
-        )
+
+        def served() -> bool:
+            busy = backend.info().active + backend.info().waiting
+            return busy >= 1 or any(stream.ended for stream in streams)
+
+        self.wait_for(served, "nobody is served")
         since = time.monotonic()
         for stream in streams:
             stream.cancel()
@@ -141,7 +131,7 @@ class Concurrency(Subject):
             self.check_order(events)
             last = events[-1]
             assert isinstance(last, DoneEvent) or (
-                isinstance(last, ErrorEvent) and last.code in ("busy", "cancelled")
+                isinstance(last, interface.ErrorEvent) and last.code in ("busy", "cancelled")
             ), last
         assert time.monotonic() - since <= self.soon
         self.wait_until_idle(backend)
@@ -158,7 +148,7 @@ class Cancellation(Subject):
 
     def test_cancelled_while_it_answers(self, backend: Backend) -> None:
         stream = backend.generate(self.long_request())
-        assert isinstance(self.started(stream)[-1], TextEvent)
+        assert isinstance(self.started(stream)[-1], interface.TextEvent)
         since = time.monotonic()
         stream.cancel()
         stream.cancel()
@@ -176,13 +166,13 @@ class Cancellation(Subject):
         """The last of several goes; the first does not notice."""
         streams = [backend.generate(self.long_request(seed=n)) for n in range(4)]
         try:
-            assert isinstance(self.started(streams[0])[-1], TextEvent)
+            assert isinstance(self.started(streams[0])[-1], interface.TextEvent)
             since = time.monotonic()
             streams[-1].cancel()
             last = list(streams[-1])[-1]
-            assert isinstance(last, ErrorEvent) and last.code in ("cancelled", "busy")
+            assert isinstance(last, interface.ErrorEvent) and last.code in ("cancelled", "busy")
             assert time.monotonic() - since <= self.soon
-            assert isinstance(next(streams[0]), TextEvent)
+            assert isinstance(next(streams[0]), interface.TextEvent)
         finally:
             for stream in streams:
                 stream.cancel()
@@ -226,7 +216,7 @@ class Cancellation(Subject):
             since = time.monotonic()
             try:
                 backend.embed(EmbedRequest([self.image(n) for n in range(8)], timeout=0.001))
-            except PluginError as error:
+            except interface.PluginError as error:
                 assert error.code == "cancelled"
             assert time.monotonic() - since <= self.soon
         self.wait_until_idle(backend)
@@ -238,11 +228,11 @@ class Cancellation(Subject):
         self.started(stream)
         stream.cancel()
         after = self.answered(backend, request).text
-        with self.opened() as other:
+        with self.open_backend() as other:
             assert self.answered(other, request).text == after
 
     def test_unloaded_and_loaded_again(self) -> None:
-        with self.opened() as backend:
+        with self.open_backend() as backend:
             before = self.answered(backend, self.question(backend)).text
             backend.unload()
             backend.unload()
@@ -250,7 +240,7 @@ class Cancellation(Subject):
             assert self.answered(backend, self.question(backend)).text == before
 
     def test_unloading_waits_for_what_is_under_way(self) -> None:
-        with self.opened() as backend:
+        with self.open_backend() as backend:
             stream = backend.generate(self.long_request(max_tokens=20))
             self.started(stream)
             backend.unload()

@@ -9,9 +9,8 @@ Only who names it with ``-p`` loads it. Values of settings are JSON where they a
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -46,47 +45,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    Chosen.of(config)
+    """Raises pytest.UsageError for options that name nothing."""
+    given = config.option
+    there_are = ", ".join(backends())
+    if given.backend is None:
+        raise pytest.UsageError(f"--backend is missing; there are {there_are}")
+    if given.backend not in backends():
+        raise pytest.UsageError(f"there is no backend {given.backend!r}; there are {there_are}")
+    if given.video is not None and not Path(given.video).is_file():
+        raise pytest.UsageError(f"there is no file {given.video!r}; --video takes one")
+    for text in given.setting:
+        parse_setting(text)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What the options say.
-
-    long : what is asked for a long answer; None for what the suite asks.
-    """
-
-    backend: str
-    settings: dict[str, Any]
-    video: bytes | None
-    long: str | None
-    can_unload: bool
-    patience: float
-
-    @classmethod
-    def of(cls, config: pytest.Config) -> Self:
-        """Raises pytest.UsageError for options that name nothing."""
-        given: dict[str, Any] = vars(config.option)
-        backend = given["backend"]
-        there_are = ", ".join(backends())
-        if backend is None:
-            raise pytest.UsageError(f"--backend is missing; there are {there_are}")
-        if backend not in backends():
-            raise pytest.UsageError(f"there is no backend {backend!r}; there are {there_are}")
-        video = given["video"]
-        if video is not None and not Path(video).is_file():
-            raise pytest.UsageError(f"there is no file {video!r}; --video takes one")
-        return cls(
-            backend=backend,
-            settings=dict(map(_setting, given["setting"])),
-            video=None if video is None else Path(video).read_bytes(),
-            long=given["long_request"],
-            can_unload=not given["no_unload"],
-            patience=given["patience"],
-        )
-
-
-def _setting(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise pytest.UsageError(f"--setting takes KEY=VALUE, not {text!r}")

@@ -7,26 +7,12 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-from mlx_onevision.plugins.interface import (
-    Backend,
-    Capability,
-    Code,
-    DoneEvent,
-    ErrorEvent,
-    Event,
-    EventStream,
-    GenerateRequest,
-    GenerateResult,
-    Media,
-    PluginError,
-    TextEvent,
-    UsageEvent,
-)
+from mlx_onevision.plugins import interface
+from mlx_onevision.plugins.interface import Backend, GenerateRequest, GenerateResult, PluginError
 
 Finished = TypeVar("Finished")
 
@@ -78,9 +64,8 @@ class Subject:
     @classmethod
     def backend(cls) -> Iterator[Backend]:
         """One for all tests that leave it as it was."""
-        backend = cls.open_backend()
-        yield backend
-        backend.close()
+        with cls.open_backend() as backend:
+            yield backend
 
     @pytest.fixture(autouse=True)
     def out_of_patience(self) -> Iterator[None]:
@@ -98,24 +83,15 @@ class Subject:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-    @contextmanager
-    def opened(self) -> Iterator[Backend]:
-        """A backend of the test's own, closed at its end."""
-        backend = self.open_backend()
-        try:
-            yield backend
-        finally:
-            backend.close()
-
-    def claims(self, backend: Backend, *capabilities: Capability) -> bool:
+    def claims(self, backend: Backend, *capabilities: interface.Capability) -> bool:
         return set(capabilities) <= set(backend.info().capabilities)
 
-    def image(self, number: int = 0) -> Media:
-        return Media("image", data=png(64, 48, (40 * number % 256, 90, 200)))
+    def image(self, number: int = 0) -> interface.Media:
+        return interface.Media("image", data=png(64, 48, (40 * number % 256, 90, 200)))
 
-    def whole_video(self) -> Media:
+    def whole_video(self) -> interface.Media:
         assert self.video is not None, "a backend that takes videos needs one: set `video`"
-        return Media("video", data=self.video)
+        return interface.Media("video", data=self.video)
 
     def question(self, backend: Backend, number: int = 0) -> GenerateRequest:
         """One of several that have answers of their own, short and always the same."""
@@ -135,25 +111,25 @@ class Subject:
                     raise
             time.sleep(0.05)
 
-    def started(self, stream: EventStream[Any]) -> list[Event]:
+    def started(self, stream: interface.EventStream[Any]) -> list[interface.Event]:
         """The events up to the first text."""
-        events: list[Event] = []
+        events: list[interface.Event] = []
         for event in stream:
             events.append(event)
-            if isinstance(event, TextEvent | DoneEvent | ErrorEvent):
+            if isinstance(event, interface.TextEvent | interface.DoneEvent | interface.ErrorEvent):
                 break
         return events
 
-    def refused(self, stream: EventStream[Any]) -> PluginError:
+    def refused(self, stream: interface.EventStream[Any]) -> PluginError:
         """The error that a stream ends with; its result raises the same."""
         last = list(stream)[-1]
-        assert isinstance(last, ErrorEvent), f"it ended with {last}"
+        assert isinstance(last, interface.ErrorEvent), f"it ended with {last}"
         raised = self.raises(last.code, stream.result)
         assert str(raised) == str(last.error)
         self.check_sentence(last.error)
         return last.error
 
-    def raises(self, code: Code | None, function: Callable[[], object]) -> PluginError:
+    def raises(self, code: interface.Code | None, function: Callable[[], object]) -> PluginError:
         """The error that a call raises, of a code unless that is None."""
         with pytest.raises(PluginError) as raised:
             function()
@@ -161,13 +137,13 @@ class Subject:
         return raised.value
 
     def finished(
-        self, stream: EventStream[Any], kind: type[Finished]
-    ) -> tuple[list[Event], Finished]:
+        self, stream: interface.EventStream[Any], kind: type[Finished]
+    ) -> tuple[list[interface.Event], Finished]:
         """All events of a stream, in order, and the result that it ends with."""
         events = list(stream)
         self.check_order(events)
         last = events[-1]
-        assert isinstance(last, DoneEvent), f"it ended with {last}"
+        assert isinstance(last, interface.DoneEvent), f"it ended with {last}"
         assert isinstance(last.result, kind)
         return events, last.result
 
@@ -178,11 +154,11 @@ class Subject:
             assert not text.endswith(".")
         assert error.message
 
-    def check_order(self, events: Sequence[Event]) -> None:
+    def check_order(self, events: Sequence[interface.Event]) -> None:
         """One end, at the end; the usage before it, if at all."""
-        ends = [isinstance(event, DoneEvent | ErrorEvent) for event in events]
+        ends = [isinstance(event, interface.DoneEvent | interface.ErrorEvent) for event in events]
         assert ends.index(True) == len(events) - 1, f"the end is not at the end: {events}"
-        usages = [isinstance(event, UsageEvent) for event in events]
+        usages = [isinstance(event, interface.UsageEvent) for event in events]
         assert sum(usages) <= 1 and True not in usages[:-2], "usage comes right before the end"
 
     def wait_for(self, what: Callable[[], bool], why: str) -> None:
@@ -192,13 +168,12 @@ class Subject:
             time.sleep(0.01)
 
     def wait_until_idle(self, backend: Backend) -> None:
-        def idle() -> bool:
-            info = backend.info()
-            return info.active == info.waiting == 0
+        self.wait_for(
+            lambda: (info := backend.info()).active == info.waiting == 0,
+            f"requests are still under way: {backend.info()}",
+        )
 
-        self.wait_for(idle, f"requests are still under way: {backend.info()}")
-
-    def check_cancelled(self, stream: EventStream[Any], since: float) -> None:
+    def check_cancelled(self, stream: interface.EventStream[Any], since: float) -> None:
         """It was cancelled at ``since``, and has ended soon after."""
         error = self.refused(stream)
         assert error.code == "cancelled"

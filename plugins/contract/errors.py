@@ -69,10 +69,8 @@ class PluginError(Exception):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PluginError":
-        """The error that :meth:`to_dict` was taken of.
-
-        Raises:
-            PluginError: ``bad_request``, for values that are none.
+        """The error that :meth:`to_dict` was taken of. Raises PluginError: ``bad_request``, for
+        values that are none.
         """
         keys = {"code", "message", "hint"}
         if not isinstance(values, Mapping) or not {"code", "message"} <= set(values) <= keys:
@@ -117,8 +115,5 @@ def to_plugin_error(error: BaseException) -> PluginError:
     if isinstance(error, MemoryError):
         return PluginError("out_of_memory", "there is too little memory", _HINTS["out_of_memory"])
     logger.error("a request failed", exc_info=error)
-    return PluginError(
-        "internal",
-        f"the request failed inside the backend ({type(error).__name__})",
-        _HINTS["internal"],
-    )
+    message = f"the request failed inside the backend ({type(error).__name__})"
+    return PluginError("internal", message, _HINTS["internal"])

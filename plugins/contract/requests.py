@@ -182,13 +182,8 @@ class EmbedRequest(_Request):
 
     @property
     def media(self) -> tuple[Media, ...]:
-        found: list[Media] = []
-        for item in self.items:
-            if isinstance(item, Group):
-                found += item.media
-            elif isinstance(item, Media):
-                found.append(item)
-        return tuple(found)
+        groups = (item.media if isinstance(item, Group) else (item,) for item in self.items)
+        return tuple(one for group in groups for one in group if isinstance(one, Media))
 
     def check(self) -> None:
         super().check()

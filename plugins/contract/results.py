@@ -6,7 +6,7 @@ then one done or error event, and nothing after it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from mlx_onevision.plugins.contract.errors import Code, PluginError, bad_request
 from mlx_onevision.plugins.contract.wire import Part, Record, without_version
@@ -261,17 +261,12 @@ class ErrorEvent(Record):
 
 Event = ProgressEvent | TextEvent | SegmentEvent | UsageEvent | DoneEvent | ErrorEvent
 
-_CLASSES: dict[str | None, type[Event]] = {
-    cls.discriminator: cls
-    for cls in (ProgressEvent, TextEvent, SegmentEvent, UsageEvent, DoneEvent, ErrorEvent)
-}
+_CLASSES: dict[str | None, type[Event]] = {cls.discriminator: cls for cls in get_args(Event)}
 
 
 def event_from_dict(values: Mapping[str, Any]) -> Event:
-    """The event that its ``to_dict`` was taken of, of whichever class.
-
-    Raises:
-        PluginError: ``bad_request``, for values that are no event of this version.
+    """The event that its ``to_dict`` was taken of, of whichever class. Raises PluginError:
+    ``bad_request``, for values that are no event of this version.
     """
     without_version(values, "the event")
     kind = values.get("kind")

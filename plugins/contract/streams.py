@@ -156,10 +156,8 @@ class EventStream(Iterator[Event], AsyncIterator[Event], Generic[Wanted]):
         return self._channel.ended
 
     def result(self) -> Wanted:
-        """What the done event holds, waited for; the iteration goes on where it was.
-
-        Raises:
-            PluginError: what ended the request instead.
+        """What the done event holds, waited for; the iteration goes on where it was. Raises
+        PluginError: what ended the request instead.
         """
         return _result(self._channel.last())
 
@@ -180,12 +178,6 @@ class EventStream(Iterator[Event], AsyncIterator[Event], Generic[Wanted]):
             raise StopAsyncIteration
         self._place += 1
         return event
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __aiter__(self) -> Self:
-        return self
 
     def __enter__(self) -> Self:
         return self

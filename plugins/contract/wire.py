@@ -14,16 +14,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    Self,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 
@@ -64,10 +55,8 @@ class Part:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The object that :meth:`to_dict` was taken of.
-
-        Raises:
-            PluginError: ``bad_request``, saying in one sentence what is wrong with ``values``.
+        """The object that :meth:`to_dict` was taken of. Raises PluginError: ``bad_request``, saying
+        in one sentence what is wrong with ``values``.
         """
         return _read(cls, values, "")
 
@@ -139,13 +128,11 @@ def _fitted(value: Any, hint: Any, where: str, json: bool) -> Any:
     json : whether it comes from JSON, where bytes are base64 and parts are objects.
     """
     origin, options = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in options:
-            if _looks_like(value, option, json):
-                return _fitted(value, option, where, json)
-        raise _wrong(value, hint, where)
     if not _looks_like(value, hint, json):
         raise _wrong(value, hint, where)
+    if origin in (Union, types.UnionType):
+        fitting = next(option for option in options if _looks_like(value, option, json))
+        return _fitted(value, fitting, where, json)
     if origin in _LISTS:
         return tuple(
             _fitted(item, options[0], f"{where}[{place}]", json) for place, item in enumerate(value)

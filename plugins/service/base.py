@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import (
     PluginError,
     bad_request,
@@ -17,15 +18,7 @@ from mlx_onevision.plugins.contract.errors import (
     to_plugin_error,
 )
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
-from mlx_onevision.plugins.contract.results import (
-    DescribeResult,
-    DoneEvent,
-    EmbedResult,
-    GenerateResult,
-    ProgressEvent,
-    Result,
-    UsageEvent,
-)
+from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel, EventStream, background
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
@@ -120,7 +113,7 @@ class StreamingBackend(ABC):
         self._closed = False
 
     @abstractmethod
-    def _serve(self, request: Request, channel: Channel) -> Result:
+    def _serve(self, request: Request, channel: Channel) -> results.Result:
         """The result, made on the request's thread; its events are put into the channel."""
 
     @abstractmethod
@@ -197,14 +190,16 @@ class StreamingBackend(ABC):
         background.call_soon(begin)
         return stream
 
-    def _outcome(self, slot: Slot, request: Request, channel: Channel) -> Result | PluginError:
+    def _outcome(
+        self, slot: Slot, request: Request, channel: Channel
+    ) -> results.Result | PluginError:
         try:
-            channel.put(ProgressEvent("queued"))
+            channel.put(results.ProgressEvent("queued"))
             return self._serve(request, channel) if self._queue.wait(slot) else cancelled()
         except BaseException as error:
             return to_plugin_error(error)
 
-    def _end(self, slot: Slot, channel: Channel, outcome: Result | PluginError) -> None:
+    def _end(self, slot: Slot, channel: Channel, outcome: results.Result | PluginError) -> None:
         # Before the host hears of the end: it may ask again at once.
         self._queue.release(slot)
         if isinstance(outcome, PluginError):
@@ -212,8 +207,8 @@ class StreamingBackend(ABC):
         else:
             usage = None if isinstance(outcome, EmbedResult) else outcome.usage
             if usage is not None:
-                channel.put(UsageEvent(usage))
-            channel.put(DoneEvent(outcome))
+                channel.put(results.UsageEvent(usage))
+            channel.put(results.DoneEvent(outcome))
         with self._changed:
             self._channels.discard(channel)
             self._changed.notify_all()

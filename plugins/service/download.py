@@ -20,7 +20,6 @@ REDIRECTS = 3
 SILENCE = 10.0  # seconds without a sign of life
 DEADLINE = 60.0  # seconds for all of it
 USUAL = {"http": 80, "https": 443}
-_MOVED = (301, 302, 303, 307, 308)
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,11 @@ class Where:
 
 
 def split(url: str) -> Where:
-    """``url`` in its parts.
-
-    Raises:
-        PluginError: ``bad_request``, for what is not a plain http or https address.
+    """``url`` in its parts. Raises PluginError: ``bad_request``, for what is not a plain http or
+    https address.
     """
-    bad = bad_request(f"{_shown(url)} is not an address that is read", "give an http or https one")
+    shown = ascii(url if len(url) <= 80 else url[:77] + "…")
+    bad = bad_request(f"{shown} is not an address that is read", "give an http or https one")
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise bad
     try:
@@ -67,9 +65,8 @@ def download(
     allowed : raises for an address whose host is not.
     private : whether hosts may be on this machine or in its network.
 
-    Raises:
-        PluginError: what ``allowed`` raises; ``bad_request`` for a private address;
-            ``unsupported_media`` when nothing comes; ``too_large``.
+    Raises PluginError: what ``allowed`` raises; ``bad_request`` for a private address;
+    ``unsupported_media`` when nothing comes; ``too_large``.
     """
     deadline = monotonic() + DEADLINE
     for _ in range(REDIRECTS + 1):
@@ -79,7 +76,7 @@ def download(
         try:
             connection.request("GET", where.target, headers={"User-Agent": "mlx-onevision"})
             with connection.getresponse() as answer:
-                if answer.status in _MOVED:
+                if answer.status in (301, 302, 303, 307, 308):
                     url = urljoin(url, answer.getheader("Location") or "")
                     continue
                 if answer.status != 200:
@@ -163,7 +160,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         return f"its certificate or encryption is not good ({error.reason or 'unknown'})"
     return getattr(error, "strerror", None) or type(error).__name__
-
-
-def _shown(url: str) -> str:
-    return ascii(url if len(url) <= 80 else url[:77] + "…")

@@ -17,17 +17,10 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Literal, Self
 
+from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import DescribeRequest
-from mlx_onevision.plugins.contract.results import (
-    DescribeResult,
-    DoneEvent,
-    ErrorEvent,
-    Event,
-    ProgressEvent,
-    Segment,
-    SegmentEvent,
-)
+from mlx_onevision.plugins.contract.results import DescribeResult, ErrorEvent, Segment
 from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.contract.wire import Part, Record
 from mlx_onevision.plugins.interface import Backend
@@ -57,7 +50,7 @@ class Job(Record):
     status: Status
     seconds: float = 0.0
     forgotten_after: float | None = None
-    progress: ProgressEvent | None = None
+    progress: results.ProgressEvent | None = None
     segments: tuple[Segment, ...] = ()
     result: DescribeResult | None = None
     error: ErrorEvent | None = None
@@ -85,7 +78,7 @@ class _JobState:
     status: Status = "queued"
     ended: float | None = None
     asked_to_end: bool = False
-    progress: ProgressEvent | None = None
+    progress: results.ProgressEvent | None = None
     segments: list[Segment] = field(default_factory=list)
     result: DescribeResult | None = None
     error: ErrorEvent | None = None
@@ -96,7 +89,7 @@ class _JobState:
         """Bytes: of the video while it is worked on, and of the result so far, as JSON."""
         return self.result_size + (self.media if self.ended is None else 0)
 
-    def end(self, outcome: DoneEvent | ErrorEvent) -> None:
+    def end(self, outcome: results.DoneEvent | ErrorEvent) -> None:
         self.ended, self.stream = monotonic(), None
         if isinstance(outcome, ErrorEvent):
             self.error = outcome
@@ -155,10 +148,8 @@ class Jobs:
         self._closed = False
 
     def start(self, request: DescribeRequest) -> Job:
-        """Begins a description, and returns at once.
-
-        Raises:
-            PluginError: ``busy`` when there are too many; what the backend refuses at once.
+        """Begins a description, and returns at once. Raises PluginError: ``busy`` when there are
+        too many; what the backend refuses at once.
         """
         media = sum(len(medium.data or medium.url or b"") for medium in request.media)
         with self._changed:
@@ -182,11 +173,7 @@ class Jobs:
             return self._found(id).shown(self._kept)
 
     def cancel(self, id: str) -> Job:
-        """Ends a job. Nothing happens to one that has ended.
-
-        Raises:
-            NoSuchJob
-        """
+        """Ends a job. Nothing happens to one that has ended. Raises NoSuchJob."""
         with self._changed:
             job = self._found(id)
             job.asked_to_end = True
@@ -260,15 +247,15 @@ class Jobs:
             raise NoSuchJob(self._kept)
         return job
 
-    def _take(self, job: _JobState, event: Event) -> None:
-        if isinstance(event, ProgressEvent):
+    def _take(self, job: _JobState, event: results.Event) -> None:
+        if isinstance(event, results.ProgressEvent):
             job.progress = event
             if event.stage != "queued":
                 job.status = "running"
-        elif isinstance(event, SegmentEvent):
+        elif isinstance(event, results.SegmentEvent):
             job.segments.append(event.segment)
             job.result_size += _size_of(event.segment)
-        elif isinstance(event, DoneEvent | ErrorEvent):
+        elif isinstance(event, results.DoneEvent | ErrorEvent):
             job.end(event)
         if not self._make_room(0) and job.ended is None:
             message = "there is no room for the description of this video"

@@ -30,6 +30,12 @@ from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.service.download import download, split
 
 ASK_THE_OWNER = "whoever opens the backend can allow it in its MediaPolicy"
+_REASONS = {
+    errno.ENOENT: "there is no such file",
+    errno.ELOOP: "a part of it is a link",
+    errno.EMLINK: "a part of it is a link",
+    errno.ENOTDIR: "a part of it is a link or no folder",
+}
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,9 @@ class MediaPolicy:
             object.__setattr__(self, "hosts", tuple(host.lower() for host in self.hosts))
 
     def admit(self, media: Iterable[Media]) -> None:
-        """Looks at what a request brings, and touches nothing yet.
-
-        Raises:
-            PluginError: ``too_large`` for too many or too much, ``bad_request`` for a path or an
-                address that is not allowed.
+        """Looks at what a request brings, and touches nothing yet. Raises PluginError:
+        ``too_large`` for too many or too much, ``bad_request`` for a path or an address that is not
+        allowed.
         """
         media = tuple(media)
         for kind, most in (("image", self.images), ("video", self.videos)):
@@ -113,11 +117,9 @@ class MediaPolicy:
             )
 
     def open(self, medium: Media) -> BinaryIO | bytes:
-        """A medium's bytes, or its open file, whose ``name`` is the path that was asked for.
-
-        Raises:
-            PluginError: ``bad_request`` for what is not allowed, ``too_large``, and
-                ``unsupported_media`` for what cannot be read.
+        """A medium's bytes, or its open file, whose ``name`` is the path that was asked for. Raises
+        PluginError: ``bad_request`` for what is not allowed, ``too_large``, and
+        ``unsupported_media`` for what cannot be read.
         """
         self.admit([medium])
         if medium.data is not None:
@@ -125,7 +127,12 @@ class MediaPolicy:
         if medium.url is not None:
             return self._fetched(medium)
         assert medium.path is not None
-        file = self._opened(medium.path)
+        with _translate_errors(medium.path):
+            # Without waiting, as a pipe would have it.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = self._descriptor(medium.path, flags)
+            os.set_blocking(descriptor, True)
+            file = open(medium.path, "rb", buffering=0, opener=lambda *_: descriptor)
         try:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -140,14 +147,17 @@ class MediaPolicy:
         return file
 
     def open_folder(self, path: str) -> int:
-        """A descriptor of an allowed folder, or of one below it, to list what is in it.
-
-        Raises:
-            PluginError: as :meth:`open`.
+        """A descriptor of an allowed folder, or of one below it, to list what is in it. Raises
+        PluginError: as :meth:`open`.
         """
         with _translate_errors(path):
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            return _descriptor(path, self._folder(path, itself=True), flags)
+            return self._descriptor(path, flags, itself=True)
+
+    def _descriptor(self, path: str, flags: int, itself: bool = False) -> int:
+        """What a path names, opened from an allowed folder down where there is one."""
+        below = self._folder(path, itself)
+        return os.open(os.path.expanduser(path), flags) if below is None else _walk(*below, flags)
 
     def _folder(self, path: str, itself: bool = False) -> tuple[Path, tuple[str, ...]] | None:
         """The allowed folder that a path is below (or is, itself), and the names from there on."""
@@ -163,15 +173,6 @@ class MediaPolicy:
                 if given.is_relative_to(root) and (itself or given != root):
                     return folder, given.relative_to(root).parts
         raise refused
-
-    def _opened(self, path: str) -> BinaryIO:
-        below = self._folder(path)
-        with _translate_errors(path):
-            # Without waiting, as a pipe would have it.
-            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = _descriptor(path, below, flags)
-            os.set_blocking(descriptor, True)
-            return open(path, "rb", buffering=0, opener=lambda *_: descriptor)
 
     def _check_host(self, url: str) -> None:
         where = split(url)
@@ -200,24 +201,14 @@ class MediaPolicy:
             )
 
 
-def _descriptor(path: str, below: tuple[Path, tuple[str, ...]] | None, flags: int) -> int:
-    """What a path names, opened from an allowed folder down where there is one."""
-    return os.open(os.path.expanduser(path), flags) if below is None else _walk(*below, flags)
-
-
 @contextmanager
 def _translate_errors(path: str) -> Iterator[None]:
     """OSErrors of a path as PluginErrors."""
     try:
         yield
-    except FileNotFoundError:
-        raise _unreadable(path, "there is no such file") from None
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ELOOP, errno.EMLINK):
-            raise _unreadable(path, "a part of it is a link") from None
-        if getattr(error, "errno", None) == errno.ENOTDIR:
-            raise _unreadable(path, "a part of it is a link or no folder") from None
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
+        known = _REASONS.get(getattr(error, "errno", None) or 0)
+        raise _unreadable(path, known or getattr(error, "strerror", None) or str(error)) from None
 
 
 def _walk(folder: Path, names: Sequence[str], flags: int) -> int:

@@ -6,16 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_plugin_error
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
-from mlx_onevision.plugins.contract.results import (
-    DescribeResult,
-    EmbedResult,
-    GenerateResult,
-    ModelInfo,
-    ProgressEvent,
-    Result,
-)
+from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.base import Request, RequestQueue, StreamingBackend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -100,7 +94,7 @@ class Service(StreamingBackend):
     def __init__(
         self,
         load: Callable[[], LoadedModel],
-        describe: Callable[[], ModelInfo],
+        describe: Callable[[], results.ModelInfo],
         *,
         policy: MediaPolicy | None = None,
         limits: Limits | None = None,
@@ -111,7 +105,7 @@ class Service(StreamingBackend):
         self._keeper: ModelKeeper[LoadedModel] = ModelKeeper(load, self.limits.keep_alive)
         self._dead = False
 
-    def info(self) -> ModelInfo:
+    def info(self) -> results.ModelInfo:
         """Raises PluginError when the model cannot be found."""
         try:
             known = self._describe()
@@ -146,11 +140,11 @@ class Service(StreamingBackend):
         described = isinstance(request, DescribeRequest)
         return self.limits.film_timeout if described else self.limits.timeout
 
-    def _serve(self, request: Request, channel: Channel) -> Result:
+    def _serve(self, request: Request, channel: Channel) -> results.Result:
         if self._has_died(self._keeper.current):
             raise DEAD
         if self._keeper.current is None:
-            channel.put(ProgressEvent("loading"))
+            channel.put(results.ProgressEvent("loading"))
         channel.at_end(self._keeper.wake)
         model = self._keeper.acquire(channel.check)
         try:
