@@ -29,6 +29,7 @@ from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.language import Attention, DecoderLayer, RotaryEmbedding
 from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Processor
 
 Method = Literal["awq", "gptq"]
@@ -70,7 +71,7 @@ def calibrated(
     prompts = []
     with ExitStack() as held:
         for probe in calibration_set() if given is None else given:
-            inputs = processor.prepare(probe.messages, **probe.options)
+            inputs = processor.prepare(normalise_messages(messages=probe.messages), **probe.options)
             ids, keys = runner.virtual_ids(inputs)
             held.enter_context(runner.model.bank.in_use(keys))
             runner.fill_bank(inputs, ids, 0, Counters(), lambda *_: None)

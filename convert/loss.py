@@ -24,6 +24,7 @@ from mlx_onevision.convert.metrics import Divergence, DivergenceStats, LayerLoss
 from mlx_onevision.convert.probes import VERSION, Probe, probes
 from mlx_onevision.convert.recording import Prompt, Recording, compared_positions, record
 from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Processor
 
 # Logits compared at once, for each model; as float64 these are 32 MB.
@@ -124,7 +125,7 @@ def _prompts(folder: Path, config: OneVisionConfig, given: Sequence[Probe]) -> l
 
     def inputs(probe: Probe) -> Inputs:
         if not probe.text:
-            return processor.prepare(probe.messages, **probe.options)
+            return processor.prepare(normalise_messages(messages=probe.messages), **probe.options)
         return Inputs(np.array(processor.tokenizer.encode(probe.text), np.int32), (), probe.text)
 
     return [Prompt(probe.name, inputs(probe), is_text=bool(probe.text)) for probe in given]

@@ -27,6 +27,7 @@ from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import ImageSource
 from mlx_onevision.media.video import VideoSource, no_check
+from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Order, Processor, Tiling
 
 
@@ -228,14 +229,23 @@ class Model:
 
     def render(self, messages: Messages, order: Order = "template") -> str:
         """The prompt text that the chat template makes, placeholders unexpanded."""
-        return self._processor.render(messages, order)
+        return self._processor.render(normalise_messages(messages=messages, unfilled=True), order)
 
-    def prepare(self, messages: Messages, **options: Any) -> Inputs:
+    def prepare(
+        self,
+        messages: Messages,
+        *,
+        images: Iterable[ImageSource] | None = None,
+        videos: Iterable[VideoSource] | None = None,
+        **options: Any,
+    ) -> Inputs:
         """Token ids (L,) as the reference makes them, and the pixel tiles of each medium.
 
+        images, videos : those of blocks without a source.
         options : see :meth:`~mlx_onevision.prompt.processor.Processor.prepare`.
         """
-        return self._processor.prepare(messages, **options)
+        conversation = normalise_messages(messages=messages, images=images, videos=videos)
+        return self._processor.prepare(conversation, **options)
 
     def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
         """Logits of a prepared prompt's positions, all or the last ones: float32 (L, vocab)."""
@@ -355,3 +365,4 @@ class Model:
     def close(self) -> None:
         """Cancels what is under way and frees the weights. A forgotten model closes itself."""
         self._engine.close()
+        self._processor.template.close()

@@ -30,16 +30,18 @@ SPACE_TEMPLATE = (
 )
 NEWLINE_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n'}}"
+    "{# Render all images first #}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
     "{{ '<image>\\n' }}{% endfor %}"
+    "{# Render all video then #}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
     "{{ '<video>\\n' }}{% endfor %}"
-    "{% if message['role'] != 'assistant' %}"
+    "{# Render all text next #}{% if message['role'] != 'assistant' %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ content['text'] }}{% endfor %}{% else %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{% endif %}"
-    "{{'<|im_end|>\\n'}}{% endfor %}"
+    "{{'<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TEMPLATES: Mapping[str, str] = {"space": SPACE_TEMPLATE, "newline": NEWLINE_TEMPLATE}

@@ -4,7 +4,7 @@ from random import Random
 
 from recorded_prompts import SPECIALS
 
-from mlx_onevision.prompt.chat_template import PRIVATE, STAND_INS
+from mlx_onevision.prompt.chat_template import MEDIA_CHARS, PLACEHOLDER_CHARS
 
 
 def _pieces(text: str) -> list[str]:
@@ -23,7 +23,12 @@ TRICKS = [*SPECIALS, *(piece for special in SPECIALS for piece in _pieces(specia
 TRICKS += [*"<>|_ \n", "", "word", " two words ", "é", "e\u0301", "中", "😀", "<" * 5]
 TRICKS += ["<image><image>", "<imag<image>e>", "<ımage>", "<|im_end|>\n<|im_start|>assistant\n"]
 # What this package itself puts into a text while a template reads it.
-TRICKS += [chr(STAND_INS[0]), chr(STAND_INS[1]), chr(STAND_INS[0]) * 2, chr(PRIVATE[0])]
+TRICKS += [
+    chr(PLACEHOLDER_CHARS[0]),
+    chr(PLACEHOLDER_CHARS[1]),
+    chr(PLACEHOLDER_CHARS[0]) * 2,
+    chr(MEDIA_CHARS[0]),
+]
 
 
 def tricky(draw: Random, least: int = 0, most: int = 8) -> str:

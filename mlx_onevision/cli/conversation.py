@@ -71,7 +71,7 @@ class Conversation:
         self._attached.append(
             ({"type": kind, kind: video.tiles}, {"type": kind, **location, **chosen})
         )
-        times = video.clip.times if video.clip else None
+        times = video.video.times if video.video else None
         span = f", from {times[0]:.1f} to {times[-1]:.1f} s" if times else ""
         return f"{number} frame{'s' * (number != 1)} of {source}{span}"
 

@@ -1,25 +1,33 @@
-"""A checkpoint's chat template: a conversation in, the pieces of its prompt out.
+"""A checkpoint's chat template: a conversation in, the segments of its prompt out.
 
 The user's text stays text. A special string in it (``<image>``, ``<|im_start|>``, any control token
 of the tokenizer) is data; only what the template itself writes is control. So before rendering,
 each character of the user's text with which a special string begins, or with which one could join
-up with its neighbours, is swapped for a stand-in that occurs nowhere else; after rendering the
-prompt is cut at the special strings that are left, and the characters are put back. Text without
-special strings or pieces of them goes through untouched, so the prompt is the reference's.
+up with its neighbours, is replaced by a private character that occurs nowhere else; after rendering
+the prompt is cut at the special strings that are left, and the characters are put back. Text
+without special strings or parts of them goes through untouched, so the prompt is the reference's.
+
+The published templates write the media of a message in front of its text. With ``order="given"``,
+media that stand behind some text go through the template as one private character of the text each,
+and become placeholders afterwards.
+
+A published template is rendered in this process. Any other is an untrusted program, and runs in a
+process of its own with bounds on time and memory, which is kept for the next prompt.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.files import read_json
 from mlx_onevision.prompt.messages import Message, sources
+from mlx_onevision.subprocesses import MISSING, BoundedProcess, find_interpreter
 
-if TYPE_CHECKING:
-    from mlx_onevision.prompt.sandbox import BoundedTemplate
-
+Order = Literal["template", "given"]
 
 # The prompt of the original checkpoints, which come without a template of their own: conversation
 # "qwen_1_5" of the original repository, with its system message.
@@ -45,18 +53,43 @@ ORIGINAL = """\
 {% endif %}
 """
 
-STAND_INS = range(0xF0000, 0x10FFFE)  # private characters, which no text has a meaning for
+PUBLISHED = frozenset(
+    {
+        # ORIGINAL, above
+        "91511f6a5ac78f79cc3a8e0b7d0a324e1920e2bd715256da8161f9bc09890d52",
+        # llava-hf, chat_template.json ("<|im_start|>user <image>"), also the demo model's; and the
+        # same with its newlines written as "\\n"
+        "fbf77862dcdda46840b6da02767d651eadad3582310e40fed04dc7594a0a80dd",
+        "5ac9bd4e60a2be4f9df039e4d9328b91c2a957be3cb08686b9702ad77d9965ed",
+        # transformers' conversion script ("<|im_start|>user" and a newline); and as above
+        "f741044c80eb2fb78a62fe765fe9564e0170cf359becbac1298b5c1ce2e25b41",
+        "c4c649e6a9be146f169b1391fb85e3fdc4f42b61cd4e023d0acee3bda39dd266",
+    }
+)
+"""SHA-256 of the templates that are trusted to run in this process."""
+
+SECONDS = 2.0  # for an untrusted template to render one prompt
+MEMORY = 1 << 29  # bytes of its process, the interpreter included
+
+# Private characters, to which no text gives a meaning: those that replace characters of special
+# strings, and those that stand for media between text.
+PLACEHOLDER_CHARS = range(0xF0000, 0x10FFFE)
+MEDIA_CHARS = range(0xE000, 0xF900)
 
 
-class Piece(NamedTuple):
-    """A stretch of the prompt: one special string that the template wrote, or plain text."""
+class Segment(NamedTuple):
+    """A part of the prompt: one special string that the template wrote, or plain text."""
 
     text: str
     control: bool
 
 
+class _Renderer(Protocol):
+    def render(self, variables: Mapping[str, Any]) -> str: ...
+
+
 class ChatTemplate:
-    """A chat template, compiled when it is first used.
+    """A chat template, compiled when it is first used. From any thread.
 
     ``variables`` are the tokenizer's named tokens, which a template may write (``eos_token``).
     """
@@ -67,7 +100,7 @@ class ChatTemplate:
         self.source = source
         self.name = name
         self._variables = dict(variables or {})
-        self._compiled: BoundedTemplate | None = None
+        self._renderer: _Renderer | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate":
@@ -107,53 +140,103 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation, as the reference's ``apply_chat_template`` writes it.
 
-        messages : ``{"role": str, "content": [{"type": "text", "text": str}, {"type": "image"}]}``
+        messages : in the one form of :func:`~mlx_onevision.prompt.messages.normalise_messages`;
+            media need no source.
 
         Raises:
             RequestError: when the template refuses the conversation.
             CheckpointError: when it is not a template, fails, or exceeds a limit.
         """
-        if self._compiled is None:
-            from mlx_onevision.prompt.sandbox import BoundedTemplate
-
-            self._compiled = BoundedTemplate(self.source, self.name)
-        return self._compiled.render(
+        renderer = self._renderer = self._renderer or _renderer(self.source, self.name)
+        return renderer.render(
             {
                 **self._variables,
-                "messages": [_plain(message) for message in messages],
+                "messages": [_visible(message) for message in messages],
                 "tools": None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
             }
         )
 
-    def pieces(
-        self,
-        messages: Sequence[Message],
-        specials: Iterable[str],
-        add_generation_prompt: bool = True,
-    ) -> list[Piece]:
-        """The same prompt in pieces: those of ``specials`` that the template wrote, and the text
-        between them. Joined, the pieces are what :meth:`render` returns.
-        """
-        guard = _Guard([special for special in specials if special], self._texts(messages))
-        guarded = [
-            {
-                "role": message["role"],
-                "content": [
-                    {"type": "text", "text": guard.hide(block["text"])}
-                    if block["type"] == "text"
-                    else block
-                    for block in message["content"]
-                ],
-            }
-            for message in messages
-        ]
-        return guard.split(self.render(guarded, add_generation_prompt))
+    def close(self) -> None:
+        """Ends the process of an untrusted template; another prompt starts another one."""
+        self._renderer = None
 
-    def _texts(self, messages: Sequence[Message]) -> list[str]:
-        blocks = (block for message in messages for block in message["content"])
-        return [self.source, *(block["text"] for block in blocks if block["type"] == "text")]
+    def segments(
+        self, messages: Sequence[Message], specials: Iterable[str], order: Order = "template"
+    ) -> list[Segment]:
+        """The same prompt in segments: those of ``specials`` that the template wrote, and the text
+        between them.
+
+        order : "template" leaves the media of a message where the template writes them, joined the
+            segments are what :meth:`render` returns; "given" keeps them where they stand in it.
+        """
+        if order == "given":
+            return self._given_order(messages, specials)
+        if order != "template":
+            raise RequestError(f"order is {order!r}; it must be template or given")
+        texts = [self.source, *sources(messages, "text")]
+        guard = _Guard([special for special in specials if special], texts)
+        hidden = [_visible(message, guard.hide) for message in messages]
+        return guard.split(self.render(hidden))
+
+    def _given_order(self, messages: Sequence[Message], specials: Iterable[str]) -> list[Segment]:
+        marks = _private(MEDIA_CHARS, ("image", "video"), [self.source, *sources(messages, "text")])
+        tokens = {mark: f"<{kind}>" for kind, mark in marks.items()}
+        segments = self.segments(_written_into_text(messages, marks), specials)
+        cut = re.compile(f"([{''.join(tokens)}])")
+        return [
+            Segment(tokens.get(part, part), part in tokens or segment.control)
+            for segment in segments
+            for part in cut.split(segment.text)
+            if part
+        ]
+
+
+def _renderer(source: str, name: str) -> _Renderer:
+    if sha256(source.encode(errors="replace")).hexdigest() not in PUBLISHED:
+        return _Isolated(source, name)
+    from mlx_onevision.prompt.sandbox import SandboxedTemplate
+
+    return SandboxedTemplate(source, name)
+
+
+class _Isolated:
+    """An untrusted template, rendered by :func:`mlx_onevision.prompt.sandbox.answer` in a process
+    that ends when this is forgotten.
+    """
+
+    def __init__(self, source: str, name: str) -> None:
+        self._source, self._name = source, name
+        self._lock = threading.Lock()
+        self._process: BoundedProcess | None = None
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        request = {"source": self._source, "name": self._name, "variables": variables}
+        with self._lock:
+            # Set again where the process has answered: what goes wrong has ended it.
+            process, self._process = self._process or self._start(), None
+            try:
+                answer = process.ask(request)
+            except TimeoutError:
+                raise CheckpointError(
+                    f"{self._name} failed (it takes longer than {SECONDS:g} s)"
+                ) from None
+            except EOFError:
+                raise CheckpointError(f"{self._name} failed (it takes too much memory)") from None
+            self._process = process
+        if "text" in answer:
+            return answer["text"]
+        raise (RequestError if answer["kind"] == "request" else CheckpointError)(answer["error"])
+
+    def _start(self) -> BoundedProcess:
+        interpreter = find_interpreter()
+        if interpreter is None:
+            raise CheckpointError(
+                f"{self._name} is not a published one, and is rendered by {MISSING}"
+            )
+        module = "mlx_onevision.prompt.sandbox"
+        return BoundedProcess(interpreter, module, memory=MEMORY, seconds=SECONDS)
 
 
 class _Guard:
@@ -169,15 +252,11 @@ class _Guard:
         self._heads = {special[:n] for special in ordered for n in range(1, len(special))}
         self._tails = {special[n:] for special in ordered for n in range(1, len(special))}
         self._longest = len(ordered[0]) if ordered else 0
-        used = set().union(*texts)
-        free = (chr(code) for code in STAND_INS if chr(code) not in used)
-        self._stand_in = dict(zip(sorted(set("".join(ordered))), free, strict=False))
-        if len(self._stand_in) < len(set("".join(ordered))):
-            raise RequestError("the text uses all private characters; leave some of them out")
-        self._original = {ord(stand): character for character, stand in self._stand_in.items()}
+        self._replaced = _private(PLACEHOLDER_CHARS, sorted(set("".join(ordered))), texts)
+        self._original = {ord(mark): character for character, mark in self._replaced.items()}
 
     def hide(self, text: str) -> str:
-        """``text`` with stand-ins, such that no special string can arise from it."""
+        """``text`` with private characters, such that no special string can arise from it."""
         places = {match.start() for match in self._begins.finditer(text)}
         core = text.strip()  # a template may trim
         for part, offset in ((text, 0), (core, text.find(core))):
@@ -194,27 +273,60 @@ class _Guard:
             return text
         characters = list(text)
         for place in places:
-            characters[place] = self._stand_in[characters[place]]
+            characters[place] = self._replaced[characters[place]]
         return "".join(characters)
 
-    def split(self, prompt: str) -> list[Piece]:
-        """A rendered prompt in pieces, its stand-ins put back."""
-        pieces = (
-            Piece(part.translate(self._original), index % 2 == 1)
+    def split(self, prompt: str) -> list[Segment]:
+        """A rendered prompt in segments, the characters put back."""
+        return [
+            Segment(part.translate(self._original), index % 2 == 1)
             for index, part in enumerate(self._special.split(prompt))
-        )
-        return [piece for piece in pieces if piece.text]
+            if part
+        ]
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _private(characters: range, names: Sequence[str], texts: Iterable[str]) -> dict[str, str]:
+    """A private character for each name, which no text has."""
+    used = set().union(*texts)
+    free = (chr(code) for code in characters if chr(code) not in used)
+    found = dict(zip(names, free, strict=False))
+    if len(found) < len(names):
+        raise RequestError("the text uses all private characters; leave some of them out")
+    return found
+
+
+def _visible(message: Message, rewrite: Callable[[str], str] = str) -> dict[str, Any]:
     """What a template may see of a message: of media their kind, never a path or an address."""
     blocks = [
-        {"type": "text", "text": block["text"]}
+        {"type": "text", "text": rewrite(block["text"])}
         if block["type"] == "text"
         else {"type": block["type"]}
         for block in message["content"]
     ]
     return {"role": message["role"], "content": blocks}
+
+
+def _written_into_text(messages: Sequence[Message], marks: Mapping[str, str]) -> list[Message]:
+    """The conversation with media behind text written into the text, so that a template, which
+    writes a message's media first, leaves them where they stand. As templates write it, a newline
+    follows each.
+
+    marks : the character that stands for a medium of each kind.
+    """
+    ordered: list[Message] = []
+    for message in messages:
+        blocks: list[dict[str, Any]] = []
+        for block in message["content"]:
+            if block["type"] != "text" and not (blocks and blocks[-1]["type"] == "text"):
+                blocks.append(block)
+                continue
+            written = block["text"] if block["type"] == "text" else marks[block["type"]] + "\n"
+            if blocks and blocks[-1]["type"] == "text":
+                blocks[-1] = {"type": "text", "text": blocks[-1]["text"] + written}
+            else:
+                blocks.append({"type": "text", "text": written})
+        ordered.append({"role": message["role"], "content": blocks})
+    return ordered
 
 
 def _content(token: Any) -> str | None:
@@ -231,55 +343,3 @@ def _chosen(given: Any, name: str) -> str | None:
     if given is not None and not isinstance(given, str):
         raise CheckpointError(f"{name} has a chat_template that is not a string")
     return given
-
-
-# Media that stay where they stand between the words of a message.
-#
-# The published templates write the media of a message in front of its words. Here those that stand
-# behind some words go through the template as one character of the text each, which no text has a
-# meaning for, and become placeholders afterwards.
-
-PRIVATE = range(0xE000, 0xF900)
-
-
-def pieces_in_given_order(
-    template: ChatTemplate, conversation: Sequence[Message], specials: Iterable[str]
-) -> list[Piece]:
-    """The prompt in pieces, see :meth:`~mlx_onevision.prompt.chat_template.ChatTemplate.pieces`."""
-    used = set("".join((*sources(conversation, "text"), template.source)))
-    free = [chr(code) for code in PRIVATE if chr(code) not in used][:2]
-    if len(free) < 2:
-        raise RequestError("the text uses all private characters; leave some of them out")
-    marks: dict[str, str] = dict(zip(("image", "video"), free, strict=True))
-    tokens = {mark: f"<{kind}>" for kind, mark in marks.items()}
-    pieces = template.pieces(_written_into_text(conversation, marks), specials)
-    cut = re.compile(f"([{''.join(tokens)}])")
-    return [
-        Piece(tokens.get(part, part), part in tokens or piece.control)
-        for piece in pieces
-        for part in cut.split(piece.text)
-        if part
-    ]
-
-
-def _written_into_text(messages: Sequence[Message], marks: Mapping[str, str]) -> list[Message]:
-    """The conversation with media between words written into the text, so that a template, which
-    writes a message's media first, leaves them where they stand.
-
-    marks : for each kind of medium the character that stands for one. What comes before the first
-        words stays a block. As templates write it, a newline follows each.
-    """
-    ordered: list[Message] = []
-    for message in messages:
-        blocks: list[dict[str, Any]] = []
-        for block in message["content"]:
-            if block["type"] != "text" and not (blocks and blocks[-1]["type"] == "text"):
-                blocks.append(block)
-                continue
-            written = block["text"] if block["type"] == "text" else marks[block["type"]] + "\n"
-            if blocks and blocks[-1]["type"] == "text":
-                blocks[-1] = {"type": "text", "text": blocks[-1]["text"] + written}
-            else:
-                blocks.append({"type": "text", "text": written})
-        ordered.append({"role": message["role"], "content": blocks})
-    return ordered

@@ -5,7 +5,7 @@ text holds a special string; those stay text here. As there, one image in a conv
 into tiles, and two or more become one tile each.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -33,13 +33,12 @@ from mlx_onevision.media.image import (
     tile_image,
 )
 from mlx_onevision.media.video import VideoConfig, VideoFrames
-from mlx_onevision.prompt.chat_template import ChatTemplate, Piece, pieces_in_given_order
-from mlx_onevision.prompt.messages import Message, normalise_messages, sources, video_blocks
+from mlx_onevision.prompt.chat_template import ChatTemplate, Order, Segment
+from mlx_onevision.prompt.messages import Message, sources, video_blocks
 from mlx_onevision.prompt.tokenizer import Tokenizer
-from mlx_onevision.prompt.video_budget import Space, load_clips
+from mlx_onevision.prompt.video_budget import ContextBudget, load_videos
 
 Tiling = Literal["auto", "always", "never"]
-Order = Literal["template", "given"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class Medium:
     """How a tiled image is packed; None for an image of one tile and for a video."""
     tokens: int
     config: ImageConfig
-    clip: VideoFrames | None = None
+    video: VideoFrames | None = None
     """Which frames of a video these are."""
     key: str = field(init=False)
     """Equal for equal rows of one model: a hash of the pixels and of all that shapes them."""
@@ -93,7 +92,7 @@ class Inputs:
     @property
     def notes(self) -> tuple[str, ...]:
         """What of the videos is not there as it was asked for, a sentence each."""
-        return tuple(note for medium in self.media if medium.clip for note in medium.clip.notes)
+        return tuple(note for medium in self.media if medium.video for note in medium.video.notes)
 
 
 class Processor:
@@ -149,30 +148,16 @@ class Processor:
             VideoConfig.from_folder(folder, settings, image_config, config),
         )
 
-    def render(self, messages: Sequence[Mapping[str, Any]], order: Order = "template") -> str:
-        """The prompt text of a conversation, the user's words verbatim, media as placeholders.
-
-        Needs no sources: ``{"type": "image"}`` and ``{"type": "video"}`` will do.
+    def render(self, messages: Sequence[Message], order: Order = "template") -> str:
+        """The prompt text of a conversation in its one form, the user's text verbatim, media as
+        placeholders; they need no source.
         """
-        conversation = normalise_messages(messages=messages, unfilled=True)
-        if order == "template":
-            return self.template.render(conversation)
-        return "".join(piece.text for piece in self._pieces(conversation, order))
-
-    def _pieces(self, conversation: Sequence[Message], order: Order) -> list[Piece]:
-        """The prompt, cut at special strings; with ``order="given"`` media between words too."""
-        if order == "template":
-            return self.template.pieces(conversation, self._specials)
-        if order == "given":
-            return pieces_in_given_order(self.template, conversation, self._specials)
-        raise RequestError(f"order is {order!r}; it must be template or given")
+        return "".join(s.text for s in self.template.segments(messages, self._specials, order))
 
     def prepare(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
-        images: Iterable[Any] | None = None,
-        videos: Iterable[Any] | None = None,
         tiling: Tiling = "auto",
         order: Order = "template",
         num_frames: int | None = None,
@@ -185,7 +170,7 @@ class Processor:
     ) -> Inputs:
         """Ids and pixels of a conversation.
 
-        messages, images, videos : as in :func:`~mlx_onevision.prompt.messages.normalise_messages`.
+        messages : as :func:`~mlx_onevision.prompt.messages.normalise_messages` returns them.
         tiling : "auto" tiles an image that is alone in the conversation; "always" and "never" say
             so for every image.
         order : "template" leaves it to the chat template where in a message its media stand, which
@@ -204,29 +189,29 @@ class Processor:
             raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
         given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "ends": ends}
         options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
-        conversation = normalise_messages(messages=messages, images=images, videos=videos)
-        pieces = self._pieces(conversation, order)
-        blocks = video_blocks(conversation)
-        _match(pieces, "<image>", len(sources(conversation, "image")))
-        _match(pieces, "<video>", len(blocks))
-        pictures = self._images(conversation, tiling, check)
-        texts = [[] if piece.control else self.tokenizer.encode(piece.text) for piece in pieces]
-        taken = sum(map(len, texts)) + sum(piece.control for piece in pieces) - len(blocks)
-        taken += sum(picture.tokens - 1 for picture in pictures)
-        space = Space(
+        segments = self.template.segments(messages, self._specials, order)
+        videos = video_blocks(messages)
+        _match(segments, "<image>", len(sources(messages, "image")))
+        _match(segments, "<video>", len(videos))
+        images = self._images(messages, tiling, check)
+        texts = [[] if s.control else self.tokenizer.encode(s.text) for s in segments]
+        taken = sum(map(len, texts)) + sum(s.control for s in segments) - len(videos)
+        taken += sum(image.tokens - 1 for image in images)
+        budget = ContextBudget(
             limit=self.config.text_config.max_position_embeddings,
             taken=taken,
             answer=answer,
             patches=self.config.vision_config.patches_per_side,
         )
-        clips = load_clips(blocks, options, self.video_config.pixels.size, space, check)
-        films = [self._film(clip) for clip in clips]
-        return self._assemble(pieces, texts, {"<image>": pictures, "<video>": films})
+        size = self.video_config.pixels.size
+        frames = load_videos(videos, options, size, budget, check)
+        media = {"<image>": images, "<video>": [self._video(video) for video in frames]}
+        return self._assemble(segments, texts, media)
 
     def _images(
-        self, conversation: Sequence[Message], tiling: Tiling, check: Callable[[], None]
+        self, messages: Sequence[Message], tiling: Tiling, check: Callable[[], None]
     ) -> list[Medium]:
-        given = sources(conversation, "image")
+        given = sources(messages, "image")
         tiled = tiling == "always" or (tiling == "auto" and len(given) == 1)
         media = []
         for source in given:
@@ -252,33 +237,33 @@ class Processor:
         tiles = tile_image(pixels, self.image_config)
         return Medium("image", tiles, size, packing, packing.tokens, self.image_config)
 
-    def _film(self, clip: VideoFrames) -> Medium:
-        tokens = video_tokens(len(clip.tiles), self.config.vision_config.patches_per_side)
-        return Medium("video", clip.tiles, None, None, tokens, self.video_config.pixels, clip)
+    def _video(self, video: VideoFrames) -> Medium:
+        tokens = video_tokens(len(video.tiles), self.config.vision_config.patches_per_side)
+        return Medium("video", video.tiles, None, None, tokens, self.video_config.pixels, video)
 
     def _assemble(
         self,
-        pieces: Sequence[Piece],
+        segments: Sequence[Segment],
         texts: Sequence[Sequence[int]],
         media: Mapping[str, Sequence[Medium]],
     ) -> Inputs:
         waiting = {token: iter(given) for token, given in media.items()}
         ids: list[int] = []
         placed: list[Medium] = []
-        for piece, text in zip(pieces, texts, strict=True):
-            if not piece.control:
+        for segment, text in zip(segments, texts, strict=True):
+            if not segment.control:
                 ids += text
-            elif piece.text in waiting:
-                placed.append(next(waiting[piece.text]))
-                ids += [self._specials[piece.text]] * placed[-1].tokens
+            elif segment.text in waiting:
+                placed.append(next(waiting[segment.text]))
+                ids += [self._specials[segment.text]] * placed[-1].tokens
             else:
-                ids.append(self._specials[piece.text])
-        prompt = "".join(piece.text for piece in pieces)
+                ids.append(self._specials[segment.text])
+        prompt = "".join(segment.text for segment in segments)
         return Inputs(np.array(ids, np.int32), tuple(placed), prompt)
 
 
-def _match(pieces: Sequence[Piece], token: str, given: int) -> None:
-    written = sum(piece.control and piece.text == token for piece in pieces)
+def _match(segments: Sequence[Segment], token: str, given: int) -> None:
+    written = sum(segment.control and segment.text == token for segment in segments)
     if written != given:
         raise RequestError(f"the chat template writes {written} {token} for {given} of them")
 

@@ -77,7 +77,7 @@ class Grammars:
             if text in self._kept:
                 self._kept.move_to_end(text)
                 return self._kept[text]
-        json_schema.work_through(text, check)
+        json_schema.compile_schema(text, check)
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(self._vocabulary, self._ends)

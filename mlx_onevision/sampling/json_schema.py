@@ -1,4 +1,4 @@
-"""JSON Schemas of strangers: read, and worked through where that can do no harm.
+"""Untrusted JSON schemas: checked, and compiled where that can do no harm.
 
 llguidance refuses what it cannot promise (see its ``docs/json_schema.md``). What it would promise
 and not keep is refused here: a number of properties that one name, written twice, would make up,
@@ -6,26 +6,22 @@ and a document that never ends.
 """
 
 import json
-import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryFile
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.subprocesses import MISSING, find_interpreter, import_path
+from mlx_onevision.subprocesses import MISSING, BoundedProcess, find_interpreter
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 LONGEST = 1 << 18  # characters
 DEEPEST = 100  # objects and lists in each other; llguidance reads 128
-SECONDS = 5.0  # that working through one may take
+PROCESS = "mlx_onevision.sampling.json_schema_process"
+SECONDS = 5.0  # that compiling one may take
 MEMORY = 1 << 30  # bytes
-POLL_SECONDS = 0.05
 
 MOST_PROMISED = 1  # a property that is named twice counts once, so more cannot be promised
 MOST_LOOKED_AT = 20_000  # parts of a schema, when it is asked whether a document can end
@@ -38,7 +34,7 @@ OPTIONS: "JsonCompileOptions" = {
     "lenient": False,
 }
 # A quarter of llguidance's own and less: a step of one answer must not hold the others up. Nothing
-# is worked out for all words beforehand, so that a schema that could be worked through once can be
+# is computed for the whole vocabulary beforehand, so that a schema that compiled once does so
 # again, with any vocabulary.
 LIMITS = {
     "step_lexer_fuel": 50_000,
@@ -166,8 +162,8 @@ class _Endings:
         return ends
 
 
-def work_through(schema: str, check: Callable[[], None]) -> None:
-    """Has a schema worked through in a process of its own, see :mod:`schema_trial`.
+def compile_schema(schema: str, check: Callable[[], None]) -> None:
+    """Tries a schema in a process of its own, see :mod:`json_schema_process`.
 
     check : called meanwhile; ends it by raising.
 
@@ -176,41 +172,16 @@ def work_through(schema: str, check: Callable[[], None]) -> None:
     """
     interpreter = find_interpreter()
     if interpreter is None:
-        raise RequestError(f"JSON schemas are worked through by {MISSING}")
-    request = {
-        "path": import_path(),
-        "options": OPTIONS,
-        "limits": LIMITS,
-        "memory": MEMORY,
-        "seconds": SECONDS,
-    }
-    program = str(Path(__file__).with_name("json_schema_process.py"))
-    with TemporaryFile() as given:
-        given.write(schema.encode())
-        given.seek(0)
-        process = subprocess.Popen(
-            [interpreter, "-I", program, json.dumps(request)],
-            stdin=given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is this process's business
-        )
-    late = time.monotonic() + SECONDS
-    with process:
+        raise RequestError(f"JSON schemas are compiled by {MISSING}")
+    process = BoundedProcess(interpreter, PROCESS, memory=MEMORY, seconds=SECONDS)
+    with closing(process):
         try:
-            while process.poll() is None and time.monotonic() < late:
-                check()
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(POLL_SECONDS)
-        finally:
-            process.kill()
-        said = process.stdout.read() if process.stdout is not None else b""
-    try:
-        error = json.loads(said)
-    except ValueError:  # it was killed, or died
-        raise RequestError(
-            "the JSON schema takes too much time or memory to work through; simplify it"
-        ) from None
+            request = {"schema": schema, "options": OPTIONS, "limits": LIMITS}
+            error = process.ask(request, check)
+        except (TimeoutError, EOFError):
+            raise RequestError(
+                "the JSON schema takes too much time or memory to compile; simplify it"
+            ) from None
     if error is not None:
         raise refusal(error)
 

@@ -1,23 +1,22 @@
-"""The process that works through a stranger's schema: started by :mod:`schemas`, never imported.
+"""Compiles an untrusted JSON schema; runs in a process of its own, see
+:class:`~mlx_onevision.subprocesses.BoundedProcess`.
 
-llguidance has limits of its own, but where a schema cuts patterns or multiples with each other they
-do not hold: a hundred characters take minutes and all memory, and a long chain of references
-overflows the stack. So it is done here first, where it can die without harm.
-
-Comes in on standard input: the schema. Goes out: a line of JSON, null or why it is refused.
+llguidance has limits of its own, but where a schema intersects patterns or multiples with each
+other they do not hold: a hundred characters take minutes and all memory, and a long chain of
+references overflows the stack. So it is done here first, where it can die without harm.
 """
 
-import json
-import os
-import sys
 import threading
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 STACK = 1 << 20  # bytes; less than any thread has that will do the same again
 
 
 class Bytes:
     """The smallest vocabulary there is: what is wrong with a schema does not depend on the
-    words.
+    tokens.
     """
 
     tokens = (*(bytes([byte]) for byte in range(256)), b"")
@@ -28,38 +27,23 @@ class Bytes:
         return list(text.encode())
 
 
-def main() -> None:
-    request = json.loads(sys.argv[1])
-    sys.path[:] = request["path"]
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    from mlx_onevision.subprocesses import confine
-
-    confine(request["memory"], seconds=int(request["seconds"]) + 1)
-    schema = sys.stdin.buffer.read().decode()
-
-    def work() -> None:
-        try:
-            from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=request["options"])
-            limits = LLParserLimits(**request["limits"])
-            tokenizer = LLTokenizer(TokenizerWrapper(Bytes()), slices=[])
-            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-            if not matcher.is_error():
-                matcher.compute_bitmask()
-            error = matcher.get_error() if matcher.is_error() else None
-        except Exception as refused:
-            error = str(refused) or type(refused).__name__
-        out.write(json.dumps(error))
-        out.flush()
-
+def answer(request: dict[str, Any]) -> str | None:
+    """Why the schema is refused, in llguidance's words; None where it is not."""
+    errors: list[str | None] = []
     threading.stack_size(STACK)
-    worker = threading.Thread(target=work)
+    worker = threading.Thread(target=lambda: errors.append(_compile(**request)))
     worker.start()
     worker.join()
-    os._exit(0)
+    return errors[0]
 
 
-if __name__ == "__main__":
-    main()
+def _compile(schema: str, options: Any, limits: dict[str, Any]) -> str | None:
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        tokenizer = LLTokenizer(TokenizerWrapper(Bytes()), slices=[])
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**limits))
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        return matcher.get_error() if matcher.is_error() else None
+    except Exception as error:
+        return str(error) or type(error).__name__

@@ -148,7 +148,7 @@ class _Engine:
                     messages, check=channel.check, stop=tuple(request.stop), **given
                 )
         for medium in question.inputs.media:
-            if medium.clip is not None:
+            if medium.video is not None:
                 policy.check_frames(len(medium.tiles))
         return question
 

@@ -21,6 +21,7 @@ from mlx_onevision.engine.options import Options
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest, TokenText
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
+from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Processor
 from mlx_onevision.sampling.sampler import Sampling
 
@@ -313,7 +314,7 @@ class NoText:
 @pytest.fixture(scope="module")
 def inputs(folder: Path) -> list[Inputs]:
     processor = Processor.from_folder(folder, load_checkpoint(folder).config)
-    return [processor.prepare(row) for row in ROWS]
+    return [processor.prepare(normalise_messages(messages=row)) for row in ROWS]
 
 
 @pytest.fixture

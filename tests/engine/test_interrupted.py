@@ -14,6 +14,7 @@ from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError
+from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Processor
 from mlx_onevision.sampling.sampler import Sampling
 
@@ -59,7 +60,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Inputs]:
     folder = write(tmp_path_factory.mktemp("processor"), tied=False)
     processor = Processor.from_folder(Path(folder), load_checkpoint(folder).config)
-    return [processor.prepare([{"role": "user", "content": text}]) for text in TEXTS]
+    return [processor.prepare(normalise_messages(text)) for text in TEXTS]
 
 
 def answered(runner: Runner, prompts: Sequence[Inputs], patience: Sequence[int]) -> list[Patient]:

@@ -88,7 +88,7 @@ def test_a_file(
     messages = [{"role": "user", "content": [{"type": "video", "path": str(path), **wanted}]}]
     messages[0]["content"].append({"type": "text", "text": "What happens?"})
     (medium,) = ours.model.prepare(messages).media
-    assert medium.clip is not None and list(medium.clip.indices) == list(about.frames_indices)
+    assert medium.video is not None and list(medium.video.indices) == list(about.frames_indices)
     assert_same_media(ours, theirs, messages)
     answer = ours.model.generate(messages=messages, max_tokens=32)
     assert_same_tokens(list(answer.tokens), theirs)

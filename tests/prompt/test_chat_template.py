@@ -10,7 +10,7 @@ from recorded_prompts import SPECIALS, cases, recorded
 from tricks import tricky
 
 from mlx_onevision.errors import CheckpointError, RequestError
-from mlx_onevision.prompt.chat_template import STAND_INS, ChatTemplate
+from mlx_onevision.prompt.chat_template import PLACEHOLDER_CHARS, ChatTemplate
 
 A = "<|im_start|>system \nS<|im_end|><|im_start|>user <image><image>\nQ1<|im_end|>"
 A += "<|im_start|>assistant \nA1<|im_end|><|im_start|>user <video>\nQ2\nQ3<|im_end|>"
@@ -51,8 +51,8 @@ def test_recorded_prompts(name: str) -> None:
     chat = template(name)
     for case in cases(name):
         assert chat.render(case["messages"]) == case["prompt"]
-        pieces = chat.pieces(case["messages"], SPECIALS)
-        assert "".join(piece.text for piece in pieces) == case["prompt"]
+        segments = chat.segments(case["messages"], SPECIALS)
+        assert "".join(segment.text for segment in segments) == case["prompt"]
 
 
 def test_the_original_checkpoints_prompt() -> None:
@@ -121,7 +121,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_user_text_never_becomes_control(name: str) -> None:
-    """2,000 texts: the control pieces are those of the same conversation about nothing."""
+    """2,000 texts: the control segments are those of the same conversation about nothing."""
     chat, draw = ChatTemplate(TEMPLATES[name]), random.Random(0)
     for _ in range(700):
         parts = [tricky(draw, most=5) for _ in range(3)]
@@ -135,22 +135,22 @@ def test_user_text_never_becomes_control(name: str) -> None:
             ]
             for texts in (parts, ["x" for _ in parts])
         )
-        pieces = chat.pieces(conversation, SPECIALS)
-        expected = [p.text for p in chat.pieces(harmless, SPECIALS) if p.control]
-        assert [p.text for p in pieces if p.control] == expected
-        assert "".join(p.text for p in pieces) == chat.render(conversation)
+        segments = chat.segments(conversation, SPECIALS)
+        expected = [s.text for s in chat.segments(harmless, SPECIALS) if s.control]
+        assert [s.text for s in segments if s.control] == expected
+        assert "".join(s.text for s in segments) == chat.render(conversation)
 
 
 def test_special_strings_that_overlap_and_repeat() -> None:
     chat = ChatTemplate("ab{% for m in messages %}{{ m.content[0].text }}ab{% endfor %}")
     specials = ["ab", "aba", "bb", "a"]
     for text in ("a", "b", "ab", "aba", "abab", "bbb", "aaaa", "c"):
-        pieces = chat.pieces([says("user", text)], specials)
-        assert [p.text for p in pieces if p.control] == ["ab", "ab"]
-        assert "".join(p.text for p in pieces) == f"ab{text}ab"
+        segments = chat.segments([says("user", text)], specials)
+        assert [s.text for s in segments if s.control] == ["ab", "ab"]
+        assert "".join(s.text for s in segments) == f"ab{text}ab"
 
 
 def test_text_of_every_private_character_is_refused() -> None:
-    text = "<image>" + "".join(map(chr, STAND_INS))
+    text = "<image>" + "".join(map(chr, PLACEHOLDER_CHARS))
     with pytest.raises(RequestError, match="private"):
-        template("space").pieces([says("user", text)], SPECIALS)
+        template("space").segments([says("user", text)], SPECIALS)

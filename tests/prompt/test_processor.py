@@ -18,12 +18,24 @@ from tricks import tricky
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.media.image import pad_to_square_tile, tile_image
+from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Processor
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     return Processor.from_folder(checkpoint(tmp_path_factory.mktemp("checkpoint")), config())
+
+
+def prepare(
+    processor: Processor, messages: Any, *, images: Any = None, videos: Any = None, **options: Any
+) -> Inputs:
+    conversation = normalise_messages(messages=messages, images=images, videos=videos)
+    return processor.prepare(conversation, **options)
+
+
+def render(processor: Processor, messages: Any, order: Any = "template") -> str:
+    return processor.render(normalise_messages(messages=messages, unfilled=True), order)
 
 
 def black(height: int, width: int) -> Any:
@@ -68,52 +80,52 @@ def test_ids_and_prompts_equal_the_reference(template: str, tmp_path: Path) -> N
     processor = Processor.from_folder(checkpoint(tmp_path, template), config())
     for case in cases(template):
         messages = with_pixels(case["messages"])
-        inputs = processor.prepare(messages)
+        inputs = prepare(processor, messages)
         assert inputs.input_ids.tolist() == case["ids"], case["messages"]
         assert inputs.input_ids.dtype == np.int32
-        assert inputs.prompt == processor.render(messages) == case["prompt"]
+        assert inputs.prompt == render(processor, messages) == case["prompt"]
 
 
 def test_one_image_is_tiled_and_several_are_not(processor: Processor) -> None:
     picture = noise(100, 300)
-    (alone,) = processor.prepare(ask(picture, "Q")).media
+    (alone,) = prepare(processor, ask(picture, "Q")).media
     assert alone.packing is not None and alone.tokens == alone.packing.tokens
     assert len(alone.tiles) == alone.packing.tiles and alone.size == (100, 300)
     np.testing.assert_array_equal(alone.tiles, tile_image(picture, processor.image_config))
-    first, second = processor.prepare(ask(picture, noise(9, 9), "Q")).media
+    first, second = prepare(processor, ask(picture, noise(9, 9), "Q")).media
     assert first.packing is None and first.tokens == second.tokens == 17
     np.testing.assert_array_equal(first.tiles, pad_to_square_tile(picture, processor.image_config))
     assert first.tiles.shape == (1, TILE, TILE, 3)
 
 
 def test_tiling_can_be_chosen(processor: Processor) -> None:
-    always = processor.prepare(ask(noise(90, 200), noise(50, 60), "Q"), tiling="always")
+    always = prepare(processor, ask(noise(90, 200), noise(50, 60), "Q"), tiling="always")
     assert all(medium.packing is not None for medium in always.media)
-    (never,) = processor.prepare(ask(noise(90, 200), "Q"), tiling="never").media
+    (never,) = prepare(processor, ask(noise(90, 200), "Q"), tiling="never").media
     assert never.packing is None and never.tokens == 17
     wrong: Any = "sometimes"
     with pytest.raises(RequestError, match="sometimes"):
-        processor.prepare(ask("Q"), tiling=wrong)
+        prepare(processor, ask("Q"), tiling=wrong)
 
 
 def test_media_stand_in_the_order_of_their_placeholders(processor: Processor) -> None:
     sizes = [(10, 20), (30, 40), (50, 60)]
     messages = ask("a", noise(*sizes[0])) + ask(noise(*sizes[1]), "b", noise(*sizes[2]))
-    assert [medium.size for medium in processor.prepare(messages).media] == sizes
+    assert [medium.size for medium in prepare(processor, messages).media] == sizes
     held = processor.config.image_token_index
-    assert (processor.prepare(messages).input_ids == held).sum() == 3 * 17
+    assert (prepare(processor, messages).input_ids == held).sum() == 3 * 17
 
 
 def test_images_beside_the_messages(processor: Processor) -> None:
     messages = [{"role": "user", "content": "Q"}]
-    inputs = processor.prepare(messages, images=[noise(20, 20)])
+    inputs = prepare(processor, messages, images=[noise(20, 20)])
     assert (
-        inputs.input_ids.tolist() == processor.prepare(ask(noise(20, 20), "Q")).input_ids.tolist()
+        inputs.input_ids.tolist() == prepare(processor, ask(noise(20, 20), "Q")).input_ids.tolist()
     )
 
 
 def test_pixel_values_are_the_references(processor: Processor) -> None:
-    (medium,) = processor.prepare(ask(noise(60, 60), "Q")).media
+    (medium,) = prepare(processor, ask(noise(60, 60), "Q")).media
     values = medium.pixel_values
     assert values.shape == (len(medium.tiles), 3, TILE, TILE) and values.dtype == np.float32
     expected = (medium.tiles.transpose(0, 3, 1, 2).astype(np.float32) - 127.5) / 127.5
@@ -123,7 +135,7 @@ def test_pixel_values_are_the_references(processor: Processor) -> None:
 
 def test_rendering_needs_no_sources(processor: Processor) -> None:
     content = [{"type": "text", "text": "<image>?"}, {"type": "video"}, {"type": "image"}]
-    assert processor.render([{"role": "user", "content": content}]) == (
+    assert render(processor, [{"role": "user", "content": content}]) == (
         "<|im_start|>user\n<image>\n<video>\n<image>?<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -131,7 +143,7 @@ def test_rendering_needs_no_sources(processor: Processor) -> None:
 def test_keys_are_equal_for_equal_rows_only(processor: Processor) -> None:
     def keys(*pictures: Any, tiling: Any = "auto") -> list[str]:
         return [
-            medium.key for medium in processor.prepare(ask(*pictures, "Q"), tiling=tiling).media
+            medium.key for medium in prepare(processor, ask(*pictures, "Q"), tiling=tiling).media
         ]
 
     one = noise(64, 64)
@@ -145,7 +157,7 @@ def test_keys_are_equal_for_equal_rows_only(processor: Processor) -> None:
 
 
 def test_the_key_knows_the_normalisation(processor: Processor) -> None:
-    (medium,) = processor.prepare(ask(noise(20, 20), "Q")).media
+    (medium,) = prepare(processor, ask(noise(20, 20), "Q")).media
     settings = dataclasses.replace(medium.config, image_mean=(0.4, 0.5, 0.5))
     assert dataclasses.replace(medium, config=settings).key != medium.key
 
@@ -154,15 +166,15 @@ def test_the_key_knows_the_normalisation(processor: Processor) -> None:
 def test_media_can_stay_where_they_stand(template: str, tmp_path: Path) -> None:
     processor = Processor.from_folder(checkpoint(tmp_path, template), config())
     first = ask(noise(9, 9), "Q")
-    assert processor.render(first, "given") == processor.render(first)
-    both = [processor.prepare(first, order=order).input_ids.tolist() for order in ORDERS]
+    assert render(processor, first, "given") == render(processor, first)
+    both = [prepare(processor, first, order=order).input_ids.tolist() for order in ORDERS]
     assert both[0] == both[1]
 
     between = ask(noise(9, 9), "a <image> ", noise(8, 7), "b", noise(6, 5))
-    text = processor.render(between, "given")
+    text = render(processor, between, "given")
     lead = "<|im_start|>user\n<image>\n" if template == "newline" else "<|im_start|>user <image>\n"
     assert text.startswith(f"{lead}a <image> <image>\nb<image>")
-    inputs = processor.prepare(between, order="given")
+    inputs = prepare(processor, between, order="given")
     assert inputs.prompt == text
     assert [medium.size for medium in inputs.media] == [(9, 9), (8, 7), (6, 5)]
     held = inputs.input_ids == processor.config.image_token_index
@@ -170,7 +182,7 @@ def test_media_can_stay_where_they_stand(template: str, tmp_path: Path) -> None:
     assert (np.diff(held.astype(int)) == 1).sum() == 3
     wrong: Any = "mine"
     with pytest.raises(RequestError, match="mine"):
-        processor.prepare(between, order=wrong)
+        prepare(processor, between, order=wrong)
 
 
 ORDERS: tuple[Any, ...] = ("template", "given")
@@ -226,8 +238,8 @@ def test_control_ids_are_the_templates_own(template: str, order: Any, tmp_path: 
         shape = draw.getrandbits(32)
         messages = about(random.Random(shape), lambda: tricky(draw))
         written = [b["text"] for m in messages for b in blocks_of(m) if b["type"] == "text"]
-        inputs = processor.prepare(messages, order=order)
-        harmless = processor.prepare(about(random.Random(shape), lambda: "x"), order=order)
+        inputs = prepare(processor, messages, order=order)
+        harmless = prepare(processor, about(random.Random(shape), lambda: "x"), order=order)
         ids, expected = inputs.input_ids.tolist(), harmless.input_ids.tolist()
         assert [i for i in ids if i in control] == [i for i in expected if i in control], written
         assert len(inputs.media) == len(harmless.media)
@@ -237,7 +249,7 @@ def test_control_ids_are_the_templates_own(template: str, order: Any, tmp_path: 
 
 
 def test_a_text_without_media_has_none(processor: Processor) -> None:
-    assert processor.prepare(ask("<image> is a word")).media == ()
+    assert prepare(processor, ask("<image> is a word")).media == ()
 
 
 def original(folder: Path) -> Path:
@@ -257,12 +269,12 @@ def test_original_checkpoints_take_their_placeholders_from_the_config(
     plain = Processor.from_folder(original(tmp_path), config())
     assert plain.image_config == processor.image_config
     question = ask(noise(60, 60), "Is <image> here?")
-    inputs = plain.prepare(question)
+    inputs = prepare(plain, question)
     assert inputs.prompt.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     assert (inputs.input_ids == config().image_token_index).sum() == inputs.media[0].tokens
     system = {"role": "system", "content": "You are a helpful assistant."}
     np.testing.assert_array_equal(
-        inputs.input_ids, processor.prepare([system, *question]).input_ids
+        inputs.input_ids, prepare(processor, [system, *question]).input_ids
     )
 
 
@@ -312,14 +324,14 @@ def test_a_template_that_drops_an_image_is_an_error(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
     with pytest.raises(RequestError, match="0 <image> for 1"):
-        Processor.from_folder(tmp_path, config()).prepare(ask(noise(9, 9), "Q"))
+        prepare(Processor.from_folder(tmp_path, config()), ask(noise(9, 9), "Q"))
 
 
 def test_an_image_that_is_none_is_a_media_error(processor: Processor, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     for source in (tmp_path / "a.png", tmp_path / "none.png", 3):
         with pytest.raises(MediaError):
-            processor.prepare(ask(source, "Q"))
+            prepare(processor, ask(source, "Q"))
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

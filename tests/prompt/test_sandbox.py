@@ -1,14 +1,24 @@
-"""What a stranger's template may do, and that it ends soon when it wants more."""
+"""What an untrusted template may do, and that it ends soon when it wants more."""
 
+import gc
+import json
+import subprocess
 import sys
 import time
 from typing import Any
 
 import pytest
+from processor_files import TEMPLATES
 
+from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.errors import CheckpointError, OneVisionError, RequestError
-from mlx_onevision.prompt import sandbox
-from mlx_onevision.prompt.sandbox import BoundedTemplate
+from mlx_onevision.prompt import chat_template
+from mlx_onevision.prompt.chat_template import ORIGINAL, ChatTemplate
+from mlx_onevision.prompt.sandbox import MAX_SOURCE, MAX_TEXT, SandboxedTemplate
+from mlx_onevision.subprocesses import INTERPRETER
+
+TEXT = {"type": "text", "text": "<é> \u2028 \ud800"}
+MESSAGE: dict[str, Any] = {"role": "user", "content": [TEXT]}
 
 MILLION = "{% set big = 'a' * 1000000 %}"
 TOO_MUCH = [
@@ -30,8 +40,6 @@ TOO_MUCH = [
     "{{ n.x }}",
     "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = {1: n.x, 2: n.x} %}"
     "{% endfor %}{{ n.x | tojson }}",
-    "{% set n = namespace() %}{% set n.a = n %}{{ n }}",
-    "{{ namespace(a=[namespace()]) }}",
     "{% set x %}{% for i in range(99999) %}" + "a" * 60_000 + "{% endfor %}{% endset %}",
     "{% for i in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
     MILLION + "{% set n = namespace(l=[]) %}{% for i in range(99999) %}"
@@ -47,46 +55,100 @@ TOO_MUCH = [
     "{{ '{:1000000000d}'.format(1) }}",
     "{{ 'a'.zfill(1000000000) }}",
     "{{ [1] | tojson(indent=1000000000) }}",
-    MILLION + "{{ [1, 2] | tojson(separators=(big, big)) }}",
     "{{ lipsum(n=1000000) }}",
-    "{{ [1] | batch(100000000) | list }}",
     "{{ range(99999) | sort | length }}" * 1800,
     "{{ range(99999) " + "| map('upper')" * 50 + "| list | length }}",
     "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "{% for x in " + "[" * 20_000,
     "a" * 70_000,
 ]
+LARGE = [  # but neither longer nor slower than a prompt may be
+    "{% set n = namespace() %}{% set n.a = n %}{{ n }}",
+    "{{ namespace(a=[namespace()]) }}",
+    MILLION + "{{ [1, 2] | tojson(separators=('', big)) }}",
+    "{{ [1] | batch(100000000) | list }}",
+]
 
 
 @pytest.mark.parametrize("source", TOO_MUCH, ids=lambda source: source[:60])
 def test_ends_soon_with_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     start = time.thread_time()
     with pytest.raises(CheckpointError) as caught:
-        BoundedTemplate(source, "T").render({"messages": []})
-    assert time.thread_time() - start < 2.3  # compiling 64 KiB, the limit, and a step of slack
-    assert len(str(caught.value)) < 300
+        ChatTemplate(source, "T").render([])
+    assert time.thread_time() - start < 0.5  # what it does is done elsewhere
+    said = str(caught.value)
+    assert said.startswith("T ") and len(said) < 300 and "\n" not in said and said[-1] != "."
 
 
-def test_the_real_limits_are_below_three_seconds() -> None:
-    """Of time or of steps: which of them comes first is the machine's doing."""
+@pytest.mark.parametrize("source", LARGE)
+def test_what_stays_within_the_bounds_is_rendered(source: str) -> None:
+    assert len(ChatTemplate(source, "T").render([])) <= MAX_TEXT
+
+
+def test_the_real_limit_is_below_three_seconds() -> None:
+    source = "{% if messages %}" + TOO_MUCH[2] + "{% endif %}"
+    template = ChatTemplate(source, "T")
+    assert template.render([]) == ""  # the process has started
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"longer than|more than [\d,]+ steps"):
-        BoundedTemplate(TOO_MUCH[2], "T").render({})
+    with pytest.raises(CheckpointError, match=r"^T failed \(it takes longer than 2 s\)$"):
+        template.render([MESSAGE])
     assert time.monotonic() - start < 3
 
 
-def test_the_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
-    with pytest.raises(CheckpointError, match="longer than"):
-        BoundedTemplate(TOO_MUCH[2], "T").render({})
+def test_a_lack_of_memory_is_said() -> None:
+    source = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+    with pytest.raises(CheckpointError, match=r"^T failed \((MemoryError|it takes too)"):
+        ChatTemplate(source + "{% endfor %}", "T").render([])
 
 
-def test_the_limit_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 60)
-    monkeypatch.setattr(sandbox, "MAX_WORK", 100_000)
-    with pytest.raises(CheckpointError, match="more than 100,000 steps"):
-        BoundedTemplate(TOO_MUCH[2], "T").render({})
+def test_a_template_that_failed_renders_the_next_prompt() -> None:
+    source = "{% if messages | length > 1 %}{{ [0] * 10 ** 12 }}{% endif %}{{ messages | length }}"
+    template = ChatTemplate(source, "T")
+    for _ in range(2):
+        assert template.render([MESSAGE]) == "1"
+        with pytest.raises(CheckpointError):
+            template.render([MESSAGE] * 2)
+
+
+def test_one_process_for_all_prompts_and_none_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(Popen(*args, **options))
+        return started[-1]
+
+    Popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    template = ChatTemplate("{{ messages[0].content[0].text }}", "T")
+    for _ in range(50):
+        assert template.render([MESSAGE]) == TEXT["text"]
+    (process,) = started
+    assert process.returncode is None and process.poll() is None
+    template.close()
+    assert process.returncode is not None
+    assert template.render([MESSAGE]) == TEXT["text"]
+    del template
+    gc.collect()
+    assert started[1].returncode is not None
+
+
+def test_published_templates_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = json.loads((EMBEDDED / "chat_template.json").read_text())["chat_template"]
+    published = {ORIGINAL, demo, *TEMPLATES.values()}
+    assert len(published) == 4
+    isolated = [ChatTemplate(source + "{# #}").render([MESSAGE]) for source in published]
+    monkeypatch.setattr(chat_template, "BoundedProcess", lambda *_, **__: pytest.fail("started"))
+    assert [ChatTemplate(source).render([MESSAGE]) for source in published] == isolated
+
+
+def test_without_an_interpreter_an_unknown_template_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_template, "find_interpreter", lambda: None)
+    assert ChatTemplate(ORIGINAL).render([MESSAGE])
+    with pytest.raises(CheckpointError, match=f"^T is not a published one.*{INTERPRETER}"):
+        ChatTemplate("x", "T").render([MESSAGE])
 
 
 HOSTILE = [
@@ -125,10 +187,12 @@ def test_python_is_out_of_reach(source: str, capsys: pytest.CaptureFixture[str])
         if watching and event in ("os.system", "subprocess.Popen", "open", "import"):
             events.append(event)
 
-    BoundedTemplate("{{ messages }}", "T").render({"messages": [1]})  # imports what it needs
+    SandboxedTemplate("{{ messages ~ '\\n' }}", "T").render({"messages": [1]})  # imports
+    with pytest.raises(CheckpointError):
+        SandboxedTemplate("{{ x.y.z }}", "T").render({})
     sys.addaudithook(audit)
     try:
-        text = BoundedTemplate(source, "T").render({"messages": [1]})
+        text = SandboxedTemplate(source, "T").render({"messages": [1]})
     except OneVisionError:
         text = ""
     watching = False
@@ -178,20 +242,28 @@ def test_python_is_out_of_reach(source: str, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_the_language(source: str, text: str) -> None:
-    assert BoundedTemplate(source, "T").render({"messages": [{"role": "user"}]}) == text
+    assert SandboxedTemplate(source, "T").render({"messages": [{"role": "user"}]}) == text
+    message = {"role": "user", "content": []}
+    assert ChatTemplate(source, "T").render([message]) == text
 
 
 def test_what_a_template_raises_is_the_requests_fault() -> None:
-    template = BoundedTemplate("{{ raise_exception('roles must alternate') }}", "T")
-    with pytest.raises(RequestError, match="roles must alternate"):
-        template.render({})
+    source = "{{ raise_exception('roles must\nalternate.') }}"
+    for render in (SandboxedTemplate(source, "T").render, ChatTemplate(source, "T").render):
+        with pytest.raises(RequestError) as caught:
+            render({})
+        assert str(caught.value) == "the model's chat template says: roles must alternate"
 
 
 def test_errors_name_the_template_and_the_line() -> None:
     with pytest.raises(CheckpointError, match=r"^tokenizer_config\.json .*line 2"):
-        BoundedTemplate("a\n{% for %}", "tokenizer_config.json")
+        ChatTemplate("a\n{% for %}", "tokenizer_config.json").render([])
     with pytest.raises(CheckpointError, match="'x' is undefined"):
-        BoundedTemplate("{{ x.y.z }}", "T").render({})
+        ChatTemplate("{{ x.y.z }}", "T").render([])
+    with pytest.raises(CheckpointError, match=f"more than {MAX_SOURCE} bytes"):
+        ChatTemplate("a" * (MAX_SOURCE + 1), "T").render([])
+    with pytest.raises(CheckpointError, match=f"exceeds {MAX_TEXT:,} characters"):
+        ChatTemplate("{{ 'a' * 1048577 }}", "T").render([])
 
 
 def test_a_long_conversation_is_well_within_the_limits() -> None:
@@ -199,5 +271,5 @@ def test_a_long_conversation_is_well_within_the_limits() -> None:
         "{% for m in messages %}{% for c in m.content | selectattr('type', 'equalto', 'text') %}"
         "{{ '\n' + c.text | trim }}{% endfor %}{{ messages | length }}{% endfor %}"
     )
-    message = {"content": [{"type": "text", "text": "x" * 900}]}
-    assert len(BoundedTemplate(source, "T").render({"messages": [message] * 1000})) > 900_000
+    message = {"role": "user", "content": [{"type": "text", "text": "x" * 900}]}
+    assert len(ChatTemplate(source, "T").render([message] * 1000)) > 900_000

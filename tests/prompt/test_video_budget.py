@@ -13,7 +13,8 @@ from recorded_prompts import TILE, checkpoint, config
 
 from mlx_onevision.errors import ConfigError, ContextOverflowError, RequestError
 from mlx_onevision.media.resize import resize
-from mlx_onevision.prompt.processor import Medium, Processor
+from mlx_onevision.prompt.messages import normalise_messages
+from mlx_onevision.prompt.processor import Inputs, Medium, Processor
 
 SIDE = 2  # tokens along a side of a pooled frame: the tiles have four
 
@@ -21,6 +22,13 @@ SIDE = 2  # tokens along a side of a pooled frame: the tiles have four
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     return Processor.from_folder(checkpoint(tmp_path_factory.mktemp("checkpoint")), config())
+
+
+def prepare(
+    processor: Processor, messages: Any, *, images: Any = None, videos: Any = None, **options: Any
+) -> Inputs:
+    conversation = normalise_messages(messages=messages, images=images, videos=videos)
+    return processor.prepare(conversation, **options)
 
 
 def small(processor: Processor, limit: int) -> Processor:
@@ -47,13 +55,15 @@ def numbers(medium: Medium) -> list[int]:
 
 
 def test_a_video_is_its_pooled_frames_and_one_newline(processor: Processor) -> None:
-    inputs = processor.prepare(asking(video(frames(5))))
+    inputs = prepare(processor, asking(video(frames(5))))
     (medium,) = inputs.media
     assert medium.kind == "video" and medium.tokens == 5 * SIDE**2 + 1
     assert (inputs.input_ids == processor.config.video_token_index).sum() == medium.tokens
     expected = np.stack([resize(frame, (TILE, TILE)) for frame in frames(5)])
     np.testing.assert_array_equal(medium.tiles, expected)
-    assert inputs.prompt == processor.render(asking({"type": "video"}))
+    assert inputs.prompt == processor.render(
+        normalise_messages(messages=asking({"type": "video"}), unfilled=True)
+    )
     assert medium.pixel_values.shape == (5, 3, TILE, TILE)
     assert inputs.notes == ()
 
@@ -62,7 +72,7 @@ def test_videos_of_different_lengths_and_images_stand_in_their_order(processor: 
     picture = np.zeros((30, 40, 3), np.uint8)
     messages = asking(video(frames(3)), {"type": "image", "image": picture}, video(counting(50)))
     messages += [{"role": "assistant", "content": "A"}, *asking(video(frames(1)))]
-    inputs = processor.prepare(messages)
+    inputs = prepare(processor, messages)
     assert [medium.kind for medium in inputs.media] == ["image", "video", "video", "video"]
     assert inputs.media[0].packing is not None  # alone among images, so tiled as ever
     assert [len(medium.tiles) for medium in inputs.media[1:]] == [3, 32, 1]
@@ -72,10 +82,12 @@ def test_videos_of_different_lengths_and_images_stand_in_their_order(processor: 
 
 def test_videos_beside_the_messages(processor: Processor) -> None:
     messages = [{"role": "user", "content": "Q"}]
-    beside = processor.prepare(messages, videos=[frames(2)], images=[np.zeros((9, 9, 3), np.uint8)])
+    beside = prepare(
+        processor, messages, videos=[frames(2)], images=[np.zeros((9, 9, 3), np.uint8)]
+    )
     assert [medium.kind for medium in beside.media] == ["image", "video"]
     waiting = asking({"type": "video", "num_frames": 2})
-    (medium,) = processor.prepare(waiting, videos=[counting(10)]).media
+    (medium,) = prepare(processor, waiting, videos=[counting(10)]).media
     assert numbers(medium) == [0, 5]
 
 
@@ -84,14 +96,14 @@ def test_options_of_a_block_win_over_those_of_the_call(processor: Processor) -> 
     messages = asking(
         video(data), video(data, fps=5), video(data, num_frames=2, start=1), video(data, end=0.2)
     )
-    media = processor.prepare(messages, num_frames=4).media
+    media = prepare(processor, messages, num_frames=4).media
     assert list(map(numbers, media)) == [
         [0, 12, 25, 37],
         list(range(0, 50, 5)),
         [25, 37],
         [0, 1, 2, 3],
     ]
-    assert media[0].clip is not None and media[0].clip.times == (0.0, 0.48, 1.0, 1.48)
+    assert media[0].video is not None and media[0].video.times == (0.0, 0.48, 1.0, 1.48)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +119,19 @@ def test_a_block_that_cannot_be_is_refused(
     processor: Processor, block: dict[str, Any], part: str
 ) -> None:
     with pytest.raises(RequestError, match=part):
-        processor.prepare(asking(video("b.mp4", **block)))
+        prepare(processor, asking(video("b.mp4", **block)))
 
 
 def test_keys_are_equal_for_equal_rows_only(processor: Processor) -> None:
     data = counting(20)
 
     def key(source: Any, **options: Any) -> str:
-        return processor.prepare(asking(video(source)), **options).media[0].key
+        return prepare(processor, asking(video(source)), **options).media[0].key
 
     assert key(data, num_frames=4) == key(data, num_frames=4)
     still = np.repeat(numbered(0)[None], 8, axis=0)
     found = [key(data, num_frames=4), key(data, num_frames=5), key(still[:1]), key(still[:2])]
-    found.append(processor.prepare(asking({"type": "image", "image": numbered(0)})).media[0].key)
+    found.append(prepare(processor, asking({"type": "image", "image": numbered(0)})).media[0].key)
     assert len(set(found)) == len(found)
 
 
@@ -131,11 +143,11 @@ def test_fewer_frames_where_the_usual_number_does_not_fit(
 ) -> None:
     narrow = small(processor, 120)
     with caplog.at_level(logging.WARNING, "mlx_onevision"):
-        inputs = narrow.prepare(asking(video(counting(50))), answer=20)
+        inputs = prepare(narrow, asking(video(counting(50))), answer=20)
     (medium,) = inputs.media
     length = len(inputs.input_ids)
     assert 120 - 20 - 1 - SIDE**2 < length <= 120 - 20 - 1
-    assert medium.clip is not None and len(medium.tiles) == len(medium.clip.indices) < 32
+    assert medium.video is not None and len(medium.tiles) == len(medium.video.indices) < 32
     (note,) = inputs.notes
     assert f"{len(medium.tiles)} frames" in note and "instead of 32" in note and "120" in note
     assert note in caplog.text
@@ -143,7 +155,7 @@ def test_fewer_frames_where_the_usual_number_does_not_fit(
 
 def test_what_is_left_is_shared(processor: Processor) -> None:
     blocks = [video(counting(50)), video(counting(3)), video(counting(50))]
-    inputs = small(processor, 160).prepare(asking(*blocks), answer=20)
+    inputs = prepare(small(processor, 160), asking(*blocks), answer=20)
     first, short, last = (len(medium.tiles) for medium in inputs.media)
     assert short == 3 and first >= 8 and last >= first  # what the short one leaves is used
     assert len(inputs.input_ids) <= 160 - 20 - 1
@@ -157,17 +169,17 @@ def test_a_number_that_does_not_fit_is_refused_with_both_numbers(processor: Proc
         (frames(40), {}),
     ]:
         with pytest.raises(ContextOverflowError) as error:
-            narrow.prepare(asking(video(source)), **options)
+            prepare(narrow, asking(video(source)), **options)
         for part in ("40 frames", str(40 * SIDE**2 + 1), "120", "at most"):
             assert part in str(error.value), error.value
     most = int(str(error.value).split("at most ")[1].split()[0])
-    inputs = narrow.prepare(asking(video(frames(40))), num_frames=most)
+    inputs = prepare(narrow, asking(video(frames(40))), num_frames=most)
     assert 120 - SIDE**2 <= len(inputs.input_ids) < 120
 
 
 def test_no_room_for_a_frame_is_refused(processor: Processor) -> None:
     with pytest.raises(ContextOverflowError, match="one frame of a video takes 5 tokens"):
-        small(processor, 20).prepare(asking(video(counting(50))))
+        prepare(small(processor, 20), asking(video(counting(50))))
 
 
 # Settings.
@@ -190,8 +202,8 @@ def test_a_video_may_have_a_mean_of_its_own(tmp_path: Path) -> None:
 
     def mean() -> float:
         processor = Processor.from_folder(tmp_path, config())
-        media = processor.prepare(
-            asking(video(frames(1)), {"type": "image", "image": numbered(1)})
+        media = prepare(
+            processor, asking(video(frames(1)), {"type": "image", "image": numbered(1)})
         ).media
         assert media[0].config.image_mean[0] == 0.5
         return media[1].config.image_mean[0]
@@ -209,11 +221,11 @@ def test_a_checkpoint_may_say_how_many_frames(tmp_path: Path) -> None:
     name = "video_preprocessor_config.json"
     write(tmp_path, name, **settings(do_sample_frames=True, num_frames=5))
     processor = Processor.from_folder(tmp_path, config())
-    assert numbers(processor.prepare(asking(video(counting(20)))).media[0]) == [0, 4, 8, 12, 16]
-    assert len(processor.prepare(asking(video(counting(20), fps=5))).media[0].tiles) == 4
+    assert numbers(prepare(processor, asking(video(counting(20)))).media[0]) == [0, 4, 8, 12, 16]
+    assert len(prepare(processor, asking(video(counting(20), fps=5))).media[0].tiles) == 4
     write(tmp_path, name, do_sample_frames=False)
     processor = Processor.from_folder(tmp_path, config())
-    assert len(processor.prepare(asking(video(counting(20)))).media[0].tiles) == 20
+    assert len(prepare(processor, asking(video(counting(20)))).media[0].tiles) == 20
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,11 @@ def test_a_model_without_an_end_is_told_so(model: Model) -> None:
 def test_it_is_worked_through_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Grammars(model._processor.tokenizer, [end_of(model)])
     first = made.of({"const": 1})
-    monkeypatch.setattr(grammars.json_schema, "work_through", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr(grammars.json_schema, "compile_schema", lambda *_: pytest.fail("again"))
     assert made.of('{"const": 1}') is first
     monkeypatch.undo()
     for number in range(2, grammars.MOST_KEPT + 2):
-        monkeypatch.setattr(grammars.json_schema, "work_through", lambda *_: None)
+        monkeypatch.setattr(grammars.json_schema, "compile_schema", lambda *_: None)
         made.of({"const": number})
     assert len(made._kept) == grammars.MOST_KEPT and made.of({"const": 1}) is not first
 

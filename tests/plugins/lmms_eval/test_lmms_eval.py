@@ -134,7 +134,7 @@ def test_frames_are_decoded_once_for_all_answers(tmp_path: Path) -> None:
     model = load(write(tmp_path / "model"), chat_template=TEMPLATE)
     about = shown([str(CIRCLE)], {}, frames=6)
     prompt = model.prepare(conversation("How?", about))
-    assert [medium.clip.indices for medium in prompt.media if medium.clip] == [
+    assert [medium.video.indices for medium in prompt.media if medium.video] == [
         (0, 9, 18, 28, 37, 47)
     ]
     again = model.prepare(answered("How?", about.read(prompt.media), "So."))
