@@ -1,6 +1,7 @@
 """The library: a loaded model, which any thread may use."""
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, overload
@@ -12,8 +13,8 @@ from mlx_onevision.checkpoint.hub import identify
 from mlx_onevision.checkpoint.recipes import Recipe, while_loading
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.describe.formats import VideoDescription
-from mlx_onevision.describe.options import DescribeOptions, Plan
-from mlx_onevision.describe.outline import wording
+from mlx_onevision.describe.options import DescribeOptions, DescribeSettings
+from mlx_onevision.describe.outline import prompts_digest
 from mlx_onevision.describe.pipeline import Captioner, Progress
 from mlx_onevision.describe.stream import DescriptionStream
 from mlx_onevision.embed.embedder import Embedder, Item, Vector
@@ -343,16 +344,16 @@ class Model:
             MediaError: for a video that cannot be read; a part of it that cannot is left out.
             ContextOverflowError: for more frames than the model's context holds.
         """
-        plan, settings = Plan.of(dict(given))
+        described, settings = DescribeSettings.of(dict(given))
         name, revision = self._identity
         return DescriptionStream(
             video,
-            Captioner(self._engine, self._processor, self._builder.build_request, settings),
-            plan,
+        """The prompt text that the chat template makes, placeholders unexpanded."""
+        return self._processor.render(normalise_messages(messages=messages, unfilled=True), order)
             model=name,
             about={
                 "model": [name, revision, *self._made],
-                "settings": {**plan.to_dict(), **settings, "questions": wording()},
+                "settings": {**asdict(described), **settings, "questions": prompts_digest()},
             },
             sidecar=None if sidecar is None else Path(sidecar),
             force=force,

@@ -1,4 +1,4 @@
-"""What is said about a video, segment by segment, and the files that it is written as.
+"""The description of a video, segment by segment, and the file formats that it is written in.
 
 All times are seconds from the beginning of the video. They are where it was cut, never numbers that
 a model wrote.
@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,13 +22,13 @@ SILENT = "Only the picture is described, not the sound."
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a video, and what is to be seen in it."""
+    """A part of a video, and its caption."""
 
     start: float
     end: float
     text: str
     frames: tuple[float, ...] = ()
-    """The times of the frames that were looked at."""
+    """The times of the frames that the model saw."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end < float("inf"):
@@ -39,12 +40,12 @@ class Segment:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Segment":
-        """The segment that :meth:`to_dict` was taken of; keys that it does not know are left out.
+        """The segment that :meth:`to_dict` made; unknown keys are ignored.
 
         Raises:
             RequestError: for a mapping that is no segment.
         """
-        with _Reading("a segment"):
+        with _reading("a segment"):
             return cls(
                 start=_number(values["start"]),
                 end=_number(values["end"]),
@@ -92,12 +93,12 @@ class VideoDescription:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VideoDescription":
-        """The description that :meth:`to_dict` was taken of.
+        """The description that :meth:`to_dict` made.
 
         Raises:
             RequestError: for a mapping that is no description, or a later version's.
         """
-        with _Reading("a video's description"):
+        with _reading("a video's description"):
             if values["version"] != VERSION:
                 raise RequestError(
                     f"the description has version {values['version']!r}; {VERSION} can be read"
@@ -255,17 +256,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-class _Reading:
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
     """Turns what a wrong mapping raises into one sentence."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
-        if kind is not None and issubclass(kind, KeyError):
-            raise RequestError(f"{self.what} lacks {error}") from None
-        if kind is not None and issubclass(kind, TypeError | ValueError | AttributeError):
-            raise RequestError(f"this is not {self.what}: {error}") from None
+    try:
+        yield
+    except KeyError as error:
+        raise RequestError(f"{what} lacks {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RequestError(f"this is not {what}: {error}") from None

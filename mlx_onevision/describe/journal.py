@@ -1,8 +1,8 @@
-"""What is done of a description, kept in a file beside it, so that the rest can be done later.
+"""The finished parts of a description, kept in a file, so that the rest can be done later.
 
 A line of JSON each: first what it all depends on (the video, the model, the settings), then where
-the scenes are, each segment, each answer that was made from words, and at last the description. A
-line is on the disk before the next one is begun; a last line that was cut short does not count.
+the scenes are, each segment, each answer to a prompt of text, and at last the description. A line
+is on the disk before the next one is begun; a last line that was cut short does not count.
 """
 
 import fcntl
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
+from mlx_onevision.describe.scenes import Span
 from mlx_onevision.errors import RequestError
 
 VERSION = 1
+BEGIN = b'{"type": "describes", '
 SAMPLES, SAMPLE = 64, 1 << 16  # of a video: places, and bytes at each
-
-Span = tuple[float, float]
 
 
 def fingerprint(file: BinaryIO) -> str:
-    """A mark that another video has not: its size, and a hash of 64 KB at 64 places of it, or of
+    """A digest of a video: its size, and a hash of 64 KB at 64 places of it, or of
     all of it where it is no larger.
     """
     size = os.fstat(file.fileno()).st_size
@@ -34,7 +34,7 @@ def fingerprint(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-class Sidecar:
+class Journal:
     """The file, or with no path only what it would hold.
 
     path : where it is, or will be; its folder is there.
@@ -67,9 +67,15 @@ class Sidecar:
             ) from error
         self._file = file = os.fdopen(descriptor, "r+b")
         try:
-            self._lock(file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RequestError(
+                    f"{path} is being written by another run; wait for it, or use another file"
+                ) from None
             header = {"type": "describes", "version": VERSION, **about}
-            if not self._is_ours(file):
+            begin = file.read(len(BEGIN))
+            if not BEGIN.startswith(begin):  # it may have been cut short, but is nobody else's
                 raise RequestError(f"{path} is no record of a description; use another file")
             if force:
                 file.truncate(0)
@@ -80,7 +86,7 @@ class Sidecar:
             self.close()
             raise
 
-    def __enter__(self) -> "Sidecar":
+    def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,14 +123,6 @@ class Sidecar:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _lock(self, file: BinaryIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(
-                f"{self._path} is being written by another run; wait for it, or use another file"
-            ) from None
-
     def _read(self, file: BinaryIO, header: Mapping[str, Any]) -> bool:
         """Takes what is there; False where there is no header yet. Writing goes on behind the last
         whole line.
@@ -149,11 +147,6 @@ class Sidecar:
         file.seek(whole)
         file.truncate()
         return whole > 0
-
-    def _is_ours(self, file: BinaryIO) -> bool:
-        """Whether it begins as one of these, as far as it goes; nothing else is ever changed."""
-        begin = b'{"type": "describes", '
-        return begin.startswith(file.read(len(begin)))
 
     def _take(self, row: Mapping[str, Any]) -> None:
         kind = row["type"]

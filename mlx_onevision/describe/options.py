@@ -1,10 +1,10 @@
-"""What a description is to be like: which segments, how many frames of each, how many words."""
+"""How to describe a video: which segments, how many frames of each, how many tokens."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, Literal, TypedDict, get_args
 
-from mlx_onevision.describe.scenes import Finder, Span, scenes, windows
+from mlx_onevision.describe.scenes import DetectorName, Span, scenes, windows
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 
@@ -12,19 +12,19 @@ MOST_SEGMENTS = 100_000
 
 
 class DescribeOptions(TypedDict, total=False):
-    """What may be said about how to describe a video; each has a default.
+    """Settings of a description; each has a default.
 
-    segments : "scenes" (the default) finds where the film is cut; a number of seconds makes windows
-        of that length.
+    segments : "scenes" (the default) finds where the video is cut; a number of seconds makes
+        windows of that length.
     start, end : seconds; only this part of the video.
-    num_frames : of each segment, 8 by default; it is told from these.
+    num_frames : of each segment, 8 by default; it is described from these.
     longest : seconds; a scene that lasts longer is divided into equal parts. 60 by default; None
         never divides one.
     finder : how cuts are found: "histogram" (the default), or "pyscenedetect", which needs the
         extra ``scenes``.
-    max_tokens : of what is said about a segment, at most; 128 by default.
+    max_tokens : of a segment's caption, at most; 128 by default.
     system, temperature, top_p, top_k, min_p, repetition_penalty, seed : as in
-        :class:`~mlx_onevision.engine.options.Options`, for every answer.
+        :class:`~mlx_onevision.engine.options.Options`, for every text that is generated.
     """
 
     segments: Literal["scenes"] | float
@@ -32,7 +32,7 @@ class DescribeOptions(TypedDict, total=False):
     end: float | None
     num_frames: int
     longest: float | None
-    finder: Finder
+    finder: DetectorName
     max_tokens: int
     system: str | None
     temperature: float | None
@@ -44,8 +44,8 @@ class DescribeOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The settings that are not the answers' own; see :class:`DescribeOptions`.
+class DescribeSettings:
+    """The settings that are not those of generating text; see :class:`DescribeOptions`.
 
     Raises:
         RequestError: for a setting out of range.
@@ -56,7 +56,7 @@ class Plan:
     end: float | None = None
     num_frames: int = 8
     longest: float | None = 60.0
-    finder: Finder = "histogram"
+    finder: DetectorName = "histogram"
     max_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -67,16 +67,16 @@ class Plan:
             _check_seconds("segments", self.segments)
         if self.longest is not None:
             _check_seconds("longest", self.longest)
-        if self.finder not in get_args(Finder):
-            known = " or ".join(get_args(Finder))
+        if self.finder not in get_args(DetectorName):
+            known = " or ".join(get_args(DetectorName))
             raise RequestError(f"the finder is {self.finder!r}; it must be {known}")
         if type(self.num_frames) is not int:
             raise RequestError(f"num_frames is {self.num_frames!r}; it must be a whole number")
         FrameOptions(self.num_frames, start=self.start, end=self.end)
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> tuple["Plan", dict[str, Any]]:
-        """The plan, and the rest of the options: settings of the answers.
+    def of(cls, given: dict[str, Any]) -> tuple["DescribeSettings", dict[str, Any]]:
+        """These, and the rest of the options: settings of generating text.
 
         Raises:
             RequestError: for an option that does not exist.
@@ -116,10 +116,6 @@ class Plan:
         if isinstance(self.segments, str):
             return scenes(cuts, start, end, self.longest)
         return windows(start, end, float(self.segments))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def _check_seconds(name: str, value: object) -> None:

@@ -1,7 +1,7 @@
-"""Chapters and a summary from captions, in words only.
+"""The prompts of a description, and chapters and a summary from captions, in text only.
 
-A long film has more captions than a model can read at once. They are then summarised in groups that
-fit, and the summaries again, until what is left fits.
+A long video has more captions than a model can read at once. They are then summarised in groups
+that fit, and the summaries again, until what is left fits.
 """
 
 from bisect import bisect_left
@@ -12,49 +12,47 @@ from itertools import pairwise
 from mlx_onevision.describe.formats import Chapter, Segment
 from mlx_onevision.errors import ContextOverflowError
 
-# What a model is asked when it describes a film: the questions of a segment, a chapter, the whole.
-#
-# The demo model is trained on these very words, so a change here wants it trained again. Numbers
-# and times are left out on purpose: a model that reads none repeats none.
-
+# The demo model is trained on the very words of these prompts, so a change here wants it trained
+# again. Numbers and times are left out on purpose: a model that reads none repeats none.
 SEGMENT = "Describe what happens in this video in one or two sentences."
-
-
-def summary_question(captions: Sequence[str]) -> str:
-    """Asks for a summary of the captions of a film's segments, in order."""
-    return _told("These are the scenes of a video, in order:", captions) + (
-        "Summarise the video in one to three sentences."
-    )
-
-
-def title_question(captions: Sequence[str]) -> str:
-    """Asks for the title of a chapter, of which these are the captions, in order."""
-    return _told("This happens in a part of a video:", captions) + (
-        "Give this part of the video a title of two to six words."
-    )
-
-
-def _told(opening: str, captions: Sequence[str]) -> str:
-    """A caption a line; line breaks within one are not kept."""
-    lines = (f"- {' '.join(caption.split())}" for caption in captions)
-    return "\n".join([opening, *lines]) + "\n\n"
 
 
 MOST_CHAPTERS = 12
 LONGEST_TITLE = 100  # characters
 
 Ask = Callable[[str, int], str]
-"""The answer to a question, of so many tokens at most."""
+"""The answer to a prompt, of so many tokens at most."""
 Fits = Callable[[str, int], bool]
-"""Whether a model can read a question at once and answer with so many tokens."""
-PromptRequest = Callable[[Sequence[str]], str]
+"""Whether a model can read a prompt at once and answer with so many tokens."""
+Question = Callable[[Sequence[str]], str]
+"""A prompt about captions."""
+
+
+def summary_question(captions: Sequence[str]) -> str:
+    """Asks for a summary of a video, by the captions of its segments in order."""
+    return _prompt("These are the scenes of a video, in order:", captions) + (
+        "Summarise the video in one to three sentences."
+    )
+
+
+def title_question(captions: Sequence[str]) -> str:
+    """Asks for the title of a chapter, by its captions in order."""
+    return _prompt("This happens in a part of a video:", captions) + (
+        "Give this part of the video a title of two to six words."
+    )
+
+
+def _prompt(opening: str, captions: Sequence[str]) -> str:
+    """A caption a line; line breaks within one are not kept."""
+    lines = (f"- {' '.join(caption.split())}" for caption in captions)
+    return "\n".join([opening, *lines]) + "\n\n"
 
 
 def chapter_firsts(segments: Sequence[tuple[float, float]], most: int = MOST_CHAPTERS) -> list[int]:
     """Which segments chapters begin with: each one, or, of more than ``most``, those that begin
     nearest to where equally long chapters would.
 
-    So chapters begin where the film changes, none is much shorter than the others, and a segment
+    So chapters begin where the video changes, none is much shorter than the others, and a segment
     that is longer than that is one.
 
     segments : start and end of each, in order.
@@ -71,8 +69,8 @@ def chapter_firsts(segments: Sequence[tuple[float, float]], most: int = MOST_CHA
     return sorted(firsts)
 
 
-def wording() -> str:
-    """A mark that changes with the words of the questions."""
+def prompts_digest() -> str:
+    """A digest that changes with the words of the prompts."""
     words = (SEGMENT, summary_question(["…"]), title_question(["…"]))
     return blake2b("\0".join(words).encode(), digest_size=8).hexdigest()
 
@@ -113,7 +111,9 @@ class Outline:
         captions = self._condensed(captions, summary_question)
         return self._ask(summary_question(captions), self._summary_tokens)
 
-    def _condensed(self, captions: list[str], question: PromptRequest) -> list[str]:
+    def _condensed(
+        self, captions: list[str], question: Callable[[Sequence[str]], str]
+    ) -> list[str]:
         """Captions, or summaries of them, that fit into ``question``."""
         while not self._fits(question(captions), self._summary_tokens):
             if len(captions) < 2:
@@ -140,7 +140,7 @@ class Outline:
 
 
 def _captions(segments: Sequence[Segment]) -> list[str]:
-    """What is said, one after another; what is said again at once is said once."""
+    """The captions, one after another, without those that repeat the one before."""
     captions: list[str] = []
     for segment in segments:
         caption = " ".join(segment.text.split())

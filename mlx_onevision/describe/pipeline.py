@@ -1,7 +1,7 @@
-"""A film's segments found, shown to a model and told, one after another; titles and a summary last.
+"""A description: finds scenes, has a model caption the frames of each, then titles and a summary.
 
-Two things go on at once: the model tells one segment while the next one's frames are decoded. No
-more than these two are in memory, however long the film is.
+Two things go on at once: the model captions one segment while the next one's frames are decoded. No
+more than these two are in memory, however long the video is.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_onevision.describe.formats import Chapter, Segment, VideoDescription, clock
-from mlx_onevision.describe.journal import Sidecar
-from mlx_onevision.describe.options import Plan
+from mlx_onevision.describe.journal import Journal
+from mlx_onevision.describe.options import DescribeSettings
 from mlx_onevision.describe.outline import SEGMENT, Outline, chapter_firsts
 from mlx_onevision.describe.scenes import Span, cuts
 from mlx_onevision.engine.engine import Engine
@@ -27,12 +27,12 @@ from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.resize import resize
 from mlx_onevision.prompt.processor import Processor
 
-# A model that tells what a film shows: asked about frames, or about captions alone.
-
-LONGEST_READING = 8192
+LONGEST_PROMPT = 8192
 """Tokens of captions that are read at once, even where more would fit: that bounds memory."""
+POLL_SECONDS = 0.25  # between two reports on the search for scenes
 
 Tiles = NDArray[np.uint8]
+<<<<<<< HEAD
 
 
 Prepare = Callable[..., PromptRequest]
@@ -94,16 +94,17 @@ class Captioner:
         return self._prepare(question, videos=videos, max_tokens=max_tokens, **self._settings)
 
 
+=======
+>>>>>>> 9780a99 (Describe: one pipeline, captioner, journal and scene detector, in the field's words)
 Stage = Literal["probe", "decode", "encode", "text"]
-POLL_SECONDS = 0.25  # between two reports on the search for scenes
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a description is.
 
-    ``probe`` counts seconds of the film in which scenes have been looked for; ``decode``,
-    ``encode`` and ``text`` count segments, and ``text`` the titles and the summary after them.
+    ``probe`` counts seconds of the video in which scenes have been searched; ``decode``, ``encode``
+    and ``text`` count segments, and ``text`` the titles and the summary after them.
     """
 
     stage: Stage
@@ -111,8 +112,64 @@ class Progress:
     total: float
 
 
+class Captioner:
+    """Prompts a loaded model, about frames or captions, and keeps no frames of what it was asked
+    about: they do not come again.
+
+    prepare : makes a request of a prompt, ``videos`` and settings by their names.
+    settings : of all generated text, by the names in
+        :class:`~mlx_onevision.engine.options.Options`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        processor: Processor,
+        prepare: Callable[..., PromptRequest],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._engine, self._processor = engine, processor
+        self._prepare, self._settings = prepare, settings
+        self.size = processor.video_config.pixels.size
+        """Pixels along a side of a tile."""
+
+    def ask(self, prompt: str, max_tokens: int, tiles: Tiles | None = None) -> Stream:
+        """Starts an answer; about frames, where there are ``tiles`` of them (n, size, size, 3).
+
+        Raises:
+            RequestError: for a setting out of range.
+            ContextOverflowError: for more than the model's context holds.
+        """
+        request = self._request(prompt, max_tokens, tiles)
+        stream = ask(self._engine, self._processor.tokenizer, request)
+        if tiles is not None:
+            self._engine.forget(request.inputs)  # once the answer is there
+        return stream
+
+    def check(self, prompt: str, max_tokens: int, num_frames: int) -> None:
+        """Raises what asking about so many frames would raise."""
+        length = len(self._request(prompt, max_tokens).inputs.input_ids)
+        length += video_tokens(num_frames, self._engine.config.vision_config.patches_per_side)
+        limit = self._engine.config.text_config.max_position_embeddings
+        if length >= limit:
+            raise ContextOverflowError(
+                f"{num_frames} frames of a segment take {length} tokens with the question, but the "
+                f"model's context holds {limit}; use fewer frames"
+            )
+
+    def fits(self, prompt: str, max_tokens: int) -> bool:
+        """Whether a prompt of text can be read at once, and answered."""
+        length = len(self._request(prompt, max_tokens).inputs.input_ids)
+        limit = self._engine.config.text_config.max_position_embeddings
+        return length + max_tokens <= min(limit, LONGEST_PROMPT)
+
+    def _request(self, prompt: str, max_tokens: int, tiles: Tiles | None = None) -> PromptRequest:
+        videos = [] if tiles is None else [tiles]
+        return self._prepare(prompt, videos=videos, max_tokens=max_tokens, **self._settings)
+
+
 @dataclass(frozen=True)
-class Shown:
+class SegmentFrames:
     """What of a segment the model sees: n frames (n, S, S, 3), and when each appears."""
 
     tiles: Tiles
@@ -120,59 +177,56 @@ class Shown:
     warnings: tuple[str, ...]
 
 
-class Telling:
-    """One run over a film. What is done goes to the sidecar at once; what is there is not done
+class DescribePipeline:
+    """One run over a video. What is done goes to the journal at once; what is there is not done
     again.
 
-    pool : one thread, on which the film is decoded.
+    pool : one thread, on which the video is decoded.
     check : raises when it is to end.
+    watch : is given each answer as it begins.
     """
 
     def __init__(
         self,
-        narrator: Captioner,
-        plan: Plan,
-        reel: VideoReader,
-        done: Sidecar,
+        captioner: Captioner,
+        settings: DescribeSettings,
+        video: VideoReader,
+        journal: Journal,
         pool: ThreadPoolExecutor,
         check: Callable[[], None],
+        watch: Callable[[Stream], Stream],
     ) -> None:
-        self._narrator, self._plan, self._reel, self._done = narrator, plan, reel, done
-        self._pool, self._check = pool, check
+        self._captioner, self._settings = captioner, settings
+        self._video, self._journal, self._pool = video, journal, pool
+        self._check, self._watch = check, watch
 
-    def run(
-        self, watch: Callable[[Stream], Stream]
-    ) -> Generator[Progress | Segment, None, VideoDescription]:
-        """Yields what happens, and returns the description, in which no model is named yet.
-
-        watch : is given each answer as it begins.
-        """
-        self._watch = watch
-        spans = self._done.spans
+    def run(self) -> Generator[Progress | Segment, None, VideoDescription]:
+        """Yields what happens, and returns the description, in which no model is named yet."""
+        spans = self._journal.spans
         if spans is None:
-            spans = yield from self._search()
-            self._done.add_spans(spans)
-        facts = self._reel.info
+            spans = yield from self._find_scenes()
+            self._journal.add_spans(spans)
+        info = self._video.info
         warnings: list[str] = []
-        if facts.total < facts.claimed:
-            there = f"{facts.total} of its {facts.claimed} frames are there"
+        if info.total < info.claimed:
+            there = f"{info.total} of its {info.claimed} frames are there"
             warnings.append(f"the video breaks off: {there}")
-        titles = len(chapter_firsts(spans))
-        segments = yield from self._tell(spans, len(spans) + titles + 1, warnings)
+        total = len(spans) + len(chapter_firsts(spans)) + 1
+        segments = yield from self._caption_all(spans, total, warnings)
         chapters: list[Chapter] = []
         summary = ""
-        outline = Outline(self._answered, self._narrator.fits)
+        outline = Outline(self._ask_once, self._captioner.fits)
         try:
             for chapter in outline.chapters(segments):
                 chapters.append(chapter)
-                yield Progress("text", len(spans) + len(chapters), len(spans) + titles + 1)
+                yield Progress("text", len(spans) + len(chapters), total)
             summary = outline.summary(segments)
         except ContextOverflowError as error:
             warnings.append(f"chapters and summary are incomplete: {error}")
-        yield Progress("text", len(spans) + titles + 1, len(spans) + titles + 1)
+        yield Progress("text", total, total)
         return VideoDescription(
-            source=self._reel.name,
-            duration=facts.length,
+            source=self._video.name,
+            duration=info.length,
             model="",
             segments=tuple(segments),
             summary=summary,
@@ -180,107 +234,102 @@ class Telling:
             warnings=tuple(warnings),
         )
 
-    def _search(self) -> Generator[Progress, None, list[Span]]:
-        """Where the segments are."""
-        start, end = self._plan.part(self._reel.info.length)
-        if self._plan.segments != "scenes":
-            return self._plan.spans(start, end, [])
-        seen = start
+    def _find_scenes(self) -> Generator[Progress, None, list[Span]]:
+        start, end = self._settings.part(self._video.info.length)
+        if self._settings.segments != "scenes":
+            return self._settings.spans(start, end, [])
+        reached = start
 
-        def look() -> list[float]:
+        def search() -> list[float]:
             def note(time: float) -> None:
-                nonlocal seen
-                seen = time
+                nonlocal reached
+                reached = time
                 self._check()
 
-            film = self._reel.thumbnails(start, end)
-            return list(cuts(film, start, end, self._plan.finder, note))
+            frames = self._video.thumbnails(start, end)
+            return list(cuts(frames, start, end, self._settings.finder, note))
 
-        search = self._pool.submit(look)
-        while not search.done():
-            yield Progress("probe", seen - start, end - start)
-            wait([search], POLL_SECONDS)
-        spans = self._plan.spans(start, end, search.result())
+        found = self._pool.submit(search)
+        while not found.done():
+            yield Progress("probe", reached - start, end - start)
+            wait([found], POLL_SECONDS)
+        spans = self._settings.spans(start, end, found.result())
         yield Progress("probe", end - start, end - start)
         return spans
 
-    def _tell(
+    def _caption_all(
         self, spans: Sequence[Span], total: int, warnings: list[str]
     ) -> Generator[Progress | Segment, None, list[Segment]]:
-        """Every segment, from the sidecar or told now."""
-        waiting = [number for number in range(len(spans)) if number not in self._done.segments]
-        ahead: Future[Shown | MediaError] | None = None
+        """Every segment, from the journal or captioned now."""
+        waiting = [number for number in range(len(spans)) if number not in self._journal.segments]
+        ahead: Future[SegmentFrames | MediaError] | None = None
         failure: MediaError | None = None
         segments: list[Segment] = []
         for number, span in enumerate(spans):
-            if number in self._done.segments:
-                segment, said = self._done.segments[number]
+            if number in self._journal.segments:
+                segment, notes = self._journal.segments[number]
             else:
-                shown = (ahead or self._pool.submit(self._show, span)).result()
+                frames = (ahead or self._pool.submit(self._read, span)).result()
                 yield Progress("decode", number + 1, len(spans))
                 waiting.pop(0)
-                ahead = self._pool.submit(self._show, spans[waiting[0]]) if waiting else None
-                if isinstance(shown, Shown):
-                    text = yield from self._caption(shown, number + 1, len(spans))
-                    segment, said = Segment(*span, text, shown.times), list(shown.warnings)
-                    self._done.add_segment(number, segment, said)
+                ahead = self._pool.submit(self._read, spans[waiting[0]]) if waiting else None
+                if isinstance(frames, SegmentFrames):
+                    text = yield from self._caption(frames, number + 1, len(spans))
+                    segment, notes = Segment(*span, text, frames.times), list(frames.warnings)
+                    self._journal.add_segment(number, segment, notes)
                 else:  # not kept, so that the next run tries again
-                    failure = failure or shown
+                    failure = failure or frames
                     segment = Segment(*span, "")
-                    said = [f"nothing is told of {clock(span[0])} to {clock(span[1])}: {shown}"]
+                    notes = [f"{clock(span[0])} to {clock(span[1])} is not described: {frames}"]
             segments.append(segment)
-            warnings += said
+            warnings += notes
             yield Progress("text", number + 1, total)
             yield segment
         if failure is not None and not any(segment.frames for segment in segments):
             raise failure
         return segments
 
-    def _show(self, span: Span) -> Shown | MediaError:
+    def _read(self, span: Span) -> SegmentFrames | MediaError:
         """The frames of a segment, on the thread that decodes."""
-        size = self._narrator.size
+        size, count = self._captioner.size, self._settings.num_frames
         try:
-            look = self._reel.read_frames(
-                FrameOptions(self._plan.num_frames, start=span[0], end=span[1])
-            )
-            tiles = np.empty((len(look.indices), size, size, 3), np.uint8)
+            chosen = self._video.read_frames(FrameOptions(count, start=span[0], end=span[1]))
+            tiles = np.empty((len(chosen.indices), size, size, 3), np.uint8)
             times: list[float] = []
-            for place, pixels in look.frames:
+            for place, pixels in chosen.frames:
                 self._check()
                 tiles[len(times)] = resize(np.ascontiguousarray(pixels), (size, size))
                 # A frame that is on screen as the segment begins may have come before.
-                times.append(max(look.times[place], span[0]))
+                times.append(max(chosen.times[place], span[0]))
         except MediaError as error:
             return error
-        lost = len(look.indices) - len(times)
+        lost = len(chosen.indices) - len(times)
         if not times:
-            return MediaError(f"cannot read {self._reel.name}: no frame of it can be decoded")
+            return MediaError(f"cannot read {self._video.name}: no frame of it can be decoded")
         warnings = ()
         if lost:
             part = f"{clock(span[0])} to {clock(span[1])}"
-            warnings = (f"{lost} of {len(look.indices)} frames of {part} cannot be decoded",)
-        return Shown(tiles[: len(times)], tuple(times), warnings)
+            warnings = (f"{lost} of {len(chosen.indices)} frames of {part} cannot be decoded",)
+        return SegmentFrames(tiles[: len(times)], tuple(times), warnings)
 
-    def _caption(self, shown: Shown, number: int, total: int) -> Generator[Progress, None, str]:
-        answer = self._watch(self._narrator.ask(SEGMENT, self._plan.max_tokens, shown.tiles))
-        encoded = False
-        for _ in answer:
-            if not encoded:
-                encoded = True
-                yield Progress("encode", number, total)
-        return _whole(answer)
+    def _caption(
+        self, frames: SegmentFrames, number: int, total: int
+    ) -> Generator[Progress, None, str]:
+        answer = self._watch(self._captioner.ask(SEGMENT, self._settings.max_tokens, frames.tiles))
+        if next(answer, None) is not None:  # the frames are encoded
+            yield Progress("encode", number, total)
+        return _text(answer)
 
-    def _answered(self, question: str, max_tokens: int) -> str:
-        """A question about words, asked once."""
-        known = self._done.answers.get(question)
+    def _ask_once(self, prompt: str, max_tokens: int) -> str:
+        """The answer to a prompt of text, from the journal or generated now."""
+        known = self._journal.answers.get(prompt)
         if known is None:
-            known = _whole(self._watch(self._narrator.ask(question, max_tokens)))
-            self._done.add_answer(question, known)
+            known = _text(self._watch(self._captioner.ask(prompt, max_tokens)))
+            self._journal.add_answer(prompt, known)
         return known
 
 
-def _whole(answer: Stream) -> str:
-    """An answer to its end."""
+def _text(answer: Stream) -> str:
     result = answer.result()
     if result.finish_reason == "cancelled":
         raise CancelledError("the description was cancelled")

@@ -1,16 +1,17 @@
-"""Where a film is cut into scenes, found on small pictures of it, a few a second.
+"""Scene detection: where a video is cut into scenes, from small images of its frames.
 
-Each thumbnail becomes a histogram of its colours (brightness and two colour differences), one for
-each quarter of the picture, so that a new arrangement of the same colours counts as well. A pixel
+Four times a second the frame on screen is sampled, so that a video has the same samples whatever
+its frame rate. Each becomes a histogram of its colours (brightness and two colour differences), one
+for each quarter of the image, so that a new arrangement of the same colours counts as well. A pixel
 is shared out between neighbouring bins: noise then moves little, whatever bin edge it is near. The
-distance of two thumbnails is the part of their pixels that changed colour, from 0 to 1.
+distance of two samples is the part of their pixels that changed colour, from 0 to 1.
 
-A cut is a step from which the film does not come back: after the flash of a camera it does. How
+A cut is a step from which the video does not come back: after the flash of a camera it does. How
 large a step has to be depends on how much moved just before. A fade or a dissolve is one cut, too,
-in its middle: there, the film has left its colours of a moment ago by small steps and come to rest.
-A pan that is slower than that is no cut.
+in its middle: there, the video has left its colours of a moment ago by small steps and come to
+rest. A pan that is slower than that is no cut.
 
-numpy only. A film of any length passes through; the histograms of its last seconds are kept.
+numpy only. A video of any length passes through; the frames of its last seconds are kept.
 """
 
 from collections import deque
@@ -25,15 +26,23 @@ from numpy.typing import NDArray
 
 from mlx_onevision.errors import RequestError
 
+Pixels = NDArray[np.uint8]
 Histogram = NDArray[np.float32]
+FrameSource = Iterable[tuple[float, Pixels]]
+"""The second at which each frame appears, and a small image of it, uint8 RGB (h, w, 3)."""
 Span = tuple[float, float]
 """Start and end in seconds."""
+DetectorName = Literal["histogram", "pyscenedetect"]
+
+RATE = 4  # samples a second
+STILL = 4  # seconds after which a frame that stays is not sampled again until it goes
+_INSTANT = 1e-6  # seconds; times are compared up to this
 
 GRID = 2  # cells a side
 BINS = (5, 7, 7)  # of brightness and of the two colour differences
 FARTHEST = 96.0  # colour differences beyond this share the last bin
-ENOUGH = 4  # thumbnails that show how much moves in a scene
-SIDE = 64  # pixels of a thumbnail that are looked at, across and down
+ENOUGH = 4  # samples that show how much moves in a scene
+SIDE = 64  # pixels of an image that count, across and down
 
 # BT.601: brightness, blue and red minus brightness; 0 to 255, and -128 to 127 around grey.
 _COLOURS = np.array(
@@ -45,10 +54,10 @@ _SPACING = np.array([255.0, 2 * FARTHEST, 2 * FARTHEST], np.float32) / (np.array
 
 @dataclass(frozen=True)
 class Detector:
-    """What counts as a cut. Distances are parts of a picture, from 0 to 1; times are seconds."""
+    """What counts as a cut. Distances are parts of an image, from 0 to 1; times are seconds."""
 
     step: float = 0.4
-    """From one thumbnail to the next: at least this is a step, and it takes less to be back."""
+    """From one sample to the next: at least this is a step, and it takes less to be back."""
     least: float = 0.15
     """Where little moves, less is a step: ``leap`` times the largest change of a moment ago, if it
     is no less than this."""
@@ -58,7 +67,7 @@ class Detector:
     rest: float = 0.5
     """A change is over once it goes on at no more than this part of its mean, or of a step."""
     flash: float = 0.5
-    """A picture that is gone after this time was a flash."""
+    """An image that is gone after this time was a flash."""
     fade: float = 2.0
     """A change that takes longer is no cut."""
     shortest: float = 1.0
@@ -73,27 +82,52 @@ class Detector:
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
 
-def find_cuts(
-    film: Iterable[tuple[float, NDArray[np.uint8]]], detector: Detector = Detector()
+def cuts(
+    frames: FrameSource,
+    start: float,
+    end: float,
+    finder: DetectorName = "histogram",
+    seen: Callable[[float], None] = lambda _: None,
 ) -> Iterator[float]:
+    """The times of the frames at which scenes after the first begin, as soon as each is certain:
+    the first frame since the sample before a cut that is more like what follows than like what
+    went before.
+
+    start, end : seconds, of the part that is searched.
+    finder : ``histogram`` is this package's own detector, ``pyscenedetect`` the content detector of
+        that package.
+    seen : called with the time of each sample.
+
+    Raises:
+        RequestError: for another detector, or one that is not installed.
+    """
+    if finder not in ("histogram", "pyscenedetect"):
+        raise RequestError(f"the finder is {finder!r}; it must be histogram or pyscenedetect")
+    find = _pyscenedetect() if finder == "pyscenedetect" else find_cuts
+    samples = _SampledFrames(frames, start, end, seen)
+    for time in find(samples):
+        yield samples.first_of_scene(time)
+
+
+def find_cuts(samples: FrameSource, detector: Detector = Detector()) -> Iterator[float]:
     """The times at which scenes after the first begin, in seconds, as soon as each is certain.
 
-    film : time in seconds and thumbnail, uint8 RGB (h, w, 3), in order; four a second are enough,
-        and their size does not matter. A cut is given the time of the first thumbnail after it.
+    samples : in order; four a second are enough, and their size does not matter. A cut is given the
+        time of the first sample after it.
 
     Raises:
         RequestError: for a time that is not after the one before it, or another kind of array.
     """
-    scene: deque[tuple[float, Histogram]] = deque()  # what passed for the scene, a fade long
+    scene: deque[tuple[float, Histogram]] = deque()  # the last samples, as long as a fade
     away: list[tuple[float, Histogram]] = []  # since a step that may turn out to be a flash
-    changes: deque[tuple[float, float]] = deque()  # within the scene, a fade long
+    changes: deque[tuple[float, float]] = deque()  # in the same time
     bound = detector.step
     last_time, last_cut = -float("inf"), -float("inf")
-    for time, thumbnail in film:
+    for time, image in samples:
         if not time > last_time:
-            raise RequestError(f"the thumbnail at {time} s comes after the one at {last_time} s")
+            raise RequestError(f"the frame at {time} s comes after the one at {last_time} s")
         last_time = time
-        seen = (time, histogram(thumbnail))
+        seen = (time, histogram(image))
         cut: float | None = None
         change = distance(seen[1], scene[-1][1]) if scene else 0.0
         if not away:
@@ -137,7 +171,7 @@ def _step(changes: Sequence[tuple[float, float]], detector: Detector) -> float:
 
 
 def _has_settled(away: Sequence[tuple[float, Histogram]], bound: float, detector: Detector) -> bool:
-    """Whether the film is somewhere else for good: neither in a flash nor on its way still."""
+    """Whether the video is somewhere else for good: neither in a flash nor on its way still."""
     (_, one), (now, other) = away[-2:]
     since = now - away[0][0]
     return since >= detector.flash and (
@@ -156,25 +190,23 @@ def _has_faded(
 
 
 def _middle(begin: Histogram, change: Sequence[tuple[float, Histogram]]) -> float:
-    """The time of the first thumbnail that is more like the last one than like ``begin``."""
-    end = change[-1][1]
-    return next(time for time, h in change if distance(h, end) < distance(h, begin))
+    """The time of the first one that is more like the last one than like ``begin``."""
+    last, end = change[-1]
+    return next((t for t, h in change if distance(h, end) < distance(h, begin)), last)
 
 
-def histogram(thumbnail: NDArray[np.uint8]) -> Histogram:
-    """The colours of each cell of a picture, float32 (cells, bins); each cell's sum is 1.
+def histogram(image: NDArray[np.uint8]) -> Histogram:
+    """The colours of each cell of an image, float32 (cells, bins); each cell's sum is 1.
 
     Raises:
         RequestError: for anything but uint8 (h, w, 3).
     """
-    if thumbnail.dtype != np.uint8 or thumbnail.ndim != 3 or thumbnail.shape[2] != 3:
-        raise RequestError(
-            f"a thumbnail is uint8 (h, w, 3), not {thumbnail.dtype} {thumbnail.shape}"
-        )
-    high, wide = thumbnail.shape[:2]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise RequestError(f"a frame is uint8 (h, w, 3), not {image.dtype} {image.shape}")
+    high, wide = image.shape[:2]
     if min(high, wide) < GRID:
-        raise RequestError(f"a thumbnail has at least {GRID}x{GRID} pixels, not {wide}x{high}")
-    pixels = thumbnail[:: ceil(high / SIDE), :: ceil(wide / SIDE)].astype(np.float32)
+        raise RequestError(f"a frame has at least {GRID}x{GRID} pixels, not {wide}x{high}")
+    pixels = image[:: ceil(high / SIDE), :: ceil(wide / SIDE)].astype(np.float32)
     high, wide = pixels.shape[:2]
     bins = np.array(BINS)
     place = (pixels.reshape(-1, 3) @ _COLOURS.T - _LOWEST) / _SPACING
@@ -197,6 +229,77 @@ def histogram(thumbnail: NDArray[np.uint8]) -> Histogram:
 def distance(one: Histogram, other: Histogram) -> float:
     """The part of the pixels that changed colour, 0 to 1."""
     return float(np.abs(one - other).sum() / (2 * len(one)))
+
+
+class _SampledFrames:
+    """The frame on screen four times a second; less often while it stays the same for long.
+
+    Keeps the frames that a detector may still name as a cut.
+    """
+
+    def __init__(
+        self, frames: FrameSource, start: float, end: float, seen: Callable[[float], None]
+    ) -> None:
+        self._source, self._start, self._end, self._seen = frames, start, end, seen
+        self._frames: deque[tuple[float, Pixels]] = deque()
+        self._kept = Detector().fade + 2
+
+    def __iter__(self) -> Iterator[tuple[float, Pixels]]:
+        number = 0
+        for time, pixels in self._source:
+            yield from self._until(number, time)
+            number = max(number, ceil((time - self._start - _INSTANT) * RATE))
+            self._frames.append((time, pixels))
+        yield from self._until(number, self._end)
+
+    def _until(self, number: int, time: float) -> Iterator[tuple[float, Pixels]]:
+        """The samples from ``number`` on at which the last frame is on screen."""
+        if not self._frames:
+            return
+        after = ceil((time - self._start - _INSTANT) * RATE)
+        still = number + STILL * RATE
+        for sample in [*range(number, min(after, still)), *range(still, after)[-1:]]:
+            moment = self._start + sample / RATE
+            # The last one from before that time may have been on screen then.
+            while len(self._frames) > 1 and self._frames[1][0] < moment - self._kept:
+                self._frames.popleft()
+            self._seen(moment)
+            yield moment, self._frames[-1][1]
+
+    def first_of_scene(self, moment: float) -> float:
+        """The time of the first frame of the scene that is sampled at ``moment`` and was not at the
+        sample before.
+        """
+        shown = [frame for frame in self._frames if frame[0] <= moment + _INSTANT]
+        before = [n for n, (time, _) in enumerate(shown) if time <= moment - 1 / RATE + _INSTANT]
+        change = [(time, histogram(p)) for time, p in shown[before[-1] if before else 0 :]]
+        return _middle(change[0][1], change[1:] or change)
+
+
+def _pyscenedetect() -> Callable[[FrameSource], Iterator[float]]:
+    """PySceneDetect's content detector, with its own idea of how much is a cut."""
+    try:
+        from scenedetect import FrameTimecode  # pyright: ignore
+        from scenedetect.detectors import ContentDetector  # pyright: ignore
+    except ImportError:
+        raise RequestError(
+            "PySceneDetect is not installed; pip install 'mlx-onevision[scenes]', or use the "
+            "histogram finder"
+        ) from None
+    detector: Any = ContentDetector(min_scene_len=RATE)
+    code: Any = FrameTimecode
+
+    def find(samples: FrameSource) -> Iterator[float]:
+        times: list[float] = []
+        for number, (time, pixels) in enumerate(samples):
+            times.append(time)
+            found = detector.process_frame(code(number, fps=float(RATE)), pixels[..., ::-1].copy())
+            yield from (times[cut.frame_num] for cut in found if cut.frame_num)
+        if times:
+            found = detector.post_process(code(len(times) - 1, fps=float(RATE)))
+            yield from (times[cut.frame_num] for cut in found if cut.frame_num)
+
+    return find
 
 
 def scenes(
@@ -231,125 +334,3 @@ def windows(start: float, end: float, seconds: float) -> list[Span]:
 def _check(start: float, end: float) -> None:
     if not 0 <= start < end < float("inf"):
         raise RequestError(f"there is nothing between {start} s and {end} s")
-
-
-# From a film's small pictures to the exact frames at which its scenes begin.
-#
-# Detectors look at what is on screen at four moments a second: a film has the same moments whatever
-# its frame rate, and a picture that stays is seen as often as one that moves. The cut is then the
-# first frame since the moment before that is more like what follows than like what went before.
-
-Pixels = NDArray[np.uint8]
-Film = Iterable[tuple[float, Pixels]]
-"""The second at which each frame appears, and a small picture of it, uint8 RGB (h, w, 3)."""
-
-Finder = Literal["histogram", "pyscenedetect"]
-
-RATE = 4  # moments a second
-STANDS = 4  # seconds after which a picture that stays is not looked at again until it goes
-_INSTANT = 1e-6  # seconds; stamps and moments are compared up to this
-
-
-def cuts(
-    film: Film,
-    start: float,
-    end: float,
-    finder: Finder = "histogram",
-    seen: Callable[[float], None] = lambda _: None,
-) -> Iterator[float]:
-    """The times of the frames at which scenes after the first begin, as soon as each is certain.
-
-    film : its frames; those of the last seconds are kept.
-    start, end : seconds, of the part that is looked at.
-    finder : ``histogram`` is this package's own (see :mod:`scenes`), ``pyscenedetect`` the content
-        detector of that package.
-    seen : called with each moment that has been looked at.
-
-    Raises:
-        RequestError: for another finder, or one that is not installed.
-    """
-    if finder not in ("histogram", "pyscenedetect"):
-        raise RequestError(f"the finder is {finder!r}; it must be histogram or pyscenedetect")
-    find = _pyscenedetect() if finder == "pyscenedetect" else find_cuts
-    moments = _Moments(film, start, end)
-    for moment in find(_told(moments, seen)):
-        yield moments.first_after(moment)
-
-
-class _Moments:
-    """What is on screen four times a second; less often while it stays the same for long.
-
-    Keeps the frames that a detector may still name as a cut.
-    """
-
-    def __init__(self, film: Film, start: float, end: float) -> None:
-        self._film, self._start, self._end = film, start, end
-        self._frames: deque[tuple[float, Pixels]] = deque()
-        self._kept = Detector().fade + 2
-
-    def __iter__(self) -> Iterator[tuple[float, Pixels]]:
-        number = 0
-        for time, picture in self._film:
-            yield from self._until(number, time)
-            number = max(number, ceil((time - self._start - _INSTANT) * RATE))
-            self._frames.append((time, picture))
-        yield from self._until(number, self._end)
-
-    def _until(self, number: int, time: float) -> Iterator[tuple[float, Pixels]]:
-        """The moments from ``number`` on at which the last frame is on screen."""
-        if not self._frames:
-            return
-        after = ceil((time - self._start - _INSTANT) * RATE)
-        standing = number + STANDS * RATE
-        for one in [*range(number, min(after, standing)), *range(standing, after)[-1:]]:
-            moment = self._start + one / RATE
-            # The last one from before that time may have been on screen then.
-            while len(self._frames) > 1 and self._frames[1][0] < moment - self._kept:
-                self._frames.popleft()
-            yield moment, self._frames[-1][1]
-
-    def first_after(self, moment: float) -> float:
-        """The time of the first frame of the scene that is on screen at ``moment``, and was not a
-        moment before.
-        """
-        shown = [(time, picture) for time, picture in self._frames if time <= moment + _INSTANT]
-        before = [n for n, (time, _) in enumerate(shown) if time <= moment - 1 / RATE + _INSTANT]
-        change = shown[before[-1] if before else 0 :]
-        begin, end = histogram(change[0][1]), histogram(change[-1][1])
-        for time, picture in change[1:]:
-            colours = histogram(picture)
-            if distance(colours, end) < distance(colours, begin):
-                return time
-        return change[-1][0]
-
-
-def _told(moments: Film, seen: Callable[[float], None]) -> Iterator[tuple[float, Pixels]]:
-    for time, picture in moments:
-        seen(time)
-        yield time, picture
-
-
-def _pyscenedetect() -> Callable[[Film], Iterator[float]]:
-    """PySceneDetect's content detector, with its own idea of how much is a cut."""
-    try:
-        from scenedetect import FrameTimecode  # pyright: ignore
-        from scenedetect.detectors import ContentDetector  # pyright: ignore
-    except ImportError:
-        raise RequestError(
-            "PySceneDetect is not installed; pip install 'mlx-onevision[scenes]', or use the "
-            "histogram finder"
-        ) from None
-    detector: Any = ContentDetector(min_scene_len=RATE)
-    code: Any = FrameTimecode
-
-    def find(film: Film) -> Iterator[float]:
-        times: list[float] = []
-        for number, (time, picture) in enumerate(film):
-            times.append(time)
-            found = detector.process_frame(code(number, fps=float(RATE)), picture[..., ::-1].copy())
-            yield from (times[cut.frame_num] for cut in found if cut.frame_num)
-        if times:
-            found = detector.post_process(code(len(times) - 1, fps=float(RATE)))
-            yield from (times[cut.frame_num] for cut in found if cut.frame_num)
-
-    return find

@@ -1,4 +1,4 @@
-"""A film described: an iterator of what happens, and the whole description at its end."""
+"""A video described: an iterator of what happens, and the whole description at its end."""
 
 import json
 from collections.abc import Generator, Iterator
@@ -12,10 +12,10 @@ from threading import Event
 from typing import Any, TypeAlias
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
-from mlx_onevision.describe.journal import Sidecar, fingerprint
-from mlx_onevision.describe.options import Plan
+from mlx_onevision.describe.journal import Journal, fingerprint
+from mlx_onevision.describe.options import DescribeSettings
 from mlx_onevision.describe.outline import SEGMENT
-from mlx_onevision.describe.pipeline import Captioner, Progress, Telling
+from mlx_onevision.describe.pipeline import Captioner, DescribePipeline, Progress
 from mlx_onevision.engine.generation import Stream
 from mlx_onevision.errors import CancelledError, OneVisionError, RequestError
 from mlx_onevision.media.decoder import VideoReader
@@ -27,16 +27,16 @@ DescriptionEvent: TypeAlias = Progress | Segment | VideoDescription
 
 
 class DescriptionStream:
-    """A description on its way: an iterator of progress, of each segment as it is told (those too
-    that an earlier run has told), and at last of the whole description.
+    """A description on its way: an iterator of progress, of each segment as it is described (those
+    too that an earlier run has described), and at last of the whole description.
 
     An abandoned stream cancels itself; as a context manager it does so at once. What is done by
     then is in the sidecar.
 
-    model : what it is called.
+    model : its name.
     about : what a description depends on besides the video, plain values.
-    sidecar, force : see ``Sidecar``; in a folder, the file has a name
-        of its own for each video, model and settings.
+    sidecar, force : the file of a ``Journal``; in a folder, it has a name of its own for each
+        video, model and settings.
 
     Raises, and then as it is iterated:
         RequestError: for frames without a clock, settings out of range, and another's sidecar.
@@ -47,8 +47,8 @@ class DescriptionStream:
     def __init__(
         self,
         video: VideoSource,
-        narrator: Captioner,
-        plan: Plan,
+        captioner: Captioner,
+        settings: DescribeSettings,
         model: str,
         about: dict[str, Any],
         sidecar: Path | None = None,
@@ -59,7 +59,8 @@ class DescriptionStream:
                 "frames that are given one by one have no clock, so they cannot be described by "
                 "time; give a video file, or ask about them with generate"
             )
-        self._video, self._narrator, self._plan, self._model = video, narrator, plan, model
+        self._video, self._captioner, self._settings = video, captioner, settings
+        self._model = model
         self._about, self._sidecar, self._force = about, sidecar, force
         self._cancelled = Event()
         self._answer: Stream | None = None
@@ -121,27 +122,32 @@ class DescriptionStream:
             raise CancelledError("the description was cancelled")
 
     def _described(self) -> Iterator[DescriptionEvent]:
-        self._narrator.check(SEGMENT, self._plan.max_tokens, self._plan.num_frames)
+        settings = self._settings
+        self._captioner.check(SEGMENT, settings.max_tokens, settings.num_frames)
         self._check()
         file, name = open_video_file(self._video)
         with file, ExitStack() as stack:
             about = {"video": fingerprint(file), **self._about}
             path = self._sidecar
             if path is not None and path.is_dir():
-                path /= _record(about)
-            done = stack.enter_context(Sidecar(path, about, self._force))
-            described = done.description
+                # A file name that no other description has.
+                text = json.dumps(about, sort_keys=True)
+                path /= blake2b(text.encode(), digest_size=16).hexdigest() + ".jsonl"
+            journal = stack.enter_context(Journal(path, about, self._force))
+            described = journal.description
             if described is None:
-                reel = stack.enter_context(VideoReader(file, name, check=self._check))
+                reader = stack.enter_context(VideoReader(file, name, check=self._check))
                 pool = stack.enter_context(ThreadPoolExecutor(1, "mlx-onevision-frames"))
                 stack.callback(self._cancelled.set)  # nothing is waited for that nobody wants
-                telling = Telling(self._narrator, self._plan, reel, done, pool, self._check)
-                described = yield from telling.run(self._watch)
+                pipeline = DescribePipeline(
+                    self._captioner, settings, reader, journal, pool, self._check, self._watch
+                )
+                described = yield from pipeline.run()
                 described = replace(described, model=self._model, source=name)
-                done.finish(described)
+                journal.finish(described)
             else:
                 yield from described.segments
-        self._result = replace(described, source=_called(self._video, name))
+        self._result = replace(described, source=_source(self._video, name))
         yield self._result
 
     def _watch(self, answer: Stream) -> Stream:
@@ -151,16 +157,10 @@ class DescriptionStream:
         return answer
 
 
-def _called(video: VideoSource, name: str) -> str:
+def _source(video: VideoSource, name: str) -> str:
     """A path or an address as it was given."""
     if isinstance(video, str | PathLike):
         given = str(fspath(video))
         if len(given) <= LONGEST_NAME and given[:5].lower() != "data:":
             return given
     return name
-
-
-def _record(about: dict[str, Any]) -> str:
-    """A file name that no other description has."""
-    text = json.dumps(about, sort_keys=True)
-    return blake2b(text.encode(), digest_size=16).hexdigest() + ".jsonl"

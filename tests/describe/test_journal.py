@@ -8,7 +8,7 @@ import pytest
 from films import written
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
-from mlx_onevision.describe.journal import SAMPLE, SAMPLES, Sidecar, fingerprint
+from mlx_onevision.describe.journal import SAMPLE, SAMPLES, Journal, fingerprint
 from mlx_onevision.errors import RequestError
 from mlx_onevision.files import save
 
@@ -19,29 +19,29 @@ WHOLE = VideoDescription("a.mp4", 4.0, "m", (ONE, TWO), "A dog.", (), ("dark",))
 
 
 def filled(path: Path) -> bytes:
-    with Sidecar(path, ABOUT) as sidecar:
-        sidecar.add_spans([(0.0, 2.5), (2.5, 4.0)])
-        sidecar.add_segment(0, ONE, [])
-        sidecar.add_segment(1, TWO, ["dark"])
-        sidecar.add_answer("What?", "A dog.")
-        sidecar.finish(WHOLE)
+    with Journal(path, ABOUT) as journal:
+        journal.add_spans([(0.0, 2.5), (2.5, 4.0)])
+        journal.add_segment(0, ONE, [])
+        journal.add_segment(1, TWO, ["dark"])
+        journal.add_answer("What?", "A dog.")
+        journal.finish(WHOLE)
     return path.read_bytes()
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     filled(tmp_path / "a.jsonl")
-    with Sidecar(tmp_path / "a.jsonl", ABOUT) as sidecar:
-        assert sidecar.spans == [(0.0, 2.5), (2.5, 4.0)]
-        assert sidecar.segments == {0: (ONE, []), 1: (TWO, ["dark"])}
-        assert sidecar.answers == {"What?": "A dog."}
-        assert sidecar.description == WHOLE
+    with Journal(tmp_path / "a.jsonl", ABOUT) as journal:
+        assert journal.spans == [(0.0, 2.5), (2.5, 4.0)]
+        assert journal.segments == {0: (ONE, []), 1: (TWO, ["dark"])}
+        assert journal.answers == {"What?": "A dog."}
+        assert journal.description == WHOLE
 
 
 def test_each_line_is_there_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    with Sidecar(path, ABOUT) as sidecar:
-        sidecar.add_spans([(0.0, 2.5)])
-        sidecar.add_segment(0, ONE, [])
+    with Journal(path, ABOUT) as journal:
+        journal.add_spans([(0.0, 2.5)])
+        journal.add_segment(0, ONE, [])
         assert [json.loads(line)["type"] for line in path.read_text().split("\n")[:-1]] == [
             "describes", "scenes", "segment",
         ]  # fmt: skip
@@ -54,12 +54,12 @@ def test_a_file_cut_short_anywhere_goes_on_from_its_last_whole_line(tmp_path: Pa
     for size in sorted({*range(0, len(data), 41), *ends, *(end + 1 for end in ends[:-1])}):
         path.write_bytes(data[:size])
         whole = data[:size].count(b"\n")
-        with Sidecar(path, ABOUT) as sidecar:
-            assert (sidecar.spans is not None) == (whole >= 2)
-            assert len(sidecar.segments) == min(max(whole - 2, 0), 2)
-            assert len(sidecar.answers) == (whole >= 5)
-            assert sidecar.description is None
-            sidecar.add_spans([(0.0, 1.0)])
+        with Journal(path, ABOUT) as journal:
+            assert (journal.spans is not None) == (whole >= 2)
+            assert len(journal.segments) == min(max(whole - 2, 0), 2)
+            assert len(journal.answers) == (whole >= 5)
+            assert journal.description is None
+            journal.add_spans([(0.0, 1.0)])
         lines = path.read_bytes().split(b"\n")
         assert lines[-1] == b"" and len(lines) == max(whole, 1) + 2
         for line in lines[:-1]:
@@ -71,8 +71,8 @@ def test_nothing_that_is_spoilt_counts(tmp_path: Path) -> None:
     lines = filled(path).splitlines(keepends=True)
     for bad in (b"nonsense\n", b"[]\n", b'{"type": "segment", "index": 0}\n', b"\xff\n", b"\n"):
         path.write_bytes(b"".join([*lines[:3], bad, *lines[3:]]))
-        with Sidecar(path, ABOUT) as sidecar:
-            assert sidecar.segments == {0: (ONE, [])} and sidecar.description is None
+        with Journal(path, ABOUT) as journal:
+            assert journal.segments == {0: (ONE, [])} and journal.description is None
         assert path.read_bytes() == b"".join(lines[:3])
 
 
@@ -88,13 +88,13 @@ def test_another_ones_is_not_used(change: dict[str, Any], part: str, tmp_path: P
     path = tmp_path / "a.jsonl"
     data = filled(path)
     with pytest.raises(RequestError, match=part) as error:
-        Sidecar(path, ABOUT | change)
+        Journal(path, ABOUT | change)
     assert "force" in str(error.value) and path.read_bytes() == data
-    with Sidecar(path, ABOUT | change, force=True) as sidecar:
-        assert sidecar.spans is None and not sidecar.segments
-        sidecar.add_spans([(0.0, 1.0)])
-    with Sidecar(path, ABOUT | change) as sidecar:
-        assert sidecar.spans == [(0.0, 1.0)]
+    with Journal(path, ABOUT | change, force=True) as journal:
+        assert journal.spans is None and not journal.segments
+        journal.add_spans([(0.0, 1.0)])
+    with Journal(path, ABOUT | change) as journal:
+        assert journal.spans == [(0.0, 1.0)]
 
 
 @pytest.mark.parametrize("data", [b"\x00\x00\x00 ftypisom", b"notes\n", b'{"a": 1}\n', b"{"])
@@ -102,37 +102,37 @@ def test_another_ones_is_not_used(change: dict[str, Any], part: str, tmp_path: P
 def test_a_file_of_another_kind_is_never_touched(data: bytes, force: bool, tmp_path: Path) -> None:
     path = written(tmp_path / "a.mp4", data)
     if data == b"{":  # the torn beginning of one of ours
-        with Sidecar(path, ABOUT, force) as sidecar:
-            sidecar.add_spans([])
+        with Journal(path, ABOUT, force) as journal:
+            journal.add_spans([])
         return
     with pytest.raises(RequestError, match="no record"):
-        Sidecar(path, ABOUT, force)
+        Journal(path, ABOUT, force)
     assert path.read_bytes() == data
 
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    with Sidecar(path, ABOUT) as sidecar:
-        sidecar.add_spans([(0.0, 1.0)])
+    with Journal(path, ABOUT) as journal:
+        journal.add_spans([(0.0, 1.0)])
         with pytest.raises(RequestError, match="another run"):
-            Sidecar(path, ABOUT, force=True)
-    with Sidecar(path, ABOUT) as sidecar:
-        assert sidecar.spans == [(0.0, 1.0)]
+            Journal(path, ABOUT, force=True)
+    with Journal(path, ABOUT) as journal:
+        assert journal.spans == [(0.0, 1.0)]
 
 
 def test_one_with_nothing_in_it_does_not_stay(tmp_path: Path) -> None:
-    with Sidecar(tmp_path / "a.jsonl", ABOUT):
+    with Journal(tmp_path / "a.jsonl", ABOUT):
         pass
-    with Sidecar(None, ABOUT) as sidecar:
-        sidecar.add_segment(0, ONE, [])
-        assert sidecar.segments
+    with Journal(None, ABOUT) as journal:
+        journal.add_segment(0, ONE, [])
+        assert journal.segments
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none" / "a.jsonl"):
         with pytest.raises(RequestError, match=r"cannot be written: .*; give another file"):
-            Sidecar(path, ABOUT)
+            Journal(path, ABOUT)
 
 
 def test_a_fingerprint_is_the_contents(tmp_path: Path) -> None:
