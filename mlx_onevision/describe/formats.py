@@ -183,7 +183,7 @@ def _vtt(description: VideoDescription) -> str:
 
 
 def _cues(description: VideoDescription, separator: str) -> Iterator[tuple[str, str, str]]:
-    """Start, end and text; a segment without words makes no cue."""
+    """Start, end and text; a segment without text makes no cue."""
     for segment in description.segments:
         text = _one_line(segment.text)
         if text:

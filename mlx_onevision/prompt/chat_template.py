@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.files import read_json
@@ -84,10 +84,6 @@ class Segment(NamedTuple):
     control: bool
 
 
-class _Renderer(Protocol):
-    def render(self, variables: Mapping[str, Any]) -> str: ...
-
-
 class ChatTemplate:
     """A chat template, compiled when it is first used. From any thread.
 
@@ -100,7 +96,7 @@ class ChatTemplate:
         self.source = source
         self.name = name
         self._variables = dict(variables or {})
-        self._renderer: _Renderer | None = None
+        self._renderer: Callable[[Mapping[str, Any]], str] | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate":
@@ -147,8 +143,8 @@ class ChatTemplate:
             RequestError: when the template refuses the conversation.
             CheckpointError: when it is not a template, fails, or exceeds a limit.
         """
-        renderer = self._renderer = self._renderer or _renderer(self.source, self.name)
-        return renderer.render(
+        render = self._renderer = self._renderer or _renderer(self.source, self.name)
+        return render(
             {
                 **self._variables,
                 "messages": [_visible(message) for message in messages],
@@ -193,12 +189,12 @@ class ChatTemplate:
         ]
 
 
-def _renderer(source: str, name: str) -> _Renderer:
+def _renderer(source: str, name: str) -> Callable[[Mapping[str, Any]], str]:
     if sha256(source.encode(errors="replace")).hexdigest() not in PUBLISHED:
-        return _Isolated(source, name)
+        return _Isolated(source, name).render
     from mlx_onevision.prompt.sandbox import SandboxedTemplate
 
-    return SandboxedTemplate(source, name)
+    return SandboxedTemplate(source, name).render
 
 
 class _Isolated:

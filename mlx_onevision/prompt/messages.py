@@ -1,7 +1,7 @@
 """What callers may write as a conversation, put into one form.
 
 The form is the reference's: a list of ``{"role", "content": [typed dicts]}``. Wider than there: a
-plain string as content is text (the reference renders it as nothing), and pictures may come beside
+plain string as content is text (the reference renders it as nothing), and images may come beside
 the conversation. Stricter than there: what the reference would drop in silence is an error.
 """
 
@@ -21,7 +21,7 @@ VIDEO_KEYS = ("video", "url", "path", "base64")
 Message = dict[str, Any]
 """``{"role": str, "content": [block, ...]}`` with blocks ``{"type": "text", "text": str}``,
 ``{"type": "image", "image": source}`` and ``{"type": "video", "video": source}``; the last may
-also say which frames, as ``num_frames``, ``fps``, ``start`` and ``end`` (see :mod:`frames`)."""
+also have the options of :class:`~mlx_onevision.media.frame_sampling.FrameOptions`."""
 
 
 def normalise_messages(
@@ -67,7 +67,8 @@ def normalise_messages(
     for kind, given in (("video", videos), ("image", images)):
         if given is not None or not unfilled:
             _place(conversation, kind, _listed(given, kind))
-    if not any(_says_something(block) for message in conversation for block in message["content"]):
+    blocks = (block for message in conversation for block in message["content"])
+    if not any(block["type"] != "text" or block["text"].strip() for block in blocks):
         raise RequestError("the conversation is empty; ask something")
     return conversation
 
@@ -128,16 +129,16 @@ def _block(block: Any, where: str) -> dict[str, Any]:
         )
     options = FrameOptions.names() if kind == "video" else ()
     _only(given, (*keys, *options), kind, where)
-    chosen = {name: given.pop(name) for name in options if name in given}
-    FrameOptions(**chosen)  # refused here rather than after some decoding
+    frames = {name: given.pop(name) for name in options if name in given}
+    FrameOptions(**frames)  # refused here rather than after some decoding
     if len(given) > 1:
         named = " and ".join(key for key in keys if key in given)
         raise RequestError(f"{where} has one {kind} block with two sources: {named}")
 
     if not given:
-        return {"type": kind, **chosen}
+        return {"type": kind, **frames}
     ((key, source),) = given.items()
-    return {"type": kind, kind: _decoded(source, where) if key == "base64" else source, **chosen}
+    return {"type": kind, kind: _decoded(source, where) if key == "base64" else source, **frames}
 
 
 def _only(given: Mapping[str, Any], known: Sequence[str], kind: str, where: str) -> None:
@@ -200,7 +201,3 @@ def _place(conversation: list[Message], kind: str, media: list[Any]) -> None:
         )
     for block, source in zip(waiting, media, strict=True):
         block[kind] = source
-
-
-def _says_something(block: Mapping[str, Any]) -> bool:
-    return block["type"] != "text" or bool(block["text"].strip())

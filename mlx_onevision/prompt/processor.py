@@ -1,4 +1,4 @@
-"""A conversation in, what the model reads out: ids, with a placeholder for every media row.
+"""A conversation in, the model's inputs out: ids, with a placeholder for every media row.
 
 The ids are the reference's (transformers' ``apply_chat_template(tokenize=True)``), as long as no
 text holds a special string; those stay text here. As there, one image in a conversation is cut
@@ -174,7 +174,7 @@ class Processor:
         tiling : "auto" tiles an image that is alone in the conversation; "always" and "never" say
             so for every image.
         order : "template" leaves it to the chat template where in a message its media stand, which
-            is in front; "given" keeps them where they stand between the words.
+            is in front; "given" keeps them where they stand between the text.
         num_frames, fps, start, end, ends : which frames of each video, see
             ``FrameOptions``; a video block may say otherwise of its own.
         answer : tokens of the context to leave for the answer where the number of frames is open.

@@ -91,7 +91,7 @@ def _short(error: Exception) -> str:
 
 
 class _Generation(Extension):
-    """``{% generation %}``: marks the assistant's words for training; here it only scopes them."""
+    """``{% generation %}``: marks the assistant's text for training; here it only scopes them."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -28,7 +28,7 @@ class Bytes:
 
 
 def answer(request: dict[str, Any]) -> str | None:
-    """Why the schema is refused, in llguidance's words; None where it is not."""
+    """Why the schema is refused, as llguidance puts it; None where it is not."""
     errors: list[str | None] = []
     threading.stack_size(STACK)
     worker = threading.Thread(target=lambda: errors.append(_compile(**request)))

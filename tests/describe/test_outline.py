@@ -17,7 +17,7 @@ from mlx_onevision.describe.outline import (
 from mlx_onevision.errors import ContextOverflowError
 
 
-def told(*captions: str, seconds: float = 4.0) -> list[Segment]:
+def captioned(*captions: str, seconds: float = 4.0) -> list[Segment]:
     return [Segment(n * seconds, (n + 1) * seconds, text) for n, text in enumerate(captions)]
 
 
@@ -39,7 +39,7 @@ class Reader:
 
 def test_few_scenes_are_a_chapter_each() -> None:
     reader = Reader()
-    segments = told("A dog runs.", "A cat sleeps.", "It rains.")
+    segments = captioned("A dog runs.", "A cat sleeps.", "It rains.")
     chapters = list(Outline(reader.ask, reader.fits).chapters(segments))
     assert [(c.start, c.title) for c in chapters] == [
         (0.0, "Answer 1"), (4.0, "Answer 2"), (8.0, "Answer 3"),
@@ -70,9 +70,9 @@ def test_equal_segments_make_equal_chapters() -> None:
 def test_a_summary_of_all_captions_or_of_the_only_one() -> None:
     reader = Reader()
     outline = Outline(reader.ask, reader.fits)
-    assert outline.summary(told("A dog  runs.")) == "A dog runs." and not reader.asked
-    assert outline.summary(told("", "")) == ""
-    assert outline.summary(told("One.", "", "Two.", "Two.", "One.")) == "Answer 1."
+    assert outline.summary(captioned("A dog  runs.")) == "A dog runs." and not reader.asked
+    assert outline.summary(captioned("", "")) == ""
+    assert outline.summary(captioned("One.", "", "Two.", "Two.", "One.")) == "Answer 1."
     assert reader.asked == [summary_question(["One.", "Two.", "One."])]
 
 
@@ -80,23 +80,23 @@ def test_a_summary_of_all_captions_or_of_the_only_one() -> None:
 def test_many_captions_are_summarised_in_levels(count: int) -> None:
     captions = [f"Scene {number} shows thing {number}." for number in range(count)]
     reader = Reader(room=1200)
-    assert Outline(reader.ask, reader.fits).summary(told(*captions)) == (
+    assert Outline(reader.ask, reader.fits).summary(captioned(*captions)) == (
         f"Answer {len(reader.asked)}."
     )
     first_level = "".join(q for q in reader.asked if "Scene " in q)
     for caption in captions:  # each is read, and once
         assert first_level.count(f"- {caption}\n") == 1
     assert max(map(len, reader.asked)) + 256 <= 1200
-    titles = list(Outline(reader.ask, reader.fits).chapters(told(*captions)))
+    titles = list(Outline(reader.ask, reader.fits).chapters(captioned(*captions)))
     assert len(titles) == 12
 
 
 def test_what_cannot_fit_is_one_sentence() -> None:
     reader = Reader(room=600)
     with pytest.raises(ContextOverflowError, match="do not fit"):
-        Outline(reader.ask, reader.fits).summary(told("x" * 300, "y" * 300, "z" * 300))
+        Outline(reader.ask, reader.fits).summary(captioned("x" * 300, "y" * 300, "z" * 300))
     with pytest.raises(ContextOverflowError, match="does not fit"):
-        list(Outline(reader.ask, reader.fits).chapters(told("x" * 600)))
+        list(Outline(reader.ask, reader.fits).chapters(captioned("x" * 600)))
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_what_cannot_fit_is_one_sentence() -> None:
 )
 def test_a_title_is_one_short_line(answer: str, title: str) -> None:
     reader = Reader(answer=answer)
-    (chapter,) = Outline(reader.ask, reader.fits).chapters(told("A dog."))
+    (chapter,) = Outline(reader.ask, reader.fits).chapters(captioned("A dog."))
     assert chapter.title == title
 
 
 def test_a_part_without_words_has_a_number() -> None:
     reader = Reader()
-    chapters = list(Outline(reader.ask, reader.fits).chapters(told("A dog.", "")))
+    chapters = list(Outline(reader.ask, reader.fits).chapters(captioned("A dog.", "")))
     assert chapters[1].title == "Part 2" and len(reader.asked) == 1

@@ -95,12 +95,12 @@ class Asked:
         self.words = 0
         ask = Captioner.ask
 
-        def counted(narrator: Captioner, question: str, tokens: int, tiles: Any = None) -> Any:
+        def counted(captioner: Captioner, question: str, tokens: int, tiles: Any = None) -> Any:
             if tiles is None:
                 self.words += 1
             else:
                 self.frames.append(tiles)
-            return ask(narrator, question, tokens, tiles)
+            return ask(captioner, question, tokens, tiles)
 
         monkeypatch.setattr(Captioner, "ask", counted)
 
@@ -116,8 +116,8 @@ def test_three_scenes_are_found_and_described(demo: Model, three: tuple[Path, li
     assert [s.start for s in described.segments] == pytest.approx([0.0, *CUTS], abs=1 / RATE)
     assert [s.end for s in described.segments] == [*(s.start for s in described.segments[1:]), 10.0]
     does = ("gets bigger", "gets smaller", "moves down")
-    told = [f"{name} {what}" for name, what in zip(names, does, strict=True)]
-    assert [s.text for s in described.segments] == [f"A {clause}." for clause in told]
+    texts = [f"{name} {what}" for name, what in zip(names, does, strict=True)]
+    assert [s.text for s in described.segments] == [f"A {clause}." for clause in texts]
     for segment in described.segments:
         assert len(segment.frames) == 8
         assert segment.start <= segment.frames[0] and segment.frames[-1] < segment.end
@@ -128,7 +128,7 @@ def test_three_scenes_are_found_and_described(demo: Model, three: tuple[Path, li
             names, ("getting bigger", "getting smaller", "moving down"), strict=True
         )
     ]
-    assert described.summary == "A {}, then a {}, then a {}.".format(*told)
+    assert described.summary == "A {}, then a {}, then a {}.".format(*texts)
     assert not described.warnings
     subtitles = pysubs2.SSAFile.from_string(to_text(described, "srt"), "srt")
     assert [(line.start, line.end, line.text) for line in subtitles] == [
@@ -243,8 +243,8 @@ def test_killed_at_any_moment_it_ends_up_the_same(
     assert done > 20
     described = model.describe_video(clip, sidecar=path, **options)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    told = [row["index"] for row in rows if row["type"] == "segment"]
-    assert told == list(range(40))  # each once
+    captioned = [row["index"] for row in rows if row["type"] == "segment"]
+    assert captioned == list(range(40))  # each once
     assert described == model.describe_video(clip, **options)
 
 
