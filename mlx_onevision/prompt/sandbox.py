@@ -63,6 +63,8 @@ class SandboxedTemplate:
                 parts.append(part)
         except _RaisedError as error:
             raise RequestError(f"the model's chat template says: {_short(error)}") from None
+        except MemoryError:
+            raise CheckpointError(f"{self.name} failed (it takes too much memory)") from None
         except Exception as error:  # whatever an untrusted program may raise
             raise CheckpointError(f"{self.name} failed ({_short(error)})") from None
         return "".join(parts)

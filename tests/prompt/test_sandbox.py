@@ -20,6 +20,15 @@ from mlx_onevision.subprocesses import INTERPRETER
 TEXT = {"type": "text", "text": "<é> \u2028 \ud800"}
 MESSAGE: dict[str, Any] = {"role": "user", "content": [TEXT]}
 
+LIMIT = chat_template.SECONDS
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be rendered is, on the busiest machine."""
+    monkeypatch.setattr(chat_template, "SECONDS", 30.0)
+
+
 MILLION = "{% set big = 'a' * 1000000 %}"
 TOO_MUCH = [
     "{% for i in range(10**9) %}{% endfor %}",
@@ -86,7 +95,8 @@ def test_what_stays_within_the_bounds_is_rendered(source: str) -> None:
     assert len(ChatTemplate(source, "T").render([])) <= MAX_TEXT
 
 
-def test_the_real_limit_is_below_three_seconds() -> None:
+def test_the_real_limit_is_below_three_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", LIMIT)
     source = "{% if messages %}" + TOO_MUCH[2] + "{% endif %}"
     template = ChatTemplate(source, "T")
     assert template.render([]) == ""  # the process has started
@@ -97,9 +107,8 @@ def test_the_real_limit_is_below_three_seconds() -> None:
 
 
 def test_a_lack_of_memory_is_said() -> None:
-    source = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
-    with pytest.raises(CheckpointError, match=r"^T failed \((MemoryError|it takes too)"):
-        ChatTemplate(source + "{% endfor %}", "T").render([])
+    with pytest.raises(CheckpointError, match=r"^T failed \(it takes too much memory\)$"):
+        ChatTemplate("{{ [0] * 10 ** 12 }}", "T").render([])
 
 
 def test_a_template_that_failed_renders_the_next_prompt() -> None:
