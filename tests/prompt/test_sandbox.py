@@ -121,9 +121,9 @@ def test_a_template_that_failed_renders_the_next_prompt() -> None:
 
 
 def test_one_process_for_all_prompts_and_none_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[subprocess.Popen[Any]] = []
 
-    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+    def start(*args: Any, **options: Any) -> subprocess.Popen[Any]:
         started.append(Popen(*args, **options))
         return started[-1]
 
@@ -258,7 +258,8 @@ def test_the_language(source: str, text: str) -> None:
 
 def test_what_a_template_raises_is_the_requests_fault() -> None:
     source = "{{ raise_exception('roles must\nalternate.') }}"
-    for render in (SandboxedTemplate(source, "T").render, ChatTemplate(source, "T").render):
+    renders: list[Any] = [SandboxedTemplate(source, "T").render, ChatTemplate(source, "T").render]
+    for render in renders:
         with pytest.raises(RequestError) as caught:
             render({})
         assert str(caught.value) == "the model's chat template says: roles must alternate"
