@@ -32,70 +32,6 @@ LONGEST_PROMPT = 8192
 POLL_SECONDS = 0.25  # between two reports on the search for scenes
 
 Tiles = NDArray[np.uint8]
-<<<<<<< HEAD
-
-
-Prepare = Callable[..., PromptRequest]
-"""Makes a question of a prompt, ``videos`` and settings by their names."""
-
-
-class Captioner:
-    """Asks a loaded model, one question at a time, and keeps no frames of what it was asked about:
-    a film does not come back to them.
-
-    settings : of every answer, by the names in :class:`~mlx_onevision.engine.options.Options`.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        processor: Processor,
-        prepare: Prepare,
-        settings: Mapping[str, Any],
-    ) -> None:
-        self._engine, self._processor = engine, processor
-        self._prepare, self._settings = prepare, settings
-        self.size = processor.video_config.pixels.size
-        """Pixels along a side of a tile."""
-
-    def ask(self, question: str, max_tokens: int, tiles: Tiles | None = None) -> Stream:
-        """Starts an answer; about frames, where there are ``tiles`` of them (n, size, size, 3).
-
-        Raises:
-            RequestError: for a setting out of range.
-            ContextOverflowError: for more than the model's context holds.
-        """
-        prepared = self._question(question, max_tokens, tiles)
-        stream = submit(self._engine, self._processor.tokenizer, prepared)
-        if tiles is not None:
-            self._engine.forget(prepared.inputs)  # once the answer is there
-        return stream
-
-    def check(self, question: str, max_tokens: int, num_frames: int) -> None:
-        """Raises what asking about so many frames would raise."""
-        length = len(self._question(question, max_tokens, None).inputs.input_ids)
-        patches = self._engine.config.vision_config.patches_per_side
-        length += video_tokens(num_frames, patches)
-        limit = self._engine.config.text_config.max_position_embeddings
-        if length >= limit:
-            raise ContextOverflowError(
-                f"{num_frames} frames of a segment take {length} tokens with the question, but the "
-                f"model's context holds {limit}; use fewer frames"
-            )
-
-    def fits(self, question: str, max_tokens: int) -> bool:
-        """Whether a question about words can be read at once, and answered."""
-        length = len(self._question(question, max_tokens, None).inputs.input_ids)
-        limit = self._engine.config.text_config.max_position_embeddings
-        return length + max_tokens <= min(limit, LONGEST_READING)
-
-    def _question(self, question: str, max_tokens: int, tiles: Tiles | None) -> PromptRequest:
-        videos = [] if tiles is None else [tiles]
-        return self._prepare(question, videos=videos, max_tokens=max_tokens, **self._settings)
-
-
-=======
->>>>>>> 9780a99 (Describe: one pipeline, captioner, journal and scene detector, in the field's words)
 Stage = Literal["probe", "decode", "encode", "text"]
 
 
@@ -141,7 +77,7 @@ class Captioner:
             ContextOverflowError: for more than the model's context holds.
         """
         request = self._request(prompt, max_tokens, tiles)
-        stream = ask(self._engine, self._processor.tokenizer, request)
+        stream = submit(self._engine, self._processor.tokenizer, request)
         if tiles is not None:
             self._engine.forget(request.inputs)  # once the answer is there
         return stream
