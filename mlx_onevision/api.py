@@ -348,8 +348,8 @@ class Model:
         name, revision = self._identity
         return DescriptionStream(
             video,
-        """The prompt text that the chat template makes, placeholders unexpanded."""
-        return self._processor.render(normalise_messages(messages=messages, unfilled=True), order)
+            Captioner(self._engine, self._processor, self._builder.build_request, settings),
+            described,
             model=name,
             about={
                 "model": [name, revision, *self._made],
