@@ -213,7 +213,7 @@ def test_rows_stream_and_one_is_cancelled(model: Model) -> None:
 def test_all_are_cancelled_and_the_next_is_right(
     model: Model, alone: list[tuple[int, ...]]
 ) -> None:
-    streams = model.stream(batch=ROWS, max_tokens=4000, temperature=2.0)
+    streams = model.stream(batch=ROWS, max_tokens=4000, temperature=2.0, seed=1)
     next(streams[0])
     for stream in streams:
         stream.cancel()
@@ -223,7 +223,7 @@ def test_all_are_cancelled_and_the_next_is_right(
 
 def test_closing_ends_every_row(folder: Path) -> None:
     model = load(folder)
-    streams = model.stream(batch=ROWS, max_tokens=4000, temperature=2.0)
+    streams = model.stream(batch=ROWS, max_tokens=4000, temperature=2.0, seed=1)
     next(streams[0])
     model.close()
     assert {stream.outcome().finish_reason for stream in streams} == {"cancelled"}
