@@ -5,8 +5,9 @@ text holds a special string; those stay text here. As there, one image in a conv
 into tiles, and two or more become one tile each.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +17,17 @@ from numpy.typing import NDArray
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
-from mlx_onevision.errors import ConfigError, RequestError
+from mlx_onevision.errors import ConfigError, ContextOverflowError, RequestError
 from mlx_onevision.files import read_json
 from mlx_onevision.media.anyres import (
     Packing,
     Size,
     plan_packing,
     single_tile_tokens,
+    video_side,
     video_tokens,
 )
+from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.media.image import (
     load_image,
     normalization_table,
@@ -32,13 +35,15 @@ from mlx_onevision.media.image import (
     pixel_values,
     tile_image,
 )
-from mlx_onevision.media.video import VideoConfig, VideoFrames
+from mlx_onevision.media.sources import is_file
+from mlx_onevision.media.video import TooManyFramesError, VideoConfig, VideoFrames, load_video
 from mlx_onevision.prompt.chat_template import ChatTemplate, Order, Segment
 from mlx_onevision.prompt.messages import Message, sources, video_blocks
 from mlx_onevision.prompt.tokenizer import Tokenizer
-from mlx_onevision.prompt.video_budget import ContextBudget, load_videos
 
 Tiling = Literal["auto", "always", "never"]
+
+logger = logging.getLogger("mlx_onevision")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,22 @@ class Inputs:
     def notes(self) -> tuple[str, ...]:
         """What of the videos is not there as it was asked for, a sentence each."""
         return tuple(note for medium in self.media if medium.video for note in medium.video.notes)
+
+
+@dataclass(frozen=True)
+class _ContextBudget:
+    """Tokens: of the context, taken by text and images, and to be left for the answer where the
+    number of frames is open. ``patches`` : tokens along a side of a tile.
+    """
+
+    limit: int
+    taken: int
+    answer: int
+    patches: int
+
+    def frames(self, tokens: int) -> int:
+        """Frames of one video that take at most so many tokens."""
+        return max(tokens - 1, 0) // video_side(self.patches) ** 2
 
 
 class Processor:
@@ -197,14 +218,14 @@ class Processor:
         texts = [[] if s.control else self.tokenizer.encode(s.text) for s in segments]
         taken = sum(map(len, texts)) + sum(s.control for s in segments) - len(videos)
         taken += sum(image.tokens - 1 for image in images)
-        budget = ContextBudget(
+        budget = _ContextBudget(
             limit=self.config.text_config.max_position_embeddings,
             taken=taken,
             answer=answer,
             patches=self.config.vision_config.patches_per_side,
         )
         size = self.video_config.pixels.size
-        frames = load_videos(videos, options, size, budget, check)
+        frames = _load_videos(videos, options, size, budget, check)
         media = {"<image>": images, "<video>": [self._video(video) for video in frames]}
         return self._assemble(segments, texts, media)
 
@@ -281,3 +302,85 @@ def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
         found = settings.get(name)
         if found is not None and found != value:
             raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}")
+
+
+def _load_videos(
+    blocks: Sequence[Mapping[str, Any]],
+    options: FrameOptions,
+    size: int,
+    budget: _ContextBudget,
+    check: Callable[[], None] = lambda: None,
+) -> list[VideoFrames]:
+    """The videos of ``blocks``, as tiles of ``size`` pixels.
+
+    First those whose number of frames the caller has set, which fit or are refused; then the files
+    of which the usual number is taken, or fewer where they share what is left.
+
+    options : what holds unless a block says otherwise.
+
+    Raises:
+        ContextOverflowError: with how many tokens it would take, and how many there are.
+        MediaError, RequestError: see :func:`~mlx_onevision.media.video.load_video`.
+    """
+    names = FrameOptions.names()
+    wanted = [options.over({k: block[k] for k in names if k in block}) for block in blocks]
+    sources = [block["video"] for block in blocks]
+    is_open = [is_file(s) and not o.explicit for s, o in zip(sources, wanted, strict=True)]
+    left = budget.limit - budget.taken - 1  # the answer has one token at least
+    found: dict[int, VideoFrames] = {}
+    for place, source in enumerate(sources):
+        if not is_open[place]:
+            found[place] = _load_fixed(source, wanted[place], size, budget, left, check)
+            left -= video_tokens(len(found[place].tiles), budget.patches)
+    left -= min(budget.answer, budget.limit // 4)
+    for place, source in enumerate(sources):
+        if is_open[place]:
+            share = left // (len(sources) - len(found))
+            found[place] = _load_open(source, wanted[place], size, budget, share, check)
+            left -= video_tokens(len(found[place].tiles), budget.patches)
+    return [found[place] for place in range(len(sources))]
+
+
+def _load_fixed(
+    source: Any,
+    options: FrameOptions,
+    size: int,
+    budget: _ContextBudget,
+    left: int,
+    check: Callable[[], None],
+) -> VideoFrames:
+    most = budget.frames(left)
+    try:
+        return load_video(source, size, options, most=most, check=check)
+    except TooManyFramesError as error:
+        raise ContextOverflowError(
+            f"{error.wanted} frames of a video take {video_tokens(error.wanted, budget.patches)} "
+            f"tokens, but the model's context of {budget.limit} has {max(left, 0)} left beside the "
+            f"rest of the prompt; use num_frames or fps for at most {most} frames"
+        ) from None
+
+
+def _load_open(
+    source: Any,
+    options: FrameOptions,
+    size: int,
+    budget: _ContextBudget,
+    left: int,
+    check: Callable[[], None],
+) -> VideoFrames:
+    number = min(DEFAULT_FRAMES, budget.frames(left))
+    if number < 1:
+        raise ContextOverflowError(
+            f"one frame of a video takes {video_tokens(1, budget.patches)} tokens, but the model's "
+            f"context of {budget.limit} has {max(left, 0)} left for it; use fewer media or a "
+            "shorter text"
+        )
+    video = load_video(source, size, options, default=number, check=check)
+    if number == DEFAULT_FRAMES or len(video.tiles) < number or video.total == number:
+        return video
+    note = (
+        f"{number} frames of a video are used instead of {DEFAULT_FRAMES}: more do not fit into "
+        f"the model's context of {budget.limit} tokens"
+    )
+    logger.warning("%s", note)
+    return replace(video, notes=(*video.notes, note))
