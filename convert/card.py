@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_onevision.convert.hub import Source
-from mlx_onevision.convert.summary import ConversionSummary, size
+from mlx_onevision.convert.report import ConversionSummary, size
 
 logger = logging.getLogger("mlx_onevision")
 # What of a source's own card holds for the converted model too.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_onevision.convert.conversion import Conversion
     from mlx_onevision.convert.hub import Source
     from mlx_onevision.convert.metrics import Loss
-    from mlx_onevision.convert.summary import ConversionSummary
+    from mlx_onevision.convert.report import ConversionSummary
 
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -245,7 +245,7 @@ def _compare(
 
 
 def report(summary: ConversionSummary, planned: bool = False) -> str:
-    from mlx_onevision.convert.summary import size
+    from mlx_onevision.convert.report import size
 
     count = "1 file" if summary.shards == 1 else f"{summary.shards} files"
     weights = f"{size(summary.nbytes)} in {count}"

@@ -28,8 +28,8 @@ from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.convert.card import card
 from mlx_onevision.convert.config_files import config_json, processor_files
 from mlx_onevision.convert.hub import Source, find
+from mlx_onevision.convert.report import ConversionSummary
 from mlx_onevision.convert.staging import Staging, require_space, require_target
-from mlx_onevision.convert.summary import ConversionSummary
 from mlx_onevision.convert.writer import Part, Shard, Writer, divide, index, write_shard
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.processor import Processor

@@ -13,7 +13,7 @@ from mlx_onevision.checkpoint.recipes import Recipe, mixed, uniform
 from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
-from mlx_onevision.convert.summary import size
+from mlx_onevision.convert.report import size
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.anyres import plan_packing
 from mlx_onevision.network.memory_budget import scratch_bytes

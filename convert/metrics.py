@@ -16,8 +16,8 @@ Numbers = NDArray[np.float64]
 @dataclass(frozen=True)
 class Divergence:
     """For each position the Kullback-Leibler divergence of the result's distribution from the
-    source's, in nats; whether both have the same likeliest token; and both negative log-likelihoods
-    of the token that follows.
+    source's, in nats; whether both have the same likeliest token; and the loss of both
+    on the token that follows.
     """
 
     kl: Numbers

@@ -1,14 +1,68 @@
-"""Losses as tables for people: aligned plain text, and the same numbers for a model card."""
+"""The result of a conversion in numbers, and its loss as tables for people and model cards."""
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mlx_onevision.convert.metrics import DivergenceStats, Loss
-from mlx_onevision.convert.summary import size
+from mlx_onevision.config.quantization import ModuleQuantization
+
+if TYPE_CHECKING:
+    from mlx_onevision.convert.metrics import DivergenceStats, Loss
 
 Row = tuple[str, ...]
 
 
-def table(loss: Loss, layers: bool = True) -> str:
+@dataclass(frozen=True)
+class ConversionSummary:
+    """What a conversion makes, or would make.
+
+    source : the Hub's id or the folder's name; ``revision`` the Hub's commit.
+    nbytes : of the weights. ``values`` is how many numbers they stand for, padding left out.
+    quantized : how many matrices there are of each quantization, in words.
+    specs : the quantization of each quantized module, by the name that is written.
+    skipped : modules that the recipe would have quantized, whose width does not divide into groups.
+    padded : the width that the tower's MLPs were padded to; None if they were not.
+    files : the sizes of all files that are written; of a plan, of the weights alone.
+    download : bytes that are not on this machine yet; ``seconds`` : of writing and checking.
+    """
+
+    source: str
+    revision: str | None
+    target: Path
+    recipe: str
+    dtype: str
+    nbytes: int
+    values: int
+    bits_per_weight: float
+    shards: int
+    quantized: dict[str, int]
+    specs: dict[str, ModuleQuantization]
+    skipped: tuple[str, ...]
+    padded: int | None
+    files: dict[str, int]
+    version: str
+    download: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, under the names that ``convert --json`` has."""
+        values = dataclasses.asdict(self)
+        for name, key in (("quantized", "packed"), ("specs", "ways"), ("skipped", "left")):
+            values[key] = values.pop(name)
+        return values | {"target": str(self.target), "left": list(self.skipped)}
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them: decimal, as file browsers on a Mac count."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:,.{1 if factor < 1e9 else 2}f} {unit}"
+    return f"{nbytes:,.0f} bytes"
+
+
+def table(loss: "Loss", layers: bool = True) -> str:
     """One loss: its numbers, and the error after every layer or after the last alone."""
     stats = [f for f in (loss.all, loss.conversations, loss.texts) if f is not None]
     head = ("", "positions", "KL mean", "KL 99 %", "KL max", "same top token")
@@ -32,7 +86,7 @@ def table(loss: Loss, layers: bool = True) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def comparison(losses: Sequence[tuple[str, Loss]]) -> str:
+def comparison(losses: Sequence[tuple[str, "Loss"]]) -> str:
     """Several recipes beside each other, by their names."""
     head = ("recipe", "bits a weight", "weights", "KL mean", "KL 99 %", "same top token", "memory")
     rows = []
@@ -43,13 +97,13 @@ def comparison(losses: Sequence[tuple[str, Loss]]) -> str:
     return _aligned([head, *rows]) + "\n"
 
 
-def _stats_row(stats: DivergenceStats) -> Row:
+def _stats_row(stats: "DivergenceStats") -> Row:
     divergences = (stats.kl_mean, stats.kl_p99, stats.kl_max)
     numbers = ("0" if kl == 0 else f"{kl:.2e}" for kl in divergences)
     return (stats.name, str(stats.positions), *numbers, f"{stats.top1_agreement:.2%}")
 
 
-def _summary(loss: Loss) -> list[Row]:
+def _summary(loss: "Loss") -> list[Row]:
     weights, source = size(loss.weights_bytes), size(loss.source_weights_bytes)
     memory = f"{size(loss.memory.total)} at {loss.memory.tokens} tokens"
     rows = [

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from mlx_onevision.convert.hub import is_model_file
-from mlx_onevision.convert.summary import size
+from mlx_onevision.convert.report import size
 from mlx_onevision.convert.writer import failure, flush_folder
 from mlx_onevision.errors import RequestError, StorageError
 

@@ -15,8 +15,7 @@ from mlx_onevision.convert.hub import Source
 from mlx_onevision.convert.loss import Progress, Reference, measure
 from mlx_onevision.convert.metrics import Loss
 from mlx_onevision.convert.probes import QUICK, Probe, probes
-from mlx_onevision.convert.report import table
-from mlx_onevision.convert.summary import ConversionSummary, size
+from mlx_onevision.convert.report import ConversionSummary, size, table
 from mlx_onevision.engine.runner import working_set
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.network import memory_budget as memory

@@ -132,7 +132,7 @@ def frame_times(rng: Random, frames: int) -> tuple[float, ...]:
 
 
 def ask(rng: Random, medium: Medium) -> list[tuple[str, str, str]]:
-    """Questions (label, question, answer) about a medium, the most telling first."""
+    """Questions (label, question, answer) about a medium, the most informative first."""
     found: list[tuple[str, q.Turn | None]] = []
     if medium.video:
         scene = medium.scenes[0]

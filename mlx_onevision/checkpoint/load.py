@@ -233,7 +233,7 @@ def _patch_shape(tensor: Tensor, parameter: mx.array) -> tuple[int, ...]:
     out, height, width, channels = parameter.shape
     if height == channels:
         raise CheckpointError(
-            f"{tensor.source}: at a patch size of {height} its axes cannot be told apart"
+            f"{tensor.source}: at a patch size of {height} the order of its axes is ambiguous"
         )
     last = (out, height, width, channels)
     return last if tensor.shape == last else (out, channels, height, width)

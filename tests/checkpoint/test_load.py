@@ -209,7 +209,7 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
 
 def test_patches_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, sizes=Sizes(image_size=6, patch_size=3))
-    assert "at a patch size of 3 its axes cannot be told apart" in refusal(folder)
+    assert "at a patch size of 3 the order of its axes is ambiguous" in refusal(folder)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from mlx_onevision.engine.thread import Worker
+from mlx_onevision.engine.engine import Worker
 from mlx_onevision.errors import DiedError, OneVisionError
 
 
