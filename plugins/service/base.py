@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 from mlx_onevision.plugins.contract import results
@@ -37,26 +37,32 @@ class RequestQueue:
     """active : requests at once. waiting : queued behind them, first come first served."""
 
     def __init__(self, active: int, waiting: int) -> None:
-        self._most_active, self._most_waiting = active, waiting
+        self._most_active, self._most = active, active + waiting
         self._active: set[Slot] = set()
         self._waiting: deque[Slot] = deque()
+        self._reserved = 0
         self._changed = threading.Condition()
 
     def enter(self) -> Slot:
         """A slot, at once. Raises PluginError ``busy`` when the queue is full."""
         slot = Slot()
         with self._changed:
-            if len(self._active) < self._most_active and not self._waiting:
-                self._active.add(slot)
-            elif len(self._waiting) < self._most_waiting:
-                self._waiting.append(slot)
-            else:
-                raise PluginError(
-                    "busy",
-                    f"{len(self._active)} requests are under way and {len(self._waiting)} wait",
-                    "try again in a moment",
-                )
+            self._check_room()
+            self._waiting.append(slot)
+            self._promote()
         return slot
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keeps room for one request that has not entered yet. Raises PluginError ``busy``."""
+        with self._changed:
+            self._check_room()
+            self._reserved += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved -= 1
 
     def wait(self, slot: Slot) -> bool:
         """Until the slot is active; False when it was given up instead."""
@@ -75,8 +81,7 @@ class RequestQueue:
         """Makes room for the next; nothing if the slot is not active."""
         with self._changed:
             self._active.discard(slot)
-            while self._waiting and len(self._active) < self._most_active:
-                self._active.add(self._waiting.popleft())
+            self._promote()
             self._changed.notify_all()
 
     @contextmanager
@@ -96,6 +101,18 @@ class RequestQueue:
         """How many are active, and how many wait."""
         with self._changed:
             return len(self._active), len(self._waiting)
+
+    # Under the lock.
+
+    def _check_room(self) -> None:
+        active, waiting = len(self._active), len(self._waiting)
+        if active + waiting + self._reserved >= self._most:
+            message = f"{active} requests are under way and {waiting + self._reserved} wait"
+            raise PluginError("busy", message, "try again in a moment")
+
+    def _promote(self) -> None:
+        while self._waiting and len(self._active) < self._most_active:
+            self._active.add(self._waiting.popleft())
 
 
 class StreamingBackend(ABC):
@@ -122,6 +139,13 @@ class StreamingBackend(ABC):
 
     def _check(self, request: Request) -> None:  # noqa: B027
         """Raises PluginError for a request that is refused before it waits."""
+
+    def reserved(self) -> AbstractContextManager[None]:
+        """Keeps room for a request while it is read: one that would be refused need not be read.
+
+        Leave it before the request is made. Raises PluginError ``busy`` where there is no room.
+        """
+        return self._queue.reserved()
 
     def generate(self, request: GenerateRequest) -> EventStream[GenerateResult]:
         return self._start(request, GenerateRequest)

@@ -24,7 +24,6 @@ from crowding import (
 from served import Client, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
 from mlx_onevision.plugins.service.service import Limits
 
 pytestmark = pytest.mark.measured
@@ -192,7 +191,7 @@ def test_a_crowd_that_says_what_it_was_asked() -> None:
             assert len(set(identities(found))) == CONNECTIONS
 
     fake = FakeBackend(delay=0.01, limits=Limits(active=24, waiting=24))
-    with serving(fake, ServerSettings(admission_limit=48)) as client:
+    with serving(fake) as client:
         asyncio.run(main(client))
 
 

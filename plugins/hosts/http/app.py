@@ -64,7 +64,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         model=settings.model or backend.info().id,
         created=int(time.time()),
         threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
-        reader=BodyReader(settings),
+        reader=BodyReader(settings, backend),
         jobs=Jobs(backend),
         metrics=Metrics(),
     )
@@ -80,7 +80,6 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         Guards(settings, public=frozenset(files)),
         state.metrics,
         {route.endpoint: route.path for route in routes},
-        settings.admission_limit,
     )
 
 

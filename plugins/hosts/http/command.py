@@ -129,7 +129,6 @@ def serve(
             token=token,
             model=name,
             max_tokens=max_tokens,
-            admission_limit=concurrent + waiting,
         )
         with server.listening(settings, port) as listening:
             backend = open_engine(

@@ -1,4 +1,4 @@
-"""Around the application: guards, the admission limit, and counts for Prometheus.
+"""Around the application: guards, and counts for Prometheus.
 
 A web page can send requests to this machine from its visitor's browser and, with DNS rebinding,
 read the answers. So ``Host`` has to be a name of this server, ``Origin`` must not be another
@@ -12,19 +12,15 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from functools import partial
 from time import monotonic
 
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.results import ModelInfo, Usage
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.settings import WILDCARDS, ServerSettings
 
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
-_ADMIT = "mlx_onevision.admit"  # the key in the scope
 
 
 class Guards:
@@ -122,38 +118,27 @@ class Metrics:
 
 
 class Middleware:
-    """Around the application: guards, the admission limit, and the counts.
+    """Around the application: guards, and the counts.
 
     routes : the path of each endpoint; others are not named in the metrics, as they could fill the
         memory.
-    limit : requests for the model at once; None for as many as the backend takes.
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        guards: Guards,
-        metrics: Metrics,
-        routes: Mapping[object, str],
-        limit: int | None,
+        self, app: ASGIApp, guards: Guards, metrics: Metrics, routes: Mapping[object, str]
     ) -> None:
-        self._app, self._guards, self._metrics, self._limit = app, guards, metrics, limit
+        self._app, self._guards, self._metrics = app, guards, metrics
         self._routes, self._paths = routes, frozenset(routes.values())
-        self._admitted: set[object] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # no lifespan, no web sockets
-        status, began, request = 0, monotonic(), object()
-        scope[_ADMIT] = partial(self._admit, request)
+        status, began = 0, monotonic()
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif message["type"] == "http.response.body" and not message.get("more_body", False):
-                # Before the client hears of the end: it may ask again at once.
-                self._admitted.discard(request)
             await send(message)
 
         app = self._app
@@ -169,24 +154,6 @@ class Middleware:
         except asyncio.CancelledError:
             pass  # the server ends; what runs it would write a traceback
         finally:
-            self._admitted.discard(request)
             path = scope["path"]
             route = path if path in self._paths else self._routes.get(scope.get("endpoint"))
             self._metrics.add_request(route or "other", status, monotonic() - began)
-
-    def _admit(self, request: object) -> None:
-        if self._limit is not None and len(self._admitted) >= self._limit:
-            message = f"{len(self._admitted)} requests are under way or wait"
-            raise PluginError("busy", message, "try again in a moment")
-        self._admitted.add(request)
-
-
-def admit(request: Request) -> None:
-    """Counts a request for the model, until its answer has been sent or nobody waits for it.
-
-    Called before its body is parsed: parsing what is refused anyway would hold up everybody.
-
-    Raises:
-        PluginError: ``busy``, where there are as many as the limit allows.
-    """
-    request.scope[_ADMIT]()

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
@@ -14,8 +15,9 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
-from mlx_onevision.plugins.hosts.http.middleware import admit
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.service.base import StreamingBackend
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
 
@@ -29,10 +31,15 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyReader:
-    """Reads the bodies of a server's requests, and counts the bytes held by all of them."""
+    """Reads the bodies of a server's requests, and counts the bytes held by all of them.
 
-    def __init__(self, settings: ServerSettings) -> None:
+    backend : has to have room for a request before its body is parsed, where it can say so: parsing
+        what is refused anyway would hold up everybody.
+    """
+
+    def __init__(self, settings: ServerSettings, backend: Backend) -> None:
         self._settings, self._held = settings, 0
+        self._room = backend.reserved if isinstance(backend, StreamingBackend) else nullcontext
         # Megabytes of base64 take a while. Several threads would not parse them any faster.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
 
@@ -41,18 +48,18 @@ class BodyReader:
 
         Raises:
             HTTPError: 415, 413, 408, 429, and 400 with the field's name.
-            PluginError: ``busy``, when too many requests are under way.
+            PluginError: ``busy``, when the backend has no room for the request.
             ClientDisconnect: when nobody is there any more.
         """
         _check_head(request, self._settings)
         data = bytearray()
         try:
             await self._fill(data, request)
-            admit(request)
             parse = partial(_parsed, data, kind, self._settings)
-            if len(data) <= SMALL:
-                return parse()
-            return await asyncio.get_running_loop().run_in_executor(self._thread, parse)
+            with self._room():
+                if len(data) <= SMALL:
+                    return parse()
+                return await asyncio.get_running_loop().run_in_executor(self._thread, parse)
         finally:
             self._held -= len(data)
 

@@ -16,7 +16,6 @@ class ServerSettings:
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
     max_tokens : the backend's limit for one answer.
-    admission_limit : requests for the model, waiting ones included; None for the backend's limit.
     body, bodies : bytes of one request, and of all that are being read.
     depth, values : how deep, and how many, a request's JSON may hold.
     header_timeout : seconds that a request's head may take, and that its body may stand still.
@@ -28,7 +27,6 @@ class ServerSettings:
     token: str | None = None
     model: str | None = None
     max_tokens: int | None = None
-    admission_limit: int | None = None
     body: int = 32 << 20
     bodies: int = 256 << 20
     depth: int = 64

@@ -4,14 +4,18 @@ import asyncio
 import http.client
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from crowding import CHAT, Peer, PromptRequest
-from served import Client, serving, wait_for
+from served import Client, serving, video, wait_for
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.interface import Backend, GenerateRequest
+from mlx_onevision.plugins.service.base import RequestQueue
+from mlx_onevision.plugins.service.service import Limits
 
 
 def question(text: str, **fields: Any) -> dict[str, Any]:
@@ -19,11 +23,12 @@ def question(text: str, **fields: Any) -> dict[str, Any]:
 
 
 LONG = question("word " * 1000)
+ONE = Limits(active=1, waiting=0)
 
 
 @pytest.fixture
 def client() -> Iterator[Client]:
-    with serving(FakeBackend(delay=0.02), ServerSettings(admission_limit=2)) as found:
+    with serving(FakeBackend(delay=0.02, limits=Limits(active=1, waiting=1))) as found:
         yield found
 
 
@@ -81,13 +86,71 @@ def test_one_after_another_are_never_too_many() -> None:
         finally:
             peer.close()
 
-    with serving(FakeBackend(), ServerSettings(admission_limit=1)) as client:
+    with serving(FakeBackend(limits=ONE)) as client:
         asyncio.run(main(client))
 
 
 def test_a_body_that_does_not_come_takes_no_place() -> None:
-    settings = ServerSettings(admission_limit=1, header_timeout=5)
-    with serving(FakeBackend(), settings) as client:
+    with serving(FakeBackend(limits=ONE), ServerSettings(header_timeout=5)) as client:
         slow = client.begin("POST", CHAT, b"{", {"Content-Length": "100"})
         assert client.chat("hi").status == 200
         slow.close()
+
+
+def test_requests_that_came_another_way_are_counted() -> None:
+    """One of the program around the server, or a job that goes on after its answer: what comes then
+    is refused before it is parsed.
+    """
+    backend = FakeBackend(delay=0.05, pieces="a" * 2000, limits=ONE)
+    with serving(backend) as client:
+        with backend.generate(GenerateRequest.ask("a long answer")):
+            assert client.ask("POST", CHAT, b"nothing").status == 429
+        wait_for(lambda: taken(client) == 0)
+        job = client.ask("POST", "/v1/video/jobs", {"video": video()["video_url"]})
+        assert job.status == 202
+        assert client.ask("POST", CHAT, b"nothing").status == 429
+        client.ask("DELETE", job.json["poll"])
+        wait_for(lambda: taken(client) == 0)
+        assert client.ask("POST", CHAT, b"nothing").status == 400
+
+
+def test_a_place_is_kept_for_a_body_that_is_being_parsed() -> None:
+    queue = RequestQueue(1, 1)
+    for _ in range(2):
+        with queue.reserved(), queue.reserved(), pytest.raises(PluginError, match="2 wait"):
+            queue.enter()
+    with queue.reserved():
+        queue.enter()
+        with pytest.raises(PluginError, match="1 requests are under way and 1 wait"):
+            queue.enter()
+    queue.enter()  # what it was kept for
+    with pytest.raises(PluginError), queue.reserved():
+        pass
+
+
+def test_a_backend_that_only_the_contract_describes_refuses_itself() -> None:
+    """It has nothing but the methods of the contract, so a body is parsed first."""
+
+    class Other:
+        def __init__(self, backend: Backend) -> None:
+            self._backend = backend
+
+        def __getattr__(self, name: str) -> Any:
+            if not hasattr(Backend, name):
+                raise AttributeError(name)
+            return getattr(self._backend, name)
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._backend.close()
+
+    other: Any = Other(FakeBackend(delay=0.02, limits=ONE))
+    with serving(other) as client:
+        assert client.chat("hi").status == 200
+        with closing(client.begin("POST", CHAT, LONG)):
+            wait_for(lambda: taken(client) == 1)
+            assert client.ask("POST", CHAT, b"nothing").status == 400
+            reply = client.chat("hi")
+            assert reply.status == 429 and reply.headers["retry-after"] == "1"
