@@ -270,7 +270,7 @@ class Model:
     ) -> Embeddings:
         """One vector for each item, float32.
 
-        items : images and videos (paths, URLs or bytes, recognised by their first bytes; PIL images;
+        items : images and videos (paths, URLs or bytes, known by their first bytes; PIL images;
             uint8 arrays, four axes for a video), or typed blocks such as {"type": "text",
             "text": ...}; in the joint space, a list of images is one item.
         space : ``vision`` is for what looks alike, and knows no text. ``joint`` holds text,
