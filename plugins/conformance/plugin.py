@@ -2,20 +2,24 @@
 file written:
 
     pytest -p mlx_onevision.plugins.conformance.plugin \
-        --pyargs mlx_onevision.plugins.conformance.suite \
+        --pyargs mlx_onevision.plugins.conformance.plugin \
         --backend mine --setting url=http://127.0.0.1:8000 --video some.mp4
 
 Only who names it with ``-p`` loads it. Values of settings are JSON where they are, else texts.
 """
 
 import json
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from mlx_onevision.plugins.conformance import BackendConformance
 from mlx_onevision.plugins.conformance.subject import Subject
-from mlx_onevision.plugins.discovery import backends
+from mlx_onevision.plugins.discovery import backends, open_backend
+from mlx_onevision.plugins.interface import Backend, GenerateRequest, Message
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,3 +70,23 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+class TestBackend(BackendConformance):
+    option: ClassVar[Namespace]
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def choose(cls, pytestconfig: pytest.Config) -> None:
+        cls.option = option = pytestconfig.option
+        cls.patience, cls.can_unload = option.patience, not option.no_unload
+        cls.video = None if option.video is None else Path(option.video).read_bytes()
+
+    @classmethod
+    def open_backend(cls) -> Backend:
+        return open_backend(cls.option.backend, **dict(map(parse_setting, cls.option.setting)))
+
+    def long_request(self, **settings: Any) -> GenerateRequest:
+        usual = super().long_request(**settings)
+        text = self.option.long_request
+        return usual if text is None else replace(usual, messages=[Message("user", text)])

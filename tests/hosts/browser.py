@@ -20,7 +20,7 @@ from playwright.sync_api import (
 )
 from served import Client, serving
 
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 
 expect.set_options(timeout=20_000)  # milliseconds, on a machine that does much else

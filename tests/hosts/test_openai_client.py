@@ -17,7 +17,7 @@ from telling import WORDS, Telling
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.service import Limits
 
 

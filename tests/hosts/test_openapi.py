@@ -16,7 +16,7 @@ from served import Client, serving
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.app import OPERATIONS
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.service import Limits
 
 CHECKS = Path(__file__).with_name("openapi_checks.py")

@@ -13,7 +13,7 @@ from served import EXAMPLES, serving, wait_for
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.service import Limits
 
 SHAPES = EXAMPLES / "shapes.png"

@@ -11,7 +11,7 @@ from served import EXAMPLES
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 
 SHAPES, CIRCLE = EXAMPLES / "shapes.png", EXAMPLES / "circle.mp4"
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")

@@ -17,7 +17,7 @@ import pytest
 from served import Client, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.service import Limits
 
 CASES = 320

@@ -17,7 +17,7 @@ from mlx_onevision.plugins.adapters.fake import DIM, INFO, FakeBackend
 from mlx_onevision.plugins.adapters.http import HttpBackend
 from mlx_onevision.plugins.adapters.http_call import Call, Server
 from mlx_onevision.plugins.contract.errors import CODES, PluginError
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import (
     DescribeRequest,
     EmbedRequest,

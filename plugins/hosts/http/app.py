@@ -25,7 +25,7 @@ from mlx_onevision.plugins.hosts.http.errors import HTTPError, not_routed, to_ht
 from mlx_onevision.plugins.hosts.http.middleware import Guards, Metrics, Middleware
 from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Handler, Operation
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import Jobs
 

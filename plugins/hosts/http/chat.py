@@ -10,10 +10,17 @@ from starlette.responses import Response
 from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.hosts.http import response_types as types
-from mlx_onevision.plugins.hosts.http import streaming
 from mlx_onevision.plugins.hosts.http.content import schema_text
 from mlx_onevision.plugins.hosts.http.errors import ErrorBody, to_http_error
-from mlx_onevision.plugins.hosts.http.operations import DONE, EVENTS, JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.operations import (
+    DONE,
+    EVENTS,
+    JSON,
+    AppState,
+    Operation,
+    generate,
+    line,
+)
 from mlx_onevision.plugins.hosts.http.schemas import ChatRequest, MediaOptions
 
 
@@ -32,7 +39,7 @@ async def chat(state: AppState, request: Request) -> Response:
     await state.check_capabilities(wanted, logprobs="logprobs", json_schema="response_format")
     usage = asked.stream_options is not None and asked.stream_options.include_usage
     answer = Answer(state.model, usage)
-    return await streaming.generate(state, request, wanted, answer, bool(asked.stream))
+    return await generate(state, request, wanted, answer, bool(asked.stream))
 
 
 class Answer:
@@ -75,10 +82,10 @@ class Answer:
             yield self._line(last)
             if self._usage:
                 usage = types.usage_body(event.result.usage)
-                yield streaming.line({**self._chunk({}), "choices": [], "usage": usage})
-            yield streaming.line(DONE)
+                yield line({**self._chunk({}), "choices": [], "usage": usage})
+            yield line(DONE)
         elif isinstance(event, results.ErrorEvent):
-            yield streaming.line(to_http_error(event.error).body)
+            yield line(to_http_error(event.error).body)
 
     def _begin(self) -> Iterator[bytes]:
         if not self._begun:
@@ -89,7 +96,7 @@ class Answer:
         """Every chunk has the usage when it was asked for; but for the last it is empty."""
         if self._usage:
             chunk["usage"] = None
-        return streaming.line(chunk)
+        return line(chunk)
 
     def _chunk(
         self,

@@ -114,7 +114,7 @@ def serve(
     from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.http import server
     from mlx_onevision.plugins.hosts.http.app import create_app
-    from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
+    from mlx_onevision.plugins.hosts.http.server import ServerSettings, is_loopback
     from mlx_onevision.plugins.service.media_policy import MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 

@@ -9,9 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.contract.requests import EmbedRequest
 from mlx_onevision.plugins.contract.results import EmbedResult
-from mlx_onevision.plugins.hosts.http import streaming
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Operation, result
 from mlx_onevision.plugins.hosts.http.response_types import Embeddings
 from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
 
@@ -33,7 +32,7 @@ async def embeddings(state: AppState, request: Request) -> Response:
             why = f"vectors of the space {asked.space} have {dim} dimensions"
             message = f"{why} and cannot be shortened; leave dimensions out"
             raise HTTPError(400, message, param="dimensions")
-    found = await streaming.result(state.backend.stream_embed(wanted), request.receive)
+    found = await result(state.backend.stream_embed(wanted), request.receive)
     # Thousands of numbers take a while to write.
     return await state.blocking(lambda: JSONResponse(_body(found, asked, state.model)))
 

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_onevision.plugins.contract.results import ModelInfo, Usage
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.settings import WILDCARDS, ServerSettings
+from mlx_onevision.plugins.hosts.http.server import WILDCARDS, ServerSettings
 
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_onevision.plugins.hosts.http.operations import AppState, Handler
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 
 FILES = Path(__file__).with_name("static")
 INDEX = "index.html"

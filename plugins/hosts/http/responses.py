@@ -13,10 +13,16 @@ from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import GenerateRequest, Message
 from mlx_onevision.plugins.hosts.http import response_types as types
-from mlx_onevision.plugins.hosts.http import streaming
 from mlx_onevision.plugins.hosts.http.content import schema_text
 from mlx_onevision.plugins.hosts.http.errors import to_http_error
-from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.operations import (
+    EVENTS,
+    JSON,
+    AppState,
+    Operation,
+    generate,
+    line,
+)
 from mlx_onevision.plugins.hosts.http.schemas import LOGPROBS, MediaOptions, ResponsesRequest
 
 
@@ -34,7 +40,7 @@ async def respond(state: AppState, request: Request) -> Response:
     named = "include" if asked.top_logprobs is None else "top_logprobs"
     await state.check_capabilities(wanted, logprobs=named, json_schema="text")
     answer = Answer(asked, state.model)
-    return await streaming.generate(state, request, wanted, answer, bool(asked.stream))
+    return await generate(state, request, wanted, answer, bool(asked.stream))
 
 
 def _messages(asked: ResponsesRequest) -> list[Message]:
@@ -128,7 +134,7 @@ class Answer:
 
     def events(self, event: results.Event) -> Iterator[bytes]:
         for made in self._made(event):
-            yield streaming.line(made, made["type"])
+            yield line(made, made["type"])
 
     def _made(self, event: results.Event) -> Iterator[types.ResponseEvent]:
         if not self._announced and not isinstance(event, results.ProgressEvent):

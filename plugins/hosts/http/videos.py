@@ -12,10 +12,16 @@ from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.contract.requests import DescribeRequest
 from mlx_onevision.plugins.contract.results import ErrorEvent, Event
-from mlx_onevision.plugins.hosts.http import streaming
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_error
 from mlx_onevision.plugins.hosts.http.openapi import WithKeys
-from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.operations import (
+    EVENTS,
+    JSON,
+    AppState,
+    Operation,
+    SentEvents,
+    line,
+)
 from mlx_onevision.plugins.hosts.http.schemas import Sampling, VideoRequest
 from mlx_onevision.plugins.service.jobs import Job, Jobs, NoSuchJob
 
@@ -29,7 +35,7 @@ _FIELDS = ("segments", "start", "end", "num_frames", "longest", "system", "timeo
 
 async def describe(state: AppState, request: Request) -> Response:
     stream = state.backend.describe_video(await _read(state, request))
-    return streaming.SentEvents(stream, _written, state.settings.keep_alive_interval)
+    return SentEvents(stream, _written, state.settings.keep_alive_interval)
 
 
 async def start(state: AppState, request: Request) -> Response:
@@ -66,7 +72,7 @@ def _response(job: Job, status: int = 200) -> Response:
 def _written(event: Event) -> Iterator[bytes]:
     if isinstance(event, ErrorEvent):
         event = ErrorEvent.of(redact_error(event.error))
-    yield streaming.line(event.to_dict(), event.discriminator)
+    yield line(event.to_dict(), event.discriminator)
 
 
 OPERATIONS = (

@@ -4,6 +4,7 @@ embed.
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal
@@ -18,19 +19,34 @@ from mlx_onevision.plugins.contract.requests import (
     EmbeddingSpace,
     EmbedRequest,
     GenerateRequest,
+    Kind,
     Media,
     Message,
     Role,
+    sniff,
 )
 from mlx_onevision.plugins.contract.results import GenerateResult, ModelInfo, TextEvent
-from mlx_onevision.plugins.hosts.llm.attachments import TYPES, kind, media
-from mlx_onevision.plugins.hosts.llm.registry import Entry, Refusal, as_refusal, open_backend
+from mlx_onevision.plugins.hosts.llm.registry import (
+    POLICY,
+    Entry,
+    Refusal,
+    as_refusal,
+    open_backend,
+)
 from mlx_onevision.sampling.ranges import RANGES
 
 SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
 BATCH = 32  # items that are embedded together
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+
+HEAD = 32  # bytes that tell an image from a video
+
+# What llm accepts, by the MIME types that it guesses.
+TYPES = frozenset(
+    [f"image/{name}" for name in "png jpeg webp gif heic heif avif tiff bmp".split()]
+    + [f"video/{name}" for name in "mp4 quicktime x-matroska webm x-msvideo".split()]
+)
 
 
 def _ranged(name: str, description: str) -> Any:
@@ -269,3 +285,38 @@ class OneVisionEmbedding(EmbeddingModel):
             message = error.message.removeprefix("item 1: ") if alone else error.message
             raise PluginError(error.code, message, error.hint) from None
         return [list(vector) for vector in found.vectors]
+
+
+def media(attachment: llm.Attachment) -> Media:
+    """An image or a video. A file is named by its path; a URL is fetched.
+
+    Raises:
+        PluginError: for what is neither, and what cannot be read.
+    """
+    if attachment.path:
+        # Not from llm's bytes, which would be a copy of a whole video.
+        path = os.path.abspath(os.path.expanduser(attachment.path))
+        # As a video, of which any size may be opened: only the beginning is read.
+        file = POLICY.open(Media("video", path=path))
+        assert not isinstance(file, bytes)
+        with file:
+            return Media(kind(file.read(HEAD), path), path=path)
+    if attachment.content:
+        return Media(kind(attachment.content, "the attachment"), data=attachment.content)
+    if attachment.url:
+        data = POLICY.open(Media("image", url=attachment.url))
+        assert isinstance(data, bytes)
+        return Media(kind(data, attachment.url), data=data)
+    raise PluginError("unsupported_media", "an attachment is empty", "attach an image or a video")
+
+
+def kind(data: bytes, name: str) -> Kind:
+    """Image or video; ``unsupported_media`` for anything else."""
+    found = sniff(data[:HEAD])
+    if found is None:
+        raise PluginError(
+            "unsupported_media",
+            f"{name} is neither an image nor a video",
+            "attach one in a usual format",
+        )
+    return found

@@ -12,7 +12,7 @@ from served import Client, serving, video, wait_for
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend, GenerateRequest
 from mlx_onevision.plugins.service.base import RequestQueue
 from mlx_onevision.plugins.service.service import Limits

@@ -26,7 +26,7 @@ from mlx_onevision.plugins.hosts.http import server as running
 from mlx_onevision.plugins.hosts.http.app import create_app
 from mlx_onevision.plugins.hosts.http.command import serve
 from mlx_onevision.plugins.hosts.http.errors import redact_paths
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings, is_loopback
+from mlx_onevision.plugins.hosts.http.server import ServerSettings, is_loopback
 from mlx_onevision.plugins.service.service import Limits
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ from served import FILM, PICTURE, Client, Reply, serving, wait_for
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.hosts.http.settings import ServerSettings
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.jobs import Job
 from mlx_onevision.plugins.service.service import Limits
 
