@@ -120,7 +120,7 @@ def test_where_no_thread_is_left_the_request_fails_and_the_next_does_not(
 
 @pytest.mark.parametrize("readers", [1, 2])
 def test_so_many_hold_a_slot_in_order_and_who_leaves_makes_room(readers: int) -> None:
-    queue, lock = RequestQueue(readers, 12), threading.Lock()
+    queue, lock, left = RequestQueue(readers, 12), threading.Lock(), threading.Event()
     channels = [Channel() for _ in range(12)]
     inside, order, most, gone = set[int](), list[int](), 0, list[int]()
 
@@ -132,7 +132,8 @@ def test_so_many_hold_a_slot_in_order_and_who_leaves_makes_room(readers: int) ->
                     inside.add(number)
                     order.append(number)
                     most = max(most, len(inside))
-                time.sleep(0.02)
+                left.wait(10)
+                time.sleep(0.005)
                 with lock:
                     inside.remove(number)
         except PluginError as error:
@@ -144,6 +145,7 @@ def test_so_many_hold_a_slot_in_order_and_who_leaves_makes_room(readers: int) ->
         thread.start()
         time.sleep(0.005)
     channels[11].fail(PluginError("cancelled", "it has gone"))
+    left.set()
     for thread in threads:
         thread.join(10)
     assert (most, inside, gone) == (readers, set(), [11])
