@@ -195,7 +195,7 @@ def test_what_is_too_large_is_said_before_it_is_sent(browser: Browser) -> None:
         expect(tab.page.get_by_role("alert")).to_have_text(
             "large.png has 90 kB, but a request has room for 72 kB; make it smaller first. "
             "long.mp4 has 90 kB, but a request has room for 72 kB; "
-            "mlx-onevision describe takes films of any size."
+            "mlx-onevision describe takes videos of any size."
         )
         # Three that fit each, and not together.
         tab.choose(

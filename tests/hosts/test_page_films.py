@@ -288,7 +288,7 @@ def test_warnings_are_shown_and_text_before_its_part(browser: Browser) -> None:
 # What the view of a description shows after each event: what it waits for, words, parts.
 SHOWN = """async events => {
   const { DescriptionTurn } = await import("/page/description.js");
-  const { Film } = await import("/page/film.js");
+  const { Film } = await import("/page/video.js");
   const film = new Film({ name: "a.mp4", url: URL.createObjectURL(new Blob(["none"])) });
   const turn = new DescriptionTurn(film);
   document.querySelector("#talk").append(film.element, turn.element);

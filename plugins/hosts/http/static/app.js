@@ -1,23 +1,23 @@
 // The page: what its parts do for one another.
 
-import { ask } from "./asking.js";
+import { ask } from "./ask.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
 import { DEMO, examples, questions } from "./demo.js";
 import { byId } from "./dom.js";
-import { Greeter } from "./greeter.js";
-import { listen } from "./intake.js";
+import { Connection } from "./connection.js";
+import { listen } from "./file_input.js";
 import { medium } from "./media.js";
-import { Stage } from "./stage.js";
-import { describe } from "./telling.js";
-import { Work } from "./work.js";
+import { Stage } from "./viewer.js";
+import { describe } from "./describe.js";
+import { Work } from "./progress.js";
 
 /** @typedef {import("./media.js").Medium} Medium */
 
-const greeter = new Greeter(suggest);
+const connection = new Connection(suggest);
 const stage = new Stage(remove);
 const composer = new Composer(asked, () => work.stop());
-const work = new Work(composer, greeter);
+const work = new Work(composer, connection);
 let conversation = new Conversation();
 
 /** @param {string} question */
@@ -66,8 +66,8 @@ function remove(medium) {
 }
 
 function suggest() {
-  document.body.classList.toggle("demo", greeter.root === DEMO);
-  composer.suggest(greeter.root === DEMO ? questions(conversation.media) : []);
+  document.body.classList.toggle("demo", connection.root === DEMO);
+  composer.suggest(connection.root === DEMO ? questions(conversation.media) : []);
 }
 
 function anew() {
@@ -87,4 +87,4 @@ byId("describe").addEventListener("click", () => {
   if (film) describe(film, byId("cut").value, { stage, work });
 });
 listen(take);
-greeter.greet();
+connection.connect();

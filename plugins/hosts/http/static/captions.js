@@ -1,44 +1,44 @@
 // A described film as text and as subtitles: the same files as `mlx-onevision describe` writes.
 
 /** @typedef {{ start: number, end: number, text: string }} Segment */
-/** @typedef {{ segments: Segment[], summary?: string, warnings?: string[] }} Told */
+/** @typedef {{ segments: Segment[], summary?: string, warnings?: string[] }} Described */
 
 const SILENT = "Only the picture is described, not the sound.";
 
 /** SubRip has no way to write what looks like a tag, so that is given wide brackets.
- * @param {Told} told */
-export function srt(told) {
+ * @param {Described} described */
+export function srt(described) {
   const plain = (/** @type {string} */ text) =>
     text.replace(/<(?= *\/? *[\p{L}\p{N}_])/gu, "＜").replaceAll("{\\", "｛\\");
-  return cues(told, ",")
+  return cues(described, ",")
     .map(([start, end, text], place) => `${place + 1}\n${start} --> ${end}\n${plain(text)}\n`)
     .join("\n");
 }
 
-/** @param {Told} told */
-export function vtt(told) {
+/** @param {Described} described */
+export function vtt(described) {
   const escaped = (/** @type {string} */ text) =>
     text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-  const written = cues(told, ".").map(
+  const written = cues(described, ".").map(
     ([start, end, text]) => `${start} --> ${end}\n${escaped(text)}\n`,
   );
   return ["WEBVTT\n", `NOTE ${SILENT}\n`, ...written].join("\n");
 }
 
-/** @param {Told} told */
-export function text(told) {
-  const lines = told.summary ? [oneLine(told.summary), ""] : [];
-  for (const { start, end, text } of told.segments) {
+/** @param {Described} described */
+export function text(described) {
+  const lines = described.summary ? [oneLine(described.summary), ""] : [];
+  for (const { start, end, text } of described.segments) {
     lines.push(`[${exact(start)} - ${exact(end)}] ${oneLine(text)}`);
   }
-  return [...lines, ...(told.warnings || [])].join("\n") + "\n";
+  return [...lines, ...(described.warnings || [])].join("\n") + "\n";
 }
 
 /** Start, end and text; a segment without words makes no cue.
- * @param {Told} told
+ * @param {Described} described
  * @param {string} separator */
-function cues(told, separator) {
-  return told.segments
+function cues(described, separator) {
+  return described.segments
     .map(({ start, end, text }) => {
       const last = Math.max(end, start + 0.001);
       return [padded(start, separator), padded(last, separator), oneLine(text)];

@@ -1,4 +1,4 @@
-// What was asked and answered, as the server is told it again with the next question.
+// What was asked and answered, as it is sent again with the next question.
 
 import { part } from "./media.js";
 

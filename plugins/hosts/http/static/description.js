@@ -1,11 +1,11 @@
-// A film as it is told: its parts, then chapters and a summary.
+// A video as it is described: its parts, then chapters and a summary.
 
 import { srt, text, vtt } from "./captions.js";
 import { copyButton, saveButton } from "./clipboard.js";
 import { make, roving } from "./dom.js";
-import { mark } from "./film.js";
+import { mark } from "./video.js";
 import { clock } from "./numbers.js";
-import { Turn } from "./turn.js";
+import { Turn } from "./message.js";
 
 /** @typedef {import("./captions.js").Segment} Segment */
 
@@ -17,13 +17,13 @@ const STAGES = {
 
 export class DescriptionTurn extends Turn {
   /** @type {{ segments: Segment[], summary: string, warnings: string[] }} */
-  told = { segments: [], summary: "", warnings: [] };
+  described = { segments: [], summary: "", warnings: [] };
   #list = make("ol", { class: "parts" });
   #bar = make("progress", { "aria-label": "How far it is", max: 1 });
-  /** A part that is being told, as far as it is. @type {HTMLElement | null} */
+  /** A part that is being described, as far as it is. @type {HTMLElement | null} */
   #next = null;
 
-  /** @param {import("./film.js").Film} film */
+  /** @param {import("./video.js").Film} film */
   constructor(film) {
     super(`Describe ${film.name}`, []);
     this.film = film;
@@ -32,7 +32,7 @@ export class DescriptionTurn extends Turn {
     this.wait("Opening the film");
     roving(this.#list);
     film.clear();
-    film.watch((time) => mark(this.#list.children, this.told.segments, time));
+    film.watch((time) => mark(this.#list.children, this.described.segments, time));
   }
 
   /** @param {{ stage: string, done: number, total?: number }} event */
@@ -41,13 +41,13 @@ export class DescriptionTurn extends Turn {
       this.wait(total ? `Looking for scenes: ${clock(done)} of ${clock(total)}` : "Looking for scenes");
     } else if (["text", "describing"].includes(stage) && total) {
       this.#bar.value = done / total;
-      if (done < total) this.wait(`Telling: ${done} of ${total} done`);
+      if (done < total) this.wait(`Described: ${done} of ${total}`);
     } else if (stage in STAGES) {
       this.wait(STAGES[/** @type {keyof STAGES} */ (stage)]);
     }
   }
 
-  /** The next characters of the part that is being told. @param {string} delta */
+  /** The next characters of the part that is being described. @param {string} delta */
   add(delta) {
     if (!this.#next) this.#list.after((this.#next = make("p", { class: "words" })));
     this.#next?.append(delta);
@@ -63,22 +63,22 @@ export class DescriptionTurn extends Turn {
       {
         type: "button",
         class: "time",
-        tabindex: this.told.segments.length ? -1 : 0,
+        tabindex: this.described.segments.length ? -1 : 0,
         "aria-label": `Go to ${clock(start)}`,
         click: () => this.film.show(start),
       },
       clock(start),
       make("span", { class: "until" }, ` – ${clock(end)}`),
     );
-    this.told.segments.push(segment);
+    this.described.segments.push(segment);
     this.#list.append(make("li", {}, time, make("p", { class: "words" }, segment.text)));
     this.film.add(segment);
   }
 
   /** @param {any} result */
   done({ duration, summary, chapters, warnings }) {
-    this.told.summary = summary || "";
-    this.told.warnings = warnings || [];
+    this.described.summary = summary || "";
+    this.described.warnings = warnings || [];
     this.film.lasts(duration);
     if (chapters?.length) {
       const list = make("ol", { class: "chapters" });
@@ -89,7 +89,7 @@ export class DescriptionTurn extends Turn {
       this.body.append(make("h3", {}, "Chapters"), list);
     }
     if (summary) this.body.append(make("h3", {}, "Summary"), make("p", { class: "words" }, summary));
-    for (const warning of this.told.warnings) this.note(warning);
+    for (const warning of this.described.warnings) this.note(warning);
   }
 
   close() {
@@ -98,15 +98,15 @@ export class DescriptionTurn extends Turn {
     this.#next?.remove();
   }
 
-  /** What has been told, to be taken along. */
+  /** What has been described, to be taken along. */
   offerCaptions() {
-    if (!this.told.segments.length) return;
+    if (!this.described.segments.length) return;
     const stem = this.film.name.replace(/\.[^.]*$/, "") || "film";
     this.offer(
-      copyButton("Copy as SRT", () => srt(this.told)),
-      copyButton("Copy text", () => text(this.told)),
-      saveButton("Save SRT", () => `${stem}.srt`, () => srt(this.told)),
-      saveButton("Save VTT", () => `${stem}.vtt`, () => vtt(this.told)),
+      copyButton("Copy as SRT", () => srt(this.described)),
+      copyButton("Copy text", () => text(this.described)),
+      saveButton("Save SRT", () => `${stem}.srt`, () => srt(this.described)),
+      saveButton("Save VTT", () => `${stem}.vtt`, () => vtt(this.described)),
     );
   }
 }

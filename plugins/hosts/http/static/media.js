@@ -13,10 +13,10 @@ import { bytes } from "./numbers.js";
 
 const SPARE = 4096; // bytes of a request around a file
 
-/** How many bytes the server takes in one request; the page is told when it is sent. */
+/** How many bytes the server takes in one request; stands in the page when it is sent. */
 export function bodyLimit() {
-  const told = document.querySelector("meta[name=body-limit]")?.getAttribute("content");
-  return Number(told) || 32 << 20;
+  const limit = document.querySelector("meta[name=body-limit]")?.getAttribute("content");
+  return Number(limit) || 32 << 20;
 }
 
 /**
@@ -38,7 +38,7 @@ export async function medium(file) {
   if (file.size > most) {
     const way =
       kind === "video"
-        ? "mlx-onevision describe takes films of any size."
+        ? "mlx-onevision describe takes videos of any size."
         : "make it smaller first.";
     throw new Error(
       `${name} has ${bytes(file.size)}, but a request has room for ${bytes(most)}; ${way}`,

@@ -15,7 +15,7 @@ export class Thumbnails {
     this.#video.playsInline = true;
     this.#video.preload = "auto";
     this.#ready = happened(this.#video, "loadeddata");
-    this.#ready.catch(() => {}); // told to whoever asks for a picture
+    this.#ready.catch(() => {}); // whoever asks for an image gets it
     this.#video.src = url;
   }
 

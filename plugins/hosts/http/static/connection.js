@@ -3,7 +3,7 @@
 import { models, Refusal, useToken } from "./api.js";
 import { byId } from "./dom.js";
 
-export class Greeter {
+export class Connection {
   model = "";
   /** What that is, whatever its name here. */
   root = "";
@@ -13,10 +13,10 @@ export class Greeter {
   /** What has to be done once there is a token. @type {() => void} */
   #next = () => {};
 
-  /** @param {() => void} ongreeted */
-  constructor(ongreeted) {
-    this.ongreeted = ongreeted;
-    byId("reconnect").addEventListener("click", () => this.greet());
+  /** @param {() => void} onconnected */
+  constructor(onconnected) {
+    this.onconnected = onconnected;
+    byId("reconnect").addEventListener("click", () => this.connect());
     this.#form.addEventListener("submit", (/** @type {Event} */ event) => {
       event.preventDefault();
       if (!this.#field.value.trim()) return;
@@ -27,14 +27,14 @@ export class Greeter {
     });
   }
 
-  async greet() {
+  async connect() {
     try {
       [{ id: this.model, root: this.root }] = await models();
       this.#fault.hidden = true;
       byId("model").textContent = this.model;
-      this.ongreeted();
+      this.onconnected();
     } catch (error) {
-      if (this.wantsToken(error, () => this.greet())) return;
+      if (this.wantsToken(error, () => this.connect())) return;
       byId("server-said").textContent = /** @type {Error} */ (error).message;
       this.#fault.hidden = false;
     }
@@ -50,7 +50,7 @@ export class Greeter {
     byId("token-said").textContent = error.message;
     this.#next = () => {
       next();
-      if (!this.model) this.greet();
+      if (!this.model) this.connect();
     };
     this.#form.hidden = false;
     this.#field.focus();

@@ -1,7 +1,7 @@
 // What the conversation is about: pictures, and a film.
 
 import { byId, icon, make } from "./dom.js";
-import { Film } from "./film.js";
+import { Film } from "./video.js";
 import { bytes } from "./numbers.js";
 
 /** @typedef {import("./media.js").Medium} Medium */

@@ -1,9 +1,9 @@
 // The one request that is under way: shown as it goes, stopped, or ended by an error.
 
-import { Announcer } from "./announcer.js";
+import { Announcer } from "./screen_reader.js";
 import { byId } from "./dom.js";
 
-/** @typedef {import("./turn.js").Turn} Turn */
+/** @typedef {import("./message.js").Turn} Turn */
 
 const NEAR = 160; // pixels from the page's end within which it is followed
 
@@ -15,11 +15,11 @@ export class Work {
 
   /**
    * @param {import("./composer.js").Composer} composer
-   * @param {import("./greeter.js").Greeter} greeter
+   * @param {import("./connection.js").Connection} connection
    */
-  constructor(composer, greeter) {
+  constructor(composer, connection) {
     this.composer = composer;
-    this.greeter = greeter;
+    this.connection = connection;
   }
 
   /**
@@ -43,7 +43,7 @@ export class Work {
       if (running.signal.aborted) {
         turn.note("Stopped.");
         this.announcer.say("Stopped.");
-      } else if (this.greeter.wantsToken(error, once)) turn.element.remove();
+      } else if (this.connection.wantsToken(error, once)) turn.element.remove();
       else this.follow(() => turn.failed(/** @type {Error} */ (error).message, once));
     } finally {
       this.#running = null;

@@ -2,7 +2,7 @@
 
 import { copyButton } from "./clipboard.js";
 import { icon, make } from "./dom.js";
-import { figures } from "./figures.js";
+import { figures } from "./usage.js";
 
 /** @typedef {import("./media.js").Medium} Medium */
 

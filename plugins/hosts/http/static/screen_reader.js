@@ -1,4 +1,4 @@
-// What a screen reader is told of an answer that streams: sentences, not syllables.
+// What a screen reader reads out of an answer that streams: sentences, not syllables.
 
 import { byId, make } from "./dom.js";
 

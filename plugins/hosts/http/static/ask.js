@@ -1,19 +1,19 @@
 // A question, its answer as it streams, and what becomes of both.
 
 import { chat, size } from "./api.js";
-import { taken } from "./figures.js";
+import { taken } from "./usage.js";
 import { bodyLimit } from "./media.js";
 import { bytes } from "./numbers.js";
-import { AnswerTurn } from "./turn.js";
+import { AnswerTurn } from "./message.js";
 
 const SPARE = 1024; // bytes of a request beside its messages
 
 /**
  * @typedef {object} Page
  * @property {import("./conversation.js").Conversation} conversation
- * @property {import("./stage.js").Stage} stage
+ * @property {import("./viewer.js").Stage} stage
  * @property {import("./composer.js").Composer} composer
- * @property {import("./work.js").Work} work
+ * @property {import("./progress.js").Work} work
  */
 
 /**
@@ -53,7 +53,7 @@ export async function ask(question, page) {
  * @param {AnswerTurn} turn
  * @param {object[]} messages
  * @param {AbortSignal} signal
- * @param {import("./work.js").Work} work
+ * @param {import("./progress.js").Work} work
  */
 async function stream(turn, messages, signal, work) {
   const began = performance.now();

@@ -68,7 +68,7 @@ export class Film {
     this.#track.hidden = true;
   }
 
-  /** Another part is told. @param {Segment} part */
+  /** Another part is described. @param {Segment} part */
   add(part) {
     this.#parts.push(part);
     const number = this.#parts.length;
@@ -120,7 +120,7 @@ export class Film {
     for (const watcher of this.#watchers) watcher(time);
   }
 
-  /** Every part as wide as it is long; what is not told yet stays free. */
+  /** Every part as wide as it is long; what is not described yet stays free. */
   #layOut() {
     const parts = this.#parts;
     if (!parts.length) return;

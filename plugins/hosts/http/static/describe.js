@@ -8,7 +8,7 @@ import { rounded } from "./numbers.js";
 /**
  * @param {import("./media.js").Medium} film
  * @param {string} cut "scenes", or seconds
- * @param {{ stage: import("./stage.js").Stage, work: import("./work.js").Work }} page
+ * @param {{ stage: import("./viewer.js").Stage, work: import("./progress.js").Work }} page
  * @returns {Promise<void>}
  */
 export async function describe(film, cut, page) {
@@ -32,7 +32,7 @@ export async function describe(film, cut, page) {
  * @param {DescriptionTurn} turn
  * @param {object} asked
  * @param {AbortSignal} signal
- * @param {import("./work.js").Work} work
+ * @param {import("./progress.js").Work} work
  */
 async function stream(turn, asked, signal, work) {
   const began = performance.now();
