@@ -56,11 +56,9 @@ def open_backend(name: str = "engine", **settings: Any) -> Backend:
     except TypeError as error:
         raise bad_request(f"the backend {name!r} does not take these settings ({error})") from error
     if not isinstance(backend, Backend):
-        raise PluginError(
-            "internal",
-            f"what {found[name].value} returned is no backend",
-            "ask whoever wrote it to run mlx_onevision.plugins.conformance on it",
-        )
+        message = f"what {found[name].value} returned is no backend"
+        hint = "ask whoever wrote it to run mlx_onevision.plugins.conformance on it"
+        raise PluginError("internal", message, hint)
     return backend
 
 

@@ -12,79 +12,48 @@ contract has one version, ``API_VERSION``; objects of another are refused. Impor
 standard library and nothing else.
 """
 
+# ruff: noqa: I001 (a name as itself is a name for others)
+
 from typing import Any, Protocol, Self, runtime_checkable
 
-from mlx_onevision.plugins.contract.errors import CODES, Code, PluginError
+from mlx_onevision.plugins.contract.errors import (
+    CODES as CODES,
+    Code as Code,
+    PluginError as PluginError,
+)
 from mlx_onevision.plugins.contract.requests import (
-    DescribeRequest,
-    EmbedRequest,
-    GenerateRequest,
-    Group,
-    Media,
-    Message,
-    sniff,
+    DescribeRequest as DescribeRequest,
+    EmbedRequest as EmbedRequest,
+    GenerateRequest as GenerateRequest,
+    Group as Group,
+    Media as Media,
+    Message as Message,
+    sniff as sniff,
 )
 from mlx_onevision.plugins.contract.results import (
-    Capability,
-    Chapter,
-    DescribeResult,
-    DoneEvent,
-    EmbedResult,
-    ErrorEvent,
-    Event,
-    GenerateResult,
-    ModelInfo,
-    ProgressEvent,
-    Result,
-    Segment,
-    SegmentEvent,
-    Space,
-    TextEvent,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-    UsageEvent,
-    event_from_dict,
+    Capability as Capability,
+    Chapter as Chapter,
+    DescribeResult as DescribeResult,
+    DoneEvent as DoneEvent,
+    EmbedResult as EmbedResult,
+    ErrorEvent as ErrorEvent,
+    Event as Event,
+    GenerateResult as GenerateResult,
+    ModelInfo as ModelInfo,
+    ProgressEvent as ProgressEvent,
+    Result as Result,
+    Segment as Segment,
+    SegmentEvent as SegmentEvent,
+    Space as Space,
+    TextEvent as TextEvent,
+    TokenLogprob as TokenLogprob,
+    TopLogprob as TopLogprob,
+    Usage as Usage,
+    UsageEvent as UsageEvent,
+    event_from_dict as event_from_dict,
 )
-from mlx_onevision.plugins.contract.streams import Channel, EventStream
-from mlx_onevision.plugins.contract.wire import API_VERSION
-
-__all__ = [
-    "API_VERSION",
-    "CODES",
-    "Backend",
-    "Capability",
-    "Channel",
-    "Chapter",
-    "Code",
-    "DescribeRequest",
-    "DescribeResult",
-    "DoneEvent",
-    "EmbedRequest",
-    "EmbedResult",
-    "ErrorEvent",
-    "Event",
-    "EventStream",
-    "GenerateRequest",
-    "GenerateResult",
-    "Group",
-    "Media",
-    "Message",
-    "ModelInfo",
-    "PluginError",
-    "ProgressEvent",
-    "Result",
-    "Segment",
-    "SegmentEvent",
-    "Space",
-    "TextEvent",
-    "TokenLogprob",
-    "TopLogprob",
-    "Usage",
-    "UsageEvent",
-    "event_from_dict",
-    "sniff",
-]
+from mlx_onevision.plugins.contract.streams import Channel as Channel, EventStream as EventStream
+from mlx_onevision.plugins.contract.wire import API_VERSION as API_VERSION
 
 
 @runtime_checkable

@@ -16,7 +16,6 @@ from mlx_onevision.plugins.contract.results import (
     Usage,
 )
 from mlx_onevision.plugins.contract.streams import Channel, EventStream
-from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 WORDS = ("a ", "é", " b")
 
@@ -46,9 +45,7 @@ class Telling(FakeBackend):
             super().__init__(owner)
             self._words = owner.words
 
-        def generate(
-            self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-        ) -> GenerateResult:
+        def generate(self, request: GenerateRequest, channel: Channel) -> GenerateResult:
             said = self._words[: request.max_tokens]
             told = [_token(word, request.logprobs) for word in said]
             for word, token in zip(said, told, strict=True):

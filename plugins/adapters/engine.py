@@ -73,7 +73,7 @@ def open_engine(
         from mlx_onevision.api import Model
 
         loaded = Model(folder(), name=str(model), dtype=dtype)
-        return _Engine(loaded, (limits or Limits()).default_for(loaded.checkpoint_max_tokens))
+        return _Engine(loaded, policy or MediaPolicy(), limits or Limits())
 
     def describe() -> results.ModelInfo:
         if not found:
@@ -93,22 +93,20 @@ def import_engine() -> None:
 class _Engine:
     """A loaded model; see :class:`~mlx_onevision.plugins.service.service.LoadedModel`."""
 
-    def __init__(self, model: "Model", default_max_tokens: int) -> None:
-        self._model = model
-        self._default_max_tokens = default_max_tokens
+    def __init__(self, model: "Model", policy: MediaPolicy, limits: Limits) -> None:
+        self._model, self._policy = model, policy
+        self._default_max_tokens = limits.default_for(model.checkpoint_max_tokens)
         self._preparing = RequestQueue(PREPARING, sys.maxsize)
 
     @property
     def healthy(self) -> bool:
         return self._model.healthy
 
-    def generate(
-        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-    ) -> GenerateResult:
+    def generate(self, request: GenerateRequest, channel: Channel) -> GenerateResult:
         channel.put(results.ProgressEvent("preparing"))
         if request.json_schema is not None:  # refused before anything is read
             self._model.compile_schema(request.json_schema, channel.check)
-        question = self._question(request, policy, channel)
+        question = self._question(request, channel)
         channel.check()
         channel.put(results.ProgressEvent("answering"))
         (stream,) = self._model.submit_all([question])
@@ -121,14 +119,12 @@ class _Engine:
             channel.put(results.TextEvent(piece, logprobs=new))
         return _result(stream.result(), None if request.logprobs is None else tuple(logprobs))
 
-    def _question(
-        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-    ) -> "PromptRequest":
+    def _question(self, request: GenerateRequest, channel: Channel) -> "PromptRequest":
         given = {name: getattr(request, name) for name in SETTINGS}
         if request.max_tokens is None:
             given["max_tokens"] = self._default_max_tokens
         videos = any(medium.kind == "video" for medium in request.media)
-        with _MediaReader(policy, self._preparing, channel) as reader:
+        with _MediaReader(self._policy, self._preparing, channel) as reader:
             read = {id(medium): reader.of(medium) for medium in request.media}
             messages = [
                 {
@@ -149,25 +145,23 @@ class _Engine:
                 )
         for medium in question.inputs.media:
             if medium.video is not None:
-                policy.check_frames(len(medium.tiles))
+                self._policy.check_frames(len(medium.tiles))
         return question
 
-    def embed(self, request: EmbedRequest, policy: MediaPolicy, channel: Channel) -> EmbedResult:
+    def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
         total = len(request.items)
         parts = []
         for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
             channel.check()
             channel.put(results.ProgressEvent("embedding", first, total))
-            parts.append(self._embedded(request, first, policy, channel))
+            parts.append(self._embedded(request, first, channel))
         vectors = tuple(tuple(vector) for part in parts for vector in part.vectors.tolist())
         names = [field.name for field in fields(EmbedResult) if field.name != "vectors"]
         return EmbedResult(vectors=vectors, **{name: getattr(parts[0], name) for name in names})
 
-    def _embedded(
-        self, request: EmbedRequest, first: int, policy: MediaPolicy, channel: Channel
-    ) -> "Embeddings":
+    def _embedded(self, request: EmbedRequest, first: int, channel: Channel) -> "Embeddings":
         """A group of items; no more of them are ever held at once."""
-        with _MediaReader(policy, self._preparing, channel) as reader:
+        with _MediaReader(self._policy, self._preparing, channel) as reader:
             items = []
             for number, item in enumerate(request.items[first : first + GROUP], first + 1):
                 channel.check()
@@ -192,15 +186,13 @@ class _Engine:
                 check=channel.check,
             )
 
-    def describe_video(
-        self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
-    ) -> DescribeResult:
+    def describe_video(self, request: DescribeRequest, channel: Channel) -> DescribeResult:
         from mlx_onevision.describe.formats import Segment as LibrarySegment
         from mlx_onevision.describe.pipeline import Progress
 
         given = {name: getattr(request, name) for name in DESCRIBING}
         segments: list[results.Segment] = []
-        with _MediaReader(policy, self._preparing, channel) as reader:
+        with _MediaReader(self._policy, self._preparing, channel) as reader:
             channel.put(results.ProgressEvent("preparing"))
             video = reader.of(request.video)
             stream = reader.enter_context(self._model.stream_description(video, **given))

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from operator import getitem
-from typing import Any
+from typing import Any, get_args
 
 from mlx_onevision.plugins.contract import requests, results
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
@@ -35,10 +35,7 @@ INFO = results.ModelInfo(
     id="fake",
     revision="1",
     context=32768,
-    capabilities=(
-        *("generate", "embed", "describe_video", "images", "videos"),
-        *("logprobs", "json_schema"),
-    ),
+    capabilities=get_args(results.Capability),
     spaces=(
         results.Space("vision", DIM, ("image", "video"), trained=False),
         results.Space("joint", DIM, ("text", "image", "video"), trained=False),
@@ -120,25 +117,20 @@ class FakeBackend(Service):
         def healthy(self) -> bool:
             return self._owner._alive
 
-        def generate(
-            self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-        ) -> GenerateResult:
+        def generate(self, request: GenerateRequest, channel: Channel) -> GenerateResult:
             requests.require_capability(request, self._owner._claimed)
             channel.put(results.ProgressEvent("preparing"))
             pieces = self._owner._pieces or _answer(request.messages)
             if request.json_schema is not None:
                 pieces = document(request.json_schema)
             for medium in request.media:
-                _read(medium, policy)
+                _read(medium, self._owner.policy)
                 channel.check()
             words = sum(len(p.split()) for m in request.messages for p in m.parts if type(p) is str)
             prompt = words + 196 * len(request.media)
             if prompt >= INFO.context:
-                raise PluginError(
-                    "context_overflow",
-                    f"the prompt has {prompt} tokens, but the context holds {INFO.context}",
-                    "use fewer media or a shorter text",
-                )
+                message = f"the prompt has {prompt} tokens, but the context holds {INFO.context}"
+                raise PluginError("context_overflow", message, "use fewer media or a shorter text")
             channel.put(results.ProgressEvent("answering"))
             stop, logprobs = StopStrings(request.stop), _Logprobs(request.logprobs)
             text, count = "", 0
@@ -166,11 +158,9 @@ class FakeBackend(Service):
             )
             return GenerateResult(text, finish, usage, logprobs=logprobs.all)
 
-        def embed(
-            self, request: EmbedRequest, policy: MediaPolicy, channel: Channel
-        ) -> EmbedResult:
+        def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
             requests.require_capability(request, self._owner._claimed)
-            vectors = []
+            vectors, policy = [], self._owner.policy
             for place, item in enumerate(request.items):
                 channel.put(results.ProgressEvent("embedding", place, len(request.items)))
                 self._owner._step(place, channel)
@@ -180,33 +170,20 @@ class FakeBackend(Service):
                 except PluginError as error:
                     raise error.of(f"item {place + 1}") from None
                 vectors.append(_vector(b"\0".join(parts), request.normalize))
-            return EmbedResult(
-                vectors=tuple(vectors),
-                space=request.space,
-                dim=DIM,
-                model=INFO.id,
-                revision=INFO.revision,
-                method="hash",
-                normalized=request.normalize,
-            )
+            made = (DIM, INFO.id, INFO.revision, "hash", request.normalize)
+            return EmbedResult(tuple(vectors), request.space, *made)
 
-        def describe_video(
-            self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
-        ) -> DescribeResult:
+        def describe_video(self, request: DescribeRequest, channel: Channel) -> DescribeResult:
             requests.require_capability(request, self._owner._claimed)
             channel.put(results.ProgressEvent("preparing"))
-            _read(request.video, policy)
+            _read(request.video, self._owner.policy)
             first, last = request.start or 0.0, min(request.end or SECONDS, SECONDS)
             if first >= last:
-                raise PluginError("bad_request", f"start is {first:g} s, behind the video's end")
+                raise bad_request(f"start is {first:g} s, behind the video's end")
             window = request.segments if request.segments != "scenes" else 10.0
             if (last - first) / window > MOST_SEGMENTS:
-                raise PluginError(
-                    "bad_request",
-                    f"{last - first:g} s in segments of {window:g} s are more than "
-                    f"{MOST_SEGMENTS} segments",
-                    "use longer ones",
-                )
+                many = f"{last - first:g} s in segments of {window:g} s are more than"
+                raise bad_request(f"{many} {MOST_SEGMENTS} segments", "use longer ones")
             segments: list[results.Segment] = []
             count = math.ceil((last - first) / window)
             for place in range(count):
@@ -239,11 +216,9 @@ def _read(medium: requests.Media, policy: MediaPolicy) -> bytes:
             data = source.read()
     if requests.sniff(data) != medium.kind:
         given = "bytes" if medium.data else "a path" if medium.path else "a URL"
-        raise PluginError(
-            "unsupported_media",
-            f"the {medium.kind} given as {given} is no {medium.kind}",
-            "send an image or a video in a usual format",
-        )
+        message = f"the {medium.kind} given as {given} is no {medium.kind}"
+        hint = "send an image or a video in a usual format"
+        raise PluginError("unsupported_media", message, hint)
     return data
 
 

@@ -130,16 +130,11 @@ class Call:
         if isinstance(error, httpx2.SSEError):
             return strange(f"what {name} answers is no stream of events")
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return PluginError(
-                "model_not_found",
-                f"there is no server at {name} ({_reason(error)})",
-                "start one there with mlx-onevision serve, or name another",
-            )
-        return PluginError(
-            "internal",
-            f"the connection to {name} broke off ({_reason(error)})",
-            "the log of the server may say more",
-        )
+            message = f"there is no server at {name} ({_reason(error)})"
+            hint = "start one there with mlx-onevision serve, or name another"
+            return PluginError("model_not_found", message, hint)
+        message = f"the connection to {name} broke off ({_reason(error)})"
+        return PluginError("internal", message, "the log of the server may say more")
 
 
 def _read(response: httpx2.Response, most: int) -> bytes:

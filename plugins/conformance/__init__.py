@@ -23,8 +23,7 @@ the end of the backend.
 
 import pytest
 
-_PARTS = ("answers", "lifecycle", "subject")
-for _part in _PARTS:
+for _part in ("answers", "lifecycle", "subject"):
     pytest.register_assert_rewrite(f"{__name__}.{_part}")
 
 from mlx_onevision.plugins.conformance.answers import (  # noqa: E402

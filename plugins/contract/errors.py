@@ -1,7 +1,6 @@
 """Why a request was not served, as one exception with a code; standard library only."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 from mlx_onevision.errors import OneVisionError
@@ -66,19 +65,6 @@ class PluginError(Exception):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"code": self.code, "message": self.message, "hint": self.hint}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PluginError":
-        """The error that :meth:`to_dict` was taken of. Raises PluginError: ``bad_request``, for
-        values that are none.
-        """
-        keys = {"code", "message", "hint"}
-        if not isinstance(values, Mapping) or not {"code", "message"} <= set(values) <= keys:
-            raise bad_request("an error must have code, message and hint, and nothing else")
-        code, message, hint = values["code"], values["message"], values.get("hint", "")
-        if code not in CODES or not isinstance(message, str) or not isinstance(hint, str):
-            raise bad_request("an error has a code that is not known, or a message that is no text")
-        return cls(code, message, hint)
 
 
 def bad_request(message: str, hint: str = "") -> PluginError:

@@ -7,13 +7,14 @@ that is left out, or None, is the checkpoint's own.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from mlx_onevision.files import sniff as sniff
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.results import Capability
 from mlx_onevision.plugins.contract.wire import Part, Record
-from mlx_onevision.sampling.ranges import RANGES, Range
+from mlx_onevision.sampling import ranges
+from mlx_onevision.sampling.ranges import Range
 
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
@@ -74,8 +75,8 @@ EmbeddingSpace = Literal["vision", "joint"]
 LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
 LONGEST_SCHEMA = 1 << 18  # characters
 
-_RANGES = {
-    **RANGES,
+RANGES = {
+    **ranges.RANGES,
     "num_frames": Range(ge=1),
     "fps": Range(gt=0),
     "start": Range(ge=0),
@@ -88,16 +89,9 @@ _RANGES = {
 class _Request(Record):
     """What every request has."""
 
-    timeout: float | None
-
     def check(self) -> None:
-        for name, allowed in _RANGES.items():
+        for name, allowed in RANGES.items():
             _check_range(name, getattr(self, name, None), allowed)
-
-    @property
-    def media(self) -> tuple[Media, ...]:
-        """Everything that has to be read for it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -158,10 +152,8 @@ class GenerateRequest(_Request):
 
 
 @dataclass(frozen=True)
-class Group(Part):
+class Group(Part, discriminator="group"):
     """Several images that share one vector; in the joint space only."""
-
-    discriminator: ClassVar[str | None] = "group"
 
     media: Sequence[Media]
 
@@ -192,10 +184,8 @@ class EmbedRequest(_Request):
                 raise bad_request(f"items[{place}] is an empty text")
             if self.space == "vision" and not isinstance(item, Media):
                 what = "a text" if isinstance(item, str) else "a group"
-                raise bad_request(
-                    f"items[{place}] is {what}, for which the vision space has no place",
-                    "take the joint space",
-                )
+                message = f"items[{place}] is {what}, for which the vision space has no place"
+                raise bad_request(message, "take the joint space")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ then one done or error event, and nothing after it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from mlx_onevision.plugins.contract.errors import Code, PluginError, bad_request
 from mlx_onevision.plugins.contract.wire import Part, Record, without_version
@@ -72,6 +72,12 @@ class Usage(Part):
     decode_seconds: float = 0.0
     peak_memory_bytes: int = 0
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The wall time of each stage."""
+        stages = ("prepare", "encode", "prefill", "decode")
+        return {stage: getattr(self, f"{stage}_seconds") for stage in stages}
+
 
 @dataclass(frozen=True)
 class TopLogprob(Part):
@@ -100,15 +106,13 @@ class TokenLogprob(TopLogprob):
 
 
 @dataclass(frozen=True)
-class GenerateResult(Record):
+class GenerateResult(Record, discriminator="generation"):
     """A whole answer.
 
     finish_reason : "stop", the model ended or a stop string came; "length", it was cut off.
     notes : what of the videos was not used as it was asked for, a sentence each.
     logprobs : where they were asked for, of every token that the text is made of.
     """
-
-    discriminator: ClassVar[str | None] = "generation"
 
     text: str
     finish_reason: FinishReason
@@ -118,13 +122,11 @@ class GenerateResult(Record):
 
 
 @dataclass(frozen=True)
-class EmbedResult(Record):
+class EmbedResult(Record, discriminator="embeddings"):
     """Vectors, one for each item, with all that has to be known to compare them with others.
 
     Two vectors mean the same only if space, model, revision, quantization and method agree.
     """
-
-    discriminator: ClassVar[str | None] = "embeddings"
 
     vectors: tuple[tuple[float, ...], ...]
     space: str
@@ -163,13 +165,11 @@ class Chapter(Part):
 
 
 @dataclass(frozen=True)
-class DescribeResult(Record):
+class DescribeResult(Record, discriminator="description"):
     """A whole video, described. Sound is not.
 
     duration : seconds. warnings : what was left out, or could not be read.
     """
-
-    discriminator: ClassVar[str | None] = "description"
 
     duration: float
     segments: tuple[Segment, ...]
@@ -183,14 +183,12 @@ Result = GenerateResult | DescribeResult | EmbedResult
 
 
 @dataclass(frozen=True)
-class ProgressEvent(Record):
+class ProgressEvent(Record, discriminator="progress"):
     """How far it has come: ``done`` of ``total``, where there is something to count.
 
     stage : "queued", "loading", "preparing", "answering"; of a described video also what is done
         with it just now. New stages may be added; show one that is not known as it stands.
     """
-
-    discriminator: ClassVar[str | None] = "progress"
 
     stage: str
     done: float = 0
@@ -199,14 +197,12 @@ class ProgressEvent(Record):
 
 
 @dataclass(frozen=True)
-class TextEvent(Record):
+class TextEvent(Record, discriminator="text"):
     """The next characters, whole ones.
 
     segment : of which segment's text, of a described video.
     logprobs : where they were asked for, those of the tokens that have come since the event before.
     """
-
-    discriminator: ClassVar[str | None] = "text"
 
     delta: str
     segment: int | None = None
@@ -214,37 +210,29 @@ class TextEvent(Record):
 
 
 @dataclass(frozen=True)
-class SegmentEvent(Record):
+class SegmentEvent(Record, discriminator="segment"):
     """A segment of a video is described."""
-
-    discriminator: ClassVar[str | None] = "segment"
 
     segment: Segment
 
 
 @dataclass(frozen=True)
-class UsageEvent(Record):
+class UsageEvent(Record, discriminator="usage"):
     """What the request took."""
-
-    discriminator: ClassVar[str | None] = "usage"
 
     usage: Usage
 
 
 @dataclass(frozen=True)
-class DoneEvent(Record):
+class DoneEvent(Record, discriminator="done"):
     """The end, well done. The deltas of a generation, joined, are its text."""
-
-    discriminator: ClassVar[str | None] = "done"
 
     result: Result
 
 
 @dataclass(frozen=True)
-class ErrorEvent(Record):
+class ErrorEvent(Record, discriminator="error"):
     """The end, without a result. What has come before it may be shown, but is not an answer."""
-
-    discriminator: ClassVar[str | None] = "error"
 
     code: Code
     message: str

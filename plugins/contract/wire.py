@@ -34,6 +34,9 @@ class Part:
 
     discriminator: ClassVar[str | None] = None
 
+    def __init_subclass__(cls, discriminator: str | None = None) -> None:
+        cls.discriminator = discriminator or cls.discriminator
+
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
             object.__setattr__(self, name, _fitted(getattr(self, name), hint, name, json=False))
@@ -80,10 +83,8 @@ def without_version(values: Any, name: str) -> dict[str, Any]:
         raise bad_request(f"{name} has no api_version", f"this side speaks {API_VERSION}")
     version = values["api_version"]
     if version != API_VERSION or type(version) is not int:
-        raise bad_request(
-            f"{name} has api_version {_short(version)}, but this side speaks {API_VERSION}",
-            "update the older side",
-        )
+        message = f"{name} has api_version {_short(version)}, but this side speaks {API_VERSION}"
+        raise bad_request(message, "update the older side")
     return {key: value for key, value in values.items() if key != "api_version"}
 
 

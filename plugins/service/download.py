@@ -99,10 +99,9 @@ def _resolved(where: Where, private: bool) -> str:
     if not private:
         for address in addresses:
             if not _is_global(address):
-                raise bad_request(
-                    f"{where.named[:80]!r} is an address of this machine or its network",
-                    "whoever opens the backend can allow it with private in its MediaPolicy",
-                )
+                message = f"{where.named[:80]!r} is an address of this machine or its network"
+                hint = "whoever opens the backend can allow it with private in its MediaPolicy"
+                raise bad_request(message, hint)
     return addresses[0]
 
 
@@ -132,11 +131,8 @@ def _connection(where: Where, address: str) -> http.client.HTTPConnection:
 
 
 def _body(answer: http.client.HTTPResponse, where: Where, most: int, deadline: float) -> bytes:
-    too_large = PluginError(
-        "too_large",
-        f"what {where.named[:80]!r} sends has more than {most / 2**20:,.1f} MB",
-        "send something smaller",
-    )
+    message = f"what {where.named[:80]!r} sends has more than {most / 2**20:,.1f} MB"
+    too_large = PluginError("too_large", message, "send something smaller")
     promised = int(answer.getheader("Content-Length") or 0)
     if promised > most:
         raise too_large

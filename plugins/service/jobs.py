@@ -13,7 +13,7 @@ Who knows a job's id may ask for it and cancel it, so ids cannot be guessed, and
 import json
 import secrets
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Literal, Self
 
@@ -69,19 +69,18 @@ class NoSuchJob(PluginError):
 
 @dataclass(eq=False)
 class _JobState:
-    """A job as it is now; changed under the lock of :class:`Jobs` alone."""
+    """A job as it is now; changed under the lock of :class:`Jobs` alone.
+
+    job : but for its segments and its times, which ``shown`` adds.
+    """
 
     stream: EventStream[DescribeResult] | None  # which holds all its events, so not kept beyond it
     media: int
-    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    job: Job = field(default_factory=lambda: Job(secrets.token_hex(16), "queued"))
     began: float = field(default_factory=monotonic)
-    status: Status = "queued"
     ended: float | None = None
     asked_to_end: bool = False
-    progress: results.ProgressEvent | None = None
     segments: list[Segment] = field(default_factory=list)
-    result: DescribeResult | None = None
-    error: ErrorEvent | None = None
     result_size: int = 0
 
     @property
@@ -91,29 +90,23 @@ class _JobState:
 
     def end(self, outcome: results.DoneEvent | ErrorEvent) -> None:
         self.ended, self.stream = monotonic(), None
-        if isinstance(outcome, ErrorEvent):
-            self.error = outcome
-            cancelled = self.asked_to_end and outcome.code == "cancelled"
-            self.status = "cancelled" if cancelled else "failed"
-        elif isinstance(outcome.result, DescribeResult):
-            self.result, self.status = outcome.result, "done"
+        if isinstance(outcome, results.DoneEvent) and isinstance(outcome.result, DescribeResult):
+            self.job = replace(self.job, status="done", result=outcome.result)
             self.segments = list(outcome.result.segments)
             self.result_size = _size_of(outcome.result)
-        else:
-            self.error, self.status = NO_END, "failed"
+            return
+        error = outcome if isinstance(outcome, ErrorEvent) else NO_END
+        cancelled = self.asked_to_end and error.code == "cancelled"
+        self.job = replace(self.job, status="cancelled" if cancelled else "failed", error=error)
 
     def shown(self, kept: float) -> Job:
         """As it is now; it is kept for so many seconds after its end."""
         now = monotonic()
-        return Job(
-            id=self.id,
-            status=self.status,
+        return replace(
+            self.job,
             seconds=round((self.ended or now) - self.began, 3),
             forgotten_after=None if self.ended is None else round(self.ended + kept - now, 3),
-            progress=self.progress,
             segments=tuple(self.segments),
-            result=self.result,
-            error=self.error,
         )
 
 
@@ -159,7 +152,7 @@ class Jobs:
             if stream.ended:
                 stream.result()  # refused; nothing can be done already
             job = _JobState(stream, media)
-            self._jobs[job.id] = job
+            self._jobs[job.job.id] = job
             thread = threading.Thread(
                 target=self._follow, args=(job, stream), name="mlx-onevision-job", daemon=True
             )
@@ -210,17 +203,14 @@ class Jobs:
         self._forget()
         working = sum(job.ended is None for job in self._jobs.values())
         if working >= self._under_way:
-            raise PluginError(
-                "busy", f"{working} descriptions are under way", "try again when one has ended"
-            )
+            message = f"{working} descriptions are under way"
+            raise PluginError("busy", message, "try again when one has ended")
         if size > self._size:
-            raise PluginError(
-                "too_large", f"the video has {size / 2**20:,.1f} MB", "send something smaller"
-            )
+            message = f"the video has {size / 2**20:,.1f} MB"
+            raise PluginError("too_large", message, "send something smaller")
         if not self._make_room(size, 1):
-            raise PluginError(
-                "busy", "the videos of all descriptions are too large", "try again in a moment"
-            )
+            message = "the videos of all descriptions are too large"
+            raise PluginError("busy", message, "try again in a moment")
 
     def _make_room(self, size: int, number: int = 0) -> bool:
         """Forgets ended jobs, the oldest first, until there is room; False if there is none."""
@@ -231,14 +221,13 @@ class Jobs:
             ended = [job for job in self._jobs.values() if job.ended is not None]
             if not ended:
                 return False
-            del self._jobs[min(ended, key=lambda job: job.ended or 0).id]
+            del self._jobs[min(ended, key=lambda job: job.ended or 0).job.id]
         return True
 
     def _forget(self) -> None:
-        before = monotonic() - self._kept
-        for job in list(self._jobs.values()):
-            if job.ended is not None and job.ended <= before:
-                del self._jobs[job.id]
+        since = monotonic() - self._kept
+        jobs = self._jobs.items()
+        self._jobs = {id: job for id, job in jobs if job.ended is None or job.ended > since}
 
     def _found(self, id: str) -> _JobState:
         self._forget()
@@ -249,9 +238,8 @@ class Jobs:
 
     def _take(self, job: _JobState, event: results.Event) -> None:
         if isinstance(event, results.ProgressEvent):
-            job.progress = event
-            if event.stage != "queued":
-                job.status = "running"
+            status = job.job.status if event.stage == "queued" else "running"
+            job.job = replace(job.job, progress=event, status=status)
         elif isinstance(event, results.SegmentEvent):
             job.segments.append(event.segment)
             job.result_size += _size_of(event.segment)

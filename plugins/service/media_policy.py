@@ -98,9 +98,8 @@ class MediaPolicy:
         for kind, most in (("image", self.images), ("video", self.videos)):
             count = sum(medium.kind == kind for medium in media)
             if count > most:
-                raise PluginError(
-                    "too_large", f"there are {count} {kind}s", f"send {most} at most in one request"
-                )
+                hint = f"send {most} at most in one request"
+                raise PluginError("too_large", f"there are {count} {kind}s", hint)
         for medium in media:
             if medium.data is not None:
                 self._check_size(len(medium.data), f"the {medium.kind} sent as data")
@@ -112,9 +111,8 @@ class MediaPolicy:
     def check_frames(self, count: int | None) -> None:
         """Raises PluginError ``too_large`` for more frames of one video than are allowed."""
         if count is not None and count > self.frames:
-            raise PluginError(
-                "too_large", f"{count} frames of one video are too many", f"{self.frames} are read"
-            )
+            message = f"{count} frames of one video are too many"
+            raise PluginError("too_large", message, f"{self.frames} are read")
 
     def open(self, medium: Media) -> BinaryIO | bytes:
         """A medium's bytes, or its open file, whose ``name`` is the path that was asked for. Raises
@@ -194,11 +192,8 @@ class MediaPolicy:
 
     def _check_size(self, size: int, name: str) -> None:
         if size > self.size:
-            raise PluginError(
-                "too_large",
-                f"{name} has {size / 2**20:,.1f} MB",
-                f"{self.size / 2**20:,.1f} MB are read at most",
-            )
+            hint = f"{self.size / 2**20:,.1f} MB are read at most"
+            raise PluginError("too_large", f"{name} has {size / 2**20:,.1f} MB", hint)
 
 
 @contextmanager

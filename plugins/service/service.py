@@ -42,17 +42,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Raises PluginError for a number out of range."""
-        for name, least in (
-            ("active", 1),
-            ("waiting", 0),
-            ("max_tokens", 1),
-            ("default_max_tokens", 1),
-        ):
-            if getattr(self, name) < least:
-                raise bad_request(f"the limit {name} is {getattr(self, name)}, below {least}")
-        for name in ("timeout", "film_timeout", "keep_alive"):
-            if (getattr(self, name) or 0) < 0:
-                raise bad_request(f"the limit {name} is {getattr(self, name)}, below 0")
+        least = {"active": 1, "waiting": 0, "max_tokens": 1, "default_max_tokens": 1}
+        for name in (*least, "timeout", "film_timeout", "keep_alive"):
+            value, bound = getattr(self, name), least.get(name, 0)
+            if value is not None and value < bound:
+                raise bad_request(f"the limit {name} is {value}, below {bound}")
 
     def default_for(self, checkpoint: int | None) -> int:
         """Of an answer whose request has no max_tokens; ``checkpoint`` has its own, or None."""
@@ -63,7 +57,7 @@ class LoadedModel(Protocol):
     """What a service loads. Called from several threads at once.
 
     Each call may put events into the channel, looks at ``channel.check`` as it goes, and returns
-    its result or raises. It reads media by way of ``policy`` alone.
+    its result or raises. It reads media by way of the backend's media policy alone.
     """
 
     @property
@@ -71,17 +65,11 @@ class LoadedModel(Protocol):
         """False once it has died: every request fails at once, those under way too."""
         ...
 
-    def generate(
-        self, request: GenerateRequest, policy: MediaPolicy, channel: Channel
-    ) -> GenerateResult: ...
+    def generate(self, request: GenerateRequest, channel: Channel) -> GenerateResult: ...
 
-    def embed(
-        self, request: EmbedRequest, policy: MediaPolicy, channel: Channel
-    ) -> EmbedResult: ...
+    def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult: ...
 
-    def describe_video(
-        self, request: DescribeRequest, policy: MediaPolicy, channel: Channel
-    ) -> DescribeResult: ...
+    def describe_video(self, request: DescribeRequest, channel: Channel) -> DescribeResult: ...
 
     def close(self) -> None: ...
 
@@ -97,18 +85,13 @@ class ModelKeeper:
         background.start()
         self._load, self._keep_alive = load, keep_alive
         self._changed = threading.Condition()
-        self._model: LoadedModel | None = None
+        self.current: LoadedModel | None = None  # to look at, not to use
         self._error: BaseException | None = None
         self._busy = False  # loading or freeing: never both, so that two are never in memory
         self._users = 0
         self._free_when_idle = False
         self._closed = False
         self._timer: Timer | None = None
-
-    @property
-    def current(self) -> LoadedModel | None:
-        """The model, if it is in memory just now; to look at, not to use."""
-        return self._model
 
     def acquire(self, check: Callable[[], None]) -> LoadedModel:
         """The model, loaded if need be. :meth:`release` belongs to it.
@@ -134,9 +117,9 @@ class ModelKeeper:
             check()
             if self._closed:
                 raise CLOSED
-            if self._model is not None:
+            if self.current is not None:
                 self._stop_timer()
-                return self._model
+                return self.current
             if not self._busy:
                 if waited and self._error is not None:
                     raise self._error
@@ -153,7 +136,7 @@ class ModelKeeper:
     def unload(self) -> None:
         """Frees the model once nobody uses it or waits for it."""
         with self._changed:
-            self._free_when_idle = self._model is not None
+            self._free_when_idle = self.current is not None
             self._settle()
 
     def close(self) -> None:
@@ -164,7 +147,7 @@ class ModelKeeper:
             self._closed = self._free_when_idle = True
             self._changed.notify_all()
             self._settle()
-            self._changed.wait_for(lambda: self._model is None and not self._busy, UNLOAD_TIMEOUT)
+            self._changed.wait_for(lambda: self.current is None and not self._busy, UNLOAD_TIMEOUT)
 
     def wake(self) -> None:
         """Has those who wait look at their ``check`` again."""
@@ -174,7 +157,7 @@ class ModelKeeper:
     # Under the lock.
 
     def _settle(self) -> None:
-        if self._users or self._model is None:
+        if self._users or self.current is None:
             return
         if self._free_when_idle or self._keep_alive == 0:
             self._free()
@@ -190,7 +173,7 @@ class ModelKeeper:
 
     def _free(self) -> None:
         self._stop_timer()
-        model, self._model = self._model, None
+        model, self.current = self.current, None
         self._busy, self._free_when_idle = True, False
         _start("mlx-onevision-free", self._run_free, model)
 
@@ -208,7 +191,7 @@ class ModelKeeper:
         except BaseException as error:
             failure = error
         with self._changed:
-            self._model, self._error, self._busy = model, failure, False
+            self.current, self._error, self._busy = model, failure, False
             self._free_when_idle = self._closed
             self._settle()
             self._changed.notify_all()
@@ -292,10 +275,10 @@ class Service(StreamingBackend):
         model = self._keeper.acquire(channel.check)
         try:
             if isinstance(request, GenerateRequest):
-                return model.generate(request, self.policy, channel)
+                return model.generate(request, channel)
             if isinstance(request, EmbedRequest):
-                return model.embed(request, self.policy, channel)
-            return model.describe_video(request, self.policy, channel)
+                return model.embed(request, channel)
+            return model.describe_video(request, channel)
         finally:
             self._has_died(model)
             del model  # else this frame would keep it in memory after it was freed

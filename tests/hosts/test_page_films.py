@@ -20,9 +20,9 @@ from mlx_onevision.media.video import load_video
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.results import DescribeResult
-from mlx_onevision.plugins.hosts.http import page as page_files
+from mlx_onevision.plugins.hosts.http import app
 
-SHAPES = page_files.FILES / "shapes.mp4"
+SHAPES = app.FILES / "shapes.mp4"
 CIRCLE = EXAMPLES / "circle.mp4"
 DESCRIBE = "/v1/video/describe"
 

@@ -1,7 +1,11 @@
-"""The application: routes, and what is around them."""
+"""The application: routes, what is around them, and the page for people."""
 
+import hashlib
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,15 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_onevision.plugins.contract.errors import to_plugin_error
-from mlx_onevision.plugins.hosts.http import (
-    chat,
-    embeddings,
-    openapi,
-    page,
-    responses,
-    status,
-    videos,
-)
+from mlx_onevision.plugins.hosts.http import chat, embeddings, openapi, responses, status, videos
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, not_routed, to_http_error
 from mlx_onevision.plugins.hosts.http.middleware import Guards, Metrics, Middleware
 from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Handler, Operation
@@ -52,10 +48,8 @@ OPERATIONS: tuple[Operation, ...] = (
 
 
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:
-    """An ASGI application over ``backend``, which stays its owner's to close.
-
-    Raises:
-        PluginError: ``model_not_found``.
+    """An ASGI application over ``backend``, which stays its owner's to close. Raises PluginError:
+    ``model_not_found``.
     """
     settings = settings or ServerSettings()
     state = AppState(
@@ -68,8 +62,8 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         jobs=Jobs(backend),
         metrics=Metrics(),
     )
-    files = page.read_files(settings)
-    handlers: dict[str, dict[str, Handler]] = {path: {"GET": page.handler(files)} for path in files}
+    files = read_page(settings)
+    handlers: dict[str, dict[str, Handler]] = {path: {"GET": page_handler(files)} for path in files}
     for one in OPERATIONS:
         handlers.setdefault(one.path, {})[one.method] = one.handler
     routes = [_route(path, methods, state) for path, methods in handlers.items()]
@@ -99,3 +93,65 @@ def _route(path: str, handlers: dict[str, Handler], state: AppState) -> Route:
             return to_http_error(to_plugin_error(error)).response()
 
     return Route(path, endpoint, methods=list(handlers))
+
+
+# ``GET /``: the page for people, and the files that it is made of. They need no token; what it asks
+# for afterwards does. The headers make a browser load nothing but this server's files.
+
+FILES = Path(__file__).with_name("static")
+INDEX = "index.html"
+
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".mp4": "video/mp4",
+}
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True)
+class File:
+    data: bytes
+    kind: str
+    tag: str  # changes with the data
+
+
+def read_page(settings: ServerSettings) -> dict[str, File]:
+    """By path. All are read at the start: no request's path is ever looked for as a file."""
+    files: dict[str, File] = {}
+    for file in sorted(FILES.iterdir()):
+        if file.suffix in KINDS:
+            data, path = file.read_bytes(), f"/page/{file.name}"
+            if file.name == INDEX:
+                # The page refuses what is too large before it sends it.
+                data, path = data.replace(b"$BODY_LIMIT", str(settings.body).encode()), "/"
+            tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+            files[path] = File(data, KINDS[file.suffix], tag)
+    return files
+
+
+def page_handler(files: Mapping[str, File]) -> Handler:
+    async def answer(_: AppState, request: Request) -> Response:
+        file = files[request.scope["path"]]
+        headers = {**HEADERS, "ETag": file.tag}
+        known = request.headers.get("if-none-match", "").split(",")
+        if file.tag in {tag.strip().removeprefix("W/") for tag in known}:
+            return Response(status_code=304, headers=headers)
+        return Response(file.data, headers=headers, media_type=file.kind)
+
+    return answer

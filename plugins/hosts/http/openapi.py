@@ -77,7 +77,6 @@ _WITH_BODY = {
 _SOME = {
     401: "The token is missing or wrong.",
     404: "There is no such thing.",
-    409: "It is in a state that does not allow it.",
 }
 _WHY = {**_ALWAYS, **_WITH_BODY, **_SOME}
 

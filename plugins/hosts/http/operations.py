@@ -126,10 +126,8 @@ class Answer(Protocol):
 async def generate(
     state: AppState, request: Request, wanted: GenerateRequest, answer: Answer, streamed: bool
 ) -> Response:
-    """The answer to a request for text. Its tokens are counted in the metrics.
-
-    Raises:
-        PluginError: what ended the request instead, where it is not streamed.
+    """The answer to a request for text. Its tokens are counted in the metrics. Raises PluginError:
+    what ended the request instead, where it is not streamed.
     """
     stream = state.backend.generate(wanted)
     if not streamed:
@@ -147,10 +145,8 @@ async def generate(
 
 
 async def result(stream: EventStream[Wanted], receive: Receive) -> Wanted:
-    """The result, waited for as long as the client does.
-
-    Raises:
-        PluginError: what ended the request instead.
+    """The result, waited for as long as the client does. Raises PluginError: what ended the request
+    instead.
     """
     async with stream:
         watcher = asyncio.create_task(_watch(receive, stream))
@@ -192,7 +188,7 @@ class SentEvents(Response):
         held, waiting = b"", None
         try:
             while True:
-                waiting = waiting or asyncio.ensure_future(_next(self._stream))
+                waiting = waiting or asyncio.ensure_future(anext(self._stream, None))
                 done, _ = await asyncio.wait({waiting}, timeout=self._interval)
                 if not done:
                     await self._send(send, held + KEEP_ALIVE)
@@ -220,10 +216,6 @@ class SentEvents(Response):
             head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(head)
         await send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-async def _next(stream: EventStream[Any]) -> results.Event | None:
-    return await anext(stream, None)
 
 
 async def _watch(receive: Receive, stream: EventStream[Any]) -> None:

@@ -44,12 +44,9 @@ class BodyReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
 
     async def read(self, request: Request, kind: type[Wanted]) -> Wanted:
-        """The body, as ``kind``.
-
-        Raises:
-            HTTPError: 415, 413, 408, 429, and 400 with the field's name.
-            PluginError: ``busy``, when the backend has no room for the request.
-            ClientDisconnect: when nobody is there any more.
+        """The body, as ``kind``. Raises HTTPError: 415, 413, 408, 429, and 400 with the field's
+        name; PluginError: ``busy``, when the backend has no room for the request; ClientDisconnect:
+        when nobody is there any more.
         """
         _check_head(request, self._settings)
         data = bytearray()
@@ -111,10 +108,8 @@ def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wa
 
 
 def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        HTTPError: 400, also for NaN, deep nesting, very many values and lone surrogates.
+    """A JSON object. Raises HTTPError: 400, also for NaN, deep nesting, very many values and lone
+    surrogates.
     """
     # Before it is parsed: every value costs far more memory than its characters.
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:

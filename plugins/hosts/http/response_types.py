@@ -128,17 +128,8 @@ def usage_body(usage: Usage) -> ChatUsage:
             "cached_tokens": usage.cached_tokens,
             "media_tokens": usage.media_tokens,
         },
-        "seconds": took(usage),
+        "seconds": Took(**usage.seconds),
         "peak_memory_bytes": usage.peak_memory_bytes,
-    }
-
-
-def took(usage: Usage) -> Took:
-    return {
-        "prepare": usage.prepare_seconds,
-        "encode": usage.encode_seconds,
-        "prefill": usage.prefill_seconds,
-        "decode": usage.decode_seconds,
     }
 
 
@@ -239,20 +230,22 @@ class ResponseObject(TypedDict):
     notes: NotRequired[list[str]]
 
 
-class Whole(TypedDict):
-    type: WholeType
+class Numbered(TypedDict):
     sequence_number: int
+
+
+class Whole(Numbered):
+    type: WholeType
     response: ResponseObject
 
 
-class ItemEvent(TypedDict):
+class ItemEvent(Numbered):
     type: Literal["response.output_item.added", "response.output_item.done"]
-    sequence_number: int
     output_index: int
     item: OutputMessage
 
 
-class InItem(TypedDict):
+class InItem(Numbered):
     item_id: str
     output_index: int
     content_index: int
@@ -260,20 +253,17 @@ class InItem(TypedDict):
 
 class PartEvent(InItem):
     type: Literal["response.content_part.added", "response.content_part.done"]
-    sequence_number: int
     part: OutputText
 
 
 class TextDelta(InItem):
     type: Literal["response.output_text.delta"]
-    sequence_number: int
     delta: str
     logprobs: list[Chosen]
 
 
 class TextDone(InItem):
     type: Literal["response.output_text.done"]
-    sequence_number: int
     text: str
     logprobs: list[Chosen]
 

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -61,11 +61,7 @@ class Answer:
     def __init__(self, asked: ResponsesRequest, model: str) -> None:
         self._asked, self._model = asked, model
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
-        self._place: types.InItem = {
-            "item_id": f"msg_{uuid.uuid4().hex}",
-            "output_index": 0,
-            "content_index": 0,
-        }
+        self._item_id = f"msg_{uuid.uuid4().hex}"
         self._text, self._numbers = "", count()
         self._announced = self._begun = False
 
@@ -126,7 +122,7 @@ class Answer:
     def _item(self, status: types.MessageStatus, *content: types.OutputText) -> types.OutputMessage:
         return {
             "type": "message",
-            "id": self._place["item_id"],
+            "id": self._item_id,
             "role": "assistant",
             "status": status,
             "content": list(content),
@@ -147,8 +143,7 @@ class Answer:
             self._text += event.delta
             yield {
                 "type": "response.output_text.delta",
-                "sequence_number": next(self._numbers),
-                **self._place,
+                **self._next(),
                 "delta": event.delta,
                 "logprobs": [types.chosen(token) for token in event.logprobs],
             }
@@ -163,18 +158,8 @@ class Answer:
         if self._begun:
             return
         self._begun = True
-        yield {
-            "type": "response.output_item.added",
-            "sequence_number": next(self._numbers),
-            "output_index": 0,
-            "item": self._item("in_progress"),
-        }
-        yield {
-            "type": "response.content_part.added",
-            "sequence_number": next(self._numbers),
-            **self._place,
-            "part": _part(""),
-        }
+        yield self._item_event("response.output_item.added", self._item("in_progress"))
+        yield {"type": "response.content_part.added", **self._next(), "part": _part("")}
 
     def _end(self, found: results.GenerateResult) -> Iterator[types.ResponseEvent]:
         body = self.whole(found)
@@ -182,25 +167,27 @@ class Answer:
         (part,) = message["content"]
         yield {
             "type": "response.output_text.done",
-            "sequence_number": next(self._numbers),
-            **self._place,
+            **self._next(),
             "text": part["text"],
             "logprobs": part["logprobs"],
         }
-        yield {
-            "type": "response.content_part.done",
-            "sequence_number": next(self._numbers),
-            **self._place,
-            "part": part,
-        }
-        yield {
-            "type": "response.output_item.done",
-            "sequence_number": next(self._numbers),
-            "output_index": 0,
-            "item": message,
-        }
+        yield {"type": "response.content_part.done", **self._next(), "part": part}
+        yield self._item_event("response.output_item.done", message)
         cut = body["status"] == "incomplete"
         yield self._state("response.incomplete" if cut else "response.completed", body)
+
+    def _next(self) -> types.InItem:
+        """The number of an event within the text, and where that is."""
+        number, item = next(self._numbers), self._item_id
+        return {"sequence_number": number, "item_id": item, "output_index": 0, "content_index": 0}
+
+    def _item_event(
+        self,
+        kind: Literal["response.output_item.added", "response.output_item.done"],
+        item: types.OutputMessage,
+    ) -> types.ItemEvent:
+        number = next(self._numbers)
+        return {"type": kind, "sequence_number": number, "output_index": 0, "item": item}
 
     def _state(self, kind: types.WholeType, body: types.ResponseObject) -> types.ResponseEvent:
         return {"type": kind, "sequence_number": next(self._numbers), "response": body}
@@ -222,7 +209,7 @@ def _usage(usage: results.Usage) -> types.ResponseUsage:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "seconds": types.took(usage),
+        "seconds": types.Took(**usage.seconds),
         "peak_memory_bytes": usage.peak_memory_bytes,
     }
 

@@ -78,10 +78,8 @@ def is_loopback(host: str) -> bool:
 
 
 def listening(settings: ServerSettings, port: int) -> socket.socket:
-    """The socket; port 0 is any that is free.
-
-    Raises:
-        PluginError: ``bad_request``, where that is not possible.
+    """The socket; port 0 is any that is free. Raises PluginError: ``bad_request``, where that is
+    not possible.
     """
     where = (settings.host, port)
     try:
@@ -89,9 +87,8 @@ def listening(settings: ServerSettings, port: int) -> socket.socket:
         return socket.create_server(where, family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
-        raise bad_request(
-            f"cannot listen on {settings.host} port {port} ({why})", "choose another with --port"
-        ) from None
+        message = f"cannot listen on {settings.host} port {port} ({why})"
+        raise bad_request(message, "choose another with --port") from None
 
 
 class Server(uvicorn.Server):

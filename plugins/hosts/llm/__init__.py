@@ -13,28 +13,23 @@ from typing import Any
 import click
 import llm
 
+from mlx_onevision.plugins.hosts.llm import models
 from mlx_onevision.plugins.hosts.llm.commands import onevision
-from mlx_onevision.plugins.hosts.llm.models import (
-    SPACES,
-    AsyncOneVision,
-    OneVision,
-    OneVisionEmbedding,
-)
 from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, added
 
 
 @llm.hookimpl
 def register_models(register: Callable[..., Any]) -> None:
     for entry in _entries():
-        register(OneVision(entry), AsyncOneVision(entry), aliases=entry.aliases)
+        register(models.OneVision(entry), models.AsyncOneVision(entry), aliases=entry.aliases)
 
 
 @llm.hookimpl
 def register_embedding_models(register: Callable[..., Any]) -> None:
     for entry in _entries():
-        for space in SPACES:
+        for space in models.SPACES:
             aliases = tuple(f"{alias}-{space}" for alias in entry.aliases)
-            register(OneVisionEmbedding(entry, space), aliases=aliases)
+            register(models.OneVisionEmbedding(entry, space), aliases=aliases)
 
 
 @llm.hookimpl

@@ -7,16 +7,9 @@ import click
 import llm
 
 from mlx_onevision.cli.options import revision_option
+from mlx_onevision.plugins.hosts.llm import registry
 from mlx_onevision.plugins.hosts.llm.models import SPACES
-from mlx_onevision.plugins.hosts.llm.registry import (
-    BUILT_IN,
-    Entry,
-    Refusal,
-    added,
-    as_refusal,
-    open_backend,
-    save,
-)
+from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, added, as_refusal
 
 
 @click.group()
@@ -49,13 +42,13 @@ def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | 
         entry = Entry(model if name is None else name, model, revision, aliases)
     else:
         with as_refusal():  # a folder that holds no such model is refused now rather than later
-            open_backend(Entry("", model, revision)).info()
+            registry.open_backend(Entry("", model, revision)).info()
         folder = Path(model).expanduser().resolve()
         entry = Entry(
             f"onevision-{folder.name}" if name is None else name, str(folder), None, aliases
         )
     _check_names(entry)
-    save([*added(), entry])
+    registry.save([*added(), entry])
     click.echo(f"llm -m {entry.names[-1]} asks {entry.model}")
 
 
@@ -91,7 +84,7 @@ def remove(name: str) -> None:
         always = any(name == entry.id for entry in BUILT_IN)
         why = "is always there" if always else "has not been added"
         raise Refusal(f"{name} {why}; 'llm onevision list' shows what has")
-    save([entry for entry in entries if entry not in gone])
+    registry.save([entry for entry in entries if entry not in gone])
 
 
 def _check_names(entry: Entry) -> None:
@@ -101,6 +94,5 @@ def _check_names(entry: Entry) -> None:
         if not name or any(character.isspace() for character in name):
             raise Refusal(f"{name!r} is no name; give one without spaces")
         if name in taken:
-            raise Refusal(
-                f"llm has a model {name!r} already; choose another with --name or --alias"
-            )
+            message = f"llm has a model {name!r} already; choose another with --name or --alias"
+            raise Refusal(message)

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import (
+    RANGES,
     EmbeddingSpace,
     EmbedRequest,
     GenerateRequest,
@@ -26,14 +27,8 @@ from mlx_onevision.plugins.contract.requests import (
     sniff,
 )
 from mlx_onevision.plugins.contract.results import GenerateResult, ModelInfo, TextEvent
-from mlx_onevision.plugins.hosts.llm.registry import (
-    POLICY,
-    Entry,
-    Refusal,
-    as_refusal,
-    open_backend,
-)
-from mlx_onevision.sampling.ranges import RANGES
+from mlx_onevision.plugins.hosts.llm import registry
+from mlx_onevision.plugins.hosts.llm.registry import Entry, Refusal, as_refusal
 
 SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
 BATCH = 32  # items that are embedded together
@@ -49,9 +44,10 @@ TYPES = frozenset(
 )
 
 
-def _ranged(name: str, description: str) -> Any:
-    """A sampling setting with its range in the table that library, contract and hosts share."""
-    return Field(default=None, description=description, **RANGES[name].bounds)
+def _option(name: str, description: str) -> Any:
+    """A setting, with its range in the table that contract and hosts share where it has one."""
+    bounds = RANGES[name].bounds if name in RANGES else {}
+    return Field(default=None, description=description, **bounds)
 
 
 class OneVisionOptions(llm.Model.Options):
@@ -59,47 +55,41 @@ class OneVisionOptions(llm.Model.Options):
     out is the model's own.
     """
 
-    max_tokens: int | None = _ranged(
+    max_tokens: int | None = _option(
         "max_tokens", "The longest answer, in tokens; by default the model's own limit, or 256"
     )
-    temperature: float | None = _ranged(
+    temperature: float | None = _option(
         "temperature", "0 always takes the likeliest token; more varies the answer"
     )
-    top_p: float | None = _ranged(
+    top_p: float | None = _option(
         "top_p", "Choose among the likeliest tokens that make up this much probability"
     )
-    top_k: int | None = _ranged("top_k", "Choose among so many of the likeliest tokens; 0 for all")
-    min_p: float | None = _ranged(
+    top_k: int | None = _option("top_k", "Choose among so many of the likeliest tokens; 0 for all")
+    min_p: float | None = _option(
         "min_p", "Choose among tokens at least this likely, relative to the likeliest one"
     )
-    repetition_penalty: float | None = _ranged(
+    repetition_penalty: float | None = _option(
         "repetition_penalty", "Above 1 makes repeated tokens less likely"
     )
-    seed: int | None = _ranged("seed", "Makes a varied answer repeatable")
-    stop: str | list[str] | None = Field(
-        default=None, description="A text, or a list of texts, before which the answer ends"
+    seed: int | None = _option("seed", "Makes a varied answer repeatable")
+    stop: str | list[str] | None = _option(
+        "stop", "A text, or a list of texts, before which the answer ends"
     )
-    num_frames: int | None = Field(
-        default=None, ge=1, description="So many frames of each video, evenly spread; 32 by default"
+    num_frames: int | None = _option(
+        "num_frames", "So many frames of each video, evenly spread; 32 by default"
     )
-    fps: float | None = Field(
-        default=None, gt=0, description="So many frames of each second of a video instead"
+    fps: float | None = _option("fps", "So many frames of each second of a video instead")
+    start: float | None = _option("start", "Only what comes after these seconds of a video")
+    end: float | None = _option("end", "Only what comes before these seconds of a video")
+    tiling: Literal["auto", "always", "never"] | None = _option(
+        "tiling",
+        "auto cuts an image into tiles that is alone in the conversation; always and never say so "
+        "for every one",
     )
-    start: float | None = Field(
-        default=None, ge=0, description="Only what comes after these seconds of a video"
-    )
-    end: float | None = Field(
-        default=None, gt=0, description="Only what comes before these seconds of a video"
-    )
-    tiling: Literal["auto", "always", "never"] | None = Field(
-        default=None,
-        description="auto cuts an image into tiles that is alone in the conversation; always and "
-        "never say so for every one",
-    )
-    order: Literal["template", "given"] | None = Field(
-        default=None,
-        description="template shows images before the words of their message; given leaves them "
-        "where they stand",
+    order: Literal["template", "given"] | None = _option(
+        "order",
+        "template shows images before the words of their message; given leaves them where they "
+        "stand",
     )
 
 
@@ -136,7 +126,7 @@ class OneVision(_Answers, llm.Model):
         conversation: llm.Conversation | None,
     ) -> Iterator[str]:
         with as_refusal():
-            backend = open_backend(self._entry)
+            backend = registry.open_backend(self._entry)
             # Leaving the stream early, by Ctrl-C or a reader that stops, cancels the answer.
             with backend.generate(to_request(prompt)) as events:
                 if stream:
@@ -160,7 +150,7 @@ class AsyncOneVision(_Answers, llm.AsyncModel):
         conversation: AsyncConversation | None,
     ) -> AsyncGenerator[str, None]:
         with as_refusal():
-            backend = open_backend(self._entry)
+            backend = registry.open_backend(self._entry)
             # Files are looked at, and URLs fetched.
             request = await asyncio.to_thread(to_request, prompt)
             async with backend.generate(request) as events:
@@ -176,10 +166,7 @@ class AsyncOneVision(_Answers, llm.AsyncModel):
 
 def to_request(prompt: llm.Prompt) -> GenerateRequest:
     """The whole conversation, earlier turns and their media included, with its settings. Reads the
-    beginnings of files, and fetches URLs.
-
-    Raises:
-        PluginError: for what the model cannot take.
+    beginnings of files, and fetches URLs. Raises PluginError: for what the model cannot take.
     """
     given: dict[str, Any] = prompt.options.model_dump(exclude_none=True)
     stop = given.pop("stop", ())
@@ -206,10 +193,9 @@ def _message(role: str, parts: list[Any]) -> Message:
                 raise PluginError("unsupported_media", reason)
             found.append(media(part.attachment))
         elif not isinstance(part, ReasoningPart):  # another model's thoughts are not its answer
-            raise bad_request(
-                f"the conversation holds a {type(part).__name__}, which this model cannot take",
-                "it has no tools",
-            )
+            name = type(part).__name__
+            message = f"the conversation holds a {name}, which this model cannot take"
+            raise bad_request(message, "it has no tools")
     return Message(ROLES[role], [part for part in found if part])
 
 
@@ -228,12 +214,7 @@ def _log(response: "llm.Response | AsyncResponse", result: GenerateResult, info:
         "notes": list(result.notes),
         "revision": info.revision,
         "quantization": info.quantization,
-        "seconds": {
-            "prepare": usage.prepare_seconds,
-            "encode": usage.encode_seconds,
-            "prefill": usage.prefill_seconds,
-            "decode": usage.decode_seconds,
-        },
+        "seconds": usage.seconds,
         "peak_memory_bytes": usage.peak_memory_bytes,
     }
 
@@ -256,10 +237,8 @@ class OneVisionEmbedding(EmbeddingModel):
         # In llm a ValueError, which `llm embed` shows as a traceback.
         if isinstance(item, str) and not self.supports_text:
             other = self.model_id.removesuffix("vision") + "joint"
-            raise Refusal(
-                f"{self.model_id} has no place for texts; give it images with --binary, or take "
-                f"{other}"
-            )
+            hint = f"give it images with --binary, or take {other}"
+            raise Refusal(f"{self.model_id} has no place for texts; {hint}")
 
     def embed_batch(
         self, items: Iterable[str | bytes], *, key: str | None = None
@@ -279,7 +258,9 @@ class OneVisionEmbedding(EmbeddingModel):
             for number, item in enumerate(group, 1)
         ]
         try:
-            found = open_backend(self._entry).embed(EmbedRequest(wanted, space=self._space))
+            found = registry.open_backend(self._entry).embed(
+                EmbedRequest(wanted, space=self._space)
+            )
         except PluginError as error:
             # The number of a single item says nothing.
             message = error.message.removeprefix("item 1: ") if alone else error.message
@@ -288,23 +269,21 @@ class OneVisionEmbedding(EmbeddingModel):
 
 
 def media(attachment: llm.Attachment) -> Media:
-    """An image or a video. A file is named by its path; a URL is fetched.
-
-    Raises:
-        PluginError: for what is neither, and what cannot be read.
+    """An image or a video. A file is named by its path; a URL is fetched. Raises PluginError: for
+    what is neither, and what cannot be read.
     """
     if attachment.path:
         # Not from llm's bytes, which would be a copy of a whole video.
         path = os.path.abspath(os.path.expanduser(attachment.path))
         # As a video, of which any size may be opened: only the beginning is read.
-        file = POLICY.open(Media("video", path=path))
+        file = registry.POLICY.open(Media("video", path=path))
         assert not isinstance(file, bytes)
         with file:
             return Media(kind(file.read(HEAD), path), path=path)
     if attachment.content:
         return Media(kind(attachment.content, "the attachment"), data=attachment.content)
     if attachment.url:
-        data = POLICY.open(Media("image", url=attachment.url))
+        data = registry.POLICY.open(Media("image", url=attachment.url))
         assert isinstance(data, bytes)
         return Media(kind(data, attachment.url), data=data)
     raise PluginError("unsupported_media", "an attachment is empty", "attach an image or a video")
@@ -314,9 +293,6 @@ def kind(data: bytes, name: str) -> Kind:
     """Image or video; ``unsupported_media`` for anything else."""
     found = sniff(data[:HEAD])
     if found is None:
-        raise PluginError(
-            "unsupported_media",
-            f"{name} is neither an image nor a video",
-            "attach one in a usual format",
-        )
+        message = f"{name} is neither an image nor a video"
+        raise PluginError("unsupported_media", message, "attach one in a usual format")
     return found

@@ -70,11 +70,7 @@ BUILT_IN = tuple(Entry(f"onevision-{name}", name) for name in ("demo", "0.5b", "
 
 
 def added() -> list[Entry]:
-    """What a person has added, in that order.
-
-    Raises:
-        Refusal: for a file that is no such list.
-    """
+    """What a person has added, in that order. Raises Refusal: for a file that is no such list."""
     path = llm.user_dir() / FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

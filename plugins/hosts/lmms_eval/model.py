@@ -13,18 +13,8 @@ from tqdm import tqdm
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
-from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
-    FRAMES,
-    TEMPLATE,
-    Message,
-    Shown,
-    answer_loss,
-    answered,
-    conversation,
-    options,
-    shown,
-    unknown,
-)
+from mlx_onevision.plugins.hosts.lmms_eval import prompts
+from mlx_onevision.plugins.hosts.lmms_eval.prompts import Message, Shown
 from mlx_onevision.prompt.processor import Inputs
 
 END = "<|im_end|>"
@@ -49,7 +39,7 @@ class OneVision(lmms):
     """pretrained, revision, dtype, quantize : as :func:`mlx_onevision.load` takes them.
     batch_size : questions that are answered together.
     max_frames_num : of a video.
-    until : whether a task's stop strings end an answer; see :func:`settings.options`.
+    until : whether a task's stop strings end an answer; see :func:`prompts.options`.
     device, max_batch_size : lmms-eval passes them to every model; MLX has one device.
     """
 
@@ -62,7 +52,7 @@ class OneVision(lmms):
         dtype: str | None = None,
         quantize: int | None = None,
         batch_size: int | str = 1,
-        max_frames_num: int = FRAMES,
+        max_frames_num: int = prompts.FRAMES,
         until: bool = False,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -83,7 +73,7 @@ class OneVision(lmms):
         self._opened: Model | None = self._open()
 
     def _open(self) -> Model:
-        return load(**self._source, chat_template=TEMPLATE)
+        return load(**self._source, chat_template=prompts.TEMPLATE)
 
     @property
     def model(self) -> Model:
@@ -123,7 +113,7 @@ class OneVision(lmms):
                 document = self.task_dict[task][split][doc_id]
                 visuals, said, info = doc_to_visual(document), [], None
                 for past in count(1):
-                    about = shown(visuals, request.metadata, self._frames)
+                    about = prompts.shown(visuals, request.metadata, self._frames)
                     (answer,) = self._answers([(context, about, given)])
                     visuals, context, ended, said, info = doc_to_text(
                         document,
@@ -157,9 +147,13 @@ class OneVision(lmms):
                     about = self._shown(doc_to_visual, *document, request.metadata)
                 if callable(target):
                     target = target(self.task_dict[task][split][doc_id])
-                prompt = self.model.prepare(conversation(context, about), tiling=about.tiling)
+                prompt = self.model.prepare(
+                    prompts.conversation(context, about), tiling=about.tiling
+                )
                 about = about.read(prompt.media)
-                found.append(self._loss(prompt, answered(context, about, str(target)), about))
+                found.append(
+                    self._loss(prompt, prompts.answered(context, about, str(target)), about)
+                )
                 self.cache_hook.add_partial("loglikelihood", (context, target), found[-1])
                 bar.update(1)
         return found
@@ -169,7 +163,7 @@ class OneVision(lmms):
         following = whole.input_ids[len(prompt.input_ids) :]
         logits = self.model.logits(whole, last=len(following) + 1)[:-1]
         own = len(following) - following[::-1].tolist().index(self._end) - 1
-        measured = answer_loss(logits, following, own)
+        measured = prompts.answer_loss(logits, following, own)
         return Measured(measured.loss, measured.greedy)
 
     @cached_property
@@ -191,9 +185,9 @@ class OneVision(lmms):
         asked: list[list[Message]] = []
         settings: list[Options] = []
         for context, about, given in rows:
-            self._say_once(unknown(given))
-            asked.append(conversation(context, about))
-            settings.append({**options(given, until=self._until), "tiling": about.tiling})
+            self._say_once(prompts.unknown(given))
+            asked.append(prompts.conversation(context, about))
+            settings.append({**prompts.options(given, until=self._until), "tiling": about.tiling})
         answers = []
         for answer in self.model.generate(batch=asked, options=settings):
             if answer.error is not None:
@@ -207,7 +201,7 @@ class OneVision(lmms):
         self, doc_to_visual: Any, task: str, split: str, doc_id: Any, metadata: Mapping[str, Any]
     ) -> Shown:
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-        return shown(visuals, metadata, self._frames)
+        return prompts.shown(visuals, metadata, self._frames)
 
     def _progress(self, total: int) -> "tqdm[Any]":
         return tqdm(total=total, disable=self.rank != 0, desc="Model Responding")

@@ -35,14 +35,12 @@ def options(given: Mapping[str, Any], *, until: bool) -> Options:
     until : whether its stop strings count. The reference drops them, and so the published tables
         are without them.
 
-    Raises:
-        RequestError: for beams, of which there is one.
+    Raises RequestError: for beams, of which there is one.
     """
     beams = given.get("num_beams") or 1
     if int(beams) != 1:
-        raise RequestError(
-            f"the task wants num_beams={beams}, which is not supported; --gen_kwargs num_beams=1"
-        )
+        message = f"the task wants num_beams={beams}, which is not supported"
+        raise RequestError(f"{message}; --gen_kwargs num_beams=1")
     made = Options(max_tokens=int(given.get("max_new_tokens") or MAX_NEW_TOKENS))
     # Greedy unless a task says otherwise, whatever else it says.
     made["temperature"] = 0.0
@@ -129,8 +127,7 @@ def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Sh
     metadata : of the task. ``task_type: video`` with ``sample_frames`` makes a video of pictures.
     frames : so many of a video, from its first to its last.
 
-    Raises:
-        RequestError: for anything else, such as sound.
+    Raises RequestError: for anything else, such as sound.
     """
     if not visuals:
         return Shown()

@@ -52,10 +52,8 @@ class AllowedFiles:
         return ", ".join(map(str, self.policy.folders)) or f"none ({OPTION} to open one)"
 
     def path(self, given: str) -> str:
-        """A path that may be read, as far as can be said without touching anything.
-
-        Raises:
-            PluginError: ``bad_request``, with what would be right.
+        """A path that may be read, as far as can be said without touching anything. Raises
+        PluginError: ``bad_request``, with what would be right.
         """
         path = _absolute(given)
         try:
@@ -65,10 +63,8 @@ class AllowedFiles:
         return path
 
     def medium(self, given: str, wanted: Kind | None = None) -> Media:
-        """The image or video at a path, by its bytes; ``wanted`` is what it has to be.
-
-        Raises:
-            PluginError: for what may not or cannot be read, or is the other one.
+        """The image or video at a path, by its bytes; ``wanted`` is what it has to be. Raises
+        PluginError: for what may not or cannot be read, or is the other one.
         """
         path = self.path(given)
         with self.open(path) as file:
@@ -76,11 +72,8 @@ class AllowedFiles:
         # A GIF may be either.
         kind = "video" if wanted == "video" and head[:4] == b"GIF8" else sniff(head)
         if wanted is None and kind is None:
-            raise PluginError(
-                "unsupported_media",
-                f"{_short(path)} is neither an image nor a video of a usual format",
-                "choose another file",
-            )
+            message = f"{_short(path)} is neither an image nor a video of a usual format"
+            raise PluginError("unsupported_media", message, "choose another file")
         if wanted is not None and kind is not None and kind != wanted:
             article = "a" if kind == "video" else "an"
             raise bad_request(f"{_short(path)} is {article} {kind}", f"use ask_{kind} for {kind}s")
@@ -95,10 +88,8 @@ class AllowedFiles:
         return file
 
     def folder(self, given: str) -> str:
-        """A folder that may be listed: an allowed one, or one below it.
-
-        Raises:
-            PluginError: as :meth:`path`, and for what is no folder.
+        """A folder that may be listed: an allowed one, or one below it. Raises PluginError: as
+        :meth:`path`, and for what is no folder.
         """
         path = _absolute(given)
         try:
@@ -112,10 +103,8 @@ class AllowedFiles:
             return bad_request(f"{_short(path)} is a folder", "name an image or a video in it")
         if not self.policy.folders:
             return bad_request("no folder is open to this server", f"{OPTION} to open one")
-        return bad_request(
-            f"{_short(path)} is not below a folder that is open to this server",
-            f"open are: {self.folders()}; for another, {OPTION}",
-        )
+        message = f"{_short(path)} is not below a folder that is open to this server"
+        return bad_request(message, f"open are: {self.folders()}; for another, {OPTION}")
 
 
 def _absolute(given: str) -> str:
@@ -126,10 +115,8 @@ def _absolute(given: str) -> str:
         return path
     if _URL.match(path):
         raise bad_request(f"{_short(path)} is an address, and only files are read", "give a path")
-    raise bad_request(
-        f"the path {_short(path)} is relative, and to which folder is not known here",
-        "give an absolute path",
-    )
+    message = f"the path {_short(path)} is relative, and to which folder is not known here"
+    raise bad_request(message, "give an absolute path")
 
 
 def _short(text: str) -> str:

@@ -10,15 +10,9 @@ import anyio
 import mcp_types as types
 
 from mlx_onevision.describe.formats import Segment, VideoDescription, write
+from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import bad_request
 from mlx_onevision.plugins.contract.requests import DescribeRequest, GenerateRequest, Media
-from mlx_onevision.plugins.contract.results import (
-    DescribeResult,
-    DoneEvent,
-    ErrorEvent,
-    GenerateResult,
-    TextEvent,
-)
 from mlx_onevision.plugins.hosts.mcp import schemas
 from mlx_onevision.plugins.hosts.mcp.allowed_files import AllowedFiles, McpSettings
 from mlx_onevision.plugins.hosts.mcp.schemas import Answer, AskImage, AskVideo, CompareImages
@@ -105,12 +99,12 @@ class AskTools:
         with anyio.move_on_after(call.seconds_left):
             async with self.backend.generate(request) as stream:
                 async for event in stream:
-                    if isinstance(event, DoneEvent):
-                        assert isinstance(event.result, GenerateResult)
+                    if isinstance(event, results.DoneEvent):
+                        assert isinstance(event.result, results.GenerateResult)
                         return _complete(event.result)
-                    if isinstance(event, ErrorEvent):
+                    if isinstance(event, results.ErrorEvent):
                         raise event.error
-                    text += event.delta if isinstance(event, TextEvent) else ""
+                    text += event.delta if isinstance(event, results.TextEvent) else ""
                     await call.report_event(event, asked.max_tokens)
         if not text:
             raise TimeoutError
@@ -118,7 +112,7 @@ class AskTools:
         return Answer(answer=text, finish_reason="time", notes=[note])
 
 
-def _complete(result: GenerateResult) -> Answer:
+def _complete(result: results.GenerateResult) -> Answer:
     return Answer(
         answer=result.text,
         finish_reason=result.finish_reason,
@@ -210,6 +204,6 @@ def _status(job: Job, first: int, srt: bool) -> schemas.Status:
     return status
 
 
-def _subtitles(result: DescribeResult) -> str:
+def _subtitles(result: results.DescribeResult) -> str:
     segments = tuple(Segment(s.start, s.end, s.text) for s in result.segments)
     return write(VideoDescription("video", result.duration, "", segments), "srt")

@@ -39,10 +39,8 @@ class TooLong:
 
 
 def take_stdio() -> Pipes:
-    """Moves stdin and stdout away; to be called once, and early.
-
-    Raises:
-        OSError: where one of them is not open.
+    """Moves stdin and stdout away; to be called once, and early. Raises OSError: where one of them
+    is not open.
     """
     source, target = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)

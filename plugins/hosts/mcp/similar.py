@@ -45,16 +45,12 @@ class VectorCache:
         return self._vectors.get(key)
 
     def put(self, key: Key, vector: bytes) -> None:
-        self._drop(key)
-        self._vectors[key] = vector
-        self._bytes += len(vector) + ENTRY_BYTES
+        if self.get(key) is None:
+            self._vectors[key] = vector
+            self._bytes += len(vector) + ENTRY_BYTES
         while self._bytes > self._limit:
-            self._drop(next(iter(self._vectors)))
-
-    def _drop(self, key: Key) -> None:
-        vector = self._vectors.pop(key, None)
-        if vector is not None:
-            self._bytes -= len(vector) + ENTRY_BYTES
+            _, oldest = self._vectors.popitem(last=False)
+            self._bytes -= len(oldest) + ENTRY_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,8 @@ def inspect_file(files: AllowedFiles, path: str) -> MediaFile | None:
     """What a file is; None where it is neither an image nor a video.
 
     An image is identified by its bytes, wherever it lies. A video may be too large to be read for
-    that: it is identified by device, inode, size and time of change.
-
-    Raises:
-        PluginError: for a file that cannot be read.
+    that: it is identified by device, inode, size and time of change. Raises PluginError: for a file
+    that cannot be read.
     """
     file = files.open(path)
     try:
@@ -97,10 +91,8 @@ def inspect_file(files: AllowedFiles, path: str) -> MediaFile | None:
 
 
 def list_files(files: AllowedFiles, folder: str, recursive: bool) -> list[str]:
-    """The paths of a folder's ordinary files, in order; links and hidden ones are left out.
-
-    Raises:
-        PluginError: ``too_large`` for more than ``FILES``.
+    """The paths of a folder's ordinary files, in order; links and hidden ones are left out. Raises
+    PluginError: ``too_large`` for more than ``FILES``.
     """
     found: list[str] = []
     waiting = [folder]
@@ -113,9 +105,8 @@ def list_files(files: AllowedFiles, folder: str, recursive: bool) -> list[str]:
             elif recursive:
                 waiting.append(path)
             if len(found) + len(waiting) > FILES:
-                raise PluginError(
-                    "too_large", f"there are more than {FILES} files", "name a smaller folder"
-                )
+                message = f"there are more than {FILES} files"
+                raise PluginError("too_large", message, "name a smaller folder")
     return sorted(found)
 
 
@@ -206,10 +197,8 @@ class VectorTools:
         return search.matches(asked.k)
 
     async def fill_cache(self, group: Sequence[MediaFile]) -> None:
-        """Puts the vectors of those files of a group that can be read into the cache.
-
-        Raises:
-            PluginError: for what is no fault of a file.
+        """Puts the vectors of those files of a group that can be read into the cache. Raises
+        PluginError: for what is no fault of a file.
         """
         media = [Media(file.kind, path=file.path) for file in group]
         try:

@@ -164,6 +164,5 @@ def _validated(arguments: type[Arguments], given: Mapping[str, Any]) -> Argument
         parts = [part for part in first["loc"] if isinstance(part, int) or part in known]
         where = "".join(f"[{part}]" if isinstance(part, int) else part for part in parts)
         message = first["msg"][:1].lower() + first["msg"][1:].removesuffix(".")
-        raise bad_request(
-            f"{where or 'the arguments'}: {message}", "the tool's input schema says more"
-        ) from None
+        message = f"{where or 'the arguments'}: {message}"
+        raise bad_request(message, "the tool's input schema says more") from None

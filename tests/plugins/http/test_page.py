@@ -7,7 +7,7 @@ import pytest
 from served import Client, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
-from mlx_onevision.plugins.hosts.http import page
+from mlx_onevision.plugins.hosts.http import app as page
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 
 POLICY = {
@@ -39,7 +39,7 @@ def client() -> Iterator[Client]:
 
 
 def test_every_file_with_its_headers(client: Client) -> None:
-    paths = page.read_files(ServerSettings())
+    paths = page.read_page(ServerSettings())
     assert len(paths) == len(list(page.FILES.iterdir())) > 20 and "/" in paths
     for path in paths:
         reply = client.ask("GET", path)
