@@ -53,14 +53,14 @@ REASONS = (
 
 @schemathesis.hook
 def before_load_schema(context: schemathesis.HookContext, raw_schema: dict[str, Any]) -> None:
-    """A film that can be looked at, to begin with."""
+    """A video that can be looked at, to begin with."""
     request = raw_schema["components"]["schemas"]["VideoRequest"]
     request["properties"]["video"]["examples"] = [FILM]
 
 
 @schemathesis.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    """Many of the places that are made up become really a picture or a film, and most texts that
+    """Many of the places that are made up become really an image or a video, and most texts that
     are empty say something.
     """
     salt = zlib.crc32(repr(body).encode("utf-8", "replace"))

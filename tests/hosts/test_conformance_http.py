@@ -32,7 +32,7 @@ class TestFake(OverHTTP):
             yield
 
     def long_request(self, **settings: Any) -> GenerateRequest:
-        """It repeats what it is told, so this is told at length."""
+        """It repeats what it is asked, so this is asked at length."""
         return GenerateRequest.ask("a very long story " * 100, **{"max_tokens": 2000, **settings})
 
 

@@ -39,7 +39,7 @@ class LogprobRecorder:
     """When each token was handed over."""
     prefills: list[float] = field(default_factory=list)
     tiles: list[float] = field(default_factory=list)
-    """When pictures went through the tower for their vectors."""
+    """When images went through the tower for their vectors."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The server's end: told to stop in the midst of whatever it does, it is gone in time, and so is
+"""The server's end: asked to stop in the midst of whatever it does, it is gone in time, and so is
 everything that it started; and it ends by itself when its model is dead.
 """
 
@@ -76,7 +76,7 @@ def begun(client: Client, stage: str, server: int) -> bool:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_told_to_stop(stage: str, folder: Path, figures: dict[str, list[float]]) -> None:
+def test_asked_to_stop(stage: str, folder: Path, figures: dict[str, list[float]]) -> None:
     path, body = STAGES[stage]
     for number in range(TIMES):
         told = (signal.SIGTERM, signal.SIGINT)[number == TIMES - 1]

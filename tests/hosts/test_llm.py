@@ -59,7 +59,7 @@ def logs() -> list[dict[str, Any]]:
     return json.loads(said("logs", "-n", "0", "--json"))
 
 
-def test_pictures_and_films() -> None:
+def test_images_and_videos() -> None:
     question = "What is in the image?"
     assert said(*MODEL, question, "-a", SHAPES) == ANSWER
     assert said(*MODEL, question, "-a", SHAPES, "--no-stream") == ANSWER
@@ -72,7 +72,7 @@ def test_pictures_and_films() -> None:
     assert film == "The circle moves from left to right."
 
 
-def test_a_conversation_keeps_its_picture_between_programs(tmp_path: Path) -> None:
+def test_a_conversation_keeps_its_image_between_programs(tmp_path: Path) -> None:
     shutil.copy(SHAPES, tmp_path / "seen.png")
     said(*MODEL, "How many shapes are there?", "-a", tmp_path / "seen.png", "-s", "You are brief.")
     assert said("-c", "Where is the star?") == "The star is in the centre."
@@ -81,7 +81,7 @@ def test_a_conversation_keeps_its_picture_between_programs(tmp_path: Path) -> No
     assert first["model"] == "onevision-demo" and first["resolved_model"] == "demo"
     assert first["system"] == "You are brief."
     assert first["conversation_id"] == second["conversation_id"] == third["conversation_id"]
-    # The picture's tokens are there each time, and the prompt grows by what was said.
+    # The image's tokens are there each time, and the prompt grows by what was said.
     counts = [row["input_tokens"] for row in (first, second, third)]
     media = {json.loads(row["token_details"])["media_tokens"] for row in (first, second, third)}
     assert counts[0] < counts[1] < counts[2] and len(media) == 1

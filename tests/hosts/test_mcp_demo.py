@@ -111,7 +111,7 @@ def test_every_tool(mode: str, album: Path) -> None:
 
 
 def test_the_right_neighbour(tmp_path: Path) -> None:
-    """Of drawn pictures, the ones that show the same thing; of two films, the one with it."""
+    """Of drawn images, the ones that show the same thing; of two videos, the one with it."""
     colours = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 80, 230)}
 
     def drawn(colour: str, shape: str, shift: int) -> Image.Image:

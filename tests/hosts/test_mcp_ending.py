@@ -61,7 +61,7 @@ def test_it_ends_while_it_answers(how: str, log: Path) -> None:
 
 @pytest.mark.parametrize("how", ["EOF", "SIGTERM"])
 def test_no_decoder_is_left(how: str, log: Path, tmp_path: Path) -> None:
-    """The real server, in the middle of a film that takes long to decode."""
+    """The real server, in the middle of a video that takes long to decode."""
     path = tmp_path / "film.mp4"
     path.write_bytes(film((numbered(n % 1000) for n in range(3000)), options={"g": "3000"}))
     command = [*SERVER, "--allow-dir", str(tmp_path)]

@@ -190,7 +190,7 @@ def test_the_demo_model_responds(demo: openai.OpenAI) -> None:
     assert cut.incomplete_details and cut.incomplete_details.reason == "max_output_tokens"
 
 
-def test_the_demo_model_on_a_film(demo: openai.OpenAI) -> None:
+def test_the_demo_model_on_a_video(demo: openai.OpenAI) -> None:
     film: Any = {"type": "input_video", "video_url": FILM}
     asked: Any = [{"role": "user", "content": [film, {"type": "input_text", "text": "What?"}]}]
     answer = demo.responses.create(model="demo", input=asked, extra_body={"num_frames": 4})

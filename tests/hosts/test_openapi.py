@@ -87,7 +87,7 @@ def test_the_fake(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_demo_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What is made up reaches a real model, real pictures and films among it."""
+    """What is made up reaches a real model, real images and videos among it."""
     limits = Limits(max_tokens=8, timeout=5)
     backend = open_backend("engine", model="demo", limits=limits)
     with serving(backend, ServerSettings(max_tokens=8)) as client:

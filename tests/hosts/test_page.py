@@ -1,4 +1,4 @@
-"""The page in Chromium, with the demo model behind it: pictures shown, asked about, asked on."""
+"""The page in Chromium, with the demo model behind it: images shown, asked about, asked on."""
 
 from collections.abc import Iterator
 
@@ -34,7 +34,7 @@ def tab(browser: Browser, client: Client) -> Iterator[Tab]:
         yield found
 
 
-def test_a_dropped_picture_is_asked_about_and_asked_on(tab: Tab, client: Client) -> None:
+def test_a_dropped_image_is_asked_about_and_asked_on(tab: Tab, client: Client) -> None:
     expect(tab.page.locator("#model")).to_have_text("demo")
     tab.drop(("shapes.png", "image/png", SHAPES.read_bytes()))
     shown = tab.page.get_by_role("img", name="shapes.png")
@@ -87,7 +87,7 @@ def test_what_is_asked_about_stays_and_what_is_not_can_go(tab: Tab) -> None:
     assert len(tab.bodies(CHAT)[-1]["messages"]) == 1
 
 
-def test_a_pasted_picture(tab: Tab) -> None:
+def test_a_pasted_image(tab: Tab) -> None:
     """By the keyboard, from the real clipboard; pasted words go where the cursor is."""
     tab.page.evaluate(
         """async data => {
@@ -126,7 +126,7 @@ def test_copying_without_a_clipboard_for_programs(browser: Browser, client: Clie
         expect(tab.page.get_by_label("Your question")).to_have_value("There is no image.")
 
 
-def test_two_pictures(tab: Tab) -> None:
+def test_two_images(tab: Tab) -> None:
     tab.drop(
         ("one.png", "image/png", SHAPES.read_bytes()),
         ("two.png", "image/png", SQUARE.read_bytes()),
@@ -201,7 +201,7 @@ def test_with_the_keyboard_alone(tab: Tab) -> None:
 
 
 def test_answers_are_read_out(tab: Tab) -> None:
-    """A screen reader is told whole sentences, politely, of what streams."""
+    """A screen reader gets whole sentences, politely, of what streams."""
     region = tab.page.get_by_role("log")
     assert region.get_attribute("aria-live") == "polite"
     tab.choose(SHAPES)

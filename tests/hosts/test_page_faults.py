@@ -92,7 +92,7 @@ def test_a_busy_server(browser: Browser) -> None:
             tab.turns.get_by_role("button", name="Try again").click()
             expect(tab.words).to_have_text("Now? [1 image][0 videos]")
             expect(tab.turns).to_have_count(1)
-            # The question that failed is no part of the conversation; its picture is.
+            # The question that failed is no part of the conversation; its image is.
             tab.ask("And now?")
             expect(tab.words.nth(1)).to_have_text("And now? [1 image][0 videos]")
             roles = [one["role"] for one in tab.bodies(CHAT)[-1]["messages"]]
@@ -237,7 +237,7 @@ def test_what_the_server_finds_too_large(browser: Browser) -> None:
         expect(tab.words).to_have_text("And without? [0 images][0 videos]")
 
 
-def test_files_that_are_no_pictures_or_are_gone(browser: Browser, tmp_path: Path) -> None:
+def test_files_that_are_no_images_or_are_gone(browser: Browser, tmp_path: Path) -> None:
     with opened(
         browser, FakeBackend(), allowed=("ERR_FILE_NOT_FOUND", "ERR_UPLOAD_FILE_CHANGED")
     ) as tab:
@@ -274,7 +274,7 @@ HOSTILE = (
 
 
 def test_markup_of_others_is_text(browser: Browser) -> None:
-    """In an answer, a file's name, a question, an error and a film's description."""
+    """In an answer, a file's name, a question, an error and a video's description."""
     names = ["<img src=x onerror=alert(5)>.png", '"><script>alert(6)<∕script>.png']
     with opened(browser, FakeBackend(pieces=HOSTILE)) as tab:
         tab.drop(*((name, "image/png", SHAPES.read_bytes()) for name in names))

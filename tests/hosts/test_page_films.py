@@ -1,4 +1,4 @@
-"""The page in Chromium: films asked about and described, seeked by mouse and keys, taken along."""
+"""The page in Chromium: videos asked about and described, seeked by mouse and keys, taken along."""
 
 import re
 import subprocess
@@ -83,7 +83,7 @@ def now(tab: Tab) -> float:
     return tab.page.locator("video").evaluate("one => one.currentTime")
 
 
-def test_a_film_is_asked_about(tab: Tab) -> None:
+def test_a_video_is_asked_about(tab: Tab) -> None:
     tab.drop(("circle.mp4", "video/mp4", CIRCLE.read_bytes()))
     player = tab.page.locator("video")
     # H.264, which not every build of Chromium decodes; Debian's does.
@@ -99,7 +99,7 @@ def test_a_film_is_asked_about(tab: Tab) -> None:
     assert kinds == ["video_url", "text"]
 
 
-def test_a_film_is_described_on_a_timeline(tab: Tab) -> None:
+def test_a_video_is_described_on_a_timeline(tab: Tab) -> None:
     tab.button("A film").click()
     described(tab)
     rows = tab.turns.locator(".parts li")
@@ -110,7 +110,7 @@ def test_a_film_is_described_on_a_timeline(tab: Tab) -> None:
     chapters = tab.turns.locator(".chapters li").all_inner_texts()
     assert chapters[0].split() == ["0:00.0", "Red", "circle", "moving", "right"]
 
-    # Every part has a picture of its own moment, and is as wide as it is long.
+    # Every part has an image of its own moment, and is as wide as it is long.
     parts = tab.page.get_by_role("group", name="Timeline of the film").get_by_role("button")
     expect(parts.locator("canvas")).to_have_count(5)
     colours = np.array(parts.locator("canvas").evaluate_all(COLOURS, [at for at, _ in SEEN]))
@@ -193,7 +193,7 @@ def test_captions_are_taken_along(tab: Tab, client: Client, tmp_path: Path) -> N
         ]
 
 
-def test_the_parts_of_a_film_can_be_of_one_length(tab: Tab) -> None:
+def test_the_parts_of_a_video_can_be_of_one_length(tab: Tab) -> None:
     tab.button("A film").click()
     tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
     described(tab)
@@ -202,7 +202,7 @@ def test_the_parts_of_a_film_can_be_of_one_length(tab: Tab) -> None:
     assert times == ["0:00.0", "0:05.0", "0:10.0"]
 
 
-def test_a_film_that_the_browser_cannot_show(tab: Tab) -> None:
+def test_a_video_that_the_browser_cannot_show(tab: Tab) -> None:
     """MPEG-4 Part 2 in AVI, which the server reads and no browser does."""
     frames = [np.full((96, 128, 3), 230, np.uint8) for _ in range(50)]
     for number, frame in enumerate(frames):
@@ -220,7 +220,7 @@ def test_a_film_that_the_browser_cannot_show(tab: Tab) -> None:
     expect(tab.turns.get_by_role("button", name="Copy as SRT")).to_be_visible()
 
 
-def test_a_description_appears_as_it_is_told_and_can_be_stopped(browser: Browser) -> None:
+def test_a_description_appears_as_it_is_made_and_can_be_stopped(browser: Browser) -> None:
     backend = FakeBackend(delay=0.4)
     with opened(browser, backend) as tab:
         tab.choose(CIRCLE)
@@ -243,7 +243,7 @@ def test_a_description_appears_as_it_is_told_and_can_be_stopped(browser: Browser
         assert len(pysubs2.SSAFile.from_string(srt, format_="srt")) == told
 
 
-def test_one_film_at_a_time(browser: Browser) -> None:
+def test_one_video_at_a_time(browser: Browser) -> None:
     with opened(browser, FakeBackend()) as tab:
         tab.choose(CIRCLE)
         expect(tab.page.get_by_text("circle.mp4", exact=True)).to_be_visible()
@@ -340,7 +340,7 @@ def test_captions_are_those_of_the_command(browser: Browser) -> None:
             assert made == write(wanted, form), form
 
 
-def test_the_film_is_what_its_program_draws(tmp_path: Path) -> None:
+def test_the_video_is_what_its_program_draws(tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.mp4"
     subprocess.run([sys.executable, EXAMPLES / "draw_film.py", drawn], check=True)
     kept, again = (load_video(path, 56) for path in (SHAPES, drawn))

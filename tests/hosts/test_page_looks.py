@@ -27,7 +27,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def shown(browser: Browser) -> Iterator[Tab]:
-    """A page with all there is: pictures, a film that is described, answers and a failure."""
+    """A page with all there is: images, a video that is described, answers and a failure."""
     backend = FakeBackend(pieces=["An answer of some words, long enough to be broken. "] * 6)
     with opened(browser, backend, allowed=("ERR_FAILED",)) as tab:
         tab.choose(SHAPES)
@@ -91,7 +91,7 @@ def test_everything_has_a_name(tab: Tab) -> None:
         expect(tab.page.get_by_role(role)).to_have_count(1)
 
 
-def test_what_assistive_technology_is_told(shown: Tab) -> None:
+def test_what_assistive_technology_gets(shown: Tab) -> None:
     expect(shown.page.locator("main")).to_match_aria_snapshot(
         """
         - main:
@@ -212,7 +212,7 @@ def test_one_column_on_a_telephone_and_two_on_a_desk(shown: Tab) -> None:
     assert boxes[390][0] == boxes[390][1]
     (film, width), (talk, _) = boxes[1280]
     assert film + width < talk
-    # On a telephone the film stays in sight while its parts are read.
+    # On a telephone the video stays in sight while its parts are read.
     shown.page.set_viewport_size({"width": 390, "height": 844})
     shown.page.evaluate("scrollTo(0, 1e6)")
     box = shown.page.locator("video").bounding_box()

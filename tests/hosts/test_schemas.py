@@ -33,7 +33,7 @@ def model() -> Iterator[Model]:
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_model_that_knows_something_else_keeps_to_it(model: Model, name: str) -> None:
-    """Greedy and sampled, with a picture and without, in one batch with an answer in words."""
+    """Greedy and sampled, with an image and without, in one batch with an answer in words."""
     picture = {"type": "image", "path": "examples/shapes.png"}
     said = {"type": "text", "text": "What is in the image?"}
     batch: list[Any] = [

@@ -258,7 +258,7 @@ def test_errors_go_through_json_and_pickles() -> None:
         PluginError("odd", "a")  # pyright: ignore
 
 
-def test_a_long_picture_is_short_in_print() -> None:
+def test_a_long_image_is_short_in_print() -> None:
     assert repr(Media("image", data=b"x" * 10**6)) == "Media(image, 1000000 bytes)"
     assert len(repr(Media("image", url="data:" + "x" * 10**6))) < 120
 

@@ -24,7 +24,7 @@ SHAPES = Path(__file__).parents[2] / "examples/shapes.png"
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Pictures that may be read, beside one that may not."""
+    """Images that may be read, beside one that may not."""
     album = tmp_path / "album"
     (album / "inner").mkdir(parents=True)
     (album / "a.png").write_bytes(b"allowed")
@@ -144,7 +144,7 @@ def test_other_forms_of_a_path_are_no_way_around(album: Path, monkeypatch: Any) 
         assert refused(policy, image(path)).code == "bad_request"
 
 
-def test_what_is_there_is_not_told_outside(album: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_not_said_outside(album: Path, tmp_path: Path) -> None:
     policy = MediaPolicy(folders=[album])
     there = refused(policy, image(tmp_path / "secret.png"))
     not_there = refused(policy, image(tmp_path / "sacred.png"))
@@ -207,7 +207,7 @@ def test_too_much_is_refused(album: Path) -> None:
         image(album / "inner/b.png"),
     ):
         assert refused(policy, medium).code == "too_large"
-    # A film on disk is read in place.
+    # A video on disk is read in place.
     film = Media("video", path=str(album / "inner/b.png"))
     assert content(policy, film) == b"allowed too"
     with pytest.raises(PluginError, match="3 images; send 2 at most"):
@@ -353,7 +353,7 @@ def hostile(port: int) -> list[str]:
 
 @pytest.mark.parametrize("hosts", [(), ("allowed.test",), None])
 def test_no_address_reaches_this_machine(server: Server, monkeypatch: Any, hosts: Any) -> None:
-    """Over a hundred of them, for pictures and videos; whatever names stand for."""
+    """Over a hundred of them, for images and videos; whatever names stand for."""
     server.paths.clear()
     real = socket.getaddrinfo
     connected: list[str] = []

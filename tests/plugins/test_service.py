@@ -95,7 +95,7 @@ def test_cancelled_work_stops() -> None:
         assert backend.steps <= steps + 2
 
 
-def test_a_film_that_is_described_has_a_time_of_its_own() -> None:
+def test_a_video_that_is_described_has_a_time_of_its_own() -> None:
     film = DescribeRequest(Media("video", data=MP4), segments=10.0)
     with FakeBackend(delay=0.1, limits=Limits(timeout=0.05)) as backend:
         assert len(backend.describe_video(film).result().segments) == 3
@@ -296,7 +296,7 @@ def test_hosts_that_go_away_at_any_moment(engine: Service) -> None:
         assert engine.generate(request).result().text == good
 
 
-def test_a_small_picture_is_what_it_is(engine: Service) -> None:
+def test_a_small_image_is_what_it_is(engine: Service) -> None:
     """Three pixels high, it could be taken for an array whose first axis holds the channels."""
     from io import BytesIO
 

@@ -1,7 +1,7 @@
 """A plugin of the ``llm`` command and library.
 
-    llm -m onevision-demo "What is this?" -a picture.png
-    llm embed -m onevision-demo-vision --binary -i picture.png
+    llm -m onevision-demo "What is this?" -a image.png
+    llm embed -m onevision-demo-vision --binary -i image.png
 
 ``llm`` imports this whatever it is asked to do: a model is only loaded, and its libraries only
 imported, when it is asked something.

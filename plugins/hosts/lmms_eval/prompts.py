@@ -1,7 +1,7 @@
 """Questions of lmms-eval as conversations, such that their prompts are the reference's.
 
 The reference is lmms-eval's own ``llava_onevision`` with the conversation template ``qwen_1_5`` of
-LLaVA-NeXT: a system message, ``<image>`` for each picture and one for a video, with blanks between
+LLaVA-NeXT: a system message, ``<image>`` for each image and one for a video, with blanks between
 them and a newline behind, in front of a question that has none of its own. The chat templates of
 the published checkpoints write other prompts (no system message, no newline after a turn), so this
 brings its own.
@@ -93,7 +93,7 @@ Block = dict[str, Any]
 class Shown:
     """What a question is about.
 
-    tiling : of pictures. One that is alone is cut into tiles; of several none is.
+    tiling : of images. One that is alone is cut into tiles; of several none is.
     """
 
     blocks: tuple[Block, ...] = ()
@@ -122,9 +122,9 @@ class Shown:
 def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Shown:
     """What ``doc_to_visual`` of a task returned.
 
-    visuals : pictures; or the path of a video, and whatever comes after it is not heeded; or
+    visuals : images; or the path of a video, and whatever comes after it is not heeded; or
         nothing.
-    metadata : of the task. ``task_type: video`` with ``sample_frames`` makes a video of pictures.
+    metadata : of the task. ``task_type: video`` with ``sample_frames`` makes a video of images.
     frames : so many of a video, from its first to its last.
 
     Raises RequestError: for anything else, such as sound.
@@ -135,15 +135,15 @@ def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Sh
         raise RequestError(f"doc_to_visual returned a {type(visuals).__name__}; it must be a list")
     if metadata.get("task_type") == "video" and "sample_frames" in metadata:
         taken = end_to_end(len(visuals), int(metadata["sample_frames"]))
-        # Pictures of several are squared with grey; frames of a file are squeezed.
+        # Images of several are squared with grey; frames of a file are squeezed.
         chosen = [_squared(visuals[index]) for index in taken]
         return Shown(({"type": "video", "video": chosen},))
     if isinstance(visuals[0], str | PathLike):
-        film = {"video": visuals[0], "num_frames": frames, "ends": True}
-        return Shown(({"type": "video", **film},))
+        video = {"type": "video", "video": visuals[0], "num_frames": frames, "ends": True}
+        return Shown((video,))
     for visual in visuals:
-        if not _is_picture(visual):
-            raise RequestError(f"a {type(visual).__name__} is neither a picture nor a path")
+        if not _is_image(visual):
+            raise RequestError(f"a {type(visual).__name__} is neither an image nor a path")
     blocks = tuple({"type": "image", "image": visual} for visual in visuals)
     return Shown(blocks, "always" if len(blocks) == 1 else "never")
 
@@ -199,21 +199,21 @@ def _blocks(text: str, media: Iterator[Block], has_media: bool) -> Iterator[Bloc
             yield {"type": "text", "text": piece}
 
 
-def _is_picture(visual: Any) -> bool:
+def _is_image(visual: Any) -> bool:
     from PIL.Image import Image
 
     return isinstance(visual, Image)
 
 
-def _squared(picture: Any) -> Any:
+def _squared(image: Any) -> Any:
     from PIL import Image
 
-    if not _is_picture(picture):
-        raise RequestError(f"a {type(picture).__name__} is no frame of a video")
-    side = max(picture.size)
+    if not _is_image(image):
+        raise RequestError(f"a {type(image).__name__} is no frame of a video")
+    side = max(image.size)
     square = Image.new("RGB", (side, side), GREY)
-    left, top = ((side - length) // 2 for length in picture.size)
-    square.paste(picture.convert("RGB"), (left, top))
+    left, top = ((side - length) // 2 for length in image.size)
+    square.paste(image.convert("RGB"), (left, top))
     return square
 
 

@@ -227,7 +227,7 @@ def test_the_form_of_an_answer() -> None:
         {"type": "video", "video": FILM},
     ],
 )
-def test_a_picture_by_any_name(fake: Client, part: dict[str, Any]) -> None:
+def test_a_image_by_any_name(fake: Client, part: dict[str, Any]) -> None:
     reply = fake.chat([{"type": "input_text", "text": "x"}, part])
     said = reply.json["choices"][0]["message"]["content"]
     assert said == ("x [0 images][1 video]" if "video" in part["type"] else "x [1 image][0 videos]")
@@ -309,7 +309,7 @@ def test_errors_of_the_backend(error: Exception, status: int, code: str, stream:
         assert "secret" not in reply.body.decode()
 
 
-def test_an_error_in_mid_stream_is_told_and_the_next_is_served() -> None:
+def test_an_error_in_mid_stream_is_sent_and_the_next_is_served() -> None:
     backend = FakeBackend(fail_at=1, error=PluginError("out_of_memory", "no memory at /a/b"))
     with serving(backend) as client:
         reply = client.chat("one two three", stream=True)

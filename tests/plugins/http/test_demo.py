@@ -36,7 +36,7 @@ def demo(client: Client) -> Iterator[openai.OpenAI]:
         yield official
 
 
-def test_the_official_client_about_a_picture(demo: openai.OpenAI) -> None:
+def test_the_official_client_about_an_image(demo: openai.OpenAI) -> None:
     assert [model.id for model in demo.models.list()] == ["demo"]
     assert demo.models.retrieve("demo").object == "model"
     messages: list[Any] = [
@@ -56,7 +56,7 @@ def test_the_official_client_about_a_picture(demo: openai.OpenAI) -> None:
     assert usage and usage.completion_tokens == answer.usage.completion_tokens
 
 
-def test_the_official_client_about_a_film(demo: openai.OpenAI) -> None:
+def test_the_official_client_about_a_video(demo: openai.OpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": [video(), text("What happens?")]}]
     extra = {"num_frames": 4}
     answer = demo.chat.completions.create(model="demo", messages=messages, extra_body=extra)
@@ -94,7 +94,7 @@ def test_the_official_client_gets_the_models_own_vectors(
         assert math.hypot(*item.embedding) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_film_is_told(client: Client) -> None:
+def test_a_video_is_described(client: Client) -> None:
     asked = {"video": FILM, "segments": 1.0, "num_frames": 2, "max_tokens": 12, "end": 2.0}
     reply = client.ask("POST", "/v1/video/describe", asked)
     events = [event_from_dict(values) for values in reply.events]

@@ -1,4 +1,4 @@
-"""When what runs the model dies, everybody is told at once; and when vectors are not wanted any
+"""When what runs the model dies, every request fails at once; and when vectors are not wanted any
 more, the work on them stops.
 """
 
@@ -135,7 +135,7 @@ def test_a_service_over_it(folder: Path, deadly: threading.Event) -> None:
         assert backend.info().healthy
 
 
-def test_a_fake_that_is_told_to_die() -> None:
+def test_a_fake_that_is_set_to_die() -> None:
     limits = Limits(active=2, waiting=2)
     with FakeBackend(pieces="abcdef", delay=0.02, die_at=4, limits=limits) as backend:
         short = GenerateRequest.ask("hello", max_tokens=3)

@@ -1,4 +1,4 @@
-"""Vectors, films and counts over HTTP."""
+"""Vectors, videos and counts over HTTP."""
 
 import base64
 import struct
@@ -86,7 +86,7 @@ def test_what_has_no_vector(fake: Client, fields: dict[str, Any], named: str) ->
     assert named in message and "/etc" not in message
 
 
-def test_a_film_is_told_in_the_contracts_events(fake: Client) -> None:
+def test_a_video_is_described_in_the_contracts_events(fake: Client) -> None:
     asked = {"video": {"url": FILM}, "segments": 10, "model": "fake"}
     reply = fake.ask("POST", DESCRIBE, asked)
     assert reply.status == 200 and reply.headers["content-type"].startswith("text/event-stream")
@@ -111,12 +111,12 @@ def test_a_film_is_told_in_the_contracts_events(fake: Client) -> None:
         ({"video": FILM, "num_frames": 0}, "num_frames"),
     ],
 )
-def test_a_film_that_cannot_be_told(fake: Client, fields: dict[str, Any], named: str) -> None:
+def test_a_video_that_cannot_be_described(fake: Client, fields: dict[str, Any], named: str) -> None:
     reply = fake.ask("POST", DESCRIBE, fields)
     assert reply.status == 400 and named in reply.json["error"]["message"], reply.body
 
 
-def test_a_film_that_breaks_off() -> None:
+def test_a_video_that_breaks_off() -> None:
     error = PluginError("unsupported_media", "cannot read '/films/a.mp4': it is damaged")
     with serving(FakeBackend(fail_at=1, error=error)) as client:
         reply = client.ask("POST", DESCRIBE, {"video": FILM, "segments": 10})

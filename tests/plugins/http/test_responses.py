@@ -1,4 +1,4 @@
-"""Responses over HTTP: what is taken, what comes back, and in which order it is told."""
+"""Responses over HTTP: what is taken, what comes back, and in which order."""
 
 import json
 from collections.abc import Iterator

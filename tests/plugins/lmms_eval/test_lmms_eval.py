@@ -67,12 +67,12 @@ def test_a_conversation_as_json() -> None:
     assert rendered('[{"value": "Red?"}]', about) == f'{BEGIN}<image>\n[{{"value": "Red?"}}]{END}'
 
 
-def test_one_picture_is_tiled_and_several_are_not() -> None:
+def test_one_image_is_tiled_and_several_are_not() -> None:
     assert [shown([WIDE] * n, {}).tiling for n in (1, 2, 3)] == ["always", "never", "never"]
 
 
-def test_marks_and_pictures_that_do_not_match() -> None:
-    """The last one again for marks too many; pictures too many are left out."""
+def test_marks_and_images_that_do_not_match() -> None:
+    """The last one again for marks too many; images too many are left out."""
 
     def pictures(context: str, *visuals: Image.Image) -> list[Any]:
         (turn,) = conversation(context, shown(visuals, {}))
@@ -82,7 +82,7 @@ def test_marks_and_pictures_that_do_not_match() -> None:
     assert pictures("<image>", WIDE, TALL) == [WIDE]
 
 
-def test_pictures_that_are_a_video() -> None:
+def test_images_that_are_a_video() -> None:
     frames = [Image.new("RGB", (20, 10), (n, n, n)) for n in range(9)]
     about = shown(frames, {"task_type": "video", "sample_frames": 3})
     ((block),) = about.blocks
@@ -92,7 +92,7 @@ def test_pictures_that_are_a_video() -> None:
     assert rendered("What?", about) == f"{BEGIN}<video>\nWhat?{END}"
 
 
-def test_what_is_neither_picture_nor_path_is_refused() -> None:
+def test_what_is_neither_image_nor_path_is_refused() -> None:
     for visuals in ([{"array": [0.0]}], [WIDE, "a.mp4"], "a.mp4", [None]):
         with pytest.raises(RequestError):
             shown(visuals, {})

@@ -31,7 +31,7 @@ Session = Callable[[Client], Coroutine[Any, Any, None]]
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Pictures and a video that may be read, beside one that may not."""
+    """Images and a video that may be read, beside one that may not."""
     album = tmp_path / "album"
     (album / "inner").mkdir(parents=True)
     for number, name in enumerate(("a.png", "b.png", "inner/c.png", ".hidden.png")):
@@ -78,7 +78,7 @@ async def bad(client: Client, name: str, **arguments: Any) -> str:
 
 
 def refusal(result: CallToolResult) -> str:
-    """What a refused call is told: one sentence, with the way out."""
+    """What a refused call is answered: one sentence, with the way out."""
     assert result.is_error and result.structured_content is None
     (block,) = result.content
     assert isinstance(block, TextContent) and "\n" not in block.text and len(block.text) < 700
@@ -109,7 +109,7 @@ def test_what_is_offered(album: Path) -> None:
     asked(backend_for(album), session, BOTH)
 
 
-def test_pictures_and_videos_are_asked_about(album: Path) -> None:
+def test_images_and_videos_are_asked_about(album: Path) -> None:
     async def session(client: Client) -> None:
         one, film = str(album / "a.png"), str(album / "film.mp4")
         said = await good(client, "ask_image", path=one, question="What is it?")
@@ -127,7 +127,7 @@ def test_pictures_and_videos_are_asked_about(album: Path) -> None:
     asked(backend_for(album), session, BOTH)
 
 
-def test_a_long_video_is_told_while_others_ask(album: Path) -> None:
+def test_a_long_video_is_described_while_others_ask(album: Path) -> None:
     async def session(client: Client) -> None:
         film = str(album / "film.mp4")
         job = (await good(client, "describe_video_start", path=film, segments=10))["job_id"]
@@ -176,7 +176,7 @@ def test_what_looks_alike(album: Path) -> None:
         found = await good(client, "find_similar", path=one, folder=str(album), k=2)
         assert Path(found["matches"][0]["path"]).name == "twin.png"
         assert found["matches"][0]["similarity"] == 1 and len(found["matches"]) == 2
-        # b, twin, film, broken: to the fake what begins as a picture is one. No links, no pipe.
+        # b, twin, film, broken: to the fake what begins as an image is one. No links, no pipe.
         assert (found["compared"], found["skipped"], found["left"]) == (4, 0, 0)
         steps = backend.steps
         wide = {"folder": str(album), "recursive": True}
@@ -412,7 +412,7 @@ def test_a_search_goes_on_where_it_was(album: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [PluginError("busy", "too many", "wait"), ValueError("/secret")])
-def test_what_fails_inside_is_told_in_a_sentence(album: Path, error: Exception) -> None:
+def test_what_fails_inside_is_said_in_a_sentence(album: Path, error: Exception) -> None:
     async def session(client: Client) -> None:
         text = await bad(client, "ask_image", path=str(album / "a.png"), question="What?")
         assert "secret" not in text
