@@ -227,7 +227,7 @@ def test_the_form_of_an_answer() -> None:
         {"type": "video", "video": FILM},
     ],
 )
-def test_a_image_by_any_name(fake: Client, part: dict[str, Any]) -> None:
+def test_an_image_by_any_name(fake: Client, part: dict[str, Any]) -> None:
     reply = fake.chat([{"type": "input_text", "text": "x"}, part])
     said = reply.json["choices"][0]["message"]["content"]
     assert said == ("x [0 images][1 video]" if "video" in part["type"] else "x [1 image][0 videos]")
