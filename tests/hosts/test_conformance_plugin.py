@@ -137,7 +137,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The suite, run from a folder in which there is nothing of this package's."""
     plugin = "mlx_onevision.plugins.conformance"
     command = [sys.executable, "-m", "pytest", "-p", f"{plugin}.plugin", "-p", "no:cacheprovider"]
-    command += ["--tb=short", "--pyargs", f"{plugin}.suite", *options]
+    command += ["--tb=short", "--pyargs", f"{plugin}.plugin", *options]
     places = [str(folder), str(Path(__file__).parents[2])]
     return subprocess.run(
         command,
