@@ -21,9 +21,9 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.quantization import ModuleQuantization
-from mlx_onevision.convert import probes
 from mlx_onevision.convert.conversion import Conversion
-from mlx_onevision.convert.probes import Probe
+from mlx_onevision.convert.loss import probes
+from mlx_onevision.convert.loss.probes import Probe
 from mlx_onevision.convert.writer import Part
 from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlx_onevision.checkpoint.recipes import Recipe
     from mlx_onevision.convert.conversion import Conversion
     from mlx_onevision.convert.hub import Source
-    from mlx_onevision.convert.metrics import Loss
+    from mlx_onevision.convert.loss.metrics import Loss
     from mlx_onevision.convert.report import ConversionSummary
 
 
@@ -145,7 +145,7 @@ def convert(
     options.require_usage(click.get_current_context().params | {"folder": target})
 
     from mlx_onevision.convert import conversion, fit, hub
-    from mlx_onevision.convert import plot as plots
+    from mlx_onevision.convert.loss import plot as plots
     from mlx_onevision.convert.staging import require_target
 
     # Whatever can be refused is, before anything is downloaded.
@@ -229,7 +229,7 @@ def _write(
 def _compare(
     source: Source, asked: list[Recipe], dtype: str | None, plot: Path | None, as_json: bool
 ) -> None:
-    from mlx_onevision.convert.plot import plot_compare
+    from mlx_onevision.convert.loss.plot import plot_compare
     from mlx_onevision.convert.report import comparison
     from mlx_onevision.convert.verify import compare
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_onevision.config.quantization import ModuleQuantization
 
 if TYPE_CHECKING:
-    from mlx_onevision.convert.metrics import DivergenceStats, Loss
+    from mlx_onevision.convert.loss.metrics import DivergenceStats, Loss
 
 Row = tuple[str, ...]
 

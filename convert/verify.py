@@ -12,9 +12,9 @@ from mlx_onevision.checkpoint.plan import FLOATS
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.convert.conversion import prepare, write
 from mlx_onevision.convert.hub import Source
-from mlx_onevision.convert.loss import Progress, Reference, measure
-from mlx_onevision.convert.metrics import Loss
-from mlx_onevision.convert.probes import QUICK, Probe, probes
+from mlx_onevision.convert.loss.measure import Progress, Reference, measure
+from mlx_onevision.convert.loss.metrics import Loss
+from mlx_onevision.convert.loss.probes import QUICK, Probe, probes
 from mlx_onevision.convert.report import ConversionSummary, size, table
 from mlx_onevision.engine.runner import working_set
 from mlx_onevision.errors import CheckpointError

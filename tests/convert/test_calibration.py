@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.quantization import ModuleQuantization
-from mlx_onevision.convert import probes
 from mlx_onevision.convert.calibration import BITS, Method, calibrate
-from mlx_onevision.convert.metrics import diverge
+from mlx_onevision.convert.loss import probes
+from mlx_onevision.convert.loss.metrics import diverge
 from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.language import Attention, DecoderLayer

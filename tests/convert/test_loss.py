@@ -20,12 +20,12 @@ from processor_files import dump
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe, vision_spec
-from mlx_onevision.convert import probes
 from mlx_onevision.convert.conversion import convert
-from mlx_onevision.convert.loss import measure
-from mlx_onevision.convert.metrics import Loss, diverge
-from mlx_onevision.convert.probes import Probe
-from mlx_onevision.convert.recording import count_values
+from mlx_onevision.convert.loss import probes
+from mlx_onevision.convert.loss.measure import measure
+from mlx_onevision.convert.loss.metrics import Loss, diverge
+from mlx_onevision.convert.loss.probes import Probe
+from mlx_onevision.convert.loss.recording import count_values
 from mlx_onevision.convert.report import comparison, table
 from mlx_onevision.errors import CheckpointError, RequestError
 
@@ -246,7 +246,7 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
 
 def test_one_model_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the result is loaded, of the source there is its head and no other weight."""
-    from mlx_onevision.convert import recording
+    from mlx_onevision.convert.loss import recording
 
     folder = write(tmp_path, tied=False)
     alive: list[Any] = []

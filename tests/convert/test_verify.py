@@ -21,13 +21,13 @@ from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.checkpoint.load import load_checkpoint, open_checkpoint
 from mlx_onevision.checkpoint.tensors import read_weights
 from mlx_onevision.convert import hub as sources
-from mlx_onevision.convert import probes as probe_set
 from mlx_onevision.convert import verify
 from mlx_onevision.convert.calibration import calibrated, calibration_set
 from mlx_onevision.convert.conversion import convert, prepare
 from mlx_onevision.convert.conversion import write as write_planned
-from mlx_onevision.convert.loss import measure
-from mlx_onevision.convert.probes import QUICK, Probe, probes
+from mlx_onevision.convert.loss import probes as probe_set
+from mlx_onevision.convert.loss.measure import measure
+from mlx_onevision.convert.loss.probes import QUICK, Probe, probes
 from mlx_onevision.convert.verify import compare, suspicion
 from mlx_onevision.errors import RequestError
 

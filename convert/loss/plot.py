@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_onevision.convert.metrics import Loss
+from mlx_onevision.convert.loss.metrics import Loss
 from mlx_onevision.errors import RequestError
 
 Theme = Literal["light", "dark"]

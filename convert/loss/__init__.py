@@ -1,0 +1,1 @@
+"""What a conversion costs in quality, measured against the source model."""
