@@ -4,8 +4,13 @@ told so at once, and the server's health can be asked all the while.
 
 import asyncio
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -118,22 +123,74 @@ def crossed(asked: list[Any], found: list[Any], wanted: list[Any]) -> list[str]:
     ]
 
 
+# Refuses every request at once, with two threads at work beside it, as a server has whose model is
+# answering: what a crowd's refusals take on this machine, now, at the least.
+BARE = """
+import socket, threading
+import numpy as np, uvicorn
+
+async def app(scope, receive, send):
+    headers = [(b"content-length", b"4"), (b"retry-after", b"1")]
+    await send({"type": "http.response.start", "status": 429, "headers": headers})
+    await send({"type": "http.response.body", "body": b"busy"})
+
+def work():
+    matrix = np.random.rand(160, 160)
+    while True:
+        matrix = matrix @ matrix
+        matrix /= np.abs(matrix).max()
+
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], flush=True)
+uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off")).run([listening])
+"""
+
+
+@contextmanager
+def bare_server() -> Iterator[Callable[[list[PromptRequest]], Awaitable[float]]]:
+    """A function that has a crowd refused by it, and says how many seconds the slowest took. In
+    between it stands still, and takes nothing from the server that is measured.
+    """
+    with subprocess.Popen([sys.executable, "-c", BARE], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        client = Client(int(server.stdout.readline()))
+        server.send_signal(signal.SIGSTOP)
+
+        async def refusals(asked: list[PromptRequest]) -> float:
+            server.send_signal(signal.SIGCONT)
+            found = await once(client, asked)
+            server.send_signal(signal.SIGSTOP)
+            return max(heard.until_status for heard in found)
+
+        try:
+            yield refusals
+        finally:
+            server.kill()
+
+
 def test_a_crowd_of_every_kind() -> None:
     """First all of them until each has its answer; then, again and again, all at once and only
     once. The machine may be busy with something else for a moment, so of the slowest refusals of
-    these crowds the middle one counts.
+    these crowds the middle one counts. They take a tenth of a second at most; on a machine that is
+    slow just now, four times as long as those of a bare server in between.
     """
     healthy: list[float] = []
     slowest: list[float] = []
+    again: list[float] = []
+    bare: list[float] = []
 
-    async def main(client: Client) -> None:
+    async def main(
+        client: Client, refusals: Callable[[list[PromptRequest]], Awaitable[float]]
+    ) -> None:
         asked = questions(CONNECTIONS)
         wanted = await alone(client, asked)
         assert len(set(wanted)) >= CONNECTIONS - CONNECTIONS // 6, "answers that tell nobody apart"
         polling = asyncio.create_task(polled(client, healthy))
         found, refused, took = await crowd(client, asked)
         wrong = crossed(asked, found, wanted)
-        again = [heard.until_status for heard in refused]  # while the model works for others
+        again.extend(heard.until_status for heard in refused)  # while the model works for others
         slowest.append(max(again))
         table(
             f"{CONNECTIONS} connections, {PLACES} places",
@@ -146,9 +203,9 @@ def test_a_crowd_of_every_kind() -> None:
         )
         assert wrong == []
         assert len(set(identities(found))) == sum(q.path != EMBED for q in asked)
-        assert percentile(again, 0.9) <= 0.1
         waits: list[float] = []
         for _ in range(CROWDS):
+            bare.append(await refusals(asked))
             found = await once(client, asked)
             served = [n for n, heard in enumerate(found) if heard.status != 429]
             pick = [[several[n] for n in served] for several in (asked, found, wanted)]
@@ -165,12 +222,15 @@ def test_a_crowd_of_every_kind() -> None:
                 "429, until its status": spread(waits),
                 "the slowest of each time": spread(slowest),
                 "/health, all the while": spread(healthy),
+                "the slowest of a bare server": spread(bare),
             },
         )
 
-    with command("--model", "demo") as (_, client):
-        asyncio.run(main(client))
-    assert percentile(slowest, 0.5) <= 0.1
+    with bare_server() as refusals, command("--model", "demo") as (_, client):
+        asyncio.run(main(client, refusals))
+    limit = max(0.1, 4 * percentile(bare, 0.5))
+    assert percentile(again, 0.9) <= limit
+    assert percentile(slowest, 0.5) <= limit
     assert percentile(healthy, 0.99) < 0.25
 
 
@@ -190,7 +250,8 @@ def test_a_crowd_that_says_what_it_was_asked() -> None:
                 assert text == f"word{number} {number} [0 images][0 videos]"
             assert len(set(identities(found))) == CONNECTIONS
 
-    fake = FakeBackend(delay=0.01, limits=Limits(active=24, waiting=24))
+    # So few, and so slow, that the crowd is too much however slowly it arrives.
+    fake = FakeBackend(delay=0.02, limits=Limits(active=8, waiting=8))
     with serving(fake) as client:
         asyncio.run(main(client))
 
