@@ -495,13 +495,17 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_help_is_quick_and_imports_little() -> None:
-    seconds = []
+    """Half a second, or where the machine is slow just now, three times what click alone takes."""
+    seconds, bare = [], []
     for _ in range(5):
         started = time.perf_counter()
         done = run_alone("--help")
         seconds.append(time.perf_counter() - started)
         assert done.exit_code == 0 and "generate" in done.stdout
-    assert min(seconds) < 0.5
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import click"], check=True)
+        bare.append(time.perf_counter() - started)
+    assert min(seconds) < max(0.5, 3 * min(bare))
     heavy = ("mlx", "mlx_lm", "transformers", "torch", "av", "PIL", "numpy", "huggingface_hub")
     program = (
         "import sys, mlx_onevision.cli.main\n"
