@@ -66,7 +66,7 @@ def calibrated(
         )
     if conversion.opened.quantized:
         raise RequestError(f"{method} needs an unquantized model; leave --method out")
-    runner = Runner(load_checkpoint(conversion.source.folder, dtype=plan.dtype))
+    runner = Runner(load_checkpoint(conversion.source.folder, dtype=plan.dtype, fused=False))
     processor = Processor.from_folder(conversion.source.folder, runner.model.config)
     prompts = []
     with ExitStack() as held:

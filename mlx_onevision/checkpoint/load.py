@@ -16,7 +16,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import manifest
-from mlx_onevision.checkpoint.plan import FLOATS, PARTS, PATCHES, LazyTensorFiles, make_plan
+from mlx_onevision.checkpoint.plan import (
+    FLOATS,
+    PARTS,
+    PATCHES,
+    ConversionPlan,
+    LazyTensorFiles,
+    make_plan,
+)
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
 from mlx_onevision.config.generation import GenerationDefaults
@@ -24,6 +31,7 @@ from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError, short
 from mlx_onevision.files import read_json
+from mlx_onevision.network.layers import fuse
 from mlx_onevision.network.onevision import OneVision
 
 QUANTIZED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
@@ -89,7 +97,7 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
 
 
 def load_checkpoint(
-    folder: Path, dtype: str | None = None, recipe: Recipe | None = None
+    folder: Path, dtype: str | None = None, recipe: Recipe | None = None, fused: bool = True
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
@@ -98,6 +106,7 @@ def load_checkpoint(
         that most of its bytes have, so that one type runs through the network.
     recipe : quantizes the weights, tensor by tensor: the whole of them is never in memory. The same
         model, bit for bit, as the converter writes.
+    fused : joins matrices for speed; without, the model's parameters have the checkpoints' names.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
@@ -109,6 +118,16 @@ def load_checkpoint(
     opened = open_checkpoint(folder)
     plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe, dtype=dtype)
     model = opened.network if recipe is None else _network(plan.config, plan.specs)
+    model.load_weights(_weights(plan))
+    _unpack_positions(model)
+    if fused:
+        fuse(model)
+    model.eval()
+    return Checkpoint(model, plan.config, opened.generation_defaults, folder)
+
+
+def _weights(plan: ConversionPlan) -> list[tuple[str, mx.array]]:
+    """The planned weights; those that the plan quantizes are read now, the others when used."""
     files = LazyTensorFiles()
     weights: list[tuple[str, mx.array]] = []
     for transform in plan.transforms:
@@ -117,10 +136,7 @@ def load_checkpoint(
             mx.eval([array for _, array in arrays])
             mx.clear_cache()
         weights += arrays
-    model.load_weights(weights)
-    _unpack_positions(model)
-    model.eval()
-    return Checkpoint(model, plan.config, opened.generation_defaults, folder)
+    return weights
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Follows transformers' ``Qwen2Model``. It takes embeddings, not ids: looking ids up, which for images
 and videos means the feature bank, is the caller's. Caches are mlx-lm's, or anything that has their
-``update_and_fetch``, ``make_mask``, ``offset`` and ``state``.
+``update_and_fetch``, ``make_mask``, ``offset`` and ``state``. Its matrices are the checkpoints', or
+those that :func:`layers.fuse` joined them to.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_onevision.config.model import TextConfig
-from mlx_onevision.network.activations import ACTIVATIONS
+from mlx_onevision.network.layers import ACTIVATIONS, gated
 
 # Steps of more tokens than this, B * L, get evaluation points: a decode step never does, a prefill
 # chunk does.
@@ -39,6 +40,8 @@ class RotaryEmbedding:
 
 
 class Attention(nn.Module):
+    qkv_proj: nn.Linear  # once fused
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         dims, head_dim = config.hidden_size, config.head_dim
@@ -54,12 +57,15 @@ class Attention(nn.Module):
         self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
     ) -> mx.array:
         B, L, _ = x.shape
-        queries = self.q_proj(x).reshape(B, L, self.num_heads, -1).transpose(0, 2, 1, 3)
-        keys = self.k_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
-        values = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
-        # Read before the update, which moves a batch cache's offset in place.
-        offset = 0 if cache is None else cache.offset
-        queries, keys = rotate(queries, offset), rotate(keys, offset)
+        heads, rotated = self.num_heads, self.num_heads + self.num_kv_heads
+        if "qkv_proj" in self:
+            joined = self.qkv_proj(x)
+        else:
+            joined = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        joined = joined.reshape(B, L, rotated + self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        # The offset is read before the update, which moves a batch cache's in place.
+        both = rotate(joined[:, :rotated], 0 if cache is None else cache.offset)
+        queries, keys, values = both[:, :heads], both[:, heads:], joined[:, rotated:]
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         output = mx.fast.scaled_dot_product_attention(
@@ -69,15 +75,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gate_up_proj: nn.Linear  # once fused
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.gated = gated(ACTIVATIONS[config.hidden_act])
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(self.gated(gate, up))
 
 
 class DecoderLayer(nn.Module):

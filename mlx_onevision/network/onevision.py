@@ -15,9 +15,9 @@ import numpy as np
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.media.anyres import Packing, video_side
-from mlx_onevision.network.activations import ACTIVATIONS
 from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.network.language import Qwen2
+from mlx_onevision.network.layers import ACTIVATIONS
 from mlx_onevision.network.memory_budget import Budget
 from mlx_onevision.network.vision import VisionTower
 

@@ -10,10 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_onevision.config.model import VisionConfig
-from mlx_onevision.network.activations import ACTIVATIONS
+from mlx_onevision.network.layers import ACTIVATIONS
 
 
 class Attention(nn.Module):
+    qkv_proj: nn.Linear  # once fused
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         dims = config.hidden_size
@@ -26,10 +28,12 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         B, N, D = x.shape
-        queries, keys, values = (
-            projection(x).reshape(B, N, self.num_heads, -1).transpose(0, 2, 1, 3)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        if "qkv_proj" in self:
+            joined = self.qkv_proj(x)
+        else:
+            joined = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        joined = joined.reshape(B, N, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+        queries, keys, values = joined
         output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
         return self.out_proj(output.transpose(0, 2, 1, 3).reshape(B, N, D))
 

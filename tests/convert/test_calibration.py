@@ -32,7 +32,7 @@ class Subject:
     def __init__(self, folder: Path, tied: bool = True, dtype: str | None = None) -> None:
         if not folder.exists():
             write(folder, tied=tied)
-        self.runner = Runner(load_checkpoint(folder, dtype))
+        self.runner = Runner(load_checkpoint(folder, dtype, fused=False))
         self.model = self.runner.model
         self.processor = Processor.from_folder(folder, self.model.config)
         self.prompts = [self.ids(probes.landscape(50, 40 + n, n), n) for n in range(6)]
@@ -175,7 +175,7 @@ def test_half_precision(tmp_path: Path, method: Method) -> None:
 def test_what_cannot_be(
     tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
 ) -> None:
-    model = load_checkpoint(write(tmp_path)).model
+    model = load_checkpoint(write(tmp_path), fused=False).model
     given = {"method": "awq", "prompts": [[1, 2, 3]], "spec": FOUR}
     with pytest.raises(RequestError, match=message):
         calibrate(model=model, **change(given))

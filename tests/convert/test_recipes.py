@@ -22,7 +22,9 @@ def test_mixed_recipes_are_mlx_lms(tmp_path: Path, layers: int) -> None:
     from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
     assert sorted(QUANT_RECIPES) == sorted(recipes.MIXED)
-    model = load_checkpoint(write(tmp_path / "m", sizes=Sizes(layers=layers), tied=False)).model
+    model = load_checkpoint(
+        write(tmp_path / "m", sizes=Sizes(layers=layers), tied=False), fused=False
+    ).model
     modules = {
         name.removesuffix(".weight")
         for name, value in dict[str, Any](tree_flatten(model.parameters())).items()

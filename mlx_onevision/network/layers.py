@@ -1,0 +1,171 @@
+"""What the tower and the language model share: activation functions, matrices that read the same
+input joined to one, and quantized matrices that are dequantized for long steps.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import cache, partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Activation = Callable[[mx.array], mx.array]
+
+
+@partial(mx.compile, shapeless=True)
+def quick_gelu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(1.702 * x)
+
+
+@partial(mx.compile, shapeless=True)
+def relu_squared(x: mx.array) -> mx.array:
+    return mx.square(mx.maximum(x, 0))
+
+
+def identity(x: mx.array) -> mx.array:
+    return x
+
+
+# The names that a configuration may have, as the reference computes them. Each is one kernel.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": nn.gelu,
+    "gelu_python": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "gelu_python_tanh": nn.gelu_approx,
+    "gelu_new": nn.gelu_approx,
+    "gelu_accurate": nn.gelu_approx,
+    "gelu_fast": nn.gelu_approx,
+    "quick_gelu": quick_gelu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "relu": nn.relu,
+    "relu2": relu_squared,
+    "relu6": nn.relu6,
+    "mish": nn.mish,
+    "sigmoid": mx.sigmoid,
+    "tanh": mx.tanh,
+    "linear": identity,
+}
+
+
+@cache
+def gated(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
+    """``activation(gate) * up`` as one kernel."""
+    return mx.compile(lambda gate, up: activation(gate) * up, shapeless=True)
+
+
+# Matrices that read the same input, and the name of the one that they are joined to.
+JOINED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+ARRAYS = ("weight", "scales", "biases", "bias")
+
+
+def fuse(model: nn.Module) -> None:
+    """Joins the matrices of :data:`JOINED` along their outputs, and has quantized ones dequantized
+    for long steps. The modules compute the same in either form.
+
+    Nothing is read: a joined matrix is made when it is first used, and its parts are freed then, so
+    no more than one matrix is ever held twice. Parts that differ in their quantization, or that
+    are no plain linear layers, stay apart: adapters are to be added, and layers split over devices,
+    before.
+    """
+    for _, module in model.named_modules():
+        for name, parts in JOINED.items():
+            if all(part in module for part in parts) and _alike([module[part] for part in parts]):
+                module[name] = _joined([module.pop(part) for part in parts])
+    for _, module in model.named_modules():
+        if type(module) is nn.QuantizedLinear:
+            module.__class__ = LongStepLinear
+
+
+def _alike(layers: list[Any]) -> bool:
+    def form(layer: Any) -> tuple[Any, ...]:
+        quantization = [getattr(layer, name, None) for name in ("group_size", "bits", "mode")]
+        arrays = [(name, layer[name].dtype) for name in ARRAYS if name in layer]
+        return type(layer), quantization, arrays
+
+    plain = type(layers[0]) in (nn.Linear, nn.QuantizedLinear)
+    return plain and all(form(layer) == form(layers[0]) for layer in layers)
+
+
+def _joined(layers: list[Any]) -> Any:
+    first = layers[0]
+    for name in ARRAYS:
+        if name in first:
+            first[name] = mx.concatenate([layer[name] for layer in layers])
+    return first
+
+
+class LongStepLinear(nn.QuantizedLinear):
+    """A quantized layer that, for many rows, is dequantized and multiplied as a dense one, where
+    this is faster. Its dense matrix is freed as soon as it has been multiplied.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = x.size // x.shape[-1]
+        if rows < STEPS[0] or rows < fewest_dense_rows(self, x.dtype):
+            return super().__call__(x)
+        return _dense(self, x)
+
+
+# Rows for which the dense way is tried. Decode steps, of a row a request, have fewer.
+STEPS = (64, 128, 256, 512, 1024, 2048)
+# What is timed takes this long at least, in seconds, or is a whole matrix.
+SHORTEST_TIMING = 1e-3
+# By quantization and type; measured once a process.
+_fewest: dict[tuple[Any, ...], float] = {}
+
+
+def fewest_dense_rows(layer: nn.QuantizedLinear, dtype: mx.Dtype) -> float:
+    """From how many rows on dequantizing is faster on this device, infinity if never: measured
+    with this layer when the first one of its kind is used, which takes a few milliseconds.
+    """
+    kind = (layer.bits, layer.group_size, layer.mode, dtype, mx.default_device().type)
+    if kind not in _fewest:
+        _fewest[kind] = _measured(layer, dtype)
+    return _fewest[kind]
+
+
+def _measured(layer: nn.QuantizedLinear, dtype: mx.Dtype) -> float:
+    part: Any = copy(layer)  # of the outputs: as many as are needed to time them
+    part.pop("bias", None)
+    width = layer.weight.shape[1] * 32 // layer.bits
+    outputs, total = 64, layer.weight.shape[0]
+    for rows in STEPS:
+        x = mx.ones((rows, width), dtype)
+        while True:
+            dict.update(part, {n: layer[n][:outputs] for n in ARRAYS[:3] if n in layer})
+            slow = _seconds(nn.QuantizedLinear.__call__, part, x)
+            if slow >= SHORTEST_TIMING or outputs >= total:
+                break
+            outputs *= 4
+        if _seconds(_dense, part, x) < 0.9 * slow:
+            return rows
+    return float("inf")
+
+
+def _dense(layer: nn.QuantizedLinear, x: mx.array) -> mx.array:
+    weight = mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=x.dtype,
+    ).T
+    return mx.addmm(layer.bias, x, weight) if "bias" in layer else x @ weight
+
+
+def _seconds(multiply: Callable[..., mx.array], *given: Any) -> float:
+    mx.eval(multiply(*given))
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        mx.eval(multiply(*given))
+        times.append(time.perf_counter() - started)
+    return min(times)
