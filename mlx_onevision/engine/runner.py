@@ -1,12 +1,13 @@
 """Requests on the inference thread: encode media, prefill, decode, keep the KV cache.
 
-Text generation is mlx-lm's, unmodified; it is imported here and only when a request needs it.
+Batches are mlx-lm's, unmodified; what is used of it is imported only when a request needs it.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
+from mlx_onevision.engine.decode import decode_steps, import_mlx_lm
 from mlx_onevision.engine.pooling import last_hidden, tower_means
 from mlx_onevision.engine.prefix_cache import PrefixCache
 from mlx_onevision.engine.request import ActiveRequest, Counters, as_package_error
@@ -102,7 +104,7 @@ class Runner:
                     break
                 active.check()
                 if should_yield() and active.counters.completion_tokens < active.max_tokens:
-                    # Leaves in the cache all ids but the last: mlx-lm is a token ahead.
+                    # Leaves in the cache all ids but the last: the steps are a token ahead.
                     trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
                     return True
         except CancelledError:
@@ -117,23 +119,18 @@ class Runner:
         return False
 
     def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Iterator[int]:
-        from mlx_lm.generate import generate_step
-
         cached = active.counters.cached_tokens
-        steps = generate_step(
-            mx.array(active.ids[cached:], mx.int32),
+        steps = decode_steps(
             self.model,
-            max_tokens=active.max_tokens,
-            sampler=active.sampler.sampler(),
-            logits_processors=self._processors(active, active.ids[:cached]),
-            prompt_cache=cache,
-            prefill_step_size=self.chunk,
-            prompt_progress_callback=active.check,
+            active.ids[cached:],
+            cache,
+            active.sampler.sampler(),
+            self._processors(active, active.ids[:cached]),
+            normalise=active.sampler.needs_logprobs,
+            chunk=self.chunk,
+            check=active.check,
         )
-        yield int(next(steps)[0])
-        with self.model.decoding():
-            for token, _ in steps:
-                yield int(token)
+        return islice(steps, active.max_tokens)
 
     def insert(self, active: ActiveRequest, generator: "BatchGenerator") -> tuple[int, bool]:
         """Adds a new or paused request to a batch: its uid there, and whether it is prefilling."""
@@ -275,8 +272,7 @@ def _wired() -> Iterator[None]:
 def _import_mlx_lm() -> float:
     """Returns the seconds that it took."""
     started = time.perf_counter()
-    import mlx_lm.generate  # noqa: F401
-
+    import_mlx_lm()
     return time.perf_counter() - started
 
 

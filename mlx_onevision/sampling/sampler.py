@@ -41,6 +41,11 @@ class Sampling:
         if self.seed is not None:
             check_range("seed", self.seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """So little leaves the likeliest token alone, and float32 has no room to say so."""
+        return self.temperature < GREEDY or self.top_p < GREEDY
+
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
         """A function from log-probabilities (B, vocab) to ids (B,), for one answer.
 
@@ -52,8 +57,7 @@ class Sampling:
         import mlx.core as mx
         from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler
 
-        # So little leaves the likeliest token alone, and float32 has no room to say so.
-        if self.temperature < GREEDY or self.top_p < GREEDY:
+        if self.is_greedy:
             return greedy_sampler
         key = mx.random.key(secrets.randbits(64) if self.seed is None else self.seed)
         one, scale = _draw(), mx.array(1 / self.temperature)
@@ -124,6 +128,11 @@ class RequestSampler:
         self._sampling, self._grammar, self._recorder = sampling, grammar, recorder
         self._guide: Guide | None = None
         self._accepted: list[int] = []
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """False where logits do as well: for a greedy choice that is not recorded."""
+        return self._recorder is not None or not self._sampling.is_greedy
 
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
         sampler = self._sampling.sampler(drawn)

@@ -1,0 +1,89 @@
+"""The steps of a request that runs alone are mlx-lm's, and so is what is imported of it."""
+
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from checkpoints import write
+
+from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.engine.decode import decode_steps
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.sampling.sampler import Sampling
+
+PROMPTS = [[5], [5, 6], list(range(5, 40)), [7, 9] * 40]
+
+ALONE = """
+import sys
+from mlx_onevision.api import load
+with_penalty = {"repetition_penalty": 1.1, "temperature": 0.5, "top_p": 0.9, "top_k": 5}
+model = load(sys.argv[1])
+model.generate("hello", max_tokens=3, seed=1, **with_penalty)
+assert "transformers" not in sys.modules, "transformers was imported"
+import mlx_lm.generate
+from mlx_lm import *
+assert callable(generate) and callable(load)
+import mlx_lm
+assert callable(mlx_lm.generate) and mlx_lm.__version__ and mlx_lm.models.cache and mlx_lm.utils
+assert "transformers" in sys.modules
+assert len(model.generate(batch=["hello", "there"], max_tokens=3)) == 2
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> OneVision:
+    return load_checkpoint(folder).model
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=1.5, seed=3),
+        Sampling(temperature=1.5, seed=3, top_p=0.9, top_k=20, repetition_penalty=1.1),
+    ],
+)
+@pytest.mark.parametrize("chunk", [8, 256])
+def test_tokens_and_cache_are_those_of_mlx_lm(
+    network: OneVision, sampling: Sampling, chunk: int
+) -> None:
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    vocab_size = network.config.text_config.vocab_size
+    for prompt in PROMPTS:
+        theirs, ours = make_prompt_cache(network), make_prompt_cache(network)
+        expected = generate_step(
+            mx.array(prompt, mx.int32),
+            network,
+            max_tokens=12,
+            sampler=sampling.sampler(),
+            logits_processors=sampling.logits_processors(vocab_size, 4),
+            prompt_cache=theirs,
+            prefill_step_size=chunk,
+        )
+        steps = decode_steps(
+            network,
+            prompt,
+            ours,
+            sampling.sampler(),
+            sampling.logits_processors(vocab_size, 4),
+            normalise=not sampling.is_greedy,
+            chunk=chunk,
+            check=lambda: None,
+        )
+        assert list(islice(steps, 12)) == [int(token) for token, _ in expected]
+        assert {layer.offset for layer in ours} == {layer.offset for layer in theirs}
+
+
+def test_a_lone_request_imports_no_transformers(folder: Path) -> None:
+    """It is most of a cold command's time; and mlx_lm is whole for whoever else imports it."""
+    subprocess.run([sys.executable, "-c", ALONE, str(folder)], check=True, timeout=120)
