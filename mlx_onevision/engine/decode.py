@@ -71,7 +71,7 @@ def decode_steps(
     with model.decoding():
         while True:
             following = step(token)
-            yield int(token.item())
+            yield int(token.item())  # pyright: ignore[reportArgumentType]
             token = following
             produced += 1
             if produced % CLEAR_EVERY == 0:
@@ -96,7 +96,7 @@ class _Package(ModuleType):
                 if not known.get("__initialising__"):
                     known["__initialising__"] = True
                     self.__spec__.loader.exec_module(self)  # pyright: ignore
-                    self.__class__ = ModuleType
+                    object.__setattr__(self, "__class__", ModuleType)
         return ModuleType.__getattribute__(self, name)
 
 
@@ -110,5 +110,5 @@ def import_mlx_lm() -> None:
         package = importlib.util.module_from_spec(spec)
         package.__class__ = _Package
         sys.modules.setdefault("mlx_lm", package)
-    import mlx_lm.models.cache
-    import mlx_lm.sample_utils  # noqa: F401
+    for name in ("mlx_lm.models.cache", "mlx_lm.sample_utils"):
+        importlib.import_module(name)
