@@ -61,6 +61,13 @@ if TYPE_CHECKING:
     "--logprobs", type=int, metavar="N", help="With --json, the N likeliest tokens of each step."
 )
 @click.option(
+    "--prompt-lookup",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Try N tokens at once where the answer repeats a passage; the answer is the same.",
+)
+@click.option(
     "--stream/--no-stream", default=None, help="Print as it comes. Default: on a terminal."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -265,6 +265,7 @@ class RequestBuilder:
         order: Order = "template",
         logprobs: int | None = None,
         json_schema: str | bool | Mapping[str, Any] | None = None,
+        prompt_lookup: int = 0,
         check: Callable[[], None] = no_check,
     ) -> PromptRequest:
         """One conversation, read and tokenized; the settings are those of ``Options``."""
@@ -296,4 +297,6 @@ class RequestBuilder:
         )
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         seconds = time.perf_counter() - started
-        return PromptRequest(inputs, sampling, max_tokens, stops, seconds, grammar, logprobs)
+        return PromptRequest(
+            inputs, sampling, max_tokens, stops, seconds, grammar, logprobs, prompt_lookup
+        )

@@ -25,6 +25,10 @@ class Options(TypedDict, total=False):
     json_schema : a JSON Schema, as JSON or as what that would be in Python: the answer is a
         document that it allows and nothing else, unless max_tokens or a stop string cuts it off.
         Needs the extra ``structured``.
+    prompt_lookup : speculative decoding of greedy answers: so many tokens that followed the last
+        ones before, in prompt or answer, are tried in one step. The answer is the same, up to the
+        rounding of half precision, and comes faster where it repeats a passage; 0, the default, for
+        none. A request that shares its steps with others has none.
     check : called while images and videos are read, between any two of them and between frames,
         before there is a stream that could be cancelled: what it raises ends the request there.
     order : "template" lets the chat template move media to the front of their message, as the
@@ -48,6 +52,7 @@ class Options(TypedDict, total=False):
     order: Literal["template", "given"]
     logprobs: int | None
     json_schema: str | bool | Mapping[str, Any] | None
+    prompt_lookup: int
     check: Callable[[], None]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from mlx_onevision.errors import CancelledError, OutOfMemoryError
+from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import Detokenizer, StopStrings, TokenBytes
@@ -38,9 +38,27 @@ class PromptRequest:
     prepare_seconds: float = 0.0
     grammar: Grammar | None = None
     logprobs: int | None = None
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
         check_range("max_tokens", self.max_tokens)
+        check_range("prompt_lookup", self.prompt_lookup)
+        if self.prompt_lookup:
+            unfit = [
+                name
+                for name, unlike in (
+                    ("temperature", not self.sampling.is_greedy),
+                    ("repetition_penalty", self.sampling.repetition_penalty != 1),
+                    ("json_schema", self.grammar is not None),
+                    ("logprobs", self.logprobs is not None),
+                )
+                if unlike
+            ]
+            if unfit:
+                raise RequestError(
+                    f"prompt_lookup is for greedy answers and has no meaning with {unfit[0]}; "
+                    "leave one of them out"
+                )
         if self.logprobs is not None:
             check_range("logprobs", self.logprobs)
         StopStrings(self.stop)

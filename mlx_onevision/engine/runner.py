@@ -15,7 +15,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
-from mlx_onevision.engine.decode import decode_steps, import_mlx_lm
+from mlx_onevision.engine.decode import (
+    PromptLookup,
+    decode_steps,
+    import_mlx_lm,
+    speculative_steps,
+)
 from mlx_onevision.engine.pooling import last_hidden, tower_means
 from mlx_onevision.engine.prefix_cache import PrefixCache
 from mlx_onevision.engine.request import ActiveRequest, Counters, as_package_error
@@ -119,6 +124,8 @@ class Runner:
         return False
 
     def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Iterator[int]:
+        from mlx_lm.models.cache import trim_prompt_cache
+
         cached = active.counters.cached_tokens
         steps = decode_steps(
             self.model,
@@ -130,6 +137,11 @@ class Runner:
             chunk=self.chunk,
             check=active.check,
         )
+        if most := active.request.prompt_lookup:
+            first, vocab_size = next(steps), self.model.config.text_config.vocab_size
+            trim_prompt_cache(cache, cache[0].offset - len(active.ids))  # the step ahead
+            draft = PromptLookup(active.ids, most, vocab_size)
+            steps = speculative_steps(self.model, cache, first, draft, check=active.check)
         return islice(steps, active.max_tokens)
 
     def insert(self, active: ActiveRequest, generator: "BatchGenerator") -> tuple[int, bool]:

@@ -105,8 +105,10 @@ def test_events_go_through_json(event: Event) -> None:
 
 def test_the_settings_are_those_of_the_library() -> None:
     fields = GenerateRequest.__dataclass_fields__.keys()
-    # A function does not travel; a host cancels the stream instead.
-    assert fields == Options.__annotations__.keys() - {"check"} | {"messages", "timeout"}
+    # A function does not travel; a host cancels the stream instead. And requests of hosts share
+    # their steps with others, which prompt lookup does not.
+    ours = Options.__annotations__.keys() - {"check", "prompt_lookup"}
+    assert fields == ours | {"messages", "timeout"}
 
 
 def test_importing_it_imports_the_standard_library_only() -> None:
