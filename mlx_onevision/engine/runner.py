@@ -26,7 +26,7 @@ from mlx_onevision.engine.prefix_cache import PrefixCache
 from mlx_onevision.engine.request import ActiveRequest, Counters, as_package_error
 from mlx_onevision.errors import CancelledError, OutOfMemoryError
 from mlx_onevision.network import memory_budget as memory
-from mlx_onevision.network.onevision import OneVision, pool_frames
+from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Medium
 
 if TYPE_CHECKING:
@@ -184,14 +184,14 @@ class Runner:
             counters.import_seconds += _import_mlx_lm()
             check()
 
-        counters.encoded_media = self._encode(inputs, ids, matched, launched)
+        counters.encoded_media = self._encode([(inputs, ids[matched:])], launched)
         counters.import_seconds += _import_mlx_lm()
         counters.encode_seconds = time.perf_counter() - started - counters.import_seconds
 
     def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
         with self.model.bank.in_use(keys):
-            self._encode(inputs, ids, 0, lambda: None)
+            self._encode([(inputs, ids)], lambda: None)
             return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 
     def embed_tiles(
@@ -202,13 +202,13 @@ class Runner:
 
     def embed_prompts(self, prompts: Sequence[Inputs], check: Callable[..., None]) -> np.ndarray:
         """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
-        rows = []
+        rows: list[list[int]] = []
         with _wired(), ExitStack() as in_use:
             for inputs in prompts:
                 ids, keys = self.virtual_ids(inputs)
                 in_use.enter_context(self.model.bank.in_use(keys))
-                self._encode(inputs, ids, 0, check)
                 rows.append(ids)
+            self._encode(list(zip(prompts, rows, strict=True)), check)
             return last_hidden(self.model, rows, check)
 
     def forget(self, keys: Sequence[str]) -> None:
@@ -229,34 +229,23 @@ class Runner:
         return ids, [medium.key for medium in inputs.media]
 
     def _encode(
-        self, inputs: Inputs, ids: Sequence[int], matched: int, check: Callable[..., None]
+        self, prompts: Sequence[tuple[Inputs, Sequence[int]]], check: Callable[..., None]
     ) -> int:
-        """Encodes all media that reach beyond ``matched`` into the bank, and returns how many went
-        through the tower.
+        """Encodes into the bank the media of prompts, each with those of its ids that are to be
+        prefilled, and returns how many went through the tower.
         """
         bank = self.model.bank
-        rest = set(ids[matched:])
-        encoded = 0
-        for medium in inputs.media:
-            needed = bank.reserve(medium.key, medium.tokens)[-1] in rest
-            if needed and medium.key not in bank:
-                bank.store(medium.key, self._features(medium, check))
-                encoded += 1
-        return encoded
-
-    def _features(self, medium: Medium, check: Callable[..., None]) -> mx.array:
-        model = self.model
-        finish = pool_frames if medium.kind == "video" else lambda group: group
-        features = model.encode_tiles(medium.tiles, medium.normalization, check, finish)
-        if medium.kind == "video":
-            packed = model.pack_video(features)
-        elif medium.packing is not None:
-            packed = model.pack_image(features, medium.packing)
-        else:
-            packed = model.pack_tile(features)
-        packed = packed.astype(model.dtype)
-        mx.eval(packed)
-        return packed
+        missing: dict[str, Medium] = {}
+        for inputs, ids in prompts:
+            needed = set(ids)
+            for medium in inputs.media:
+                last = bank.reserve(medium.key, medium.tokens)[-1]
+                if last in needed and medium.key not in bank:
+                    missing[medium.key] = medium
+        encoded = self.model.encode_media(list(missing.values()), check)
+        for key, embeddings in zip(missing, encoded, strict=True):
+            bank.store(key, embeddings)
+        return len(missing)
 
 
 def trim_to_shortest_layer(cache: Sequence[Any]) -> None:

@@ -7,11 +7,12 @@ only that ids at or above ``vocab_size`` stand for embeddings in the feature ban
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.media.anyres import Packing, video_side
@@ -35,6 +36,27 @@ class MultiModalProjector(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class EncodableMedium(Protocol):
+    """An image or a video.
+
+    tiles : uint8, shape = (tiles, S, S, 3); a video's are its frames.
+    normalization : float32 (256, 3), the pixel value of each code in each channel.
+    packing : of a tiled image; None for an image of one tile and for a video.
+    """
+
+    @property
+    def kind(self) -> Literal["image", "video"]: ...
+
+    @property
+    def tiles(self) -> NDArray[np.uint8]: ...
+
+    @property
+    def normalization(self) -> NDArray[np.float32]: ...
+
+    @property
+    def packing(self) -> Packing | None: ...
 
 
 class OneVision(nn.Module):
@@ -93,34 +115,50 @@ class OneVision(nn.Module):
 
     # From pixels to embeddings.
 
-    def encode_tiles(
-        self,
-        tiles: np.ndarray,
-        normalization: np.ndarray,
-        launched: Callable[[], None] = lambda: None,
-        finish: Callable[[mx.array], mx.array] = lambda group: group,
-    ) -> mx.array:
-        """Projected features of tiles, shape = (tiles, patches, hidden_size).
+    def encode_media(
+        self, media: Sequence[EncodableMedium], launched: Callable[[], None] = lambda: None
+    ) -> Iterator[mx.array]:
+        """The embeddings (tokens, hidden_size) of each medium, in order, each as soon as its last
+        tile has been encoded. A group of tiles is filled from one medium after another.
 
-        tiles : uint8, shape = (tiles, S, S, 3).
-        normalization : float32 (256, 3), the pixel value of each code in each channel.
         launched : called whenever a group of tiles has been sent to the device and before it is
             waited for; what it raises ends the encoding.
-        finish : what becomes of each group at once; :func:`pool_frames` keeps a quarter of it.
         """
-        groups = []
-        for start in range(0, len(tiles), self.budget.tile_group):
-            pixels = normalize(tiles[start : start + self.budget.tile_group], normalization)
-            group = finish(self.multi_modal_projector(self.vision_features(pixels)))
-            mx.async_eval(group)
+        features: list[mx.array] = []  # of the first medium that has not been yielded
+        for group in _tile_groups([len(medium.tiles) for medium in media], self.budget.tile_group):
+            pixels = [
+                normalize(media[number].tiles[part], media[number].normalization)
+                for number, part in group
+            ]
+            encoded = self.multi_modal_projector(self.vision_features(mx.concatenate(pixels)))
+            packed: list[mx.array] = []
+            first = 0
+            for (number, part), count in zip(group, map(len, pixels), strict=True):
+                medium, last = media[number], first + count
+                tiles = encoded[first:last]
+                # Pooled at once: a quarter of a video's features is all that is kept of them.
+                features.append(pool_frames(tiles) if medium.kind == "video" else tiles)
+                if part.stop == len(medium.tiles):
+                    packed.append(self._pack(medium, mx.concatenate(features)))
+                    features = []
+                first = last
+            mx.async_eval(packed, features)
             launched()
-            mx.eval(group)
-            groups.append(group)
-        return mx.concatenate(groups)
+            mx.eval(packed, features)
+            yield from packed
 
     def vision_features(self, pixels: mx.array) -> mx.array:
         """The tower's selected hidden states, shape = (tiles, patches, tower width * layers)."""
         return self.vision_tower(pixels, self.config.feature_layers, self.budget.tower_interval)
+
+    def _pack(self, medium: EncodableMedium, features: mx.array) -> mx.array:
+        if medium.kind == "video":
+            packed = self.pack_video(features)
+        elif medium.packing is not None:
+            packed = self.pack_image(features, medium.packing)
+        else:
+            packed = self.pack_tile(features)
+        return packed.astype(self.dtype)
 
     def pack_image(self, features: mx.array, packing: Packing) -> mx.array:
         """One tiled image's embeddings: the base tile's, then the grid's with a newline a row.
@@ -217,6 +255,26 @@ class OneVision(nn.Module):
             yield
         finally:
             self._check = lambda: None
+
+
+def _tile_groups(counts: Sequence[int], size: int) -> Iterator[list[tuple[int, slice]]]:
+    """The tiles of media, so many each, in groups of ``size``: of each group the numbers of its
+    media and which of their tiles.
+    """
+    group: list[tuple[int, slice]] = []
+    room = size
+    for number, count in enumerate(counts):
+        first = 0
+        while first < count:
+            last = min(first + room, count)
+            group.append((number, slice(first, last)))
+            room -= last - first
+            first = last
+            if room == 0:
+                yield group
+                group, room = [], size
+    if group:
+        yield group
 
 
 def normalize(tiles: np.ndarray, normalization: np.ndarray) -> mx.array:

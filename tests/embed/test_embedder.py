@@ -64,11 +64,7 @@ def asked(model: Model, network: OneVision, *content: Any) -> np.ndarray:
     while position < len(ids):
         if ids[position] == model.config.image_token_index:
             medium = media.pop(0)
-            features = network.encode_tiles(medium.tiles, medium.normalization)
-            if medium.packing is None:
-                rows.append(network.pack_tile(features))
-            else:
-                rows.append(network.pack_image(features, medium.packing))
+            rows += network.encode_media([medium])
             position += medium.tokens
         else:
             rows.append(network.language_model.embed_tokens(mx.array([ids[position]])))

@@ -22,7 +22,7 @@ from mlx_onevision.engine.request import ActiveRequest, PromptRequest, TokenText
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.prompt.messages import normalise_messages
-from mlx_onevision.prompt.processor import Inputs, Processor
+from mlx_onevision.prompt.processor import Inputs, Medium, Processor
 from mlx_onevision.sampling.sampler import Sampling
 
 LONG = "one two three four five six seven eight nine ten " * 30  # prompts of several chunks
@@ -388,14 +388,14 @@ def test_a_row_that_cannot_be_encoded_fails_alone(
     alone: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode = runner.model.encode_tiles
+    encode = runner.model.encode_media
 
-    def failing(tiles: np.ndarray, *rest: Any) -> Any:
-        if len(tiles) == len(inputs[1].media[0].tiles):
+    def failing(media: list[Medium], *rest: Any) -> Any:
+        if media and media[0] is inputs[1].media[0]:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
-        return encode(tiles, *rest)
+        return encode(media, *rest)
 
-    monkeypatch.setattr(runner.model, "encode_tiles", failing)
+    monkeypatch.setattr(runner.model, "encode_media", failing)
     requests = together(runner, [inputs[0], inputs[1], inputs[2]])
     assert [tuple(requests[n].tokens) for n in (0, 2)] == [alone[0], alone[2]]
     assert requests[1].tokens == [] and isinstance(requests[1].failure, OutOfMemoryError)

@@ -46,12 +46,7 @@ def virtual_ids(model: OneVision, inputs: Inputs) -> list[int]:
     ids = inputs.input_ids.copy()
     numbers: list[int] = []
     for medium in inputs.media:
-        features = model.encode_tiles(medium.tiles, medium.normalization)
-        rows = (
-            model.pack_tile(features)
-            if medium.packing is None
-            else model.pack_image(features, medium.packing)
-        )
+        (rows,) = model.encode_media([medium])
         numbers += model.bank.reserve(medium.key, medium.tokens)
         model.bank.store(medium.key, rows)
     ids[ids == model.config.image_token_index] = numbers

@@ -1,11 +1,15 @@
 """Packing and look-up against plain numpy; steps of any size give the same logits."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
-from mlx_onevision.media.anyres import plan_packing
+from mlx_onevision.errors import CancelledError
+from mlx_onevision.media.anyres import Packing, plan_packing
 from mlx_onevision.network.memory_budget import Budget
 from mlx_onevision.network.onevision import OneVision, interpolate, normalize, pool_frames
 
@@ -114,16 +118,77 @@ def test_a_video_is_pooled_by_frame_with_one_newline() -> None:
     np.testing.assert_allclose(rows, np.concatenate(expected), atol=2e-6)
 
 
-def test_tile_groups_and_evaluation_points_change_nothing() -> None:
-    model = tiny()
-    tiles = np.random.default_rng(3).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8)
+@dataclass
+class Medium:
+    kind: Literal["image", "video"]
+    tiles: np.ndarray
+    normalization: np.ndarray
+    packing: Packing | None = None
+
+
+def some_media() -> list[Medium]:
+    """Images of one tile and of several, videos, and two ways to normalise: 16 tiles."""
+    rng = np.random.default_rng(3)
+    packing = plan_packing((28, 100), PINPOINTS, SIZE, SIDE, 2)
+    kinds: list[tuple[Literal["image", "video"], int, Packing | None]] = [
+        ("image", 1, None),
+        ("video", 3, None),
+        ("image", packing.tiles, packing),
+        ("image", 1, None),
+        ("video", 5, None),
+        ("image", 1, None),
+    ]
     table = np.linspace(-1, 1, 256 * 3, dtype=np.float32).reshape(256, 3)
+    return [
+        Medium(
+            kind,
+            rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8),
+            table * np.float32(0.5) if kind == "video" else table,
+            packing,
+        )
+        for kind, count, packing in kinds
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 10])
+def test_media_that_share_groups_are_encoded_as_alone(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, media = tiny(), some_media()
     model.budget = Budget(tile_group=10, tower_interval=0, chunk=8192, interval=0)
-    whole = model.encode_tiles(tiles, table)
-    model.budget = Budget(tile_group=2, tower_interval=1, chunk=256, interval=1)
-    np.testing.assert_allclose(
-        np.array(model.encode_tiles(tiles, table)), np.array(whole), atol=1e-5
-    )
+    alone = [np.array(rows) for medium in media for rows in model.encode_media([medium])]
+    model.budget = Budget(tile_group=size, tower_interval=1, chunk=256, interval=1)
+    sizes: list[int] = []
+    tower = model.vision_features
+
+    def watched(pixels: mx.array) -> mx.array:
+        sizes.append(len(pixels))
+        return tower(pixels)
+
+    monkeypatch.setattr(model, "vision_features", watched)
+    found = list(model.encode_media(media))
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(np.array(one), other, atol=1e-5)
+    tiles = sum(len(medium.tiles) for medium in media)
+    assert sizes == [size] * (tiles // size) + [tiles % size] * (tiles % size > 0)
+
+
+def test_encoding_that_is_ended_keeps_what_was_complete() -> None:
+    """``launched`` is called once a group; what it raises ends the encoding."""
+    model, media = tiny(), some_media()
+    model.budget = Budget(tile_group=5, tower_interval=1, chunk=256, interval=1)
+    found, calls = [], 0
+
+    def launched() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise CancelledError("the request was cancelled")
+
+    with pytest.raises(CancelledError):
+        for rows in model.encode_media(media, launched):
+            found.append(rows)
+    assert len(found) == 2  # the third has tiles in both groups
 
 
 def test_embedding_mixes_words_and_rows() -> None:

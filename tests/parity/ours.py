@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_onevision import load
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.network.onevision import normalize, pool_frames
+from mlx_onevision.network.onevision import normalize
 from mlx_onevision.prompt.processor import Inputs, Medium
 
 Messages = Sequence[dict[str, Any]]
@@ -40,24 +40,13 @@ class Ours:
             tower = network.vision_features(normalize(medium.tiles, medium.normalization))
             towers.append(np.array(tower))
             projections.append(np.array(network.multi_modal_projector(tower)))
-            features = network.encode_tiles(medium.tiles, medium.normalization)
-            rows = (
-                network.pack_tile(features)
-                if medium.packing is None
-                else network.pack_image(features, medium.packing)
-            )
-            packed.append(np.array(rows))
+            packed.append(self.rows(medium))
         return Vision(np.concatenate(towers), np.concatenate(projections), packed)
 
     def rows(self, medium: Medium) -> np.ndarray:
         """What the network makes of one image or video."""
-        network = self.network
-        features = network.encode_tiles(medium.tiles, medium.normalization)
-        if medium.kind == "video":
-            return np.array(network.pack_video(pool_frames(features)))
-        if medium.packing is None:
-            return np.array(network.pack_tile(features))
-        return np.array(network.pack_image(features, medium.packing))
+        (rows,) = self.network.encode_media([medium])
+        return np.array(rows)
 
     def tokens(self, messages: Messages, count: int, **sampling: Any) -> list[int]:
         """``count`` generated tokens, fewer where the end token comes; it is the last one then."""
