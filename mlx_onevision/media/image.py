@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from io import BufferedReader, BytesIO
+from itertools import product
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -96,13 +97,14 @@ def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
     high, wide = select_best_resolution(size, config.image_grid_pinpoints)
     inner = fitted_size(size, (high, wide))
     top, left = (high - inner[0]) // 2, (wide - inner[1]) // 2
-    canvas = np.zeros((high, wide, 3), np.uint8)
-    canvas[top : top + inner[0], left : left + inner[1]] = resize(image, inner)
-    rows, cols = high // tile, wide // tile
-    tiles = np.empty((1 + rows * cols, tile, tile, 3), np.uint8)
+    tiles = np.zeros((1 + (high // tile) * (wide // tile), tile, tile, 3), np.uint8)
     tiles[0] = resize(image, (tile, tile))
-    cut = canvas.reshape(rows, tile, cols, tile, 3).swapaxes(1, 2)
-    tiles[1:].reshape(rows, cols, tile, tile, 3)[...] = cut
+    fitted = resize(image, inner)
+    corners = product(range(-top, high - top, tile), range(-left, wide - left, tile))
+    for number, (y, x) in enumerate(corners, 1):
+        part = fitted[max(y, 0) : max(y + tile, 0), max(x, 0) : max(x + tile, 0)]
+        y, x = max(-y, 0), max(-x, 0)
+        tiles[number, y : y + part.shape[0], x : x + part.shape[1]] = part
     return tiles
 
 

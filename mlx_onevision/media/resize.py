@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mlx_onevision.media.parallel import cores, parallel_map
 
 Pixels = NDArray[np.uint8]
 Reals = NDArray[np.float64]
@@ -29,7 +32,8 @@ _BLOCK_TAPS = 1024  # inputs of one product, about
 # Multiplications in one product. OpenBLAS spreads more than this over threads, which then wait for
 # each other: no gain on an idle machine, and six times slower on a busy one.
 _PRODUCT = 1 << 18
-_VALUES = 1 << 20  # levels held as floats at a time
+_VALUES = 1 << 19  # levels held as floats at a time, by each core
+_PART = 1 << 20  # levels from which on another core is worth its start
 
 # Apple's BLAS raises floating-point flags on sound products, of which numpy then warns.
 _quiet = np.errstate(divide="ignore", over="ignore", invalid="ignore")
@@ -67,15 +71,23 @@ class _Axis(NamedTuple):
         """Lines to put through a block in one product."""
         return max(1, _PRODUCT // (self.blocks[0].matrix.shape[0] * self.longest))
 
+    def groups(self, inputs: int) -> list[tuple[_Block, ...]]:
+        """The blocks in groups of about so many inputs each."""
+        count = max(1, inputs // self.longest)
+        return [self.blocks[n : n + count] for n in range(0, len(self.blocks), count)]
+
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
     """``image`` (H, W, C) resized to ``size`` = (height, width): (height, width, C), or itself
-    if it has that size. An antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
+    if it has that size. An antialiased bicubic (Keys' cubic, a = -0.5), across, then down. The
+    channels of the result lie apart in memory.
     """
     (high, wide), (to_high, to_wide) = image.shape[:2], size
     if min(high, wide, to_high, to_wide) < 1:
         raise ValueError(f"cannot resize {high}x{wide} to {to_high}x{to_wide}")
-    return _down(_across(image, to_wide), to_high)
+    if wide == to_wide:
+        return _down(image, to_high)
+    return _down(_across(image, _axis(wide, to_wide)), to_high).transpose(0, 2, 1)
 
 
 def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
@@ -85,15 +97,16 @@ def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
     high, wide, channels = image.shape
     side = max(high, wide)
     top, left = (side - high) // 2, (side - wide) // 2
-    rows = np.empty((side, size, channels), np.uint8)
-    rows[...] = _across(np.full((1, side, channels), fill, np.uint8), size)
+    rows = np.empty((side, channels, size), np.uint8)
+    even = np.full((1, side, channels), fill, np.uint8)
+    axis = _axis(side, size)
+    rows[...] = even.transpose(0, 2, 1) if side == size else _across(even, axis)
     inner = rows[top : top + high]
     if side == size:
-        inner[:, left : left + wide] = image
+        inner[..., left : left + wide] = image.transpose(0, 2, 1)
     elif side == wide:
-        inner[...] = _across(image, size)
+        _across(image, axis, inner)
     else:
-        axis = _axis(side, size)
         near = [b for b in axis.blocks if b.first < left + wide and b.last > left]
         start, stop, first, last = near[0].start, near[-1].stop, near[0].first, near[-1].last
         blocks = [
@@ -107,63 +120,85 @@ def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
             strip = np.empty((len(pixels), last - first, channels), np.uint8)
             strip[...] = fill
             strip[:, left - first : left - first + wide] = pixels
-            inner[row : row + band, start:stop] = _along_rows(strip, part)
-    return _down(rows, size)
+            _across(strip, part, inner[row : row + band, :, start:stop])
+    return _down(rows, size).transpose(0, 2, 1)
 
 
-def _across(image: Pixels, to_wide: int) -> Pixels:
-    wide = image.shape[1]
-    return image if wide == to_wide else _along_rows(image, _axis(wide, to_wide))
+def _across(image: Pixels, axis: _Axis, out: Pixels | None = None) -> Pixels:
+    """(H, W, C) to (H, C, width): a row of memory per channel, so that a row of weights meets
+    neighbouring pixels. Bytes change their places, not floats, of which that takes six times as
+    long.
+    """
+    high, _, channels = image.shape
+    made = np.empty((high, channels, len(axis.offset)), np.uint8) if out is None else out
+    band = min(high, max(1, axis.band // channels))
+    groups = axis.groups(max(1, _VALUES // (band * channels)))
+    longest = max(group[-1].last - group[0].first for group in groups)
+    widest = max(group[-1].stop - group[0].start for group in groups)
+
+    @_quiet
+    def work(part: slice) -> None:
+        # The arrays are the same for every band: fresh ones would cost as much as the arithmetic.
+        levels = np.empty((band, channels, longest), np.uint8)
+        planes = np.empty((band, channels, longest), axis.dtype)
+        sums = np.empty((band * channels, widest), axis.dtype)
+        for top, group in product(range(part.start, part.stop, band), groups):
+            rows = slice(top, min(top + band, part.stop))
+            count, first, start = rows.stop - top, group[0].first, group[0].start
+            source = image[rows, first : group[-1].last].transpose(0, 2, 1)
+            apart = levels[:count, :, : source.shape[2]]
+            np.copyto(apart, source)
+            planes[:count, :, : source.shape[2]] = _centred(apart)
+            lines = planes.reshape(-1, longest)[: count * channels]
+            results = sums[: count * channels, : group[-1].stop - start]
+            for block in group:
+                np.matmul(
+                    lines[:, block.first - first : block.last - first],
+                    block.matrix.T,
+                    out=results[:, block.start - start : block.stop - start],
+                )
+            results += axis.offset[start : group[-1].stop]
+            np.clip(results, 0, 255, out=results)
+            target = made[rows, :, start : group[-1].stop]
+            np.copyto(target, results.reshape(target.shape), casting="unsafe")
+
+    parallel_map(work, _parts(high, image.size))
+    return made
 
 
-@_quiet
-def _along_rows(image: Pixels, axis: _Axis) -> Pixels:
-    (high, wide, channels), to_wide = image.shape, len(axis.offset)
-    out = np.empty((high, to_wide, channels), np.uint8)
-    lines = min(axis.band, _VALUES // max(wide, to_wide))
-    band = min(high, max(1, lines // channels))
-    # A row of memory per channel, so that a row of weights meets neighbouring pixels. The arrays
-    # are the same for every band: fresh ones would cost as much as the arithmetic.
-    planes = np.empty((band, channels, wide), axis.dtype)
-    sums = np.empty((band, channels, to_wide), axis.dtype)
-    for top in range(0, high, band):
-        rows = image[top : top + band]
-        values, results = planes[: len(rows)], sums[: len(rows)]
-        values[...] = _centred(rows).transpose(0, 2, 1)
-        flat_values, flat_results = values.reshape(-1, wide), results.reshape(-1, to_wide)
-        for block in axis.blocks:
-            np.matmul(
-                flat_values[:, block.first : block.last],
-                block.matrix.T,
-                out=flat_results[:, block.start : block.stop],
-            )
-        results += axis.offset
-        np.clip(results, 0, 255, out=results)
-        np.copyto(out[top : top + band], results.transpose(0, 2, 1), casting="unsafe")
-    return out
-
-
-@_quiet
 def _down(image: Pixels, to_high: int) -> Pixels:
-    high, wide, channels = image.shape
+    """(H, X, Y) to (height, X, Y), whatever the other two axes are; itself if it is as high."""
+    high, *others = image.shape
     if high == to_high:
         return image
     axis = _axis(high, to_high)
-    flat = image.reshape(high, wide * channels)
-    out = np.empty((to_high, wide * channels), np.uint8)
-    band = min(wide * channels, axis.band)
-    planes = np.empty((axis.longest, band), axis.dtype)
-    for block in axis.blocks:
-        for left in range(0, wide * channels, band):
-            source = flat[block.first : block.last, left : left + band]
-            values = planes[: source.shape[0], : source.shape[1]]
-            values[...] = _centred(source)
-            results = block.matrix @ values
-            results += axis.offset[block.start : block.stop, None]
-            np.clip(results, 0, 255, out=results)
-            target = out[block.start : block.stop, left : left + band]
-            np.copyto(target, results, casting="unsafe")
-    return out.reshape(to_high, wide, channels)
+    flat = image.reshape(high, -1)
+    out = np.empty((to_high, flat.shape[1]), np.uint8)
+
+    @_quiet
+    def work(part: slice) -> None:
+        band = min(part.stop - part.start, axis.band)
+        planes = np.empty((axis.longest, band), axis.dtype)
+        for block in axis.blocks:
+            for left in range(part.start, part.stop, band):
+                right = min(left + band, part.stop)
+                source = flat[block.first : block.last, left:right]
+                values = planes[: source.shape[0], : source.shape[1]]
+                values[...] = _centred(source)
+                results = block.matrix @ values
+                results += axis.offset[block.start : block.stop, None]
+                np.clip(results, 0, 255, out=results)
+                np.copyto(out[block.start : block.stop, left:right], results, casting="unsafe")
+
+    parallel_map(work, _parts(flat.shape[1], flat.size))
+    return out.reshape(to_high, *others)
+
+
+def _parts(length: int, work: int) -> list[slice]:
+    """``length`` lines in parts, one for each core that has enough to do."""
+    count = min(cores(), length, max(1, work // _PART))
+    ends = [length * n // count for n in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def _centred(levels: Pixels) -> NDArray[np.int8]:

@@ -5,7 +5,7 @@ or frames in memory (a list of what :func:`~mlx_onevision.media.image.load_image
 array (T, H, W, C) or (T, C, H, W)), all of which are, without a rate, a start or an end.
 
 Files: MP4, MOV, Matroska, WebM, AVI, GIF. Turned upright by their display matrix; transparency is
-dropped; of several video streams the first counts. One decoded frame at a time is in memory.
+dropped; of several video streams the first counts. A few decoded frames at a time are in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -31,6 +31,7 @@ from mlx_onevision.files import read_json
 from mlx_onevision.media.decoder import Limits, TooManyFramesError, VideoReader, no_check
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions, uniform_or_endpoints
 from mlx_onevision.media.image import load_image
+from mlx_onevision.media.parallel import parallel_map
 from mlx_onevision.media.resize import Pixels, resize
 from mlx_onevision.media.sources import file_name, is_file, open_source
 
@@ -38,6 +39,7 @@ _File: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Bi
 VideoSource: TypeAlias = "_File | list[Any] | tuple[Any, ...] | NDArray[Any]"
 
 FILE = "video_preprocessor_config.json"
+IN_FLIGHT = 4  # decoded frames of a file that are held at once
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -163,9 +165,16 @@ def _from_file(
     wanted = len(chosen.indices)
     tiles = np.empty((wanted, size, size, 3), np.uint8)
     places: list[int] = []
-    for place, pixels in chosen.frames:
-        tiles[len(places)] = resize(np.ascontiguousarray(pixels), (size, size))
-        places.append(place)
+
+    def work(frame: tuple[int, Pixels]) -> None:
+        tiles[frame[0]] = resize(np.ascontiguousarray(frame[1]), (size, size))
+
+    def frames() -> Iterator[tuple[int, Pixels]]:
+        for place, pixels in chosen.frames:
+            places.append(place)
+            yield len(places) - 1, pixels
+
+    parallel_map(work, frames(), most=IN_FLIGHT)
     if not places:
         raise MediaError(f"cannot read {name}: none of its {info.total} frames can be decoded")
     notes = []
@@ -203,12 +212,20 @@ def _from_frames(
     if most is not None and len(indices) > most:
         raise TooManyFramesError(len(indices))
     tiles = np.empty((len(indices), size, size, 3), np.uint8)
-    for tile, index in zip(tiles, indices, strict=True):
-        check()
+
+    def work(frame: tuple[int, Any]) -> None:
+        place, pixels = frame
         try:
-            tile[:] = resize(load_image(given[index]), (size, size))
+            tiles[place] = resize(load_image(pixels), (size, size))
         except MediaError as error:
-            raise type(error)(f"frame {index} of a video: {error}") from error
+            raise type(error)(f"frame {indices[place]} of a video: {error}") from error
+
+    def frames() -> Iterator[tuple[int, Any]]:
+        for place, index in enumerate(indices):
+            check()
+            yield place, given[index]
+
+    parallel_map(work, frames())
     return VideoFrames(tiles, tuple(indices), None, total, None, _fewer(name, total, options))
 
 

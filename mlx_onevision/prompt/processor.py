@@ -6,9 +6,9 @@ into tiles, and two or more become one tile each.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from mlx_onevision.media.image import (
     pixel_values,
     tile_image,
 )
+from mlx_onevision.media.parallel import parallel_map
 from mlx_onevision.media.sources import is_file
 from mlx_onevision.media.video import TooManyFramesError, VideoConfig, VideoFrames, load_video
 from mlx_onevision.prompt.chat_template import ChatTemplate, Order, Segment
@@ -68,7 +69,7 @@ class Medium:
         # At once, on the thread that prepares, so that the inference thread need not wait for it.
         shape = (self.kind, self.size, self.packing, self.tokens, self.tiles.shape)
         pixels = (self.config.image_mean, self.config.image_std, self.config.rescale_factor)
-        digest = blake2b(repr((shape, pixels)).encode(), digest_size=20)
+        digest = sha256(repr((shape, pixels)).encode())  # processors have instructions for it
         digest.update(np.ascontiguousarray(self.tiles).data)
         object.__setattr__(self, "key", digest.hexdigest())
 
@@ -234,11 +235,13 @@ class Processor:
     ) -> list[Medium]:
         given = sources(messages, "image")
         tiled = tiling == "always" or (tiling == "auto" and len(given) == 1)
-        media = []
-        for source in given:
-            check()
-            media.append(self._image(source, tiled))
-        return media
+
+        def checked() -> Iterator[Any]:
+            for source in given:
+                check()
+                yield source
+
+        return parallel_map(lambda source: self._image(source, tiled), checked())
 
     def _image(self, source: Any, tiled: bool) -> Medium:
         pixels = load_image(source)

@@ -117,9 +117,22 @@ def test_bands_and_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = resize(image, (64, 87))
     monkeypatch.setattr(resample, "_PRODUCT", 2_000)
     monkeypatch.setattr(resample, "_BLOCK_OUTPUTS", 3)
+    monkeypatch.setattr(resample, "_VALUES", 2_000)
     resample._axis.cache_clear()
     assert np.array_equal(resize(image, (64, 87)), whole)
     resample._axis.cache_clear()
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_the_number_of_cores_does_not_show(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = smooth(203, 301)
+    for size in ((64, 87), (203, 90), (400, 301), (5, 7)):
+        monkeypatch.setattr(resample, "cores", lambda: 1)
+        alone = resize(image, size)
+        monkeypatch.setattr(resample, "cores", lambda: count)
+        monkeypatch.setattr(resample, "_PART", 1_000)
+        assert len(resample._parts(100, 100_000)) == count
+        assert np.array_equal(resize(image, size), alone)
 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
