@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from mlx_onevision.cli.bench import bench
 from mlx_onevision.cli.chat import chat
 from mlx_onevision.cli.describe import describe
 from mlx_onevision.cli.embed import embed
@@ -59,7 +60,7 @@ def cli() -> None:
             stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
 
 
-for command in (generate, chat, describe, embed):
+for command in (generate, chat, describe, embed, bench):
     debug_option(command)
     cli.add_command(command)
 

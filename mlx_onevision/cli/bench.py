@@ -1,0 +1,147 @@
+"""``mlx-onevision bench``: how fast a model answers here, beside the machine's limits and peers."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_onevision.cli.options import dtype_option
+from mlx_onevision.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ROWS = ("text", "image", "images", "video", "second", "batch")
+PEERS = ("mlx-vlm", "transformers")
+DTYPES_OF_WEIGHTS = "bfloat16"
+
+
+def listed(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
+    """The value of an option that takes some of ``known``, separated by commas."""
+
+    def read(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+        given = tuple(part.strip() for part in (value or "").split(",") if part.strip())
+        for name in given:
+            if name not in known:
+                raise click.BadParameter(f"{name!r} is none of {', '.join(known)}.")
+        return tuple(dict.fromkeys(given))
+
+    return read
+
+
+@click.command(short_help="Measure speed and memory.")
+@click.option("--model", metavar="MODEL", help="A folder, a Hugging Face id or demo.")
+@click.option(
+    "--size",
+    type=click.Choice(["0.5b", "7b", "72b"]),
+    help="Instead of a model: random weights of this size.",
+)
+@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantize the weights first.")
+@dtype_option
+@click.option(
+    "--layers", type=click.IntRange(1, 80), metavar="N", help="With --size, N layers of text."
+)
+@click.option(
+    "--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of every row."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(2, 4096),
+    default=128,
+    show_default=True,
+    help="The length of every answer.",
+)
+@click.option(
+    "--rows",
+    callback=listed(ROWS),
+    default=",".join(ROWS),
+    metavar="LIST",
+    help=f"Some of {','.join(ROWS)}. Default: all.",
+)
+@click.option(
+    "--versus",
+    callback=listed(PEERS),
+    metavar="LIST",
+    help="Measure mlx-vlm, transformers or both on the same folder, in turn.",
+)
+@click.option(
+    "--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="Write all numbers."
+)
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw bars.")
+def bench(
+    model: str | None,
+    size: str | None,
+    bits: str | None,
+    dtype: str | None,
+    layers: int | None,
+    runs: int,
+    max_tokens: int,
+    rows: tuple[str, ...],
+    versus: tuple[str, ...],
+    as_json: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure how fast a model answers, and how near that is to the machine's limits.
+
+    \b
+    mlx-onevision bench --size 0.5b
+    mlx-onevision bench --size 7b --bits 4 --rows image,video --json numbers.json
+    mlx-onevision bench --model 7b --versus mlx-vlm,transformers --plot bars.png
+    """
+    if (model is None) == (size is None):
+        raise click.UsageError("Give either --size 0.5b, 7b or 72b, or --model MODEL")
+    if layers and not size:
+        raise click.UsageError("--layers cuts a --size; a --model has the layers that it has")
+    if not rows:
+        raise click.UsageError(f"--rows names no row; there are {', '.join(ROWS)}")
+    if bits and "transformers" in versus:
+        raise click.UsageError(
+            "transformers cannot load MLX's quantized weights; drop --bits, or it from --versus"
+        )
+    if as_json and not as_json.absolute().parent.is_dir():
+        raise click.UsageError(f"There is no folder for {as_json.name}; make it first")
+
+    from mlx_onevision.bench import checkpoint, measure, report
+    from mlx_onevision.checkpoint import hub
+
+    measure.require(versus)
+    if plot:
+        report.require_plot(plot)
+
+    def say(text: str) -> None:
+        click.echo(f"bench: {text}", err=True)
+
+    with tempfile.TemporaryDirectory(prefix="mlx-onevision-bench-") as scratch:
+        place = Path(scratch)
+        if size:
+            name = f"{size}, random weights"
+            name += f", {layers} layers" if layers else ""
+            shape = checkpoint.SIZES[size]
+            folder = checkpoint.make_random(
+                place / "random", shape, layers=layers, dtype=dtype or DTYPES_OF_WEIGHTS, say=say
+            )
+        else:
+            assert model is not None
+            folder = hub.resolve(model)
+            name = folder.name if Path(model).is_dir() else model
+        if bits or (dtype and not size):
+            say("converting")
+            folder = checkpoint.converted(
+                place / "converted", folder, int(bits) if bits else None, None if size else dtype
+            )
+            name += f", {bits} bits" if bits else ""
+        folder = checkpoint.without_end(place / "model", folder)
+        numbers = measure.measure(folder, rows, versus, runs=runs, tokens=max_tokens, say=say)
+    numbers = {"model": name, **numbers}
+    if as_json:
+        try:
+            as_json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"{as_json.name} cannot be written: {error.strerror}") from None
+    if plot:
+        report.plot(numbers, plot)
+    click.echo(report.table(numbers))
