@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 ROWS = ("text", "image", "images", "video", "second", "batch")
 PEERS = ("mlx-vlm", "transformers")
-DTYPES_OF_WEIGHTS = "bfloat16"
 
 
 def listed(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
@@ -105,6 +103,8 @@ def bench(
     if as_json and not as_json.absolute().parent.is_dir():
         raise click.UsageError(f"There is no folder for {as_json.name}; make it first")
 
+    import tempfile
+
     from mlx_onevision.bench import checkpoint, measure, report
     from mlx_onevision.checkpoint import hub
 
@@ -122,7 +122,7 @@ def bench(
             name += f", {layers} layers" if layers else ""
             shape = checkpoint.SIZES[size]
             folder = checkpoint.make_random(
-                place / "random", shape, layers=layers, dtype=dtype or DTYPES_OF_WEIGHTS, say=say
+                place / "random", shape, layers=layers, dtype=dtype or "bfloat16", say=say
             )
         else:
             assert model is not None

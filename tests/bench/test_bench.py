@@ -163,9 +163,11 @@ def test_ctrl_c_leaves_nothing_behind(
 
     class Kept(measure.Child):
         def __init__(self, name: str, folder: Path) -> None:
-            super().__init__(name, folder)
-            started.append(self._process)
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+            try:
+                super().__init__(name, folder)
+            finally:
+                started.append(self._process)
 
     monkeypatch.setattr(measure, "Child", Kept)
     done = run("--model", folder, "--rows", "batch", "--runs", 1000)
