@@ -113,13 +113,13 @@ class Ours:
 
     def _ask(self, messages: list[dict[str, Any]], tokens: int) -> tuple[Numbers, str]:
         before = self._reset()
-        started, first = time.perf_counter(), None
+        started, pieces = time.perf_counter(), []
         stream = self.model.stream(messages=messages, max_tokens=tokens)
         for _ in stream:
-            first = first or time.perf_counter() - started
+            pieces.append(time.perf_counter())
         usage = stream.result().usage
-        if first is None:  # no token of it had a text
-            first = time.perf_counter() - started - usage.decode_seconds
+        # A first token without text of its own shows only in what is left of the whole.
+        first = min([*pieces[:1], time.perf_counter() - usage.decode_seconds]) - started
         numbers = {
             "first": first,
             "prepare": usage.prepare_seconds,

@@ -103,6 +103,7 @@ def bench(
     if as_json and not as_json.absolute().parent.is_dir():
         raise click.UsageError(f"There is no folder for {as_json.name}; make it first")
 
+    import shutil
     import tempfile
 
     from mlx_onevision.bench import checkpoint, measure, report
@@ -134,6 +135,7 @@ def bench(
                 place / "converted", folder, int(bits) if bits else None, None if size else dtype
             )
             name += f", {bits} bits" if bits else ""
+            shutil.rmtree(place / "random", ignore_errors=True)  # as large as the model itself
         folder = checkpoint.without_end(place / "model", folder)
         numbers = measure.measure(folder, rows, versus, runs=runs, tokens=max_tokens, say=say)
     numbers = {"model": name, **numbers}
