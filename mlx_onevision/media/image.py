@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from importlib import import_module
-from io import BufferedReader, BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from itertools import product
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
@@ -33,6 +34,7 @@ from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS
 from mlx_onevision.media.anyres import fitted_size, select_best_resolution
+from mlx_onevision.media.cache import array_key
 from mlx_onevision.media.resize import Pixels, resize, resize_on_square
 from mlx_onevision.media.sources import is_file, open_source, reason
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 _OPENING = Lock()  # catch_warnings is one for all threads
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses a file as a decompression bomb
+MAX_READ = 64 << 20  # bytes of a file that are read before it is opened as an image
 MAX_SIDE = 200_000  # beyond, an image one pixel high would take gigabytes to resize
 
 # What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
@@ -83,9 +86,23 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
         return _from_object(source, max_pixels)
     if not is_file(source):
         return _from_array(source, max_pixels)
+    return _decoded(*open_source(source, "image"), max_pixels)
+
+
+def identify_image(source: ImageSource) -> tuple[Hashable | None, Callable[[], Pixels]]:
+    """What tells an image from all others, by the bytes of its file or by its pixels, and what
+    reads the pixels (:func:`load_image`, whose errors both raise). A file of more than
+    ``MAX_READ`` bytes is not looked into: None.
+    """
+    if isinstance(source, DecodedImage) or not is_file(source):
+        pixels = load_image(source)
+        return array_key(pixels), lambda: pixels
     data, name = open_source(source, "image")
-    with BytesIO(data) if isinstance(data, bytes) else BufferedReader(data) as file:
-        return _from_file(file, name, max_pixels)
+    if isinstance(data, FileIO) and os.fstat(data.fileno()).st_size <= MAX_READ:
+        with data, _media_errors(name, f"cannot read {name}"):
+            data = data.readall()  # once, so that these are the bytes that are decoded
+    key = ("file", sha256(data).digest()) if isinstance(data, bytes) else None
+    return key, lambda: _decoded(data, name, MAX_PIXELS)
 
 
 def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
@@ -111,7 +128,7 @@ def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
 def pad_to_square_tile(image: Pixels, config: ImageConfig) -> Pixels:
     """The one tile of an image among several: uint8 (1, S, S, 3), padded with the mean colour."""
     fill = [int(mean * 255) for mean in config.image_mean]
-    return resize_on_square(image, config.size, fill)[None]
+    return np.ascontiguousarray(resize_on_square(image, config.size, fill))[None]
 
 
 @lru_cache(maxsize=8)
@@ -144,6 +161,11 @@ def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
         raise TooLargeError(f"{name} has {millions}; at most {max_pixels / 1e6:,.0f} are read")
     if max(high, wide) > MAX_SIDE:
         raise TooLargeError(f"{name} is {wide}x{high} pixels; a side has at most {MAX_SIDE:,}")
+
+
+def _decoded(data: bytes | FileIO, name: str, max_pixels: int) -> Pixels:
+    with BytesIO(data) if isinstance(data, bytes) else BufferedReader(data) as file:
+        return _from_file(file, name, max_pixels)
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:

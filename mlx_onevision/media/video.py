@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -28,6 +29,7 @@ from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.files import read_json
+from mlx_onevision.media.cache import TileCache, array_key, digest_of, file_key
 from mlx_onevision.media.decoder import Limits, TooManyFramesError, VideoReader, no_check
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions, uniform_or_endpoints
 from mlx_onevision.media.image import load_image
@@ -102,6 +104,11 @@ class VideoFrames:
     length: float | None
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the tiles."""
+        return digest_of(self.tiles)
+
 
 def load_video(
     source: VideoSource,
@@ -112,11 +119,15 @@ def load_video(
     most: int | None = None,
     limits: Limits | None = None,
     check: Callable[[], None] = no_check,
+    cache: TileCache | None = None,
 ) -> VideoFrames:
     """The chosen frames of a video as tiles of ``size`` pixels.
 
     default : how many of a file where ``options`` do not say.
     check : called between frames and while waiting; ends the work by raising.
+    cache : may have the tiles of a file of the same contents, or of the same array; is not asked
+        for files of more than ``MAX_HASHED`` bytes and for lists of frames, and not given a video
+        of which something is to be noted.
 
     Raises:
         MediaError: for what cannot be read, in one sentence that names it.
@@ -125,14 +136,39 @@ def load_video(
         TooManyFramesError: beyond ``most``, before any is decoded.
     """
     options = options or FrameOptions()
-    if is_file(source):
-        file, name = open_video_file(source)
-        with file, VideoReader(file, name, limits, check, once=True) as reader:
+    if not is_file(source):
+        array = np.asarray(source) if hasattr(source, "__array_interface__") else None
+        key = None if cache is None or array is None else (array_key(array), size, options)
+        video = _known(cache, key, most)
+        return video or _kept(cache, key, _from_frames(source, size, options, most, check))
+    file, name = open_video_file(source)
+    with file:
+        before = os.fstat(file.fileno())
+        key = None if cache is None else file_key(file, check)
+        key = None if key is None else (key, size, options, default)
+        video = _known(cache, key, most)
+        if video is not None:
+            return video
+        with VideoReader(file, name, limits, check, once=True) as reader:
             video = _from_file(reader, size, options, default, most)
-    else:
-        video = _from_frames(source, size, options, most, check)
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            key = None  # written to meanwhile: it may not be what was hashed
+        return _kept(cache, key, video)
+
+
+def _known(cache: TileCache | None, key: Hashable, most: int | None) -> VideoFrames | None:
+    video = None if cache is None else cache.get(key, VideoFrames)
+    if video is not None and most is not None and len(video.tiles) > most:
+        raise TooManyFramesError(len(video.tiles))
+    return video
+
+
+def _kept(cache: TileCache | None, key: Hashable, video: VideoFrames) -> VideoFrames:
     for note in video.notes:
         logger.warning("%s", note)
+    if cache is not None and not video.notes:
+        cache.put(key, video)
     return video
 
 

@@ -27,9 +27,10 @@ from mlx_onevision.media.anyres import (
     video_side,
     video_tokens,
 )
+from mlx_onevision.media.cache import TileCache, digest_of
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.media.image import (
-    load_image,
+    identify_image,
     normalization_table,
     pad_to_square_tile,
     pixel_values,
@@ -43,6 +44,7 @@ from mlx_onevision.prompt.messages import Message, sources, video_blocks
 from mlx_onevision.prompt.tokenizer import Tokenizer
 
 Tiling = Literal["auto", "always", "never"]
+CACHE_BYTES = 64 << 20  # some photos of 12 megapixels, or four videos of 32 frames
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -69,8 +71,9 @@ class Medium:
         # At once, on the thread that prepares, so that the inference thread need not wait for it.
         shape = (self.kind, self.size, self.packing, self.tokens, self.tiles.shape)
         pixels = (self.config.image_mean, self.config.image_std, self.config.rescale_factor)
-        digest = sha256(repr((shape, pixels)).encode())  # processors have instructions for it
-        digest.update(np.ascontiguousarray(self.tiles).data)
+        known = self.video is not None and self.video.tiles is self.tiles
+        tiles = self.video.digest if self.video and known else digest_of(self.tiles)
+        digest = sha256(repr((shape, pixels)).encode() + tiles)
         object.__setattr__(self, "key", digest.hexdigest())
 
     @property
@@ -127,13 +130,18 @@ class Processor:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         video_config: VideoConfig | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """Raises ConfigError when the tokenizer has another id for a placeholder than config."""
+        """``cache_bytes`` : of tiles to keep for when the same media come again.
+
+        Raises ConfigError when the tokenizer has another id for a placeholder than config.
+        """
         self.config = config
         self.image_config = image_config
         self.video_config = video_config or VideoConfig(image_config)
         self.tokenizer = tokenizer
         self.template = template
+        self.cache = TileCache(cache_bytes)
         self._placeholders = {
             "<image>": config.image_token_index,
             "<video>": config.video_token_index,
@@ -226,7 +234,7 @@ class Processor:
             patches=self.config.vision_config.patches_per_side,
         )
         size = self.video_config.pixels.size
-        frames = _load_videos(videos, options, size, budget, check)
+        frames = _load_videos(videos, options, size, budget, check, self.cache)
         media = {"<image>": images, "<video>": [self._video(video) for video in frames]}
         return self._assemble(segments, texts, media)
 
@@ -244,7 +252,15 @@ class Processor:
         return parallel_map(lambda source: self._image(source, tiled), checked())
 
     def _image(self, source: Any, tiled: bool) -> Medium:
-        pixels = load_image(source)
+        key, read = identify_image(source)
+        key = None if key is None else (key, tiled)
+        medium = self.cache.get(key, Medium)
+        if medium is None:
+            medium = self._tiled(read(), tiled)
+            self.cache.put(key, medium)
+        return medium
+
+    def _tiled(self, pixels: NDArray[np.uint8], tiled: bool) -> Medium:
         size = (pixels.shape[0], pixels.shape[1])
         patches = self.config.vision_config.patches_per_side
         if not tiled:
@@ -312,7 +328,8 @@ def _load_videos(
     options: FrameOptions,
     size: int,
     budget: _ContextBudget,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None],
+    cache: TileCache,
 ) -> list[VideoFrames]:
     """The videos of ``blocks``, as tiles of ``size`` pixels.
 
@@ -333,13 +350,13 @@ def _load_videos(
     found: dict[int, VideoFrames] = {}
     for place, source in enumerate(sources):
         if not is_open[place]:
-            found[place] = _load_fixed(source, wanted[place], size, budget, left, check)
+            found[place] = _load_fixed(source, wanted[place], size, budget, left, check, cache)
             left -= video_tokens(len(found[place].tiles), budget.patches)
     left -= min(budget.answer, budget.limit // 4)
     for place, source in enumerate(sources):
         if is_open[place]:
             share = left // (len(sources) - len(found))
-            found[place] = _load_open(source, wanted[place], size, budget, share, check)
+            found[place] = _load_open(source, wanted[place], size, budget, share, check, cache)
             left -= video_tokens(len(found[place].tiles), budget.patches)
     return [found[place] for place in range(len(sources))]
 
@@ -351,10 +368,11 @@ def _load_fixed(
     budget: _ContextBudget,
     left: int,
     check: Callable[[], None],
+    cache: TileCache,
 ) -> VideoFrames:
     most = budget.frames(left)
     try:
-        return load_video(source, size, options, most=most, check=check)
+        return load_video(source, size, options, most=most, check=check, cache=cache)
     except TooManyFramesError as error:
         raise ContextOverflowError(
             f"{error.wanted} frames of a video take {video_tokens(error.wanted, budget.patches)} "
@@ -370,6 +388,7 @@ def _load_open(
     budget: _ContextBudget,
     left: int,
     check: Callable[[], None],
+    cache: TileCache,
 ) -> VideoFrames:
     number = min(DEFAULT_FRAMES, budget.frames(left))
     if number < 1:
@@ -378,7 +397,7 @@ def _load_open(
             f"context of {budget.limit} has {max(left, 0)} left for it; use fewer media or a "
             "shorter text"
         )
-    video = load_video(source, size, options, default=number, check=check)
+    video = load_video(source, size, options, default=number, check=check, cache=cache)
     if number == DEFAULT_FRAMES or len(video.tiles) < number or video.total == number:
         return video
     note = (

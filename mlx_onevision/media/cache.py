@@ -1,0 +1,83 @@
+"""Tiles of images and videos by the contents that they were made of.
+
+In every turn of a conversation its media come again. A name or a time of change says nothing of
+what a file holds, so its bytes are hashed, which takes a fraction of decoding and resizing them.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from hashlib import sha256
+from threading import Lock
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_HASHED = 256 << 20  # bytes of a file; a larger one is decoded anew
+_CHUNK = 4 << 20
+
+
+class Tiled(Protocol):
+    @property
+    def tiles(self) -> NDArray[np.uint8]: ...
+
+
+Value = TypeVar("Value", bound=Tiled)
+
+
+class TileCache:
+    """What was prepared last, at most ``capacity`` bytes of tiles; for any thread."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.tiles.nbytes for value in self._values.values())
+
+    def get(self, key: Hashable | None, kind: type[Value]) -> Value | None:
+        """What was put under ``key``; nothing is under None."""
+        with self._lock:
+            value = self._values.get(key)
+            if not isinstance(value, kind):
+                return None
+            self._values.move_to_end(key)
+            return value
+
+    def put(self, key: Hashable | None, value: Tiled) -> None:
+        """Keeps ``value``, whose tiles can no longer be changed, unless it is larger than all."""
+        if key is None or value.tiles.nbytes > self.capacity:
+            return
+        value.tiles.flags.writeable = False
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while self.nbytes > self.capacity:
+                self._values.popitem(last=False)
+
+
+def digest_of(array: NDArray[Any]) -> bytes:
+    """Of an array's levels, in order: SHA-256, for which processors have instructions."""
+    return sha256(np.ascontiguousarray(array).data).digest()
+
+
+def array_key(array: NDArray[Any]) -> Hashable | None:
+    """Tells an array from all others; None for one of objects."""
+    if array.dtype.hasobject:
+        return None
+    return "array", array.shape, array.dtype.str, digest_of(array)
+
+
+def file_key(file: BinaryIO, check: Callable[[], None]) -> Hashable | None:
+    """Tells an open file's contents from all others; None for more than ``MAX_HASHED`` bytes."""
+    if os.fstat(file.fileno()).st_size > MAX_HASHED:
+        return None
+    digest, at = sha256(), 0
+    while chunk := os.pread(file.fileno(), _CHUNK, at):
+        check()
+        digest.update(chunk)
+        at += len(chunk)
+    return "file", digest.digest()
