@@ -6,6 +6,7 @@ request is moved into the batch when another arrives.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
@@ -95,25 +96,34 @@ class Batch:
         )
 
     def _admit(self, generator: "BatchGenerator") -> None:
-        while self._waiting and self._has_room_for(self._waiting[0]):
-            active = self._waiting.popleft()
-            try:
-                active.check()
-                uid, prefilling = self._runner.insert(active, generator)
-            except Exception as error:  # it cannot be encoded, or was cancelled
-                active.end(error)
-                continue
-            self._active[uid] = active
-            if prefilling:
-                self._prefilling.add(uid)
+        newcomers: list[ActiveRequest] = []
+        for active in self._waiting.copy():  # other threads add to it
+            if not self._has_room_for(active, newcomers):
+                break
+            newcomers.append(active)
+        begun = [active for active in newcomers if not active.is_paused]
+        with self._runner.encoded_together(begun) if len(begun) > 1 else nullcontext():
+            for active in newcomers:
+                self._waiting.popleft()
+                try:
+                    active.check()
+                    uid, prefilling = self._runner.insert(active, generator)
+                except Exception as error:  # it cannot be encoded, or was cancelled
+                    active.end(error)
+                    continue
+                self._active[uid] = active
+                if prefilling:
+                    self._prefilling.add(uid)
 
-    def _has_room_for(self, active: ActiveRequest) -> bool:
-        if not self._active:
+    def _has_room_for(self, active: ActiveRequest, newcomers: Sequence[ActiveRequest]) -> bool:
+        others = [*self._active.values(), *newcomers]
+        if not others:
             return True
-        if len(self._prefilling) >= self._together or len(self._active) >= memory.MAX_BATCH_SIZE:
+        prefilling = len(self._prefilling) + sum(not other.is_paused for other in newcomers)
+        if prefilling >= self._together or len(others) >= memory.MAX_BATCH_SIZE:
             return False
-        longest = max(other.max_positions for other in (active, *self._active.values()))
-        return (len(self._active) + 1) * longest <= self._runner.batch_positions
+        longest = max(other.max_positions for other in (active, *others))
+        return (len(others) + 1) * longest <= self._runner.batch_positions
 
     def _step(self, generator: "BatchGenerator") -> None:
         """A chunk of the prompts that are being prefilled, and a decode step of the others."""

@@ -6,7 +6,7 @@ Batches are mlx-lm's, unmodified; what is used of it is imported only when a req
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -184,14 +184,41 @@ class Runner:
             counters.import_seconds += _import_mlx_lm()
             check()
 
-        counters.encoded_media = self._encode([(inputs, ids[matched:])], launched)
+        self._encode([(inputs, ids[matched:], counters)], launched)
         counters.import_seconds += _import_mlx_lm()
-        counters.encode_seconds = time.perf_counter() - started - counters.import_seconds
+        counters.encode_seconds += time.perf_counter() - started - counters.import_seconds
+
+    @contextmanager
+    def encoded_together(self, requests: Sequence[ActiveRequest]) -> Iterator[None]:
+        """While requests begin that will be prefilled together: their media are in the bank, tiles
+        of several encoded in a group. What fails here fails again where its own request begins.
+        """
+
+        def check() -> None:
+            for active in requests:
+                active.check()
+
+        started = time.perf_counter()
+        with ExitStack() as in_use:
+            with suppress(Exception):
+                prompts: list[tuple[Inputs, Sequence[int], Counters]] = []
+                for active in requests:
+                    inputs = active.request.inputs
+                    ids, keys = self.virtual_ids(inputs)
+                    in_use.enter_context(self.model.bank.in_use(keys))
+                    prompts.append((inputs, ids[self.prefix.match(ids) :], active.counters))
+                self._encode(prompts, check)
+            seconds = time.perf_counter() - started
+            encoded = sum(active.counters.encoded_media for active in requests)
+            for active in requests:
+                share = active.counters.encoded_media / max(1, encoded)
+                active.counters.encode_seconds += share * seconds
+            yield
 
     def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
         with self.model.bank.in_use(keys):
-            self._encode([(inputs, ids)], lambda: None)
+            self._encode([(inputs, ids, Counters())], lambda: None)
             return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 
     def embed_tiles(
@@ -208,7 +235,8 @@ class Runner:
                 ids, keys = self.virtual_ids(inputs)
                 in_use.enter_context(self.model.bank.in_use(keys))
                 rows.append(ids)
-            self._encode(list(zip(prompts, rows, strict=True)), check)
+            together = [(*pair, Counters()) for pair in zip(prompts, rows, strict=True)]
+            self._encode(together, check)
             return last_hidden(self.model, rows, check)
 
     def forget(self, keys: Sequence[str]) -> None:
@@ -229,23 +257,25 @@ class Runner:
         return ids, [medium.key for medium in inputs.media]
 
     def _encode(
-        self, prompts: Sequence[tuple[Inputs, Sequence[int]]], check: Callable[..., None]
-    ) -> int:
+        self,
+        prompts: Sequence[tuple[Inputs, Sequence[int], Counters]],
+        check: Callable[..., None],
+    ) -> None:
         """Encodes into the bank the media of prompts, each with those of its ids that are to be
-        prefilled, and returns how many went through the tower.
+        prefilled, and counts those that went through the tower.
         """
         bank = self.model.bank
-        missing: dict[str, Medium] = {}
-        for inputs, ids in prompts:
+        missing: dict[str, tuple[Medium, Counters]] = {}
+        for inputs, ids, counters in prompts:
             needed = set(ids)
             for medium in inputs.media:
                 last = bank.reserve(medium.key, medium.tokens)[-1]
                 if last in needed and medium.key not in bank:
-                    missing[medium.key] = medium
-        encoded = self.model.encode_media(list(missing.values()), check)
-        for key, embeddings in zip(missing, encoded, strict=True):
-            bank.store(key, embeddings)
-        return len(missing)
+                    missing.setdefault(medium.key, (medium, counters))
+        encoded = self.model.encode_media([medium for medium, _ in missing.values()], check)
+        for (medium, counters), embeddings in zip(missing.values(), encoded, strict=True):
+            bank.store(medium.key, embeddings)
+            counters.encoded_media += 1
 
 
 def trim_to_shortest_layer(cache: Sequence[Any]) -> None:

@@ -372,6 +372,28 @@ def test_a_picture_of_several_rows_is_encoded_once(runner: Runner, inputs: list[
     assert [request.counters.encoded_media for request in requests] == [1, 0, 2, 0]
 
 
+def test_requests_that_begin_together_share_groups_of_tiles(
+    runner: Runner,
+    inputs: list[Inputs],
+    alone: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+    features = runner.model.vision_features
+
+    def watched(pixels: Any) -> Any:
+        sizes.append(len(pixels))
+        return features(pixels)
+
+    monkeypatch.setattr(runner.model, "vision_features", watched)
+    runner.model.budget = replace(runner.model.budget, tile_group=4)
+    requests = together(runner, [inputs[1], inputs[2]])
+    assert [tuple(request.tokens) for request in requests] == [alone[1], alone[2]]
+    tiles = sum(len(medium.tiles) for number in (1, 2) for medium in inputs[number].media)
+    assert sizes == [4] * (tiles // 4) + [tiles % 4] * (tiles % 4 > 0)
+    assert all(request.counters.encode_seconds > 0 for request in requests)
+
+
 def test_cancelled_before_within_and_after_the_prompt(
     runner: Runner, inputs: list[Inputs], alone: list[tuple[int, ...]]
 ) -> None:
@@ -391,7 +413,7 @@ def test_a_row_that_cannot_be_encoded_fails_alone(
     encode = runner.model.encode_media
 
     def failing(media: list[Medium], *rest: Any) -> Any:
-        if media and media[0] is inputs[1].media[0]:
+        if inputs[1].media[0].key in [medium.key for medium in media]:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
         return encode(media, *rest)
 
