@@ -128,7 +128,7 @@ def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
 def pad_to_square_tile(image: Pixels, config: ImageConfig) -> Pixels:
     """The one tile of an image among several: uint8 (1, S, S, 3), padded with the mean colour."""
     fill = [int(mean * 255) for mean in config.image_mean]
-    return np.ascontiguousarray(resize_on_square(image, config.size, fill))[None]
+    return resize_on_square(image, config.size, fill)[None]
 
 
 @lru_cache(maxsize=8)
