@@ -35,7 +35,8 @@ def decode_steps(
     chunk: int,
     check: Callable[[], None],
 ) -> Iterator[int]:
-    """The tokens of an answer, without end; each is in the cache before it is given out.
+    """The tokens of an answer, without end; each but the first is in the cache before it is given
+    out.
 
     ids : of the prompt, behind what the cache holds; one at least.
     sampler : from log-probabilities (1, vocab_size) to an id (1,); from logits where not
@@ -69,15 +70,21 @@ def decode_steps(
         check()
         mx.clear_cache()
     token = step(prompt)
+    yield _value(token)  # before the next step is built, which takes a while
     produced = 0
     with model.decoding():
+        token = step(token)
         while True:
             following = step(token)
-            yield int(token.item())  # pyright: ignore[reportArgumentType]
+            yield _value(token)
             token = following
             produced += 1
             if produced % CLEAR_EVERY == 0:
                 mx.clear_cache()
+
+
+def _value(token: mx.array) -> int:
+    return int(np.array(token)[0])
 
 
 class PromptLookup:

@@ -124,8 +124,6 @@ class Runner:
         return False
 
     def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Iterator[int]:
-        from mlx_lm.models.cache import trim_prompt_cache
-
         cached = active.counters.cached_tokens
         steps = decode_steps(
             self.model,
@@ -139,7 +137,6 @@ class Runner:
         )
         if most := active.request.prompt_lookup:
             first, vocab_size = next(steps), self.model.config.text_config.vocab_size
-            trim_prompt_cache(cache, cache[0].offset - len(active.ids))  # the step ahead
             draft = PromptLookup(active.ids, most, vocab_size)
             steps = speculative_steps(self.model, cache, first, draft, check=active.check)
         return islice(steps, active.max_tokens)

@@ -53,9 +53,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dims, self.num_kv_heads * head_dim)
         self.o_proj = nn.Linear(self.num_heads * head_dim, dims, bias=False)
 
-    def __call__(
-        self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
-    ) -> mx.array:
+    def project(
+        self, x: mx.array, rotate: RotaryEmbedding, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Rotated queries (B, heads, L, dim) and keys, and values, of kv_heads."""
         B, L, _ = x.shape
         heads, rotated = self.num_heads, self.num_heads + self.num_kv_heads
         if "qkv_proj" in self:
@@ -63,15 +64,18 @@ class Attention(nn.Module):
         else:
             joined = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         joined = joined.reshape(B, L, rotated + self.num_kv_heads, -1).transpose(0, 2, 1, 3)
-        # The offset is read before the update, which moves a batch cache's in place.
-        both = rotate(joined[:, :rotated], 0 if cache is None else cache.offset)
-        queries, keys, values = both[:, :heads], both[:, heads:], joined[:, rotated:]
+        both = rotate(joined[:, :rotated], offset)
+        return both[:, :heads], both[:, heads:], joined[:, rotated:]
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: Any | None
+    ) -> mx.array:
+        """What each query reads of the cache and the new keys and values, (B, heads, L, dim)."""
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        output = mx.fast.scaled_dot_product_attention(
+        return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=self.scale, mask=mask
         )
-        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
 
 class MLP(nn.Module):
@@ -103,7 +107,18 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
     ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), rotate, mask, cache)
+        # The offset is read before the update, which moves a batch cache's in place.
+        projected = self.before_attention(x, rotate, 0 if cache is None else cache.offset)
+        return self.after_attention(x, self.self_attn.attend(*projected, mask, cache))
+
+    def before_attention(
+        self, x: mx.array, rotate: RotaryEmbedding, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        return self.self_attn.project(self.input_layernorm(x), rotate, offset)
+
+    def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
+        B, _, L, _ = attended.shape
+        x = x + self.self_attn.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -114,6 +129,7 @@ class Qwen2(nn.Module):
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotate = RotaryEmbedding(config)
+        self._compiled: list[Callable[..., tuple[mx.array, ...]]] | None = None
         # Each layer's window: how many positions back a query sees, itself included.
         self._windows = [
             config.sliding_window if kind == "sliding_attention" else None
@@ -142,6 +158,8 @@ class Qwen2(nn.Module):
             window: attention_mask(h, caches[self._windows.index(window)], window)
             for window in set(self._windows)
         }
+        if h.shape[1] == 1 and cache is not None:
+            return self._decode(h, cache, [masks[window] for window in self._windows])
         step_is_long = h.shape[0] * h.shape[1] > LONG_STEP
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
@@ -151,6 +169,37 @@ class Qwen2(nn.Module):
                 mx.eval(h, [] if layer_cache is None else layer_cache.state)
                 check()
         return self.norm(h)
+
+    def _decode(self, h: mx.array, caches: Sequence[Any], masks: Sequence[Mask]) -> mx.array:
+        """A step of one token a sequence, where building the graph in Python would take longer than
+        a fast device needs to run it: everything between two attentions is compiled.
+        """
+        if self._compiled is None:
+            self._compiled = [self._between(n) for n in range(len(self.layers) + 1)]
+        attended = h  # nothing yet; the first piece has no attention before it
+        for layer, piece, cache, mask in zip(
+            self.layers, self._compiled, caches, masks, strict=False
+        ):
+            offset = cache.offset
+            offset = offset if isinstance(offset, mx.array) else mx.array(offset)
+            h, *projected = piece(h, attended, offset)
+            attended = layer.self_attn.attend(*projected, mask, cache)
+        return self._compiled[-1](h, attended, mx.array(0))[0]
+
+    def _between(self, number: int) -> Callable[..., tuple[mx.array, ...]]:
+        """What comes after the attention of layer ``number`` - 1 and before that of ``number``."""
+        layers = self.layers[max(number - 1, 0) : number + 1]
+        last = number == len(self.layers)
+
+        def piece(h: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            if number:
+                h = layers[0].after_attention(h, attended)
+            if last:
+                return (self.norm(h),)
+            return h, *layers[-1].before_attention(h, self._rotate, offset)
+
+        # The weights are inputs: they may be replaced.
+        return mx.compile(piece, inputs=[*layers, self.norm] if last else layers)
 
 
 def attention_mask(h: mx.array, cache: Any | None, window: int | None) -> Mask:
