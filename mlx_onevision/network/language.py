@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_onevision.config.model import TextConfig
-from mlx_onevision.network.layers import ACTIVATIONS, gated
+from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated
 
 # Steps of more tokens than this, B * L, get evaluation points: a decode step never does, a prefill
 # chunk does.
@@ -148,10 +148,10 @@ class Qwen2(nn.Module):
         h : mx.array, shape = (B, L, hidden_size)
             Embeddings of the positions that follow those in the cache.
         cache : one KV cache a layer, or None for a sequence that stands alone.
-        interval : in long steps, evaluate hidden states and caches after every so many layers, so
-            that no more than so many layers' intermediate values are ever held (0: never).
-        check : called after each of these; what it raises leaves the caches of the layers behind
-            as they were.
+        interval : in long steps, the most layers whose intermediate values are held at once; see
+            :class:`layers.Pace`.
+        check : called at every evaluation point; what it raises leaves the caches of the layers
+            behind as they were.
         """
         caches: Sequence[Any | None] = cache if cache is not None else [None] * len(self.layers)
         masks = {
@@ -160,13 +160,13 @@ class Qwen2(nn.Module):
         }
         if h.shape[1] == 1 and cache is not None:
             return self._decode(h, cache, [masks[window] for window in self._windows])
-        step_is_long = h.shape[0] * h.shape[1] > LONG_STEP
+        pace = Pace(interval if h.shape[0] * h.shape[1] > LONG_STEP else 0)
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
         ):
             h = layer(h, self._rotate, masks[window], layer_cache)
-            if interval and step_is_long and number % interval == 0:
-                mx.eval(h, [] if layer_cache is None else layer_cache.state)
+            if pace.is_due(number):
+                pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 check()
         return self.norm(h)
 

@@ -1,5 +1,5 @@
-"""What the tower and the language model share: activation functions, matrices that read the same
-input joined to one, and quantized matrices that are dequantized for long steps.
+"""What the tower and the language model share: activation functions, evaluation points, matrices
+that read the same input joined to one, and quantized matrices dequantized for long steps.
 """
 
 import time
@@ -54,6 +54,29 @@ ACTIVATIONS: Mapping[str, Activation] = {
 def gated(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
     """``activation(gate) * up`` as one kernel."""
     return mx.compile(lambda gate, up: activation(gate) * up, shapeless=True)
+
+
+class Pace:
+    """Evaluates a step of many layers while it is being built, so that the values of no more than
+    ``interval`` layers are held at once (0: leave it all to the caller).
+
+    From an interval of 2 on it has two halves: the device computes one while the next is built, so
+    that it need not wait for the host between them.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self._every = max(1, interval // 2) if interval else 0
+        self._overlaps = interval > 1
+        self._computing: Any = []
+
+    def is_due(self, number: int) -> bool:
+        """Whether the values of layer ``number``, counted from 1, are to be evaluated."""
+        return self._every > 0 and number % self._every == 0
+
+    def evaluate(self, *values: Any) -> None:
+        mx.async_eval(*values)
+        mx.eval(self._computing if self._overlaps else values)
+        self._computing = values
 
 
 # Matrices that read the same input, and the name of the one that they are joined to.

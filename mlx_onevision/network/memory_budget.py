@@ -29,7 +29,7 @@ class Budget:
 
     tile_group : tiles that go through the tower together.
     chunk : prompt tokens that go through the language model together.
-    tower_interval, interval : layers between two evaluations, there and here.
+    tower_interval, interval : layers whose values are held at once, there and here.
     """
 
     tile_group: int

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_onevision.config.model import VisionConfig
-from mlx_onevision.network.layers import ACTIVATIONS
+from mlx_onevision.network.layers import ACTIVATIONS, Pace
 
 
 class Attention(nn.Module):
@@ -105,17 +105,16 @@ class VisionTower(nn.Module):
             Normalised pixel values, channels last.
         feature_layers : the hidden states to return, joined along the last axis. 0 is what enters
             the first layer, k what leaves the k-th. Layers above the highest one are not run.
-        interval : evaluate after every so many layers, which bounds the memory in use to that of
-            so many layers (0: leave it all to the caller).
+        interval : the most layers whose values are held at once; see :class:`layers.Pace`.
 
         Returns an mx.array, shape = (tiles, patches, hidden_size * len(feature_layers)).
         """
         x = self.embeddings(pixels.astype(self.dtype))
-        states = {0: x}
+        states, pace = {0: x}, Pace(interval)
         for number, layer in enumerate(self.encoder.layers[: max(feature_layers)], start=1):
             x = layer(x)
-            if interval and number % interval == 0:
-                mx.eval(x)
+            if pace.is_due(number):
+                pace.evaluate(x)
             if number in feature_layers:
                 states[number] = x
         return mx.concatenate([states[number] for number in feature_layers], axis=-1)

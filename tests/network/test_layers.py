@@ -147,3 +147,25 @@ def test_the_faster_way_is_measured() -> None:
     )
     assert (found <= 2048) == (fast < 0.9 * slow) or 0.6 < fast / slow < 1.5
     assert fewest_dense_rows(layer, mx.float32) is found
+
+
+@pytest.mark.parametrize(
+    ("interval", "points"),
+    [(0, []), (1, [1, 2, 3, 4, 5, 6]), (2, [1, 2, 3, 4, 5, 6]), (4, [2, 4, 6])],
+)
+def test_the_host_is_one_half_of_an_interval_ahead(
+    interval: int, points: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is waited for at a point is the point before it, or with an interval of 1 itself."""
+    waited: list[Any] = []
+    wait = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda given: (waited.append(given), wait(given)))
+    pace, values, due = layers.Pace(interval), {}, []
+    for number in range(1, 7):
+        values[number] = mx.ones(number) + 1
+        if pace.is_due(number):
+            pace.evaluate(values[number])
+            due.append(number)
+    assert due == points
+    sizes = [sum(value.size for value in given) for given in waited]
+    assert sizes == (points if interval == 1 else [0, *points][: len(points)])

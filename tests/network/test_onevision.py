@@ -157,7 +157,7 @@ def test_media_that_share_groups_are_encoded_as_alone(
     model, media = tiny(), some_media()
     model.budget = Budget(tile_group=10, tower_interval=0, chunk=8192, interval=0)
     alone = [np.array(rows) for medium in media for rows in model.encode_media([medium])]
-    model.budget = Budget(tile_group=size, tower_interval=1, chunk=256, interval=1)
+    model.budget = Budget(tile_group=size, tower_interval=size, chunk=256, interval=1)
     sizes: list[int] = []
     tower = model.vision_features
 
@@ -223,14 +223,16 @@ def test_an_unknown_id_is_an_error_not_a_wrong_answer() -> None:
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
     ],
 )
-@pytest.mark.parametrize("chunk", [1, 5, 300])
-def test_a_prompt_read_in_chunks_gives_the_same_logits(text: dict[str, object], chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "interval"), [(1, 1), (5, 1), (300, 1), (300, 2), (300, 4)])
+def test_a_prompt_read_in_chunks_gives_the_same_logits(
+    text: dict[str, object], chunk: int, interval: int
+) -> None:
     from mlx_lm.models.cache import make_prompt_cache
 
     model = tiny(**text)
     ids = mx.random.randint(0, 48, (1, 20 if chunk < 20 else 400))
     whole = np.array(model(ids))
-    model.budget = Budget(tile_group=1, tower_interval=1, chunk=256, interval=1)
+    model.budget = Budget(tile_group=1, tower_interval=1, chunk=256, interval=interval)
     cache = make_prompt_cache(model)
     pieces = [
         np.array(model(ids[:, start : start + chunk], cache=cache))
