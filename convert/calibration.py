@@ -195,13 +195,13 @@ class _MaskedAttention(Attention):
 
     _rotate: RotaryEmbedding
 
-    def __call__(self, x: mx.array, mask: Any = None) -> mx.array:  # type: ignore[override]
-        return super().__call__(x, self._rotate, mask, None)
+    def __call__(self, x: mx.array, mask: Any = None) -> mx.array:
+        return self.combine(self.attend(*self.project(x, self._rotate, 0), mask, None))
 
 
 class _MaskedLayer(DecoderLayer):
     def __call__(self, x: mx.array, mask: Any = None) -> mx.array:  # type: ignore[override]
-        x = x + self.self_attn(self.input_layernorm(x), mask)  # type: ignore[call-arg]
+        x = x + self.self_attn(self.input_layernorm(x), mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -77,6 +77,11 @@ class Attention(nn.Module):
             queries, keys, values, scale=self.scale, mask=mask
         )
 
+    def combine(self, attended: mx.array) -> mx.array:
+        """(B, heads, L, dim) of :meth:`attend` to (B, L, hidden_size)."""
+        B, _, L, _ = attended.shape
+        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
 
 class MLP(nn.Module):
     gate_up_proj: nn.Linear  # once fused
@@ -117,8 +122,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn.project(self.input_layernorm(x), rotate, offset)
 
     def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
-        B, _, L, _ = attended.shape
-        x = x + self.self_attn.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        x = x + self.self_attn.combine(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -158,7 +162,9 @@ class Qwen2(nn.Module):
             window: attention_mask(h, caches[self._windows.index(window)], window)
             for window in set(self._windows)
         }
-        if h.shape[1] == 1 and cache is not None:
+        # What stands in a layer's place, to record it, is called as a whole.
+        plain = all(type(layer) is DecoderLayer for layer in self.layers)
+        if h.shape[1] == 1 and cache is not None and plain:
             return self._decode(h, cache, [masks[window] for window in self._windows])
         pace = Pace(interval if h.shape[0] * h.shape[1] > LONG_STEP else 0)
         for number, (layer, window, layer_cache) in enumerate(

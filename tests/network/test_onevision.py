@@ -1,9 +1,10 @@
 """Packing and look-up against plain numpy; steps of any size give the same logits."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -239,6 +240,35 @@ def test_a_prompt_read_in_chunks_gives_the_same_logits(
         for start in range(0, ids.shape[1], chunk)
     ]
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=2e-5)
+
+
+def test_a_layer_that_another_module_stands_for_is_called_in_decode_steps_too() -> None:
+    """As the converter records layers: compiled steps would go past it, or fail."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, ids = tiny(), mx.array([[3, 1, 4, 1, 5]])
+    whole, calls = np.array(model(ids)), 0
+
+    class Tap(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self._layer = layer
+
+        def __call__(self, *given: Any) -> mx.array:
+            nonlocal calls
+            calls += 1
+            return self._layer(*given)
+
+    def logits() -> np.ndarray:
+        cache = make_prompt_cache(model)
+        steps = [model(ids[:, n : n + 1], cache) for n in range(ids.shape[1])]
+        return np.array(mx.concatenate(steps, axis=1))
+
+    np.testing.assert_allclose(logits(), whole, atol=2e-5)
+    language: Any = model.language_model
+    language.layers = [Tap(layer) for layer in language.layers]
+    np.testing.assert_allclose(logits(), whole, atol=2e-5)
+    assert calls == 3 * ids.shape[1]
 
 
 def test_a_window_hides_what_is_too_far_back() -> None:
