@@ -3,6 +3,7 @@
 Arithmetic only: nothing is loaded.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,18 @@ from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.convert.report import size
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.anyres import plan_packing
-from mlx_onevision.network.memory_budget import scratch_bytes
+from mlx_onevision.network.memory_budget import (
+    Footprint,
+    MediumSize,
+    MemoryModel,
+    RequestSize,
+    scratch_bytes,
+)
 
 # Sizes are stated for a prompt of one image of 3 x 3 tiles (and the base tile) and some words.
 TILES = 3
 WORDS = 80
 ANSWER_TOKENS = 256
-
-CACHE_STEP = 256  # positions that the KV cache grows by at a time
 
 # Metal's recommendedMaxWorkingSetSize, as people have printed it (MiB of GiB): 10,923 of 16 and
 # 21,845 of 32 are two thirds; 49,152 of 64 and 73,728 of 96 are three quarters
@@ -32,34 +37,12 @@ CACHE_STEP = 256  # positions that the KV cache grows by at a time
 LARGE = 36 << 30
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes at the peak of answering a prompt of ``tokens`` tokens, its answer included.
-
-    features : of the image, once as tiles and once as placed into the prompt.
-    scratch : the intermediate values that the memory budget allows.
-    """
-
-    tokens: int
-    weights: int
-    cache: int
-    features: int
-    scratch: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.features + self.scratch
-
-    def to_dict(self) -> dict[str, int]:
-        parts = ("weights", "cache", "features", "scratch", "total")
-        return {"tokens": self.tokens} | {f"{part}_bytes": getattr(self, part) for part in parts}
-
-
-def image_tokens(config: OneVisionConfig, tiles: int = TILES) -> int:
-    """Tokens in the prompt of one square image that fills ``tiles`` by ``tiles`` tiles."""
+def image_size(config: OneVisionConfig, tiles: int = TILES) -> MediumSize:
+    """One square image that fills ``tiles`` by ``tiles`` tiles."""
     tile, patches = config.vision_config.image_size, config.vision_config.patches_per_side
     square, grids = (tile * tiles, tile * tiles), config.image_grid_pinpoints
-    return plan_packing(square, grids, tile, patches, config.max_tiles).tokens
+    packing = plan_packing(square, grids, tile, patches, config.max_tiles)
+    return MediumSize(packing.tiles, packing.tokens, packing)
 
 
 def footprint(
@@ -69,23 +52,22 @@ def footprint(
     tokens: int | None = None,
     working_set: int | None = None,
     itemsize: int = 2,
+    quantized: bool = False,
 ) -> Footprint:
-    """What a model with ``weights`` bytes of weights needs.
+    """What a model with ``weights`` bytes of weights needs to answer about one 10-tile image.
 
-    tokens : of the prompt and its answer; None: one 10-tile image, some words, and an answer.
+    tokens : of the prompt and its answer; None: the image, some words, and an answer.
     working_set : bytes that the device should use at most; None: the smallest memory budget.
     itemsize : bytes a value, of the type that the model computes in.
+    quantized : whether the weights are.
     """
-    text = config.text_config
-    rows = image_tokens(config)
+    image = image_size(config)
     if tokens is None:
-        tokens = rows + WORDS + ANSWER_TOKENS
-    position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
-    held = -(-tokens // CACHE_STEP) * CACHE_STEP
-    encoded = (1 + TILES**2) * config.tokens_per_tile
-    scratch = scratch_bytes(weights if working_set is None else working_set, weights)
-    features = (rows + encoded) * text.hidden_size * itemsize
-    return Footprint(tokens, weights, held * position, features, scratch)
+        tokens = image.tokens + WORDS + ANSWER_TOKENS
+    size = RequestSize(tokens - ANSWER_TOKENS, ANSWER_TOKENS, (image,))
+    memory = MemoryModel(config, weights, itemsize, quantized=quantized)
+    budget = memory.plan(scratch_bytes(working_set or weights, weights))
+    return memory.request(size, memory.fitted([size], budget, working_set or sys.maxsize))
 
 
 @dataclass(frozen=True)
@@ -133,7 +115,14 @@ def best(
     for recipe in candidates():
         plan = make_plan(config, tensors, quantized, recipe=recipe, dtype=dtype)
         itemsize = 4 if plan.dtype == "float32" else 2
-        found = footprint(config, plan.nbytes, tokens=tokens, working_set=usable, itemsize=itemsize)
+        found = footprint(
+            config,
+            plan.nbytes,
+            tokens=tokens,
+            working_set=usable,
+            itemsize=itemsize,
+            quantized=bool(recipe or quantized),
+        )
         tried.append((recipe.name if recipe else plan.dtype, plan.nbytes))
         if found.total <= usable or quantized:
             break

@@ -195,7 +195,9 @@ def _loss(
         weights_bytes=weights,
         source_weights_bytes=source_weights,
         disk_bytes=sum(path.stat().st_size for path in result.iterdir() if path.is_file()),
-        memory=footprint(config, weights, itemsize=itemsize),
+        memory=footprint(
+            config, weights, itemsize=itemsize, quantized=config.quantization is not None
+        ),
         layers=_layers(before, after),
         probes=tuple(_stats(prompt.name, [d]) for prompt, d in pairs),
     )

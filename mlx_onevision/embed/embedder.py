@@ -314,6 +314,7 @@ class Embedder:
                 f"it takes {length} tokens, but the model's context holds {limit}; "
                 "use fewer media or a shorter text"
             )
+        self._engine.check_size(inputs, 1)
         return inputs
 
     def _key(self, *parts: str) -> str:

@@ -38,8 +38,7 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
 class Batch:
     """Answers requests in the order of ``waiting``, to which any thread may add meanwhile.
 
-    Keys and values of a batch are padded to its longest request, so requests are admitted while
-    their number times the longest of them stays within ``runner.batch_positions``; one always is.
+    Requests are admitted while all together stay within ``runner.limit``; one always is.
     ``memory.prefill_batch`` of them are encoded and prefilled at once, to hold few media.
     """
 
@@ -48,8 +47,8 @@ class Batch:
         self._waiting = waiting
         self._active: dict[int, ActiveRequest] = {}
         self._prefilling: set[int] = set()  # those of the active ones
-        chunk = runner.model.budget.chunk
-        self._together, self._step_size = memory.prefill_batch(chunk, len(waiting))
+        self._together = 1  # are encoded and prefilled at once, at most
+        self._first: ActiveRequest | None = None  # for which the steps have been chosen
 
     def run(self) -> None:
         """Until every request has ended, or one is left that has not begun: that one runs alone. An
@@ -59,11 +58,14 @@ class Batch:
         while self._others_waiting():
             generator = None
             try:
-                generator = self._generator()
-                while self._active or self._others_waiting():
-                    self._drop_cancelled(generator)
-                    self._admit(generator)
-                    if self._active:
+                self._first = self._waiting[0]
+                with self._runner.within_limit([self._first.size]):
+                    generator = self._generator()
+                    while self._active or self._others_waiting():
+                        self._drop_cancelled(generator)
+                        self._admit(generator)
+                        if not self._active:
+                            break  # none is left, or the next one needs smaller steps
                         self._step(generator)
             except BaseException as error:  # nobody may be left waiting
                 failed = list(self._active.values())
@@ -86,13 +88,15 @@ class Batch:
     def _generator(self) -> "BatchGenerator":
         from mlx_lm.generate import BatchGenerator
 
+        chunk = self._runner.model.budget.chunk
+        self._together, step_size = memory.prefill_batch(chunk, len(self._waiting))
         eos = self._runner.checkpoint.generation_defaults.eos_token_ids
         return BatchGenerator(
             self._runner.model,
             stop_tokens=[[token] for token in eos],
             completion_batch_size=memory.MAX_BATCH_SIZE,
             prefill_batch_size=self._together,
-            prefill_step_size=self._step_size,
+            prefill_step_size=step_size,
         )
 
     def _admit(self, generator: "BatchGenerator") -> None:
@@ -102,6 +106,8 @@ class Batch:
                 break
             newcomers.append(active)
         begun = [active for active in newcomers if not active.is_paused]
+        if newcomers:
+            self._runner.make_room(self._sizes(newcomers))
         with self._runner.encoded_together(begun) if len(begun) > 1 else nullcontext():
             for active in newcomers:
                 self._waiting.popleft()
@@ -117,13 +123,16 @@ class Batch:
 
     def _has_room_for(self, active: ActiveRequest, newcomers: Sequence[ActiveRequest]) -> bool:
         others = [*self._active.values(), *newcomers]
-        if not others:
+        if not others and active is self._first:
             return True
         prefilling = len(self._prefilling) + sum(not other.is_paused for other in newcomers)
         if prefilling >= self._together or len(others) >= memory.MAX_BATCH_SIZE:
             return False
-        longest = max(other.max_positions for other in (active, *others))
-        return (len(others) + 1) * longest <= self._runner.batch_positions
+        runner, sizes = self._runner, self._sizes([*newcomers, active])
+        return runner.memory.batch(sizes, runner.model.budget).total <= runner.limit
+
+    def _sizes(self, newcomers: Sequence[ActiveRequest]) -> list[memory.RequestSize]:
+        return [active.size for active in (*self._active.values(), *newcomers)]
 
     def _step(self, generator: "BatchGenerator") -> None:
         """A chunk of the prompts that are being prefilled, and a decode step of the others."""

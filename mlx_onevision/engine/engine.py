@@ -26,7 +26,12 @@ import numpy as np
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.engine.batch import serve
-from mlx_onevision.engine.request import ActiveRequest, PromptRequest, as_package_error
+from mlx_onevision.engine.request import (
+    ActiveRequest,
+    PromptRequest,
+    as_package_error,
+    request_size,
+)
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError, ContextOverflowError, DiedError, OneVisionError
 from mlx_onevision.media.video import no_check
@@ -49,20 +54,37 @@ class Engine:
 
     dtype : cast the weights to this type; None keeps the checkpoint's.
     recipe : quantize the weights while they are read; None leaves them as they are.
+    limit : bytes of memory to use at most; None: what the device should use.
     """
 
     def __init__(
-        self, folder: Path, dtype: str | None = None, recipe: Recipe | None = None
+        self,
+        folder: Path,
+        dtype: str | None = None,
+        recipe: Recipe | None = None,
+        limit: int | None = None,
     ) -> None:
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
-        self._worker = Worker(lambda: Runner(load_checkpoint(folder, dtype=dtype, recipe=recipe)))
+        self._worker = Worker(
+            lambda: Runner(load_checkpoint(folder, dtype=dtype, recipe=recipe), limit)
+        )
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
+        self.memory = self._worker.call(lambda runner: runner.memory)
+        self.memory_limit = self._worker.call(lambda runner: runner.limit)
+
+    def check_size(self, inputs: Inputs, answer: int, every: bool = False) -> None:
+        """OutOfMemoryError where a prompt and its answer cannot stay within the memory limit.
+        ``every`` : the logits of every position are wanted.
+        """
+        self.memory.admit(request_size(inputs, answer), self.memory_limit, every)
 
     def admit(self, request: PromptRequest, tokenizer: TokenBytes) -> ActiveRequest:
-        """ContextOverflowError when the prompt leaves no room for an answer."""
+        """ContextOverflowError when the prompt leaves no room for an answer, OutOfMemoryError when
+        both cannot stay within the memory limit.
+        """
         length = len(request.inputs.input_ids)
         limit = self.config.text_config.max_position_embeddings
         if length >= limit:
@@ -71,6 +93,7 @@ class Engine:
                 "use fewer or smaller media or a shorter text"
             )
         max_tokens = min(request.max_tokens, limit - length)
+        self.check_size(request.inputs, max_tokens)
         eos, closing = self.defaults.eos_token_ids, self._worker.closing
         return ActiveRequest(request, tokenizer, max_tokens, eos, closing)
 
@@ -104,6 +127,7 @@ class Engine:
 
     def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
         """Logits of the last positions of a prompt, or of every one; float32 (L, vocab_size)."""
+        self.check_size(inputs, 0, every=last is None)
         return self._in_turn(lambda runner: runner.logits(inputs, last)).result()
 
     def embed_tiles(

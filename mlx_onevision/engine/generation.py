@@ -8,7 +8,12 @@ from typing import Any
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.engine.engine import Engine
 from mlx_onevision.engine.request import ActiveRequest, Counters, FinishReason, PromptRequest
-from mlx_onevision.errors import ContextOverflowError, OneVisionError, RequestError
+from mlx_onevision.errors import (
+    ContextOverflowError,
+    OneVisionError,
+    OutOfMemoryError,
+    RequestError,
+)
 from mlx_onevision.media.image import ImageSource
 from mlx_onevision.media.video import VideoSource, no_check
 from mlx_onevision.prompt.messages import normalise_messages
@@ -197,7 +202,9 @@ class Stream:
 
 
 def submit(engine: Engine, tokenizer: Tokenizer, request: PromptRequest) -> Stream:
-    """Starts one answer. Raises ContextOverflowError for a prompt beyond the model's context."""
+    """Starts one answer. Raises ContextOverflowError for a prompt beyond the model's context, and
+    OutOfMemoryError for one that cannot stay within the memory limit.
+    """
     active = engine.admit(request, tokenizer)
     engine.submit([active])
     return Stream(active, tokenizer)
@@ -214,7 +221,7 @@ def submit_all(
         try:
             failed = isinstance(request, OneVisionError)
             sources.append(request if failed else engine.admit(request, tokenizer))
-        except ContextOverflowError as error:
+        except (ContextOverflowError, OutOfMemoryError) as error:
             sources.append(error)
     active = [source for source in sources if isinstance(source, ActiveRequest)]
     if active:

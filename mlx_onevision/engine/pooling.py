@@ -53,7 +53,7 @@ def last_hidden(
         # Padding comes after the last id, where a causal model cannot see it.
         padded = [[*ids, *[0] * (longest - len(ids))] for ids in group]
         h = model.embed(mx.array(padded, mx.int32))
-        h = model.language_model(h, None, model.budget.interval)
+        h = model.language_model(h, None, model.budget.interval_for(len(group) * longest))
         last = mx.array([len(ids) - 1 for ids in group])
         states.append(np.array(h[mx.arange(len(group)), last].astype(mx.float32)))
     return np.concatenate(states)

@@ -109,6 +109,10 @@ class PrefixCache:
             if not set(keys).isdisjoint(kept.keys):
                 self._drop(kept)
 
+    def shrink(self, room: int) -> None:
+        """Drops conversations, the last one too, until all are within ``room`` bytes."""
+        self._evict(max(room, 0))
+
     def clear(self) -> None:
         self._evict(-1)
 

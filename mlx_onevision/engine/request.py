@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network.feature_bank import FeatureBank
+from mlx_onevision.network.memory_budget import MediumSize, RequestSize
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import Detokenizer, StopStrings, TokenBytes
 from mlx_onevision.sampling.grammar import Grammar
@@ -140,8 +141,9 @@ class ActiveRequest:
     # The rest is the inference thread's.
 
     @property
-    def max_positions(self) -> int:
-        return len(self.request.inputs.input_ids) + self.max_tokens
+    def size(self) -> RequestSize:
+        drafted = self.request.prompt_lookup  # are in the cache until they are taken back
+        return request_size(self.request.inputs, self.max_tokens + drafted)
 
     @property
     def is_paused(self) -> bool:
@@ -210,6 +212,15 @@ class ActiveRequest:
                         self._queue.put(TokenText(None, self._decoded, text))
         finally:
             self._queue.put(None if error is None else as_package_error(error))
+
+
+def request_size(inputs: Inputs, answer: int) -> RequestSize:
+    """What memory depends on, of a prepared prompt and an answer of so many tokens."""
+    media = (
+        MediumSize(len(medium.tiles), medium.tokens, medium.packing, medium.kind == "video")
+        for medium in inputs.media
+    )
+    return RequestSize(len(inputs.input_ids), answer, tuple(media))
 
 
 def as_package_error(error: BaseException) -> BaseException:

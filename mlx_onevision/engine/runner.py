@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -23,7 +24,12 @@ from mlx_onevision.engine.decode import (
 )
 from mlx_onevision.engine.pooling import last_hidden, tower_means
 from mlx_onevision.engine.prefix_cache import PrefixCache
-from mlx_onevision.engine.request import ActiveRequest, Counters, as_package_error
+from mlx_onevision.engine.request import (
+    ActiveRequest,
+    Counters,
+    as_package_error,
+    request_size,
+)
 from mlx_onevision.errors import CancelledError, OutOfMemoryError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.onevision import OneVision
@@ -41,28 +47,47 @@ MOST_PREFIX_BYTES = 1 << 32
 
 
 class Runner:
-    """The model and what is kept between requests. Lives on the inference thread."""
+    """The model and what is kept between requests. Lives on the inference thread.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    limit : bytes of memory that may be used at most; None: what the device should use.
+
+    Raises OutOfMemoryError where the model does not fit into the limit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, limit: int | None = None) -> None:
         self.checkpoint = checkpoint
         self.model: OneVision = checkpoint.model
         self.prefix = PrefixCache(self.model)
-        weights = sum(leaf.nbytes for leaf in dict(tree_flatten(self.model.parameters())).values())
-        room = working_set()
-        self.model.bank.capacity = min(room // BANK_SHARE, MOST_BANK_BYTES)
-        itemsize = self.model.vision_tower.dtype.size
-        scratch = memory.scratch_bytes(room, weights)
-        self.model.budget = memory.plan(self.model.config, scratch, itemsize)
-        free = max(0, room - weights - self.model.bank.capacity - scratch)
+        self.limit = working_set() if limit is None else min(limit, working_set())
+        self.memory = memory_model(checkpoint)
+        self.memory.admit_model(self.limit)
+        scratch = memory.scratch_bytes(self.limit, self.memory.weights)
+        self.model.budget = self.memory.plan(scratch)
+        self.chunk = self.memory.most_chunk
+        """Tokens of a lone prompt that are prefilled at once, at most."""
+        room = self.limit - self.memory.weights - scratch
+        self.model.bank.capacity = max(0, min(self.limit // BANK_SHARE, MOST_BANK_BYTES, room))
+        free = max(0, room - self.model.bank.capacity)
         self.prefix.capacity = min(free // PREFIX_SHARE, MOST_PREFIX_BYTES)
-        # A CPU is no faster with more, and a prompt can be interrupted between two of them.
-        processor = mx.default_device().type == mx.cpu
-        self.chunk = memory.CHUNKS[-1] if processor else self.model.budget.chunk
-        """Tokens of a lone prompt that are prefilled at once."""
-        self.batch_positions = memory.batch_positions(
-            self.model.config.text_config, free - self.prefix.capacity, itemsize
-        )
-        """How many positions, padding included, the requests of a batch may have together."""
+        if limit is not None:
+            mx.set_memory_limit(self.limit)  # MLX's cache of freed buffers counts, too
+
+    def make_room(self, sizes: Sequence[memory.RequestSize]) -> None:
+        """Lets go of kept features and conversations, so that these requests can run together."""
+        room = self.limit - self.memory.batch(sizes, self.model.budget).total
+        self.model.bank.shrink(room)
+        self.prefix.shrink(room - self.model.bank.nbytes)
+
+    @contextmanager
+    def within_limit(self, sizes: Sequence[memory.RequestSize]) -> Iterator[None]:
+        """Meanwhile, steps are as small as each of these requests needs them to be."""
+        budget = self.model.budget
+        self.model.budget = self.memory.fitted(sizes, budget, self.limit)
+        self.make_room(sizes)
+        try:
+            yield
+        finally:
+            self.model.budget = budget
 
     def run_alone(
         self, active: ActiveRequest, should_yield: Callable[[], bool] = lambda: False
@@ -76,7 +101,8 @@ class Runner:
         mx.reset_peak_memory()
         try:
             active.check()
-            with _wired(), self.model.interruptible(active.check):
+            alone = self.within_limit([active.size])
+            with _wired(), alone, self.model.interruptible(active.check):
                 if self._decode(active, self.begin(active), should_yield):
                     return False
         except BaseException as error:
@@ -103,6 +129,8 @@ class Runner:
         from mlx_lm.models.cache import trim_prompt_cache
 
         try:
+            ahead = 1 + active.request.prompt_lookup  # a step's tokens
+            reserve(self.model, cache, len(active.ids) + min(active.max_tokens, memory.CACHE_STEP))
             for token in self._tokens(active, cache):
                 active.accept(token)
                 if token in self.checkpoint.generation_defaults.eos_token_ids:
@@ -112,6 +140,7 @@ class Runner:
                     # Leaves in the cache all ids but the last: the steps are a token ahead.
                     trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
                     return True
+                reserve(self.model, cache, cache[0].offset + ahead)
         except CancelledError:
             trim_to_shortest_layer(cache)
             self.prefix.store(active.ids, active.keys, cache)
@@ -132,7 +161,7 @@ class Runner:
             active.sampler.sampler(),
             self._processors(active, active.ids[:cached]),
             normalise=active.sampler.needs_logprobs,
-            chunk=self.chunk,
+            chunk=min(self.chunk, self.model.budget.chunk),
             check=active.check,
         )
         if most := active.request.prompt_lookup:
@@ -214,7 +243,7 @@ class Runner:
 
     def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
-        with self.model.bank.in_use(keys):
+        with self.within_limit([request_size(inputs, 0)]), self.model.bank.in_use(keys):
             self._encode([(inputs, ids, Counters())], lambda: None)
             return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 
@@ -226,15 +255,29 @@ class Runner:
 
     def embed_prompts(self, prompts: Sequence[Inputs], check: Callable[..., None]) -> np.ndarray:
         """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
-        rows: list[list[int]] = []
-        with _wired(), ExitStack() as in_use:
-            for inputs in prompts:
-                ids, keys = self.virtual_ids(inputs)
-                in_use.enter_context(self.model.bank.in_use(keys))
-                rows.append(ids)
-            together = [(*pair, Counters()) for pair in zip(prompts, rows, strict=True)]
-            self._encode(together, check)
-            return last_hidden(self.model, rows, check)
+        vectors = []
+        for group in self._groups(prompts):
+            rows: list[list[int]] = []
+            with _wired(), self.within_limit([_joint_size(group)]), ExitStack() as in_use:
+                for inputs in group:
+                    ids, keys = self.virtual_ids(inputs)
+                    in_use.enter_context(self.model.bank.in_use(keys))
+                    rows.append(ids)
+                together = [(*pair, Counters()) for pair in zip(group, rows, strict=True)]
+                self._encode(together, check)
+                vectors.append(last_hidden(self.model, rows, check))
+        return np.concatenate(vectors)
+
+    def _groups(self, prompts: Sequence[Inputs]) -> Iterator[list[Inputs]]:
+        """Adjacent prompts whose media can be held together."""
+        group: list[Inputs] = []
+        for inputs in prompts:
+            together = self.memory.request(_joint_size([*group, inputs]), memory.SMALLEST)
+            if group and together.total > self.limit:
+                yield group
+                group = []
+            group.append(inputs)
+        yield group
 
     def forget(self, keys: Sequence[str]) -> None:
         self.prefix.forget(keys)
@@ -273,6 +316,46 @@ class Runner:
         for (medium, counters), embeddings in zip(missing.values(), encoded, strict=True):
             bank.store(medium.key, embeddings)
             counters.encoded_media += 1
+
+
+def memory_model(checkpoint: Checkpoint) -> memory.MemoryModel:
+    """The sizes of a model on this device."""
+    model, on_cpu = checkpoint.model, mx.default_device().type == mx.cpu
+    leaves = dict(tree_flatten(model.parameters())).values()
+    return memory.MemoryModel(
+        checkpoint.config,
+        sum(leaf.nbytes for leaf in leaves),
+        itemsize=model.dtype.size,
+        backend="cpu" if on_cpu else "metal" if mx.metal.is_available() else "cuda",
+        quantized=any(isinstance(m, nn.QuantizedLinear) for m in model.language_model.modules()),
+        # A CPU is no faster with more, and a prompt can be interrupted between two of them.
+        most_chunk=memory.CHUNKS[-1] if on_cpu else memory.CHUNKS[0],
+    )
+
+
+def _joint_size(prompts: Sequence[Inputs]) -> memory.RequestSize:
+    """Of prompts that are computed one after another, and whose media are held together."""
+    sizes = [request_size(inputs, 1) for inputs in prompts]
+    media = tuple(medium for size in sizes for medium in size.media)
+    return memory.RequestSize(max(size.prompt for size in sizes), 1, media)
+
+
+def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
+    """Makes room for so many positions now, one layer after another: grown within a step, the keys
+    and values of all layers would be copied at once.
+    """
+    text = model.config.text_config
+    if cache[0].keys is not None and cache[0].keys.shape[2] >= positions:
+        return
+    room = -(-positions // memory.CACHE_STEP) * memory.CACHE_STEP
+    for layer in cache:
+        shape = (1, text.num_key_value_heads, room - layer.offset, text.head_dim)
+        for name in ("keys", "values"):
+            old, more = getattr(layer, name), mx.zeros(shape, model.dtype)
+            if old is not None:
+                more = mx.concatenate([old[..., : layer.offset, :], more], axis=2)
+            setattr(layer, name, more)
+        mx.eval(layer.keys, layer.values)
 
 
 def trim_to_shortest_layer(cache: Sequence[Any]) -> None:

@@ -116,6 +116,10 @@ class FeatureBank:
                 entry.embeddings = None
         self._evict()
 
+    def shrink(self, room: int) -> None:
+        """Drops embeddings that no request needs until all are within ``room`` bytes."""
+        self._evict(min(room, self.capacity))
+
     def look_up(self, first: int, last: int) -> mx.array:
         """The embeddings (last - first, D) of the virtual ids first to last - 1, all of one
         medium.
@@ -137,8 +141,8 @@ class FeatureBank:
                 return entry
         raise ValueError(f"token id {first} is neither in the vocabulary nor in the feature bank")
 
-    def _evict(self) -> None:
-        excess = self.nbytes - self.capacity
+    def _evict(self, room: int | None = None) -> None:
+        excess = self.nbytes - (self.capacity if room is None else room)
         for key, entry in list(self._entries.items()):
             if entry.requests == 0 and entry.embeddings is not None and excess > 0:
                 excess -= entry.embeddings.nbytes

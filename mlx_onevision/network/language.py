@@ -15,10 +15,6 @@ import mlx.nn as nn
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated
 
-# Steps of more tokens than this, B * L, get evaluation points: a decode step never does, a prefill
-# chunk does.
-LONG_STEP = 256
-
 Mask = mx.array | str | None
 
 
@@ -152,7 +148,7 @@ class Qwen2(nn.Module):
         h : mx.array, shape = (B, L, hidden_size)
             Embeddings of the positions that follow those in the cache.
         cache : one KV cache a layer, or None for a sequence that stands alone.
-        interval : in long steps, the most layers whose intermediate values are held at once; see
+        interval : the most layers whose intermediate values are held at once (0: all); see
             :class:`layers.Pace`.
         check : called at every evaluation point; what it raises leaves the caches of the layers
             behind as they were.
@@ -166,7 +162,7 @@ class Qwen2(nn.Module):
         plain = all(type(layer) is DecoderLayer for layer in self.layers)
         if h.shape[1] == 1 and cache is not None and plain:
             return self._decode(h, cache, [masks[window] for window in self._windows])
-        pace = Pace(interval if h.shape[0] * h.shape[1] > LONG_STEP else 0)
+        pace = Pace(interval)
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
         ):

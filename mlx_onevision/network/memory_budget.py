@@ -1,26 +1,35 @@
-"""One memory budget for a request's intermediate values, and the sizes that follow from it.
+"""What a request takes of memory before it begins, and how much is computed at once to stay within
+a limit. Arithmetic only, so that it can be tested for other machines.
 
-Weights, KV caches and features have the sizes they have; what can be chosen is how much is computed
-at once: tiles a group in the tower, tokens a chunk in prefill, and layers between two evaluations.
-Arithmetic only, so that it can be tested for other devices.
+At its peak a request holds the weights, the keys and values of its prompt and answer, the features
+of its media, and the intermediate values of one step. The first three have the sizes they have. Of
+the last, what is chosen is how much is computed at once: tiles a group in the tower, tokens a chunk
+in prefill, and layers between two evaluations.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from mlx_onevision.config.model import OneVisionConfig, TextConfig
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.errors import OutOfMemoryError
+from mlx_onevision.media.anyres import Packing, video_side
 
 MEGABYTE = 1 << 20
 CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 INTERVALS = (4, 2, 1)
 TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
+CACHE_STEP = 256  # positions that a KV cache grows by at a time
+DENSE_ROWS = 64  # rows for which a quantized matrix may be dequantized, see LongStepLinear
+KV_GROUP = 64  # values that have a scale and a bias of their own in a quantized KV cache
 
 # Requests of a batch that decode together, and that are in prefill together. More would hardly be
 # faster on the devices that this runs on, and every request waits for the longest.
 MAX_BATCH_SIZE = 32
 MAX_PREFILL_BATCH_SIZE = 8
 
-# Live values at the peak of a layer, measured against the plain count of its activations.
-OVERHEAD = 1.6
+LEAST_SCRATCH = 192 * MEGABYTE
+MOST_SCRATCH = 768 * MEGABYTE  # larger steps are hardly faster
 
 
 @dataclass(frozen=True)
@@ -37,46 +46,324 @@ class Budget:
     chunk: int
     interval: int
 
+    def interval_for(self, tokens: int) -> int:
+        """Layers between two evaluations in a step of so many tokens, 0 for none: short steps have
+        as many more as hold no more at once than a whole chunk.
+        """
+        if tokens > CHUNKS[-1]:
+            return self.interval
+        return self.interval * max(1, self.chunk // tokens)
+
+
+SMALLEST = Budget(TILE_GROUPS[-1], INTERVALS[-1], CHUNKS[-1], INTERVALS[-1])
+
+
+class Backend(NamedTuple):
+    """What a layer's operations put out, which is held until the layer has been evaluated, in
+    multiples of what it is made of: hidden states, queries, keys (as wide as values), the MLP's
+    inner values; the same of the tower, whose attention is as wide as its hidden states.
+
+    fused : head widths for which attention does not hold its scores.
+    window : layers that are under way at once at most; 0: all between two evaluations.
+    """
+
+    hidden: float
+    queries: float
+    keys: float
+    inner: float
+    tower_hidden: float
+    tower_inner: float
+    fused: tuple[int, ...]
+    window: int
+
+
+# Metal and CUDA have kernels for rotations and norms, which on a CPU are operations by themselves.
+BACKENDS = {
+    "cpu": Backend(5, 10, 4, 3, 18, 2, (), 1),
+    "metal": Backend(4, 4, 3, 3, 10, 2, (64, 80, 128), 0),
+    "cuda": Backend(4, 4, 3, 3, 10, 2, tuple(range(8, 129, 8)), 0),
+}
+
+
+class MediumSize(NamedTuple):
+    """An image's or a video's tiles (or frames), and tokens in the prompt; of a tiled image, how
+    its tiles are packed.
+    """
+
+    tiles: int
+    tokens: int
+    packing: Packing | None = None
+    video: bool = False
+
+
+class RequestSize(NamedTuple):
+    """A request's prompt, and its answer at the longest, in tokens; and its media."""
+
+    prompt: int
+    answer: int
+    media: tuple[MediumSize, ...] = ()
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the peak of answering; ``tokens`` are those of prompt and answer.
+
+    features : embeddings of media, as they are kept.
+    scratch : the intermediate values of the step that takes the most.
+    """
+
+    tokens: int
+    weights: int
+    cache: int
+    features: int
+    scratch: int
+
+    @property
+    def beyond_weights(self) -> int:
+        return self.cache + self.features + self.scratch
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.beyond_weights
+
+    def to_dict(self) -> dict[str, int]:
+        parts = ("weights", "cache", "features", "scratch", "total")
+        return {"tokens": self.tokens} | {f"{part}_bytes": getattr(self, part) for part in parts}
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Sizes of a model in bytes.
+
+    weights : of all of them. quantized : whether some of them are dequantized for a long step.
+    itemsize : bytes a value, of the type that the model computes in.
+    kv_bits : of a quantized KV cache. backend : a name of ``BACKENDS``.
+    most_chunk : prompt tokens of a lone request that are computed at once, whatever the budget.
+    """
+
+    config: OneVisionConfig
+    weights: int
+    itemsize: int = 2
+    backend: str = "metal"
+    kv_bits: int | None = None
+    quantized: bool = False
+    most_chunk: int = CHUNKS[0]
+
+    @property
+    def position(self) -> int:
+        """Bytes of the keys and values of one position."""
+        text = self.config.text_config
+        values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        if self.kv_bits is None:
+            return values * self.itemsize
+        return values * self.kv_bits // 8 + values // KV_GROUP * 2 * self.itemsize
+
+    def cache(self, positions: int) -> int:
+        """Of a KV cache that holds so many positions."""
+        return _rounded(positions) * self.position
+
+    def features(self, tokens: int) -> int:
+        return tokens * self.config.text_config.hidden_size * self.itemsize
+
+    # Steps. Each is what one evaluation holds at its peak.
+
+    def layer(self, tokens: int, past: int = 0, rows: int = 1) -> int:
+        """A layer of the language model, in a step of ``tokens`` tokens for each of ``rows``
+        requests, behind ``past`` positions.
+        """
+        text, backend = self.config.text_config, BACKENDS[self.backend]
+        keys = text.num_key_value_heads * text.head_dim
+        queries = text.num_attention_heads * text.head_dim
+        values = tokens * (
+            backend.hidden * text.hidden_size
+            + backend.queries * queries
+            + backend.keys * keys
+            + backend.inner * text.intermediate_size
+        )
+        if text.head_dim not in backend.fused:
+            values += text.num_attention_heads * tokens * (past + tokens)
+        if self.kv_bits is not None:  # dequantized for attention
+            values += 2 * keys * (_rounded(past + tokens) + tokens)
+        return int(rows * values * self.itemsize)
+
+    def prefill(self, tokens: int, budget: Budget, rows: int = 1) -> int:
+        """A prompt of so many tokens: the last of its chunks, with the embeddings that enter."""
+        if not tokens:
+            return 0
+        chunk = min(tokens, budget.chunk)
+        layers = min(budget.interval_for(rows * chunk), self.config.text_config.num_hidden_layers)
+        layers = min(layers, BACKENDS[self.backend].window or layers)
+        held = 2 * rows * self.features(chunk) + layers * self.layer(chunk, tokens - chunk, rows)
+        if self.quantized and rows * chunk >= DENSE_ROWS:  # an MLP's matrices; others are gone then
+            text = self.config.text_config
+            held += 3 * text.intermediate_size * text.hidden_size * self.itemsize
+        return held
+
+    def decode(self, rows: int = 1) -> int:
+        """Logits, twice in float32 and once as computed, of two steps."""
+        return 2 * rows * self.config.text_config.vocab_size * (2 * 4 + self.itemsize)
+
+    def tower(self, tiles: int, budget: Budget, video: bool = False) -> int:
+        """A group of tiles, from pixels to the projector's output, that of a video pooled."""
+        vision, backend = self.config.vision_config, BACKENDS[self.backend]
+        patches, width = tiles * self.config.tokens_per_tile, vision.hidden_size
+        pixels = tiles * vision.image_size**2 * vision.num_channels * 4
+        layer = patches * (
+            backend.tower_hidden * width + backend.tower_inner * vision.intermediate_size
+        )
+        if width // vision.num_attention_heads not in backend.fused:
+            layer += patches * self.config.tokens_per_tile * vision.num_attention_heads
+        layers = min(budget.tower_interval, vision.num_hidden_layers)
+        layers = min(layers, BACKENDS[self.backend].window or layers)
+        D = self.config.text_config.hidden_size
+        projected = patches * (width * len(self.config.feature_layers) + 2 * D) * self.itemsize
+        if video:
+            side, pooled = vision.patches_per_side, video_side(vision.patches_per_side)
+            # Two neighbours along each axis, also in float32.
+            projected += tiles * pooled * (side + pooled) * D * 2 * (4 + self.itemsize)
+        return pixels + max(int(layers * layer * self.itemsize), projected)
+
+    def packed(self, medium: MediumSize) -> int:
+        """Placing a medium's features: what exists beside them and what comes of it."""
+        packing = medium.packing
+        if packing is None:
+            return 0
+        D = self.config.text_config.hidden_size
+        grid = (packing.tiles - 1) * packing.patches**2 * D * self.itemsize
+        placed = self.features(medium.tokens)
+        if packing.interpolated:
+            (rows, cols), (top, bottom, _, _) = packing.shape, packing.box
+            # Two neighbours along each axis, also in float32, and the result.
+            wide = (bottom - top) * cols * D
+            grid += wide * 2 * (4 + self.itemsize) + rows * cols * D * (2 * 4 + self.itemsize)
+        return grid + placed
+
+    def encode(self, media: Sequence[MediumSize], budget: Budget) -> int:
+        """Images and videos, from tiles to features, these included. Groups are filled with the
+        tiles of one after another.
+        """
+        group = min(sum(medium.tiles for medium in media), budget.tile_group)
+        peak, done = 0, 0
+        for medium in media:
+            n = self.config.tokens_per_tile
+            if medium.video:
+                n = video_side(self.config.vision_config.patches_per_side) ** 2
+            encoded = self.features(medium.tiles * n)
+            step = encoded + self.tower(group, budget, medium.video)
+            own = self.features(medium.tokens)
+            peak = max(peak, done + max(step, 2 * encoded + self.packed(medium) + own))
+            done += own
+        return peak
+
+    # Requests.
+
+    def request(self, size: RequestSize, budget: Budget, every: bool = False) -> Footprint:
+        """A request by itself. ``every`` : the logits of every position are wanted, of a prompt
+        that is computed at once and without a KV cache.
+        """
+        if every:
+            logits = size.prompt * self.config.text_config.vocab_size * (4 + self.itemsize)
+            whole = self.request(size, replace(budget, chunk=max(1, size.prompt)))
+            return replace(whole, cache=0, scratch=whole.scratch + logits)
+        budget = replace(budget, chunk=min(budget.chunk, self.most_chunk))
+        cache = self.cache(size.prompt + size.answer)
+        features = sum(self.features(medium.tokens) for medium in size.media)
+        # A layer's keys and values are copied where the cache grows.
+        copied = cache // self.config.text_config.num_hidden_layers
+        step = max(self.prefill(size.prompt, budget), self.decode() + copied)
+        scratch = max(step, self.encode(size.media, budget) - features - cache)
+        return Footprint(size.prompt + size.answer, self.weights, cache, features, scratch)
+
+    def batch(self, sizes: Sequence[RequestSize], budget: Budget) -> Footprint:
+        """Requests that run together: keys and values are padded to the longest, and copied where
+        requests join or leave.
+        """
+        if len(sizes) == 1:
+            return self.request(sizes[0], budget)
+        longest = max(size.prompt + size.answer for size in sizes)
+        media = [medium for size in sizes for medium in size.media]
+        features = sum(self.features(medium.tokens) for medium in media)
+        cache = len(sizes) * self.cache(longest)
+        together, chunk = prefill_batch(budget.chunk, len(sizes))
+        prompt = max(size.prompt for size in sizes)
+        step = self.prefill(prompt, replace(budget, chunk=chunk), together)
+        window, layers = BACKENDS[self.backend].window, self.config.text_config.num_hidden_layers
+        copied = cache * min(2 * window or layers, layers) // layers
+        encoding = self.encode(media, budget) - features
+        scratch = max(step, encoding, copied, self.decode(len(sizes)))
+        return Footprint(len(sizes) * longest, self.weights, cache, features, scratch)
+
+    # Limits.
+
+    def plan(self, scratch: int) -> Budget:
+        """The largest steps whose intermediate values stay within ``scratch`` bytes."""
+        vision, text = self.config.vision_config, self.config.text_config
+
+        def most(candidates: Sequence[int], cost: Callable[[int], int]) -> int:
+            return next((n for n in candidates if cost(n) <= scratch), candidates[-1])
+
+        intervals = INTERVALS[-1:] if BACKENDS[self.backend].window else INTERVALS
+        group = most(TILE_GROUPS, lambda n: self.tower(n, SMALLEST))
+        chunk = most(CHUNKS, self.layer)
+        return Budget(
+            tile_group=group,
+            tower_interval=most(
+                intervals, lambda n: self.tower(group, replace(SMALLEST, tower_interval=n))
+            ),
+            chunk=chunk,
+            interval=most(intervals, lambda n: n * self.layer(chunk)),
+        )
+
+    def fitted(self, sizes: Sequence[RequestSize], budget: Budget, limit: int) -> Budget:
+        """``budget``, or smaller steps where the requests would else take more than ``limit``."""
+        scratch = MOST_SCRATCH
+        while self.batch(sizes, budget).total > limit and scratch > MEGABYTE:
+            smaller = self.plan(scratch)
+            budget = Budget(*map(min, _values(budget), _values(smaller)))
+            scratch //= 2
+        return budget
+
+    def admit(self, size: RequestSize, limit: int, every: bool = False) -> None:
+        """Raises OutOfMemoryError where a request cannot be answered within ``limit`` bytes."""
+        needed = self.request(size, SMALLEST, every).total
+        if needed <= limit:
+            return
+
+        def fits(**changed: Any) -> bool:
+            return self.request(size._replace(**changed), SMALLEST, every).total <= limit
+
+        answer = _largest(size.answer, lambda n: fits(answer=n))
+        prompt = _largest(size.prompt, lambda n: fits(prompt=n, answer=1, media=()))
+        if answer:
+            way = f"an answer of {answer:,} max_tokens would fit"
+        elif prompt:
+            way = f"a prompt of {prompt:,} tokens would fit; use fewer or smaller media or less text"
+        else:
+            way = "no prompt fits; use a quantized model"
+        if self.kv_bits is None and replace(self, kv_bits=8).request(size, SMALLEST).total <= limit:
+            way += ", and so would this with kv_bits 8"
+        media = f" and {len(size.media)} images and videos" if size.media else ""
+        raise OutOfMemoryError(
+            f"a prompt of {size.prompt:,} tokens{media} with an answer of {size.answer:,} needs "
+            f"{_gigabytes(needed)} of memory, but the limit is {_gigabytes(limit)}; {way}"
+        )
+
+    def admit_model(self, limit: int) -> None:
+        """Raises OutOfMemoryError where not even a short prompt can be answered within ``limit``."""
+        needed = self.request(RequestSize(CACHE_STEP // 2, CACHE_STEP // 2), SMALLEST).total
+        if needed > limit:
+            raise OutOfMemoryError(
+                f"the model needs {_gigabytes(needed)} of memory, {_gigabytes(self.weights)} for "
+                f"its weights, but the limit is {_gigabytes(limit)}; use a smaller model, or "
+                "--quantize 4"
+            )
+
 
 def scratch_bytes(working_set: int, weights: int) -> int:
     """What a request's intermediate values may take: an eighth of what the weights leave free of
-    the memory that the device should use, within 192 MB and 3 GB.
+    the memory that the device should use, within 192 and 768 MB.
     """
-    return max(192 * MEGABYTE, min((working_set - weights) // 8, 3072 * MEGABYTE))
-
-
-def plan(config: OneVisionConfig, scratch: int, itemsize: int) -> Budget:
-    """The largest steps whose intermediate values stay within ``scratch`` bytes.
-
-    itemsize : bytes a value, of the type that the model computes in.
-    """
-    vision, text = config.vision_config, config.text_config
-    tile = (
-        config.tokens_per_tile
-        * (6 * vision.hidden_size + 2 * vision.intermediate_size)
-        * itemsize
-        * OVERHEAD
-    )
-    heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
-    token = (3 * text.hidden_size + 3 * text.intermediate_size + heads) * itemsize * OVERHEAD
-    tile_group = next((n for n in TILE_GROUPS if n * tile <= scratch), TILE_GROUPS[-1])
-    chunk = next((n for n in CHUNKS if n * token <= scratch), CHUNKS[-1])
-    return Budget(
-        tile_group=tile_group,
-        tower_interval=_interval(scratch, tile_group * tile),
-        chunk=chunk,
-        interval=_interval(scratch, chunk * token),
-    )
-
-
-def batch_positions(text: TextConfig, free: int, itemsize: int) -> int:
-    """Positions whose keys and values may be held for a batch.
-
-    free : bytes that nothing else is planned for. Half of it, because the keys and values are
-        copied whenever requests join or leave.
-    """
-    position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
-    return max(free, 0) // 2 // position
+    return max(LEAST_SCRATCH, min((working_set - weights) // 8, MOST_SCRATCH))
 
 
 def prefill_batch(chunk: int, requests: int) -> tuple[int, int]:
@@ -87,5 +374,22 @@ def prefill_batch(chunk: int, requests: int) -> tuple[int, int]:
     return together, chunk // together
 
 
-def _interval(scratch: int, layer: float) -> int:
-    return next((n for n in INTERVALS if n * layer <= scratch), INTERVALS[-1])
+def _values(budget: Budget) -> tuple[int, int, int, int]:
+    return budget.tile_group, budget.tower_interval, budget.chunk, budget.interval
+
+
+def _rounded(positions: int) -> int:
+    return -(-positions // CACHE_STEP) * CACHE_STEP
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to ``most`` that fits, 0 for none; by halves."""
+    low = 0
+    while low < most:
+        middle = (low + most + 1) // 2
+        low, most = (middle, most) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

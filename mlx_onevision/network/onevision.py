@@ -104,7 +104,9 @@ class OneVision(nn.Module):
         would round neighbours together and change the greedy choice.
         """
         h = self.embed(inputs) if input_embeddings is None else input_embeddings
-        h = self.language_model(h, cache, self.budget.interval, self._check)
+        tokens = h.shape[0] * h.shape[1]
+        interval = 0 if h.shape[1] == 1 else self.budget.interval_for(tokens)
+        h = self.language_model(h, cache, interval, self._check)
         h = h if last is None else h[:, -last:]
         head = (
             self.language_model.embed_tokens.as_linear
