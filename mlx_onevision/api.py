@@ -38,6 +38,8 @@ def load(
     revision: str | None = None,
     dtype: str | None = None,
     quantize: int | None = None,
+    memory_limit: float | None = None,
+    kv_bits: int | None = None,
     chat_template: str | None = None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
@@ -48,14 +50,28 @@ def load(
     dtype : ``float16``, ``bfloat16`` or ``float32``; None keeps the checkpoint's own.
     quantize : 4 or 8 quantizes the weights to so many bits while they are read, tensor by tensor,
         as ``mlx-onevision convert -q --q-bits 4`` does; the answers are those of what that writes.
+    memory_limit : GB (1e9 bytes) of memory to use at most, weights included. Requests that cannot
+        stay within it are refused, others are computed in smaller steps where they must. None: what
+        the device should use. MLX has one limit a process: that of the model loaded last holds.
+    kv_bits : 8 or 4 keeps keys and values quantized, which takes about a half or a quarter of the
+        memory a token. Answers may differ; requests run one after another instead of in a batch.
     chat_template : how conversations become prompts, in Jinja, instead of the checkpoint's own.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
+        OutOfMemoryError: where the model does not fit into the memory limit.
     """
     recipe = while_loading(quantize)
     folder = hub.resolve(model, revision)
-    return Model(folder, name=str(model), dtype=dtype, recipe=recipe, chat_template=chat_template)
+    return Model(
+        folder,
+        name=str(model),
+        dtype=dtype,
+        recipe=recipe,
+        memory_limit=memory_limit,
+        kv_bits=kv_bits,
+        chat_template=chat_template,
+    )
 
 
 class Model:
@@ -68,12 +84,14 @@ class Model:
         name: str | None = None,
         dtype: str | None = None,
         recipe: Recipe | None = None,
+        memory_limit: float | None = None,
+        kv_bits: int | None = None,
         chat_template: str | None = None,
     ) -> None:
         self.path = folder
         self.name = name or str(folder)
-        self._made = [dtype, str(recipe)]
-        self._engine = Engine(folder, dtype=dtype, recipe=recipe)
+        self._made = [dtype, str(recipe)] + ([] if kv_bits is None else [f"kv_bits {kv_bits}"])
+        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits)
         self._processor = Processor.from_folder(folder, self._engine.config)
         if chat_template is not None:
             self._processor.template = self._processor.template.with_source(chat_template)
@@ -178,6 +196,7 @@ class Model:
             RequestError: for an empty prompt or a number out of range.
             MediaError: for an image or a video that cannot be read.
             ContextOverflowError: for a prompt, or more frames, beyond the model's context.
+            OutOfMemoryError: for a prompt and an answer beyond the memory limit.
         """
         if batch is None:
             return self._ask(prompt, options, given)

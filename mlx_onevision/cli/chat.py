@@ -8,6 +8,7 @@ import click
 
 from mlx_onevision.cli.options import (
     dtype_option,
+    memory_options,
     model_option,
     model_or_demo,
     revision_option,
@@ -32,6 +33,7 @@ from mlx_onevision.cli.options import (
 @click.option("--verbose", is_flag=True, help="After each answer: tokens, cached tokens, seconds.")
 @revision_option
 @dtype_option
+@memory_options
 @click.pass_context
 def chat(
     ctx: click.Context,
@@ -41,6 +43,7 @@ def chat(
     verbose: bool,
     revision: str | None,
     dtype: str | None,
+    memory: dict[str, Any],
     **options: Any,
 ) -> None:
     """Talk with a model, about images, videos or neither; /help says how.
@@ -53,7 +56,7 @@ def chat(
     from mlx_onevision.cli.conversation import Conversation, Terminal
     from mlx_onevision.cli.terminal import line_reader
 
-    loaded = load(model, revision=revision, dtype=dtype)
+    loaded = load(model, revision=revision, dtype=dtype, **memory)
     try:
         talk = Conversation(loaded, **options)
         for image in images:

@@ -18,7 +18,13 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, model_option, model_or_demo, revision_option
+from mlx_onevision.cli.options import (
+    dtype_option,
+    memory_options,
+    model_option,
+    model_or_demo,
+    revision_option,
+)
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.files import save
@@ -82,6 +88,7 @@ DOING = {"probe": "looking for scenes", "text": "describing"}
 @click.option("--force", is_flag=True, help="Start over, and replace files that are there.")
 @revision_option
 @dtype_option
+@memory_options
 @click.pass_context
 def describe(
     ctx: click.Context,
@@ -96,6 +103,7 @@ def describe(
     force: bool,
     revision: str | None,
     dtype: str | None,
+    memory: dict[str, Any],
     **options: Any,
 ) -> None:
     """Say what happens in videos: scene by scene, with times, chapters and a summary. Only the
@@ -124,7 +132,7 @@ def describe(
     from mlx_onevision.api import load
 
     failed = 0
-    loaded = load(model, revision=revision, dtype=dtype)
+    loaded = load(model, revision=revision, dtype=dtype, **memory)
     try:
         for task in tasks:
             try:

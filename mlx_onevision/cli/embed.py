@@ -16,6 +16,7 @@ import click
 
 from mlx_onevision.cli.options import (
     dtype_option,
+    memory_options,
     model_option,
     model_or_demo,
     revision_option,
@@ -56,6 +57,7 @@ BATCH = 100  # items whose vectors are held until they are printed or joined
 @video_options
 @revision_option
 @dtype_option
+@memory_options
 @click.pass_context
 def embed(
     ctx: click.Context,
@@ -68,6 +70,7 @@ def embed(
     no_normalize: bool,
     revision: str | None,
     dtype: str | None,
+    memory: dict[str, Any],
     **options: Any,
 ) -> None:
     """Turn images, videos or texts into vectors: one for each.
@@ -95,7 +98,7 @@ def embed(
     items = [*files, *({"type": "text", "text": text} for text in texts)]
     options |= {"space": space, "normalize": not no_normalize}
     failed: list[str] = []
-    loaded = load(model, revision=revision, dtype=dtype)
+    loaded = load(model, revision=revision, dtype=dtype, **memory)
     parts = []
     try:
         for part in in_batches(loaded, items, options, failed):

@@ -10,6 +10,7 @@ import click
 
 from mlx_onevision.cli.options import (
     dtype_option,
+    memory_options,
     model_option,
     model_or_demo,
     revision_option,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 @click.option("--verbose", is_flag=True, help="Print counts, seconds and peak memory to stderr.")
 @revision_option
 @dtype_option
+@memory_options
 @click.option(
     "--quantize", type=click.Choice(["4", "8"]), help="Quantize the weights while they are loaded."
 )
@@ -86,6 +88,7 @@ def generate(
     verbose: bool,
     revision: str | None,
     dtype: str | None,
+    memory: dict[str, Any],
     quantize: str | None,
     **options: Any,
 ) -> None:
@@ -110,7 +113,7 @@ def generate(
     from mlx_onevision.api import load
 
     bits = int(quantize) if quantize else None
-    loaded = load(model, revision=revision, dtype=dtype, quantize=bits)
+    loaded = load(model, revision=revision, dtype=dtype, quantize=bits, **memory)
     try:
         answer = loaded.stream(question, **options)
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -45,6 +46,28 @@ def video_options(command: Command) -> Command:
     for flag, name, kind, metavar, text in reversed(options):
         command = click.option(flag, name, type=kind, metavar=metavar, help=text)(command)
     return command
+
+
+def memory_options(command: Command) -> Command:
+    """Give a command that loads a model ``memory``: arguments of ``load``."""
+
+    @wraps(command)
+    def merged(*, memory_limit: float | None, kv_bits: str | None, **others: Any) -> Any:
+        bits = None if kv_bits is None else int(kv_bits)
+        return command(memory={"memory_limit": memory_limit, "kv_bits": bits}, **others)
+
+    limit = click.option(
+        "--memory-limit",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="GB",
+        help="Use at most so much memory, weights included. Default: what the device should use.",
+    )
+    bits = click.option(
+        "--kv-bits",
+        type=click.Choice(["8", "4"]),
+        help="Keep keys and values quantized: less memory a token, no batches.",
+    )
+    return cast(Command, limit(bits(merged)))
 
 
 def debug_option(command: Command) -> Command:

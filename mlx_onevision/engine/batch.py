@@ -26,7 +26,9 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
     while waiting:
         active = waiting.popleft()
         try:
-            if waiting or not runner.run_alone(active, lambda: bool(waiting)):
+            if runner.memory.kv_bits is not None:  # mlx-lm's batches cannot take such caches
+                runner.run_alone(active)
+            elif waiting or not runner.run_alone(active, lambda: bool(waiting)):
                 waiting.appendleft(active)
                 Batch(runner, waiting).run()
         except BaseException as error:  # nobody may be left waiting

@@ -9,6 +9,7 @@ numpy arrays and plain numbers cross over.
 """
 
 import logging
+import math
 import queue
 import threading
 import traceback
@@ -33,7 +34,13 @@ from mlx_onevision.engine.request import (
     request_size,
 )
 from mlx_onevision.engine.runner import Runner
-from mlx_onevision.errors import CancelledError, ContextOverflowError, DiedError, OneVisionError
+from mlx_onevision.errors import (
+    CancelledError,
+    ContextOverflowError,
+    DiedError,
+    OneVisionError,
+    RequestError,
+)
 from mlx_onevision.media.video import no_check
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import TokenBytes
@@ -54,7 +61,7 @@ class Engine:
 
     dtype : cast the weights to this type; None keeps the checkpoint's.
     recipe : quantize the weights while they are read; None leaves them as they are.
-    limit : bytes of memory to use at most; None: what the device should use.
+    memory_limit, kv_bits : see :func:`mlx_onevision.api.load`.
     """
 
     def __init__(
@@ -62,12 +69,16 @@ class Engine:
         folder: Path,
         dtype: str | None = None,
         recipe: Recipe | None = None,
-        limit: int | None = None,
+        memory_limit: float | None = None,
+        kv_bits: int | None = None,
     ) -> None:
+        if memory_limit is not None and not 0 < memory_limit < math.inf:
+            raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit}")
+        limit = None if memory_limit is None else int(memory_limit * 1e9)
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
         self._worker = Worker(
-            lambda: Runner(load_checkpoint(folder, dtype=dtype, recipe=recipe), limit)
+            lambda: Runner(load_checkpoint(folder, dtype=dtype, recipe=recipe), limit, kv_bits)
         )
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)

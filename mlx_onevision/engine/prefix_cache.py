@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mlx_onevision.network.onevision import OneVision
 
@@ -42,10 +43,15 @@ class Kept:
 class PrefixCache:
     """Caches by what they hold. The last one is always kept, others while all together are within
     ``capacity`` bytes; the least recently used go first.
+
+    quantized : group size and bits of new caches; None: they have the model's type.
     """
 
-    def __init__(self, model: OneVision, capacity: int = 0) -> None:
+    def __init__(
+        self, model: OneVision, capacity: int = 0, quantized: tuple[int, int] | None = None
+    ) -> None:
         self.capacity = capacity
+        self._quantized = quantized
         self._model = model
         self._kept: list[Kept] = []
 
@@ -57,12 +63,14 @@ class PrefixCache:
         """A cache to continue from, the caller's until it is stored, and how many of ``ids`` it
         already holds: never the last id, with whose logits generation begins.
         """
-        from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+        from mlx_lm.models.cache import KVCache, QuantizedKVCache, trim_prompt_cache
 
         kept, matched = self._best(ids)
         if kept is None:
             self._evict(self.capacity)
-            return make_prompt_cache(self._model), 0
+            if self._quantized is None:
+                return [KVCache() for _ in self._model.layers], 0
+            return [QuantizedKVCache(*self._quantized) for _ in self._model.layers], 0
         self._kept.remove(kept)
         if matched < len(kept.ids) - matched:
             # Another conversation that began alike: its own rest is worth more than a copy.
@@ -140,7 +148,11 @@ def _size(cache: list[Any]) -> int:
 
 def _first(layer: Any, count: int) -> Any:
     """A layer's cache, of the first positions only."""
-    keys, values, _ = layer.state
+    keys, values, _, *settings = layer.state
     copy = type(layer)()
-    copy.state = keys[..., :count, :], values[..., :count, :], count
+    copy.state = (
+        *tree_map(lambda held: held[..., :count, :], (keys, values)),
+        count,
+        *settings,
+    )
     return copy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_onevision.checkpoint.load import Checkpoint
 from mlx_onevision.engine.decode import (
@@ -50,16 +50,22 @@ class Runner:
     """The model and what is kept between requests. Lives on the inference thread.
 
     limit : bytes of memory that may be used at most; None: what the device should use.
+    kv_bits : 8 or 4 keeps keys and values quantized.
 
-    Raises OutOfMemoryError where the model does not fit into the limit.
+    Raises:
+        OutOfMemoryError: where the model does not fit into the limit.
+        RequestError: for other kv_bits, and for a model whose keys cannot be quantized.
     """
 
-    def __init__(self, checkpoint: Checkpoint, limit: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, limit: int | None = None, kv_bits: int | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.model: OneVision = checkpoint.model
-        self.prefix = PrefixCache(self.model)
         self.limit = working_set() if limit is None else min(limit, working_set())
-        self.memory = memory_model(checkpoint)
+        self.memory = memory_model(checkpoint, kv_bits)
+        quantized = None if kv_bits is None else (self.memory.kv_group, kv_bits)
+        self.prefix = PrefixCache(self.model, quantized=quantized)
         self.memory.admit_model(self.limit)
         scratch = memory.scratch_bytes(self.limit, self.memory.weights)
         self.model.budget = self.memory.plan(scratch)
@@ -318,7 +324,7 @@ class Runner:
             counters.encoded_media += 1
 
 
-def memory_model(checkpoint: Checkpoint) -> memory.MemoryModel:
+def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> memory.MemoryModel:
     """The sizes of a model on this device."""
     model, on_cpu = checkpoint.model, mx.default_device().type == mx.cpu
     leaves = dict(tree_flatten(model.parameters())).values()
@@ -327,6 +333,7 @@ def memory_model(checkpoint: Checkpoint) -> memory.MemoryModel:
         sum(leaf.nbytes for leaf in leaves),
         itemsize=model.dtype.size,
         backend="cpu" if on_cpu else "metal" if mx.metal.is_available() else "cuda",
+        kv_bits=kv_bits,
         quantized=any(isinstance(m, nn.QuantizedLinear) for m in model.language_model.modules()),
         # A CPU is no faster with more, and a prompt can be interrupted between two of them.
         most_chunk=memory.CHUNKS[-1] if on_cpu else memory.CHUNKS[0],
@@ -345,16 +352,25 @@ def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
     and values of all layers would be copied at once.
     """
     text = model.config.text_config
-    if cache[0].keys is not None and cache[0].keys.shape[2] >= positions:
+    keys = cache[0].keys
+    if keys is not None and (keys[0] if hasattr(cache[0], "bits") else keys).shape[2] >= positions:
         return
-    room = -(-positions // memory.CACHE_STEP) * memory.CACHE_STEP
+    room, held = -(-positions // memory.CACHE_STEP) * memory.CACHE_STEP, cache[0].offset
+
+    def enlarged(values: mx.array) -> mx.array:
+        more = mx.zeros((*values.shape[:2], room - held, values.shape[3]), values.dtype)
+        return mx.concatenate([values[..., :held, :], more], axis=2)
+
     for layer in cache:
-        shape = (1, text.num_key_value_heads, room - layer.offset, text.head_dim)
-        for name in ("keys", "values"):
-            old, more = getattr(layer, name), mx.zeros(shape, model.dtype)
-            if old is not None:
-                more = mx.concatenate([old[..., : layer.offset, :], more], axis=2)
-            setattr(layer, name, more)
+        new: Any
+        if layer.keys is None:
+            shape = (1, text.num_key_value_heads, room, text.head_dim)
+            new = [mx.zeros(shape, model.dtype) for _ in range(2)]
+            if hasattr(layer, "bits"):
+                new = [mx.quantize(x, group_size=layer.group_size, bits=layer.bits) for x in new]
+        else:
+            new = tree_map(enlarged, (layer.keys, layer.values))
+        layer.keys, layer.values = new
         mx.eval(layer.keys, layer.values)
 
 

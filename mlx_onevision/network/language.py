@@ -69,9 +69,7 @@ class Attention(nn.Module):
         """What each query reads of the cache and the new keys and values, (B, heads, L, dim)."""
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask=mask
-        )
+        return attention(queries, keys, values, self.scale, mask, cache)
 
     def combine(self, attended: mx.array) -> mx.array:
         """(B, heads, L, dim) of :meth:`attend` to (B, L, hidden_size)."""
@@ -202,6 +200,29 @@ class Qwen2(nn.Module):
 
         # The weights are inputs: they may be replaced.
         return mx.compile(piece, inputs=[*layers, self.norm] if last else layers)
+
+
+def attention(
+    queries: mx.array, keys: Any, values: Any, scale: float, mask: Mask, cache: Any | None
+) -> mx.array:
+    """Attention, also to the keys and values of a cache that keeps them quantized: in a decode step
+    as they are, in a longer one dequantized, so that no scores have to be held.
+    """
+    if cache is not None and hasattr(cache, "bits"):
+        settings = {"group_size": cache.group_size, "bits": cache.bits}
+        if queries.shape[2] == 1:
+            from mlx_lm.models.base import quantized_scaled_dot_product_attention
+
+            return quantized_scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                scale,
+                mask,
+                **settings,  # pyright: ignore[reportArgumentType]
+            )
+        keys, values = (mx.dequantize(*x, dtype=queries.dtype, **settings) for x in (keys, values))
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def attention_mask(h: mx.array, cache: Any | None, window: int | None) -> Mask:

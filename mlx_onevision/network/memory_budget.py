@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.errors import OutOfMemoryError
+from mlx_onevision.errors import OutOfMemoryError, RequestError
 from mlx_onevision.media.anyres import Packing, video_side
 
 MEGABYTE = 1 << 20
@@ -21,7 +21,8 @@ INTERVALS = (4, 2, 1)
 TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
 CACHE_STEP = 256  # positions that a KV cache grows by at a time
 DENSE_ROWS = 64  # rows for which a quantized matrix may be dequantized, see LongStepLinear
-KV_GROUP = 64  # values that have a scale and a bias of their own in a quantized KV cache
+KV_BITS = (8, 4)
+KV_GROUPS = (64, 32)  # values that have a scale and a bias of their own in a quantized KV cache
 
 # Requests of a batch that decode together, and that are in prefill together. More would hardly be
 # faster on the devices that this runs on, and every request waits for the longest.
@@ -156,7 +157,21 @@ class MemoryModel:
         values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         if self.kv_bits is None:
             return values * self.itemsize
-        return values * self.kv_bits // 8 + values // KV_GROUP * 2 * self.itemsize
+        return values * self.kv_bits // 8 + values // self.kv_group * 2 * self.itemsize
+
+    @property
+    def kv_group(self) -> int:
+        """Values of a group in a quantized KV cache. RequestError where heads cannot be grouped."""
+        head_dim = self.config.text_config.head_dim
+        if self.kv_bits not in KV_BITS:
+            raise RequestError(f"kv_bits is {self.kv_bits!r}; keys and values take 8 or 4 bits")
+        found = next((group for group in KV_GROUPS if head_dim % group == 0), None)
+        if found is None:
+            raise RequestError(
+                f"the model's heads are {head_dim} wide, so their keys cannot be quantized; "
+                "leave kv_bits out"
+            )
+        return found
 
     def cache(self, positions: int) -> int:
         """Of a KV cache that holds so many positions."""
@@ -297,7 +312,6 @@ class MemoryModel:
 
     def plan(self, scratch: int) -> Budget:
         """The largest steps whose intermediate values stay within ``scratch`` bytes."""
-        vision, text = self.config.vision_config, self.config.text_config
 
         def most(candidates: Sequence[int], cost: Callable[[int], int]) -> int:
             return next((n for n in candidates if cost(n) <= scratch), candidates[-1])
@@ -337,10 +351,14 @@ class MemoryModel:
         if answer:
             way = f"an answer of {answer:,} max_tokens would fit"
         elif prompt:
-            way = f"a prompt of {prompt:,} tokens would fit; use fewer or smaller media or less text"
+            way = (
+                f"a prompt of {prompt:,} tokens would fit; use fewer or smaller media or less text"
+            )
         else:
             way = "no prompt fits; use a quantized model"
-        if self.kv_bits is None and replace(self, kv_bits=8).request(size, SMALLEST).total <= limit:
+        quantized = replace(self, kv_bits=8)
+        groups = self.kv_bits is None and self.config.text_config.head_dim % KV_GROUPS[-1] == 0
+        if groups and quantized.request(size, SMALLEST, every).total <= limit:
             way += ", and so would this with kv_bits 8"
         media = f" and {len(size.media)} images and videos" if size.media else ""
         raise OutOfMemoryError(
@@ -349,7 +367,7 @@ class MemoryModel:
         )
 
     def admit_model(self, limit: int) -> None:
-        """Raises OutOfMemoryError where not even a short prompt can be answered within ``limit``."""
+        """OutOfMemoryError where not even a short prompt can be answered within ``limit``."""
         needed = self.request(RequestSize(CACHE_STEP // 2, CACHE_STEP // 2), SMALLEST).total
         if needed > limit:
             raise OutOfMemoryError(
@@ -392,4 +410,4 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def _gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

@@ -47,12 +47,14 @@ def open_engine(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    memory_limit: float | None = None,
+    kv_bits: int | None = None,
     policy: MediaPolicy | None = None,
     limits: Limits | None = None,
 ) -> Service:
     """A backend that runs a model in this process; loaded when it is first asked.
 
-    model, revision, dtype : as :func:`mlx_onevision.load` takes them.
+    model, revision, dtype, memory_limit, kv_bits : as :func:`mlx_onevision.load` takes them.
     policy : which files and addresses requests may name. By default none: media come as bytes.
         A program that asks for itself alone takes ``MediaPolicy.trusting()``.
     limits : how much is taken on at once, and for how long.
@@ -72,7 +74,9 @@ def open_engine(
     def load() -> "_Engine":
         from mlx_onevision.api import Model
 
-        loaded = Model(folder(), name=str(model), dtype=dtype)
+        loaded = Model(
+            folder(), name=str(model), dtype=dtype, memory_limit=memory_limit, kv_bits=kv_bits
+        )
         return _Engine(loaded, policy or MediaPolicy(), limits or Limits())
 
     def describe() -> results.ModelInfo:

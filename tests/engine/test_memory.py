@@ -3,11 +3,13 @@
 Random models, small but with intermediate values that are not lost beside constants.
 """
 
+import gc
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,17 +19,20 @@ import pytest
 from checkpoints import write
 from mlx.utils import tree_map
 
+from examples.demo_model.cases import make_cases
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import Checkpoint, load_checkpoint
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.engine.batch import serve
+from mlx_onevision.engine.prefix_cache import LEAST_MATCH
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest
 from mlx_onevision.engine.runner import Runner
-from mlx_onevision.errors import OutOfMemoryError
+from mlx_onevision.errors import OutOfMemoryError, RequestError
 from mlx_onevision.media.anyres import plan_packing, video_tokens
 from mlx_onevision.network.layers import fuse
+from mlx_onevision.network.memory_budget import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Medium
 from mlx_onevision.sampling.sampler import Sampling
@@ -146,7 +151,7 @@ SCENARIOS = {
 def media_of(config: OneVisionConfig, kind: str | None) -> list[Medium]:
     side = TILE * 3
     return {
-        None: lambda: [],
+        None: list,
         "small": lambda: [small(config)],
         TILED: lambda: [image(config, side, side)],
         THINNED: lambda: [image(config, 2 * side, side)],
@@ -168,6 +173,7 @@ def peak(subject: Runner, requests: Sequence[ActiveRequest]) -> int:
     """
     subject.prefix.clear()
     subject.model.bank.shrink(0)
+    gc.collect()
     mx.synchronize()
     mx.clear_cache()
     others = mx.get_active_memory() - subject.memory.weights
@@ -193,3 +199,109 @@ def test_predicted_within_a_tenth(name: str) -> None:
         f" {predicted.beyond_weights / over - 1:+.1%} of the {over / 1e6:.1f} beyond the weights"
     )
     assert predicted.total == pytest.approx(measured, rel=0.1)
+
+
+# The memory limit.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
+
+
+def test_beyond_the_limit_is_refused_before_anything_is_computed(folder: Path) -> None:
+    needed = Runner(load_checkpoint(folder)).memory
+    limit = needed.request(RequestSize(200, 56), SMALLEST).total
+    model = load(folder, memory_limit=limit / 1e9)
+    photo = np.zeros((300, 500, 3), np.uint8)
+    text = "one two three four " * 400
+    refusal = r"^a prompt of [\d,]+ tokens.* needs .* but the limit is .*; .* would fit"
+    assert model.generate("hello", max_tokens=4).tokens
+    mx.reset_peak_memory()
+    with pytest.raises(OutOfMemoryError, match=refusal):
+        model.generate(text)
+    with pytest.raises(OutOfMemoryError, match=refusal):
+        model.stream("hello", max_tokens=30_000)
+    with pytest.raises(OutOfMemoryError, match=r"and 1 image"):
+        model.generate(text, images=[photo])
+    with pytest.raises(OutOfMemoryError, match=refusal):
+        model.logits(model.prepare([{"role": "user", "content": text}]))
+    with pytest.raises(OutOfMemoryError, match=refusal):
+        model.embed([{"type": "text", "text": text}], "joint")
+    answers = model.generate(batch=["hello", text, "there"], max_tokens=4)
+    assert [answer.finish_reason for answer in answers] == ["length", "error", "length"]
+    assert isinstance(answers[1].error, OutOfMemoryError)
+    model.close()
+
+
+def test_a_limit_changes_no_answer(folder: Path) -> None:
+    """Steps as small as they get, and nothing kept of the requests before."""
+    photo = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
+    asked = [("hello", []), ("what is this", [photo]), ("one two " * 100, []), ("hello", [])]
+    free, answers = load(folder), []
+    for text, images in asked:
+        answers.append(free.generate(text, images=images, max_tokens=8).tokens)
+    arithmetic = free._engine.memory
+    free.close()
+    limit = arithmetic.request(RequestSize(650, 8), SMALLEST).total
+    tight = load(folder, memory_limit=limit / 1e9)
+    for (text, images), expected in zip(asked, answers, strict=True):
+        assert tight.generate(text, images=images, max_tokens=8).tokens == expected
+    together = tight.generate(batch=[text for text, images in asked if not images], max_tokens=8)
+    assert [answer.tokens for answer in together] == [answers[n] for n in (0, 2, 3)]
+    tight.close()
+
+
+def test_a_model_beyond_the_limit_is_refused_when_it_is_loaded(folder: Path) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"the model needs .* for its weights, but the "):
+        load(folder, memory_limit=1e-4)
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(RequestError, match="memory_limit must be"):
+            load(folder, memory_limit=wrong)
+
+
+# Quantized keys and values.
+
+
+def questions() -> list[tuple[str, list[np.ndarray]]]:
+    found = []
+    for case in [*islice(make_cases("pictures", 6), 6), *islice(make_cases("several", 2), 2)]:
+        question = next(q for q in case.questions if not q.history)
+        found.append((question.text, [np.asarray(drawing) for drawing in case.draw()]))
+    return found
+
+
+def test_eight_bits_answer_as_full_precision() -> None:
+    full, quantized = load("demo", dtype="float32"), load("demo", dtype="float32", kv_bits=8)
+    for text, drawings in questions():
+        expected = full.generate(text, images=drawings, max_tokens=32)
+        assert quantized.generate(text, images=drawings, max_tokens=32).text == expected.text
+        again = quantized.generate(text, images=drawings, max_tokens=32)  # from the prefix cache
+        assert again.text == expected.text
+        assert (again.usage.cached_tokens > 0) == (again.usage.prompt_tokens > LEAST_MATCH)
+    batch = [[{"role": "user", "content": text}] for text in ("hello", "what is red")]
+    together = quantized.generate(batch=batch, max_tokens=16)  # one after another
+    alone = [quantized.generate(messages=row, max_tokens=16) for row in batch]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    full.close()
+    quantized.close()
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.28125), (4, 0.15625)])
+def test_a_quantized_cache_takes_what_is_predicted(bits: int, share: float) -> None:
+    """Of float32: a scale and a bias to each 64 values."""
+    plain = runner("plain")
+    subject = Runner(plain.checkpoint, kv_bits=bits)
+    requests = active_requests([(prompt(plain.checkpoint.config, 700), 20)])
+    measured = peak(subject, requests)
+    predicted = subject.memory.request(requests[0].size, subject.model.budget)
+    assert predicted.total == pytest.approx(measured, rel=0.1)
+    assert subject.prefix.nbytes == predicted.cache
+    assert predicted.cache == share * plain.memory.cache(720)
+
+
+def test_what_cannot_be_quantized_is_refused(folder: Path) -> None:
+    with pytest.raises(RequestError, match="kv_bits is 3; keys and values take 8 or 4 bits"):
+        load(folder, kv_bits=3)
+    with pytest.raises(RequestError, match="heads are 16 wide"):
+        load(folder, kv_bits=8)

@@ -141,7 +141,9 @@ def test_mixes_on_pretend_machines(gigabytes: int, name: str) -> None:
     limit = (gigabytes << 30) * (3 if gigabytes > 36 else 2) // (4 if gigabytes > 36 else 3)
     model, rng = MODELS[name], np.random.default_rng(gigabytes)
     if name == "7b" and gigabytes < 64:
-        with pytest.raises(OutOfMemoryError, match=r"needs 16\.\d+ GB .* 16\.06 GB for its weights"):
+        with pytest.raises(
+            OutOfMemoryError, match=r"needs 16\.\d+ GB .* 16\.06 GB for its weights"
+        ):
             model.admit_model(limit)
         return
     model.admit_model(limit)
@@ -189,11 +191,13 @@ def test_mixes_on_pretend_machines(gigabytes: int, name: str) -> None:
 def test_a_refusal_says_what_would_fit() -> None:
     model = MODELS["7b"]
     limit = 17 * 10**9
-    with pytest.raises(OutOfMemoryError, match=r"needs .* limit is 17\.00 GB; an answer of [\d,]+ "):
+    with pytest.raises(
+        OutOfMemoryError, match=r"needs .* limit is 17\.00 GB; an answer of [\d,]+ "
+    ):
         model.admit(RequestSize(1000, 100_000), limit)
     with pytest.raises(OutOfMemoryError, match=r"a prompt of [\d,]+ tokens would fit; use fewer"):
         model.admit(RequestSize(2**31, 1), limit)
-    answer = int(3000)
+    answer = 3000
     while model.request(RequestSize(1000, answer), SMALLEST).total <= limit:
         answer += 256
     with pytest.raises(OutOfMemoryError, match="so would this with kv_bits 8"):

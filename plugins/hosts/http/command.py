@@ -6,10 +6,16 @@ import os
 import signal
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, model_option, revision_option
+from mlx_onevision.cli.options import (
+    dtype_option,
+    memory_options,
+    model_option,
+    revision_option,
+)
 from mlx_onevision.errors import RequestError
 
 API_KEY = "MLX_ONEVISION_API_KEY"
@@ -75,6 +81,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
 )
 @revision_option
 @dtype_option
+@memory_options
 def serve(
     model: str | None,
     name: str | None,
@@ -92,6 +99,7 @@ def serve(
     keep_alive: float | None,
     revision: str | None,
     dtype: str | None,
+    memory: dict[str, Any],
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients speak it.
 
@@ -135,6 +143,7 @@ def serve(
                 "demo" if model is None else model,
                 revision=revision,
                 dtype=dtype,
+                **memory,
                 policy=MediaPolicy(folders=folders, hosts=media_hosts),
                 limits=Limits(
                     active=concurrent,

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, model_option, model_or_demo, revision_option
+from mlx_onevision.cli.options import (
+    dtype_option,
+    memory_options,
+    model_option,
+    model_or_demo,
+    revision_option,
+)
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.mcp import pipes
 
@@ -44,6 +51,7 @@ from mlx_onevision.plugins.hosts.mcp import pipes
 )
 @revision_option
 @dtype_option
+@memory_options
 def mcp(
     model: str | None,
     folders: tuple[str, ...],
@@ -52,6 +60,7 @@ def mcp(
     keep_alive: float | None,
     revision: str | None,
     dtype: str | None,
+    memory: dict[str, Any],
 ) -> None:
     """Serve a model over MCP, to Claude Desktop and other hosts.
 
@@ -90,6 +99,7 @@ def mcp(
             model,
             revision=revision,
             dtype=dtype,
+            **memory,
             policy=policy,
             # Calls have their own time, and descriptions take as long as they take.
             limits=Limits(
