@@ -5,6 +5,7 @@ Batches are mlx-lm's, unmodified; what is used of it is imported only when a req
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
@@ -76,7 +77,8 @@ class Runner:
         free = max(0, room - self.model.bank.capacity)
         self.prefix.capacity = min(free // PREFIX_SHARE, MOST_PREFIX_BYTES)
         if limit is not None:
-            mx.set_memory_limit(self.limit)  # MLX's cache of freed buffers counts, too
+            # MLX's own limit, one a process: it makes its cache of freed buffers count, too.
+            weakref.finalize(self, mx.set_memory_limit, mx.set_memory_limit(self.limit))
 
     def make_room(self, sizes: Sequence[memory.RequestSize]) -> None:
         """Lets go of kept features and conversations, so that these requests can run together."""
