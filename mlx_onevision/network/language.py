@@ -210,7 +210,7 @@ def attention(
     """
     if cache is not None and hasattr(cache, "bits"):
         settings = {"group_size": cache.group_size, "bits": cache.bits}
-        if queries.shape[2] == 1:
+        if queries.shape[2] == 1 and not isinstance(mask, str):
             from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
             return quantized_scaled_dot_product_attention(
@@ -219,7 +219,7 @@ def attention(
                 values,
                 scale,
                 mask,
-                **settings,  # pyright: ignore[reportArgumentType]
+                **settings,
             )
         keys, values = (mx.dequantize(*x, dtype=queries.dtype, **settings) for x in (keys, values))
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
