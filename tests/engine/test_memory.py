@@ -12,16 +12,19 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import click
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoints import write
+from click.testing import CliRunner
 from mlx.utils import tree_map
 
 from examples.demo_model.cases import make_cases
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import Checkpoint, load_checkpoint
+from mlx_onevision.cli.main import cli
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
@@ -34,6 +37,9 @@ from mlx_onevision.media.anyres import plan_packing, video_tokens
 from mlx_onevision.network.layers import fuse
 from mlx_onevision.network.memory_budget import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.plugins.adapters.engine import open_engine
+from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.prompt.processor import Inputs, Medium
 from mlx_onevision.sampling.sampler import Sampling
 
@@ -258,6 +264,30 @@ def test_a_model_beyond_the_limit_is_refused_when_it_is_loaded(folder: Path) -> 
     for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(RequestError, match="memory_limit must be"):
             load(folder, memory_limit=wrong)
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "describe", "embed", "serve", "mcp"])
+def test_every_command_that_loads_a_model_has_the_options(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    options = {option for param in command.params for option in param.opts}
+    assert {"--memory-limit", "--kv-bits"} <= options
+
+
+def test_a_command_and_a_backend_keep_to_the_limit() -> None:
+    long = ["--prompt", "hello", "--max-tokens", "4000"]
+    done = CliRunner().invoke(cli, ["generate", "--memory-limit", "0.0001", *long])
+    assert isinstance(done.exception, OutOfMemoryError) or done.exit_code == 1
+    assert CliRunner().invoke(cli, ["generate", "--memory-limit", "0", *long]).exit_code == 2
+    with open_engine("demo", memory_limit=0.0001) as backend:
+        with pytest.raises(PluginError, match=r"the limit is 0\.10 MB") as raised:
+            backend.generate(GenerateRequest.ask("hello")).result()
+        assert raised.value.code == "out_of_memory" and "smaller model" in raised.value.hint
+    with open_engine("demo", memory_limit=0.007, kv_bits=8) as backend:
+        assert backend.generate(GenerateRequest.ask("hello", max_tokens=2)).result().text
+        with pytest.raises(PluginError, match=r"the limit is 7\.00 MB") as raised:
+            backend.generate(GenerateRequest.ask("hello", max_tokens=4000)).result()
+        assert raised.value.code == "out_of_memory" and "would fit" in raised.value.hint
 
 
 # Quantized keys and values.
