@@ -205,6 +205,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
             "stop": ("x", "y"),
             "json_schema": '{"const": 1}',
             "logprobs": 2,
+            "prompt_lookup": 4,
         },
     )
     assert model.closed
