@@ -180,6 +180,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
         *("--repetition-penalty", "1.1", "--seed", "3", "--stop", "x", "--stop", "y"),
         *("--json-schema", '{"const": 1}', "--logprobs", "2", "--json"),
+        *("--prompt-lookup", "4"),
     )
     assert result.exit_code == 0
     loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
