@@ -180,10 +180,11 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
         *("--repetition-penalty", "1.1", "--seed", "3", "--stop", "x", "--stop", "y"),
         *("--json-schema", '{"const": 1}', "--logprobs", "2", "--json"),
-        *("--prompt-lookup", "4"),
+        *("--prompt-lookup", "4", "--memory-limit", "6.5", "--kv-bits", "8"),
     )
     assert result.exit_code == 0
     loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
+    loading |= {"memory_limit": 6.5, "kv_bits": 8}
     assert model.loaded == ("7b", loading)
     assert model.asked == (
         "What?",
@@ -216,7 +217,8 @@ def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, model = fake(monkeypatch)
-    assert model.loaded == ("demo", {"revision": None, "dtype": None, "quantize": None})
+    given = ("revision", "dtype", "quantize", "memory_limit", "kv_bits")
+    assert model.loaded == ("demo", dict.fromkeys(given))
     assert model.asked is not None
     options = model.asked[1]
     assert options.pop("max_tokens") is None
