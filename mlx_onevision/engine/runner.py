@@ -17,12 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_onevision.checkpoint.load import Checkpoint
-from mlx_onevision.engine.decode import (
-    PromptLookup,
-    decode_steps,
-    import_mlx_lm,
-    speculative_steps,
-)
+from mlx_onevision.engine.decode import decode_steps, import_mlx_lm
 from mlx_onevision.engine.pooling import last_hidden, tower_means
 from mlx_onevision.engine.prefix_cache import PrefixCache
 from mlx_onevision.engine.request import (
@@ -31,6 +26,7 @@ from mlx_onevision.engine.request import (
     as_package_error,
     request_size,
 )
+from mlx_onevision.engine.speculation import PromptLookup, speculative_steps
 from mlx_onevision.errors import CancelledError, OutOfMemoryError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.onevision import OneVision
