@@ -151,7 +151,7 @@ def test_a_fake_that_is_set_to_die() -> None:
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When each group of tiles was begun; each has one tile, and takes a while."""
     begun: list[float] = []
-    features, plan = OneVision.vision_features, memory.plan
+    features, plan = OneVision.vision_features, memory.MemoryModel.plan
 
     def slow(model: OneVision, *given: Any) -> Any:
         begun.append(time.monotonic())
@@ -159,7 +159,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return features(model, *given)
 
     monkeypatch.setattr(OneVision, "vision_features", slow)
-    monkeypatch.setattr(memory, "plan", lambda *given: replace(plan(*given), tile_group=1))
+    monkeypatch.setattr(memory.MemoryModel, "plan", lambda *given: replace(plan(*given), tile_group=1))
     return begun
 
 
