@@ -247,7 +247,7 @@ class Runner:
 
     def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
-        with self.within_limit([request_size(inputs, 0)]), self.model.bank.in_use(keys):
+        with self.model.bank.in_use(keys), self.within_limit([request_size(inputs, 0)]):
             self._encode([(inputs, ids, Counters())], lambda: None)
             return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 

@@ -52,14 +52,20 @@ class Attention(nn.Module):
     def project(
         self, x: mx.array, rotate: RotaryEmbedding, offset: int | mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Rotated queries (B, heads, L, dim) and keys, and values, of kv_heads."""
-        B, L, _ = x.shape
+        """Rotated queries (B, heads, L, dim) and keys, and values, of kv_heads.
+
+        x : (B, L, hidden_size), or (B, hidden_size) of one position each.
+        """
         heads, rotated = self.num_heads, self.num_heads + self.num_kv_heads
         if "qkv_proj" in self:
             joined = self.qkv_proj(x)
         else:
             joined = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        joined = joined.reshape(B, L, rotated + self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        if x.ndim == 2:
+            joined = joined.reshape(len(x), rotated + self.num_kv_heads, 1, -1)
+        else:
+            joined = joined.reshape(*x.shape[:2], rotated + self.num_kv_heads, -1)
+            joined = joined.transpose(0, 2, 1, 3)
         both = rotate(joined[:, :rotated], offset)
         return both[:, :heads], both[:, heads:], joined[:, rotated:]
 
@@ -75,6 +81,10 @@ class Attention(nn.Module):
         """(B, heads, L, dim) of :meth:`attend` to (B, L, hidden_size)."""
         B, _, L, _ = attended.shape
         return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1))
+
+    def combine_one(self, attended: mx.array) -> mx.array:
+        """(B, heads, 1, dim) of :meth:`attend` to (B, hidden_size)."""
+        return self.o_proj(attended.reshape(len(attended), -1))
 
 
 class MLP(nn.Module):
@@ -116,7 +126,8 @@ class DecoderLayer(nn.Module):
         return self.self_attn.project(self.input_layernorm(x), rotate, offset)
 
     def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
-        x = x + self.self_attn.combine(attended)
+        attention = self.self_attn
+        x = x + (attention.combine_one if x.ndim == 2 else attention.combine)(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -127,7 +138,7 @@ class Qwen2(nn.Module):
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotate = RotaryEmbedding(config)
-        self._compiled: list[Callable[..., tuple[mx.array, ...]]] | None = None
+        self._pieces: _Pieces | None = None
         # Each layer's window: how many positions back a query sees, itself included.
         self._windows = [
             config.sliding_window if kind == "sliding_attention" else None
@@ -171,35 +182,72 @@ class Qwen2(nn.Module):
         return self.norm(h)
 
     def _decode(self, h: mx.array, caches: Sequence[Any], masks: Sequence[Mask]) -> mx.array:
-        """A step of one token a sequence, where building the graph in Python would take longer than
-        a fast device needs to run it: everything between two attentions is compiled.
+        """A step of one token a sequence, where building the graph in Python and launching it would
+        take longer than a fast device needs to run it: everything between two attentions is
+        compiled, and computed without the axis of positions, which would be reshaped away and back
+        around each product.
         """
-        if self._compiled is None:
-            self._compiled = [self._between(n) for n in range(len(self.layers) + 1)]
-        attended = h  # nothing yet; the first piece has no attention before it
-        for layer, piece, cache, mask in zip(
-            self.layers, self._compiled, caches, masks, strict=False
-        ):
-            offset = cache.offset
-            offset = offset if isinstance(offset, mx.array) else mx.array(offset)
-            h, *projected = piece(h, attended, offset)
+        if self._pieces is None or not self._pieces.are_current(self):
+            self._pieces = _Pieces(self)
+        compiled = self._pieces.compiled
+        x = attended = h[:, 0]  # nothing is attended yet, and the first piece does not ask for it
+        held, offset = None, mx.array(0)
+        for layer, piece, cache, mask in zip(self.layers, compiled, caches, masks, strict=False):
+            if isinstance(cache.offset, mx.array):  # of each row
+                cache.offset = caches[0].offset if held is None else held
+                held = offset = cache.offset
+            elif cache.offset != held:
+                held = cache.offset
+                offset = mx.array(held)
+            x, *projected = piece(x, attended, offset)
             attended = layer.self_attn.attend(*projected, mask, cache)
-        return self._compiled[-1](h, attended, mx.array(0))[0]
+        return compiled[-1](x, attended, offset)[0][:, None]
 
-    def _between(self, number: int) -> Callable[..., tuple[mx.array, ...]]:
+
+class _Pieces:
+    """What a decode step computes before, between and after the attentions of the layers, compiled.
+
+    The weights are constants of it: to hand them over with every call would take as long as the
+    rest of a step does. So each is remembered with its place, to notice when one is replaced.
+    """
+
+    def __init__(self, model: Qwen2) -> None:
+        # Not of the model itself, which would only be freed by the collector of cycles.
+        self._layers, self._norm, self._rotate = list(model.layers), model.norm, model._rotate
+        self._parts: list[tuple[nn.Module, str, Any]] = []
+        for top in (*self._layers, self._norm):
+            mx.eval(top.parameters())  # a lazy one would be read and joined again in every step
+            for module in top.modules():
+                self._parts += [
+                    (module, name, part)
+                    for name, part in module.items()
+                    if isinstance(part, mx.array | nn.Module)
+                ]
+        self.compiled = [mx.compile(self._piece(n)) for n in range(len(self._layers) + 1)]
+
+    def are_current(self, model: Qwen2) -> bool:
+        return (
+            len(model.layers) == len(self._layers)
+            and model.norm is self._norm
+            and all(new is old for new, old in zip(model.layers, self._layers, strict=True))
+            and all(module.get(name) is part for module, name, part in self._parts)
+        )
+
+    def _piece(self, number: int) -> Callable[..., tuple[mx.array, ...]]:
         """What comes after the attention of layer ``number`` - 1 and before that of ``number``."""
-        layers = self.layers[max(number - 1, 0) : number + 1]
-        last = number == len(self.layers)
+        layers, norm, rotate = (
+            self._layers[max(number - 1, 0) : number + 1],
+            self._norm,
+            self._rotate,
+        )
+        last = number == len(self._layers)
 
-        def piece(h: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+        def piece(x: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             if number:
-                h = layers[0].after_attention(h, attended)
-            if last:
-                return (self.norm(h),)
-            return h, *layers[-1].before_attention(h, self._rotate, offset)
+                x = layers[0].after_attention(x, attended)
+            return (norm(x),) if last else (x, *layers[-1].before_attention(x, rotate, offset))
 
-        # The weights are inputs: they may be replaced.
-        return mx.compile(piece, inputs=[*layers, self.norm] if last else layers)
+        return piece
 
 
 def attention(
