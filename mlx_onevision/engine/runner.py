@@ -29,6 +29,7 @@ from mlx_onevision.engine.request import (
 from mlx_onevision.engine.speculation import PromptLookup, speculative_steps
 from mlx_onevision.errors import CancelledError, OutOfMemoryError
 from mlx_onevision.network import memory_budget as memory
+from mlx_onevision.network.layers import on_cuda
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Medium
 
@@ -41,6 +42,9 @@ BANK_SHARE = 32
 MOST_BANK_BYTES = 1 << 31
 PREFIX_SHARE = 8  # keys and values of conversations before the last, of memory not planned for
 MOST_PREFIX_BYTES = 1 << 32
+# On CUDA, MLX attends to a cache of a whole number of steps through cuDNN, whose launch takes
+# longer than that of its own kernel: it pays where a layer holds more than this.
+LONG_LAYER_BYTES = 1 << 23
 
 
 class Runner:
@@ -354,6 +358,9 @@ def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
     if keys is not None and (keys[0] if hasattr(cache[0], "bits") else keys).shape[2] >= positions:
         return
     room, held = -(-positions // memory.CACHE_STEP) * memory.CACHE_STEP, cache[0].offset
+    row = 2 * text.num_key_value_heads * text.head_dim * model.dtype.size
+    if on_cuda() and room * row < LONG_LAYER_BYTES:
+        room += 16  # no whole number of steps
 
     def enlarged(values: mx.array) -> mx.array:
         more = mx.zeros((*values.shape[:2], room - held, values.shape[3]), values.dtype)

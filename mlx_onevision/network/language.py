@@ -11,9 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_onevision.config.model import TextConfig
-from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated
+from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, on_cuda
+from mlx_onevision.network.memory_budget import CACHE_STEP
 
 Mask = mx.array | str | None
 
@@ -139,6 +141,8 @@ class Qwen2(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotate = RotaryEmbedding(config)
         self._pieces: _Pieces | None = None
+        self._padding: mx.array | None = None  # of the batch that was last looked at
+        self._is_padded = False
         # Each layer's window: how many positions back a query sees, itself included.
         self._windows = [
             config.sliding_window if kind == "sliding_attention" else None
@@ -164,7 +168,7 @@ class Qwen2(nn.Module):
         """
         caches: Sequence[Any | None] = cache if cache is not None else [None] * len(self.layers)
         masks = {
-            window: attention_mask(h, caches[self._windows.index(window)], window)
+            window: self._mask(h, caches[self._windows.index(window)], window)
             for window in set(self._windows)
         }
         # What stands in a layer's place, to record it, is called as a whole.
@@ -180,6 +184,15 @@ class Qwen2(nn.Module):
                 pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 check()
         return self.norm(h)
+
+    def _mask(self, h: mx.array, cache: Any | None, window: int | None) -> Mask:
+        """Of a batch's decode step, too: none where no row has padding."""
+        padding = getattr(cache, "left_padding", None)
+        if h.shape[1] > 1 or window is not None or not isinstance(padding, mx.array):
+            return attention_mask(h, cache, window)
+        if padding is not self._padding:
+            self._padding, self._is_padded = padding, bool(np.array(padding).any())
+        return attention_mask(h, cache, window) if self._is_padded else None
 
     def _decode(self, h: mx.array, caches: Sequence[Any], masks: Sequence[Mask]) -> mx.array:
         """A step of one token a sequence, where building the graph in Python and launching it would
@@ -270,7 +283,30 @@ def attention(
                 **settings,
             )
         keys, values = (mx.dequantize(*x, dtype=queries.dtype, **settings) for x in (keys, values))
+    elif mask == "causal" and cache is not None and on_cuda():
+        from mlx_lm.models.cache import KVCache
+
+        if type(cache) is KVCache:
+            return _attention_in_steps(queries, cache, scale)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def _attention_in_steps(queries: mx.array, cache: Any, scale: float) -> mx.array:
+    """Causal attention to a cache, computed for whole steps of it. On CUDA, MLX has cuDNN plan
+    every pair of lengths that it has not seen, which takes longer than the prefill of a turn.
+    """
+    stop = cache.offset
+    start = stop - queries.shape[2]
+    first = start // CACHE_STEP * CACHE_STEP
+    last = min(
+        -(-stop // CACHE_STEP) * CACHE_STEP, cache.keys.shape[2]
+    )  # no real query sees what lies behind it
+    padded = mx.pad(queries, [(0, 0), (0, 0), (start - first, last - stop), (0, 0)])
+    keys, values = (held[..., :last, :] for held in (cache.keys, cache.values))
+    attended = mx.fast.scaled_dot_product_attention(
+        padded, keys, values, scale=scale, mask="causal"
+    )
+    return attended[..., start - first : stop - first, :]
 
 
 def attention_mask(h: mx.array, cache: Any | None, window: int | None) -> Mask:

@@ -56,6 +56,11 @@ def gated(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
     return mx.compile(lambda gate, up: activation(gate) * up, shapeless=True)
 
 
+@cache
+def on_cuda() -> bool:
+    return mx.default_device().type == mx.gpu and not mx.metal.is_available()
+
+
 class Pace:
     """Evaluates a step of many layers while it is being built, so that the values of no more than
     ``interval`` layers are held at once (0: leave it all to the caller).
