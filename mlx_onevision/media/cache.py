@@ -14,8 +14,11 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_onevision.media.parallel import parallel_map
+
 MAX_HASHED = 256 << 20  # bytes of a file; a larger one is decoded anew
 _CHUNK = 4 << 20
+_PIECE = 1 << 19  # bytes that one core hashes at a time: part of the keys
 
 
 class Tiled(Protocol):
@@ -60,8 +63,14 @@ class TileCache:
 
 
 def digest_of(array: NDArray[Any]) -> bytes:
-    """Of an array's levels, in order: SHA-256, for which processors have instructions."""
-    return sha256(np.ascontiguousarray(array).data).digest()
+    """Of an array's bytes, in order: the SHA-256, for which processors have instructions, of those
+    of its pieces, which several cores compute.
+    """
+    whole = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    pieces = [whole[at : at + _PIECE] for at in range(0, len(whole), _PIECE)]
+    return sha256(
+        b"".join(parallel_map(lambda piece: sha256(piece.data).digest(), pieces))
+    ).digest()
 
 
 def array_key(array: NDArray[Any]) -> Hashable | None:

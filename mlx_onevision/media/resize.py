@@ -6,17 +6,23 @@ pass rounds and clamps to 0..255. Float bicubic is up to 13 levels away from tha
 The integer sums are computed as BLAS matrix products in floating point. A float holds whole numbers
 exactly up to 2**24, a double up to 2**53: where no partial sum can pass that (checked for each
 axis), every sum is exact in any order. The weights' scale, 2**-bits, changes no digit.
+
+Threads must meet the interpreter's lock seldom to work side by side, so few calls do much each: all
+products of an axis are one call, for which their windows of inputs have to lie evenly spaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import pairwise
+from math import prod
+from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import DTypeLike, NDArray
 
 from mlx_onevision.media.parallel import cores, parallel_map
 
@@ -27,54 +33,74 @@ _REACH = 2.0  # of the cubic, in pixels of the coarser image
 _MOST_BITS = 22
 _WEIGHT_END = 1 << 15  # torch's weights fit int16
 _FLOAT_END = 1 << 24  # whole numbers below are exact as floats
-_BLOCK_OUTPUTS = 16  # outputs of one product: more hold more zeros, fewer starve BLAS
-_BLOCK_TAPS = 1024  # inputs of one product, about
+_BLOCK_OUTPUTS = 32  # outputs of one product, at most: more hold more zeros
+_PACKING = 16  # outputs that take as long as what BLAS does with the inputs beforehand
+_KERNEL = 4  # outputs that BLAS computes together
 # Multiplications in one product. OpenBLAS spreads more than this over threads, which then wait for
 # each other: no gain on an idle machine, and six times slower on a busy one.
 _PRODUCT = 1 << 18
-_VALUES = 1 << 19  # levels held as floats at a time, by each core
+_VALUES = 1 << 18  # levels held as floats at a time, by each core
+_KEPT = 4 << 20  # bytes of a scratch array that a thread keeps
 _PART = 1 << 20  # levels from which on another core is worth its start
+_TURNED = 160  # pixels of rows that are written at a time: a cache holds the columns they come from
 
 # Apple's BLAS raises floating-point flags on sound products, of which numpy then warns.
 _quiet = np.errstate(divide="ignore", over="ignore", invalid="ignore")
 
 
-class _Block(NamedTuple):
-    """Outputs ``start:stop`` of an axis, made of its inputs ``first:last``.
-
-    matrix : (outputs, inputs), whole multiples of 2**-bits; float32 if that is exact.
-    """
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    matrix: NDArray[Any]
-
-
 class _Axis(NamedTuple):
-    """One pass over levels from which 128 was taken.
+    """One pass over levels from which 128 was taken. Product ``b`` makes ``outputs`` outputs of the
+    ``inputs`` inputs from ``first + b * step`` on; there may be none that far out.
 
-    offset : (outputs,), what the 128 would have added, and half a level: truncating then rounds.
+    matrices : (products, outputs, inputs), whole multiples of 2**-bits; float32 if that is exact.
+    offset : (size, 1), what the 128 would have added, and half a level: truncating then rounds.
     """
 
-    blocks: tuple[_Block, ...]
+    first: int
+    step: int
+    matrices: NDArray[Any]
     offset: NDArray[Any]
-    dtype: type[np.float32] | type[np.float64]
 
     @property
-    def longest(self) -> int:
-        return max(block.last - block.first for block in self.blocks)
+    def length(self) -> int:
+        """Of the inputs from the first product's first to the last one's last."""
+        products, _, inputs = self.matrices.shape
+        return (products - 1) * self.step + inputs
 
     @property
-    def band(self) -> int:
-        """Lines to put through a block in one product."""
-        return max(1, _PRODUCT // (self.blocks[0].matrix.shape[0] * self.longest))
+    def columns(self) -> int:
+        """How many to put through at a time."""
+        return max(1, min(_VALUES // self.length, _PRODUCT // prod(self.matrices.shape[1:])))
 
-    def groups(self, inputs: int) -> list[tuple[_Block, ...]]:
-        """The blocks in groups of about so many inputs each."""
-        count = max(1, inputs // self.longest)
-        return [self.blocks[n : n + count] for n in range(0, len(self.blocks), count)]
+    def near(self, start: int, stop: int) -> tuple[int, _Axis]:
+        """The products that read inputs ``start:stop``, and the first of their outputs."""
+        products, outputs, inputs = self.matrices.shape
+        step = max(self.step, 1)
+        low = max(0, (start - self.first - inputs) // step + 1) if self.step else 0
+        high = min(products, (stop - 1 - self.first) // step + 1) if self.step else products
+        offset = self.offset[low * outputs : high * outputs]
+        return low * outputs, _Axis(
+            self.first + low * self.step, self.step, self.matrices[low:high], offset
+        )
+
+
+class _Scratch(local):
+    """Arrays that a thread uses again: fresh memory costs as much as the arithmetic in it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Pixels] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        size = prod(shape) * np.dtype(dtype).itemsize
+        held = self._kept.get(name)
+        if held is None or len(held) < size:
+            held = np.empty(size, np.uint8)
+            if size <= _KEPT:
+                self._kept[name] = held
+        return held[:size].view(dtype).reshape(shape)
+
+
+_scratch = _Scratch()
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
@@ -86,7 +112,9 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
         raise ValueError(f"cannot resize {high}x{wide} to {to_high}x{to_wide}")
     if wide == to_wide:
         return _down(image, to_high)
-    return _interleaved(_down(_across(image, _axis(wide, to_wide)), to_high))
+    shape = (high, to_wide, image.shape[2])
+    made = np.empty(shape, np.uint8) if high == to_high else _scratch("made", shape, np.uint8)
+    return _down(_across(image, _axis(wide, to_wide), made), to_high)
 
 
 def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
@@ -96,73 +124,54 @@ def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
     high, wide, channels = image.shape
     side = max(high, wide)
     top, left = (side - high) // 2, (side - wide) // 2
-    rows = np.empty((side, channels, size), np.uint8)
-    even = np.full((1, side, channels), fill, np.uint8)
-    axis = _axis(side, size)
-    rows[...] = even.transpose(0, 2, 1) if side == size else _across(even, axis)
-    inner = rows[top : top + high]
     if side == size:
-        inner[..., left : left + wide] = image.transpose(0, 2, 1)
-    elif side == wide:
-        _across(image, axis, inner)
-    else:
-        near = [b for b in axis.blocks if b.first < left + wide and b.last > left]
-        start, stop, first, last = near[0].start, near[-1].stop, near[0].first, near[-1].last
-        blocks = [
-            _Block(b.start - start, b.stop - start, b.first - first, b.last - first, b.matrix)
-            for b in near
-        ]
-        part = _Axis(tuple(blocks), axis.offset[start:stop], axis.dtype)
-        band = max(1, _VALUES // (last - first))
-        for row in range(0, high, band):
-            pixels = image[row : row + band]
-            strip = np.empty((len(pixels), last - first, channels), np.uint8)
-            strip[...] = fill
-            strip[:, left - first : left - first + wide] = pixels
-            _across(strip, part, inner[row : row + band, :, start:stop])
-    return _interleaved(_down(rows, size))
+        made = np.empty((side, side, channels), np.uint8)
+        made[...] = fill
+        made[top : top + high, left : left + wide] = image
+        return made
+    rows = _scratch("made", (side, size, channels), np.uint8)
+    axis = _axis(side, size)
+    if high < side or wide < side:
+        even = np.full((1, side, channels), fill, np.uint8)
+        rows[...] = _across(even, axis, np.empty((1, size, channels), np.uint8))
+    start, near = axis.near(left, left + wide)
+    _across(image, near, rows[top : top + high, start : start + len(near.offset)], left, fill)
+    return _down(rows, size)
 
 
-def _across(image: Pixels, axis: _Axis, out: Pixels | None = None) -> Pixels:
-    """(H, W, C) to (H, C, width): a row of memory per channel, so that a row of weights meets
-    neighbouring pixels. Bytes change their places, not floats, of which that takes six times as
-    long.
+def _across(
+    image: Pixels, axis: _Axis, out: Pixels, left: int = 0, fill: Sequence[int] = (0,)
+) -> Pixels:
+    """(H, W, C) to ``out`` (H, width, C). The image lies from input ``left`` of the axis on, and
+    what is beside it has the colour ``fill``.
+
+    Rows are turned into columns and back, as bytes, of which floats would take six times as long:
+    BLAS is at its best where the inputs of a product lie below each other.
     """
-    high, _, channels = image.shape
-    made = np.empty((high, channels, len(axis.offset)), np.uint8) if out is None else out
-    band = min(high, max(1, axis.band // channels))
-    groups = axis.groups(max(1, _VALUES // (band * channels)))
-    longest = max(group[-1].last - group[0].first for group in groups)
-    widest = max(group[-1].stop - group[0].start for group in groups)
+    high, wide, channels = image.shape
+    most = max(1, axis.columns // channels)
+    begin = left - axis.first
 
     @_quiet
     def work(part: slice) -> None:
-        # The arrays are the same for every band: fresh ones would cost as much as the arithmetic.
-        levels = np.empty((band, channels, longest), np.uint8)
-        planes = np.empty((band, channels, longest), axis.dtype)
-        sums = np.empty((band * channels, widest), axis.dtype)
-        for top, group in product(range(part.start, part.stop, band), groups):
-            rows = slice(top, min(top + band, part.stop))
-            count, first, start = rows.stop - top, group[0].first, group[0].start
-            source = image[rows, first : group[-1].last].transpose(0, 2, 1)
-            apart = levels[:count, :, : source.shape[2]]
-            np.copyto(apart, source)
-            planes[:count, :, : source.shape[2]] = _centred(apart)
-            lines = planes.reshape(-1, longest)[: count * channels]
-            results = sums[: count * channels, : group[-1].stop - start]
-            for block in group:
-                np.matmul(
-                    lines[:, block.first - first : block.last - first],
-                    block.matrix.T,
-                    out=results[:, block.start - start : block.stop - start],
-                )
-            results += axis.offset[start : group[-1].stop]
-            np.clip(results, 0, 255, out=results)
-            target = made[rows, :, start : group[-1].stop]
-            np.copyto(target, results.reshape(target.shape), casting="unsafe")
+        band = _even(part.stop - part.start, most)
+        levels, compute = _product(axis, band * channels)
+        columns = levels.reshape(-1, channels, band)
+        if axis.length > wide:
+            columns[...] = np.array(fill, np.uint8)[:, None] ^ np.uint8(128)
+        inner = columns[begin : begin + wide]
+        turned = _scratch("turned", (len(axis.offset), channels, band), np.uint8)
+        flat = turned.reshape(len(axis.offset), -1)
+        for rows in _bands(part, band):
+            count = rows.stop - rows.start
+            np.copyto(inner[:, :, :count], image[rows].transpose(1, 2, 0))
+            np.bitwise_xor(inner, np.uint8(128), out=inner)
+            np.copyto(flat, compute(), casting="unsafe")
+            for some in _bands(slice(0, len(turned)), _TURNED):
+                np.copyto(out[rows, some], turned[some, :, :count].transpose(2, 0, 1))
 
     parallel_map(work, _parts(high, image.size))
-    return made
+    return out
 
 
 def _down(image: Pixels, to_high: int) -> Pixels:
@@ -176,41 +185,48 @@ def _down(image: Pixels, to_high: int) -> Pixels:
 
     @_quiet
     def work(part: slice) -> None:
-        band = min(part.stop - part.start, axis.band)
-        groups = axis.groups(max(1, _VALUES // band))
-        longest = max(group[-1].last - group[0].first for group in groups)
-        planes = np.empty((longest, band), axis.dtype)
-        sums = np.empty(
-            (max(group[-1].stop - group[0].start for group in groups), band), axis.dtype
-        )
-        for group, left in product(groups, range(part.start, part.stop, band)):
-            columns = slice(left, min(left + band, part.stop))
-            first, start, stop = group[0].first, group[0].start, group[-1].stop
-            source = flat[first : group[-1].last, columns]
-            values = planes[: len(source), : source.shape[1]]
-            results = sums[: stop - start, : source.shape[1]]
-            values[...] = _centred(source)
-            for block in group:
-                np.matmul(
-                    block.matrix,
-                    values[block.first - first : block.last - first],
-                    out=results[block.start - start : block.stop - start],
-                )
-            results += axis.offset[start:stop, None]
-            np.clip(results, 0, 255, out=results)
-            np.copyto(out[start:stop, columns], results, casting="unsafe")
+        band = _even(part.stop - part.start, axis.columns)
+        levels, compute = _product(axis, band)
+        inner = levels[-axis.first : high - axis.first]
+        for columns in _bands(part, band):
+            count = columns.stop - columns.start
+            np.bitwise_xor(flat[:, columns], np.uint8(128), out=inner[:, :count])
+            np.copyto(out[:, columns], compute()[:, :count], casting="unsafe")
 
     parallel_map(work, _parts(flat.shape[1], flat.size))
     return out.reshape(to_high, *others)
 
 
-def _interleaved(rows: Pixels) -> Pixels:
-    """(H, C, W) to (H, W, C): a channel at a time, for numpy is slow at runs of three bytes."""
-    high, channels, wide = rows.shape
-    out = np.empty((high, wide, channels), np.uint8)
-    for channel in range(channels):
-        out[..., channel] = rows[:, channel]
-    return out
+def _product(axis: _Axis, columns: int) -> tuple[Pixels, Callable[[], NDArray[Any]]]:
+    """Where to put the levels, less 128, of the axis's inputs, (inputs, columns), and what then
+    computes those of its outputs, (outputs, columns), still to be truncated.
+    """
+    products, outputs, inputs = axis.matrices.shape
+    dtype, length = axis.matrices.dtype, axis.length
+    levels = _scratch("levels", (length, columns), np.uint8)
+    values = _scratch("values", (length, columns), dtype)
+    sums = _scratch("sums", (products, outputs, columns), dtype)
+    row, one = values.strides
+    windows = as_strided(values, (products, inputs, columns), (axis.step * row, row, one))
+    results = sums.reshape(-1, columns)[: len(axis.offset)]
+
+    def compute() -> NDArray[Any]:
+        np.copyto(values, levels.view(np.int8))
+        np.matmul(axis.matrices, windows, out=sums)
+        np.add(results, axis.offset, out=results)
+        return np.clip(results, 0, 255, out=results)
+
+    return levels, compute
+
+
+def _even(length: int, most: int) -> int:
+    """The length of the fewest bands of at most ``most`` lines each, all about as long."""
+    return -(-length // -(-length // most))
+
+
+def _bands(part: slice, band: int) -> Iterator[slice]:
+    for start in range(part.start, part.stop, band):
+        yield slice(start, min(start + band, part.stop))
 
 
 def _parts(length: int, work: int) -> list[slice]:
@@ -220,46 +236,54 @@ def _parts(length: int, work: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
-def _centred(levels: Pixels) -> NDArray[np.int8]:
-    """Levels less 128: half the magnitude to sum up, and ``offset`` has the rest."""
-    return (levels ^ np.uint8(128)).view(np.int8)
-
-
 @lru_cache(maxsize=16)  # the frames of a video share theirs
 def _axis(size: int, to_size: int) -> _Axis:
     """The products that take an axis of ``size`` pixels to ``to_size``."""
-    width = int(min(_BLOCK_OUTPUTS, max(1, _BLOCK_TAPS * to_size // size)))
-    parts = [
-        (start, *_weights(size, to_size, start, min(start + width, to_size)))
-        for start in range(0, to_size, width)
-    ]
-    bits = _bits(max(float(weights.max()) for *_, weights in parts))
+    first, weights = _weights(size, to_size)
+    bits = _bits(float(weights.max()))
     one = float(1 << bits)
-    whole = [np.trunc(weights * one + np.copysign(0.5, weights)) for *_, weights in parts]
-    most = max(float(np.abs(weights).sum(axis=0).max()) for weights in whole)
+    whole = np.trunc(weights * one + np.copysign(0.5, weights))
+    most = float(np.abs(whole).sum(axis=0).max())
     # Sums are exact below 2**24; with the offset, in the range that is not clipped, below 2**8.
     dtype = np.float32 if 128 * most < _FLOAT_END and 256 * one <= _FLOAT_END else np.float64
-    blocks = []
-    for (start, first, _), weights in zip(parts, whole, strict=True):
-        taps, outputs = weights.shape
-        begin = int(first[0])
-        matrix = np.zeros((outputs, int(first[-1]) + taps - begin))
-        matrix[np.arange(outputs), first - begin + np.arange(taps)[:, None]] = weights / one
-        last = min(size, begin + matrix.shape[1])
-        matrix = np.ascontiguousarray(matrix[:, : last - begin], dtype)
-        blocks.append(_Block(start, start + outputs, begin, last, matrix))
-    offset = np.concatenate([(128 * weights.sum(axis=0) + one / 2) / one for weights in whole])
-    return _Axis(tuple(blocks), offset.astype(dtype), dtype)
+    taps = len(weights)
+    outputs, step, begin, inputs = _windows(first, taps, size / to_size)
+    matrices = np.zeros((-(-to_size // outputs), outputs, inputs), dtype)
+    block, place = np.divmod(np.arange(to_size), outputs)
+    tap = first - begin - block * step + np.arange(taps)[:, None]
+    matrices[block, place, tap] = whole / one
+    offset = (128 * whole.sum(axis=0) + one / 2) / one
+    return _Axis(begin, step, matrices, offset.astype(dtype)[:, None])
 
 
-def _weights(size: int, to_size: int, start: int, stop: int) -> tuple[NDArray[np.int64], Reals]:
-    """First inputs (outputs,) and weights (taps, outputs) of ``start:stop``, unrounded; 0 past
-    the last input. Torchvision's order of operations, because a last bit can move a weight.
+def _windows(first: NDArray[np.int64], taps: int, scale: float) -> tuple[int, int, int, int]:
+    """How many outputs to make in one product, how far apart the windows of their inputs are, where
+    the first of them begins, and how many inputs are in each, for the least work. Of outputs whose
+    inputs begin a whole number of pixels further on, windows need no room to spare.
+    """
+    found: list[tuple[int, int, int, int, int]] = []
+    for outputs in range(1, min(len(first), _BLOCK_OUTPUTS) + 1):
+        starts = first[::outputs]
+        stops = np.append(first[outputs - 1 :: outputs], first[-1])[: len(starts)] + taps
+        number = np.arange(len(starts))
+        for step in (int(outputs * scale), int(outputs * scale) + 1):
+            begin = int((starts - number * step).min())
+            inputs = int((stops - number * step).max()) - begin
+            if outputs == 1 or outputs * inputs <= _PRODUCT // 16:
+                computed = -(-outputs // _KERNEL) * _KERNEL
+                work = len(starts) * inputs * (computed + _PACKING)
+                found.append((work, outputs, step, begin, inputs))
+    return min(found)[1:]
+
+
+def _weights(size: int, to_size: int) -> tuple[NDArray[np.int64], Reals]:
+    """First inputs (outputs,) and weights (taps, outputs), unrounded; 0 past the last input.
+    Torchvision's order of operations, because a last bit can move a weight.
     """
     scale = size / to_size
     stretch = max(scale, 1.0)
     reach = _REACH * stretch
-    centre = scale * (np.arange(start, stop) + 0.5)
+    centre = scale * (np.arange(to_size) + 0.5)
     first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
     last = np.minimum((centre + reach + 0.5).astype(np.int64), size)
     step = np.arange(int((last - first).max()))[:, None]

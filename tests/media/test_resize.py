@@ -105,11 +105,11 @@ def test_single_precision_is_exact(
     single = resize(image, to_size)
     monkeypatch.setattr(resample, "_FLOAT_END", 0)
     resample._axis.cache_clear()
-    assert resample._axis(333, 400).dtype is np.float64
+    assert resample._axis(333, 400).matrices.dtype == np.float64
     assert np.array_equal(resize(image, to_size), single)
     monkeypatch.undo()
     resample._axis.cache_clear()
-    assert resample._axis(333, 400).dtype is np.float32
+    assert resample._axis(333, 400).matrices.dtype == np.float32
 
 
 def test_bands_and_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
