@@ -159,7 +159,9 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return features(model, *given)
 
     monkeypatch.setattr(OneVision, "vision_features", slow)
-    monkeypatch.setattr(memory.MemoryModel, "plan", lambda *given: replace(plan(*given), tile_group=1))
+    monkeypatch.setattr(
+        memory.MemoryModel, "plan", lambda *given: replace(plan(*given), tile_group=1)
+    )
     return begun
 
 
