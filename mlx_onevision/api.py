@@ -1,5 +1,6 @@
 """The library: a loaded model, which any thread may use."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -41,6 +42,7 @@ def load(
     memory_limit: float | None = None,
     kv_bits: int | None = None,
     chat_template: str | None = None,
+    draft_model: str | Path | None = None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -56,10 +58,14 @@ def load(
     kv_bits : 8 or 4 keeps keys and values quantized, which takes about a half or a quarter of the
         memory a token. Answers may differ; requests run one after another instead of in a batch.
     chat_template : how conversations become prompts, in Jinja, instead of the checkpoint's own.
+    draft_model : a smaller LLaVA-OneVision checkpoint with the same tokenizer, which proposes
+        tokens to requests with ``draft_tokens``. Its weights are never quantized while they are
+        read, and count towards the memory limit.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
         OutOfMemoryError: where the model does not fit into the memory limit.
+        RequestError: for a draft model with another vocabulary, or other tiles.
     """
     recipe = while_loading(quantize)
     folder = hub.resolve(model, revision)
@@ -71,6 +77,7 @@ def load(
         memory_limit=memory_limit,
         kv_bits=kv_bits,
         chat_template=chat_template,
+        draft=None if draft_model is None else hub.resolve(draft_model),
     )
 
 
@@ -87,16 +94,25 @@ class Model:
         memory_limit: float | None = None,
         kv_bits: int | None = None,
         chat_template: str | None = None,
+        draft: Path | None = None,
     ) -> None:
         self.path = folder
         self.name = name or str(folder)
         self._made = [dtype, str(recipe)] + ([] if kv_bits is None else [f"kv_bits {kv_bits}"])
-        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits)
+        self._cached_as = {"dtype": str(dtype), "quantize": str(recipe), "kv_bits": str(kv_bits)}
+        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits, draft)
         self._processor = Processor.from_folder(folder, self._engine.config)
+        if draft is not None and not self._processor.tokenizer.agrees_with(draft):
+            raise RequestError(
+                f"{draft} has another vocabulary than {folder}, so it cannot be its draft model; "
+                "use a smaller one of the same family"
+            )
         if chat_template is not None:
             self._processor.template = self._processor.template.with_source(chat_template)
             self._made.append(chat_template)
-        self._builder = generation.RequestBuilder(self._processor, self._engine.defaults)
+        self._builder = generation.RequestBuilder(
+            self._processor, self._engine.defaults, has_draft=draft is not None
+        )
 
     @property
     def config(self) -> OneVisionConfig:
@@ -377,6 +393,54 @@ class Model:
             sidecar=None if sidecar is None else Path(sidecar),
             force=force,
         )
+
+    def save_prompt_cache(
+        self, path: str | Path, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the KV cache of the conversation that was answered last to a safetensors file,
+        readable by its owner alone, with the tokens of the conversation.
+
+        metadata : texts that :meth:`load_prompt_cache` gives back.
+
+        Raises:
+            RequestError: where nothing has been answered.
+            OSError: where the file cannot be written; an older one is still whole then.
+        """
+        name, revision = self._identity
+        about = {"name": name, "revision": revision, **self._cached_as}
+        about["metadata"] = json.dumps(dict(metadata or {}))
+        self._engine.save_prompt_cache(Path(path), about)
+
+    def load_prompt_cache(self, path: str | Path) -> tuple[int, dict[str, str]]:
+        """Makes the conversation of a file that :meth:`save_prompt_cache` wrote one of those in the
+        cache: a prompt that begins as it does, by at least 64 tokens, prefills only the rest, and
+        media in it are not encoded. Usage's ``cached_tokens`` says how much of a prompt there was.
+
+        Returns the number of its tokens, and the metadata.
+
+        Raises:
+            RequestError: where the file is damaged, or of another model, dtype, quantization or
+                kv_bits.
+            OutOfMemoryError: where it cannot stay within the memory limit.
+            OSError: where it cannot be read.
+        """
+        name, revision = self._identity
+
+        def accept(about: Mapping[str, str]) -> None:
+            if about.get("revision") != revision:
+                raise RequestError(
+                    f"{path} belongs to another model, {about.get('name')}, and not to {name}; "
+                    "name another file, or delete it"
+                )
+            for setting, own in self._cached_as.items():
+                if about.get(setting) != own:
+                    raise RequestError(
+                        f"{path} was written with {setting} {about.get(setting)}, and the model is "
+                        f"loaded with {setting} {own}; load it as it was, or name another file"
+                    )
+
+        tokens, about = self._engine.load_prompt_cache(Path(path), accept)
+        return tokens, json.loads(about["metadata"])
 
     @cached_property
     def _identity(self) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,8 +12,10 @@ from mlx_onevision.cli.options import (
     memory_options,
     model_option,
     model_or_demo,
+    prompt_cache_option,
     revision_option,
     seed_option,
+    speculation_options,
     system_option,
     temperature_option,
     top_p_option,
@@ -30,6 +33,8 @@ from mlx_onevision.cli.options import (
 @temperature_option
 @top_p_option
 @seed_option
+@speculation_options
+@prompt_cache_option
 @click.option("--verbose", is_flag=True, help="After each answer: tokens, cached tokens, seconds.")
 @revision_option
 @dtype_option
@@ -44,11 +49,14 @@ def chat(
     revision: str | None,
     dtype: str | None,
     memory: dict[str, Any],
+    draft_model: str | None,
+    prompt_cache: Path | None,
     **options: Any,
 ) -> None:
     """Talk with a model, about images, videos or neither; /help says how.
 
-    Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends.
+    Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends. With --prompt-cache, the
+    conversation in FILE goes on, and is written again at the end.
     """
     model = model_or_demo(model)
 
@@ -56,9 +64,12 @@ def chat(
     from mlx_onevision.cli.conversation import Conversation, Terminal
     from mlx_onevision.cli.terminal import line_reader
 
-    loaded = load(model, revision=revision, dtype=dtype, **memory)
+    loaded = load(model, revision=revision, dtype=dtype, draft_model=draft_model, **memory)
     try:
         talk = Conversation(loaded, **options)
+        held = prompt_cache is not None and prompt_cache.exists()
+        if held:
+            talk.resume(prompt_cache)
         for image in images:
             talk.attach("image", image)
         for video in videos:
@@ -71,8 +82,11 @@ def chat(
             note=lambda line: click.echo(line, err=True),
             interactive=interactive,
             verbose=verbose,
+            resumed=prompt_cache if held else None,
         )
         failed = terminal.run()
+        if prompt_cache is not None:
+            talk.keep(prompt_cache)
     finally:
         loaded.close()
     if failed and not interactive:

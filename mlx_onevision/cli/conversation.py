@@ -5,12 +5,13 @@ Answers go to ``show``; everything else that is printed (attachments, counts, er
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_onevision.api import Model
+from mlx_onevision.cli.options import unused
 from mlx_onevision.cli.terminal import Interrupts, parse_path
 from mlx_onevision.engine.generation import Generation, Stream, Usage
 from mlx_onevision.engine.options import Options
@@ -52,22 +53,25 @@ class Conversation:
         self.record: list[dict[str, Any]] = []
         self._attached: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._answer: Stream | None = None
-        self._cancelled = False
+        self._cancelled = self._answered = False
 
-    def attach(self, kind: str, source: str) -> str:
+    def attach(self, kind: str, source: str, frames: Mapping[str, Any] | None = None) -> str:
         """Puts an image or a video, a file or a URL, before the next message, and describes what of
         it the model will see. It is read once. Raises what reading it raises.
+
+        frames : of a video, instead of those of all.
         """
+        frames = self._frames if frames is None else frames
         location = {"url": source} if is_url(source) else {"path": str(Path(source).absolute())}
         if kind == "image":
             image = DecodedImage(load_image(source))
             self._attached.append(({"type": kind, kind: image}, {"type": kind, **location}))
             return source
-        block = {"type": kind, kind: source, **self._frames}
+        block = {"type": kind, kind: source, **frames}
         (video,) = self._model.prepare([{"role": "user", "content": [block]}]).media
         number = len(video.tiles)
         # A default number of frames is kept, too: a saved conversation has it.
-        chosen = self._frames if "fps" in self._frames else {**self._frames, "num_frames": number}
+        chosen = frames if "fps" in frames else {**frames, "num_frames": number}
         self._attached.append(
             ({"type": kind, kind: video.tiles}, {"type": kind, **location, **chosen})
         )
@@ -104,12 +108,36 @@ class Conversation:
         finally:
             self._answer = None
         if result.finish_reason != "cancelled" or result.text:
-            reply = {"role": "assistant", "content": [{"type": "text", "text": result.text}]}
-            named = [block for _, block in self._attached]
-            self.messages = [*messages, reply]
-            self.record += [{"role": "user", "content": [*named, prompt]}, reply]
-            self._attached = []
+            self._add(text, result.text)
+            self._answered = True
         return result
+
+    def _add(self, text: str, answer: str) -> None:
+        """A message, with what is attached, and its answer."""
+        prompt = {"type": "text", "text": text}
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        for messages, place in ((self.messages, 0), (self.record, 1)):
+            media = [blocks[place] for blocks in self._attached]
+            messages += [{"role": "user", "content": [*media, prompt]}, reply]
+        self._attached = []
+
+    def resume(self, path: Path) -> None:
+        """Goes on with the conversation that :meth:`keep` wrote, of which images and videos are
+        read again. Raises what reading them, or the file, raises.
+        """
+        _, metadata = self._model.load_prompt_cache(path)
+        record = json.loads(metadata.get("messages", "[]"))
+        for question, answer in zip(record[::2], record[1::2], strict=True):
+            *media, text = question["content"]
+            for block in media:
+                kind, source = block["type"], block.get("url") or block["path"]
+                self.attach(kind, source, {n: block[n] for n in FrameOptions.names() if n in block})
+            self._add(text["text"], answer["content"][0]["text"])
+
+    def keep(self, path: Path) -> None:
+        """Writes the conversation with its KV cache, where anything has been answered."""
+        if self._answered:
+            self._model.save_prompt_cache(path, {"messages": json.dumps(self.record)})
 
     def save(self, path: Path, replace: bool = False) -> None:
         """Writes the conversation as JSON; ``generate(messages=...)`` takes it.
@@ -143,6 +171,7 @@ class Terminal:
     interactive : whether a person types them: Ctrl-C then gives up a line that is being typed or a
         file that is being read, or cancels an answer, and the conversation goes on.
     verbose : note tokens and times of each answer.
+    resumed : the file that the conversation came from.
     """
 
     def __init__(
@@ -154,10 +183,12 @@ class Terminal:
         *,
         interactive: bool = True,
         verbose: bool = False,
+        resumed: Path | None = None,
     ) -> None:
         self._conversation = conversation
         self._read, self._show, self._note = read, show, note
         self._interactive, self._verbose = interactive, verbose
+        self._resumed = resumed
         self._saved: set[Path] = set()
         self._interrupts = Interrupts()
         self._commands: dict[str, Callable[[str], object]] = {
@@ -227,6 +258,9 @@ class Terminal:
             self._note("(cancelled)" if result.text else "(cancelled; the message is taken back)")
         elif result.finish_reason == "length":
             self._note("(cut off at --max-tokens, or at the end of the model's context)")
+        if self._resumed is not None and not result.usage.cached_tokens:
+            self._note(f"({unused(self._resumed)})")
+        self._resumed = None
         if self._verbose:
             self._note(counts(result.usage))
 

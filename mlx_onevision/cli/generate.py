@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,11 +14,14 @@ from mlx_onevision.cli.options import (
     memory_options,
     model_option,
     model_or_demo,
+    prompt_cache_option,
     revision_option,
     seed_option,
+    speculation_options,
     system_option,
     temperature_option,
     top_p_option,
+    unused,
     video_options,
 )
 from mlx_onevision.errors import RequestError
@@ -61,13 +65,8 @@ if TYPE_CHECKING:
 @click.option(
     "--logprobs", type=int, metavar="N", help="With --json, the N likeliest tokens of each step."
 )
-@click.option(
-    "--prompt-lookup",
-    type=int,
-    default=0,
-    metavar="N",
-    help="Try N tokens at once where the answer repeats a passage; the answer is the same.",
-)
+@speculation_options
+@prompt_cache_option
 @click.option(
     "--stream/--no-stream", default=None, help="Print as it comes. Default: on a terminal."
 )
@@ -90,6 +89,8 @@ def generate(
     dtype: str | None,
     memory: dict[str, Any],
     quantize: str | None,
+    draft_model: str | None,
+    prompt_cache: Path | None,
     **options: Any,
 ) -> None:
     """Answer one prompt, about images, videos or neither.
@@ -113,8 +114,13 @@ def generate(
     from mlx_onevision.api import load
 
     bits = int(quantize) if quantize else None
-    loaded = load(model, revision=revision, dtype=dtype, quantize=bits, **memory)
+    loaded = load(
+        model, revision=revision, dtype=dtype, quantize=bits, draft_model=draft_model, **memory
+    )
     try:
+        held = prompt_cache is not None and prompt_cache.exists()
+        if held:
+            loaded.load_prompt_cache(prompt_cache)
         answer = loaded.stream(question, **options)
         try:
             for delta in answer:
@@ -124,6 +130,10 @@ def generate(
         except BaseException:  # Ctrl-C, or a reader that closed the pipe: nobody waits any more
             answer.cancel()
             raise
+        if prompt_cache is not None:
+            if held and not result.usage.cached_tokens:
+                click.echo(unused(prompt_cache), err=True)
+            loaded.save_prompt_cache(prompt_cache)
     finally:
         loaded.close()
     if as_json:

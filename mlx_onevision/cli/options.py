@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+DRAFT_TOKENS = 8
 DEBUG = "mlx_onevision.debug"
 
 model_option = click.option(
@@ -68,6 +70,58 @@ def memory_options(command: Command) -> Command:
         help="Keep keys and values quantized: less memory a token, no batches.",
     )
     return cast(Command, limit(bits(merged)))
+
+
+def speculation_options(command: Command) -> Command:
+    """Give a command ``draft_model``, an argument of ``load``, and ``prompt_lookup`` and
+    ``draft_tokens``, which are those of an answer.
+    """
+
+    @wraps(command)
+    def merged(*, draft_model: str | None, draft_tokens: int | None, **others: Any) -> Any:
+        if draft_tokens is not None and draft_model is None:
+            raise click.UsageError("--draft-tokens needs --draft-model; add it")
+        if draft_tokens is None:
+            draft_tokens = 0 if draft_model is None else DRAFT_TOKENS
+        return command(draft_model=draft_model, draft_tokens=draft_tokens, **others)
+
+    options = (
+        click.option(
+            "--prompt-lookup",
+            type=int,
+            default=0,
+            metavar="N",
+            help="Try N tokens at once where the answer repeats a passage; the answer is the same.",
+        ),
+        click.option(
+            "--draft-model",
+            metavar="MODEL",
+            help="A smaller model that proposes tokens, which come faster; the answer is the same.",
+        ),
+        click.option(
+            "--draft-tokens",
+            type=int,
+            metavar="N",
+            help=f"It proposes N tokens at once, at most. Default: {DRAFT_TOKENS}.",
+        ),
+    )
+    wrapped: Any = merged
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return cast(Command, wrapped)
+
+
+prompt_cache_option = click.option(
+    "--prompt-cache",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Begin with the KV cache in FILE, where there is one, and write it again at the end.",
+)
+
+
+def unused(prompt_cache: Path) -> str:
+    """What to say where a prompt had nothing of the cache that was read."""
+    return f"{prompt_cache} was not used: the prompt does not begin with the conversation in it"
 
 
 def debug_option(command: Command) -> Command:

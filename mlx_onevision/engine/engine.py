@@ -15,7 +15,7 @@ import threading
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.engine.batch import serve
+from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.request import (
     ActiveRequest,
     PromptRequest,
@@ -42,6 +43,7 @@ from mlx_onevision.errors import (
     RequestError,
 )
 from mlx_onevision.media.video import no_check
+from mlx_onevision.network.memory_budget import RequestSize
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import TokenBytes
 
@@ -61,7 +63,7 @@ class Engine:
 
     dtype : cast the weights to this type; None keeps the checkpoint's.
     recipe : quantize the weights while they are read; None leaves them as they are.
-    memory_limit, kv_bits : see :func:`mlx_onevision.api.load`.
+    memory_limit, kv_bits : see :func:`mlx_onevision.api.load`. draft : a draft model's folder.
     """
 
     def __init__(
@@ -71,15 +73,20 @@ class Engine:
         recipe: Recipe | None = None,
         memory_limit: float | None = None,
         kv_bits: int | None = None,
+        draft: Path | None = None,
     ) -> None:
         if memory_limit is not None and not 0 < memory_limit < math.inf:
             raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit}")
         limit = None if memory_limit is None else int(memory_limit * 1e9)
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
-        self._worker = Worker(
-            lambda: Runner(load_checkpoint(folder, dtype=dtype, recipe=recipe), limit, kv_bits)
-        )
+
+        def build() -> Runner:
+            checkpoint = load_checkpoint(folder, dtype=dtype, recipe=recipe)
+            small = None if draft is None else load_checkpoint(draft, dtype=dtype)
+            return Runner(checkpoint, limit, kv_bits, small)
+
+        self._worker = Worker(build)
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
@@ -104,7 +111,7 @@ class Engine:
                 "use fewer or smaller media or a shorter text"
             )
         max_tokens = min(request.max_tokens, limit - length)
-        self.check_size(request.inputs, max_tokens)
+        self.memory.admit(request.size(max_tokens), self.memory_limit)
         eos, closing = self.defaults.eos_token_ids, self._worker.closing
         return ActiveRequest(request, tokenizer, max_tokens, eos, closing)
 
@@ -162,6 +169,28 @@ class Engine:
     def healthy(self) -> bool:
         """False once its thread has died: it does not answer any more."""
         return self._worker.alive
+
+    def save_prompt_cache(self, path: Path, about: Mapping[str, str]) -> None:
+        """See :meth:`PrefixCache.save`."""
+        self._in_turn(lambda runner: runner.prefix.save(path, about)).result()
+
+    def load_prompt_cache(
+        self, path: Path, accept: Callable[[Mapping[str, str]], None]
+    ) -> tuple[int, dict[str, str]]:
+        """See :meth:`PrefixCache.load`. ``accept`` : called with what else was written.
+
+        Raises also OutOfMemoryError, where it cannot stay within the memory limit.
+        """
+
+        def admit(tokens: int, about: Mapping[str, str]) -> None:
+            accept(about)
+            self.memory.admit(RequestSize(tokens, 1), self.memory_limit)
+
+        def load(runner: Runner) -> tuple[int, dict[str, str]]:
+            import_mlx_lm()
+            return runner.prefix.load(path, admit)
+
+        return self._in_turn(load).result()
 
     def forget(self, inputs: Inputs) -> None:
         """Drops what is kept of a prompt's media once the requests before this have run."""

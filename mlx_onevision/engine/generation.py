@@ -232,8 +232,10 @@ def submit_all(
 class RequestBuilder:
     """Prepares prompts and conversations, with the caller's settings and the checkpoint's."""
 
-    def __init__(self, processor: Processor, defaults: GenerationDefaults) -> None:
-        self._processor, self._defaults = processor, defaults
+    def __init__(
+        self, processor: Processor, defaults: GenerationDefaults, has_draft: bool = False
+    ) -> None:
+        self._processor, self._defaults, self._has_draft = processor, defaults, has_draft
         self._grammars = Grammars(processor.tokenizer, defaults.eos_token_ids)
 
     @property
@@ -273,9 +275,12 @@ class RequestBuilder:
         logprobs: int | None = None,
         json_schema: str | bool | Mapping[str, Any] | None = None,
         prompt_lookup: int = 0,
+        draft_tokens: int = 0,
         check: Callable[[], None] = no_check,
     ) -> PromptRequest:
         """One conversation, read and tokenized; the settings are those of ``Options``."""
+        if draft_tokens and not self._has_draft:
+            raise RequestError("draft_tokens needs a draft model; load the model with draft_model")
         if max_tokens is None:
             max_tokens = self.default_max_tokens
         defaults = self._defaults
@@ -305,5 +310,13 @@ class RequestBuilder:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         seconds = time.perf_counter() - started
         return PromptRequest(
-            inputs, sampling, max_tokens, stops, seconds, grammar, logprobs, prompt_lookup
+            inputs,
+            sampling,
+            max_tokens,
+            stops,
+            seconds,
+            grammar,
+            logprobs,
+            prompt_lookup,
+            draft_tokens,
         )

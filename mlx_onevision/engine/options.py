@@ -29,6 +29,9 @@ class Options(TypedDict, total=False):
         ones before, in prompt or answer, are tried in one step. The answer is the same, up to the
         rounding of half precision, and comes faster where it repeats a passage; 0, the default, for
         none. A request that shares its steps with others has none.
+    draft_tokens : the same with a smaller model, which :func:`~mlx_onevision.api.load` took as
+        ``draft_model``: so many tokens that it would say are tried in one step, fewer or none while
+        few of them are right. It sees the images and videos, too.
     check : called while images and videos are read, between any two of them and between frames,
         before there is a stream that could be cancelled: what it raises ends the request there.
     order : "template" lets the chat template move media to the front of their message, as the
@@ -53,6 +56,7 @@ class Options(TypedDict, total=False):
     logprobs: int | None
     json_schema: str | bool | Mapping[str, Any] | None
     prompt_lookup: int
+    draft_tokens: int
     check: Callable[[], None]
 
 

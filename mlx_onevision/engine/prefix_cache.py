@@ -2,16 +2,22 @@
 is new.
 
 A conversation that goes on trims its own cache in place, without a copy. Virtual ids name media by
-content, so a match on ids is a match on content.
+content, so a match on ids is a match on content. A conversation can be kept in a file: its arrays
+are laid out as mlx-lm's ``save_prompt_cache`` does it, and the header has the rest.
 """
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_onevision.checkpoint.tensors import read_header
+from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.network.onevision import OneVision
 
 # Every prompt shares its first few template tokens: not worth trimming a cache for.
@@ -63,14 +69,12 @@ class PrefixCache:
         """A cache to continue from, the caller's until it is stored, and how many of ``ids`` it
         already holds: never the last id, with whose logits generation begins.
         """
-        from mlx_lm.models.cache import KVCache, QuantizedKVCache, trim_prompt_cache
+        from mlx_lm.models.cache import trim_prompt_cache
 
         kept, matched = self._best(ids)
         if kept is None:
             self._evict(self.capacity)
-            if self._quantized is None:
-                return [KVCache() for _ in self._model.layers], 0
-            return [QuantizedKVCache(*self._quantized) for _ in self._model.layers], 0
+            return self._empty(), 0
         self._kept.remove(kept)
         if matched < len(kept.ids) - matched:
             # Another conversation that began alike: its own rest is worth more than a copy.
@@ -111,6 +115,98 @@ class PrefixCache:
             return
         self.store(ids, keys, cache)
 
+    def save(self, path: Path, about: Mapping[str, str]) -> None:
+        """Writes the conversation that was stored last; ``about`` says more of it. A file that was
+        there is replaced at once or not at all, and only its owner can read it.
+
+        Raises:
+            RequestError: where there is no conversation.
+            OSError: where it cannot be written.
+        """
+        if not self._kept:
+            raise RequestError(f"there is no conversation to write to {path}; ask something first")
+        kept = self._kept[-1]
+        count = min(len(kept.ids), kept.cache[0].offset)
+        layers = [_first(layer, count) for layer in kept.cache]
+        states: Any = tree_flatten([layer.state for layer in layers])
+        media = [(key, self._model.bank.ids_of(key)) for key in dict.fromkeys(kept.keys)]
+        own = {
+            "ids": json.dumps(kept.ids[:count]),
+            "media": json.dumps([(key, ids.start, len(ids)) for key, ids in media]),
+            **about,
+        }
+        scalars = ["", *([name, "scalar"] for name, value in states if isinstance(value, int))]
+        header = tree_flatten([own, [type(layer).__name__ for layer in layers], scalars])
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                arrays = {name: mx.array(value) for name, value in states}
+                mx.save_safetensors(file, arrays, dict(header))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(
+        self, path: Path, admit: Callable[[int, Mapping[str, str]], None]
+    ) -> tuple[int, dict[str, str]]:
+        """Keeps the conversation of a file that :meth:`save` wrote; returns its tokens, and what
+        else was written.
+
+        admit : called with their number and what else was written, before the arrays are read; it
+            raises where they do not suit.
+
+        Raises:
+            RequestError: where the file is damaged or something else.
+            OSError: where it cannot be read.
+        """
+        with path.open("rb") as file:
+            try:
+                read_header(path)  # MLX takes files that are cut off
+                loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
+                arrays, header = (tree_unflatten(list(part.items())) for part in loaded)
+                about = header[0]
+                ids: list[int] = json.loads(about.pop("ids"))
+                media = json.loads(about.pop("media"))
+                states = [tuple(state[:2]) for state in arrays]
+            except (CheckpointError, RuntimeError, ValueError, LookupError, TypeError) as error:
+                raise RequestError(
+                    f"{path} is no prompt cache, or is cut off or damaged; delete it, or name "
+                    "another file"
+                ) from error
+            admit(len(ids), about)
+            cache = self._empty()
+            if tree_map(_kind, states) != [self._kinds(len(ids))] * len(cache):
+                raise RequestError(f"{path} has keys and values of other shapes; delete it")
+            for layer, state in zip(cache, states, strict=True):
+                layer.state = (*state, len(ids), *layer.state[3:])
+                mx.eval(state)
+        moved: dict[int, int] = {}  # virtual ids, which may belong to other media by now
+        for key, first, length in media:
+            own = self._model.bank.reserve(key, length)
+            moved |= zip(range(first, first + length), own, strict=True)
+        held = [moved.get(token, token) for token in ids]
+        self.store(held, [key for key, *_ in media], cache)
+        return len(held), about
+
+    def _kinds(self, count: int) -> Any:
+        """Of the keys and values of a layer that holds so many positions."""
+        text = self._model.config.text_config
+        shape = (1, text.num_key_value_heads, count, text.head_dim)
+        values: Any = mx.zeros(shape, self._model.dtype)
+        if self._quantized is not None:
+            group_size, bits = self._quantized
+            values = list(mx.quantize(values, group_size=group_size, bits=bits))
+        return tree_map(_kind, (values, values))
+
+    def _empty(self) -> list[Any]:
+        from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+        if self._quantized is None:
+            return [KVCache() for _ in self._model.layers]
+        return [QuantizedKVCache(*self._quantized) for _ in self._model.layers]
+
     def forget(self, keys: Sequence[str]) -> None:
         """Drops the conversations about any of these media."""
         for kept in self._kept.copy():
@@ -144,6 +240,10 @@ class PrefixCache:
 
 def _size(cache: list[Any]) -> int:
     return sum(layer.nbytes for layer in cache)
+
+
+def _kind(values: mx.array) -> str:
+    return f"{values.dtype} {values.shape}"
 
 
 def _first(layer: Any, count: int) -> Any:

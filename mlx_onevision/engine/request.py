@@ -40,11 +40,14 @@ class PromptRequest:
     grammar: Grammar | None = None
     logprobs: int | None = None
     prompt_lookup: int = 0
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_range("max_tokens", self.max_tokens)
         check_range("prompt_lookup", self.prompt_lookup)
-        if self.prompt_lookup:
+        check_range("draft_tokens", self.draft_tokens)
+        if self.proposed:
+            given = "prompt_lookup" if self.prompt_lookup else "draft_tokens"
             unfit = [
                 name
                 for name, unlike in (
@@ -52,17 +55,29 @@ class PromptRequest:
                     ("repetition_penalty", self.sampling.repetition_penalty != 1),
                     ("json_schema", self.grammar is not None),
                     ("logprobs", self.logprobs is not None),
+                    ("draft_tokens", self.prompt_lookup and self.draft_tokens),
                 )
                 if unlike
             ]
             if unfit:
                 raise RequestError(
-                    f"prompt_lookup is for greedy answers and has no meaning with {unfit[0]}; "
+                    f"{given} is for greedy answers and has no meaning with {unfit[0]}; "
                     "leave one of them out"
                 )
         if self.logprobs is not None:
             check_range("logprobs", self.logprobs)
         StopStrings(self.stop)
+
+    @property
+    def proposed(self) -> int:
+        """The most tokens that are proposed at once; 0 without speculative decoding."""
+        return self.prompt_lookup or self.draft_tokens
+
+    def size(self, answer: int) -> RequestSize:
+        """What memory depends on, with an answer of so many tokens."""
+        # Proposed tokens are in the cache until they are taken back.
+        size = request_size(self.inputs, answer + self.proposed)
+        return size._replace(drafted=self.draft_tokens > 0)
 
 
 @dataclass
@@ -142,8 +157,7 @@ class ActiveRequest:
 
     @property
     def size(self) -> RequestSize:
-        drafted = self.request.prompt_lookup  # are in the cache until they are taken back
-        return request_size(self.request.inputs, self.max_tokens + drafted)
+        return self.request.size(self.max_tokens)
 
     @property
     def is_paused(self) -> bool:

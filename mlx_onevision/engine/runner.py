@@ -4,10 +4,11 @@ Batches are mlx-lm's, unmodified; what is used of it is imported only when a req
 """
 
 import os
+import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,13 @@ from mlx_onevision.engine.request import (
     as_package_error,
     request_size,
 )
-from mlx_onevision.engine.speculation import PromptLookup, speculative_steps
-from mlx_onevision.errors import CancelledError, OutOfMemoryError
+from mlx_onevision.engine.speculation import (
+    Draft,
+    ModelDraft,
+    PromptLookup,
+    speculative_steps,
+)
+from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.layers import on_cuda
 from mlx_onevision.network.onevision import OneVision
@@ -52,19 +58,32 @@ class Runner:
 
     limit : bytes of memory that may be used at most; None: what the device should use.
     kv_bits : 8 or 4 keeps keys and values quantized.
+    draft : a smaller model that proposes tokens to this one.
 
     Raises:
-        OutOfMemoryError: where the model does not fit into the limit.
+        OutOfMemoryError: where the model, and its draft, do not fit into the limit.
         RequestError: for other kv_bits, and for a model whose keys cannot be quantized.
+        RequestError: for a draft whose tiles are others.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, limit: int | None = None, kv_bits: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        limit: int | None = None,
+        kv_bits: int | None = None,
+        draft: Checkpoint | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.model: OneVision = checkpoint.model
         self.limit = working_set() if limit is None else min(limit, working_set())
         self.memory = memory_model(checkpoint, kv_bits)
+        self.draft: Runner | None = None
+        if draft is not None:
+            check_draft(checkpoint, draft)
+            self.draft = Runner(draft)
+            # Of the draft's, only what is in use is kept, and the last conversation.
+            self.draft.model.bank.capacity = self.draft.prefix.capacity = 0
+            self.memory = self.memory.with_draft(self.draft.memory)
         quantized = None if kv_bits is None else (self.memory.kv_group, kv_bits)
         self.prefix = PrefixCache(self.model, quantized=quantized)
         self.memory.admit_model(self.limit)
@@ -84,7 +103,11 @@ class Runner:
         """Lets go of kept features and conversations, so that these requests can run together."""
         room = self.limit - self.memory.batch(sizes, self.model.budget).total
         self.model.bank.shrink(room)
-        self.prefix.shrink(room - self.model.bank.nbytes)
+        room -= self.model.bank.nbytes
+        if self.draft is not None:
+            self.draft.prefix.shrink(room)
+            room -= self.draft.prefix.nbytes
+        self.prefix.shrink(room)
 
     @contextmanager
     def within_limit(self, sizes: Sequence[memory.RequestSize]) -> Iterator[None]:
@@ -137,18 +160,19 @@ class Runner:
         from mlx_lm.models.cache import trim_prompt_cache
 
         try:
-            ahead = 1 + active.request.prompt_lookup  # a step's tokens
+            ahead = 1 + active.request.proposed  # a step's tokens
             reserve(self.model, cache, len(active.ids) + min(active.max_tokens, memory.CACHE_STEP))
-            for token in self._tokens(active, cache):
-                active.accept(token)
-                if token in self.checkpoint.generation_defaults.eos_token_ids:
-                    break
-                active.check()
-                if should_yield() and active.counters.completion_tokens < active.max_tokens:
-                    # Leaves in the cache all ids but the last: the steps are a token ahead.
-                    trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
-                    return True
-                reserve(self.model, cache, cache[0].offset + ahead)
+            with closing(self._tokens(active, cache)) as tokens:
+                for token in tokens:
+                    active.accept(token)
+                    if token in self.checkpoint.generation_defaults.eos_token_ids:
+                        break
+                    active.check()
+                    if should_yield() and active.counters.completion_tokens < active.max_tokens:
+                        # Leaves in the cache all ids but the last: the steps are a token ahead.
+                        trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
+                        return True
+                    reserve(self.model, cache, cache[0].offset + ahead)
         except CancelledError:
             trim_to_shortest_layer(cache)
             self.prefix.store(active.ids, active.keys, cache)
@@ -156,11 +180,13 @@ class Runner:
         except BaseException as error:
             if isinstance(as_package_error(error), OutOfMemoryError):
                 self.prefix.clear()  # all kept caches go, so that the next request has memory
+                if self.draft is not None:
+                    self.draft.prefix.clear()
             raise
         self.prefix.store(active.ids, active.keys, cache)
         return False
 
-    def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Iterator[int]:
+    def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Generator[int]:
         cached = active.counters.cached_tokens
         steps = decode_steps(
             self.model,
@@ -172,11 +198,42 @@ class Runner:
             chunk=min(self.chunk, self.model.budget.chunk),
             check=active.check,
         )
-        if most := active.request.prompt_lookup:
-            first, vocab_size = next(steps), self.model.config.text_config.vocab_size
-            draft = PromptLookup(active.ids, most, vocab_size)
-            steps = speculative_steps(self.model, cache, first, draft, check=active.check)
-        return islice(steps, active.max_tokens)
+        with ExitStack() as drafting:
+            if (most := active.request.proposed) and active.max_tokens > 1:
+                yield (first := next(steps))
+                draft = drafting.enter_context(self._draft(active))
+                steps = speculative_steps(self.model, cache, first, draft, most)
+            yield from islice(steps, active.max_tokens - active.counters.completion_tokens)
+
+    @contextmanager
+    def _draft(self, active: ActiveRequest) -> Iterator[Draft]:
+        """What proposes tokens, given the prompt. A draft model has a prefix cache and a feature
+        bank of its own, and encodes the media with its own tower.
+        """
+        vocab_size = self.model.config.text_config.vocab_size
+        if self.draft is None or active.request.prompt_lookup:
+            yield PromptLookup(active.ids[: active.counters.prompt_tokens], vocab_size)
+            return
+        runner, inputs = self.draft, active.request.inputs
+        model, bank = runner.model, runner.model.bank
+        model.budget = self.model.budget
+        ids, keys = runner.virtual_ids(inputs)
+        bank.hold(keys)
+        try:
+            with bank.in_use(keys), model.interruptible(active.check):
+                matched = runner.prefix.match(ids)
+                runner.fill_bank(inputs, ids, matched, Counters(), active.check)
+                cache, _ = runner.prefix.take(ids)
+                reserve(model, cache, len(ids) + min(active.max_tokens, memory.CACHE_STEP))
+                chunk = min(runner.chunk, model.budget.chunk)
+                draft = ModelDraft(model, cache, ids, vocab_size, chunk=chunk, check=active.check)
+            try:
+                yield draft
+            finally:
+                if not isinstance(sys.exc_info()[1], Exception):  # else it may be damaged
+                    runner.prefix.store(draft.ids, keys, cache)
+        finally:
+            bank.release(keys)
 
     def insert(self, active: ActiveRequest, generator: "BatchGenerator") -> tuple[int, bool]:
         """Adds a new or paused request to a batch: its uid there, and whether it is prefilling."""
@@ -290,6 +347,8 @@ class Runner:
     def forget(self, keys: Sequence[str]) -> None:
         self.prefix.forget(keys)
         self.model.bank.forget(keys)
+        if self.draft is not None:
+            self.draft.forget(keys)
 
     def virtual_ids(self, inputs: Inputs) -> tuple[list[int], list[str]]:
         """The prompt's ids, placeholders replaced by virtual ids, and the keys of its media."""
@@ -324,6 +383,17 @@ class Runner:
         for (medium, counters), embeddings in zip(missing.values(), encoded, strict=True):
             bank.store(medium.key, embeddings)
             counters.encoded_media += 1
+
+
+def check_draft(checkpoint: Checkpoint, draft: Checkpoint) -> None:
+    """RequestError where the tiles of the one's images are not those of the other's."""
+    ours, theirs = checkpoint.config, draft.config
+    sizes = ((config.vision_config.image_size, config.tokens_per_tile) for config in (ours, theirs))
+    if len(set(sizes)) > 1:
+        raise RequestError(
+            f"{draft.path} cuts images into other tiles than {checkpoint.path}, so it cannot be "
+            "its draft model; use a smaller one of the same family"
+        )
 
 
 def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> memory.MemoryModel:

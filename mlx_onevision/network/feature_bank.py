@@ -120,6 +120,10 @@ class FeatureBank:
         """Drops embeddings that no request needs until all are within ``room`` bytes."""
         self._evict(min(room, self.capacity))
 
+    def ids_of(self, key: str) -> range:
+        """The virtual ids of a medium that is known."""
+        return self._entries[key].ids
+
     def look_up(self, first: int, last: int) -> mx.array:
         """The embeddings (last - first, D) of the virtual ids first to last - 1, all of one
         medium.

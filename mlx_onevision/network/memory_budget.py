@@ -98,11 +98,14 @@ class MediumSize(NamedTuple):
 
 
 class RequestSize(NamedTuple):
-    """A request's prompt, and its answer at the longest, in tokens; and its media."""
+    """A request's prompt, and its answer at the longest, in tokens; and its media. ``drafted`` :
+    whether a draft model proposes the answer's tokens while the request runs alone.
+    """
 
     prompt: int
     answer: int
     media: tuple[MediumSize, ...] = ()
+    drafted: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class MemoryModel:
     itemsize : bytes a value, of the type that the model computes in.
     kv_bits : of a quantized KV cache. backend : a name of ``BACKENDS``.
     most_chunk : prompt tokens of a lone request that are computed at once, whatever the budget.
+    draft : of a draft model, whose weights are among ``weights``.
     """
 
     config: OneVisionConfig
@@ -149,6 +153,10 @@ class MemoryModel:
     kv_bits: int | None = None
     quantized: bool = False
     most_chunk: int = CHUNKS[0]
+    draft: "MemoryModel | None" = None
+
+    def with_draft(self, draft: "MemoryModel") -> "MemoryModel":
+        return replace(self, weights=self.weights + draft.weights, draft=draft)
 
     @property
     def position(self) -> int:
@@ -287,6 +295,11 @@ class MemoryModel:
         copied = cache // self.config.text_config.num_hidden_layers
         step = max(self.prefill(size.prompt, budget), self.decode() + copied)
         scratch = max(step, self.encode(size.media, budget) - features - cache)
+        if size.drafted and self.draft is not None:  # it begins after the first token
+            own = self.draft.request(size, budget)
+            cache += own.cache
+            scratch = max(scratch, own.scratch)
+            features = max(features, own.features)
         return Footprint(size.prompt + size.answer, self.weights, cache, features, scratch)
 
     def batch(self, sizes: Sequence[RequestSize], budget: Budget) -> Footprint:

@@ -101,6 +101,11 @@ class Tokenizer:
         known = [i for i in ids if 0 <= i < 2**32]
         return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
+    def agrees_with(self, folder: Path) -> bool:
+        """Whether the tokenizer of a folder gives every token the same id."""
+        other = Tokenizer.from_folder(folder)._backend
+        return self._backend.get_vocab() == other.get_vocab()
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its string in the vocabulary, or None."""
         return self._backend.token_to_id(token)

@@ -52,6 +52,7 @@ RANGES: Mapping[str, Range] = {
     "repetition_penalty": Range(gt=0),
     "seed": Range(ge=0, le=2**64 - 1, whole=True),
     "prompt_lookup": Range(ge=0, le=64, whole=True),
+    "draft_tokens": Range(ge=0, le=64, whole=True),
     "logprobs": Range(ge=0, le=MOST_LOGPROBS, whole=True),
 }
 
