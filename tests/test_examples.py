@@ -183,6 +183,13 @@ def test_the_video_is_small_and_its_program_draws_it(tmp_path: Path) -> None:
     assert apart.mean() < 2  # of 255: encoders differ
 
 
+def test_speculation(folder: Path) -> None:
+    settings = ("--answers", "4", "--tokens", "8", "--pairs", "1")
+    done = run("speculation.py", "--model", folder, "--draft-model", folder, *settings)
+    for way in ("prompt_lookup", "draft_tokens"):
+        assert f"{way}: 4 of 4 answers have the same tokens" in done.stdout
+
+
 def test_throughput() -> None:
     with serving(FakeBackend(delay=0.03)) as client:
         done = run("throughput.py", f"http://127.0.0.1:{client.port}", "4", "16")

@@ -67,9 +67,9 @@ def chat(
     loaded = load(model, revision=revision, dtype=dtype, draft_model=draft_model, **memory)
     try:
         talk = Conversation(loaded, **options)
-        held = prompt_cache is not None and prompt_cache.exists()
-        if held:
-            talk.resume(prompt_cache)
+        resumed = prompt_cache if prompt_cache and prompt_cache.exists() else None
+        if resumed is not None:
+            talk.resume(resumed)
         for image in images:
             talk.attach("image", image)
         for video in videos:
@@ -82,7 +82,7 @@ def chat(
             note=lambda line: click.echo(line, err=True),
             interactive=interactive,
             verbose=verbose,
-            resumed=prompt_cache if held else None,
+            resumed=resumed,
         )
         failed = terminal.run()
         if prompt_cache is not None:

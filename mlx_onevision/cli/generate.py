@@ -118,9 +118,9 @@ def generate(
         model, revision=revision, dtype=dtype, quantize=bits, draft_model=draft_model, **memory
     )
     try:
-        held = prompt_cache is not None and prompt_cache.exists()
-        if held:
-            loaded.load_prompt_cache(prompt_cache)
+        held = prompt_cache if prompt_cache and prompt_cache.exists() else None
+        if held is not None:
+            loaded.load_prompt_cache(held)
         answer = loaded.stream(question, **options)
         try:
             for delta in answer:
@@ -131,8 +131,8 @@ def generate(
             answer.cancel()
             raise
         if prompt_cache is not None:
-            if held and not result.usage.cached_tokens:
-                click.echo(unused(prompt_cache), err=True)
+            if held is not None and not result.usage.cached_tokens:
+                click.echo(unused(held), err=True)
             loaded.save_prompt_cache(prompt_cache)
     finally:
         loaded.close()

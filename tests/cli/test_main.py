@@ -180,11 +180,12 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         *("--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"),
         *("--repetition-penalty", "1.1", "--seed", "3", "--stop", "x", "--stop", "y"),
         *("--json-schema", '{"const": 1}', "--logprobs", "2", "--json"),
-        *("--prompt-lookup", "4", "--memory-limit", "6.5", "--kv-bits", "8"),
+        *("--draft-model", "0.5b", "--draft-tokens", "6", "--prompt-lookup", "4"),
+        *("--memory-limit", "6.5", "--kv-bits", "8"),
     )
     assert result.exit_code == 0
     loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
-    loading |= {"memory_limit": 6.5, "kv_bits": 8}
+    loading |= {"memory_limit": 6.5, "kv_bits": 8, "draft_model": "0.5b"}
     assert model.loaded == ("7b", loading)
     assert model.asked == (
         "What?",
@@ -208,6 +209,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
             "json_schema": '{"const": 1}',
             "logprobs": 2,
             "prompt_lookup": 4,
+            "draft_tokens": 6,
         },
     )
     assert model.closed
@@ -217,13 +219,42 @@ def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, model = fake(monkeypatch)
-    given = ("revision", "dtype", "quantize", "memory_limit", "kv_bits")
+    given = ("revision", "dtype", "quantize", "memory_limit", "kv_bits", "draft_model")
     assert model.loaded == ("demo", dict.fromkeys(given))
     assert model.asked is not None
     options = model.asked[1]
     assert options.pop("max_tokens") is None
     assert options.pop("tiling") == "auto"
     assert not any(options.values())
+
+
+def test_a_draft_length_needs_a_draft() -> None:
+    done = run("generate", "--prompt", "x", "--draft-tokens", "4")
+    assert done.exit_code == 2 and "--draft-tokens needs --draft-model; add it" in done.stderr
+
+
+def test_a_prompt_cache_is_begun_with_and_written(
+    folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "kept"
+    command = ("generate", "--model", folder, "--max-tokens", "4", "--json", "--prompt-cache", file)
+    system = ("--system", "one two three " * 30)
+    first = run(*command, *system, "--image", picture, "--prompt", "What?")
+    second = run(*command, *system, "--image", picture, "--prompt", "Why?")
+    alone = run(*command[:-2], *system, "--image", picture, "--prompt", "Why?")
+    found, expected = json.loads(second.stdout), json.loads(alone.stdout)
+    assert (first.stderr, second.stderr) == ("", "")
+    assert found["tokens"] == expected["tokens"]
+    assert found["usage"]["cached_tokens"] > 64 and found["usage"]["encoded_media"] == 0
+    third = run(*command, "--prompt", "another beginning " * 30)
+    assert third.stderr == (
+        f"{file} was not used: the prompt does not begin with the conversation in it\n"
+    )
+    assert third.exit_code == 0
+    file.write_bytes(file.read_bytes()[:-9])
+    cut = run(*command, "--prompt", "another beginning " * 30)
+    assert cut.exit_code == 1 and cut.stdout == "" and file.read_bytes()
+    one_sentence(cut, "is no prompt cache, or is cut off or damaged")
 
 
 def test_a_schema_in_a_file_and_logprobs(folder: Path, tmp_path: Path) -> None:

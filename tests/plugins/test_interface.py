@@ -107,7 +107,7 @@ def test_the_settings_are_those_of_the_library() -> None:
     fields = GenerateRequest.__dataclass_fields__.keys()
     # A function does not travel; a host cancels the stream instead. And requests of hosts share
     # their steps with others, which prompt lookup does not.
-    ours = Options.__annotations__.keys() - {"check", "prompt_lookup"}
+    ours = Options.__annotations__.keys() - {"check", "prompt_lookup", "draft_tokens"}
     assert fields == ours | {"messages", "timeout"}
 
 
