@@ -35,7 +35,8 @@ from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS
 from mlx_onevision.media.anyres import fitted_size, select_best_resolution
 from mlx_onevision.media.cache import array_key
-from mlx_onevision.media.resize import Pixels, resize, resize_on_square
+from mlx_onevision.media.parallel import parallel_map
+from mlx_onevision.media.resize import Pixels, resize_each, resize_on_square
 from mlx_onevision.media.sources import is_file, open_source, reason
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _OPENING = Lock()  # catch_warnings is one for all threads
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses a file as a decompression bomb
 MAX_READ = 64 << 20  # bytes of a file that are read before it is opened as an image
+_LARGE = 1 << 22  # pixels of an image that is taken from Pillow in strips
 MAX_SIDE = 200_000  # beyond, an image one pixel high would take gigabytes to resize
 
 # What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
@@ -115,13 +117,15 @@ def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
     inner = fitted_size(size, (high, wide))
     top, left = (high - inner[0]) // 2, (wide - inner[1]) // 2
     tiles = np.zeros((1 + (high // tile) * (wide // tile), tile, tile, 3), np.uint8)
-    tiles[0] = resize(image, (tile, tile))
-    fitted = resize(image, inner)
+    tiles[0], fitted = resize_each(image, [(tile, tile), inner])
     corners = product(range(-top, high - top, tile), range(-left, wide - left, tile))
-    for number, (y, x) in enumerate(corners, 1):
+
+    def cut(number: int, y: int, x: int) -> None:
         part = fitted[max(y, 0) : max(y + tile, 0), max(x, 0) : max(x + tile, 0)]
         y, x = max(-y, 0), max(-x, 0)
         tiles[number, y : y + part.shape[0], x : x + part.shape[1]] = part
+
+    parallel_map(lambda place: cut(place[0], *place[1]), enumerate(corners, 1))
     return tiles
 
 
@@ -200,7 +204,7 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
             # Of no use once it is dropped, but Pillow would warn that it is.
             image.info.pop("transparency", None)
             rgb = image if image.mode == "RGB" else image.convert("RGB")
-            return np.asarray(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
+            return _pixels(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
 
 
 @contextmanager
@@ -227,7 +231,21 @@ def _from_object(image: Image, max_pixels: int) -> Pixels:
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = module.new("RGBA", image.size, (255, 255, 255, 255))
             image = module.alpha_composite(white, image.convert("RGBA"))
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return _pixels(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _pixels(image: Image) -> Pixels:
+    """Of an RGB image. Of a large one Pillow would make two copies, neither of which a cache holds;
+    a strip takes part of the time.
+    """
+    if image.height * image.width < _LARGE:
+        return np.asarray(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    band = max(1, _LARGE // 16 // image.width)
+    for top in range(0, image.height, band):
+        box = (0, top, image.width, min(top + band, image.height))
+        pixels[top : top + band] = np.asarray(image.crop(box))
+    return pixels
 
 
 def _from_array(source: object, max_pixels: int) -> Pixels:

@@ -13,7 +13,7 @@ products of an axis are one call, for which their windows of inputs have to lie 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -21,7 +21,6 @@ from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import DTypeLike, NDArray
 
 from mlx_onevision.media.parallel import cores, parallel_map
@@ -39,9 +38,9 @@ _KERNEL = 4  # outputs that BLAS computes together
 # Multiplications in one product. OpenBLAS spreads more than this over threads, which then wait for
 # each other: no gain on an idle machine, and six times slower on a busy one.
 _PRODUCT = 1 << 18
-_VALUES = 1 << 18  # levels held as floats at a time, by each core
-_KEPT = 4 << 20  # bytes of a scratch array that a thread keeps
-_PART = 1 << 20  # levels from which on another core is worth its start
+_VALUES = 1 << 19  # levels held as floats at a time, by each core
+_KEPT = 2 << 20  # bytes of a scratch array that a thread keeps
+_PART = 1 << 19  # levels from which on another core is worth its start
 _TURNED = 160  # pixels of rows that are written at a time: a cache holds the columns they come from
 
 # Apple's BLAS raises floating-point flags on sound products, of which numpy then warns.
@@ -52,7 +51,8 @@ class _Axis(NamedTuple):
     """One pass over levels from which 128 was taken. Product ``b`` makes ``outputs`` outputs of the
     ``inputs`` inputs from ``first + b * step`` on; there may be none that far out.
 
-    matrices : (products, outputs, inputs), whole multiples of 2**-bits; float32 if that is exact.
+    matrices : (products, parts, outputs, inputs), whole multiples of 2**-bits. An output is the sum
+        over the parts: two, if it takes more digits than a float has, but those of each do not.
     offset : (size, 1), what the 128 would have added, and half a level: truncating then rounds.
     """
 
@@ -62,35 +62,32 @@ class _Axis(NamedTuple):
     offset: NDArray[Any]
 
     @property
-    def length(self) -> int:
-        """Of the inputs from the first product's first to the last one's last."""
-        products, _, inputs = self.matrices.shape
-        return (products - 1) * self.step + inputs
-
-    @property
-    def columns(self) -> int:
-        """How many to put through at a time."""
-        return max(1, min(_VALUES // self.length, _PRODUCT // prod(self.matrices.shape[1:])))
+    def last(self) -> int:
+        """The end of the last product's inputs."""
+        products, *_, inputs = self.matrices.shape
+        return self.first + (products - 1) * self.step + inputs
 
     def near(self, start: int, stop: int) -> tuple[int, _Axis]:
-        """The products that read inputs ``start:stop``, and the first of their outputs."""
-        products, outputs, inputs = self.matrices.shape
-        step = max(self.step, 1)
-        low = max(0, (start - self.first - inputs) // step + 1) if self.step else 0
-        high = min(products, (stop - 1 - self.first) // step + 1) if self.step else products
+        """The first output that inputs ``start:stop`` have part in, and the products from there."""
+        products, _, outputs, inputs = self.matrices.shape
+        low, high = 0, products
+        if self.step:
+            low = max(0, (start - self.first - inputs) // self.step + 1)
+            high = min(products, (stop - 1 - self.first) // self.step + 1)
         offset = self.offset[low * outputs : high * outputs]
-        return low * outputs, _Axis(
-            self.first + low * self.step, self.step, self.matrices[low:high], offset
-        )
+        first = self.first + low * self.step
+        return low * outputs, _Axis(first, self.step, self.matrices[low:high], offset)
 
 
 class _Scratch(local):
     """Arrays that a thread uses again: fresh memory costs as much as the arithmetic in it."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Pixels] = {}
+        self._kept: dict[Hashable, Pixels] = {}
 
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    def __call__(
+        self, name: Hashable, shape: tuple[int, ...], dtype: DTypeLike = np.uint8
+    ) -> NDArray[Any]:
         size = prod(shape) * np.dtype(dtype).itemsize
         held = self._kept.get(name)
         if held is None or len(held) < size:
@@ -107,14 +104,23 @@ def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
     """``image`` (H, W, C) resized to ``size`` = (height, width): (height, width, C), or itself
     if it has that size. An antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
     """
-    (high, wide), (to_high, to_wide) = image.shape[:2], size
-    if min(high, wide, to_high, to_wide) < 1:
-        raise ValueError(f"cannot resize {high}x{wide} to {to_high}x{to_wide}")
-    if wide == to_wide:
-        return _down(image, to_high)
-    shape = (high, to_wide, image.shape[2])
-    made = np.empty(shape, np.uint8) if high == to_high else _scratch("made", shape, np.uint8)
-    return _down(_across(image, _axis(wide, to_wide), made), to_high)
+    return resize_each(image, [size])[0]
+
+
+def resize_each(image: Pixels, sizes: Sequence[tuple[int, int]]) -> list[Pixels]:
+    """:func:`resize` to several sizes, which takes less time than one after the other."""
+    high, wide, channels = image.shape
+    for to_high, to_wide in sizes:
+        if min(high, wide, to_high, to_wide) < 1:
+            raise ValueError(f"cannot resize {high}x{wide} to {to_high}x{to_wide}")
+    made = {wide: image}
+    for place, (_, to_wide) in enumerate(sizes):
+        shape = (high, to_wide, channels)
+        returned = any(size == shape[:2] for size in sizes)
+        if to_wide not in made:
+            made[to_wide] = np.empty(shape, np.uint8) if returned else _scratch(place, shape)
+    _across(image, [(_axis(wide, to), out) for to, out in made.items() if to != wide])
+    return [_down(made[to_wide], to_high) for to_high, to_wide in sizes]
 
 
 def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
@@ -129,49 +135,55 @@ def resize_on_square(image: Pixels, size: int, fill: Sequence[int]) -> Pixels:
         made[...] = fill
         made[top : top + high, left : left + wide] = image
         return made
-    rows = _scratch("made", (side, size, channels), np.uint8)
+    rows = _scratch("made", (side, size, channels))
     axis = _axis(side, size)
     if high < side or wide < side:
-        even = np.full((1, side, channels), fill, np.uint8)
-        rows[...] = _across(even, axis, np.empty((1, size, channels), np.uint8))
+        even = np.empty((1, size, channels), np.uint8)
+        _across(np.full((1, side, channels), fill, np.uint8), [(axis, even)])
+        rows[...] = even
     start, near = axis.near(left, left + wide)
-    _across(image, near, rows[top : top + high, start : start + len(near.offset)], left, fill)
+    inner = rows[top : top + high, start : start + len(near.offset)]
+    _across(image, [(near, inner)], left, fill)
     return _down(rows, size)
 
 
 def _across(
-    image: Pixels, axis: _Axis, out: Pixels, left: int = 0, fill: Sequence[int] = (0,)
-) -> Pixels:
-    """(H, W, C) to ``out`` (H, width, C). The image lies from input ``left`` of the axis on, and
-    what is beside it has the colour ``fill``.
+    image: Pixels,
+    passes: Sequence[tuple[_Axis, Pixels]],
+    left: int = 0,
+    fill: Sequence[int] = (0,),
+) -> None:
+    """(H, W, C) to an (H, width, C) for each axis. The image lies from input ``left`` of the axes
+    on, and what is beside it has the colour ``fill``.
 
     Rows are turned into columns and back, as bytes, of which floats would take six times as long:
     BLAS is at its best where the inputs of a product lie below each other.
     """
     high, wide, channels = image.shape
-    most = max(1, axis.columns // channels)
-    begin = left - axis.first
+    axes = [axis for axis, _ in passes]
 
     @_quiet
     def work(part: slice) -> None:
-        band = _even(part.stop - part.start, most)
-        levels, compute = _product(axis, band * channels)
-        columns = levels.reshape(-1, channels, band)
-        if axis.length > wide:
-            columns[...] = np.array(fill, np.uint8)[:, None] ^ np.uint8(128)
-        inner = columns[begin : begin + wide]
-        turned = _scratch("turned", (len(axis.offset), channels, band), np.uint8)
-        flat = turned.reshape(len(axis.offset), -1)
-        for rows in _bands(part, band):
+        columns = _Columns(axes, channels * (part.stop - part.start), channels)
+        levels = columns.levels.reshape(-1, channels, columns.count // channels)
+        if len(levels) > wide:
+            levels[...] = np.array(fill, np.uint8)[:, None] ^ np.uint8(128)
+        inner = levels[left - columns.first :][:wide]
+        for rows in _bands(part, levels.shape[2]):
             count = rows.stop - rows.start
             np.copyto(inner[:, :, :count], image[rows].transpose(1, 2, 0))
             np.bitwise_xor(inner, np.uint8(128), out=inner)
-            np.copyto(flat, compute(), casting="unsafe")
-            for some in _bands(slice(0, len(turned)), _TURNED):
-                np.copyto(out[rows, some], turned[some, :, :count].transpose(2, 0, 1))
+            columns.read()
+            for axis, out in passes:
+                sums = columns.sums(axis)
+                made = _scratch("bytes", sums.shape)
+                np.copyto(made, sums, casting="unsafe")
+                turned = made.reshape(len(made), *levels.shape[1:]).transpose(2, 0, 1)[:count]
+                for some in _bands(slice(0, len(made)), _TURNED):
+                    np.copyto(out[rows, some], turned[:, some])
 
-    parallel_map(work, _parts(high, image.size))
-    return out
+    if axes:
+        parallel_map(work, _parts(high, image.size))
 
 
 def _down(image: Pixels, to_high: int) -> Pixels:
@@ -185,38 +197,59 @@ def _down(image: Pixels, to_high: int) -> Pixels:
 
     @_quiet
     def work(part: slice) -> None:
-        band = _even(part.stop - part.start, axis.columns)
-        levels, compute = _product(axis, band)
-        inner = levels[-axis.first : high - axis.first]
-        for columns in _bands(part, band):
-            count = columns.stop - columns.start
-            np.bitwise_xor(flat[:, columns], np.uint8(128), out=inner[:, :count])
-            np.copyto(out[:, columns], compute()[:, :count], casting="unsafe")
+        columns = _Columns([axis], part.stop - part.start)
+        inner = columns.levels[-axis.first :][:high]
+        for some in _bands(part, columns.count):
+            count = some.stop - some.start
+            np.bitwise_xor(flat[:, some], np.uint8(128), out=inner[:, :count])
+            columns.read()
+            np.copyto(out[:, some], columns.sums(axis)[:, :count], casting="unsafe")
 
     parallel_map(work, _parts(flat.shape[1], flat.size))
     return out.reshape(to_high, *others)
 
 
-def _product(axis: _Axis, columns: int) -> tuple[Pixels, Callable[[], NDArray[Any]]]:
-    """Where to put the levels, less 128, of the axis's inputs, (inputs, columns), and what then
-    computes those of its outputs, (outputs, columns), still to be truncated.
-    """
-    products, outputs, inputs = axis.matrices.shape
-    dtype, length = axis.matrices.dtype, axis.length
-    levels = _scratch("levels", (length, columns), np.uint8)
-    values = _scratch("values", (length, columns), dtype)
-    sums = _scratch("sums", (products, outputs, columns), dtype)
-    row, one = values.strides
-    windows = as_strided(values, (products, inputs, columns), (axis.step * row, row, one))
-    results = sums.reshape(-1, columns)[: len(axis.offset)]
+class _Columns:
+    """Some lines of an image, beside each other.
 
-    def compute() -> NDArray[Any]:
-        np.copyto(values, levels.view(np.int8))
-        np.matmul(axis.matrices, windows, out=sums)
+    levels : (inputs, count), less 128, from input ``first`` of the axes on.
+    """
+
+    def __init__(self, axes: Sequence[_Axis], total: int, together: int = 1) -> None:
+        """For ``total`` lines, of which so many stay ``together``, in bands about as large."""
+        self.first = min(axis.first for axis in axes)
+        length = max(axis.last for axis in axes) - self.first
+        products = max(prod(axis.matrices.shape[1:]) for axis in axes)
+        most = max(together, min(_VALUES // length, _PRODUCT // products))
+        self.count = _even(total // together, most // together) * together
+        self._dtype = np.result_type(*(axis.matrices for axis in axes))
+        self.levels = _scratch("levels", (length, self.count))
+        self._values = _scratch("values", (length, self.count), self._dtype)
+
+    def read(self) -> None:
+        """Takes the levels as they are now."""
+        np.copyto(self._values, self.levels.view(np.int8))
+
+    def sums(self, axis: _Axis) -> NDArray[Any]:
+        """An axis's outputs, (outputs, count), still to be truncated."""
+        products, parts, outputs, inputs = axis.matrices.shape
+        row, one = self._values.strides
+        windows = np.ndarray(
+            (products, inputs, self.count),
+            self._dtype,
+            self._values,
+            (axis.first - self.first) * row,
+            (axis.step * row, row, one),
+        )
+        sums = _scratch("sums", (products, parts * outputs, self.count), self._dtype)
+        np.matmul(axis.matrices.reshape(products, -1, inputs), windows, out=sums)
+        if parts > 1:
+            high, low = sums.reshape(products, parts, outputs, -1).swapaxes(0, 1)
+            sums = _scratch("whole", high.shape, np.float64)
+            np.add(high, low, out=sums, dtype=np.float64)
+        results = sums.reshape(-1, self.count)[: len(axis.offset)]
         np.add(results, axis.offset, out=results)
         return np.clip(results, 0, 255, out=results)
-
-    return levels, compute
 
 
 def _even(length: int, most: int) -> int:
@@ -243,20 +276,39 @@ def _axis(size: int, to_size: int) -> _Axis:
     bits = _bits(float(weights.max()))
     one = float(1 << bits)
     whole = np.trunc(weights * one + np.copysign(0.5, weights))
-    most = float(np.abs(whole).sum(axis=0).max())
-    # Sums are exact below 2**24; with the offset, in the range that is not clipped, below 2**8.
-    dtype = np.float32 if 128 * most < _FLOAT_END and 256 * one <= _FLOAT_END else np.float64
-    taps = len(weights)
-    outputs, step, begin, inputs = _windows(first, taps, size / to_size)
-    matrices = np.zeros((-(-to_size // outputs), outputs, inputs), dtype)
+    (parts, dtype), taps = _digits(whole, one), len(whole)
+    outputs, step, begin, inputs = _windows(first, taps, size / to_size, len(parts))
+    matrices = np.zeros((-(-to_size // outputs), len(parts), outputs, inputs), dtype)
     block, place = np.divmod(np.arange(to_size), outputs)
     tap = first - begin - block * step + np.arange(taps)[:, None]
-    matrices[block, place, tap] = whole / one
+    for number, part in enumerate(parts):
+        matrices[block, number, place, tap] = part / one
     offset = (128 * whole.sum(axis=0) + one / 2) / one
-    return _Axis(begin, step, matrices, offset.astype(dtype)[:, None])
+    return _Axis(begin, step, matrices, offset[:, None].astype(dtype if len(parts) == 1 else float))
 
 
-def _windows(first: NDArray[np.int64], taps: int, scale: float) -> tuple[int, int, int, int]:
+def _is_exact(weights: Reals) -> bool:
+    """Whether floats hold all sums that whole weights (taps, outputs) can make."""
+    return 128 * float(np.abs(weights).sum(axis=0).max()) < _FLOAT_END
+
+
+def _digits(weights: Reals, one: float) -> tuple[list[Reals], type[np.floating]]:
+    """``weights``, or two parts of them, and what holds all sums of each. With the offset, in the
+    range that is not clipped, sums stay below 256.
+    """
+    if _is_exact(weights) and 256 * one <= _FLOAT_END:
+        return [weights], np.float32
+    for bits in range(1, _MOST_BITS):
+        high = np.round(weights / (1 << bits))
+        low = weights - high * (1 << bits)
+        if _is_exact(high) and _is_exact(low):
+            return [high * (1 << bits), low], np.float32
+    return [weights], np.float64
+
+
+def _windows(
+    first: NDArray[np.int64], taps: int, scale: float, parts: int
+) -> tuple[int, int, int, int]:
     """How many outputs to make in one product, how far apart the windows of their inputs are, where
     the first of them begins, and how many inputs are in each, for the least work. Of outputs whose
     inputs begin a whole number of pixels further on, windows need no room to spare.
@@ -269,8 +321,8 @@ def _windows(first: NDArray[np.int64], taps: int, scale: float) -> tuple[int, in
         for step in (int(outputs * scale), int(outputs * scale) + 1):
             begin = int((starts - number * step).min())
             inputs = int((stops - number * step).max()) - begin
-            if outputs == 1 or outputs * inputs <= _PRODUCT // 16:
-                computed = -(-outputs // _KERNEL) * _KERNEL
+            if outputs == 1 or parts * outputs * inputs <= _PRODUCT // 16:
+                computed = -(-parts * outputs // _KERNEL) * _KERNEL
                 work = len(starts) * inputs * (computed + _PACKING)
                 found.append((work, outputs, step, begin, inputs))
     return min(found)[1:]
