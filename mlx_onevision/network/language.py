@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_onevision.config.model import TextConfig
-from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, on_cuda
+from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda
 from mlx_onevision.network.memory_budget import CACHE_STEP
 
 Mask = mx.array | str | None
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if "gate_up_proj" in self:
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+            gate, up = halves_of(self.gate_up_proj, x)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(self.gated(gate, up))
@@ -118,9 +118,15 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
     ) -> mx.array:
+        return self.feed_forward(self.attend(x, rotate, mask, cache))
+
+    def attend(
+        self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
+    ) -> mx.array:
+        """The first half of a layer; :meth:`feed_forward` is the second."""
         # The offset is read before the update, which moves a batch cache's in place.
         projected = self.before_attention(x, rotate, 0 if cache is None else cache.offset)
-        return self.after_attention(x, self.self_attn.attend(*projected, mask, cache))
+        return self.add_attention(x, self.self_attn.attend(*projected, mask, cache))
 
     def before_attention(
         self, x: mx.array, rotate: RotaryEmbedding, offset: int | mx.array
@@ -128,8 +134,13 @@ class DecoderLayer(nn.Module):
         return self.self_attn.project(self.input_layernorm(x), rotate, offset)
 
     def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
+        return self.feed_forward(self.add_attention(x, attended))
+
+    def add_attention(self, x: mx.array, attended: mx.array) -> mx.array:
         attention = self.self_attn
-        x = x + (attention.combine_one if x.ndim == 2 else attention.combine)(attended)
+        return x + (attention.combine_one if x.ndim == 2 else attention.combine)(attended)
+
+    def feed_forward(self, x: mx.array) -> mx.array:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -175,11 +186,18 @@ class Qwen2(nn.Module):
         plain = all(type(layer) is DecoderLayer for layer in self.layers)
         if h.shape[1] == 1 and cache is not None and plain:
             return self._decode(h, cache, [masks[window] for window in self._windows])
-        pace = Pace(interval)
+        # A CPU computes at once what it is given, and gains nothing by an overlap.
+        halves = interval == 1 and plain and mx.default_device().type == mx.gpu
+        pace = Pace(interval, halves)
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
         ):
-            h = layer(h, self._rotate, masks[window], layer_cache)
+            if halves:
+                h = layer.attend(h, self._rotate, masks[window], layer_cache)
+                pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
+                h = layer.feed_forward(h)
+            else:
+                h = layer(h, self._rotate, masks[window], layer_cache)
             if pace.is_due(number):
                 pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 check()

@@ -67,11 +67,13 @@ class Pace:
 
     From an interval of 2 on it has two halves: the device computes one while the next is built, so
     that it need not wait for the host between them.
+
+    halves : an interval of 1 has halves, too: there is an evaluation within each layer.
     """
 
-    def __init__(self, interval: int) -> None:
+    def __init__(self, interval: int, halves: bool = False) -> None:
         self._every = max(1, interval // 2) if interval else 0
-        self._overlaps = interval > 1
+        self._overlaps = interval > 1 or halves
         self._computing: Any = []
 
     def is_due(self, number: int) -> bool:
@@ -138,6 +140,20 @@ class LongStepLinear(nn.QuantizedLinear):
         if rows < STEPS[0] or rows < fewest_dense_rows(self, x.dtype):
             return super().__call__(x)
         return _dense(self, x)
+
+
+def halves_of(layer: Any, x: mx.array) -> list[mx.array]:
+    """The two halves of a layer's outputs. For many rows each is computed by itself: what reads
+    them then reads contiguous arrays, which is twice as fast.
+    """
+    if x.size // x.shape[-1] < STEPS[0] or type(layer) not in (nn.Linear, LongStepLinear):
+        return list(mx.split(layer(x), 2, axis=-1))
+    outputs, products = layer.weight.shape[0] // 2, list[mx.array]()
+    for part in (slice(outputs), slice(outputs, None)):
+        half: Any = copy(layer)
+        dict.update(half, {name: layer[name][part] for name in ARRAYS if name in layer})
+        products.append(half(x))
+    return products
 
 
 # Rows for which the dense way is tried. Decode steps, of a row a request, have fewer.

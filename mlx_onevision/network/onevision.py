@@ -121,12 +121,13 @@ class OneVision(nn.Module):
         self, media: Sequence[EncodableMedium], launched: Callable[[], None] = lambda: None
     ) -> Iterator[mx.array]:
         """The embeddings (tokens, hidden_size) of each medium, in order, each as soon as its last
-        tile has been encoded. A group of tiles is filled from one medium after another.
+        tile has been sent to the device. A group of tiles is filled from one medium after another.
 
-        launched : called whenever a group of tiles has been sent to the device and before it is
-            waited for; what it raises ends the encoding.
+        launched : called whenever a group of tiles has been sent to the device and before the one
+            before it is waited for; what it raises ends the encoding.
         """
         features: list[mx.array] = []  # of the first medium that has not been yielded
+        computing: list[mx.array] = []
         for group in _tile_groups([len(medium.tiles) for medium in media], self.budget.tile_group):
             pixels = [
                 normalize(media[number].tiles[part], media[number].normalization)
@@ -146,8 +147,10 @@ class OneVision(nn.Module):
                 first = last
             mx.async_eval(packed, features)
             launched()
-            mx.eval(packed, features)
+            mx.eval(computing)  # the group before, so that the device has another to go on with
+            computing = [*packed, *features]
             yield from packed
+        mx.eval(computing)
 
     def vision_features(self, pixels: mx.array) -> mx.array:
         """The tower's selected hidden states, shape = (tiles, patches, tower width * layers)."""
