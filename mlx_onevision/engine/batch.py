@@ -1,24 +1,25 @@
-"""Several requests at once on the inference thread: mlx-lm's continuous batching. Requests are
-admitted as memory allows; each ends, fails and is cancelled by itself.
+"""Several requests at once on the inference thread: continuous batching. Requests are admitted as
+memory allows; each ends, fails and is cancelled by itself.
 
 A lone request runs outside of a batch, where one sequence decodes faster (:mod:`runner`). A running
 request is moved into the batch when another arrives.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_onevision.engine.request import ActiveRequest
-from mlx_onevision.engine.runner import Runner
+from mlx_onevision.engine.decode import import_mlx_lm
+from mlx_onevision.engine.prefix_cache import LEAST_MATCH, common, first
+from mlx_onevision.engine.request import ActiveRequest, Counters
+from mlx_onevision.engine.rows import Rows
+from mlx_onevision.engine.runner import Runner, wired
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.network import memory_budget as memory
-
-if TYPE_CHECKING:
-    from mlx_lm.generate import BatchGenerator
+from mlx_onevision.prompt.processor import Inputs
 
 
 def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
@@ -26,7 +27,7 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
     while waiting:
         active = waiting.popleft()
         try:
-            if runner.memory.kv_bits is not None:  # mlx-lm's batches cannot take such caches
+            if runner.memory.kv_bits is not None:  # mlx-lm cannot join such caches
                 runner.run_alone(active)
             elif waiting or not runner.run_alone(active, lambda: bool(waiting)):
                 waiting.appendleft(active)
@@ -40,17 +41,22 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
 class Batch:
     """Answers requests in the order of ``waiting``, to which any thread may add meanwhile.
 
-    Requests are admitted while all together stay within ``runner.limit``; one always is.
-    ``memory.prefill_batch`` of them are encoded and prefilled at once, to hold few media.
+    Requests are admitted while all together stay within ``runner.limit``; one always is. Up to
+    ``memory.MAX_PREFILL_BATCH_SIZE`` begin together, to hold few media.
     """
 
     def __init__(self, runner: Runner, waiting: deque[ActiveRequest]) -> None:
         self._runner = runner
         self._waiting = waiting
-        self._active: dict[int, ActiveRequest] = {}
-        self._prefilling: set[int] = set()  # those of the active ones
-        self._together = 1  # are encoded and prefilled at once, at most
+        self._rows = Rows(runner)
+        self._newcomers: list[ActiveRequest] = []  # are encoded and prefilled
+        self._beginning: Iterator[None] | None = None  # which goes on between decode steps
         self._first: ActiveRequest | None = None  # for which the steps have been chosen
+
+    @property
+    def requests(self) -> list[ActiveRequest]:
+        """Those under way."""
+        return [*self._rows.requests, *self._newcomers]
 
     def run(self) -> None:
         """Until every request has ended, or one is left that has not begun: that one runs alone. An
@@ -58,131 +64,219 @@ class Batch:
         """
         mx.reset_peak_memory()
         while self._others_waiting():
-            generator = None
             try:
                 self._first = self._waiting[0]
-                with self._runner.within_limit([self._first.size]):
-                    generator = self._generator()
-                    while self._active or self._others_waiting():
-                        self._drop_cancelled(generator)
-                        self._admit(generator)
-                        if not self._active:
+                with wired(), self._runner.within_limit([self._first.size]):
+                    while self.requests or self._others_waiting():
+                        self._drop_cancelled()
+                        self._admit()
+                        if not self.requests:
                             break  # none is left, or the next one needs smaller steps
-                        self._step(generator)
+                        self._step()
             except BaseException as error:  # nobody may be left waiting
-                failed = list(self._active.values())
-                while generator is None and self._waiting:
-                    failed.append(self._waiting.popleft())
-                for active in failed:
+                if not self.requests and self._waiting:
+                    self._newcomers = [self._waiting.popleft()]
+                for active in self.requests:
                     active.end(error)
-                self._active.clear()
-                self._prefilling.clear()
+                self._newcomers = []
             finally:
-                if generator is not None:
-                    generator.close()
-                del generator  # and with it the caches
+                self._beginning, self._rows = None, Rows(self._runner)
                 mx.clear_cache()
 
     def _others_waiting(self) -> bool:
         waiting = self._waiting.copy()  # other threads add to it
         return len(waiting) > 1 or any(active.is_paused for active in waiting)
 
-    def _generator(self) -> "BatchGenerator":
-        from mlx_lm.generate import BatchGenerator
-
-        chunk = self._runner.model.budget.chunk
-        self._together, step_size = memory.prefill_batch(chunk, len(self._waiting))
-        eos = self._runner.checkpoint.generation_defaults.eos_token_ids
-        return BatchGenerator(
-            self._runner.model,
-            stop_tokens=[[token] for token in eos],
-            completion_batch_size=memory.MAX_BATCH_SIZE,
-            prefill_batch_size=self._together,
-            prefill_step_size=step_size,
-        )
-
-    def _admit(self, generator: "BatchGenerator") -> None:
+    def _admit(self) -> None:
+        if self._newcomers:
+            return
         newcomers: list[ActiveRequest] = []
         for active in self._waiting.copy():  # other threads add to it
             if not self._has_room_for(active, newcomers):
                 break
             newcomers.append(active)
-        begun = [active for active in newcomers if not active.is_paused]
         if newcomers:
             self._runner.make_room(self._sizes(newcomers))
-        with self._runner.encoded_together(begun) if len(begun) > 1 else nullcontext():
-            for active in newcomers:
+            self._newcomers = newcomers
+            self._beginning = self._begin()
+            for _ in newcomers:
                 self._waiting.popleft()
-                try:
-                    active.check()
-                    uid, prefilling = self._runner.insert(active, generator)
-                except Exception as error:  # it cannot be encoded, or was cancelled
-                    active.end(error)
-                    continue
-                self._active[uid] = active
-                if prefilling:
-                    self._prefilling.add(uid)
 
     def _has_room_for(self, active: ActiveRequest, newcomers: Sequence[ActiveRequest]) -> bool:
-        others = [*self._active.values(), *newcomers]
+        others = [*self._rows.requests, *newcomers]
         if not others and active is self._first:
             return True
-        prefilling = len(self._prefilling) + sum(not other.is_paused for other in newcomers)
-        if prefilling >= self._together or len(others) >= memory.MAX_BATCH_SIZE:
+        beginning = sum(not other.is_paused for other in newcomers)
+        if beginning >= memory.MAX_PREFILL_BATCH_SIZE or len(others) >= memory.MAX_BATCH_SIZE:
             return False
         runner, sizes = self._runner, self._sizes([*newcomers, active])
         return runner.memory.batch(sizes, runner.model.budget).total <= runner.limit
 
     def _sizes(self, newcomers: Sequence[ActiveRequest]) -> list[memory.RequestSize]:
-        return [active.size for active in (*self._active.values(), *newcomers)]
+        return [active.size for active in (*self._rows.requests, *newcomers)]
 
-    def _step(self, generator: "BatchGenerator") -> None:
-        """A chunk of the prompts that are being prefilled, and a decode step of the others."""
-        prefix = self._runner.prefix
-        # Only then are all single ids sampled ones; see OneVision.decoding.
-        decoding = nullcontext() if self._prefilling else self._runner.model.decoding()
-        with decoding, self._runner.model.interruptible(self._check_all):
-            prompts, answers = generator.next()
-        self._prefilling -= {prompt.uid for prompt in prompts if prompt.end_of_prompt}
-        for answer in answers:
-            active, failure = self._active[answer.uid], None
+    def _step(self) -> None:
+        """A group of tiles or a chunk of the newcomers, and a decode step of the others."""
+        if self._beginning is not None:
+            with self._runner.model.interruptible(self._check_newcomers):
+                next(self._beginning, None)
+        if not self._rows.requests:
+            return
+        eos, ended = self._runner.checkpoint.generation_defaults.eos_token_ids, []
+        for active, token in self._rows.step():
+            failure = None
             try:
-                active.accept(answer.token)
+                active.accept(token)
             except Exception as error:  # in what makes text of it, or in its schema
                 failure = error
-                generator.remove([answer.uid])
-            if failure is not None or answer.finish_reason is not None:
-                try:
-                    if failure is None and answer.prompt_cache and answer.all_tokens:
-                        prefix.store_from_batch(answer.all_tokens, active.keys, answer.prompt_cache)
-                finally:  # the answer is there, whatever becomes of its cache
-                    del self._active[answer.uid]
-                    active.end(failure)
+            last = active.counters.completion_tokens >= active.max_tokens
+            if failure is not None or last or token in eos or active.finish_reason == "stop":
+                ended.append((active, failure))
+        self._leave(ended)
 
-    def _check_all(self) -> None:
-        """Raises CancelledError once all are cancelled."""
-        for active in self._active.values():
+    def _leave(self, ended: Sequence[tuple[ActiveRequest, BaseException | None]]) -> None:
+        """Ends requests, and keeps the KV caches of those that did not fail."""
+        prefix = self._runner.prefix
+        try:
+            for active, failure in ended:
+                if failure is None or isinstance(failure, CancelledError):
+                    cache = self._rows.cache_of(active, len(active.ids))
+                    prefix.store_from_batch(active.ids, active.keys, cache)
+        finally:  # the answers are there, whatever becomes of the caches
+            for active, failure in ended:
+                active.end(failure)
+        self._rows.remove([active for active, _ in ended])
+
+    def _check_newcomers(self) -> None:
+        """Raises CancelledError once all of them are cancelled."""
+        for active in self._newcomers:
             with suppress(CancelledError):
                 active.check()
                 return
         raise CancelledError("the requests were cancelled")
 
-    def _drop_cancelled(self, generator: "BatchGenerator") -> None:
-        for uid, active in list(self._active.items()):
+    def _drop_cancelled(self) -> None:
+        cancelled: list[tuple[ActiveRequest, BaseException]] = []
+        for active in [*self.requests, *self._waiting.copy()]:  # other threads add to it
             try:
                 active.check()
-            except CancelledError as cancelled:
-                left = generator.remove([uid], return_prompt_caches=uid not in self._prefilling)
-                try:
-                    for cache, ids in left.values():  # it may have ended at a stop string
-                        self._runner.prefix.store_from_batch(ids, active.keys, cache)
-                finally:
-                    del self._active[uid]
-                    self._prefilling.discard(uid)
-                    active.end(cancelled)
-        for active in self._waiting.copy():  # other threads add to it
-            try:
-                active.check()
-            except CancelledError as cancelled:
-                self._waiting.remove(active)
-                active.end(cancelled)
+            except CancelledError as error:
+                if active in self._newcomers:
+                    self._newcomers.remove(active)
+                elif active in self._waiting:
+                    self._waiting.remove(active)
+                else:
+                    cancelled.append((active, error))
+                    continue
+                active.end(error)
+        self._leave(cancelled)
+
+    # How requests begin. At any pause some of them may be cancelled.
+
+    def _begin(self) -> Iterator[None]:
+        """Encodes and prefills the newcomers, and lets them join the others. Pauses after each
+        group of tiles and each chunk.
+
+        In the order of their ids those that begin alike are neighbours, and each goes on from the
+        KV cache of the one before: what several begin with is read once.
+        """
+        runner, newcomers = self._runner, self._newcomers
+        self._join([(active, active.cache) for active in newcomers if active.cache is not None])
+        for active in newcomers.copy():
+            with self._ending(active):
+                active.hold(runner.model.bank, *runner.virtual_ids(active.request.inputs))
+        yield from self._encode_together()
+        ready: list[tuple[ActiveRequest, list[Any]]] = []
+        before: tuple[list[int], list[Any]] = ([], [])
+        ordered = sorted(newcomers, key=lambda active: active.ids)
+        for active, following in zip(ordered, [*ordered[1:], None], strict=True):
+            cache, held, goal, alike = [], 0, 0, before
+            with self._ending(active):
+                active.begin(None)
+                cache, held = self._source(active.ids, *alike)
+                active.counters.cached_tokens = held
+                goal = self._goal(active.ids, held, following)
+                for _ in runner.encode([self._unread(active, held)]):
+                    yield
+            if active not in newcomers:
+                continue  # it failed, or was cancelled
+            if goal > held and ready and not common(active.ids, before[0]) >= held > 0:
+                self._join(ready)  # and need not wait for what they have nothing of
+                ready = []
+                yield
+            before = ([], [])
+            with self._ending(active):
+                for _ in runner.prefill(active.ids[:goal], cache):
+                    yield
+                    if active not in newcomers:
+                        break
+                before = (active.ids[: cache[0].offset], [*cache])
+                ready.append((active, cache))
+        self._join(ready)
+
+    def _encode_together(self) -> Iterator[None]:
+        """Groups of tiles are filled from several requests. What fails here fails again where its
+        own request is prefilled.
+        """
+        newcomers, count = self._newcomers, -1
+        with suppress(Exception):
+            while count != len(newcomers):  # one was cancelled: again, for those that are left
+                count = len(newcomers)
+                prompts = [self._unread(active) for active in newcomers]
+                for _ in self._runner.encode(prompts, import_mlx_lm):
+                    yield
+                    if count != len(newcomers):
+                        break
+        import_mlx_lm()
+
+    def _unread(
+        self, active: ActiveRequest, held: int | None = None
+    ) -> tuple[Inputs, list[int], Counters]:
+        ids = active.ids
+        if held is None:
+            held = max(self._runner.prefix.match(ids), self._rows.match(ids)[1])
+        return active.request.inputs, ids[held:], active.counters
+
+    def _source(self, ids: list[int], before: list[int], cache: list[Any]) -> tuple[list[Any], int]:
+        """A KV cache to go on from, and how many of ``ids`` it holds: that of the request before, a
+        kept one, or a copy of a running one.
+        """
+        last = len(ids) - 1
+        alike, kept = min(common(before, ids), last), self._runner.prefix.match(ids)
+        running, there = self._rows.match(ids)
+        there = min(there, last)
+        if max(alike, there, kept) < LEAST_MATCH or kept > max(alike, there):
+            return self._runner.prefix.take(ids)
+        if running is None or alike >= there:
+            return first(cache, alike), alike
+        copied = self._rows.cache_of(running, there)
+        mx.eval([layer.state[:2] for layer in copied])
+        return copied, there
+
+    def _goal(self, ids: list[int], held: int, following: ActiveRequest | None) -> int:
+        """How many of ``ids`` are to be prefilled by themselves: all but the last where many are
+        left, else what the following request begins with, too.
+        """
+        last = len(ids) - 1
+        if last - held > memory.tail(self._runner.prefill_chunk):
+            return last
+        shared = 0 if following is None else min(common(ids, following.ids), last)
+        return shared if shared - held >= LEAST_MATCH else held
+
+    def _join(self, ready: Sequence[tuple[ActiveRequest, list[Any]]]) -> None:
+        ready = [(active, cache) for active, cache in ready if active in self._newcomers]
+        if ready:
+            self._rows.join(ready)
+        for active, _ in ready:
+            self._newcomers.remove(active)
+            active.cache = None
+
+    @contextmanager
+    def _ending(self, active: ActiveRequest) -> Iterator[None]:
+        """Ends the one request with what goes wrong."""
+        try:
+            yield
+        except Exception as error:
+            if active in self._newcomers:
+                self._newcomers.remove(active)
+            active.end(error)

@@ -36,14 +36,7 @@ class Kept:
 
     def common(self, ids: list[int]) -> int:
         """How many of the first ``ids`` it holds."""
-        least, most = 0, min(len(self.ids), len(ids))
-        while least < most:  # by halves: lists are compared much faster than their items
-            middle = (least + most + 1) // 2
-            if self.ids[least:middle] == ids[least:middle]:
-                least = middle
-            else:
-                most = middle - 1
-        return least
+        return common(self.ids, ids)
 
 
 class PrefixCache:
@@ -80,7 +73,7 @@ class PrefixCache:
             # Another conversation that began alike: its own rest is worth more than a copy.
             self._kept.append(kept)
             self._evict(self.capacity)
-            return [_first(layer, matched) for layer in kept.cache], matched
+            return first(kept.cache, matched), matched
         self._model.bank.release(kept.keys)
         self._evict(self.capacity)
         trim_prompt_cache(kept.cache, kept.cache[0].offset - matched)
@@ -236,6 +229,23 @@ class PrefixCache:
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)
         self._model.bank.release(kept.keys)
+
+
+def common(ids: list[int], others: list[int]) -> int:
+    """How many ids both begin with."""
+    least, most = 0, min(len(ids), len(others))
+    while least < most:  # by halves: lists are compared much faster than their items
+        middle = (least + most + 1) // 2
+        if ids[least:middle] == others[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def first(cache: Sequence[Any], count: int) -> list[Any]:
+    """A KV cache of the first positions only, which are copied once either of them is written to."""
+    return [_first(layer, count) for layer in cache]
 
 
 def _size(cache: list[Any]) -> int:

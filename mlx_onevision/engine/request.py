@@ -169,15 +169,19 @@ class ActiveRequest:
                 self.finish_reason = "cancelled"
             raise CancelledError("the request was cancelled")
 
-    def hold(self, bank: FeatureBank, keys: list[str]) -> None:
-        """Keeps the features of its media until the first token, and their ids until the end."""
-        self.keys = keys
+    def hold(self, bank: FeatureBank, ids: list[int], keys: list[str]) -> None:
+        """Its prompt's ids and media: keeps the features of these until the first token, and their
+        ids until the end.
+        """
+        self.ids, self.keys = ids, keys
+        self.counters.prompt_tokens = len(ids)
         self._features.enter_context(bank.in_use(keys))
         bank.hold(keys)
         self._virtual_ids.callback(bank.release, keys)
 
-    def begin(self, ids: list[int], cache: list[Any]) -> None:
-        self.ids, self.cache = ids, cache
+    def begin(self, cache: list[Any] | None) -> None:
+        """Its prefill begins, into its own KV cache or in a batch."""
+        self.cache = cache
         self._since = time.perf_counter()
 
     def accept(self, token: int) -> None:
@@ -231,7 +235,9 @@ class ActiveRequest:
 def request_size(inputs: Inputs, answer: int) -> RequestSize:
     """What memory depends on, of a prepared prompt and an answer of so many tokens."""
     media = (
-        MediumSize(len(medium.tiles), medium.tokens, medium.packing, medium.kind == "video")
+        MediumSize(
+            len(medium.tiles), medium.tokens, medium.packing, medium.kind == "video", medium.key
+        )
         for medium in inputs.media
     )
     return RequestSize(len(inputs.input_ids), answer, tuple(media))

@@ -1,6 +1,6 @@
 """Requests on the inference thread: encode media, prefill, decode, keep the KV cache.
 
-Batches are mlx-lm's, unmodified; what is used of it is imported only when a request needs it.
+What is used of mlx-lm is imported only when a request needs it.
 """
 
 import os
@@ -8,9 +8,9 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,9 +38,6 @@ from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.layers import on_cuda
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Medium
-
-if TYPE_CHECKING:
-    from mlx_lm.generate import BatchGenerator
 
 # Encoded media are kept up to this share of the memory that the device should use, and no more than
 # about twenty large images of the largest model take.
@@ -133,7 +130,7 @@ class Runner:
         try:
             active.check()
             alone = self.within_limit([active.size])
-            with _wired(), alone, self.model.interruptible(active.check):
+            with wired(), alone, self.model.interruptible(active.check):
                 if self._decode(active, self.begin(active), should_yield):
                     return False
         except BaseException as error:
@@ -146,11 +143,10 @@ class Runner:
         """Encodes the media of a request, and takes a KV cache to prefill its prompt into."""
         inputs, counters = active.request.inputs, active.counters
         ids, keys = self.virtual_ids(inputs)
-        active.hold(self.model.bank, keys)
-        counters.prompt_tokens = len(ids)
+        active.hold(self.model.bank, ids, keys)
         self.fill_bank(inputs, ids, self.prefix.match(ids), counters, active.check)
         cache, counters.cached_tokens = self.prefix.take(ids)
-        active.begin(ids, cache)
+        active.begin(cache)
         return cache
 
     def _decode(
@@ -193,9 +189,9 @@ class Runner:
             active.ids[cached:],
             cache,
             active.sampler.sampler(),
-            self._processors(active, active.ids[:cached]),
+            self.processors(active, active.ids[:cached]),
             normalise=active.sampler.needs_logprobs,
-            chunk=min(self.chunk, self.model.budget.chunk),
+            chunk=self.prefill_chunk,
             check=active.check,
         )
         with ExitStack() as drafting:
@@ -235,26 +231,24 @@ class Runner:
         finally:
             bank.release(keys)
 
-    def insert(self, active: ActiveRequest, generator: "BatchGenerator") -> tuple[int, bool]:
-        """Adds a new or paused request to a batch: its uid there, and whether it is prefilling."""
-        cache = active.cache
-        prefilling = cache is None
-        if cache is None:
-            cache = self.begin(active)
-        held = active.counters.cached_tokens if prefilling else len(active.ids) - 1
-        produced = active.counters.completion_tokens
-        (uid,) = generator.insert(
-            [active.ids[held:]],
-            max_tokens=[active.max_tokens - produced],
-            caches=[cache],
-            all_tokens=[active.ids[:held]],
-            samplers=[active.sampler.sampler(produced)],
-            logits_processors=[self._processors(active)],
-        )
-        active.cache = None
-        return uid, prefilling
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of one prompt that are prefilled at once."""
+        return min(self.chunk, self.model.budget.chunk)
 
-    def _processors(self, active: ActiveRequest, before: Sequence[int] = ()) -> list[Any]:
+    def prefill(self, ids: Sequence[int], cache: list[Any]) -> Iterator[None]:
+        """Reads what of ``ids`` the cache does not hold, and pauses after each chunk."""
+        if cache[0].offset < len(ids):
+            reserve(self.model, cache, len(ids))
+        while (start := cache[0].offset) < len(ids):
+            chunk = mx.array([ids[start : start + self.prefill_chunk]], mx.int32)
+            self.model(chunk, cache, last=1)  # its logits are never computed
+            mx.eval([layer.state for layer in cache])
+            mx.clear_cache()
+            yield
+
+    def processors(self, active: ActiveRequest, before: Sequence[int] = ()) -> list[Any]:
+        """Logits processors. ``before`` : ids that they will not be given with the others."""
         config = self.model.config
         vocab_size, placeholder = config.text_config.vocab_size, config.image_token_index
         return active.sampler.logits_processors(vocab_size, placeholder, before)
@@ -268,54 +262,29 @@ class Runner:
         check: Callable[..., None],
     ) -> None:
         """Encodes the media beyond the first ``matched`` ids, and loads mlx-lm meanwhile."""
-        started = time.perf_counter()
 
         def launched() -> None:
             # The device works on tiles now, and the import takes more than a second.
-            counters.import_seconds += _import_mlx_lm()
+            seconds = _import_mlx_lm()
+            counters.import_seconds += seconds
+            counters.encode_seconds -= seconds
             check()
 
-        self._encode([(inputs, ids[matched:], counters)], launched)
+        for _ in self.encode([(inputs, ids[matched:], counters)], launched):
+            pass
         counters.import_seconds += _import_mlx_lm()
-        counters.encode_seconds += time.perf_counter() - started - counters.import_seconds
-
-    @contextmanager
-    def encoded_together(self, requests: Sequence[ActiveRequest]) -> Iterator[None]:
-        """While requests begin that will be prefilled together: their media are in the bank, tiles
-        of several encoded in a group. What fails here fails again where its own request begins.
-        """
-
-        def check() -> None:
-            for active in requests:
-                active.check()
-
-        started = time.perf_counter()
-        with ExitStack() as in_use:
-            with suppress(Exception):
-                prompts: list[tuple[Inputs, Sequence[int], Counters]] = []
-                for active in requests:
-                    inputs = active.request.inputs
-                    ids, keys = self.virtual_ids(inputs)
-                    in_use.enter_context(self.model.bank.in_use(keys))
-                    prompts.append((inputs, ids[self.prefix.match(ids) :], active.counters))
-                self._encode(prompts, check)
-            seconds = time.perf_counter() - started
-            encoded = sum(active.counters.encoded_media for active in requests)
-            for active in requests:
-                share = active.counters.encoded_media / max(1, encoded)
-                active.counters.encode_seconds += share * seconds
-            yield
 
     def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
         ids, keys = self.virtual_ids(inputs)
         with self.model.bank.in_use(keys), self.within_limit([request_size(inputs, 0)]):
-            self._encode([(inputs, ids, Counters())], lambda: None)
+            for _ in self.encode([(inputs, ids, Counters())]):
+                pass
             return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 
     def embed_tiles(
         self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]
     ) -> np.ndarray:
-        with _wired():
+        with wired():
             return tower_means(self.model, tiles, normalization, check)
 
     def embed_prompts(self, prompts: Sequence[Inputs], check: Callable[..., None]) -> np.ndarray:
@@ -323,13 +292,14 @@ class Runner:
         vectors = []
         for group in self._groups(prompts):
             rows: list[list[int]] = []
-            with _wired(), self.within_limit([_joint_size(group)]), ExitStack() as in_use:
+            with wired(), self.within_limit([_joint_size(group)]), ExitStack() as in_use:
                 for inputs in group:
                     ids, keys = self.virtual_ids(inputs)
                     in_use.enter_context(self.model.bank.in_use(keys))
                     rows.append(ids)
                 together = [(*pair, Counters()) for pair in zip(group, rows, strict=True)]
-                self._encode(together, check)
+                for _ in self.encode(together, check):
+                    pass
                 vectors.append(last_hidden(self.model, rows, check))
         return np.concatenate(vectors)
 
@@ -363,13 +333,14 @@ class Runner:
             position += medium.tokens
         return ids, [medium.key for medium in inputs.media]
 
-    def _encode(
+    def encode(
         self,
         prompts: Sequence[tuple[Inputs, Sequence[int], Counters]],
-        check: Callable[..., None],
-    ) -> None:
+        launched: Callable[..., None] = lambda: None,
+    ) -> Iterator[None]:
         """Encodes into the bank the media of prompts, each with those of its ids that are to be
-        prefilled, and counts those that went through the tower.
+        prefilled, and counts those that went through the tower and the time. Pauses after each
+        group of tiles; ``launched`` is called while the device works on it.
         """
         bank = self.model.bank
         missing: dict[str, tuple[Medium, Counters]] = {}
@@ -379,10 +350,22 @@ class Runner:
                 last = bank.reserve(medium.key, medium.tokens)[-1]
                 if last in needed and medium.key not in bank:
                     missing.setdefault(medium.key, (medium, counters))
-        encoded = self.model.encode_media([medium for medium, _ in missing.values()], check)
-        for (medium, counters), embeddings in zip(missing.values(), encoded, strict=True):
-            bank.store(medium.key, embeddings)
-            counters.encoded_media += 1
+        groups = self.model.encode_groups([medium for medium, _ in missing.values()], launched)
+        shares = {id(counters): counters for _, counters in missing.values()}.values()
+        following = iter(missing.values())
+        while True:
+            started = time.perf_counter()
+            try:
+                packed = next(groups, None)
+            finally:
+                for counters in shares:
+                    counters.encode_seconds += (time.perf_counter() - started) / len(shares)
+            if packed is None:
+                return
+            for embeddings, (medium, counters) in zip(packed, following, strict=False):
+                bank.store(medium.key, embeddings)
+                counters.encoded_media += 1
+            yield
 
 
 def check_draft(checkpoint: Checkpoint, draft: Checkpoint) -> None:
@@ -427,19 +410,22 @@ def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
     keys = cache[0].keys
     if keys is not None and (keys[0] if hasattr(cache[0], "bits") else keys).shape[2] >= positions:
         return
-    room, held = -(-positions // memory.CACHE_STEP) * memory.CACHE_STEP, cache[0].offset
-    row = 2 * text.num_key_value_heads * text.head_dim * model.dtype.size
-    if on_cuda() and room * row < LONG_LAYER_BYTES:
+    rows = cache[0].offset.size if isinstance(cache[0].offset, mx.array) else 1
+    room = -(-positions // memory.CACHE_STEP) * memory.CACHE_STEP
+    position = 2 * rows * text.num_key_value_heads * text.head_dim * model.dtype.size
+    if on_cuda() and room * position < LONG_LAYER_BYTES:
         room += 16  # no whole number of steps
 
-    def enlarged(values: mx.array) -> mx.array:
-        more = mx.zeros((*values.shape[:2], room - held, values.shape[3]), values.dtype)
-        return mx.concatenate([values[..., :held, :], more], axis=2)
-
     for layer in cache:
+        held = layer.size() if isinstance(layer.offset, mx.array) else layer.offset
+
+        def enlarged(values: mx.array, held: int = held) -> mx.array:
+            more = mx.zeros((*values.shape[:2], room - held, values.shape[3]), values.dtype)
+            return mx.concatenate([values[..., :held, :], more], axis=2)
+
         new: Any
         if layer.keys is None:
-            shape = (1, text.num_key_value_heads, room, text.head_dim)
+            shape = (rows, text.num_key_value_heads, room, text.head_dim)
             new = [mx.zeros(shape, model.dtype) for _ in range(2)]
             if hasattr(layer, "bits"):
                 new = [mx.quantize(x, group_size=layer.group_size, bits=layer.bits) for x in new]
@@ -457,7 +443,7 @@ def trim_to_shortest_layer(cache: Sequence[Any]) -> None:
 
 
 @contextmanager
-def _wired() -> Iterator[None]:
+def wired() -> Iterator[None]:
     """On a Mac, keeps the memory in use resident while a request runs, and only then."""
     limit = mx.device_info().get("max_recommended_working_set_size")
     if limit is None:

@@ -24,7 +24,7 @@ DENSE_ROWS = 64  # rows for which a quantized matrix may be dequantized, see Lon
 KV_BITS = (8, 4)
 KV_GROUPS = (64, 32)  # values that have a scale and a bias of their own in a quantized KV cache
 
-# Requests of a batch that decode together, and that are in prefill together. More would hardly be
+# Requests of a batch that decode together, and that begin together. More would hardly be
 # faster on the devices that this runs on, and every request waits for the longest.
 MAX_BATCH_SIZE = 32
 MAX_PREFILL_BATCH_SIZE = 8
@@ -88,13 +88,14 @@ BACKENDS = {
 
 class MediumSize(NamedTuple):
     """An image's or a video's tiles (or frames), and tokens in the prompt; of a tiled image, how
-    its tiles are packed.
+    its tiles are packed. Those of one ``key`` are held once.
     """
 
     tiles: int
     tokens: int
     packing: Packing | None = None
     video: bool = False
+    key: str = ""
 
 
 class RequestSize(NamedTuple):
@@ -303,20 +304,19 @@ class MemoryModel:
         return Footprint(size.prompt + size.answer, self.weights, cache, features, scratch)
 
     def batch(self, sizes: Sequence[RequestSize], budget: Budget) -> Footprint:
-        """Requests that run together: keys and values are padded to the longest, and copied where
-        requests join or leave.
+        """Requests that run together: keys and values are padded to the longest, and copied, a
+        layer at a time, where requests join or leave.
         """
         if len(sizes) == 1:
             return self.request(sizes[0], budget)
         longest = max(size.prompt + size.answer for size in sizes)
-        media = [medium for size in sizes for medium in size.media]
+        every = [medium for size in sizes for medium in size.media]
+        media = list({medium.key or n: medium for n, medium in enumerate(every)}.values())
         features = sum(self.features(medium.tokens) for medium in media)
         cache = len(sizes) * self.cache(longest)
-        together, chunk = prefill_batch(budget.chunk, len(sizes))
-        prompt = max(size.prompt for size in sizes)
-        step = self.prefill(prompt, replace(budget, chunk=chunk), together)
-        window, layers = BACKENDS[self.backend].window, self.config.text_config.num_hidden_layers
-        copied = cache * min(2 * window or layers, layers) // layers
+        budget = replace(budget, chunk=min(budget.chunk, self.most_chunk))
+        step = self.prefill(max(size.prompt for size in sizes), budget)
+        copied = 2 * cache // self.config.text_config.num_hidden_layers
         encoding = self.encode(media, budget) - features
         scratch = max(step, encoding, copied, self.decode(len(sizes)))
         return Footprint(len(sizes) * longest, self.weights, cache, features, scratch)
@@ -397,12 +397,11 @@ def scratch_bytes(working_set: int, weights: int) -> int:
     return max(LEAST_SCRATCH, min((working_set - weights) // 8, MOST_SCRATCH))
 
 
-def prefill_batch(chunk: int, requests: int) -> tuple[int, int]:
-    """How many of a batch's requests are in prefill together, and how many tokens each at once:
-    together no more than the ``chunk`` of a lone prompt, and no less than the smallest one each.
+def tail(chunk: int) -> int:
+    """How many of its last prompt tokens a batch's request may have prefilled together with those
+    of others: of all, padded to the longest, no more than a ``chunk``.
     """
-    together = max(1, min(requests, MAX_PREFILL_BATCH_SIZE, chunk // CHUNKS[-1]))
-    return together, chunk // together
+    return min(CHUNKS[-1], chunk // MAX_PREFILL_BATCH_SIZE)
 
 
 def _values(budget: Budget) -> tuple[int, int, int, int]:

@@ -121,7 +121,16 @@ class OneVision(nn.Module):
         self, media: Sequence[EncodableMedium], launched: Callable[[], None] = lambda: None
     ) -> Iterator[mx.array]:
         """The embeddings (tokens, hidden_size) of each medium, in order, each as soon as its last
-        tile has been sent to the device. A group of tiles is filled from one medium after another.
+        tile has been sent to the device; see :meth:`encode_groups`.
+        """
+        for packed in self.encode_groups(media, launched):
+            yield from packed
+
+    def encode_groups(
+        self, media: Sequence[EncodableMedium], launched: Callable[[], None] = lambda: None
+    ) -> Iterator[list[mx.array]]:
+        """Encodes a group of tiles at a time, filled from one medium after another: the embeddings
+        of those media whose last tile was in the group.
 
         launched : called whenever a group of tiles has been sent to the device and before the one
             before it is waited for; what it raises ends the encoding.
@@ -149,7 +158,7 @@ class OneVision(nn.Module):
             launched()
             mx.eval(computing)  # the group before, so that the device has another to go on with
             computing = [*packed, *features]
-            yield from packed
+            yield packed
         mx.eval(computing)
 
     def vision_features(self, pixels: mx.array) -> mx.array:

@@ -356,12 +356,12 @@ def test_memory_changes_who_waits_and_not_what_is_said(
         runner.limit = max(arithmetic.request(size, memory.SMALLEST).total for size in sizes)
     most, step = 0, Batch._step
 
-    def watched(batch: Batch, generator: Any) -> None:
+    def watched(batch: Batch) -> None:
         nonlocal most
-        active = [request.size for request in batch._active.values()]
+        active = [request.size for request in batch.requests]
         assert arithmetic.batch(active, runner.model.budget).total <= runner.limit
         most = max(most, len(active))
-        step(batch, generator)
+        step(batch)
 
     monkeypatch.setattr(Batch, "_step", watched)
     requests = together(runner, inputs)
@@ -412,14 +412,14 @@ def test_a_row_that_cannot_be_encoded_fails_alone(
     alone: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode = runner.model.encode_media
+    encode = runner.model.encode_groups
 
     def failing(media: list[Medium], *rest: Any) -> Any:
         if inputs[1].media[0].key in [medium.key for medium in media]:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
         return encode(media, *rest)
 
-    monkeypatch.setattr(runner.model, "encode_media", failing)
+    monkeypatch.setattr(runner.model, "encode_groups", failing)
     requests = together(runner, [inputs[0], inputs[1], inputs[2]])
     assert [tuple(requests[n].tokens) for n in (0, 2)] == [alone[0], alone[2]]
     assert requests[1].tokens == [] and isinstance(requests[1].failure, OutOfMemoryError)
@@ -435,12 +435,12 @@ def test_those_that_wait_outlive_a_failure(
     monkeypatch.setattr(memory, "MAX_BATCH_SIZE", 2)
     step, calls = Batch._step, 0
 
-    def failing(batch: Batch, generator: Any) -> None:
+    def failing(batch: Batch) -> None:
         nonlocal calls
         calls += 1
         if calls == 6:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
-        step(batch, generator)
+        step(batch)
 
     monkeypatch.setattr(Batch, "_step", failing)
     requests = together(runner, [inputs[0], inputs[1], inputs[2], inputs[4]])
