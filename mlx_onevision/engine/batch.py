@@ -190,21 +190,22 @@ class Batch:
         before: tuple[list[int], list[Any]] = ([], [])
         ordered = sorted(newcomers, key=lambda active: active.ids)
         for active, following in zip(ordered, [*ordered[1:], None], strict=True):
-            cache, held, goal, alike = [], 0, 0, before
+            cache, held, goal = [], 0, 0
             with self._ending(active):
                 active.begin(None)
-                cache, held = self._source(active.ids, *alike)
+                cache, held = self._source(active.ids, *before)
                 active.counters.cached_tokens = held
                 goal = self._goal(active.ids, held, following)
                 for _ in runner.encode([self._unread(active, held)]):
                     yield
             if active not in newcomers:
                 continue  # it failed, or was cancelled
-            if goal > held and ready and not common(active.ids, before[0]) >= held > 0:
+            goes_on = 0 < held <= common(active.ids, before[0])
+            before = ([], [])
+            if goal > held and ready and not goes_on:
                 self._join(ready)  # and need not wait for what they have nothing of
                 ready = []
                 yield
-            before = ([], [])
             with self._ending(active):
                 for _ in runner.prefill(active.ids[:goal], cache):
                     yield
@@ -212,6 +213,7 @@ class Batch:
                         break
                 before = (active.ids[: cache[0].offset], [*cache])
                 ready.append((active, cache))
+        before = ([], [])
         self._join(ready)
 
     def _encode_together(self) -> Iterator[None]:
