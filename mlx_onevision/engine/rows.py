@@ -32,6 +32,11 @@ class Row:
     fresh: bool = True
 
     @property
+    def held(self) -> int:
+        """How many of its ids the KV cache holds."""
+        return len(self.active.ids) - self.fresh
+
+    @property
     def is_plain(self) -> bool:
         """The likeliest token is all that is wanted."""
         return not self.processors and not self.active.sampler.needs_logprobs
@@ -106,21 +111,19 @@ class Rows:
         self._set_mask()
 
     def match(self, ids: list[int]) -> tuple[ActiveRequest | None, int]:
-        """The request whose ids have the most in common with ``ids``, and how many these are."""
-        matches = [(common(row.active.ids, ids), row.active) for row in self._rows]
+        """The request whose KV cache holds the most of the first ``ids``, and how many it holds."""
+        matches = [(min(common(row.active.ids, ids), row.held), row.active) for row in self._rows]
         most, active = max(matches, key=lambda match: match[0], default=(0, None))
         return active, most
 
     def cache_of(self, active: ActiveRequest, count: int) -> list[Any]:
-        """A copy of the first positions of a request's KV cache, not evaluated yet. After a step,
-        all of its ids have one.
-        """
+        """A copy of the first positions of a request's KV cache, not evaluated yet."""
         from mlx_lm.models.cache import KVCache
 
         number = self.requests.index(active)
         copies = []
         for layer in self._cache:
-            first = layer.size() - len(active.ids)
+            first = layer.size() - self._rows[number].held
             part = (slice(number, number + 1), slice(None), slice(first, first + count))
             copy = KVCache()
             copy.state = (*(mx.contiguous(x[part]) for x in (layer.keys, layer.values)), count)
@@ -169,7 +172,7 @@ class Rows:
 
     def _set_mask(self) -> None:
         """No mask where there is no padding: attention has faster kernels for that."""
-        padded = len({len(row.active.ids) for row in self._rows}) > 1
+        padded = len({row.held for row in self._rows}) > 1
         windows = self._model.config.text_config.layer_types
         for layer in self._cache:
             vars(layer).pop("make_mask", None)
