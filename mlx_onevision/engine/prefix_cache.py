@@ -244,7 +244,7 @@ def common(ids: list[int], others: list[int]) -> int:
 
 
 def first(cache: Sequence[Any], count: int) -> list[Any]:
-    """A KV cache of the first positions only, which are copied once either of them is written to."""
+    """A KV cache of the first positions only; they are copied once one of both is written to."""
     return [_first(layer, count) for layer in cache]
 
 

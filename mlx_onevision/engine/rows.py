@@ -2,7 +2,7 @@
 
 The caches are mlx-lm's, padded on the left to the longest row; the loop is not. mlx-lm's computes
 and slices log-probabilities that nobody reads, runs the last id of each prompt in a step of its
-own, masks padding where there is none, and is imported together with transformers.
+own, and is imported together with transformers.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,7 +77,6 @@ class Rows:
             self._rows.append(Row(active, sampler, processors, context))
         last = mx.array([active.ids[-1] for active in requests], mx.int32)
         self._tokens = mx.concatenate([self._tokens, last])
-        self._set_mask()
 
     def step(self) -> list[tuple[ActiveRequest, int]]:
         """The next token of each request; none yet of those that have only just joined."""
@@ -108,7 +107,6 @@ class Rows:
         for layer in self._cache:
             layer.filter(keep)
             mx.eval(layer.state)
-        self._set_mask()
 
     def match(self, ids: list[int]) -> tuple[ActiveRequest | None, int]:
         """The request whose KV cache holds the most of the first ``ids``, and how many it holds."""
@@ -169,15 +167,6 @@ class Rows:
             layer.extend(joined[number])
             joined[number] = None
             mx.eval(layer.state)
-
-    def _set_mask(self) -> None:
-        """No mask where there is no padding: attention has faster kernels for that."""
-        padded = len({row.held for row in self._rows}) > 1
-        windows = self._model.config.text_config.layer_types
-        for layer in self._cache:
-            vars(layer).pop("make_mask", None)
-            if not padded and "sliding_attention" not in windows:
-                layer.make_mask = lambda *_, **__: None
 
     def _sample(self, logits: mx.array, inputs: mx.array) -> mx.array:
         """The next token of each row (B,), of float32 logits (B, vocab_size)."""
