@@ -118,9 +118,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_layers_are_evaluated_in_halves(
-    model: Qwen2, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_layers_are_evaluated_in_halves(model: Qwen2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one layer's values may be held, so that the device computes while the host builds."""
     prompt, points = embeddings(model, 1, 40), []
     wanted = np.array(model(prompt, [KVCache() for _ in model.layers]))
