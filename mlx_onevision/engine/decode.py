@@ -21,6 +21,7 @@ from mlx_onevision.network.onevision import OneVision
 Processor = Callable[[mx.array, mx.array], mx.array]
 
 CLEAR_EVERY = 256  # tokens after which MLX's cache of freed buffers is emptied
+MOST_FREED = 1 << 31  # bytes in it after which it is emptied between two chunks of a prompt
 
 
 def decode_steps(
@@ -67,7 +68,8 @@ def decode_steps(
             seen = mx.concatenate([seen, prompt[:chunk]])
         prompt = prompt[chunk:]
         check()
-        mx.clear_cache()
+        if mx.get_cache_memory() > MOST_FREED:  # else the next chunk takes what this one leaves
+            mx.clear_cache()
     token = step(prompt)
     yield _value(token)  # before the next step is built, which takes a while
     produced = 0
