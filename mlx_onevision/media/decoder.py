@@ -2,13 +2,15 @@
 commands, checks the answers.
 """
 
+import fcntl
 import json
 import os
 import selectors
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -213,6 +215,11 @@ class _Process:
             os.close(inherited)
         assert self._process.stdout is not None
         self._out = self._process.stdout
+        if (
+            sys.platform == "linux"
+        ):  # a frame is read in a call or two; there is a limit to a user's
+            with suppress(OSError):
+                fcntl.fcntl(self._out.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
         self._name, self._limits, self._check, self._once = name, limits, check, once
         self._left = limits.seconds
         self._buffer = bytearray()
@@ -288,10 +295,15 @@ class _Process:
             or not (high - 1) * stride + 3 * wide <= size <= (high + 16) * stride + 4096
         ):
             self.fail()
-        while len(self._buffer) < size:
-            self._receive()
-        rows = np.frombuffer(self._buffer[:size], np.uint8)
-        del self._buffer[:size]
+        rows, there = np.empty(size, np.uint8), min(size, len(self._buffer))
+        rows[:there] = np.frombuffer(self._buffer[:there], np.uint8)
+        del self._buffer[:there]
+        while there < size:
+            self._await()
+            count = os.readv(self._out.fileno(), [rows[there:].data])
+            if not count:
+                self.fail()
+            there += count
         image = np.lib.stride_tricks.as_strided(
             rows, (high, wide, 3), (stride, 3, 1), writeable=False
         )
@@ -313,6 +325,13 @@ class _Process:
         raise MediaError(f"cannot read {self._name}: the decoder broke off ({why})") from None
 
     def _receive(self) -> None:
+        self._await()
+        data = os.read(self._out.fileno(), 1 << 16)
+        if not data:
+            self.fail()
+        self._buffer += data
+
+    def _await(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._out, selectors.EVENT_READ)
             ready = False
@@ -326,10 +345,6 @@ class _Process:
                         f"{self._name} takes more than {self._limits.seconds:g} s to decode; "
                         "use fewer frames or a shorter part of it"
                     )
-        data = os.read(self._out.fileno(), 1 << 20)
-        if not data:
-            self.fail()
-        self._buffer += data
 
     def _refusal(self, error: Any) -> OneVisionError:
         text, kind = str(error["text"])[:300], error["kind"]
