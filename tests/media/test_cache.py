@@ -1,15 +1,18 @@
 """Tiles kept by the contents that they were made of."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import noise
 
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.media import cache as module
-from mlx_onevision.media.cache import TileCache, array_key, file_key
+from mlx_onevision.media import parallel
+from mlx_onevision.media.cache import TileCache, array_key, digest_of, file_key
 from mlx_onevision.media.decoder import no_check
 
 
@@ -67,6 +70,29 @@ def test_arrays_of_the_same_bytes_differ_by_shape_and_type() -> None:
     turned = np.arange(12, dtype=np.uint8).reshape(3, 4).T
     assert array_key(turned) == array_key(turned.copy())
     assert array_key(np.array([object()])) is None
+
+
+def test_every_piece_of_an_array_counts_and_so_does_its_place() -> None:
+    """Pieces are hashed on several cores."""
+    levels = noise(1200, 1000, 3)
+    found = {digest_of(levels), digest_of(levels[:-1]), digest_of(np.roll(levels, module._PIECE))}
+    for place in range(0, levels.size, module._PIECE):
+        other = levels.copy()
+        other.reshape(-1)[[place - 1, place]] ^= 1
+        found.add(digest_of(other))
+    assert len(found) == 3 + math.ceil(levels.size / module._PIECE)
+    assert digest_of(levels) == digest_of(levels[:, ::-1][:, ::-1])
+    assert digest_of(levels[:0]) != digest_of(levels[:1])
+
+
+def test_one_core_and_several_make_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels, seen = noise(1200, 1000, 3), set()
+    for count in (1, 3):
+        monkeypatch.setattr(parallel, "cores", lambda count=count: count)
+        parallel._pool.cache_clear()
+        seen.add(digest_of(levels))
+    parallel._pool.cache_clear()
+    assert len(seen) == 1
 
 
 def test_files_are_told_apart_by_what_is_in_them(

@@ -134,6 +134,19 @@ def test_a_decoded_image_is_taken_as_it_is(high: int) -> None:
         load_image(DecodedImage(pixels), max_pixels=high)
 
 
+@pytest.mark.parametrize("large", [1, 100, 16 * 40 * 7])
+def test_a_large_image_is_taken_from_pillow_in_strips(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LARGE", large)
+    image = Image.fromarray(noise(50, 40, 3))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert np.array_equal(load_image(image), np.asarray(image))
+    expected = np.rot90(np.asarray(image), -1)
+    assert np.array_equal(load_image(png(image, exif=turned)), expected)
+
+
 def test_what_speaks_the_array_protocol_is_an_array() -> None:
     class Wrapped:
         def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pictures import noise, smooth
 from recorded_pixels import names, recorded
 
 from mlx_onevision.media import resize as resample
-from mlx_onevision.media.resize import resize, resize_on_square
+from mlx_onevision.media.resize import resize, resize_each, resize_on_square
 
 
 def plain_pass(lines: list[list[int]], to_size: int) -> list[list[int]]:
@@ -110,6 +111,7 @@ def test_single_precision_is_exact(
     monkeypatch.undo()
     resample._axis.cache_clear()
     assert resample._axis(333, 400).matrices.dtype == np.float32
+    assert [resample._axis(333, to).matrices.shape[1] for to in (400, 29, 2)] == [1, 2, 2]
 
 
 def test_bands_and_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +193,54 @@ def test_memory_beyond_the_result_stays_small() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 3000 * 1152 * 3 + 864 * 1152 * 3 + 20e6
+
+
+@pytest.mark.parametrize("size", [(480, 640), (479, 641)])
+def test_an_axis_is_a_call_of_blas_or_two(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between calls threads wait for the interpreter's lock. Whatever the ratio."""
+    calls, matmul = [], np.matmul
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return matmul(*args, **kwargs)
+
+    monkeypatch.setattr(np, "matmul", counted)
+    resize(noise(*size, 3), (384, 384))
+    assert len(calls) <= 4
+
+
+def test_a_thread_uses_its_scratch_memory_again() -> None:
+    images = [noise(480, 640, 3, seed=seed) for seed in range(3)]
+    for to_size in ((384, 384), (480, 384), (384, 640)):
+        first = resize(images[0], to_size)
+        before = first.copy()
+        tracemalloc.start()
+        resize(images[1], to_size)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < first.nbytes + 100_000
+        np.testing.assert_array_equal(first, before)  # and hands none of it out
+
+
+def test_threads_do_not_meet_in_their_scratch_memory() -> None:
+    images = [noise(100 + 9 * n, 300 - 11 * n, 3, seed=n) for n in range(16)]
+    expected = [resize(image, (90, 80)) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda image: resize(image, (90, 80)), images * 4))
+    for image, other in zip(made, expected * 4, strict=True):
+        np.testing.assert_array_equal(image, other)
+
+
+def test_several_sizes_at_once() -> None:
+    image = noise(170, 333, 3)
+    sizes = [(9, 2), (170, 333), (64, 400), (170, 90), (31, 333), (64, 90), (170, 90)]
+    for some in (sizes, sizes[:1], sizes[2:4], sizes[4:]):
+        made = resize_each(image, some)
+        resize_each(noise(170, 333, 3, seed=9), some)
+        for one, size in zip(made, some, strict=True):
+            np.testing.assert_array_equal(one, resize(image, size))
 
 
 @pytest.mark.parametrize(

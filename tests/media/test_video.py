@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from films import BITS, KINDS, counting, film, number_of, numbered, turned, written
+from pictures import noise
 from PIL import Image
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError
@@ -179,6 +180,15 @@ def test_odd_sizes(kind: str, size: tuple[int, int]) -> None:
     clip = load(data)
     assert clip.tiles.shape[1:] == (SIZE, SIZE, 3)
     np.testing.assert_array_equal(clip.tiles[-1], resize(picture, (SIZE, SIZE)))
+
+
+def test_large_frames_come_whole(tmp_path: Path) -> None:
+    """Of several times what the pipe holds."""
+    frames = [noise(900, 1300, 3, seed=seed) for seed in range(3)]
+    path = tmp_path / "clip.mkv"
+    path.write_bytes(film(frames, "mkv", codec="ffv1", pixels="bgr0", options={}))
+    for frame, expected in zip(decoded(path), frames, strict=True):
+        np.testing.assert_array_equal(frame, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
