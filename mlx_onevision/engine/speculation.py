@@ -59,7 +59,10 @@ class PromptLookup:
         for length in self.LENGTHS:
             end = self._ends.get(tuple(self._ids[-length:]))
             if end is not None:
-                return _text(self._ids[end : end + most], self._vocab_size)
+                found = self._ids[end : end + most]
+                # Where that is the end of what there is, it is about to come once more.
+                found *= -(-most // len(found))
+                return _text(found[:most], self._vocab_size)
         return []
 
 
