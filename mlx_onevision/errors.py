@@ -76,6 +76,12 @@ class OutOfMemoryError(OneVisionError):
     code = "out_of_memory"
 
 
+class MemoryLimitError(OutOfMemoryError):
+    """The request can never be answered within the memory limit, however often it is made."""
+
+    code = "too_large"
+
+
 def sentence(error: Exception) -> str:
     """What to tell a person about ``error``."""
     if isinstance(error, OneVisionError):

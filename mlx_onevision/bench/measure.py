@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,10 @@ def require(programs: Sequence[str]) -> None:
 class Child:
     """A program in a process of its own, which :meth:`close` ends."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, memory: Mapping[str, Any]) -> None:
+        own = [json.dumps(memory)] if name == OURS else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_onevision.bench.programs", name, str(folder)],
+            [sys.executable, "-m", "mlx_onevision.bench.programs", name, str(folder), *own],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -195,8 +196,10 @@ def measure(
     runs: int,
     tokens: int,
     say: Callable[[str], None],
+    memory: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The numbers of a whole benchmark, for JSON; see docs/benchmark.md.
+    """The numbers of a whole benchmark, for JSON; see docs/benchmark.md. ``memory`` : arguments of
+    :func:`mlx_onevision.load` for this program.
 
     Raises:
         OneVisionError: where a program cannot open the model, or this one cannot answer.
@@ -208,7 +211,7 @@ def measure(
         children = []
         for name in (OURS, *versus):
             say(f"{name}: loading")
-            child = Child(name, folder)
+            child = Child(name, folder, memory)
             ending.callback(child.close)
             if "error" in child.opened:
                 raise OneVisionError(f"{name} cannot open the model: {child.opened['error']}")

@@ -83,13 +83,13 @@ def make_case(row: str, seed: int, words: int = 0) -> Case:
 class Ours:
     """This package, through the library's own calls."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, memory: str = "{}") -> None:
         import mlx.core as mx
 
         from mlx_onevision.api import load
 
         self.mx, self.version = mx, f"MLX {getattr(mx, '__version__', 0)}"
-        self.model = load(os.path.abspath(folder))
+        self.model = load(os.path.abspath(folder), **json.loads(memory))
 
     def count(self, case: Case) -> Numbers:
         """What a case is made of; nothing is run."""
@@ -295,7 +295,7 @@ def _timed(started: float, prepared: float, times: Sequence[float]) -> Numbers:
     }
 
 
-PROGRAMS: dict[str, tuple[Callable[[str], Any], Sequence[str]]] = {
+PROGRAMS: dict[str, tuple[Callable[..., Any], Sequence[str]]] = {
     OURS: (Ours, ()),
     "mlx-vlm": (MlxVlm, ("mlx_vlm",)),
     "transformers": (Transformers, ("transformers", "torch")),
@@ -303,9 +303,9 @@ PROGRAMS: dict[str, tuple[Callable[[str], Any], Sequence[str]]] = {
 """How each is started, and the modules that it needs."""
 
 
-def _replies(name: str, folder: str) -> Iterator[Numbers]:
+def _replies(name: str, *given: str) -> Iterator[Numbers]:
     started = time.perf_counter()
-    program = PROGRAMS[name][0](folder)
+    program = PROGRAMS[name][0](*given)
     load = time.perf_counter() - started
     program.answer("text-20", make_case("text-20", UNUSED_SEED), 2)  # weights may be read only now
     ready = time.perf_counter() - started
@@ -324,12 +324,13 @@ def _replies(name: str, folder: str) -> Iterator[Numbers]:
 
 
 def main() -> None:
-    """The process: the name of a program and the checkpoint's folder as arguments."""
+    """The process: the name of a program, the checkpoint's folder, and what else that program takes
+    as arguments.
+    """
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
-    name, folder = sys.argv[1:3]
     try:
-        for reply in _replies(name, folder):
+        for reply in _replies(*sys.argv[1:]):
             print(json.dumps(reply), file=out, flush=True)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out, flush=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.options import dtype_option
+from mlx_onevision.cli.options import dtype_option, memory_options
 from mlx_onevision.errors import RequestError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def listed(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
     "--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="Write all numbers."
 )
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw bars.")
+@memory_options
 def bench(
     model: str | None,
     size: str | None,
@@ -82,6 +83,7 @@ def bench(
     versus: tuple[str, ...],
     as_json: Path | None,
     plot: Path | None,
+    memory: dict[str, Any],
 ) -> None:
     """Measure how fast a model answers, and how near that is to the machine's limits.
 
@@ -104,6 +106,8 @@ def bench(
         raise click.UsageError(f"There is no folder for {as_json.name}; make it first")
 
     import shutil
+    import signal
+    import sys
     import tempfile
 
     from mlx_onevision.bench import checkpoint, measure, report
@@ -116,6 +120,8 @@ def bench(
     def say(text: str) -> None:
         click.echo(f"bench: {text}", err=True)
 
+    # As an exit, which removes the folder and ends the programs.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mlx-onevision-bench-") as scratch:
         place = Path(scratch)
         if size:
@@ -137,7 +143,9 @@ def bench(
             name += f", {bits} bits" if bits else ""
             shutil.rmtree(place / "random", ignore_errors=True)  # as large as the model itself
         folder = checkpoint.without_end(place / "model", folder)
-        numbers = measure.measure(folder, rows, versus, runs=runs, tokens=max_tokens, say=say)
+        numbers = measure.measure(
+            folder, rows, versus, runs=runs, tokens=max_tokens, say=say, memory=memory
+        )
     numbers = {"model": name, **numbers}
     if as_json:
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.errors import OutOfMemoryError, RequestError
+from mlx_onevision.errors import MemoryLimitError, OutOfMemoryError, RequestError
 from mlx_onevision.media.anyres import Packing, video_side
 
 MEGABYTE = 1 << 20
@@ -351,7 +351,7 @@ class MemoryModel:
         return budget
 
     def admit(self, size: RequestSize, limit: int, every: bool = False) -> None:
-        """Raises OutOfMemoryError where a request cannot be answered within ``limit`` bytes."""
+        """Raises MemoryLimitError where a request cannot be answered within ``limit`` bytes."""
         needed = self.request(size, SMALLEST, every).total
         if needed <= limit:
             return
@@ -374,7 +374,7 @@ class MemoryModel:
         if groups and quantized.request(size, SMALLEST, every).total <= limit:
             way += ", and so would this with kv_bits 8"
         media = f" and {len(size.media)} images and videos" if size.media else ""
-        raise OutOfMemoryError(
+        raise MemoryLimitError(
             f"a prompt of {size.prompt:,} tokens{media} with an answer of {size.answer:,} needs "
             f"{_gigabytes(needed)} of memory, but the limit is {_gigabytes(limit)}; {way}"
         )

@@ -156,25 +156,33 @@ def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_ctrl_c_leaves_nothing_behind(
-    folder: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_leave_nothing_behind(
+    folder: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     started: list[subprocess.Popen[str]] = []
 
     class Kept(measure.Child):
-        def __init__(self, name: str, folder: Path) -> None:
-            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        def __init__(self, *given: Any) -> None:
+            threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
             try:
-                super().__init__(name, folder)
+                super().__init__(*given)
             finally:
                 started.append(self._process)
 
     monkeypatch.setattr(measure, "Child", Kept)
     done = run("--model", folder, "--rows", "batch", "--runs", 1000)
-    assert (done.exit_code, done.stdout) == (130, "")
+    assert (done.exit_code, done.stdout) == (code, "")
     assert "Traceback" not in done.output
     assert not list(scratch.iterdir())
     assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
+def test_the_memory_options_are_those_of_the_model_that_is_measured(folder: Path) -> None:
+    refused = run("--model", folder, "--rows", "batch", "--memory-limit", "0.0001")
+    assert refused.exit_code == 1 and "the limit is 0.10 MB" in refused.output
+    refused = run("--model", folder, "--rows", "batch", "--kv-bits", "8")
+    assert refused.exit_code == 1 and "leave kv_bits out" in refused.output
 
 
 def test_random_weights_load_and_never_end(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_model_beyond_the_limit_is_refused_when_it_is_loaded(folder: Path) -> 
 
 
 def test_every_command_that_loads_a_model_has_the_options() -> None:
-    own = [cli.commands[name] for name in ("generate", "chat", "describe", "embed")]
+    own = [cli.commands[name] for name in ("generate", "chat", "describe", "embed", "bench")]
     for command in (*own, serve_command, mcp):
         options = {option for param in command.params for option in param.opts}
         assert {"--memory-limit", "--kv-bits"} <= options
@@ -287,7 +287,7 @@ def test_a_command_and_a_backend_keep_to_the_limit() -> None:
         assert backend.generate(GenerateRequest.ask("hello", max_tokens=2)).result().text
         with pytest.raises(PluginError, match=r"the limit is 7\.00 MB") as raised:
             backend.generate(GenerateRequest.ask("hello", max_tokens=4000)).result()
-        assert raised.value.code == "out_of_memory" and "would fit" in raised.value.hint
+        assert raised.value.code == "too_large" and "would fit" in raised.value.hint
 
 
 # Quantized keys and values.
