@@ -64,15 +64,26 @@ class DecodedImage:
     pixels: Pixels
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image's file, which is decoded only where its tiles are not known: its bytes, what errors
+    call it, and the most pixels that it may have.
+    """
+
+    data: bytes
+    name: str
+    max_pixels: int
+
+
 _Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image"
-ImageSource: TypeAlias = "_Source | NDArray[Any] | DecodedImage"
+ImageSource: TypeAlias = "_Source | NDArray[Any] | DecodedImage | EncodedImage"
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
     """``source`` as uint8 RGB (H, W, 3).
 
     source : path, http(s) URL, data URI or base64 text, bytes, binary file, PIL image, array, or
-        :class:`DecodedImage`.
+        :class:`DecodedImage` or :class:`EncodedImage`.
 
     Raises:
         MediaError: whatever keeps it from being read, in one sentence that names it.
@@ -84,6 +95,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
         high, wide, _ = source.pixels.shape
         _check_size("the decoded image", high, wide, max_pixels)
         return source.pixels
+    if isinstance(source, EncodedImage):
+        return _decoded(source.data, source.name, min(max_pixels, source.max_pixels))
     if isinstance(source, Image):
         return _from_object(source, max_pixels)
     if not is_file(source):
@@ -96,6 +109,8 @@ def identify_image(source: ImageSource) -> tuple[Hashable | None, Callable[[], P
     reads the pixels (:func:`load_image`, whose errors both raise). A file of more than
     ``MAX_READ`` bytes is not looked into: None.
     """
+    if isinstance(source, EncodedImage):
+        return ("file", sha256(source.data).digest()), lambda: load_image(source)
     if isinstance(source, DecodedImage) or not is_file(source):
         pixels = load_image(source)
         return array_key(pixels), lambda: pixels

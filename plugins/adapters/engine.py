@@ -89,9 +89,10 @@ def open_engine(
 
 def import_engine() -> None:
     """Imports everything that running a model takes, which otherwise the first request does."""
-    import mlx_lm.generate  # noqa: F401
-
     import mlx_onevision.api  # noqa: F401
+    from mlx_onevision.engine.decode import import_mlx_lm
+
+    import_mlx_lm()
 
 
 class _Engine:
@@ -129,7 +130,9 @@ class _Engine:
             given["max_tokens"] = self._default_max_tokens
         videos = any(medium.kind == "video" for medium in request.media)
         with _MediaReader(self._policy, self._preparing, channel) as reader:
-            read = {id(medium): reader.of(medium) for medium in request.media}
+            # A video is decoded by another process: who waits for it must not hold a slot. Images
+            # are decoded in one, here or with the request.
+            read = {id(medium): reader.of(medium, decode=videos) for medium in request.media}
             messages = [
                 {
                     "role": message.role,
@@ -142,7 +145,6 @@ class _Engine:
                 }
                 for message in request.messages
             ]
-            # A video is decoded by another process: who waits for it must not hold a slot.
             with nullcontext() if videos else self._preparing.slot(channel):
                 question = self._model.build_request(
                     messages, check=channel.check, stop=tuple(request.stop), **given
@@ -238,22 +240,26 @@ class _MediaReader(ExitStack):
             return {"type": item.kind, item.kind: self.of(item)}
         return [self.item(medium) for medium in item.media]
 
-    def of(self, medium: requests.Media) -> Any:
-        """Of an image its pixels, of a video its bytes or its open file. Raises PluginError: when
-        the policy does not allow it, or the request has ended; OneVisionError: when it cannot be
-        read.
+    def of(self, medium: requests.Media, decode: bool = True) -> Any:
+        """Of an image its pixels, or its file where it is not to be decoded; of a video its bytes
+        or its open file. Raises PluginError: when the policy does not allow it, or the request has
+        ended; OneVisionError: when it cannot be read.
         """
         self._channel.check()
         source = self._policy.open(medium)
         if medium.kind == "video":
             return source if isinstance(source, bytes) else self.enter_context(source)
-        from mlx_onevision.media.image import DecodedImage, load_image
+        from mlx_onevision.media.image import DecodedImage, EncodedImage, load_image
+        from mlx_onevision.media.sources import open_source
 
-        with (
-            nullcontext() if isinstance(source, bytes) else source,
-            self._preparing.slot(self._channel),
-        ):
-            return DecodedImage(load_image(source, self._policy.pixels))
+        with nullcontext() if isinstance(source, bytes) else source:
+            data, name = open_source(source, "image")
+        assert isinstance(data, bytes)
+        encoded = EncodedImage(data, name, self._policy.pixels)
+        if not decode:
+            return encoded
+        with self._preparing.slot(self._channel):
+            return DecodedImage(load_image(encoded))
 
 
 def _token_logprob(token: "logprobs.TokenLogprob") -> results.TokenLogprob:

@@ -13,6 +13,7 @@ from faults import PLACES, error_of, survived
 
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CheckpointError, OutOfMemoryError
+from mlx_onevision.media import image as image_files
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
@@ -271,6 +272,36 @@ def test_a_fault_while_it_answers_ends_what_is_under_way_only(
     requests = [asked(number, repetition_penalty=1.1) for number in range(3)]
     good = engine.generate(requests[0]).result().text
     assert survived(engine, requests, good, place, 3) == 3
+
+
+def test_an_image_that_comes_again_is_not_decoded_again(
+    engine: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decoded: list[str] = []
+    real = image_files._decoded
+
+    def counted(data: Any, name: str, most: int) -> Any:
+        decoded.append(name)
+        return real(data, name, most)
+
+    monkeypatch.setattr(image_files, "_decoded", counted)
+    data = SHAPES + b"of this test"  # nothing behind the image's end is looked at
+    for text in ("what is it", "and where", "and why"):
+        request = GenerateRequest.ask(text, Media("image", data=data), max_tokens=4)
+        assert engine.generate(request).result().text
+    assert decoded == ["the image given as bytes"]
+    cut = GenerateRequest.ask("what", Media("image", data=SHAPES[:300]), max_tokens=4)
+    for _ in range(2):
+        assert error_of(engine.generate(cut)).code == "unsupported_media"
+    policy = MediaPolicy(folders=[tmp_path], pixels=100)
+    (tmp_path / "shapes.png").write_bytes(SHAPES)
+    with open_engine("demo", policy=policy) as small:
+        for medium in (
+            Media("image", data=SHAPES),
+            Media("image", path=str(tmp_path / "shapes.png")),
+        ):
+            error = error_of(small.generate(GenerateRequest.ask("what", medium, max_tokens=1)))
+            assert error.code == "too_large"
 
 
 def test_a_schema_is_refused_before_anything_is_read(

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import llm
 
-from mlx_onevision.cli.options import revision_option
+from mlx_onevision.cli.options import memory_options, revision_option
 from mlx_onevision.plugins.hosts.llm import registry
 from mlx_onevision.plugins.hosts.llm.models import SPACES
 from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, added, as_refusal
@@ -24,7 +25,14 @@ def onevision() -> None:
 )
 @click.option("--name", metavar="NAME", help="What llm calls it. Default: its own name.")
 @revision_option
-def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | None) -> None:
+@memory_options
+def add(
+    model: str,
+    aliases: tuple[str, ...],
+    name: str | None,
+    revision: str | None,
+    memory: dict[str, Any],
+) -> None:
     """Make a Hugging Face model or a folder known to llm.
 
     Nothing is downloaded until the model is asked something.
@@ -32,21 +40,22 @@ def add(model: str, aliases: tuple[str, ...], name: str | None, revision: str | 
     \b
     llm onevision add my-org/my-onevision --alias mine
     llm onevision add ./llava-onevision-7b-4bit --alias 7b4
+    llm onevision add 7b --name 7b-small --memory-limit 18 --kv-bits 8
     """
     from mlx_onevision.checkpoint.hub import repository_of
 
     known = next((entry for entry in BUILT_IN if entry.model == model.lower()), None)
-    if known is not None and revision is None:
+    changed = revision is not None or any(value is not None for value in memory.values())
+    if known is not None and not changed:
         raise Refusal(f"{model} is there already; ask {known.id}")
-    if repository_of(model) is not None:
-        entry = Entry(model if name is None else name, model, revision, aliases)
+    if known is not None or repository_of(model) is not None:
+        entry = Entry(model if name is None else name, model, revision, aliases, **memory)
     else:
         with as_refusal():  # a folder that holds no such model is refused now rather than later
             registry.open_backend(Entry("", model, revision)).info()
         folder = Path(model).expanduser().resolve()
-        entry = Entry(
-            f"onevision-{folder.name}" if name is None else name, str(folder), None, aliases
-        )
+        own = f"onevision-{folder.name}" if name is None else name
+        entry = Entry(own, str(folder), None, aliases, **memory)
     _check_names(entry)
     registry.save([*added(), entry])
     click.echo(f"llm -m {entry.names[-1]} asks {entry.model}")

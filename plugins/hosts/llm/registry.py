@@ -4,6 +4,8 @@ backends of this process that answer for them.
 Added models are kept in ``onevision.json`` in llm's own folder, by their names there:
 
     {"my-org/my-model": {"model": "my-org/my-model", "revision": null, "aliases": ["mine"]}}
+
+and "memory_limit" (GB) and "kv_bits" where the person gave them.
 """
 
 import atexit
@@ -25,7 +27,7 @@ from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 FILE = "onevision.json"
-KEYS = {"model", "revision", "aliases"}
+KEYS = {"model", "revision", "aliases", "memory_limit", "kv_bits"}
 
 # It is the person's own command, or program: whatever that may read, this may.
 POLICY = MediaPolicy.trusting()
@@ -50,19 +52,30 @@ def as_refusal() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """id : the name for llm. model, revision : as :func:`mlx_onevision.load` takes them."""
+    """id : the name for llm. model, revision, memory_limit, kv_bits : as
+    :func:`mlx_onevision.load` takes them.
+    """
 
     id: str
     model: str
     revision: str | None = None
     aliases: tuple[str, ...] = ()
+    memory_limit: float | None = None
+    kv_bits: int | None = None
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What was given of ``memory_limit`` and ``kv_bits``."""
+        values = {"memory_limit": self.memory_limit, "kv_bits": self.kv_bits}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.id, *self.aliases)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model": self.model, "revision": self.revision, "aliases": list(self.aliases)}
+        values = {"model": self.model, "revision": self.revision, "aliases": list(self.aliases)}
+        return values | self.memory
 
 
 # Nothing is downloaded before one of them is asked something.
@@ -100,16 +113,18 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     aliases = given.get("aliases", [])
     good = name and isinstance(model, str) and model and not given.keys() - KEYS
     good = good and isinstance(revision, str | None) and isinstance(aliases, list)
+    memory_limit, kv_bits = given.get("memory_limit"), given.get("kv_bits")
+    good = good and type(memory_limit) in (int, float, type(None)) and kv_bits in (None, 4, 8)
     if not good or not all(isinstance(alias, str) and alias for alias in aliases):
         raise _damaged(path, f"the entry of {name!r} is no model")
-    return Entry(name, str(model), revision, tuple(aliases))
+    return Entry(name, str(model), revision, tuple(aliases), memory_limit, kv_bits)
 
 
 def _damaged(path: Path, why: str) -> Refusal:
     return Refusal(f"{path} cannot be read ({why}); mend it, or delete it and add models again")
 
 
-_backends: dict[tuple[str, str | None], Backend] = {}
+_backends: dict[tuple[Any, ...], Backend] = {}
 _lock = threading.Lock()
 
 
@@ -120,13 +135,17 @@ def open_backend(entry: Entry) -> Backend:
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.service.service import Limits
 
-    key = entry.model, entry.revision
+    key = entry.model, entry.revision, entry.memory_limit, entry.kv_bits
     with _lock:
         if key not in _backends:
             # No other clients need protection, and the first question may wait for a download.
             limits = Limits(waiting=100_000, timeout=None, max_tokens=1 << 20)
             backend = open_engine(
-                entry.model, revision=entry.revision, policy=POLICY, limits=limits
+                entry.model,
+                revision=entry.revision,
+                policy=POLICY,
+                limits=limits,
+                **entry.memory,
             )
             atexit.register(_close, backend)
             _backends[key] = backend

@@ -46,7 +46,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackend]:
     """In the place of the demo model."""
     with FakeBackend(policy=registry.POLICY, limits=Limits(waiting=100)) as backend:
-        monkeypatch.setitem(registry._backends, ("demo", None), backend)
+        monkeypatch.setitem(registry._backends, ("demo", None, None, None), backend)
         yield backend
 
 
@@ -243,7 +243,7 @@ def test_an_answer_left_early_is_ended(monkeypatch: pytest.MonkeyPatch, model: l
             await task
 
     with FakeBackend(pieces=["a"] * 10_000, delay=0.01, policy=registry.POLICY) as backend:
-        monkeypatch.setitem(registry._backends, ("demo", None), backend)
+        monkeypatch.setitem(registry._backends, ("demo", None, None, None), backend)
         pieces = iter(model.prompt("hi"))
         assert next(pieces) == "a"
         del pieces
@@ -260,7 +260,7 @@ def test_an_answer_left_early_is_ended(monkeypatch: pytest.MonkeyPatch, model: l
 def test_what_the_backend_refuses(monkeypatch: pytest.MonkeyPatch, model: llm.Model) -> None:
     error = PluginError("out_of_memory", "there is too little memory", "close something")
     with FakeBackend(fail_at=1, error=error, policy=registry.POLICY) as backend:
-        monkeypatch.setitem(registry._backends, ("demo", None), backend)
+        monkeypatch.setitem(registry._backends, ("demo", None, None, None), backend)
         with pytest.raises(llm.ModelError, match="too little memory; close something"):
             model.prompt("one two three").text()
         done = CliRunner().invoke(cli, ["-m", "onevision-demo", "one two three"])
@@ -309,6 +309,23 @@ def test_models_of_ones_own(home: Path) -> None:
     assert llm.get_model("theirs").model_id == "theirs"
 
 
+def test_memory_options_are_kept_with_a_model(home: Path) -> None:
+    given = ("--memory-limit", "0.0001", "--kv-bits", "8")
+    assert run("add", "demo", "--name", "small", *given)[0] == 0
+    assert json.loads((home / "onevision.json").read_text()) == {
+        "small": {
+            "model": "demo",
+            "revision": None,
+            "aliases": [],
+            "memory_limit": 0.0001,
+            "kv_bits": 8,
+        }
+    }
+    with pytest.raises(llm.ModelError, match=r"the limit is 0\.10 MB"):
+        llm.get_model("small").prompt("hello", max_tokens=2).text()
+    assert llm.get_model("onevision-demo").prompt("hello", max_tokens=2).text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -318,6 +335,7 @@ def test_models_of_ones_own(home: Path) -> None:
         (("add", "org/new", "--alias", "a b"), "'a b' is no name"),
         (("add", "org/new", "--name", ""), "'' is no name"),
         (("add", "7b"), "ask onevision-7b"),
+        (("add", "7b", "--memory-limit", "9", "--name", "onevision-7b"), "has a model"),
         (("add", "/there/is/no/such"), "no model"),
         (("add", str(EXAMPLES)), "no config.json"),
         (("remove", "onevision-7b"), "always there"),
@@ -333,7 +351,11 @@ def test_what_cannot_be_added_or_removed(arguments: tuple[str, ...], said: str) 
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"a": 1}', '{"a": {}}', '{"a": {"model": "m", "aliases": "x"}}']
+    "text",
+    [
+        *("{", "[]", '{"a": 1}', '{"a": {}}', '{"a": {"model": "m", "aliases": "x"}}'),
+        *('{"a": {"model": "m", "kv_bits": 3}}', '{"a": {"model": "m", "memory_limit": "8"}}'),
+    ],
 )
 def test_a_spoilt_list_takes_nothing_else_away(home: Path, text: str) -> None:
     home.mkdir()
