@@ -18,6 +18,8 @@ from mlx_onevision.convert.report import size
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.anyres import plan_packing
 from mlx_onevision.network.memory_budget import (
+    DENSE_ROWS,
+    NEVER,
     Footprint,
     MediumSize,
     MemoryModel,
@@ -65,7 +67,13 @@ def footprint(
     if tokens is None:
         tokens = image.tokens + WORDS + ANSWER_TOKENS
     size = RequestSize(tokens - ANSWER_TOKENS, ANSWER_TOKENS, (image,))
-    memory = MemoryModel(config, weights, itemsize, quantized=quantized)
+    memory = MemoryModel(
+        config,
+        weights,
+        itemsize,
+        dense_rows=DENSE_ROWS if quantized else NEVER,
+        dense_tower=quantized,
+    )
     budget = memory.plan(scratch_bytes(working_set or weights, weights))
     return memory.request(size, memory.fitted([size], budget, working_set or sys.maxsize))
 

@@ -31,6 +31,7 @@ from mlx_onevision.media.image import ImageSource
 from mlx_onevision.media.video import VideoSource, no_check
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Order, Processor, Tiling
+from mlx_onevision.sampling.ranges import check_range
 
 
 def load(
@@ -41,6 +42,7 @@ def load(
     quantize: int | None = None,
     memory_limit: float | None = None,
     kv_bits: int | None = None,
+    visual_tokens: float | None = None,
     chat_template: str | None = None,
     draft_model: str | Path | None = None,
 ) -> "Model":
@@ -57,6 +59,8 @@ def load(
         the device should use. Of several models in a process, each keeps to its own limit.
     kv_bits : 8 or 4 keeps keys and values quantized, which takes about a half or a quarter of the
         memory a token. Answers may differ; requests run one after another instead of in a batch.
+    visual_tokens : the share to keep of the tokens of an image's tiles and of video frames, above 0
+        and at most 1 (None: 1); a request may say otherwise. Fewer are faster and see less detail.
     chat_template : how conversations become prompts, in Jinja, instead of the checkpoint's own.
     draft_model : a smaller LLaVA-OneVision checkpoint with the same tokenizer, which proposes
         tokens to requests with ``draft_tokens``. Its weights are never quantized while they are
@@ -76,6 +80,7 @@ def load(
         recipe=recipe,
         memory_limit=memory_limit,
         kv_bits=kv_bits,
+        visual_tokens=visual_tokens,
         chat_template=chat_template,
         draft=None if draft_model is None else hub.resolve(draft_model),
     )
@@ -93,15 +98,20 @@ class Model:
         recipe: Recipe | None = None,
         memory_limit: float | None = None,
         kv_bits: int | None = None,
+        visual_tokens: float | None = None,
         chat_template: str | None = None,
         draft: Path | None = None,
     ) -> None:
+        if visual_tokens is not None:
+            check_range("visual_tokens", visual_tokens)
         self.path = folder
         self.name = name or str(folder)
         self._made = [dtype, str(recipe)] + ([] if kv_bits is None else [f"kv_bits {kv_bits}"])
+        self._made += [] if visual_tokens in (None, 1) else [f"visual_tokens {visual_tokens}"]
         self._cached_as = {"dtype": str(dtype), "quantize": str(recipe), "kv_bits": str(kv_bits)}
         self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits, draft)
         self._processor = Processor.from_folder(folder, self._engine.config)
+        self._processor.visual_tokens = visual_tokens or 1.0
         if draft is not None and not self._processor.tokenizer.agrees_with(draft):
             raise RequestError(
                 f"{draft} has another vocabulary than {folder}, so it cannot be its draft model; "

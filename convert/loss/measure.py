@@ -39,10 +39,12 @@ def measure(
     *,
     dtype: str | None = "float32",
     probe_set: Sequence[Probe] | None = None,
+    visual_tokens: float = 1.0,
     progress: Progress = lambda done, total: None,
 ) -> Loss:
     """Measures what ``result`` has lost against ``source``; see :class:`Reference`."""
-    return Reference(source, dtype=dtype, probe_set=probe_set).measure(result, progress)
+    reference = Reference(source, dtype=dtype, probe_set=probe_set)
+    return reference.measure(result, progress, visual_tokens)
 
 
 class Reference:
@@ -69,8 +71,16 @@ class Reference:
         self._prompts = _prompts(source, self._config, self._probes)
         self._recording: Recording | None = None
 
-    def measure(self, result: Path, progress: Progress = lambda done, total: None) -> Loss:
+    def measure(
+        self,
+        result: Path,
+        progress: Progress = lambda done, total: None,
+        visual_tokens: float = 1.0,
+    ) -> Loss:
         """What ``result`` has lost; ``progress`` gets how many steps are done, and of how many.
+
+        visual_tokens : the share of them that the result reads, see ``load``; the source reads all.
+            With fewer, the language model's layers are not compared: they see other positions.
 
         Raises:
             RequestError: for folders of two different networks.
@@ -87,12 +97,19 @@ class Reference:
         _require_same_network(self.source, self._config, result, config)
         theirs = _prompts(result, config, self._probes)
         _require_same_prompts(self.source, self._prompts, result, theirs)
-        run = partial(record, prompts=self._prompts, dtype=self._dtype, done=done)
+        run = partial(record, dtype=self._dtype, done=done)
         if self._recording is None:
-            self._recording = run(self.source, answering=True)
+            self._recording = run(self.source, self._prompts, answering=True)
             mx.clear_cache()
-        before = self._recording
-        after = run(result, answering=False, budget=before.budget)
+        before, prompts = self._recording, self._prompts
+        if visual_tokens != 1:
+            prompts = _prompts(result, config, self._probes, visual_tokens)
+            for prompt, answered in zip(prompts, self._prompts, strict=True):
+                prompt.answer = answered.answer
+        after = run(result, prompts, answering=False, budget=before.budget)
+        if visual_tokens != 1:
+            for name in [name for name in before.layers if name.startswith("language")]:
+                del after.layers[name]
         mx.clear_cache()
         divergences = []
         for number, prompt in enumerate(self._prompts):
@@ -120,8 +137,11 @@ def _require_same_network(
             )
 
 
-def _prompts(folder: Path, config: OneVisionConfig, given: Sequence[Probe]) -> list[Prompt]:
+def _prompts(
+    folder: Path, config: OneVisionConfig, given: Sequence[Probe], visual_tokens: float = 1.0
+) -> list[Prompt]:
     processor = Processor.from_folder(folder, config)
+    processor.visual_tokens = visual_tokens
 
     def inputs(probe: Probe) -> Inputs:
         if not probe.text:
@@ -226,9 +246,9 @@ def _cosines(before: Recording, after: Recording) -> metrics.Numbers:
 
 def _layers(before: Recording, after: Recording) -> tuple[LayerLoss, ...]:
     layers = []
-    for place, rows in before.layers.items():
+    for place in after.layers:
         errors = []
-        for one, other in zip(rows, after.layers[place], strict=True):
+        for one, other in zip(before.layers[place], after.layers[place], strict=True):
             source, result = one.astype(np.float64), other.astype(np.float64)
             size = np.linalg.norm(source, axis=-1)
             errors.append(np.linalg.norm(result - source, axis=-1) / np.maximum(size, 1e-30))

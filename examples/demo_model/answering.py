@@ -23,10 +23,10 @@ FILMS = (".mp4", ".gif")
 
 
 class Package:
-    """A model loaded by this package; its settings are the default ones."""
+    """A model loaded by this package; its other settings are the default ones."""
 
-    def __init__(self, model: str, dtype: str | None = None) -> None:
-        self.model = load(model, dtype=dtype)
+    def __init__(self, model: str, dtype: str | None = None, visual_tokens: float = 1.0) -> None:
+        self.model = load(model, dtype=dtype, visual_tokens=visual_tokens)
         self._words = Tokenizer.from_file(str(self.model.path / "tokenizer.json"))
         self._paths: list[Path] = []
         self._video: Medium | None = None

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from examples.demo_model.cases import KINDS, SETS, Case, PromptRequest, make_cases
 from examples.demo_model.sheet import Mistake, contact_sheet
 
-SETTINGS = ("model", "through", "dtype", "seed", "count")
+SETTINGS = ("model", "through", "dtype", "seed", "count", "visual_tokens")
 
 
 class Answerer(Protocol):
@@ -89,13 +89,14 @@ def main() -> None:
     add("--sets", nargs="+", choices=SETS, default=list(SETS))
     add("--seed", type=int, default=0)
     add("--dtype", help="compute in this type instead of the checkpoint's")
+    add("--visual-tokens", type=float, default=1.0, help="as mlx_onevision.load takes it")
     add("--through", choices=("mlx", "transformers"), default="mlx")
     args = parser.parse_args()
     answerer: Answerer
     if args.through == "mlx":
         from examples.demo_model.answering import Package
 
-        answerer = Package(args.model, args.dtype)
+        answerer = Package(args.model, args.dtype, args.visual_tokens)
     else:
         from examples.demo_model.answering_reference import Reference
 

@@ -32,6 +32,7 @@ from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError, short
 from mlx_onevision.files import read_json
 from mlx_onevision.network.layers import fuse
+from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.onevision import OneVision
 
 QUANTIZED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
@@ -97,7 +98,11 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
 
 
 def load_checkpoint(
-    folder: Path, dtype: str | None = None, recipe: Recipe | None = None, fused: bool = True
+    folder: Path,
+    dtype: str | None = None,
+    recipe: Recipe | None = None,
+    fused: bool = True,
+    limit: int | None = None,
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
@@ -107,16 +112,21 @@ def load_checkpoint(
     recipe : quantizes the weights, tensor by tensor: the whole of them is never in memory. The same
         model, bit for bit, as the converter writes.
     fused : joins matrices for speed; without, the model's parameters have the checkpoints' names.
+    limit : bytes that the weights may take.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
         CheckpointError: if something in it is missing, damaged or not supported.
         RequestError: for a dtype of another name, and for quantizing a model that is quantized.
+        OutOfMemoryError: where the weights do not fit into the limit, before any is read.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")
     opened = open_checkpoint(folder)
     plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe, dtype=dtype)
+    if limit is not None and plan.nbytes > limit:
+        itemsize = 4 if plan.dtype == "float32" else 2
+        MemoryModel(plan.config, plan.nbytes, itemsize).admit_model(limit)
     model = opened.network if recipe is None else _network(plan.config, plan.specs)
     model.load_weights(_weights(plan))
     _unpack_positions(model)

@@ -54,9 +54,16 @@ def memory_options(command: Command) -> Command:
     """Give a command that loads a model ``memory``: arguments of ``load``."""
 
     @wraps(command)
-    def merged(*, memory_limit: float | None, kv_bits: str | None, **others: Any) -> Any:
+    def merged(
+        *,
+        memory_limit: float | None,
+        kv_bits: str | None,
+        visual_tokens: float | None,
+        **others: Any,
+    ) -> Any:
         bits = None if kv_bits is None else int(kv_bits)
-        return command(memory={"memory_limit": memory_limit, "kv_bits": bits}, **others)
+        memory = {"memory_limit": memory_limit, "kv_bits": bits, "visual_tokens": visual_tokens}
+        return command(memory=memory, **others)
 
     limit = click.option(
         "--memory-limit",
@@ -69,7 +76,13 @@ def memory_options(command: Command) -> Command:
         type=click.Choice(["8", "4"]),
         help="Keep keys and values quantized: less memory a token, no batches.",
     )
-    return cast(Command, limit(bits(merged)))
+    tokens = click.option(
+        "--visual-tokens",
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="SHARE",
+        help="Keep this share of the tokens of an image's tiles and of video frames. Default: 1.",
+    )
+    return cast(Command, limit(bits(tokens(merged))))
 
 
 def speculation_options(command: Command) -> Command:

@@ -11,6 +11,7 @@ numpy arrays and plain numbers cross over.
 import logging
 import math
 import queue
+import sys
 import threading
 import traceback
 import weakref
@@ -34,7 +35,7 @@ from mlx_onevision.engine.request import (
     as_package_error,
     request_size,
 )
-from mlx_onevision.engine.runner import Runner
+from mlx_onevision.engine.runner import Runner, working_set
 from mlx_onevision.errors import (
     CancelledError,
     ContextOverflowError,
@@ -82,7 +83,8 @@ class Engine:
         self._order = threading.Lock()
 
         def build() -> Runner:
-            checkpoint = load_checkpoint(folder, dtype=dtype, recipe=recipe)
+            usable = min(limit or sys.maxsize, working_set())
+            checkpoint = load_checkpoint(folder, dtype, recipe, limit=usable)
             small = None if draft is None else load_checkpoint(draft, dtype=dtype)
             return Runner(checkpoint, limit, kv_bits, small)
 

@@ -272,6 +272,7 @@ class RequestBuilder:
         end: float | None = None,
         tiling: Tiling = "auto",
         order: Order = "template",
+        visual_tokens: float | None = None,
         logprobs: int | None = None,
         json_schema: str | bool | Mapping[str, Any] | None = None,
         prompt_lookup: int = 0,
@@ -304,6 +305,7 @@ class RequestBuilder:
             end=end,
             tiling=tiling,
             order=order,
+            visual_tokens=visual_tokens,
             answer=max_tokens,
             check=check,
         )

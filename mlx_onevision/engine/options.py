@@ -20,6 +20,9 @@ class Options(TypedDict, total=False):
         32, evenly spread, unless they say otherwise, or fewer where the context holds fewer.
     tiling : "auto" cuts an image into tiles when it is alone in the conversation, "always" and
         "never" say so for every image.
+    visual_tokens : the share to keep of the tokens of an image's tiles and of video frames, above 0
+        and at most 1; see :func:`~mlx_onevision.media.anyres.thinned`. None takes what ``load`` was
+        given, else 1.
     logprobs : how many of the likeliest tokens are reported for each token of the answer, 0 for the
         chosen one alone; None reports none. See :mod:`~mlx_onevision.sampling.logprobs`.
     json_schema : a JSON Schema, as JSON or as what that would be in Python: the answer is a
@@ -53,6 +56,7 @@ class Options(TypedDict, total=False):
     end: float | None
     tiling: Literal["auto", "always", "never"]
     order: Literal["template", "given"]
+    visual_tokens: float | None
     logprobs: int | None
     json_schema: str | bool | Mapping[str, Any] | None
     prompt_lookup: int

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
@@ -35,7 +34,7 @@ from mlx_onevision.engine.speculation import (
 )
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
-from mlx_onevision.network.layers import on_cuda
+from mlx_onevision.network.layers import ARRAYS, JOINED, LongStepLinear, fewest_dense_rows, on_cuda
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Medium
 
@@ -383,15 +382,27 @@ def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> memory.MemoryMo
     """The sizes of a model on this device."""
     model, on_cpu = checkpoint.model, mx.default_device().type == mx.cpu
     leaves = dict(tree_flatten(model.parameters())).values()
+    # Any: the classes of a network's modules are not declared.
+    modules: dict[str, Any] = dict(model.named_modules())
+    joined = [m[name] for m in modules.values() for name in JOINED if name in m]
+    dense_rows = {
+        name: fewest_dense_rows(module, model.dtype)
+        for name, module in modules.items()
+        if isinstance(module, LongStepLinear)
+    }
+    language = [n for name, n in dense_rows.items() if name.startswith("language_model")]
+    vision = [n for name, n in dense_rows.items() if not name.startswith(("language_model", "lm_"))]
     return memory.MemoryModel(
         checkpoint.config,
         sum(leaf.nbytes for leaf in leaves),
         itemsize=model.dtype.size,
         backend="cpu" if on_cpu else "metal" if mx.metal.is_available() else "cuda",
         kv_bits=kv_bits,
-        quantized=any(isinstance(m, nn.QuantizedLinear) for m in model.language_model.modules()),
         # A CPU is no faster with more, and a prompt can be interrupted between two of them.
         most_chunk=memory.CHUNKS[-1] if on_cpu else memory.CHUNKS[0],
+        dense_rows=min(language, default=memory.NEVER),
+        dense_tower=min(vision, default=memory.NEVER) <= checkpoint.config.tokens_per_tile,
+        joined=max((sum(m[n].nbytes for n in ARRAYS if n in m) for m in joined), default=0),
     )
 
 

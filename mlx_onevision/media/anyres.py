@@ -11,8 +11,8 @@ differ. The functions in the plural take and return int64 arrays, one entry an i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -151,14 +151,25 @@ def single_tile_tokens(patches: int) -> int:
     return patches**2 + 1
 
 
-def video_side(patches: int) -> int:
-    """Tokens along one side of a pooled video frame."""
-    return (patches + 1) // 2
+def thinned(packing: Packing, share: float) -> Packing:
+    """``packing`` with about this share of its grid's tokens: the grid is thinned out as
+    LLaVA-OneVision's (arXiv 2408.03326, section 3.2) is where ``max_tiles`` asks for it, bilinearly
+    and each row with its newline. The base tile stays whole.
+    """
+    if share == 1 or 0 in packing.shape:
+        return packing
+    rows, cols = (max(1, round(length * sqrt(share))) for length in packing.shape)
+    return replace(packing, shape=(rows, cols))
 
 
-def video_tokens(frames: int, patches: int) -> int:
+def video_side(patches: int, share: float = 1.0) -> int:
+    """Tokens along one side of a pooled video frame. ``share`` : of its tokens, to be kept."""
+    return max(1, round((patches + 1) // 2 * sqrt(share)))
+
+
+def video_tokens(frames: int, patches: int, share: float = 1.0) -> int:
     """Of a video: its pooled frames and one newline at the very end."""
-    return frames * video_side(patches) ** 2 + 1
+    return frames * video_side(patches, share) ** 2 + 1
 
 
 def _whole(lengths: NDArray[np.float64]) -> Integers:

@@ -21,6 +21,7 @@ INTERVALS = (4, 2, 1)
 TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
 CACHE_STEP = 256  # positions that a KV cache grows by at a time
 DENSE_ROWS = 64  # rows for which a quantized matrix may be dequantized, see LongStepLinear
+NEVER = float("inf")
 KV_BITS = (8, 4)
 KV_GROUPS = (64, 32)  # values that have a scale and a bias of their own in a quantized KV cache
 
@@ -40,18 +41,21 @@ class Budget:
     tile_group : tiles that go through the tower together.
     chunk : prompt tokens that go through the language model together.
     tower_interval, interval : layers whose values are held at once, there and here.
+    dense_rows : as in :class:`MemoryModel`.
     """
 
     tile_group: int
     tower_interval: int
     chunk: int
     interval: int
+    dense_rows: float = NEVER
 
     def interval_for(self, tokens: int) -> int:
         """Layers between two evaluations in a step of so many tokens, 0 for none: short steps have
-        as many more as hold no more at once than a whole chunk.
+        as many more as hold no more at once than a whole chunk, unless each layer's matrices are
+        dequantized.
         """
-        if tokens > CHUNKS[-1]:
+        if tokens > CHUNKS[-1] or tokens >= self.dense_rows:
             return self.interval
         return self.interval * max(1, self.chunk // tokens)
 
@@ -66,6 +70,8 @@ class Backend(NamedTuple):
 
     fused : head widths for which attention does not hold its scores.
     window : layers that are under way at once at most; 0: all between two evaluations.
+    dequantized : bytes a value of a quantized matrix while it is dequantized, where values have
+        2 bytes, and 4.
     """
 
     hidden: float
@@ -76,13 +82,15 @@ class Backend(NamedTuple):
     tower_inner: float
     fused: tuple[int, ...]
     window: int
+    dequantized: tuple[int, int]
 
 
-# Metal and CUDA have kernels for rotations and norms, which on a CPU are operations by themselves.
+# Metal and CUDA have kernels for rotations, norms and dequantizing, which on a CPU are several
+# operations each.
 BACKENDS = {
-    "cpu": Backend(5, 10, 4, 3, 18, 2, (), 1),
-    "metal": Backend(4, 4, 3, 3, 10, 2, (64, 80, 128), 0),
-    "cuda": Backend(4, 4, 3, 3, 10, 2, tuple(range(8, 129, 8)), 0),
+    "cpu": Backend(5, 10, 4, 3, 18, 2, (), 1, (10, 8)),
+    "metal": Backend(4, 4, 3, 3, 10, 2, (64, 80, 128), 0, (2, 4)),
+    "cuda": Backend(4, 4, 3, 3, 10, 2, tuple(range(8, 129, 8)), 0, (2, 4)),
 }
 
 
@@ -140,10 +148,13 @@ class Footprint:
 class MemoryModel:
     """Sizes of a model in bytes.
 
-    weights : of all of them. quantized : whether some of them are dequantized for a long step.
+    weights : of all of them.
     itemsize : bytes a value, of the type that the model computes in.
     kv_bits : of a quantized KV cache. backend : a name of ``BACKENDS``.
     most_chunk : prompt tokens of a lone request that are computed at once, whatever the budget.
+    dense_rows : from how many rows on the language model's quantized matrices are dequantized.
+    dense_tower : whether those of tower and projector are, which never have few rows.
+    joined : of the largest matrix that is made of others when it is first used.
     draft : of a draft model, whose weights are among ``weights``.
     """
 
@@ -152,8 +163,10 @@ class MemoryModel:
     itemsize: int = 2
     backend: str = "metal"
     kv_bits: int | None = None
-    quantized: bool = False
     most_chunk: int = CHUNKS[0]
+    dense_rows: float = NEVER
+    dense_tower: bool = False
+    joined: int = 0
     draft: "MemoryModel | None" = None
 
     def with_draft(self, draft: "MemoryModel") -> "MemoryModel":
@@ -210,18 +223,27 @@ class MemoryModel:
             values += 2 * keys * (_rounded(past + tokens) + tokens)
         return int(rows * values * self.itemsize)
 
+    def dequantized(self, values: int) -> int:
+        """Quantized matrices while they are dequantized."""
+        return values * BACKENDS[self.backend].dequantized[self.itemsize == 4]
+
     def prefill(self, tokens: int, budget: Budget, rows: int = 1) -> int:
         """A prompt of so many tokens: the last of its chunks, with the embeddings that enter."""
         if not tokens:
             return 0
+        text, backend = self.config.text_config, BACKENDS[self.backend]
         chunk = min(tokens, budget.chunk)
-        layers = min(budget.interval_for(rows * chunk), self.config.text_config.num_hidden_layers)
-        layers = min(layers, BACKENDS[self.backend].window or layers)
-        held = 2 * rows * self.features(chunk) + layers * self.layer(chunk, tokens - chunk, rows)
-        if self.quantized and rows * chunk >= DENSE_ROWS:  # an MLP's matrices; others are gone then
-            text = self.config.text_config
-            held += 3 * text.intermediate_size * text.hidden_size * self.itemsize
-        return held
+        layers = min(budget.interval_for(rows * chunk), text.num_hidden_layers)
+        step = min(layers, backend.window or layers) * self.layer(chunk, tokens - chunk, rows)
+        if rows * chunk >= self.dense_rows:  # an MLP's matrices; others are gone then
+            dense = self.dequantized(3 * text.intermediate_size * text.hidden_size)
+            if backend.window:  # and so are the values of the attention
+                inner = rows * chunk * self.itemsize
+                inner *= int(backend.inner * text.intermediate_size) + 3 * text.hidden_size
+                step = max(step - inner, inner + dense)
+            else:
+                step += dense
+        return 2 * rows * self.features(chunk) + step
 
     def decode(self, rows: int = 1) -> int:
         """Logits, twice in float32 and once as computed, of two steps."""
@@ -240,12 +262,17 @@ class MemoryModel:
         layers = min(budget.tower_interval, vision.num_hidden_layers)
         layers = min(layers, BACKENDS[self.backend].window or layers)
         D = self.config.text_config.hidden_size
-        projected = patches * (width * len(self.config.feature_layers) + 2 * D) * self.itemsize
+        entering = width * len(self.config.feature_layers)
+        projected = patches * (entering + 2 * D) * self.itemsize
+        step = int(layers * layer * self.itemsize)
+        if self.dense_tower:
+            step += self.dequantized(2 * vision.intermediate_size * width)
+            projected += self.dequantized(D * (entering + D))
         if video:
             side, pooled = vision.patches_per_side, video_side(vision.patches_per_side)
             # Two neighbours along each axis, also in float32.
             projected += tiles * pooled * (side + pooled) * D * 2 * (4 + self.itemsize)
-        return pixels + max(int(layers * layer * self.itemsize), projected)
+        return pixels + max(step, projected)
 
     def packed(self, medium: MediumSize) -> int:
         """Placing a medium's features: what exists beside them and what comes of it."""
@@ -271,7 +298,7 @@ class MemoryModel:
         for medium in media:
             n = self.config.tokens_per_tile
             if medium.video:
-                n = video_side(self.config.vision_config.patches_per_side) ** 2
+                n = (medium.tokens - 1) // medium.tiles
             encoded = self.features(medium.tiles * n)
             step = encoded + self.tower(group, budget, medium.video)
             own = self.features(medium.tokens)
@@ -295,7 +322,7 @@ class MemoryModel:
         # A layer's keys and values are copied where the cache grows.
         copied = cache // self.config.text_config.num_hidden_layers
         step = max(self.prefill(size.prompt, budget), self.decode() + copied)
-        scratch = max(step, self.encode(size.media, budget) - features - cache)
+        scratch = max(step, self.joined, self.encode(size.media, budget) - features - cache)
         if size.drafted and self.draft is not None:  # it begins after the first token
             own = self.draft.request(size, budget)
             cache += own.cache
@@ -318,7 +345,7 @@ class MemoryModel:
         step = self.prefill(max(size.prompt for size in sizes), budget)
         copied = 2 * cache // self.config.text_config.num_hidden_layers
         encoding = self.encode(media, budget) - features
-        scratch = max(step, encoding, copied, self.decode(len(sizes)))
+        scratch = max(step, encoding, copied, self.joined, self.decode(len(sizes)))
         return Footprint(len(sizes) * longest, self.weights, cache, features, scratch)
 
     # Limits.
@@ -339,6 +366,7 @@ class MemoryModel:
             ),
             chunk=chunk,
             interval=most(intervals, lambda n: n * self.layer(chunk)),
+            dense_rows=self.dense_rows,
         )
 
     def fitted(self, sizes: Sequence[RequestSize], budget: Budget, limit: int) -> Budget:
@@ -346,7 +374,8 @@ class MemoryModel:
         scratch = MOST_SCRATCH
         while self.batch(sizes, budget).total > limit and scratch > MEGABYTE:
             smaller = self.plan(scratch)
-            budget = Budget(*map(min, _values(budget), _values(smaller)))
+            least = map(min, _values(budget), _values(smaller))
+            budget = Budget(*least, dense_rows=self.dense_rows)
             scratch //= 2
         return budget
 

@@ -7,6 +7,7 @@ only that ids at or above ``vocab_size`` stand for embeddings in the feature ban
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isqrt
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -44,6 +45,7 @@ class EncodableMedium(Protocol):
     tiles : uint8, shape = (tiles, S, S, 3); a video's are its frames.
     normalization : float32 (256, 3), the pixel value of each code in each channel.
     packing : of a tiled image; None for an image of one tile and for a video.
+    tokens : embeddings that it becomes.
     """
 
     @property
@@ -57,6 +59,9 @@ class EncodableMedium(Protocol):
 
     @property
     def packing(self) -> Packing | None: ...
+
+    @property
+    def tokens(self) -> int: ...
 
 
 class OneVision(nn.Module):
@@ -149,7 +154,9 @@ class OneVision(nn.Module):
                 medium, last = media[number], first + count
                 tiles = encoded[first:last]
                 # Pooled at once: a quarter of a video's features is all that is kept of them.
-                features.append(pool_frames(tiles) if medium.kind == "video" else tiles)
+                if medium.kind == "video":
+                    tiles = pool_frames(tiles, isqrt((medium.tokens - 1) // len(medium.tiles)))
+                features.append(tiles)
                 if part.stop == len(medium.tiles):
                     packed.append(self._pack(medium, mx.concatenate(features)))
                     features = []
@@ -317,11 +324,11 @@ def interpolate(grid: mx.array, rows: int, cols: int) -> mx.array:
     return ((1 - y) * first + y * second).astype(dtype)
 
 
-def pool_frames(features: mx.array) -> mx.array:
-    """Frames (n, patches, D) pooled to half their side: (n, side * side, D)."""
+def pool_frames(features: mx.array, side: int | None = None) -> mx.array:
+    """Frames (n, patches, D) pooled to ``side``, else to half their own: (n, side * side, D)."""
     frames, patches, D = features.shape
-    n = round(patches**0.5)
-    side = video_side(n)
+    n = isqrt(patches)
+    side = side or video_side(n)
     return interpolate(features.reshape(frames, n, n, D), side, side).reshape(frames, -1, D)
 
 

@@ -24,6 +24,7 @@ from mlx_onevision.media.anyres import (
     Size,
     plan_packing,
     single_tile_tokens,
+    thinned,
     video_side,
     video_tokens,
 )
@@ -42,6 +43,7 @@ from mlx_onevision.media.video import TooManyFramesError, VideoConfig, VideoFram
 from mlx_onevision.prompt.chat_template import ChatTemplate, Order, Segment
 from mlx_onevision.prompt.messages import Message, sources, video_blocks
 from mlx_onevision.prompt.tokenizer import Tokenizer
+from mlx_onevision.sampling.ranges import check_range
 
 Tiling = Literal["auto", "always", "never"]
 CACHE_BYTES = 64 << 20  # some photos of 12 megapixels, or four videos of 32 frames
@@ -107,17 +109,22 @@ class Inputs:
 @dataclass(frozen=True)
 class _ContextBudget:
     """Tokens: of the context, taken by text and images, and to be left for the answer where the
-    number of frames is open. ``patches`` : tokens along a side of a tile.
+    number of frames is open. ``patches`` : tokens along a side of a tile. ``share`` : of the
+    tokens of a frame, to be kept.
     """
 
     limit: int
     taken: int
     answer: int
     patches: int
+    share: float
 
     def frames(self, tokens: int) -> int:
         """Frames of one video that take at most so many tokens."""
-        return max(tokens - 1, 0) // video_side(self.patches) ** 2
+        return max(tokens - 1, 0) // video_side(self.patches, self.share) ** 2
+
+    def tokens(self, frames: int) -> int:
+        return video_tokens(frames, self.patches, self.share)
 
 
 class Processor:
@@ -142,6 +149,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.template = template
         self.cache = TileCache(cache_bytes)
+        self.visual_tokens = 1.0  # where :meth:`prepare` is given none
         self._placeholders = {
             "<image>": config.image_token_index,
             "<video>": config.video_token_index,
@@ -195,6 +203,7 @@ class Processor:
         start: float | None = None,
         end: float | None = None,
         ends: bool = False,
+        visual_tokens: float | None = None,
         answer: int = 256,
         check: Callable[[], None] = lambda: None,
     ) -> Inputs:
@@ -207,6 +216,8 @@ class Processor:
             is in front; "given" keeps them where they stand between the text.
         num_frames, fps, start, end, ends : which frames of each video, see
             ``FrameOptions``; a video block may say otherwise of its own.
+        visual_tokens : the share to keep of the tokens of an image's tiles and of video frames; see
+            :func:`~mlx_onevision.media.anyres.thinned`.
         answer : tokens of the context to leave for the answer where the number of frames is open.
         check : called between images and frames; ends the work by raising.
 
@@ -217,13 +228,15 @@ class Processor:
         """
         if tiling not in ("auto", "always", "never"):
             raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
+        share = self.visual_tokens if visual_tokens is None else visual_tokens
+        check_range("visual_tokens", share)
         given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "ends": ends}
         options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
         segments = self.template.segments(messages, self._specials, order)
         videos = video_blocks(messages)
         _match(segments, "<image>", len(sources(messages, "image")))
         _match(segments, "<video>", len(videos))
-        images = self._images(messages, tiling, check)
+        images = self._images(messages, tiling, share, check)
         texts = [[] if s.control else self.tokenizer.encode(s.text) for s in segments]
         taken = sum(map(len, texts)) + sum(s.control for s in segments) - len(videos)
         taken += sum(image.tokens - 1 for image in images)
@@ -232,14 +245,19 @@ class Processor:
             taken=taken,
             answer=answer,
             patches=self.config.vision_config.patches_per_side,
+            share=share,
         )
         size = self.video_config.pixels.size
         frames = _load_videos(videos, options, size, budget, check, self.cache)
-        media = {"<image>": images, "<video>": [self._video(video) for video in frames]}
+        media = {"<image>": images, "<video>": [self._video(video, budget) for video in frames]}
         return self._assemble(segments, texts, media)
 
     def _images(
-        self, messages: Sequence[Message], tiling: Tiling, check: Callable[[], None]
+        self,
+        messages: Sequence[Message],
+        tiling: Tiling,
+        share: float,
+        check: Callable[[], None],
     ) -> list[Medium]:
         given = sources(messages, "image")
         tiled = tiling == "always" or (tiling == "auto" and len(given) == 1)
@@ -249,18 +267,18 @@ class Processor:
                 check()
                 yield source
 
-        return parallel_map(lambda source: self._image(source, tiled), checked())
+        return parallel_map(lambda source: self._image(source, tiled, share), checked())
 
-    def _image(self, source: Any, tiled: bool) -> Medium:
+    def _image(self, source: Any, tiled: bool, share: float) -> Medium:
         key, read = identify_image(source)
-        key = None if key is None else (key, tiled)
+        key = None if key is None else (key, tiled, share)
         medium = self.cache.get(key, Medium)
         if medium is None:
-            medium = self._tiled(read(), tiled)
+            medium = self._tiled(read(), tiled, share)
             self.cache.put(key, medium)
         return medium
 
-    def _tiled(self, pixels: NDArray[np.uint8], tiled: bool) -> Medium:
+    def _tiled(self, pixels: NDArray[np.uint8], tiled: bool, share: float) -> Medium:
         size = (pixels.shape[0], pixels.shape[1])
         patches = self.config.vision_config.patches_per_side
         if not tiled:
@@ -274,11 +292,12 @@ class Processor:
             patches,
             self.config.max_tiles,
         )
+        packing = thinned(packing, share)
         tiles = tile_image(pixels, self.image_config)
         return Medium("image", tiles, size, packing, packing.tokens, self.image_config)
 
-    def _video(self, video: VideoFrames) -> Medium:
-        tokens = video_tokens(len(video.tiles), self.config.vision_config.patches_per_side)
+    def _video(self, video: VideoFrames, budget: _ContextBudget) -> Medium:
+        tokens = budget.tokens(len(video.tiles))
         return Medium("video", video.tiles, None, None, tokens, self.video_config.pixels, video)
 
     def _assemble(
@@ -351,13 +370,13 @@ def _load_videos(
     for place, source in enumerate(sources):
         if not is_open[place]:
             found[place] = _load_fixed(source, wanted[place], size, budget, left, check, cache)
-            left -= video_tokens(len(found[place].tiles), budget.patches)
+            left -= budget.tokens(len(found[place].tiles))
     left -= min(budget.answer, budget.limit // 4)
     for place, source in enumerate(sources):
         if is_open[place]:
             share = left // (len(sources) - len(found))
             found[place] = _load_open(source, wanted[place], size, budget, share, check, cache)
-            left -= video_tokens(len(found[place].tiles), budget.patches)
+            left -= budget.tokens(len(found[place].tiles))
     return [found[place] for place in range(len(sources))]
 
 
@@ -375,7 +394,7 @@ def _load_fixed(
         return load_video(source, size, options, most=most, check=check, cache=cache)
     except TooManyFramesError as error:
         raise ContextOverflowError(
-            f"{error.wanted} frames of a video take {video_tokens(error.wanted, budget.patches)} "
+            f"{error.wanted} frames of a video take {budget.tokens(error.wanted)} "
             f"tokens, but the model's context of {budget.limit} has {max(left, 0)} left beside the "
             f"rest of the prompt; use num_frames or fps for at most {most} frames"
         ) from None
@@ -393,7 +412,7 @@ def _load_open(
     number = min(DEFAULT_FRAMES, budget.frames(left))
     if number < 1:
         raise ContextOverflowError(
-            f"one frame of a video takes {video_tokens(1, budget.patches)} tokens, but the model's "
+            f"one frame of a video takes {budget.tokens(1)} tokens, but the model's "
             f"context of {budget.limit} has {max(left, 0)} left for it; use fewer media or a "
             "shorter text"
         )

@@ -53,6 +53,7 @@ RANGES: Mapping[str, Range] = {
     "seed": Range(ge=0, le=2**64 - 1, whole=True),
     "prompt_lookup": Range(ge=0, le=64, whole=True),
     "draft_tokens": Range(ge=0, le=64, whole=True),
+    "visual_tokens": Range(gt=0, le=1),
     "logprobs": Range(ge=0, le=MOST_LOGPROBS, whole=True),
 }
 

@@ -49,12 +49,14 @@ def open_engine(
     dtype: str | None = None,
     memory_limit: float | None = None,
     kv_bits: int | None = None,
+    visual_tokens: float | None = None,
     policy: MediaPolicy | None = None,
     limits: Limits | None = None,
 ) -> Service:
     """A backend that runs a model in this process; loaded when it is first asked.
 
-    model, revision, dtype, memory_limit, kv_bits : as :func:`mlx_onevision.load` takes them.
+    model, revision, dtype, memory_limit, kv_bits, visual_tokens : as :func:`mlx_onevision.load`
+        takes them.
     policy : which files and addresses requests may name. By default none: media come as bytes.
         A program that asks for itself alone takes ``MediaPolicy.trusting()``.
     limits : how much is taken on at once, and for how long.
@@ -75,7 +77,12 @@ def open_engine(
         from mlx_onevision.api import Model
 
         loaded = Model(
-            folder(), name=str(model), dtype=dtype, memory_limit=memory_limit, kv_bits=kv_bits
+            folder(),
+            name=str(model),
+            dtype=dtype,
+            memory_limit=memory_limit,
+            kv_bits=kv_bits,
+            visual_tokens=visual_tokens,
         )
         return _Engine(loaded, policy or MediaPolicy(), limits or Limits())
 

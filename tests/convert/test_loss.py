@@ -76,6 +76,18 @@ def test_a_folder_has_lost_nothing_against_itself() -> None:
     assert loss.dtype == "bfloat16" and loss.bits_per_weight == 16
 
 
+def test_what_fewer_visual_tokens_cost() -> None:
+    """Nothing where an image has one tile; more, the fewer there are; the tower is as it was."""
+    found = [measure(EMBEDDED, EMBEDDED, probe_set=FEW, visual_tokens=n) for n in (1, 0.5, 0.1)]
+    for name in ("shapes", "number", "video"):
+        kl = [probe.kl_mean for loss in found for probe in loss.probes if probe.name == name]
+        assert kl[0] == 0 < kl[1] <= kl[2]
+    for loss in found:
+        assert loss.tower_cosine_min == loss.perplexity_ratio == 1
+    assert {layer.part for layer in found[0].layers} == {"tower", "projector", "language"}
+    assert {layer.part for layer in found[1].layers} == {"tower", "projector"}
+
+
 def uniform_but_for_one(weights: dict[str, np.ndarray], factor: float) -> dict[str, np.ndarray]:
     """A network whose state at every word is all ones, and whose head finds the first token
     ``factor`` times as likely as any other.

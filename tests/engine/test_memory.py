@@ -23,6 +23,7 @@ from mlx.utils import tree_map
 from examples.demo_model.cases import make_cases
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import Checkpoint, load_checkpoint
+from mlx_onevision.checkpoint.plan import LazyTensorFiles
 from mlx_onevision.cli.main import cli
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.config.model import OneVisionConfig
@@ -54,17 +55,21 @@ class NoText:
 
 @cache
 def runner(name: str) -> Runner:
-    """A model of random weights: the wide one has heads of 64, the deep one a large vocabulary."""
-    hidden, inner, layers, heads, kv_heads, vocab, bits = {
-        "wide": (896, 2432, 4, 14, 2, 8000, None),
-        "deep": (512, 1408, 16, 8, 4, 60000, None),
-        "plain": (512, 1408, 8, 8, 8, 8000, None),
-        "4-bit": (512, 1408, 8, 8, 2, 32000, 4),
-    }[name]
+    """A model of random weights: the wide one has heads of 64, the deep one a large vocabulary, the
+    others a layer of the 0.5B model's. "-bit" quantizes, "half" computes in bfloat16.
+    """
+    form, _, way = name.partition(" ")
+    hidden, inner, layers, heads, kv_heads, vocab = {
+        "wide": (896, 2432, 4, 14, 2, 8000),
+        "deep": (512, 1408, 16, 8, 4, 60000),
+        "plain": (512, 1408, 8, 8, 8, 8000),
+        "small": (512, 1408, 8, 8, 2, 32000),
+        "0.5b": (896, 4864, 3, 14, 2, 8000),
+    }[form]
     config = OneVisionConfig.from_dict(
         {
             "model_type": "llava_onevision",
-            "tie_word_embeddings": name != "plain",
+            "tie_word_embeddings": form != "plain",
             "image_token_index": vocab - 2,
             "video_token_index": vocab - 1,
             "image_grid_pinpoints": [[TILE * a, TILE * b] for a in range(1, 7) for b in (1, 2, 3)],
@@ -90,9 +95,14 @@ def runner(name: str) -> Runner:
         }
     )
     model = OneVision(config)
-    model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.02, model.parameters()))
-    if bits:
-        nn.quantize(model.language_model, bits=bits)
+    dtype = mx.bfloat16 if "half" in way else mx.float32
+    model.update(
+        tree_map(lambda a: (mx.random.normal(a.shape) * 0.02).astype(dtype), model.parameters())
+    )
+    if "bit" in way:
+        vision = [model.vision_tower.encoder, model.multi_modal_projector]
+        for part in [model.language_model, *(vision if "whole" in way else [])]:
+            nn.quantize(part, bits=int(way[0]))
     fuse(model)
     model.eval()
     mx.eval(model.parameters())
@@ -145,9 +155,17 @@ SCENARIOS = {
     "eight images": ("plain", [(20, EIGHT, 8)]),
     "video": ("wide", [(20, CLIP, 8)]),
     "video, many keys": ("plain", [(200, CLIP, 8)]),
-    "4-bit": ("4-bit", [(300, None, 8)]),
-    "4-bit, short": ("4-bit", [(20, None, 8)]),
-    "4-bit, tiled": ("4-bit", [(20, TILED, 4)]),
+    "4-bit": ("small 4-bit", [(300, None, 8)]),
+    "4-bit, short": ("small 4-bit", [(20, None, 8)]),
+    "4-bit, tiled": ("small 4-bit", [(20, TILED, 4)]),
+    "4-bit half": ("0.5b 4-bit half", [(100, None, 2)]),
+    "4-bit half, short": ("0.5b 4-bit half", [(20, None, 2)]),
+    "4-bit half, image": ("0.5b 4-bit half", [(20, "small", 2)]),
+    "4-bit half, batch": ("0.5b 4-bit half", [(60, None, 2)] * 2),
+    "8-bit half": ("0.5b 8-bit half", [(100, None, 2)]),
+    "8-bit": ("0.5b 8-bit", [(200, None, 2)]),
+    "8-bit, tower too": ("small 8-bit whole", [(20, EIGHT, 2)]),
+    "half": ("0.5b half", [(100, None, 2)]),
     "batch": ("wide", [(300, None, 8), (280, None, 8)]),
     "batch of mixed lengths": ("plain", [(n, None, 6) for n in (20, 300, 40, 200)]),
     "batch of eight": ("deep", [(30, None, 4)] * 8),
@@ -267,11 +285,26 @@ def test_a_model_beyond_the_limit_is_refused_when_it_is_loaded(folder: Path) -> 
             load(folder, memory_limit=wrong)
 
 
+def test_weights_are_not_read_to_be_quantized_for_a_limit_that_they_exceed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    take = LazyTensorFiles.take
+    monkeypatch.setattr(
+        LazyTensorFiles, "take", lambda files, tensor: taken.append("") or take(files, tensor)
+    )
+    with pytest.raises(OutOfMemoryError, match="for its weights, but the limit is"):
+        load(folder, quantize=4, memory_limit=1e-4)
+    assert not taken
+    load(folder, quantize=4, memory_limit=0.1).close()
+    assert taken
+
+
 def test_every_command_that_loads_a_model_has_the_options() -> None:
     own = [cli.commands[name] for name in ("generate", "chat", "describe", "embed", "bench")]
     for command in (*own, serve_command, mcp):
         options = {option for param in command.params for option in param.opts}
-        assert {"--memory-limit", "--kv-bits"} <= options
+        assert {"--memory-limit", "--kv-bits", "--visual-tokens"} <= options
 
 
 def test_a_command_and_a_backend_keep_to_the_limit() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.engine.request import ActiveRequest, Counters, PromptRequest
 from mlx_onevision.engine.runner import Runner
+from mlx_onevision.errors import RequestError
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Processor
 from mlx_onevision.sampling.sampler import RequestSampler, Sampling
@@ -221,6 +222,32 @@ def test_no_image_is_taken_for_another(processor: Processor, name: str) -> None:
     assert not np.array_equal(cold(first).logits, cold(second).logits)
     if name.startswith("black"):
         assert np.array_equal(first.media[0].tiles, second.media[0].tiles)
+
+
+def test_shares_of_the_same_image_do_not_mix(processor: Processor) -> None:
+    """Requests with other numbers of visual tokens, in turn and together: to the bit what each is
+    answered by itself; and a share of 1 is what it is without one.
+    """
+    image = picture((350, 500))
+    shares = (None, 0.5, 0.25, 1.0, 0.5)
+    whole, half, quarter, full, again = (
+        processor.prepare(ask(image), visual_tokens=share) for share in shares
+    )
+    assert np.array_equal(whole.input_ids, full.input_ids) and whole.media == full.media
+    assert half.media == again.media  # from the cache of tiles
+    kept = [inputs.media[0] for inputs in (whole, half, quarter)]
+    assert len({medium.key for medium in kept}) == 3
+    assert kept[0].tokens > kept[1].tokens > kept[2].tokens
+    runner = Runner(load_checkpoint(FOLDER))
+    runner.prefix.capacity = 0  # the last conversation alone
+    for inputs in (whole, half, quarter, full, again):
+        warm, fresh = answer(runner, inputs), cold(inputs)
+        assert warm.counters.prompt_tokens == len(inputs.input_ids)
+        assert warm.tokens == fresh.tokens
+        assert np.array_equal(warm.logits, fresh.logits)
+        assert warm.counters.encoded_media == (inputs in (whole, half, quarter))
+    with pytest.raises(RequestError, match="visual_tokens must be above 0 and at most 1, not 0"):
+        processor.prepare(ask(image), visual_tokens=0)
 
 
 def test_the_shared_beginning_is_reused(processor: Processor) -> None:

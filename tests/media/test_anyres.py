@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -190,6 +191,16 @@ def test_other_token_counts() -> None:
     assert anyres.video_side(27) == 14
     assert anyres.video_tokens(32, 27) == 6273
     assert (anyres.video_side(4), anyres.video_tokens(3, 4)) == (2, 13)
+
+
+def test_a_share_of_the_tokens() -> None:
+    whole = plan((1152, 1152))
+    assert anyres.thinned(whole, 1) is whole
+    counts = {share: anyres.thinned(whole, share).tokens for share in (1, 0.75, 0.5, 0.25)}
+    assert counts == {1: 7371, 0.75: 729 + 70 * 71, 0.5: 729 + 57 * 58, 0.25: 729 + 40 * 41}
+    strip = dataclasses.replace(whole, box=(40, 40, 0, 81), shape=(0, 81))
+    assert anyres.thinned(strip, 0.25) is strip
+    assert [anyres.video_tokens(32, 27, share) for share in (0.5, 0.25)] == [3201, 1569]
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5)])

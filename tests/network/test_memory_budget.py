@@ -11,6 +11,7 @@ from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.media.anyres import plan_packing, video_tokens
 from mlx_onevision.network.memory_budget import (
     CHUNKS,
+    DENSE_ROWS,
     LEAST_SCRATCH,
     MAX_PREFILL_BATCH_SIZE,
     MEGABYTE,
@@ -45,7 +46,7 @@ SEVEN_B = published(3584, 18944, 28, 28, 4)
 MODELS = {
     "0.5b": MemoryModel(HALF_B, 1_790_000_000),
     "7b": MemoryModel(SEVEN_B, 16_060_000_000),
-    "7b 4-bit": MemoryModel(SEVEN_B, 4_810_000_000, quantized=True),
+    "7b 4-bit": MemoryModel(SEVEN_B, 4_810_000_000, dense_rows=DENSE_ROWS),
 }
 
 
@@ -93,6 +94,9 @@ def test_short_steps_hold_no_more_than_a_chunk() -> None:
             interval = budget.interval_for(tokens)
             assert interval >= budget.interval
             assert interval * tokens <= budget.interval * max(budget.chunk, tokens)
+    budget = MODELS["7b 4-bit"].plan(MOST_SCRATCH)
+    dense = DENSE_ROWS  # from here on each layer's matrices are dequantized
+    assert budget.interval_for(dense) == budget.interval < budget.interval_for(dense - 1)
 
 
 def test_what_is_held_by_published_shapes() -> None:
@@ -124,7 +128,7 @@ def needed(model: MemoryModel, size: RequestSize, chunk: int = 256) -> float:
     positions = -(-(size.prompt + size.answer) // 256) * 256
     cache = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * positions
     rows = sum(medium.tokens for medium in size.media) + min(chunk, size.prompt)
-    dense = text.hidden_size if model.quantized and size.prompt >= 64 else 0
+    dense = text.hidden_size if size.prompt >= model.dense_rows else 0
     mlp = 2 * 3 * text.intermediate_size * (min(chunk, size.prompt) + dense)
     return model.weights + cache + 2 * rows * text.hidden_size + mlp
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
 from mlx_onevision.errors import CancelledError
-from mlx_onevision.media.anyres import Packing, plan_packing
+from mlx_onevision.media.anyres import Packing, plan_packing, thinned, video_tokens
 from mlx_onevision.network.memory_budget import Budget
 from mlx_onevision.network.onevision import OneVision, interpolate, normalize, pool_frames
 
@@ -86,10 +86,17 @@ def test_pixels_are_looked_up_per_channel() -> None:
     assert np.array_equal(np.array(normalize(tiles, table)), expected)
 
 
+@pytest.mark.parametrize("share", [1, 0.75, 0.5, 0.25, 0.01])
 @pytest.mark.parametrize("size", [(28, 28), (28, 100), (100, 28), (77, 60), (112, 112), (1, 90)])
-def test_an_image_is_packed_as_the_reference_packs_it(size: tuple[int, int]) -> None:
+def test_an_image_is_packed_as_the_reference_packs_it(size: tuple[int, int], share: float) -> None:
+    """With a share of its tokens: what bilinear thinning to the smaller grid makes of it, the base
+    tile whole.
+    """
     model = tiny()
-    packing = plan_packing(size, PINPOINTS, SIZE, SIDE, 2)
+    whole = plan_packing(size, PINPOINTS, SIZE, SIDE, 2)
+    packing = thinned(whole, share)
+    for n, kept in zip(whole.shape, packing.shape, strict=True):
+        assert kept == n or (1 <= kept <= n and abs(kept - n * share**0.5) <= 1)
     D = 16
     features = np.random.default_rng(1).normal(size=(packing.tiles, SIDE * SIDE, D))
     features = features.astype(np.float32)
@@ -119,11 +126,28 @@ def test_a_video_is_pooled_by_frame_with_one_newline() -> None:
     np.testing.assert_allclose(rows, np.concatenate(expected), atol=2e-6)
 
 
+def test_a_video_with_a_share_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    monkeypatch.setattr(model, "vision_features", lambda _: mx.array(features))
+    monkeypatch.setattr(model, "multi_modal_projector", lambda given: given)
+    features = np.random.default_rng(2).normal(size=(3, 729, 16)).astype(np.float32)
+    tiles = np.zeros((3, SIZE, SIZE, 3), np.uint8)
+    for share, side in ((1, 14), (0.75, 12), (0.5, 10), (0.25, 7), (0.001, 1)):
+        tokens = video_tokens(3, 27, share)
+        video = Medium("video", tiles, np.zeros((256, 3), np.float32), tokens)
+        (rows,) = model.encode_media([video])
+        expected = [bilinear(x.reshape(27, 27, 16), side, side).reshape(-1, 16) for x in features]
+        expected.append(np.array(model.image_newline)[None])
+        np.testing.assert_allclose(np.array(rows), np.concatenate(expected), atol=2e-6)
+        assert len(rows) == tokens
+
+
 @dataclass
 class Medium:
     kind: Literal["image", "video"]
     tiles: np.ndarray
     normalization: np.ndarray
+    tokens: int
     packing: Packing | None = None
 
 
@@ -145,6 +169,7 @@ def some_media() -> list[Medium]:
             kind,
             rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8),
             table * np.float32(0.5) if kind == "video" else table,
+            packing.tokens if packing else (count if kind == "video" else SIDE**2) + 1,
             packing,
         )
         for kind, count, packing in kinds

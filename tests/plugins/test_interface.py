@@ -105,9 +105,11 @@ def test_events_go_through_json(event: Event) -> None:
 
 def test_the_settings_are_those_of_the_library() -> None:
     fields = GenerateRequest.__dataclass_fields__.keys()
-    # A function does not travel; a host cancels the stream instead. And requests of hosts share
-    # their steps with others, which prompt lookup does not.
-    ours = Options.__annotations__.keys() - {"check", "prompt_lookup", "draft_tokens"}
+    # A function does not travel; a host cancels the stream instead. Requests of hosts share their
+    # steps with others, which speculation does not. And how closely media are looked at is for
+    # whoever opens the backend to say, who pays for it.
+    ours = Options.__annotations__.keys()
+    ours -= {"check", "prompt_lookup", "draft_tokens", "visual_tokens"}
     assert fields == ours | {"messages", "timeout"}
 
 

@@ -5,7 +5,7 @@ Added models are kept in ``onevision.json`` in llm's own folder, by their names 
 
     {"my-org/my-model": {"model": "my-org/my-model", "revision": null, "aliases": ["mine"]}}
 
-and "memory_limit" (GB) and "kv_bits" where the person gave them.
+and "memory_limit" (GB), "kv_bits" and "visual_tokens" where the person gave them.
 """
 
 import atexit
@@ -27,7 +27,8 @@ from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 FILE = "onevision.json"
-KEYS = {"model", "revision", "aliases", "memory_limit", "kv_bits"}
+MEMORY = ("memory_limit", "kv_bits", "visual_tokens")
+KEYS = {"model", "revision", "aliases", *MEMORY}
 
 # It is the person's own command, or program: whatever that may read, this may.
 POLICY = MediaPolicy.trusting()
@@ -52,8 +53,8 @@ def as_refusal() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """id : the name for llm. model, revision, memory_limit, kv_bits : as
-    :func:`mlx_onevision.load` takes them.
+    """id : the name for llm. model, revision, memory_limit, kv_bits,
+    visual_tokens : as :func:`mlx_onevision.load` takes them.
     """
 
     id: str
@@ -62,11 +63,12 @@ class Entry:
     aliases: tuple[str, ...] = ()
     memory_limit: float | None = None
     kv_bits: int | None = None
+    visual_tokens: float | None = None
 
     @property
     def memory(self) -> dict[str, Any]:
-        """What was given of ``memory_limit`` and ``kv_bits``."""
-        values = {"memory_limit": self.memory_limit, "kv_bits": self.kv_bits}
+        """What was given of the last three."""
+        values = {name: getattr(self, name) for name in MEMORY}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -113,11 +115,13 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     aliases = given.get("aliases", [])
     good = name and isinstance(model, str) and model and not given.keys() - KEYS
     good = good and isinstance(revision, str | None) and isinstance(aliases, list)
-    memory_limit, kv_bits = given.get("memory_limit"), given.get("kv_bits")
-    good = good and type(memory_limit) in (int, float, type(None)) and kv_bits in (None, 4, 8)
+    memory = {name: given.get(name) for name in MEMORY}
+    numbers = memory["memory_limit"], memory["visual_tokens"]
+    good = good and all(type(number) in (int, float, type(None)) for number in numbers)
+    good = good and memory["kv_bits"] in (None, 4, 8)
     if not good or not all(isinstance(alias, str) and alias for alias in aliases):
         raise _damaged(path, f"the entry of {name!r} is no model")
-    return Entry(name, str(model), revision, tuple(aliases), memory_limit, kv_bits)
+    return Entry(name, str(model), revision, tuple(aliases), **memory)
 
 
 def _damaged(path: Path, why: str) -> Refusal:
@@ -135,7 +139,7 @@ def open_backend(entry: Entry) -> Backend:
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.service.service import Limits
 
-    key = entry.model, entry.revision, entry.memory_limit, entry.kv_bits
+    key = entry.model, entry.revision, *entry.memory.items()
     with _lock:
         if key not in _backends:
             # No other clients need protection, and the first question may wait for a download.

@@ -46,7 +46,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackend]:
     """In the place of the demo model."""
     with FakeBackend(policy=registry.POLICY, limits=Limits(waiting=100)) as backend:
-        monkeypatch.setitem(registry._backends, ("demo", None, None, None), backend)
+        monkeypatch.setitem(registry._backends, ("demo", None), backend)
         yield backend
 
 
@@ -243,7 +243,7 @@ def test_an_answer_left_early_is_ended(monkeypatch: pytest.MonkeyPatch, model: l
             await task
 
     with FakeBackend(pieces=["a"] * 10_000, delay=0.01, policy=registry.POLICY) as backend:
-        monkeypatch.setitem(registry._backends, ("demo", None, None, None), backend)
+        monkeypatch.setitem(registry._backends, ("demo", None), backend)
         pieces = iter(model.prompt("hi"))
         assert next(pieces) == "a"
         del pieces
@@ -260,7 +260,7 @@ def test_an_answer_left_early_is_ended(monkeypatch: pytest.MonkeyPatch, model: l
 def test_what_the_backend_refuses(monkeypatch: pytest.MonkeyPatch, model: llm.Model) -> None:
     error = PluginError("out_of_memory", "there is too little memory", "close something")
     with FakeBackend(fail_at=1, error=error, policy=registry.POLICY) as backend:
-        monkeypatch.setitem(registry._backends, ("demo", None, None, None), backend)
+        monkeypatch.setitem(registry._backends, ("demo", None), backend)
         with pytest.raises(llm.ModelError, match="too little memory; close something"):
             model.prompt("one two three").text()
         done = CliRunner().invoke(cli, ["-m", "onevision-demo", "one two three"])
