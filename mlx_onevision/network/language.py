@@ -187,7 +187,11 @@ class Qwen2(nn.Module):
         if h.shape[1] == 1 and cache is not None and plain:
             return self._decode(h, cache, [masks[window] for window in self._windows])
         # A CPU computes at once what it is given, and gains nothing by an overlap.
-        halves = interval == 1 and plain and mx.default_device().type == mx.gpu
+        on_gpu = mx.default_device().type == mx.gpu
+        if on_gpu:  # which begins with the first layers of a short step before the last are built
+            most = max(2, len(self.layers) // 2)
+            interval = min(interval, most) if interval else most
+        halves = interval == 1 and plain and on_gpu
         pace = Pace(interval, halves)
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
