@@ -155,7 +155,7 @@ def test_as_in_transformers(folder: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
-    assert asked == ["/shapes.png", "/shapes.png", "/square.png", "/shapes.png"]
+    assert sorted(asked) == ["/shapes.png"] * 3 + ["/square.png"]  # several are fetched at once
     assert done.stdout.startswith("<|im_start|>user")
     assert "This image shows a red stop sign.<|im_end|>" in done.stdout
     model = load(folder, dtype="float16")
