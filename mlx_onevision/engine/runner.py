@@ -139,12 +139,29 @@ class Runner:
         return True
 
     def begin(self, active: ActiveRequest) -> list[Any]:
-        """Encodes the media of a request, and takes a KV cache to prefill its prompt into."""
+        """Encodes the media of a request, and meanwhile takes a KV cache to prefill its prompt to,
+        and makes room in it.
+        """
         inputs, counters = active.request.inputs, active.counters
         ids, keys = self.virtual_ids(inputs)
         active.hold(self.model.bank, ids, keys)
-        self.fill_bank(inputs, ids, self.prefix.match(ids), counters, active.check)
-        cache, counters.cached_tokens = self.prefix.take(ids)
+        cache: list[Any] = []
+
+        def launched() -> None:
+            active.check()
+            if not cache:
+                taken, counters.cached_tokens = self.prefix.take(ids)
+                cache.extend(taken)
+                room = min(active.max_tokens, memory.CACHE_STEP)
+                reserve(self.model, cache, len(ids) + room)
+
+        try:
+            self.fill_bank(inputs, ids, self.prefix.match(ids), counters, launched)
+            launched()
+        except BaseException:
+            if counters.cached_tokens:
+                self.prefix.store(ids, keys, cache)
+            raise
         active.begin(cache)
         return cache
 
@@ -156,7 +173,6 @@ class Runner:
 
         try:
             ahead = 1 + active.request.proposed  # a step's tokens
-            reserve(self.model, cache, len(active.ids) + min(active.max_tokens, memory.CACHE_STEP))
             with closing(self._tokens(active, cache)) as tokens:
                 for token in tokens:
                     active.accept(token)

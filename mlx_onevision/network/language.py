@@ -128,6 +128,21 @@ class DecoderLayer(nn.Module):
         projected = self.before_attention(x, rotate, 0 if cache is None else cache.offset)
         return self.add_attention(x, self.self_attn.attend(*projected, mask, cache))
 
+    def of_last(
+        self,
+        x: mx.array,
+        last: int,
+        rotate: RotaryEmbedding,
+        mask: Mask,
+        cache: Any | None,
+    ) -> mx.array:
+        """What the layer makes of the last positions; the cache gets the keys of all."""
+        offset = 0 if cache is None else cache.offset
+        queries, keys, values = self.before_attention(x, rotate, offset)
+        mask = mask[..., -last:, :] if isinstance(mask, mx.array) else mask
+        attended = self.self_attn.attend(queries[:, :, -last:], keys, values, mask, cache)
+        return self.after_attention(x[:, -last:], attended)
+
     def before_attention(
         self, x: mx.array, rotate: RotaryEmbedding, offset: int | mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
@@ -166,8 +181,10 @@ class Qwen2(nn.Module):
         cache: Sequence[Any] | None = None,
         interval: int = 0,
         check: Callable[[], None] = lambda: None,
+        last: int | None = None,
     ) -> mx.array:
-        """Final hidden states, normalised.
+        """Final hidden states, normalised; of so many of the ``last`` positions alone, for which
+        the last layer then computes what the others need not know.
 
         h : mx.array, shape = (B, L, hidden_size)
             Embeddings of the positions that follow those in the cache.
@@ -196,7 +213,9 @@ class Qwen2(nn.Module):
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
         ):
-            if halves:
+            if last is not None and number == len(self.layers) and plain:
+                h = layer.of_last(h, last, self._rotate, masks[window], layer_cache)
+            elif halves:
                 h = layer.attend(h, self._rotate, masks[window], layer_cache)
                 pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 h = layer.feed_forward(h)
@@ -205,7 +224,7 @@ class Qwen2(nn.Module):
             if pace.is_due(number):
                 pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 check()
-        return self.norm(h)
+        return self.norm(h if last is None else h[:, -last:])
 
     def _mask(self, h: mx.array, cache: Any | None, window: int | None) -> Mask:
         """Of a batch's decode step, too: none where no row has padding."""

@@ -111,8 +111,7 @@ class OneVision(nn.Module):
         h = self.embed(inputs) if input_embeddings is None else input_embeddings
         tokens = h.shape[0] * h.shape[1]
         interval = 0 if h.shape[1] == 1 else self.budget.interval_for(tokens)
-        h = self.language_model(h, cache, interval, self._check)
-        h = h if last is None else h[:, -last:]
+        h = self.language_model(h, cache, interval, self._check, last)
         head = (
             self.language_model.embed_tokens.as_linear
             if self.config.tie_word_embeddings

@@ -2,7 +2,7 @@
 kept is bounded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from checkpoints import write
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine.prefix_cache import Kept, PrefixCache
 from mlx_onevision.network import feature_bank as bank
+from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.sampling.sampler import RequestSampler
 
 TOKENS = 12
@@ -242,6 +243,27 @@ def test_an_error_of_a_lone_request_costs_only_its_own_conversation(
             assert again.usage.cached_tokens > 0 and again.usage.encoded_media == 0
     finally:
         model.close()
+
+
+def test_a_conversation_is_kept_whose_next_image_cannot_be_encoded(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, encode = about(1), OneVision.encode_groups
+    answer = model.generate(messages=first, max_tokens=4)
+
+    def failing(
+        network: OneVision, media: Sequence[Any], launched: Callable[[], None]
+    ) -> Iterator[Any]:
+        for group in encode(network, media, launched):
+            yield group
+            raise RuntimeError("odd")
+
+    monkeypatch.setattr(OneVision, "encode_groups", failing)
+    with pytest.raises(RuntimeError, match="odd"):
+        model.generate(messages=[*gone_on(first, answer.text)[:2], *about(2)], max_tokens=4)
+    monkeypatch.undo()
+    again = model.generate(messages=gone_on(first, answer.text), max_tokens=4)
+    assert again.usage.cached_tokens > 64 and again.usage.encoded_media == 0
 
 
 def test_a_cache_too_large_for_what_is_kept_is_not_computed(folder: Path) -> None:

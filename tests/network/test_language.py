@@ -131,3 +131,35 @@ def test_layers_are_evaluated_in_halves(model: Qwen2, monkeypatch: pytest.Monkey
     found = np.array(model(prompt, [KVCache() for _ in model.layers], 1))
     assert len(points) == 2 * len(model.layers)
     assert np.abs(found - wanted).max() < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_last_layer_computes_the_last_positions(
+    model: Qwen2, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the keys and values of all, with which the next step goes on."""
+    lengths: list[int] = []
+    feed_forward = language.DecoderLayer.feed_forward
+    prompt, token = embeddings(model, rows, 21), embeddings(model, rows, 1)
+
+    def fresh() -> list[Any]:
+        padding = [0, 2, 1][:rows]
+        return [BatchKVCache(padding) if rows > 1 else KVCache() for _ in model.layers]
+
+    whole, part = fresh(), fresh()
+    wanted = np.array(model(prompt, whole))[:, -2:]
+
+    def counted(layer: Any, x: mx.array) -> mx.array:
+        lengths.append(x.shape[1])
+        return feed_forward(layer, x)
+
+    monkeypatch.setattr(language.DecoderLayer, "feed_forward", counted)
+    found = np.array(model(prompt, part, last=2))
+    monkeypatch.undo()
+    assert lengths == [21] * (len(model.layers) - 1) + [2]
+    assert found.shape == wanted.shape and np.abs(found - wanted).max() < 1e-5
+    after = [np.array(model(token, cache)) for cache in (whole, part)]
+    assert np.abs(after[0] - after[1]).max() < 1e-5
+    alone = np.array(model(prompt, last=2))
+    if rows == 1:
+        assert np.abs(alone - wanted).max() < 1e-5
