@@ -27,6 +27,7 @@ import numpy as np
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
+from mlx_onevision.engine import pooling
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.request import (
@@ -158,14 +159,16 @@ class Engine:
         check : called on the inference thread between groups of tiles; ends it by raising.
         """
         both = _checking(self._worker.closing, check)
-        return self._in_turn(lambda runner: runner.embed_tiles(tiles, normalization, both))
+        return self._in_turn(
+            lambda runner: pooling.tile_vectors(runner, tiles, normalization, both)
+        )
 
     def embed_prompts(
         self, prompts: Sequence[Inputs], check: Callable[[], None] = no_check
     ) -> "Future[np.ndarray]":
         """The last hidden state of each prompt; float32 (n, hidden_size). ``check`` : as above."""
         both = _checking(self._worker.closing, check)
-        return self._in_turn(lambda runner: runner.embed_prompts(prompts, both))
+        return self._in_turn(lambda runner: pooling.prompt_vectors(runner, prompts, both))
 
     @property
     def healthy(self) -> bool:

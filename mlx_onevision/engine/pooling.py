@@ -3,12 +3,28 @@ means are taken in float32, whatever type the model computes in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_onevision.engine.request import Counters, request_size
+from mlx_onevision.engine.runner import Runner, wired
+from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.onevision import OneVision, normalize
+from mlx_onevision.prompt.processor import Inputs
+
+
+def tile_vectors(
+    runner: Runner,
+    tiles: NDArray[np.uint8],
+    normalization: NDArray[np.float32],
+    check: Callable[[], None],
+) -> NDArray[np.float32]:
+    """As :func:`tower_means`, of the model that ``runner`` has."""
+    with wired():
+        return tower_means(runner.model, tiles, normalization, check)
 
 
 def tower_means(
@@ -84,3 +100,41 @@ def _prefill_in_chunks(model: OneVision, ids: Sequence[int], check: Callable[[],
         mx.eval(state, [layer.state for layer in cache])
         check()
     return state
+
+
+def prompt_vectors(
+    runner: Runner, prompts: Sequence[Inputs], check: Callable[..., None]
+) -> NDArray[np.float32]:
+    """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
+    vectors = []
+    for group in _groups(runner, prompts):
+        rows: list[list[int]] = []
+        with wired(), runner.within_limit([_joint_size(group)]), ExitStack() as in_use:
+            for inputs in group:
+                ids, keys = runner.virtual_ids(inputs)
+                in_use.enter_context(runner.model.bank.in_use(keys))
+                rows.append(ids)
+            together = [(*pair, Counters()) for pair in zip(group, rows, strict=True)]
+            for _ in runner.encode(together, check):
+                pass
+            vectors.append(last_hidden(runner.model, rows, check))
+    return np.concatenate(vectors)
+
+
+def _groups(runner: Runner, prompts: Sequence[Inputs]) -> Iterator[list[Inputs]]:
+    """Adjacent prompts whose media can be held together."""
+    group: list[Inputs] = []
+    for inputs in prompts:
+        together = runner.memory.request(_joint_size([*group, inputs]), memory.SMALLEST)
+        if group and together.total > runner.limit:
+            yield group
+            group = []
+        group.append(inputs)
+    yield group
+
+
+def _joint_size(prompts: Sequence[Inputs]) -> memory.RequestSize:
+    """Of prompts that are computed one after another, and whose media are held together."""
+    sizes = [request_size(inputs, 1) for inputs in prompts]
+    media = tuple(medium for size in sizes for medium in size.media)
+    return memory.RequestSize(max(size.prompt for size in sizes), 1, media)

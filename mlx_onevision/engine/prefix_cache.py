@@ -18,11 +18,16 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_onevision.checkpoint.tensors import read_header
 from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.network.layers import on_cuda
+from mlx_onevision.network.memory_budget import CACHE_STEP
 from mlx_onevision.network.onevision import OneVision
 
 # Every prompt shares its first few template tokens: not worth trimming a cache for.
 LEAST_MATCH = 64
 MOST_KEPT = 32  # all are looked at with every request
+# On CUDA, MLX attends to a cache of a whole number of steps through cuDNN, whose launch takes
+# longer than that of its own kernel: it pays where a layer holds more than this.
+LONG_LAYER_BYTES = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,3 +271,45 @@ def _first(layer: Any, count: int) -> Any:
         *settings,
     )
     return copy
+
+
+def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
+    """Makes room for so many positions now, one layer after another: grown within a step, the keys
+    and values of all layers would be copied at once.
+    """
+    text = model.config.text_config
+    keys = cache[0].keys
+    if keys is not None and (keys[0] if hasattr(cache[0], "bits") else keys).shape[2] >= positions:
+        return
+    rows = cache[0].offset.size if isinstance(cache[0].offset, mx.array) else 1
+    room = -(-positions // CACHE_STEP) * CACHE_STEP
+    position = 2 * rows * text.num_key_value_heads * text.head_dim * model.dtype.size
+    if on_cuda() and room * position < LONG_LAYER_BYTES:
+        room += 16  # no whole number of steps
+
+    for layer in cache:
+        held = layer.size() if isinstance(layer.offset, mx.array) else layer.offset
+
+        def enlarged(values: mx.array, held: int = held) -> mx.array:
+            more = mx.zeros((*values.shape[:2], room - held, values.shape[3]), values.dtype)
+            return mx.concatenate([values[..., :held, :], more], axis=2)
+
+        new: Any
+        if layer.keys is None:
+            shape = (rows, text.num_key_value_heads, room, text.head_dim)
+            new = [mx.zeros(shape, model.dtype) for _ in range(2)]
+            if hasattr(layer, "bits"):
+                new = [mx.quantize(x, group_size=layer.group_size, bits=layer.bits) for x in new]
+        else:
+            new = tree_map(enlarged, (layer.keys, layer.values))
+        fresh = layer.keys is None
+        layer.keys, layer.values = new
+        # What is not a copy need not be waited for before the next.
+        (mx.async_eval if fresh else mx.eval)(layer.keys, layer.values)
+
+
+def trim_to_shortest_layer(cache: Sequence[Any]) -> None:
+    """Takes back the positions that only some layers have computed."""
+    shortest = min(layer.offset for layer in cache)
+    for layer in cache:
+        layer.trim(layer.offset - shortest)

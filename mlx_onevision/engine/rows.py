@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_onevision.engine.decode import CLEAR_EVERY
-from mlx_onevision.engine.prefix_cache import common
+from mlx_onevision.engine.prefix_cache import common, reserve
 from mlx_onevision.engine.request import ActiveRequest
-from mlx_onevision.engine.runner import Runner, reserve
+from mlx_onevision.engine.runner import Runner
 
 
 @dataclass(eq=False)

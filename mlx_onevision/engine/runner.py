@@ -14,12 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
 from mlx_onevision.engine.decode import decode_steps, import_mlx_lm
-from mlx_onevision.engine.pooling import last_hidden, tower_means
-from mlx_onevision.engine.prefix_cache import PrefixCache
+from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
 from mlx_onevision.engine.request import (
     ActiveRequest,
     Counters,
@@ -34,7 +33,7 @@ from mlx_onevision.engine.speculation import (
 )
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
-from mlx_onevision.network.layers import ARRAYS, JOINED, LongStepLinear, fewest_dense_rows, on_cuda
+from mlx_onevision.network.layers import ARRAYS, JOINED, LongStepLinear, fewest_dense_rows
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Medium
 
@@ -44,9 +43,6 @@ BANK_SHARE = 32
 MOST_BANK_BYTES = 1 << 31
 PREFIX_SHARE = 8  # keys and values of conversations before the last, of memory not planned for
 MOST_PREFIX_BYTES = 1 << 32
-# On CUDA, MLX attends to a cache of a whole number of steps through cuDNN, whose launch takes
-# longer than that of its own kernel: it pays where a layer holds more than this.
-LONG_LAYER_BYTES = 1 << 23
 
 
 class Runner:
@@ -296,39 +292,6 @@ class Runner:
                 pass
             return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
 
-    def embed_tiles(
-        self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[..., None]
-    ) -> np.ndarray:
-        with wired():
-            return tower_means(self.model, tiles, normalization, check)
-
-    def embed_prompts(self, prompts: Sequence[Inputs], check: Callable[..., None]) -> np.ndarray:
-        """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
-        vectors = []
-        for group in self._groups(prompts):
-            rows: list[list[int]] = []
-            with wired(), self.within_limit([_joint_size(group)]), ExitStack() as in_use:
-                for inputs in group:
-                    ids, keys = self.virtual_ids(inputs)
-                    in_use.enter_context(self.model.bank.in_use(keys))
-                    rows.append(ids)
-                together = [(*pair, Counters()) for pair in zip(group, rows, strict=True)]
-                for _ in self.encode(together, check):
-                    pass
-                vectors.append(last_hidden(self.model, rows, check))
-        return np.concatenate(vectors)
-
-    def _groups(self, prompts: Sequence[Inputs]) -> Iterator[list[Inputs]]:
-        """Adjacent prompts whose media can be held together."""
-        group: list[Inputs] = []
-        for inputs in prompts:
-            together = self.memory.request(_joint_size([*group, inputs]), memory.SMALLEST)
-            if group and together.total > self.limit:
-                yield group
-                group = []
-            group.append(inputs)
-        yield group
-
     def forget(self, keys: Sequence[str]) -> None:
         self.prefix.forget(keys)
         self.model.bank.forget(keys)
@@ -420,55 +383,6 @@ def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> memory.MemoryMo
         dense_tower=min(vision, default=memory.NEVER) <= checkpoint.config.tokens_per_tile,
         joined=max((sum(m[n].nbytes for n in ARRAYS if n in m) for m in joined), default=0),
     )
-
-
-def _joint_size(prompts: Sequence[Inputs]) -> memory.RequestSize:
-    """Of prompts that are computed one after another, and whose media are held together."""
-    sizes = [request_size(inputs, 1) for inputs in prompts]
-    media = tuple(medium for size in sizes for medium in size.media)
-    return memory.RequestSize(max(size.prompt for size in sizes), 1, media)
-
-
-def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
-    """Makes room for so many positions now, one layer after another: grown within a step, the keys
-    and values of all layers would be copied at once.
-    """
-    text = model.config.text_config
-    keys = cache[0].keys
-    if keys is not None and (keys[0] if hasattr(cache[0], "bits") else keys).shape[2] >= positions:
-        return
-    rows = cache[0].offset.size if isinstance(cache[0].offset, mx.array) else 1
-    room = -(-positions // memory.CACHE_STEP) * memory.CACHE_STEP
-    position = 2 * rows * text.num_key_value_heads * text.head_dim * model.dtype.size
-    if on_cuda() and room * position < LONG_LAYER_BYTES:
-        room += 16  # no whole number of steps
-
-    for layer in cache:
-        held = layer.size() if isinstance(layer.offset, mx.array) else layer.offset
-
-        def enlarged(values: mx.array, held: int = held) -> mx.array:
-            more = mx.zeros((*values.shape[:2], room - held, values.shape[3]), values.dtype)
-            return mx.concatenate([values[..., :held, :], more], axis=2)
-
-        new: Any
-        if layer.keys is None:
-            shape = (rows, text.num_key_value_heads, room, text.head_dim)
-            new = [mx.zeros(shape, model.dtype) for _ in range(2)]
-            if hasattr(layer, "bits"):
-                new = [mx.quantize(x, group_size=layer.group_size, bits=layer.bits) for x in new]
-        else:
-            new = tree_map(enlarged, (layer.keys, layer.values))
-        fresh = layer.keys is None
-        layer.keys, layer.values = new
-        # What is not a copy need not be waited for before the next.
-        (mx.async_eval if fresh else mx.eval)(layer.keys, layer.values)
-
-
-def trim_to_shortest_layer(cache: Sequence[Any]) -> None:
-    """Takes back the positions that only some layers have computed."""
-    shortest = min(layer.offset for layer in cache)
-    for layer in cache:
-        layer.trim(layer.offset - shortest)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from crowding import CHAT, EMBED, RESPONSES, percentile, picture, spread, table,
 from endless import endless
 from served import Client, serving, wait_for
 
+from mlx_onevision.engine import pooling
 from mlx_onevision.engine.request import ActiveRequest
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.plugins import open_backend
@@ -45,7 +46,7 @@ class LogprobRecorder:
 @pytest.fixture(scope="module")
 def watch() -> Iterator[LogprobRecorder]:
     found = LogprobRecorder()
-    put, prefill, embed = ActiveRequest.accept, Runner._tokens, Runner.embed_tiles
+    put, prefill, embed = ActiveRequest.accept, Runner._tokens, pooling.tile_vectors
     with pytest.MonkeyPatch.context() as patch:
 
         def counted(self: ActiveRequest, token: int) -> None:
@@ -56,13 +57,13 @@ def watch() -> Iterator[LogprobRecorder]:
             found.prefills.append(time.monotonic())
             return prefill(self, *args)
 
-        def seen(self: Runner, *args: Any) -> Any:
+        def seen(*args: Any) -> Any:
             found.tiles.append(time.monotonic())
-            return embed(self, *args)
+            return embed(*args)
 
         patch.setattr(ActiveRequest, "accept", counted)
         patch.setattr(Runner, "_tokens", began)
-        patch.setattr(Runner, "embed_tiles", seen)
+        patch.setattr(pooling, "tile_vectors", seen)
         yield found
 
 
