@@ -68,8 +68,7 @@ def decode_steps(
             seen = mx.concatenate([seen, prompt[:chunk]])
         prompt = prompt[chunk:]
         check()
-        if mx.get_cache_memory() > MOST_FREED:  # else the next chunk takes what this one leaves
-            mx.clear_cache()
+        clear_between_chunks()
     token = step(prompt)
     yield _value(token)  # before the next step is built, which takes a while
     produced = 0
@@ -82,6 +81,12 @@ def decode_steps(
             produced += 1
             if produced % CLEAR_EVERY == 0:
                 mx.clear_cache()
+
+
+def clear_between_chunks() -> None:
+    """Empties MLX's cache of freed buffers where it is large; else the next chunk takes them."""
+    if mx.get_cache_memory() > MOST_FREED:
+        mx.clear_cache()
 
 
 def _value(token: mx.array) -> int:

@@ -96,7 +96,8 @@ def _prefill_in_chunks(model: OneVision, ids: Sequence[int], check: Callable[[],
     state = mx.zeros((1, model.config.text_config.hidden_size))
     for start in range(0, len(ids), chunk):
         h = model.embed(mx.array([ids[start : start + chunk]], mx.int32))
-        state = model.language_model(h, cache, model.budget.interval)[:, -1].astype(mx.float32)
+        h = model.language_model(h, cache, model.budget.interval, last=1)
+        state = h[:, -1].astype(mx.float32)
         mx.eval(state, [layer.state for layer in cache])
         check()
     return state

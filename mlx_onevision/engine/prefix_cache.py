@@ -302,8 +302,7 @@ def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
                 new = [mx.quantize(x, group_size=layer.group_size, bits=layer.bits) for x in new]
         else:
             new = tree_map(enlarged, (layer.keys, layer.values))
-        fresh = layer.keys is None
-        layer.keys, layer.values = new
+        fresh, (layer.keys, layer.values) = layer.keys is None, new
         # What is not a copy need not be waited for before the next.
         (mx.async_eval if fresh else mx.eval)(layer.keys, layer.values)
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
-from mlx_onevision.engine.decode import decode_steps, import_mlx_lm
+from mlx_onevision.engine.decode import clear_between_chunks, decode_steps, import_mlx_lm
 from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
 from mlx_onevision.engine.request import (
     ActiveRequest,
@@ -129,6 +129,10 @@ class Runner:
                 if self._decode(active, self.begin(active), should_yield):
                     return False
         except BaseException as error:
+            if isinstance(as_package_error(error), OutOfMemoryError):
+                self.prefix.clear()  # all kept caches go, so that the next request has memory
+                if self.draft is not None:
+                    self.draft.prefix.clear()
             active.end(error)
         else:
             active.end()
@@ -183,12 +187,6 @@ class Runner:
         except CancelledError:
             trim_to_shortest_layer(cache)
             self.prefix.store(active.ids, active.keys, cache)
-            raise
-        except BaseException as error:
-            if isinstance(as_package_error(error), OutOfMemoryError):
-                self.prefix.clear()  # all kept caches go, so that the next request has memory
-                if self.draft is not None:
-                    self.draft.prefix.clear()
             raise
         self.prefix.store(active.ids, active.keys, cache)
         return False
@@ -255,7 +253,7 @@ class Runner:
             chunk = mx.array([ids[start : start + self.prefill_chunk]], mx.int32)
             self.model(chunk, cache, last=1)  # its logits are never computed
             mx.eval([layer.state for layer in cache])
-            mx.clear_cache()
+            clear_between_chunks()
             yield
 
     def processors(self, active: ActiveRequest, before: Sequence[int] = ()) -> list[Any]:

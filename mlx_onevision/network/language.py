@@ -289,11 +289,8 @@ class _Pieces:
 
     def _piece(self, number: int) -> Callable[..., tuple[mx.array, ...]]:
         """What comes after the attention of layer ``number`` - 1 and before that of ``number``."""
-        layers, norm, rotate = (
-            self._layers[max(number - 1, 0) : number + 1],
-            self._norm,
-            self._rotate,
-        )
+        layers = self._layers[max(number - 1, 0) : number + 1]
+        norm, rotate = self._norm, self._rotate
         last = number == len(self._layers)
 
         def piece(x: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
@@ -339,9 +336,8 @@ def _attention_in_steps(queries: mx.array, cache: Any, scale: float) -> mx.array
     stop = cache.offset
     start = stop - queries.shape[2]
     first = start // CACHE_STEP * CACHE_STEP
-    last = min(
-        -(-stop // CACHE_STEP) * CACHE_STEP, cache.keys.shape[2]
-    )  # no real query sees what lies behind it
+    # No real query sees what lies behind ``stop``.
+    last = min(-(-stop // CACHE_STEP) * CACHE_STEP, cache.keys.shape[2])
     padded = mx.pad(queries, [(0, 0), (0, 0), (start - first, last - stop), (0, 0)])
     keys, values = (held[..., :last, :] for held in (cache.keys, cache.values))
     attended = mx.fast.scaled_dot_product_attention(

@@ -11,7 +11,9 @@ import pytest
 from checkpoints import write
 
 from mlx_onevision.api import Model, load
+from mlx_onevision.engine import runner as runner_module
 from mlx_onevision.engine.prefix_cache import Kept, PrefixCache
+from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.network import feature_bank as bank
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.sampling.sampler import RequestSampler
@@ -264,6 +266,30 @@ def test_a_conversation_is_kept_whose_next_image_cannot_be_encoded(
     monkeypatch.undo()
     again = model.generate(messages=gone_on(first, answer.text), max_tokens=4)
     assert again.usage.cached_tokens > 64 and again.usage.encoded_media == 0
+
+
+@pytest.mark.parametrize("place", ["room", "tiles", "prefill"])
+def test_kept_caches_go_where_memory_runs_out(
+    model: Model, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """So that the next request has it, whatever of a request it was that took too much."""
+    set_capacity(model, 1 << 30)
+    for seed in range(2):
+        model.generate(messages=about(seed), max_tokens=4)
+    assert prefix(model)[0] == 2
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    if place == "room":
+        monkeypatch.setattr(runner_module, "reserve", failing)
+    elif place == "tiles":
+        monkeypatch.setattr(OneVision, "encode_groups", failing)
+    else:
+        monkeypatch.setattr(OneVision, "embed", failing)
+    with pytest.raises(OutOfMemoryError):
+        model.generate(messages=about(2), max_tokens=4)
+    assert prefix(model)[0] == 0
 
 
 def test_a_cache_too_large_for_what_is_kept_is_not_computed(folder: Path) -> None:
