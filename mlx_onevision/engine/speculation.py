@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_onevision.engine.decode import CLEAR_EVERY
+from mlx_onevision.engine.decode import CLEAR_EVERY, clear_between_chunks
 from mlx_onevision.network.onevision import OneVision
 
 
@@ -91,7 +91,7 @@ class ModelDraft:
             check()
             model(mx.array([pending[:chunk]], mx.int32), cache, last=1)
             mx.eval([layer.state for layer in cache])
-            mx.clear_cache()
+            clear_between_chunks()
 
     @property
     def _pending(self) -> list[int]:
