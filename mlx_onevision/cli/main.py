@@ -18,6 +18,7 @@ import click
 from mlx_onevision.cli.bench import bench
 from mlx_onevision.cli.chat import chat
 from mlx_onevision.cli.describe import describe
+from mlx_onevision.cli.doctor import doctor
 from mlx_onevision.cli.embed import embed
 from mlx_onevision.cli.generate import generate
 from mlx_onevision.cli.options import DEBUG, debug_option
@@ -60,7 +61,7 @@ def cli() -> None:
             stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
 
 
-for command in (generate, chat, describe, embed, bench):
+for command in (generate, chat, describe, embed, bench, doctor):
     debug_option(command)
     cli.add_command(command)
 
