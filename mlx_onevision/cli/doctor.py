@@ -140,12 +140,12 @@ def check_mlx(device: dict[str, Any]) -> Finding:
     version = _installed("mlx")
     facts = {"version": version, **device}
     if "problem" in device:
-        name = "mlx" if platform.system() == "Darwin" else "'mlx-onevision[cpu]'"
+        name = "mlx" if platform.system() == "Darwin" else "'mlx[cpu]'"
         advice = f"MLX does not start; type: pip install --force-reinstall {name}."
         return Finding(f"{version}, does not start: {device['problem']}", facts, [advice])
     advice = []
     if device["backend"] == "CPU":
-        way = "with an NVIDIA GPU, type: pip install 'mlx-onevision[cuda13]'"
+        way = "with an NVIDIA GPU, type: pip install 'mlx[cuda13]'"
         if platform.system() == "Darwin":
             way = "in a virtual machine Metal is missing, so use the Mac itself"
         advice.append(f"MLX has no GPU here, and is many times slower without; {way}.")

@@ -192,6 +192,7 @@ def test_little_disk_few_files_and_old_packages_have_advice(
     ]
     cpu = doctor.check_mlx({"backend": "CPU", "name": "x"})
     assert "no GPU" in cpu.advice[0]
+    assert "pip install" in doctor.check_mlx({"problem": "x"}).advice[0]
 
 
 # A Mac, by a sysctl of our own that answers as macOS's does.
@@ -285,3 +286,16 @@ def test_two_ranks_have_a_measured_link_and_one_of_them_prints() -> None:
     assert 0 < told["ranks"]["latency_seconds"] < 10
     assert told["ranks"]["bytes_per_second"] > 1e6
     assert told["selftest"]["ok"]
+
+
+def test_the_page_says_how_long_it_waits_and_what_it_sums() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/several-macs.md").read_text(encoding="utf-8")
+    assert f"ends after {doctor.LINK_SECONDS} seconds" in page
+    assert f"a sum of {doctor.PROMPT:,} tokens" in page
+    config = Path(sys.executable).with_name("mlx.distributed_config")
+    done = subprocess.run([config, "--help"], capture_output=True, text=True, timeout=60)
+    commands = re.findall(r"mlx\.distributed_config (--.*)", page)
+    assert len(commands) == 2
+    assert set(re.findall(r"--[a-z-]+", " ".join(commands))) <= set(
+        re.findall(r"--[a-z-]+", done.stdout)
+    )

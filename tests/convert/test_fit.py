@@ -1,5 +1,6 @@
 """Which recipe fits which Mac, for the published sizes; and what a stated prompt takes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,22 @@ def test_the_best_that_fits_a_mac(size: str, gigabytes: int, name: str | None) -
 def test_nothing_fits(size: str, gigabytes: int) -> None:
     with pytest.raises(RequestError, match=r"nothing fits: a Mac of .* take a smaller model"):
         chosen(size, gigabytes)
+
+
+def test_the_table_of_the_page() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/several-macs.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \|.*$", page, re.MULTILINE)
+    assert rows[0] == "16" and rows[-1] == "512"
+    for gigabytes in map(int, rows):
+        cells = []
+        for size in PUBLISHED:
+            try:
+                found = chosen(size, gigabytes)
+                name = found.recipe.name if found.recipe else "16-bit"
+                cells.append(f"{name}, {found.footprint.weights / 1e9:.1f} GB")
+            except RequestError:
+                cells.append("none")
+        assert f"| {gigabytes} GB | {' | '.join(cells)} |\n" in page
 
 
 def test_more_memory_and_shorter_prompts_never_cost_quality() -> None:
