@@ -19,14 +19,16 @@ from mlx_onevision.subprocesses import import_path
 
 ANSWERS = {"Is there a circle?": "Yes", "Is there a star?": "No"}
 """The first tokens of the demo model's answers about a red circle."""
+RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
+"""The environment's names for a process's number under mlx.launch; with MPI, the second."""
 HIDDEN, PROMPT = 3584, 4096  # values of a token of the 7B model, and tokens of a prompt
 
 
 def run_part(part: Literal["device", "answer", "link"], seconds: int) -> dict[str, Any]:
     """What the function of that name returns, or {"problem": why it did not}."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(import_path())}
-    if part != "link":
-        environment.pop("MLX_RANK", None)  # by itself, as if mlx.launch had not started it
+    for name in RANKS if part != "link" else ():
+        environment.pop(name, None)  # by itself, as if mlx.launch had not started it
     try:
         done = subprocess.run(
             [sys.executable, "-m", "mlx_onevision.bench.selftest", part, str(seconds)],

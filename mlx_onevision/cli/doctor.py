@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from mlx_onevision.bench.selftest import ANSWERS, HIDDEN, PROMPT, reason, run_part
+from mlx_onevision.bench.selftest import ANSWERS, HIDDEN, PROMPT, RANKS, reason, run_part
 
 PACKAGE = "mlx-onevision"
 # Extras whose packages are listed where they are installed, and MLX's backends.
@@ -58,7 +58,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     mlx-onevision doctor
     mlx.launch --hostfile hosts.json -- mlx-onevision doctor
     """
-    rank = os.environ.get("MLX_RANK")
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
     link = None if rank is None else run_part("link", LINK_SECONDS)
     if rank not in (None, "0"):
         return  # rank 0 prints
@@ -180,7 +180,7 @@ def check_versions() -> Finding:
 def check_ranks(link: dict[str, Any] | None) -> Finding:
     if link is None:
         return Finding("one; mlx.launch did not start it", {"count": 1})
-    backend = next((name for key, name in MEETING.items() if key in os.environ), "unknown")
+    backend = next((name for key, name in MEETING.items() if key in os.environ), "mpi")
     facts = {"backend": backend, **link}
     if "problem" in link:
         advice = "See that every host in the hostfile reaches the others, and has this version."
