@@ -22,6 +22,9 @@ from mlx_onevision.sampling.sampler import RequestSampler, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+# What the thread that waits for a first token is given to take it and pass it on.
+HANDOVER_SECONDS = 0.0002
+
 
 @dataclass(frozen=True, eq=False)
 class PromptRequest:
@@ -210,6 +213,9 @@ class ActiveRequest:
                 self.finish_reason = "stop"
                 self._cancelled.set()
         self._queue.put(TokenText(token, start, text))
+        if self.counters.completion_tokens == 1:
+            # Else its reader waits for the interpreter lock, which building the next step holds.
+            time.sleep(HANDOVER_SECONDS)
 
     def end(self, error: BaseException | None = None) -> None:
         """Frees what it holds, and says that nothing more comes, once, whatever happens."""

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from checkpoints import write
 
+from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.engine.decode import decode_steps
 from mlx_onevision.network.onevision import OneVision
@@ -87,3 +90,34 @@ def test_tokens_and_cache_are_those_of_mlx_lm(
 def test_a_lone_request_imports_no_transformers(folder: Path) -> None:
     """It is most of a cold command's time; and mlx_lm is whole for whoever else imports it."""
     subprocess.run([sys.executable, "-c", ALONE, str(folder)], check=True, timeout=120)
+
+
+def test_the_first_token_arrives_before_the_next_step_is_built(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(str(folder))
+    call, built = OneVision.__call__, []
+
+    def slow(self: OneVision, ids: mx.array, *args: Any, **options: Any) -> mx.array:
+        if ids.size == 1:  # a decode step, built without ever leaving the interpreter lock
+            start = time.perf_counter()
+            while time.perf_counter() - start < 0.02:
+                pass
+            built.append(time.perf_counter())
+        return call(self, ids, *args, **options)
+
+    monkeypatch.setattr(OneVision, "__call__", slow)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1.0)
+    try:
+        early = 0
+        for _ in range(9):
+            built.clear()
+            stream = model.stream("g", max_tokens=3)  # each of the three tokens has a text
+            next(iter(stream))
+            early += not built or time.perf_counter() < built[0]
+            stream.result()
+    finally:
+        sys.setswitchinterval(interval)
+        model.close()
+    assert early >= 5
