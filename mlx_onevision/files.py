@@ -1,12 +1,14 @@
-"""Files: the JSON files of a checkpoint folder, and how image and video files begin.
+"""Files: the JSON files of a checkpoint folder, how image and video files begin, and files that one
+of several processes has for itself.
 
 Standard library only: the plugins' contract imports it, too.
 """
 
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 from mlx_onevision.errors import CheckpointError
 
@@ -65,6 +67,55 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} is not a JSON object")
     return value
+
+
+def claim(path: Path) -> BinaryIO | None:
+    """Opens a file, which is made where there is none, for this process alone; None while another
+    has it. It is let go when it is closed, and when the process ends, however it ends.
+
+    Raises:
+        OSError: where it cannot be opened, and on a disk without locks.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # whoever had it has removed or replaced it meanwhile
+
+
+class Ranks(NamedTuple):
+    rank: int = 0
+    size: int = 1
+    local: bool = True
+    """Whether all of them run on this machine."""
+
+
+def ranks() -> Ranks:
+    """Which of how many processes this is, as ``mlx.launch`` has set it in the environment; one of
+    one where it has not.
+    """
+    get = os.environ.get
+    if rank := get("OMPI_COMM_WORLD_RANK"):
+        size = int(get("OMPI_COMM_WORLD_SIZE", 1))
+        return Ranks(int(rank), size, int(get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) == size)
+    rank = int(get("MLX_RANK", 0))
+    if size := get("MLX_WORLD_SIZE"):  # NCCL
+        return Ranks(rank, int(size), get("NCCL_HOST_IP", "").startswith("127."))
+    path = get("MLX_HOSTFILE") or get("MLX_IBV_DEVICES")  # ring, JACCL
+    text = Path(path).read_text(encoding="utf-8") if path else ""
+    hosts = json.loads(text) if text.strip() else [["127.0.0.1"]]
+    local = all(str(address).startswith("127.") for host in hosts for address in host)
+    return Ranks(rank, len(hosts), local)
 
 
 def save(path: Path, text: str) -> None:

@@ -3,12 +3,18 @@
 Of several videos, one that cannot be described is reported on stderr, the others are described, and
 the exit code is 1 in the end. What is done is kept at once, so the same command goes on where one
 was stopped.
+
+Ranks of mlx.launch share out a folder without a word between them: whoever has locked the record of
+a video describes it, and a dead rank's locks are gone. All but rank 0 end when no video is left for
+them; rank 0 waits for the others' and describes, or reports, what they have not. Only it may fail:
+mlx.launch ends all ranks when one of them does.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +33,7 @@ from mlx_onevision.cli.options import (
 )
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError
-from mlx_onevision.files import save
+from mlx_onevision.files import Ranks, ranks, save
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
 
 
 SUFFIXES = {form: f".{form}" for form in FORMS} | {"text": ".txt"}
+POLL_SECONDS = 0.5  # between two looks at what other ranks have under way
 DOING = {"probe": "looking for scenes", "text": "describing"}
 
 
@@ -83,7 +90,8 @@ DOING = {"probe": "looking for scenes", "text": "describing"}
 @click.option(
     "--sidecar",
     metavar="FOLDER",
-    help="Where what is done is kept, a file a video. Default: the user's cache folder.",
+    help="Where what is done is kept, a file a video. Default: the user's cache folder. For ranks "
+    "on several machines: on a disk that all share, at one path, with file locks (NFS, SMB).",
 )
 @click.option("--force", is_flag=True, help="Start over, and replace files that are there.")
 @revision_option
@@ -113,10 +121,12 @@ def describe(
     mlx-onevision describe video.mp4
     mlx-onevision describe video.mp4 --output video.srt
     mlx-onevision describe holidays/ --format md --output texts/
+    mlx.launch -n 2 mlx-onevision describe holidays/ --output texts/
 
     What is done is kept in the user's cache folder, so that the same command goes on where it was
     stopped, and videos that are done are skipped. A file that somebody else may have written is
-    replaced with --force only.
+    replaced with --force only. Under mlx.launch, the videos of a folder are shared out, the largest
+    first, and each rank loads the whole model.
     """
     options |= {
         "segments": segments if segments == "scenes" else _seconds(segments),
@@ -124,40 +134,71 @@ def describe(
         "num_frames": frames,
     }
     tasks = tasks_for(videos, output, form)
+    rank, size = sharing(videos, sidecar)
+    if size > 1:
+        if force:
+            raise click.UsageError(
+                "--force would start every video over on every rank; give --sidecar and --output "
+                "a new folder instead"
+            )
+        tasks.sort(key=lambda task: bytes_of(task.video), reverse=True)
     records = Path(sidecar) if sidecar else cache_folder()
     records.mkdir(parents=True, exist_ok=True)
-    model = model_or_demo(model)
-    click.echo(SILENT, err=True)
+    if not rank:
+        model = model_or_demo(model)
+        click.echo(SILENT, err=True)
 
     from mlx_onevision.api import load
+    from mlx_onevision.describe.journal import BusyError
 
     failed = 0
-    loaded = load(model, revision=revision, dtype=dtype, **memory)
+    loaded = load(model or "demo", revision=revision, dtype=dtype, **memory)
     try:
-        for task in tasks:
-            try:
-                run(loaded, task, records, force, options)
-            except (OneVisionError, OSError) as error:
-                if len(tasks) == 1:
-                    raise
-                failed += 1
-                click.echo(f"error: {_sentence(task.video, error)}", err=True)
+        waiting = tasks
+        while waiting:
+            busy: list[DescribeTask] = []
+            for task in waiting:
+                try:
+                    run(loaded, task, records, force, options, size > 1)
+                except (OneVisionError, OSError) as error:
+                    if size > 1 and isinstance(error, BusyError):
+                        busy.append(task)
+                    elif rank:
+                        left = f"rank {rank} leaves this to rank 0"
+                        click.echo(f"{left}: {_sentence(task.video, error)}", err=True)
+                    elif len(tasks) == 1:
+                        raise
+                    else:
+                        failed += 1
+                        click.echo(f"error: {_sentence(task.video, error)}", err=True)
+            waiting = [] if rank else busy
+            if waiting:
+                time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         click.echo("\nWhat is done is kept; the same command goes on from there.", err=True)
         raise
     finally:
         loaded.close()
+    if size > 1 and not rank:
+        click.echo(f"{len(tasks) - failed} of {len(tasks)} are described.", err=True)
     if failed:
         click.echo(f"{failed} of {len(tasks)} could not be described.", err=True)
         ctx.exit(1)
 
 
 def run(
-    model: Model, task: DescribeTask, records: Path, force: bool, options: dict[str, Any]
+    model: Model,
+    task: DescribeTask,
+    records: Path,
+    force: bool,
+    options: dict[str, Any],
+    shared: bool = False,
 ) -> None:
-    """Describes one video, and writes it down.
+    """Describes one video, and writes it down. Where it is ``shared``, nothing is said of what was
+    done before, for each rank meets what others have just done.
 
     Raises:
+        BusyError: for a video that another process describes.
         OneVisionError: for a video that cannot be described, and for a file in the way.
         OSError: for a file that cannot be written.
     """
@@ -183,7 +224,8 @@ def run(
     if task.target is None:
         click.echo(write(described, task.form), nl=False)
     elif there:
-        click.echo(f"{task.video}: done before, in {task.target}", err=True)
+        if not shared:
+            click.echo(f"{task.video}: done before, in {task.target}", err=True)
     else:
         save(task.target, write(described, task.form))
         click.echo(f"{task.video}: written to {task.target}", err=True)
@@ -208,7 +250,9 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
     Raises:
         click.UsageError: for arguments that do not fit together.
     """
-    found = list(dict.fromkeys(name for video in videos for name in _files(video)))
+    from mlx_onevision.media.sources import VIDEOS
+
+    found = list(dict.fromkeys(name for video in videos for name in files_of(video, VIDEOS)))
     if len(videos) == 1 and not Path(videos[0]).is_dir():
         target = None if output is None else Path(output)
         if target is None or not (target.is_dir() or str(output).endswith(os.sep)):
@@ -233,20 +277,38 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
     return tasks
 
 
-def _files(video: str) -> list[str]:
-    """The video itself, or those right in a folder, by name."""
-    from mlx_onevision.media.sources import VIDEOS
-
-    if not os.path.isdir(video):
-        return [video]
+def files_of(given: str, suffixes: tuple[str, ...], kind: str = "video") -> list[str]:
+    """The file itself, or those right in a folder whose names end so, by name."""
+    if not os.path.isdir(given):
+        return [given]
     found = sorted(
-        os.path.join(video, name)
-        for name in os.listdir(video)
-        if name.lower().endswith(VIDEOS) and not name.startswith(".")
+        os.path.join(given, name)
+        for name in os.listdir(given)
+        if name.lower().endswith(suffixes) and not name.startswith(".")
     )
     if not found:
-        raise click.UsageError(f"There is no video in the folder {video}")
+        raise click.UsageError(f"There is no {kind} in the folder {given}")
     return found
+
+
+def sharing(given: Sequence[str], records: str | None) -> tuple[int, int]:
+    """Rank and number of the processes that share out the files; 0 and 1 where it is this one
+    alone, or no folder is given. Those that do load the whole model each.
+
+    Raises:
+        click.UsageError: where their records would not be in one place.
+    """
+    here = ranks() if any(map(os.path.isdir, given)) else Ranks()
+    if records is None and not here.local:
+        raise click.UsageError(
+            "The ranks are on several machines; give --sidecar FOLDER, on a disk they all share"
+        )
+    return here.rank, here.size
+
+
+def bytes_of(file: object) -> int:
+    """How large a file is, as an estimate of the work on it; 0 for what is none."""
+    return os.path.getsize(file) if isinstance(file, str) and os.path.isfile(file) else 0
 
 
 def _place(video: str, folder: Path | None) -> Path:
@@ -261,11 +323,11 @@ def _place(video: str, folder: Path | None) -> Path:
     return Path(video) if folder is None else folder / Path(video).name
 
 
-def cache_folder() -> Path:
+def cache_folder(kind: str = "descriptions") -> Path:
     """Where records are kept: ``mlx-onevision/descriptions`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return home / "mlx-onevision" / "descriptions"
+    return home / "mlx-onevision" / kind
 
 
 @contextmanager

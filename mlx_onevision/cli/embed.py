@@ -2,18 +2,32 @@
 
 A file that cannot be embedded is reported on stderr and left out, and the exit code is 1 in the
 end: a folder of ten thousand images is not lost to one broken download.
+
+Ranks of mlx.launch share out a folder in portions, as ``describe`` does videos: whoever has locked
+the file for a portion's vectors embeds it. Rank 0 joins them all in the end.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_onevision.cli.describe import (
+    POLL_SECONDS,
+    bytes_of,
+    cache_folder,
+    files_of,
+    sharing,
+)
 from mlx_onevision.cli.options import (
     dtype_option,
     memory_options,
@@ -22,17 +36,19 @@ from mlx_onevision.cli.options import (
     revision_option,
     video_options,
 )
-from mlx_onevision.errors import OneVisionError
+from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.files import claim
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
     from mlx_onevision.embed.embeddings import Embeddings
 
 BATCH = 100  # items whose vectors are held until they are printed or joined
+MOST_GROUPS = 4  # of the embedder, in a portion that a rank takes
 
 
 @click.command(short_help="Turn images, videos or texts into vectors.")
-@click.argument("files", nargs=-1, metavar="FILE...")
+@click.argument("files", nargs=-1, metavar="FILE|FOLDER...")
 @model_option
 @click.option(
     "--space",
@@ -45,6 +61,12 @@ BATCH = 100  # items whose vectors are held until they are printed or joined
     "--text", "texts", multiple=True, metavar="TEXT", help="A text to embed, after the files."
 )
 @click.option("--output", metavar="FILE.npz", help="Write all vectors into one npz file.")
+@click.option(
+    "--sidecar",
+    metavar="FOLDER",
+    help="Where ranks of mlx.launch keep what is done. Default: the user's cache folder. For ranks "
+    "on several machines: on a disk that all share, at one path, with file locks (NFS, SMB).",
+)
 @click.option("--jsonl", is_flag=True, help="Print one JSON object a vector, as they come.")
 @click.option("--no-normalize", is_flag=True, help="Leave the vectors' lengths as they are.")
 @click.option(
@@ -66,6 +88,7 @@ def embed(
     space: str,
     texts: tuple[str, ...],
     output: str | None,
+    sidecar: str | None,
     jsonl: bool,
     no_normalize: bool,
     revision: str | None,
@@ -75,11 +98,14 @@ def embed(
 ) -> None:
     """Turn images, videos or texts into vectors: one for each.
 
-    What cannot be embedded is reported and left out; the exit code is 1 then.
+    What cannot be embedded is reported and left out; the exit code is 1 then. Under mlx.launch, the
+    files of a folder are shared out, each rank loads the whole model, and the same command goes on
+    where one was stopped.
 
     \b
     mlx-onevision embed photos/*.jpg --output vectors.npz
     mlx-onevision embed holiday.mp4 --frames 8 --jsonl
+    mlx.launch -n 2 mlx-onevision embed photos/ --output vectors.npz
     mlx-onevision embed --space joint a.jpg --text "a red circle" --jsonl
     """
     if bool(output) == jsonl:
@@ -90,18 +116,34 @@ def embed(
         raise click.UsageError("--text needs --space joint; the vision space knows no text")
     if output and not Path(output).absolute().parent.is_dir():
         raise click.UsageError(f"There is no folder {Path(output).parent} for --output")
-    model = model_or_demo(model)
+
+    from mlx_onevision.media.sources import IMAGES, VIDEOS
+
+    kinds = IMAGES + VIDEOS
+    found = [name for file in files for name in files_of(file, kinds, "image or video")]
+    rank, size = sharing(files, sidecar)
+    if sidecar and size == 1:
+        raise click.UsageError("--sidecar is for a FOLDER under mlx.launch; leave it out")
+    if not rank:
+        model = model_or_demo(model)
 
     from mlx_onevision.api import load
     from mlx_onevision.embed.embeddings import Embeddings
 
-    items = [*files, *({"type": "text", "text": text} for text in texts)]
+    items = [*found, *({"type": "text", "text": text} for text in texts)]
     options |= {"space": space, "normalize": not no_normalize}
     failed: list[str] = []
-    loaded = load(model, revision=revision, dtype=dtype, **memory)
+    loaded = load(model or "demo", revision=revision, dtype=dtype, **memory)
     parts = []
     try:
-        for part in in_batches(loaded, items, options, failed):
+        if size > 1:
+            records = Path(sidecar) if sidecar else cache_folder("vectors")
+            records.mkdir(parents=True, exist_ok=True)
+            about = [dtype, memory, options]
+            joined = shared(loaded, items, options, about, records, rank, failed)
+        else:
+            joined = in_batches(loaded, items, options, failed)
+        for part in joined:
             if jsonl:
                 print_lines(part)
             elif len(part):
@@ -134,6 +176,97 @@ def in_batches(
                 bar.update(start + done - bar.n)
 
             yield model.embed(batch, **options, on_error=report, progress=show)
+
+
+def portions(items: Sequence[Any]) -> list[list[int]]:
+    """Places of items, in parts that ranks take one after another, the largest files first. Each is
+    made of whole groups of the embedder, so that the vectors are those of one process to the last
+    bit; of several where there are many, so that files are read while others are embedded. The
+    parts do not depend on how many ranks there are.
+    """
+    from mlx_onevision.embed.embedder import GROUP
+
+    groups = [range(start, min(start + GROUP, len(items))) for start in range(0, len(items), GROUP)]
+    # One that is not full comes last: behind it, the groups would begin elsewhere.
+    groups.sort(
+        key=lambda group: (len(group) == GROUP, sum(bytes_of(items[place]) for place in group)),
+        reverse=True,
+    )
+    parts: list[list[int]] = []
+    while groups:
+        count = max(1, min(MOST_GROUPS, len(groups) // 8))
+        parts.append([place for group in groups[:count] for place in group])
+        del groups[:count]
+    return parts
+
+
+def shared(
+    model: Model,
+    items: Sequence[Any],
+    options: dict[str, Any],
+    about: Any,
+    records: Path,
+    rank: int,
+    failed: list[str],
+) -> Iterator[Embeddings]:
+    """All vectors in order, on rank 0, after what has none was reported; on others nothing.
+
+    A portion's vectors are in a file of ``records`` whose name says what they depend on, ``about``
+    included. What cannot be embedded is left to rank 0, and so are portions with URLs.
+    """
+    from mlx_onevision.embed.embeddings import Embeddings
+
+    mark = [model.embed([], **options).provenance, about]
+    known: dict[int, Embeddings] = {}
+    waiting = portions(items)
+    while waiting:
+        busy: list[list[int]] = []
+        for places in waiting:
+            part = [items[place] for place in places]
+            try:
+                text = json.dumps([mark, [_state(item) for item in part]])
+            except (OSError, ValueError):  # no file, or none any more
+                continue
+            path = records / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.npz"
+            file = claim(path)
+            if file is None:
+                busy.append(places)
+                continue
+            with file:
+                try:
+                    vectors = Embeddings.load(path)
+                except RequestError:  # nothing is in it yet
+                    vectors = model.embed(part, **options, on_error=lambda *_: None)
+                    vectors.save(path)
+            rows = iter(range(0 if rank else len(vectors)))
+            row = next(rows, None)
+            for place, item in zip(places, part, strict=True):
+                if row is not None and vectors.names[row] == _name(item):
+                    one = vectors.vectors[row : row + 1]
+                    known[place] = replace(vectors, vectors=one, names=(_name(item),))
+                    row = next(rows, None)
+        waiting = [] if rank else busy
+        if waiting:
+            time.sleep(POLL_SECONDS)
+    for place, item in enumerate(() if rank else items):
+        if place in known:
+            yield known[place]
+        else:
+            yield from in_batches(model, [item], options, failed)
+
+
+def _name(item: Any) -> str:
+    return item if isinstance(item, str) else item["text"]
+
+
+def _state(item: Any) -> Any:
+    """What a vector depends on: the text, or a file's name, size and time. Raises OSError where
+    there is no such file.
+    """
+    if not isinstance(item, str):
+        return item
+    stat = os.stat(item)
+    return item, stat.st_size, stat.st_mtime_ns
 
 
 def sentence(item: Any, error: OneVisionError) -> str:

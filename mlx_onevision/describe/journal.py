@@ -5,7 +5,6 @@ the scenes are, each segment, each answer to a prompt of text, and at last the d
 is on the disk before the next one is begun; a last line that was cut short does not count.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.scenes import Span
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import claim
 
 VERSION = 1
 BEGIN = b'{"type": "describes", '
@@ -34,6 +34,10 @@ def fingerprint(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+class BusyError(RequestError):
+    """Another process is writing the file."""
+
+
 class Journal:
     """The file, or with no path only what it would hold.
 
@@ -42,8 +46,9 @@ class Journal:
     force : start over, whatever is there.
 
     Raises:
-        RequestError: for a file that cannot be opened, that is none of these, that is about
-            something else, and that another run is writing.
+        RequestError: for a file that cannot be opened, that is none of these, and that is about
+            something else.
+        BusyError: for a file that another run is writing.
         OSError: where it cannot be read or written after that.
     """
 
@@ -60,19 +65,17 @@ class Journal:
         if path is None:
             return
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = claim(path)
         except OSError as error:
             raise RequestError(
                 f"{path} cannot be written: {error.strerror}; give another file for what is done"
             ) from error
-        self._file = file = os.fdopen(descriptor, "r+b")
+        if file is None:
+            raise BusyError(
+                f"{path} is being written by another run; wait for it, or use another file"
+            )
+        self._file = file
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RequestError(
-                    f"{path} is being written by another run; wait for it, or use another file"
-                ) from None
             header = {"type": "describes", "version": VERSION, **about}
             begin = file.read(len(BEGIN))
             if not BEGIN.startswith(begin):  # it may have been cut short, but is nobody else's

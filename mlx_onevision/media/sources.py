@@ -13,6 +13,10 @@ from typing import Any, Literal, TypeAlias
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import sniff
 
+IMAGES = (
+    *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".qoi"),
+    *(".heic", ".heif", ".avif"),
+)
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 MAX_DOWNLOAD = 256 << 20  # bytes
 TIMEOUT = 30.0  # seconds without a sign of life
