@@ -25,7 +25,7 @@ from mlx_onevision.files import Ranks, claim, ranks
 PROGRAM = [sys.executable, "-m", "mlx_onevision"]
 LAUNCHER = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--", *PROGRAM]
 RANK_0 = {"MLX_RANK": "0", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "127.0.0.1"}
-SMALL = ("--frames", "2", "--max-tokens", "4", "--segments", "0.3", "--format", "json")
+SMALL = ("--frames", "2", "--max-tokens", "4", "--segments", "0.2", "--format", "json")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five videos, one that is none, twenty-three images and one that is none."""
+    """Three videos, one that is none, twenty-three images and one that is none."""
     folder = tmp_path_factory.mktemp("library")
-    for number, frames in enumerate((40, 75, 60, 20, 30)):
+    for number, frames in enumerate((40, 60, 30)):
         written(folder / f"{number}.mp4", counting(frames))
     written(folder / "no.mp4", b"dear diary\n" * 99)
     rng = np.random.default_rng(1)
@@ -123,22 +123,22 @@ def test_a_killed_rank_of_a_described_folder_and_the_same_command_again(
     command = ["describe", library, *model, "--output", tmp_path / "all"]
     launched = start(LAUNCHER, *command)
     running.append(launched)
-    wait(lambda: described(kept)[1] == 2, launched)  # both have one under way
+    wait(lambda: described(kept)[1] > 0, launched)  # one is under way
     _, victim = children(launched)
     os.kill(victim, signal.SIGKILL)
     _, err = launched.communicate(timeout=60)
     assert "Node with rank" in err
-    assert described(kept)[0] < 5
+    assert described(kept)[0] < 3
 
     again = subprocess.run(
         [*LAUNCHER, *map(str, command)], capture_output=True, text=True, timeout=60, input=""
     )
     assert contents(tmp_path / "all") == contents(tmp_path / "one"), again.stderr
-    assert len(contents(tmp_path / "all")) == len(contents(kept / "descriptions")) == 5
+    assert len(contents(tmp_path / "all")) == len(contents(kept / "descriptions")) == 3
     assert done_twice(kept / "descriptions") == []
     lines = again.stderr.splitlines()
     assert sum(line.startswith("error: ") and "no.mp4" in line for line in lines) == 1
-    assert "5 of 6 are described." in lines and "1 of 6 could not be described." in lines
+    assert "3 of 4 are described." in lines and "1 of 4 could not be described." in lines
 
 
 def test_rank_0_takes_over_what_a_killed_one_had(
@@ -157,7 +157,7 @@ def test_rank_0_takes_over_what_a_killed_one_had(
     before = described(kept)[0]
 
     def kill() -> None:
-        wait(lambda: described(kept)[0] == 4, other)
+        wait(lambda: described(kept)[0] > 1, other)
         other.kill()
 
     for name, value in RANK_0.items():
@@ -166,8 +166,8 @@ def test_rank_0_takes_over_what_a_killed_one_had(
         killed = pool.submit(kill)
         done = CliRunner().invoke(cli, list(map(str, command)))
         killed.result()
-    assert before < 4 and done.exit_code == 1 and "5 of 6 are described." in done.stderr
-    assert len(contents(tmp_path / "all")) == 5 and done_twice(kept / "descriptions") == []
+    assert before < 2 and done.exit_code == 1 and "3 of 4 are described." in done.stderr
+    assert len(contents(tmp_path / "all")) == 3 and done_twice(kept / "descriptions") == []
 
 
 def test_a_killed_rank_of_an_embedded_folder_and_the_same_command_again(
@@ -181,7 +181,7 @@ def test_a_killed_rank_of_an_embedded_folder_and_the_same_command_again(
     options = (library, "--model", checkpoint, "--space", "joint", "--text", "a circle")
     options = [*map(str, options), "--frames", "2"]
     alone = CliRunner().invoke(cli, ["embed", *options, "--jsonl"])
-    assert alone.exit_code == 1 and alone.stdout.count("\n") == 29
+    assert alone.exit_code == 1 and alone.stdout.count("\n") == 27
 
     def parts() -> dict[str, int]:
         paths = (kept / "vectors").glob("*.npz")
@@ -194,14 +194,14 @@ def test_a_killed_rank_of_an_embedded_folder_and_the_same_command_again(
         process.send_signal(number)
         process.wait()
     before = parts()
-    assert 0 < len(before) < 4 and not (tmp_path / "all.npz").exists()
+    assert 0 < len(before) < 3 and not (tmp_path / "all.npz").exists()
 
     again = subprocess.run(
         [*LAUNCHER, "embed", *options, "--jsonl"], capture_output=True, text=True, input=""
     )
     assert again.stdout == alone.stdout, again.stderr
-    assert before.items() <= parts().items() and len(parts()) == 4  # 31 items
-    assert "2 of 31 could not be embedded." in again.stderr.splitlines()
+    assert before.items() <= parts().items() and len(parts()) == 3  # 29 items
+    assert "2 of 29 could not be embedded." in again.stderr.splitlines()
     for name, value in RANK_0.items():
         monkeypatch.setenv(name, value)
     done = parts()
