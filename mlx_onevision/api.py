@@ -45,6 +45,7 @@ def load(
     visual_tokens: float | None = None,
     chat_template: str | None = None,
     draft_model: str | Path | None = None,
+    sharded: bool = False,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -65,6 +66,9 @@ def load(
     draft_model : a smaller LLaVA-OneVision checkpoint with the same tokenizer, which proposes
         tokens to requests with ``draft_tokens``. Its weights are never quantized while they are
         read, and count towards the memory limit.
+    sharded : where ``mlx.launch`` has started this process, its ranks hold a share each of the
+        language model. All must be asked the same, one request at a time, without draft tokens and
+        prompt caches; every one gets the whole answer.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
@@ -83,6 +87,7 @@ def load(
         visual_tokens=visual_tokens,
         chat_template=chat_template,
         draft=None if draft_model is None else hub.resolve(draft_model),
+        sharded=sharded,
     )
 
 
@@ -101,6 +106,7 @@ class Model:
         visual_tokens: float | None = None,
         chat_template: str | None = None,
         draft: Path | None = None,
+        sharded: bool = False,
     ) -> None:
         if visual_tokens is not None:
             check_range("visual_tokens", visual_tokens)
@@ -109,7 +115,7 @@ class Model:
         self._made = [dtype, str(recipe)] + ([] if kv_bits is None else [f"kv_bits {kv_bits}"])
         self._made += [] if visual_tokens in (None, 1) else [f"visual_tokens {visual_tokens}"]
         self._cached_as = {"dtype": str(dtype), "quantize": str(recipe), "kv_bits": str(kv_bits)}
-        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits, draft)
+        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits, draft, sharded)
         self._processor = Processor.from_folder(folder, self._engine.config)
         self._processor.visual_tokens = visual_tokens or 1.0
         if draft is not None and not self._processor.tokenizer.agrees_with(draft):

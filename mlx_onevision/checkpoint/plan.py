@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.tensors import Tensor, bits_per_value, written_name
@@ -99,11 +100,14 @@ class LazyTensorFiles:
         self._open: dict[Path, dict[str, mx.array]] = {}
 
     def take(self, tensor: Tensor) -> mx.array:
-        """A tensor's array; its file is opened now and read when the array is evaluated.
+        """A tensor's array; its file is opened now and read when the array is evaluated. Of a
+        part of a tensor, the bytes are read now, and no others.
 
         Raises:
             CheckpointError: if MLX does not read the file, or not as its header was understood.
         """
+        if tensor.part is not None:
+            return _read_part(tensor, *tensor.part)
         if tensor.file not in self._open:
             try:
                 loaded: Any = mx.load(str(tensor.file))
@@ -116,6 +120,22 @@ class LazyTensorFiles:
         if array is None or array.shape != tensor.shape:
             raise CheckpointError(f"{tensor.file.name} changed while it was being opened")
         return array
+
+
+def _read_part(tensor: Tensor, axis: int, number: int, parts: int) -> mx.array:
+    whole = list(tensor.shape)
+    whole[axis] *= parts
+    # numpy has no bfloat16; the values' bits pass through it as integers.
+    bits = np.dtype(f"u{bits_per_value(tensor.dtype) // 8}")
+    try:
+        mapped = np.memmap(tensor.file, bits, "r", tensor.start, tuple(whole))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{tensor.file.name} changed while it was being opened") from None
+    first = number * tensor.shape[axis]
+    index = (slice(None),) * axis + (slice(first, first + tensor.shape[axis]),)
+    array = mx.array(np.ascontiguousarray(mapped[index]))
+    name = FLOATS.get(tensor.dtype)
+    return array if name is None else array.view(getattr(mx, name))
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ class Tensor:
     """One tensor on disk: ``name`` is canonical, ``source`` is the file's own name for it.
 
     Its bytes are ``[start, stop)`` of ``file``; ``dtype`` is safetensors' word for it ("BF16").
+
+    part : an axis, which of its equal parts this is, and of how many; ``shape`` is the part's, and
+        the bytes are those of the whole.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Tensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    part: tuple[int, int, int] | None = None
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from mlx_onevision.cli.options import (
     unused,
     video_options,
 )
+from mlx_onevision.distributed import launched, rank
 from mlx_onevision.errors import RequestError
 
 if TYPE_CHECKING:
@@ -100,6 +101,13 @@ def generate(
     mlx-onevision generate --video clip.mp4 --frames 16 --prompt "What happens?"
     mlx-onevision generate --model 7b --image photo.jpg --prompt - < question.txt
     """
+    if launched():
+        # Each rank would write its own part to the file, and mlx.launch never ends stdin.
+        refused = {"--prompt-cache": prompt_cache is not None, "--prompt -": prompt == "-"}
+        refused["--draft-model"] = draft_model is not None
+        refused["--prompt-lookup"] = options["prompt_lookup"] > 0
+        if names := [name for name, is_given in refused.items() if is_given]:
+            raise click.UsageError(f"mlx.launch does not go with {names[0]}; leave it out")
     if as_json and stream:
         raise click.UsageError(
             "--json prints one object when the answer is complete; drop --stream"
@@ -108,14 +116,21 @@ def generate(
         raise click.UsageError("--logprobs are printed by --json; add it")
     question = read_prompt(prompt)
     options["json_schema"] = None if json_schema is None else read_schema(json_schema)
-    model = model_or_demo(model)
+    first = rank() == 0  # of ranks that answer together, the one that prints
+    model = model_or_demo(model) if first else model or "demo"
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)
 
     from mlx_onevision.api import load
 
     bits = int(quantize) if quantize else None
     loaded = load(
-        model, revision=revision, dtype=dtype, quantize=bits, draft_model=draft_model, **memory
+        model,
+        revision=revision,
+        dtype=dtype,
+        quantize=bits,
+        draft_model=draft_model,
+        sharded=True,
+        **memory,
     )
     try:
         held = prompt_cache if prompt_cache and prompt_cache.exists() else None
@@ -124,7 +139,7 @@ def generate(
         answer = loaded.stream(question, **options)
         try:
             for delta in answer:
-                if live:
+                if live and first:
                     click.echo(delta, nl=False)
             result = answer.result()
         except BaseException:  # Ctrl-C, or a reader that closed the pipe: nobody waits any more
@@ -136,6 +151,8 @@ def generate(
             loaded.save_prompt_cache(prompt_cache)
     finally:
         loaded.close()
+    if not first:
+        return
     if as_json:
         click.echo(json.dumps({**result.to_dict(), "model": loaded.name}))
     else:

@@ -56,6 +56,11 @@ def decode_steps(
         if normalise:
             logits = logits - mx.logsumexp(logits, keepdims=True)
         token = sampler(logits).astype(mx.int32)
+        if model.group is not None:
+            # All go on with the token of rank 0. Those of the others are multiplied by 0, and not
+            # left out: all ranks must compute the step, which is full of sums over them.
+            own = int(model.group.rank() == 0)
+            token = mx.distributed.all_sum(token * own, group=model.group)
         mx.async_eval(token)
         return token
 
@@ -73,14 +78,18 @@ def decode_steps(
     yield _value(token)  # before the next step is built, which takes a while
     produced = 0
     with model.decoding():
-        token = step(token)
-        while True:
-            following = step(token)
-            yield _value(token)
-            token = following
-            produced += 1
-            if produced % CLEAR_EVERY == 0:
-                mx.clear_cache()
+        following = token = step(token)
+        try:
+            while True:
+                following = step(token)
+                yield _value(token)
+                token = following
+                produced += 1
+                if produced % CLEAR_EVERY == 0:
+                    mx.clear_cache()
+        finally:
+            if model.group is not None:  # a rank that ends must not leave the others waiting
+                mx.eval(following)
 
 
 def clear_between_chunks() -> None:

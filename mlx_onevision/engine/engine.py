@@ -25,6 +25,7 @@ from typing import Generic, TypeAlias, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_onevision import distributed
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.engine import pooling
@@ -66,6 +67,7 @@ class Engine:
     dtype : cast the weights to this type; None keeps the checkpoint's.
     recipe : quantize the weights while they are read; None leaves them as they are.
     memory_limit, kv_bits : see :func:`mlx_onevision.api.load`. draft : a draft model's folder.
+    sharded : share the model among the ranks of ``mlx.launch``, where it has started this process.
     """
 
     def __init__(
@@ -76,20 +78,27 @@ class Engine:
         memory_limit: float | None = None,
         kv_bits: int | None = None,
         draft: Path | None = None,
+        sharded: bool = False,
     ) -> None:
         if memory_limit is not None and not 0 < memory_limit < math.inf:
             raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit}")
+        if sharded and draft is not None and distributed.launched():
+            raise RequestError("ranks of mlx.launch have no draft model; leave it out")
         limit = None if memory_limit is None else int(memory_limit * 1e9)
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
 
         def build() -> Runner:
-            usable = min(limit or sys.maxsize, working_set())
-            checkpoint = load_checkpoint(folder, dtype, recipe, limit=usable)
+            group = distributed.group() if sharded else None
+            usable, own = min(limit or sys.maxsize, working_set()), limit
+            if group is not None:  # all plan for the one that has the least memory
+                usable = own = int(distributed.least([usable], group)[0])
+            checkpoint = load_checkpoint(folder, dtype, recipe, limit=usable, group=group)
             small = None if draft is None else load_checkpoint(draft, dtype=dtype)
-            return Runner(checkpoint, limit, kv_bits, small)
+            return Runner(checkpoint, own, kv_bits, small)
 
         self._worker = Worker(build)
+        self._among_ranks = sharded and distributed.launched()
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
@@ -106,6 +115,8 @@ class Engine:
         """ContextOverflowError when the prompt leaves no room for an answer, OutOfMemoryError when
         both cannot stay within the memory limit.
         """
+        if request.proposed:
+            self._refuse_among_ranks("draft tokens")
         length = len(request.inputs.input_ids)
         limit = self.config.text_config.max_position_embeddings
         if length >= limit:
@@ -120,6 +131,8 @@ class Engine:
 
     def submit(self, requests: Sequence[ActiveRequest]) -> None:
         """Starts requests, which run together."""
+        if len(requests) > 1:
+            self._refuse_among_ranks("batches")
         with self._order:
             waiting = self._waiting
             waiting.extend(requests)
@@ -132,6 +145,12 @@ class Engine:
                     with suppress(ValueError):  # an earlier job has taken it, to see ``closing``
                         waiting.remove(active)
                 raise
+
+    def _refuse_among_ranks(self, what: str) -> None:
+        if self._among_ranks:
+            raise RequestError(
+                f"ranks of mlx.launch that share a model have no {what}; leave them out"
+            )
 
     def _in_turn(self, function: Callable[[Runner], Result]) -> "Future[Result]":
         """Runs ``function`` after the requests that wait now, and before those that come later."""
@@ -177,6 +196,7 @@ class Engine:
 
     def save_prompt_cache(self, path: Path, about: Mapping[str, str]) -> None:
         """See :meth:`PrefixCache.save`."""
+        self._refuse_among_ranks("prompt caches")
         self._in_turn(lambda runner: runner.prefix.save(path, about)).result()
 
     def load_prompt_cache(
@@ -186,6 +206,8 @@ class Engine:
 
         Raises also OutOfMemoryError, where it cannot stay within the memory limit.
         """
+
+        self._refuse_among_ranks("prompt caches")
 
         def admit(tokens: int, about: Mapping[str, str]) -> None:
             accept(about)

@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
+from mlx_onevision.distributed import least
 from mlx_onevision.engine.decode import clear_between_chunks, decode_steps, import_mlx_lm
 from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
 from mlx_onevision.engine.request import (
@@ -369,16 +370,20 @@ def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> memory.MemoryMo
     }
     language = [n for name, n in dense_rows.items() if name.startswith("language_model")]
     vision = [n for name, n in dense_rows.items() if not name.startswith(("language_model", "lm_"))]
+    # Measured; ranks must plan the same steps.
+    lowest, tower = least(
+        [min(language, default=memory.NEVER), min(vision, default=memory.NEVER)], model.group
+    )
     return memory.MemoryModel(
-        checkpoint.config,
+        model.config,  # of this rank's share
         sum(leaf.nbytes for leaf in leaves),
         itemsize=model.dtype.size,
         backend="cpu" if on_cpu else "metal" if mx.metal.is_available() else "cuda",
         kv_bits=kv_bits,
         # A CPU is no faster with more, and a prompt can be interrupted between two of them.
         most_chunk=memory.CHUNKS[-1] if on_cpu else memory.CHUNKS[0],
-        dense_rows=min(language, default=memory.NEVER),
-        dense_tower=min(vision, default=memory.NEVER) <= checkpoint.config.tokens_per_tile,
+        dense_rows=lowest,
+        dense_tower=tower <= checkpoint.config.tokens_per_tile,
         joined=max((sum(m[n].nbytes for n in ARRAYS if n in m) for m in joined), default=0),
     )
 

@@ -4,6 +4,9 @@ Follows transformers' ``Qwen2Model``. It takes embeddings, not ids: looking ids 
 and videos means the feature bank, is the caller's. Caches are mlx-lm's, or anything that has their
 ``update_and_fetch``, ``make_mask``, ``offset`` and ``state``. Its matrices are the checkpoints', or
 those that :func:`layers.fuse` joined them to.
+
+Where a group of ranks shares the layers, the configuration is that of one rank's share: of its
+heads and its part of the MLP's inner values. Each rank's products are parts of a sum then.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_onevision.config.model import TextConfig
-from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda
+from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda, summed
 from mlx_onevision.network.memory_budget import CACHE_STEP
 
 Mask = mx.array | str | None
@@ -40,8 +43,9 @@ class RotaryEmbedding:
 class Attention(nn.Module):
     qkv_proj: nn.Linear  # once fused
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
+        self.group = group
         dims, head_dim = config.hidden_size, config.head_dim
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
@@ -82,18 +86,19 @@ class Attention(nn.Module):
     def combine(self, attended: mx.array) -> mx.array:
         """(B, heads, L, dim) of :meth:`attend` to (B, L, hidden_size)."""
         B, _, L, _ = attended.shape
-        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return summed(self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1)), self.group)
 
     def combine_one(self, attended: mx.array) -> mx.array:
         """(B, heads, 1, dim) of :meth:`attend` to (B, hidden_size)."""
-        return self.o_proj(attended.reshape(len(attended), -1))
+        return summed(self.o_proj(attended.reshape(len(attended), -1)), self.group)
 
 
 class MLP(nn.Module):
     gate_up_proj: nn.Linear  # once fused
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
+        self.group = group
         self.gated = gated(ACTIVATIONS[config.hidden_act])
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -104,16 +109,16 @@ class MLP(nn.Module):
             gate, up = halves_of(self.gate_up_proj, x)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(self.gated(gate, up))
+        return summed(self.down_proj(self.gated(gate, up)), self.group)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, group)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
 
     def __call__(
         self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
@@ -160,10 +165,10 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer(config, group) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotate = RotaryEmbedding(config)
         self._pieces: _Pieces | None = None
@@ -277,7 +282,10 @@ class _Pieces:
                     for name, part in module.items()
                     if isinstance(part, mx.array | nn.Module)
                 ]
-        self.compiled = [mx.compile(self._piece(n)) for n in range(len(self._layers) + 1)]
+        pieces = [self._piece(n) for n in range(len(self._layers) + 1)]
+        # With sums over ranks in compiled functions, MLX 0.32.4's ring hangs in the second step.
+        shared = any(layer.self_attn.group is not None for layer in self._layers)
+        self.compiled = pieces if shared else [mx.compile(piece) for piece in pieces]
 
     def are_current(self, model: Qwen2) -> bool:
         return (

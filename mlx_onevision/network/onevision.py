@@ -67,15 +67,19 @@ class EncodableMedium(Protocol):
 class OneVision(nn.Module):
     """The network. ``bank`` holds the embeddings of encoded media; ``budget`` bounds each step's
     memory.
+
+    group : ranks that share the language model's layers, whose configuration is then that of a
+        rank's share, and that encode the tiles of media between them.
     """
 
-    def __init__(self, config: OneVisionConfig) -> None:
+    def __init__(self, config: OneVisionConfig, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
         self.config = config
+        self.group = group
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = MultiModalProjector(config)
         self.image_newline = mx.zeros((config.text_config.hidden_size,))
-        self.language_model = Qwen2(config.text_config)
+        self.language_model = Qwen2(config.text_config, group)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(
                 config.text_config.hidden_size, config.text_config.vocab_size, bias=False
@@ -146,7 +150,7 @@ class OneVision(nn.Module):
                 normalize(media[number].tiles[part], media[number].normalization)
                 for number, part in group
             ]
-            encoded = self.multi_modal_projector(self.vision_features(mx.concatenate(pixels)))
+            encoded = self._encode_tiles(mx.concatenate(pixels))
             packed: list[mx.array] = []
             first = 0
             for (number, part), count in zip(group, map(len, pixels), strict=True):
@@ -166,6 +170,20 @@ class OneVision(nn.Module):
             computing = [*packed, *features]
             yield packed
         mx.eval(computing)
+
+    def _encode_tiles(self, pixels: mx.array) -> mx.array:
+        """The tiles' embeddings, shape = (tiles, patches, hidden_size). Each of the ranks of a
+        group encodes as many, the last tile again where there are too few.
+        """
+        tiles, own = len(pixels), pixels
+        if self.group is not None:
+            share = -(-tiles // self.group.size())
+            first = self.group.rank() * share
+            own = pixels[mx.minimum(mx.arange(first, first + share), tiles - 1)]
+        encoded = self.multi_modal_projector(self.vision_features(own))
+        if self.group is not None:
+            encoded = mx.distributed.all_gather(encoded, group=self.group)[:tiles]
+        return encoded
 
     def vision_features(self, pixels: mx.array) -> mx.array:
         """The tower's selected hidden states, shape = (tiles, patches, tower width * layers)."""

@@ -1,0 +1,77 @@
+"""Two processes that share a model answer as one does, and each holds its share of the weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+from checkpoints import Sizes, write
+
+from mlx_onevision.checkpoint.load import check_ranks, open_checkpoint
+from mlx_onevision.checkpoint.plan import make_plan
+from mlx_onevision.checkpoint.recipes import Recipe, uniform
+from mlx_onevision.distributed import group, launched, rank
+from mlx_onevision.errors import RequestError
+
+SIZES = Sizes(hidden=128, intermediate=512, layers=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model"), sizes=SIZES)
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
+    """What each of two ranks made, and how it ended."""
+    target = tmp_path_factory.mktemp("ranks")
+    ended = ranks.start([ranks.__file__, str(target), str(folder)], target)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    return [json.loads((target / f"{number}.json").read_text()) for number in range(2)], ended
+
+
+@pytest.mark.parametrize(("name", "bits"), [("plain", None), ("4-bit", 4)])
+def test_two_ranks_answer_as_one_process_and_hold_a_share_each(
+    folder: Path, made: tuple[list[Any], Any], name: str, bits: int | None
+) -> None:
+    alone = ranks.answers(folder, bits)
+    for found in (of_rank[name] for of_rank in made[0]):
+        for prompt in ranks.PROMPTS:
+            got, wanted = np.array(found[prompt]["logits"]), np.array(alone[prompt]["logits"])
+            assert np.abs(got - wanted).max() <= 5e-5, prompt
+            assert found[prompt]["tokens"] == list(alone[prompt]["tokens"]), prompt
+            assert found[prompt]["tokens"], prompt
+        most = 0.55 * alone["language"] + alone["others"]
+        assert found["language"] + found["others"] == found["planned"] <= most
+        assert found["active"] <= most + 10_000  # tables, and what is not weights
+        assert found["position"] * 2 == alone["position"]
+    first, second = made[0]
+    assert first[name]["sampled"] == second[name]["sampled"]
+
+
+def test_rank_0_prints_the_answer_and_the_other_nothing(made: tuple[list[Any], Any]) -> None:
+    (_, out, _), other = made[1]
+    assert out.strip()
+    assert other == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "recipe", "working"),
+    [(14, 2, None, "1 or 2"), (16, 8, None, "1 or 2 or 4 or 8"), (16, 8, uniform(4), "1 or 2")],
+)
+def test_a_number_of_ranks_that_does_not_divide_is_refused(
+    tmp_path: Path, heads: int, kv_heads: int, recipe: Recipe | None, working: str
+) -> None:
+    """With quantized matrices, groups of 64 inputs stay together."""
+    sizes = Sizes(hidden=8 * heads, heads=heads, kv_heads=kv_heads)
+    opened = open_checkpoint(write(tmp_path, sizes=sizes))
+    plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe)
+    check_ranks(plan, 2)
+    with pytest.raises(RequestError, match=f"among 3 ranks; start mlx.launch with -n {working}$"):
+        check_ranks(plan, 3)
+
+
+def test_a_process_by_itself_has_no_group() -> None:
+    assert not launched() and rank() == 0 and group() is None
