@@ -283,7 +283,7 @@ class _Pieces:
                     if isinstance(part, mx.array | nn.Module)
                 ]
         pieces = [self._piece(n) for n in range(len(self._layers) + 1)]
-        # With sums over ranks in compiled functions, MLX 0.32.4's ring hangs in the second step.
+        # With sums over ranks inside, decode hung now and then on the ring of MLX 0.32.4.
         shared = any(layer.self_attn.group is not None for layer in self._layers)
         self.compiled = pieces if shared else [mx.compile(piece) for piece in pieces]
 
