@@ -1,6 +1,7 @@
 """Which recipe fits which Mac, for the published sizes; and what a stated prompt takes."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from packing import quantize
 
 from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import make_plan
+from mlx_onevision.checkpoint.recipes import MIXED, mixed, uniform
 from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.convert.fit import (
@@ -31,9 +33,13 @@ PUBLISHED = {
 }
 
 
-def published(size: str) -> tuple[OneVisionConfig, dict[str, Tensor]]:
-    """A published model's configuration and the shapes of its tensors; weights, nobody needs."""
+def published(size: str, ranks: int = 1) -> tuple[OneVisionConfig, dict[str, Tensor]]:
+    """A published model's configuration and the shapes of its tensors; weights, nobody needs. Of
+    several ranks, what each has: its share of the heads and of the MLPs' inner values.
+    """
     width, inner, layers, heads, kv_heads, vocab, tied = PUBLISHED[size]
+    head_dim = width // heads
+    inner, heads, kv_heads = inner // ranks, heads // ranks, kv_heads // ranks
     config = OneVisionConfig.from_dict(
         {
             "model_type": "llava_onevision",
@@ -45,12 +51,13 @@ def published(size: str) -> tuple[OneVisionConfig, dict[str, Tensor]]:
                 "num_hidden_layers": layers,
                 "num_attention_heads": heads,
                 "num_key_value_heads": kv_heads,
+                "head_dim": head_dim,
                 "vocab_size": vocab,
                 "max_position_embeddings": 32768,
             },
         }
     )
-    keys = width // heads * kv_heads
+    queries, keys = head_dim * heads, head_dim * kv_heads
     shapes: dict[str, tuple[int, ...]] = {
         "image_newline": (width,),
         "language_model.embed_tokens.weight": (vocab, width),
@@ -67,10 +74,10 @@ def published(size: str) -> tuple[OneVisionConfig, dict[str, Tensor]]:
         shapes["lm_head.weight"] = (vocab, width)
     for n in range(layers):
         layer = f"language_model.layers.{n}"
-        for name, rows in (("q", width), ("k", keys), ("v", keys)):
+        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
             shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, width)
             shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (width, width)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (width, queries)
         shapes[f"{layer}.mlp.gate_proj.weight"] = (inner, width)
         shapes[f"{layer}.mlp.up_proj.weight"] = (inner, width)
         shapes[f"{layer}.mlp.down_proj.weight"] = (width, inner)
@@ -132,20 +139,52 @@ def test_nothing_fits(size: str, gigabytes: int) -> None:
         chosen(size, gigabytes)
 
 
-def test_the_table_of_the_page() -> None:
+@cache
+def share(size: str, macs: int, number: int) -> tuple[str, int]:
+    """With one of the candidates: what a table calls it, and the bytes of a Mac's share."""
+    config, tensors = published(size, macs)
+    recipe = candidates()[number]
+    if recipe is None:
+        return "16-bit", make_plan(config, tensors, {}).nbytes
+    # A share is whole groups of quantized values.
+    group = 64 if config.text_config.intermediate_size % 64 == 0 else 32
+    name = recipe.name
+    recipe = mixed(name, group) if name in MIXED else uniform(int(name[0]), group)
+    return name + "*" * (group == 32), make_plan(config, tensors, {}, recipe=recipe).nbytes
+
+
+def cell(size: str, gigabytes: int, macs: int) -> str:
+    """The best recipe with which each Mac has room for its share, and the bytes of that."""
+    config, usable = published(size, macs)[0], usable_bytes(gigabytes << 30)
+    for number in range(len(candidates())):
+        name, weights = share(size, macs, number)
+        room = footprint(config, weights, working_set=usable, quantized=number > 0)
+        if room.total <= usable:
+            return f"{name}, {weights / 1e9:.1f} GB"
+    return "none"
+
+
+def test_the_tables_of_the_page() -> None:
     page = Path(__file__).parents[2].joinpath("docs/several-macs.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) GB \|.*$", page, re.MULTILINE)
-    assert rows[0] == "16" and rows[-1] == "512"
-    for gigabytes in map(int, rows):
-        cells = []
-        for size in PUBLISHED:
-            try:
-                found = chosen(size, gigabytes)
-                name = found.recipe.name if found.recipe else "16-bit"
-                cells.append(f"{name}, {found.footprint.weights / 1e9:.1f} GB")
-            except RequestError:
-                cells.append("none")
-        assert f"| {gigabytes} GB | {' | '.join(cells)} |\n" in page
+    tables = {
+        "| memory | `0.5b` | `7b` | `72b` |": [(size, 1) for size in PUBLISHED],
+        "| memory | `7b`, 2 Macs | `72b`, 2 Macs | `72b`, 4 Macs |": [
+            ("7b", 2),
+            ("72b", 2),
+            ("72b", 4),
+        ],
+    }
+    for header, columns in tables.items():
+        table = page.partition(header)[2].partition("\n\n")[0]
+        rows = re.findall(r"^\| (\d+) GB \|", table, re.MULTILINE)
+        assert rows[0] == "16" and rows[-1] == "512"
+        for gigabytes in map(int, rows):
+            cells = [cell(size, gigabytes, macs) for size, macs in columns]
+            assert f"| {gigabytes} GB | {' | '.join(cells)} |" in table
+    for size, gigabytes in (("0.5b", 16), ("7b", 16), ("72b", 64), ("72b", 192)):
+        found = chosen(size, gigabytes)
+        name = found.recipe.name if found.recipe else "16-bit"
+        assert cell(size, gigabytes, 1) == f"{name}, {found.footprint.weights / 1e9:.1f} GB"
 
 
 def test_more_memory_and_shorter_prompts_never_cost_quality() -> None:
