@@ -102,6 +102,7 @@ def generate(
     mlx-onevision generate --model 7b --image photo.jpg --prompt - < question.txt
     """
     if launched():
+        memory["sharded"] = True
         # Each rank would write its own part to the file, and mlx.launch never ends stdin.
         refused = {"--prompt-cache": prompt_cache is not None, "--prompt -": prompt == "-"}
         refused["--draft-model"] = draft_model is not None
@@ -129,7 +130,6 @@ def generate(
         dtype=dtype,
         quantize=bits,
         draft_model=draft_model,
-        sharded=True,
         **memory,
     )
     try:

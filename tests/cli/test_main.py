@@ -184,7 +184,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         *("--memory-limit", "6.5", "--kv-bits", "8", "--visual-tokens", "0.5"),
     )
     assert result.exit_code == 0
-    loading = {"revision": "v1", "dtype": "float16", "quantize": 8, "sharded": True}
+    loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
     loading |= {"memory_limit": 6.5, "kv_bits": 8, "draft_model": "0.5b", "visual_tokens": 0.5}
     assert model.loaded == ("7b", loading)
     assert model.asked == (
