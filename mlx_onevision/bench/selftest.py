@@ -15,12 +15,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_onevision.distributed import RANKS
 from mlx_onevision.subprocesses import import_path
 
 ANSWERS = {"Is there a circle?": "Yes", "Is there a star?": "No"}
 """The first tokens of the demo model's answers about a red circle."""
-RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
-"""The environment's names for a process's number under mlx.launch; with MPI, the second."""
 HIDDEN, PROMPT = 3584, 4096  # values of a token of the 7B model, and tokens of a prompt
 
 

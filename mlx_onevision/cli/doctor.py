@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from mlx_onevision.bench.selftest import ANSWERS, HIDDEN, PROMPT, RANKS, reason, run_part
+from mlx_onevision.bench.selftest import ANSWERS, HIDDEN, PROMPT, reason, run_part
+from mlx_onevision.distributed import RANKS
 
 PACKAGE = "mlx-onevision"
 # Extras whose packages are listed where they are installed, and MLX's backends.
