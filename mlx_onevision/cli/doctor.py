@@ -129,8 +129,8 @@ def check_chip() -> Finding:
 
 
 def check_memory(device: dict[str, Any]) -> Finding:
-    told = _sysctl("hw.memsize")
-    nbytes = int(told) if told else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stated = _sysctl("hw.memsize")
+    nbytes = int(stated) if stated else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usable = device.get("usable_bytes")
     line = f"{nbytes / 2**30:.0f} GiB"
     line += f", of which MLX should use {usable / 2**30:.1f}" if usable else ""
