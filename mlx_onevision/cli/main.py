@@ -22,6 +22,7 @@ from mlx_onevision.cli.doctor import doctor
 from mlx_onevision.cli.embed import embed
 from mlx_onevision.cli.generate import generate
 from mlx_onevision.cli.options import DEBUG, debug_option
+from mlx_onevision.distributed import launched, rank
 from mlx_onevision.errors import sentence
 
 INTERRUPTED = 130
@@ -48,7 +49,8 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     if ctx.meta.get(DEBUG):
         traceback.print_exception(error)
     line = " ".join(sentence(error).split()).removesuffix(".")
-    click.echo(f"error: {line}", err=True)
+    where = f"rank {rank()}: " if launched() else ""
+    click.echo(f"error: {where}{line}", err=True)
     ctx.exit(1)
 
 

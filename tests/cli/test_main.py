@@ -257,6 +257,14 @@ def test_a_prompt_cache_is_begun_with_and_written(
     one_sentence(cut, "is no prompt cache, or is cut off or damaged")
 
 
+def test_a_rank_says_which_it_is_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLX_RANK", "1")
+    done = run("generate", "--model", tmp_path / "none", "--prompt", "x")
+    assert done.exit_code == 1 and done.stderr.startswith("error: rank 1: ")
+
+
 def test_a_schema_in_a_file_and_logprobs(folder: Path, tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"enum": ["rot", "grün"]}', encoding="utf-8")
