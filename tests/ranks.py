@@ -68,7 +68,9 @@ def sizes(runner: Runner, before: int) -> dict[str, int]:
     }
 
 
-def start(command: list[str], folder: Path, ranks: int = 2) -> list[tuple[int, str, str]]:
+def start(
+    command: list[str], folder: Path, ranks: int = 2, seconds: float = SECONDS
+) -> list[tuple[int, str, str]]:
     """Runs a Python command as ``mlx.launch`` does, on the ring backend: of every rank its exit
     code, stdout and stderr.
     """
@@ -89,7 +91,7 @@ def start(command: list[str], folder: Path, ranks: int = 2) -> list[tuple[int, s
         for rank in range(ranks)
     ]
     try:
-        ended = [process.communicate(timeout=SECONDS) for process in started]
+        ended = [process.communicate(timeout=seconds) for process in started]
     finally:
         for process in started:
             process.kill()
