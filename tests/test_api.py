@@ -304,6 +304,11 @@ def test_rendering_and_preparing(model: Model) -> None:
     assert logits.shape == (len(inputs.input_ids), model.config.text_config.vocab_size)
     # As many rows at the end; sums of other lengths round differently.
     np.testing.assert_allclose(model.logits(inputs, last=3), logits[-3:], atol=1e-5)
+    longer = model.prepare(asking("what is it " * 100, picture(0)))
+    assert len(longer.input_ids) > 256  # several chunks
+    whole = model.logits(longer)
+    for last in (1, 300, len(whole), len(whole) + 1):
+        np.testing.assert_allclose(model.logits(longer, last), whole[-last:], atol=1e-5)
 
 
 def test_a_chat_template_of_the_callers_own(folder: Path) -> None:

@@ -199,7 +199,7 @@ class Runner:
             active.ids[cached:],
             cache,
             active.sampler.sampler(),
-            self.processors(active, active.ids[:cached]),
+            self.processors(active),
             normalise=active.sampler.needs_logprobs,
             chunk=self.prefill_chunk,
             check=active.check,
@@ -257,11 +257,10 @@ class Runner:
             clear_between_chunks()
             yield
 
-    def processors(self, active: ActiveRequest, before: Sequence[int] = ()) -> list[Any]:
-        """Logits processors. ``before`` : ids that they will not be given with the others."""
-        config = self.model.config
-        vocab_size, placeholder = config.text_config.vocab_size, config.image_token_index
-        return active.sampler.logits_processors(vocab_size, placeholder, before)
+    def processors(self, active: ActiveRequest) -> list[Any]:
+        """Logits processors."""
+        prompt = active.request.inputs.input_ids
+        return active.sampler.logits_processors(self.model.config.text_config.vocab_size, prompt)
 
     def fill_bank(
         self,
@@ -285,11 +284,28 @@ class Runner:
         counters.import_seconds += _import_mlx_lm()
 
     def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
+        """In chunks: where attention is not fused, it takes memory with the square of its step."""
+        _import_mlx_lm()
+        from mlx_lm.models.cache import KVCache
+
         ids, keys = self.virtual_ids(inputs)
+        first = 0 if last is None else max(0, len(ids) - last)  # position whose logits are wanted
         with self.model.bank.in_use(keys), self.within_limit([request_size(inputs, 0)]):
             for _ in self.encode([(inputs, ids, Counters())]):
                 pass
-            return np.array(self.model(mx.array(ids, mx.int32)[None], last=last)[0])
+            cache = [KVCache() for _ in self.model.layers]
+            vocab_size = self.model.config.text_config.vocab_size
+            found = np.empty((len(ids) - first, vocab_size), np.float32)
+            reserve(self.model, cache, len(ids))
+            while (start := cache[0].offset) < len(ids):
+                chunk = ids[start : start + self.prefill_chunk]
+                end, wanted = start + len(chunk) - first, start + len(chunk) - max(start, first)
+                logits = self.model(mx.array([chunk], mx.int32), cache, last=max(1, wanted))
+                mx.eval([layer.state for layer in cache])
+                if wanted > 0:
+                    found[end - wanted : end] = logits[0]
+                clear_between_chunks()
+            return found
 
     def forget(self, keys: Sequence[str]) -> None:
         self.prefix.forget(keys)

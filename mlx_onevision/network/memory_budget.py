@@ -309,14 +309,13 @@ class MemoryModel:
     # Requests.
 
     def request(self, size: RequestSize, budget: Budget, every: bool = False) -> Footprint:
-        """A request by itself. ``every`` : the logits of every position are wanted, of a prompt
-        that is computed at once and without a KV cache.
-        """
-        if every:
-            logits = size.prompt * self.config.text_config.vocab_size * (4 + self.itemsize)
-            whole = self.request(size, replace(budget, chunk=max(1, size.prompt)))
-            return replace(whole, cache=0, scratch=whole.scratch + logits)
+        """A request by itself. ``every`` : the logits of every position are wanted."""
         budget = replace(budget, chunk=min(budget.chunk, self.most_chunk))
+        if every:  # a chunk's are computed and converted, and then kept beside the others
+            values = size.prompt * 4 + min(budget.chunk, size.prompt) * (4 + self.itemsize)
+            prefill = self.request(size, budget)
+            logits = values * self.config.text_config.vocab_size
+            return replace(prefill, scratch=prefill.scratch + logits)
         cache = self.cache(size.prompt + size.answer)
         features = sum(self.features(medium.tokens) for medium in size.media)
         # A layer's keys and values are copied where the cache grows.

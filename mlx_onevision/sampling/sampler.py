@@ -1,7 +1,7 @@
 """Sampling settings, and the samplers and logits processors that mlx-lm is given for them."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,12 +16,13 @@ GREEDY = 1e-5
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings. RequestError for a number out of range.
+    """Sampling settings. RequestError for a number out of range. They act in transformers' order:
+    the penalty, temperature, top_k, top_p, min_p, each on what the one before has left.
 
     temperature : 0 and up; divides the logits. 0 is greedy: the likeliest token, ties to the lower
         id.
+    top_k : the k most likely tokens, and those as likely as the last of them; 0 for all.
     top_p : in (0, 1]; the smallest set of tokens with this much probability.
-    top_k : the k most likely tokens; 0 for all.
     min_p : in [0, 1]; tokens at least this likely, relative to the most likely one.
     repetition_penalty : above 0; divides positive logits of tokens that the prompt or the answer
         holds, and multiplies negative ones. 1 changes nothing.
@@ -51,40 +52,49 @@ class Sampling:
 
         drawn : how many tokens of the answer there are already; the draws go on after those.
 
-        mlx-lm's, but every answer draws with its own random key (mlx-lm's share one state), so that
-        a seed gives the same answer alone and in a batch.
+        Every answer draws with its own random key (mlx-lm's share one state), so that a seed gives
+        the same answer alone and in a batch.
         """
         import mlx.core as mx
-        from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, greedy_sampler
+        from mlx_lm.sample_utils import greedy_sampler
 
         if self.is_greedy:
             return greedy_sampler
         key = mx.random.key(secrets.randbits(64) if self.seed is None else self.seed)
-        one, scale = _draw(), mx.array(1 / self.temperature)
+        one = _draw()
         for _ in range(drawn):
             key, _ = mx.random.split(key)
             mx.eval(key)
 
         def draw(logprobs: mx.array) -> mx.array:
             nonlocal key
-            if self.top_p < 1:
-                logprobs = apply_top_p(logprobs, self.top_p)
-            if self.min_p > 0:
-                logprobs = apply_min_p(logprobs, self.min_p)
-            if 0 < self.top_k < logprobs.shape[-1]:
-                logprobs = apply_top_k(logprobs, self.top_k)
-            key, token = one(logprobs, key, scale)
+            key, token = one(self.filtered(logprobs), key)
             return token
 
         return draw
 
-    def logits_processors(
-        self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
-    ) -> list[Callable[[Any, Any], Any]]:
-        """mlx-lm's logits processors. They index logits by the prompt's ids: virtual ids, which are
-        beyond the vocabulary, become ``placeholder``, as in the reference.
+    def filtered(self, logprobs: Any) -> Any:
+        """What tokens are drawn from: logarithms (B, vocab) of their probabilities, up to a sum,
+        after temperature and filters.
+        """
+        import mlx.core as mx
+        from mlx_lm.sample_utils import apply_min_p, apply_top_p
 
-        before : the ids of the prompt that come from a cache, and that mlx-lm never sees.
+        scores = logprobs * mx.array(1 / self.temperature)
+        if 0 < self.top_k < scores.shape[-1]:
+            least = mx.min(mx.topk(scores, self.top_k), axis=-1, keepdims=True)
+            scores = mx.where(scores < least, -mx.inf, scores)
+        if self.top_p < 1:  # of probabilities that float32 can hold: a temperature makes them tiny
+            scores = apply_top_p(scores - mx.logsumexp(scores, axis=-1, keepdims=True), self.top_p)
+        return apply_min_p(scores, self.min_p) if self.min_p > 0 else scores
+
+    def logits_processors(
+        self, vocab_size: int, prompt: Iterable[int]
+    ) -> list[Callable[[Any, Any], Any]]:
+        """mlx-lm's logits processors. They index logits by the ids that they are given, among which
+        virtual ones are beyond the vocabulary, and those from a KV cache may be missing.
+
+        prompt : its ids, with placeholders where virtual ids stand, as in the reference.
         """
         if self.repetition_penalty == 1:
             return []
@@ -93,23 +103,25 @@ class Sampling:
 
         # The whole prompt and answer, as in the reference; mlx-lm's own default is the last 20.
         penalize = make_repetition_penalty(self.repetition_penalty, context_size=1 << 30)
-        cached = mx.array(list(before), mx.int32)
+        known = mx.array(sorted({int(token) for token in prompt}), mx.int32)
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
-            tokens = mx.concatenate([cached, tokens.astype(mx.int32)])
-            return penalize(mx.where(tokens < vocab_size, tokens, placeholder), logits)
+            # An id that is there twice is penalized once.
+            tokens = tokens.astype(mx.int32)
+            text = mx.where(tokens < vocab_size, tokens, known[0])
+            return penalize(mx.concatenate([known, text]), logits)
 
         return [process]
 
 
 @cache
-def _draw() -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """A compiled draw: log-probabilities, key and 1 / temperature to the next key and the token."""
+def _draw() -> Callable[[Any, Any], tuple[Any, Any]]:
+    """A compiled draw: logarithms of probabilities and a key to the next key and the token."""
     import mlx.core as mx
 
-    def draw(logprobs: mx.array, key: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
+    def draw(scores: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
         key, now = mx.random.split(key)
-        return key, mx.random.categorical(logprobs * scale, key=now)
+        return key, mx.random.categorical(scores, key=now)
 
     return mx.compile(draw)
 
@@ -139,9 +151,9 @@ class RequestSampler:
         return sampler if self._recorder is None else self._recorder.sampler(sampler)
 
     def logits_processors(
-        self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
+        self, vocab_size: int, prompt: Iterable[int]
     ) -> list[Callable[[Any, Any], Any]]:
-        processors = self._sampling.logits_processors(vocab_size, placeholder, before)
+        processors = self._sampling.logits_processors(vocab_size, prompt)
         if self._grammar is None:
             return processors
         self._guide = self._grammar.guide(self._accepted)

@@ -69,7 +69,7 @@ def test_tokens_and_cache_are_those_of_mlx_lm(
             network,
             max_tokens=12,
             sampler=sampling.sampler(),
-            logits_processors=sampling.logits_processors(vocab_size, 4),
+            logits_processors=sampling.logits_processors(vocab_size, prompt),
             prompt_cache=theirs,
             prefill_step_size=chunk,
         )
@@ -78,7 +78,7 @@ def test_tokens_and_cache_are_those_of_mlx_lm(
             prompt,
             ours,
             sampling.sampler(),
-            sampling.logits_processors(vocab_size, 4),
+            sampling.logits_processors(vocab_size, prompt),
             normalise=not sampling.is_greedy,
             chunk=chunk,
             check=lambda: None,

@@ -259,6 +259,23 @@ def test_beyond_the_limit_is_refused_before_anything_is_computed(folder: Path) -
     model.close()
 
 
+@pytest.mark.parametrize("last", [1, None])
+def test_logits_of_a_long_prompt_take_what_is_predicted(folder: Path, last: int | None) -> None:
+    """Computed in chunks: at once, attention alone would take 2 heads * 3000**2 * 4 bytes."""
+    subject = Runner(load_checkpoint(folder))
+    inputs = Inputs(np.arange(3000, dtype=np.int32) % 200, (), "")
+    others = mx.get_active_memory() - subject.memory.weights
+    mx.reset_peak_memory()
+    logits = subject.logits(inputs, last)
+    measured = mx.get_peak_memory() - others
+    if last is None:
+        measured += logits.nbytes  # numpy's
+    size = RequestSize(3000, 0)
+    predicted = subject.memory.request(size, subject.model.budget, every=last is None)
+    assert measured < 1.1 * predicted.total < 2 * 3000**2 * 4
+    assert len(logits) == (last or 3000)
+
+
 def test_a_limit_changes_no_answer(folder: Path) -> None:
     """Steps as small as they get, and nothing kept of the requests before."""
     photo = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
@@ -308,7 +325,7 @@ def test_every_command_that_loads_a_model_has_the_options() -> None:
 
 
 def test_a_command_and_a_backend_keep_to_the_limit() -> None:
-    long = ["--prompt", "hello", "--max-tokens", "4000"]
+    long = ["--prompt", "hello", "--max-tokens", "3000"]
     done = CliRunner().invoke(cli, ["generate", "--memory-limit", "0.0001", *long])
     assert isinstance(done.exception, OutOfMemoryError) or done.exit_code == 1
     assert CliRunner().invoke(cli, ["generate", "--memory-limit", "0", *long]).exit_code == 2
@@ -319,7 +336,7 @@ def test_a_command_and_a_backend_keep_to_the_limit() -> None:
     with open_engine("demo", memory_limit=0.007, kv_bits=8) as backend:
         assert backend.generate(GenerateRequest.ask("hello", max_tokens=2)).result().text
         with pytest.raises(PluginError, match=r"the limit is 7\.00 MB") as raised:
-            backend.generate(GenerateRequest.ask("hello", max_tokens=4000)).result()
+            backend.generate(GenerateRequest.ask("hello", max_tokens=3000)).result()
         assert raised.value.code == "too_large" and "would fit" in raised.value.hint
 
 

@@ -3,7 +3,7 @@ same answer, and no image is ever mistaken for another.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class Watched(RequestSampler):
         self.seen: list[np.ndarray] = []
 
     def logits_processors(
-        self, vocab_size: int, placeholder: int, before: Sequence[int] = ()
+        self, vocab_size: int, prompt: Iterable[int]
     ) -> list[Callable[[Any, Any], Any]]:
         def watch(tokens: mx.array, logits: mx.array) -> mx.array:
             self.seen.append(np.array(logits))

@@ -86,16 +86,52 @@ def test_a_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
     assert 0 <= choose(LOGPROBS).item() < 1000
 
 
-def test_the_penalty_sees_placeholders_where_virtual_ids_stand() -> None:
-    vocab_size, placeholder = 6, 5
-    (penalize,) = Sampling(repetition_penalty=2.0).logits_processors(
-        vocab_size, placeholder, before=[0]
-    )
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        # 0.37, 0.26, 0.20 and 0.17 at this temperature: the second is short of 0.7, the third not.
+        ({"temperature": 2.0, "top_p": 0.7}, {0, 1, 2}),
+        ({"temperature": 0.5, "top_p": 0.7}, {0}),  # 0.73
+        # The two that top_k leaves have 0.67 and 0.33.
+        ({"temperature": 1.0, "top_k": 2, "top_p": 0.6}, {0}),
+        ({"temperature": 2.0, "min_p": 0.5}, {0, 1, 2}),  # relative to the first: 0.71, 0.55, 0.45
+        ({"temperature": 0.01, "top_p": 0.9999}, {0}),  # the others underflow
+    ],
+)
+def test_filters_act_on_what_temperature_and_the_filter_before_have_left(
+    options: dict[str, Any], ids: set[int]
+) -> None:
+    choose = Sampling(**options, seed=0).sampler()
+    logprobs = mx.log(mx.array([[0.5, 0.25, 0.15, 0.1]]))
+    assert {choose(logprobs).item() for _ in range(100)} == ids
+
+
+def test_a_tie_for_the_last_place_of_top_k_stays() -> None:
+    """As in the reference; logits in half precision often tie."""
+    choose = Sampling(temperature=1.0, top_k=2, seed=0).sampler()
+    logprobs = mx.log(mx.array([[0.1, 0.25, 0.4, 0.25]]))
+    assert {choose(logprobs).item() for _ in range(100)} == {1, 2, 3}
+
+
+def test_tokens_that_no_float_holds_after_the_temperature_are_drawn_all_the_same() -> None:
+    """Their probabilities before it are summed up by top_p, and would all be 0."""
+    choose = Sampling(temperature=1e-3, top_p=0.9, seed=0).sampler()
+    logprobs = mx.log(mx.full((1, 1000), 1e-3))
+    assert len({choose(logprobs).item() for _ in range(50)}) > 20
+
+
+@pytest.mark.parametrize("cached", [0, 1, 4])
+def test_the_penalty_is_that_of_the_prompt_with_its_own_placeholders(cached: int) -> None:
+    """0 and 2 are text, 4 is the video's placeholder and not the image's, which is 5. What comes
+    from a KV cache is not among the ids that mlx-lm hands over.
+    """
+    vocab_size, prompt, virtual = 6, [0, 4, 4, 2], [0, 1000, 1001, 2]
+    (penalize,) = Sampling(repetition_penalty=2.0).logits_processors(vocab_size, prompt)
     logits = mx.array([[4.0, 4.0, -4.0, 4.0, 4.0, 4.0]])
-    penalized = penalize(mx.array([2, 1000, 1001]), logits)
-    # 0 came from the cache, 2 from the prompt, 5 stands for the two virtual ids.
-    assert penalized.tolist() == [[2.0, 4.0, -8.0, 4.0, 4.0, 2.0]]
+    generated = [1]
+    penalized = penalize(mx.array(virtual[cached:] + generated), logits)
+    assert penalized.tolist() == [[2.0, 2.0, -8.0, 4.0, 2.0, 4.0]]
 
 
 def test_no_penalty_costs_nothing() -> None:
-    assert Sampling().logits_processors(6, 5) == []
+    assert Sampling().logits_processors(6, [5]) == []
