@@ -18,12 +18,12 @@ import numpy as np
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.tensors import read_weights
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.convert.fit import footprint
 from mlx_onevision.convert.loss import metrics
 from mlx_onevision.convert.loss.metrics import Divergence, DivergenceStats, LayerLoss, Loss
 from mlx_onevision.convert.loss.probes import VERSION, Probe, probes
 from mlx_onevision.convert.loss.recording import Prompt, Recording, compared_positions, record
 from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.network.footprint import footprint
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Processor
 

@@ -21,6 +21,7 @@ from mlx_onevision.cli.describe import describe
 from mlx_onevision.cli.doctor import doctor
 from mlx_onevision.cli.embed import embed
 from mlx_onevision.cli.generate import generate
+from mlx_onevision.cli.models import models
 from mlx_onevision.cli.options import DEBUG, debug_option
 from mlx_onevision.distributed import launched, rank
 from mlx_onevision.errors import sentence
@@ -63,7 +64,7 @@ def cli() -> None:
             stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
 
 
-for command in (generate, chat, describe, embed, bench, doctor):
+for command in (generate, chat, describe, embed, models, bench, doctor):
     debug_option(command)
     cli.add_command(command)
 

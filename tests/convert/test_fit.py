@@ -13,17 +13,9 @@ from mlx_onevision.checkpoint.plan import make_plan
 from mlx_onevision.checkpoint.recipes import MIXED, mixed, uniform
 from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.convert.fit import (
-    ANSWER_TOKENS,
-    Fit,
-    best,
-    candidates,
-    choose,
-    footprint,
-    image_size,
-    usable_bytes,
-)
+from mlx_onevision.convert.fit import Fit, best, candidates, choose
 from mlx_onevision.errors import RequestError
+from mlx_onevision.network.footprint import ANSWER_TOKENS, footprint, image_size, usable_bytes
 
 # Width, MLP, layers, heads, heads of keys, vocabulary, tied; as in the published files.
 PUBLISHED = {
