@@ -89,8 +89,8 @@ class Attention(nn.Module):
         return summed(self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1)), self.group)
 
     def combine_one(self, attended: mx.array) -> mx.array:
-        """(B, heads, 1, dim) of :meth:`attend` to (B, hidden_size)."""
-        return summed(self.o_proj(attended.reshape(len(attended), -1)), self.group)
+        """(B, heads, 1, dim) of :meth:`attend` to this rank's part of (B, hidden_size)."""
+        return self.o_proj(attended.reshape(len(attended), -1))
 
 
 class MLP(nn.Module):
@@ -105,11 +105,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        return summed(self.part(x), self.group)
+
+    def part(self, x: mx.array) -> mx.array:
+        """This rank's part of the sum."""
         if "gate_up_proj" in self:
             gate, up = halves_of(self.gate_up_proj, x)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return summed(self.down_proj(self.gated(gate, up)), self.group)
+        return self.down_proj(self.gated(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -157,8 +161,7 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(self.add_attention(x, attended))
 
     def add_attention(self, x: mx.array, attended: mx.array) -> mx.array:
-        attention = self.self_attn
-        return x + (attention.combine_one if x.ndim == 2 else attention.combine)(attended)
+        return x + self.self_attn.combine(attended)
 
     def feed_forward(self, x: mx.array) -> mx.array:
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -282,10 +285,7 @@ class _Pieces:
                     for name, part in module.items()
                     if isinstance(part, mx.array | nn.Module)
                 ]
-        pieces = [self._piece(n) for n in range(len(self._layers) + 1)]
-        # With sums over ranks inside, decode hung now and then on the ring of MLX 0.32.4.
-        shared = any(layer.self_attn.group is not None for layer in self._layers)
-        self.compiled = pieces if shared else [mx.compile(piece) for piece in pieces]
+        self.compiled = [self._piece(n) for n in range(len(self._layers) + 1)]
 
     def are_current(self, model: Qwen2) -> bool:
         return (
@@ -296,17 +296,38 @@ class _Pieces:
         )
 
     def _piece(self, number: int) -> Callable[..., tuple[mx.array, ...]]:
-        """What comes after the attention of layer ``number`` - 1 and before that of ``number``."""
-        layers = self._layers[max(number - 1, 0) : number + 1]
-        norm, rotate = self._norm, self._rotate
-        last = number == len(self._layers)
+        """What comes after the attention of layer ``number`` - 1 and before that of ``number``.
+
+        Among ranks, what stands between two sums is compiled, and not the sums: their order, which
+        must be the same on all ranks, and their count are those of the calls in Python.
+        """
+        layers, norm, rotate = self._layers, self._norm, self._rotate
+        last = number == len(layers)
+
+        def enter(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return (norm(x),) if last else (x, *layers[number].before_attention(x, rotate, offset))
+
+        if not number:
+            return mx.compile(lambda x, attended, offset: enter(x, offset))
+        layer = layers[number - 1]
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def feed(x: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
+            x = x + attended
+            return x, mlp.part(layer.post_attention_layernorm(x))
+
+        def leave(x: mx.array, fed: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return enter(x + fed, offset)
+
+        shared = attention.group is not None
+        if shared:
+            feed, leave = mx.compile(feed), mx.compile(leave)
 
         def piece(x: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            if number:
-                x = layers[0].after_attention(x, attended)
-            return (norm(x),) if last else (x, *layers[-1].before_attention(x, rotate, offset))
+            x, fed = feed(x, summed(attention.combine_one(attended), attention.group))
+            return leave(x, summed(fed, mlp.group), offset)
 
-        return piece
+        return piece if shared else mx.compile(piece)
 
 
 def attention(
