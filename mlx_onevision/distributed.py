@@ -1,9 +1,13 @@
 """The processes that ``mlx.launch`` started together, where it did; the only place that initialises
 MLX's communication. A process that was started by itself neither imports nor initialises anything.
+
+Ranks that compute together must begin the same sums and gathers in the same order. So those of a
+step all stand in one chain: each needs what came of the one before.
 """
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -12,6 +16,17 @@ from mlx_onevision.errors import OneVisionError
 if TYPE_CHECKING:
     import mlx.core as mx
 
+
+@dataclass
+class Traffic:
+    """What a rank has sent, counted when a sum or gather is begun, as a ring sends it: each rank
+    sends a sum's values on twice, but for a share each time, and a gather's parts all but one.
+    """
+
+    sent: int = 0  # bytes
+
+
+TRAFFIC = Traffic()
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # of ring, JACCL and NCCL; of MPI
 
 
@@ -47,11 +62,39 @@ def group() -> "mx.distributed.Group | None":
     return found if found.size() > 1 else None
 
 
+def all_sum(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
+    """The sum over the ranks; ``x`` itself for one alone."""
+    if ranks is None:
+        return x
+    import mlx.core as mx
+
+    TRAFFIC.sent += 2 * (ranks.size() - 1) * x.nbytes // ranks.size()
+    return mx.distributed.all_sum(x, group=ranks)
+
+
+def all_gather(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
+    """What all ranks have, along the first axis; ``x`` itself for one alone."""
+    if ranks is None:
+        return x
+    import mlx.core as mx
+
+    TRAFFIC.sent += (ranks.size() - 1) * x.nbytes
+    return mx.distributed.all_gather(x, group=ranks)
+
+
+def join(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
+    """What all ranks have, along the last axis."""
+    if ranks is None:
+        return x
+    gathered = all_gather(x[None], ranks)
+    return gathered.moveaxis(0, -2).reshape(*x.shape[:-1], -1)
+
+
 def least(values: Sequence[float], ranks: "mx.distributed.Group | None") -> list[float]:
     """The least of each value over all ranks, in float32: every rank gets the same."""
     if ranks is None:
         return list(values)
     import mlx.core as mx
 
-    gathered = mx.distributed.all_gather(mx.array([list(values)], mx.float32), group=ranks)
+    gathered = all_gather(mx.array([list(values)], mx.float32), ranks)
     return [float(value) for value in gathered.min(axis=0).tolist()]  # pyright: ignore

@@ -19,6 +19,7 @@ from mlx_onevision.cli.main import cli
 from mlx_onevision.engine.runner import Runner
 
 SECONDS = 60
+LANGUAGE = ("language_model", "lm_head")
 rng = np.random.default_rng(3)
 IMAGES = [rng.integers(0, 256, size, np.uint8) for size in ((70, 40, 3), (28, 28, 3), (30, 90, 3))]
 VIDEO = rng.integers(0, 256, (5, 28, 28, 3), np.uint8)
@@ -58,7 +59,7 @@ def sizes(runner: Runner, before: int) -> dict[str, int]:
     mx.eval(model.parameters())
     mx.clear_cache()
     leaves: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    language = sum(a.nbytes for name, a in leaves.items() if name.startswith("language_model"))
+    language = sum(a.nbytes for name, a in leaves.items() if name.startswith(LANGUAGE))
     return {
         "active": mx.get_active_memory() - before,
         "language": language,

@@ -6,8 +6,6 @@ the thread that will run the model.
 """
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +25,10 @@ from mlx_onevision.checkpoint.plan import (
     make_plan,
 )
 from mlx_onevision.checkpoint.recipes import Recipe
+from mlx_onevision.checkpoint.sharing import EMBEDDING, check_ranks, share
 from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
 from mlx_onevision.config.generation import GenerationDefaults
-from mlx_onevision.config.model import DTYPES, OneVisionConfig, TextConfig
+from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError, short
 from mlx_onevision.files import read_json
@@ -39,10 +38,7 @@ from mlx_onevision.network.onevision import OneVision
 
 QUANTIZED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
-EMBEDDING = "language_model.embed_tokens"
 HEAD = "lm_head"
-LAYER_MATRIX = re.compile(r"language_model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+_proj)\.\w+")
-SUMMED = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -118,8 +114,8 @@ def load_checkpoint(
         model, bit for bit, as the converter writes.
     fused : joins matrices for speed; without, the model's parameters have the checkpoints' names.
     limit : bytes that the weights may take.
-    group : ranks that share the language model's layers. Each reads its share of them alone, at
-        once; embedding, head, projector and tower are whole on every rank.
+    group : ranks that share the language model. Each reads its share alone, at once: see
+        :mod:`sharing`.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
@@ -135,13 +131,7 @@ def load_checkpoint(
     described = plan.config
     if group is not None:
         check_ranks(plan, group.size())
-        config = dataclasses.replace(
-            opened.config, text_config=_share(opened.config.text_config, group.size())
-        )
-        tensors = {
-            name: _part(tensor, group.rank(), group.size())
-            for name, tensor in opened.tensors.items()
-        }
+        config, tensors = share(opened.config, opened.tensors, group.rank(), group.size())
         plan = make_plan(config, tensors, opened.quantized, recipe=recipe, dtype=dtype)
     if limit is not None and plan.nbytes > limit:
         itemsize = 4 if plan.dtype == "float32" else 2
@@ -167,53 +157,6 @@ def _weights(plan: ConversionPlan) -> list[tuple[str, mx.array]]:
             mx.clear_cache()
         weights += arrays
     return weights
-
-
-def _share(text: TextConfig, ranks: int) -> TextConfig:
-    """What each of so many ranks computes of a layer."""
-    return dataclasses.replace(
-        text,
-        num_attention_heads=text.num_attention_heads // ranks,
-        num_key_value_heads=text.num_key_value_heads // ranks,
-        intermediate_size=text.intermediate_size // ranks,
-    )
-
-
-def _part(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """A rank's part of a tensor of a layer: of the outputs of the matrices that read the hidden
-    states, and of the inputs of those that add to them.
-    """
-    found = LAYER_MATRIX.fullmatch(tensor.name)
-    if found is None:
-        return tensor
-    axis = 1 if found[1] in SUMMED else 0
-    shape = list(tensor.shape)
-    shape[axis] //= ranks
-    return dataclasses.replace(tensor, shape=tuple(shape), part=(axis, rank, ranks))
-
-
-def check_ranks(plan: ConversionPlan, ranks: int) -> None:
-    """RequestError, with the numbers that work, where layers do not divide among so many ranks."""
-    text = plan.config.text_config
-    groups = {"o_proj": text.head_dim, "down_proj": 1}  # inputs that stay together
-    for module, spec in plan.specs.items():
-        found = LAYER_MATRIX.fullmatch(f"{module}.weight")
-        if found is not None and found[1] in groups:
-            groups[found[1]] = math.lcm(groups[found[1]], spec.group_size)
-    inputs = (text.num_attention_heads * text.head_dim, text.intermediate_size)
-    sizes = list(zip(inputs, groups.values(), strict=True))
-    working = [
-        n
-        for n in range(1, text.num_key_value_heads + 1)
-        if text.num_key_value_heads % n == 0
-        and all(size % (n * together) == 0 for size, together in sizes)
-    ]
-    if ranks not in working:
-        raise RequestError(
-            f"a model of {text.num_attention_heads} attention heads, {text.num_key_value_heads} of "
-            f"them for keys, and {text.intermediate_size} inner values does not divide among "
-            f"{ranks} ranks; start mlx.launch with -n {' or '.join(map(str, working))}"
-        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

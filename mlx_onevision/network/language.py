@@ -6,7 +6,8 @@ and videos means the feature bank, is the caller's. Caches are mlx-lm's, or anyt
 those that :func:`layers.fuse` joined them to.
 
 Where a group of ranks shares the layers, the configuration is that of one rank's share: of its
-heads and its part of the MLP's inner values. Each rank's products are parts of a sum then.
+heads and its part of the MLP's inner values. Each rank's products are parts of a sum then. It has a
+part of each row of the embedding, too, where the head is a matrix of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_onevision.config.model import TextConfig
-from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda, summed
+from mlx_onevision.distributed import all_sum, join
+from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda
 from mlx_onevision.network.memory_budget import CACHE_STEP
 
 Mask = mx.array | str | None
@@ -86,7 +88,7 @@ class Attention(nn.Module):
     def combine(self, attended: mx.array) -> mx.array:
         """(B, heads, L, dim) of :meth:`attend` to (B, L, hidden_size)."""
         B, _, L, _ = attended.shape
-        return summed(self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1)), self.group)
+        return all_sum(self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1)), self.group)
 
     def combine_one(self, attended: mx.array) -> mx.array:
         """(B, heads, 1, dim) of :meth:`attend` to this rank's part of (B, hidden_size)."""
@@ -105,7 +107,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return summed(self.part(x), self.group)
+        return all_sum(self.part(x), self.group)
 
     def part(self, x: mx.array) -> mx.array:
         """This rank's part of the sum."""
@@ -168,9 +170,15 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
+    """group : ranks that share the layers. tied : the embedding is the head, too."""
+
+    def __init__(
+        self, config: TextConfig, group: mx.distributed.Group | None = None, tied: bool = True
+    ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self._embedding_group = None if tied else group
+        ranks = 1 if self._embedding_group is None else self._embedding_group.size()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size // ranks)
         self.layers = [DecoderLayer(config, group) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotate = RotaryEmbedding(config)
@@ -182,6 +190,10 @@ class Qwen2(nn.Module):
             config.sliding_window if kind == "sliding_attention" else None
             for kind in config.layer_types
         ]
+
+    def look_up(self, ids: mx.array) -> mx.array:
+        """The embeddings of ids of the vocabulary, shape = (..., hidden_size)."""
+        return join(self.embed_tokens(ids).astype(self.norm.weight.dtype), self._embedding_group)
 
     def __call__(
         self,
@@ -324,8 +336,8 @@ class _Pieces:
             feed, leave = mx.compile(feed), mx.compile(leave)
 
         def piece(x: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            x, fed = feed(x, summed(attention.combine_one(attended), attention.group))
-            return leave(x, summed(fed, mlp.group), offset)
+            x, fed = feed(x, all_sum(attention.combine_one(attended), attention.group))
+            return leave(x, all_sum(fed, mlp.group), offset)
 
         return piece if shared else mx.compile(piece)
 

@@ -61,11 +61,6 @@ def on_cuda() -> bool:
     return mx.default_device().type == mx.gpu and not mx.metal.is_available()
 
 
-def summed(x: mx.array, group: mx.distributed.Group | None) -> mx.array:
-    """The sum over the ranks of what each has computed with its share of a matrix's inputs."""
-    return x if group is None else mx.distributed.all_sum(x, group=group)
-
-
 class Pace:
     """Evaluates a step of many layers while it is being built, so that the values of no more than
     ``interval`` layers are held at once (0: leave it all to the caller).

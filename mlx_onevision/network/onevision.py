@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.distributed import all_gather
 from mlx_onevision.media.anyres import Packing, video_side
 from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.network.language import Qwen2
@@ -79,7 +80,7 @@ class OneVision(nn.Module):
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = MultiModalProjector(config)
         self.image_newline = mx.zeros((config.text_config.hidden_size,))
-        self.language_model = Qwen2(config.text_config, group)
+        self.language_model = Qwen2(config.text_config, group, config.tie_word_embeddings)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(
                 config.text_config.hidden_size, config.text_config.vocab_size, bias=False
@@ -182,7 +183,7 @@ class OneVision(nn.Module):
             own = pixels[mx.minimum(mx.arange(first, first + share), tiles - 1)]
         encoded = self.multi_modal_projector(self.vision_features(own))
         if self.group is not None:
-            encoded = mx.distributed.all_gather(encoded, group=self.group)[:tiles]
+            encoded = all_gather(encoded, self.group)[:tiles]
         return encoded
 
     def vision_features(self, pixels: mx.array) -> mx.array:
@@ -245,17 +246,26 @@ class OneVision(nn.Module):
         Raises:
             ValueError: for an id that is neither in the vocabulary nor in the bank.
         """
+        look_up = self.language_model.look_up
         if self._decoding and ids.shape[1] == 1:
-            return self._text(ids)
+            return look_up(ids)
         host = np.array(ids)
-        if (host < self.config.text_config.vocab_size).all():
-            return self._text(ids)
-        return mx.stack([self._embed_sequence(sequence) for sequence in host])
+        is_text = host < self.config.text_config.vocab_size
+        if is_text.all():
+            return look_up(ids)
+        text = mx.zeros((0, 1))
+        if is_text.any():  # all at once, so that ranks gather once
+            text = look_up(mx.array(host[is_text]))
+        starts = np.cumsum([0, *is_text.sum(axis=1)])
+        return mx.stack(
+            [
+                self._embed_sequence(row, text[first:])
+                for row, first in zip(host, starts.tolist(), strict=False)
+            ]
+        )
 
-    def _text(self, ids: mx.array) -> mx.array:
-        return self.language_model.embed_tokens(ids).astype(self.dtype)
-
-    def _embed_sequence(self, ids: np.ndarray) -> mx.array:
+    def _embed_sequence(self, ids: np.ndarray, text: mx.array) -> mx.array:
+        """``text`` : the embeddings of those ids that are text, and more behind them."""
         vocab_size = self.config.text_config.vocab_size
         parts = []
         while len(ids):
@@ -266,7 +276,8 @@ class OneVision(nn.Module):
                 same = (ids == first + np.arange(len(ids))) & (ids < self.bank.last_of(first))
             length = len(ids) if same.all() else int(np.argmin(same))
             if first < vocab_size:
-                parts.append(self._text(mx.array(ids[:length])))
+                parts.append(text[:length])
+                text = text[length:]
             else:
                 parts.append(self.bank.look_up(first, first + length).astype(self.dtype))
             ids = ids[length:]

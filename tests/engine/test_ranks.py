@@ -1,17 +1,23 @@
 """Two processes that share a model answer as one does, and each holds its share of the weights."""
 
 import json
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ranks
-from checkpoints import Sizes, write
+from checkpoints import Sizes, config, write
 
-from mlx_onevision.checkpoint.load import check_ranks, open_checkpoint
+from mlx_onevision.bench import checkpoint as published
+from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import make_plan
 from mlx_onevision.checkpoint.recipes import Recipe, uniform
+from mlx_onevision.checkpoint.sharing import check_ranks, share
+from mlx_onevision.checkpoint.tensors import Tensor, canonical_name
+from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import group, launched, rank
 from mlx_onevision.errors import RequestError
 
@@ -20,7 +26,7 @@ SIZES = Sizes(hidden=128, intermediate=512, layers=4)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("model"), sizes=SIZES)
+    return write(tmp_path_factory.mktemp("model"), sizes=SIZES, tied=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +61,31 @@ def test_rank_0_prints_the_answer_and_the_other_nothing(made: tuple[list[Any], A
     (_, out, _), other = made[1]
     assert out.strip()
     assert other == (0, "", "")
+
+
+@pytest.mark.parametrize("recipe", [None, uniform(4)])
+@pytest.mark.parametrize(("size", "most"), [("0.5b", 0.64), ("7b", 0.54), ("72b", 0.52)])
+def test_the_share_of_a_rank_at_the_published_sizes(
+    size: str, most: float, recipe: Recipe | None
+) -> None:
+    """By arithmetic; the embedding of the 0.5B model is its head, too, and whole on every rank."""
+    shape = published.SIZES[size]
+    own = (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.intermediate, shape.vocab)
+    names = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocab")
+    about = config(Sizes(**dict(zip(names, own, strict=True))), tied=shape.tied, dtype="bfloat16")
+    whole = OneVisionConfig.from_dict(about)
+    tensors: dict[str, Tensor] = {}
+    for source, dims in published.tensors(shape):
+        if (name := canonical_name(source)) is not None:
+            tensors[name] = Tensor(name, source, Path(), "BF16", dims, 0, 2 * prod(dims))
+
+    def language(config: OneVisionConfig, tensors: Mapping[str, Tensor]) -> int:
+        outputs = make_plan(config, tensors, {}, recipe=recipe).transforms
+        made = [output for transform in outputs for output in transform.outputs]
+        return sum(output.nbytes for output in made if output.name.startswith(ranks.LANGUAGE))
+
+    parts = [language(*share(whole, tensors, number, 2)) for number in range(2)]
+    assert parts[0] == parts[1] <= most * language(whole, tensors)
 
 
 @pytest.mark.parametrize(
