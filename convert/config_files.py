@@ -10,7 +10,7 @@ from mlx_onevision.checkpoint.hub import SIDECARS
 from mlx_onevision.checkpoint.load import OpenedCheckpoint
 from mlx_onevision.checkpoint.plan import ConversionPlan
 from mlx_onevision.config import original_layout
-from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.model import HUB_TYPE, OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.convert.hub import Source
 from mlx_onevision.errors import CheckpointError
@@ -37,16 +37,20 @@ def config_json(
         CheckpointError: when it would not be read back as the model that was made.
     """
     values = dict(opened.values)
+    config, text, vision = plan.config, plan.config.text_config, plan.config.vision_config
     # A folder's path is nobody's business, its name may be.
     origin = {"version": version, "recipe": recipe, "base_model": source.base}
     origin |= {"revision": source.commit}
     if original_layout.is_original(values):
-        values = original_layout.to_hub(values)
+        values = original_layout.to_hub(values, config.model_type)
         values["architectures"] = ["LlavaOnevisionForConditionalGeneration"]
     values = _kept(values)
-    config, text, vision = plan.config, plan.config.text_config, plan.config.vision_config
+    settings = (*original_layout.CHOICES, *original_layout.FLAGS)
+    values = {key: value for key, value in values.items() if key not in settings}
+    if config.model_type != HUB_TYPE:
+        values |= {key: getattr(config, key) for key in settings}
     values |= {
-        "model_type": "llava_onevision",
+        "model_type": config.model_type,
         "text_config": {
             **_kept(values.get("text_config")),
             **{key: getattr(text, key) for key in TEXT_FIELDS},

@@ -14,7 +14,7 @@ from examples.demo_model.packing import PATCHES
 from examples.demo_model.tiling import CONFIG
 from examples.demo_model.words import END, VIDEO
 from mlx_onevision import Inputs, load
-from mlx_onevision.media.anyres import video_tokens
+from mlx_onevision.media.anyres import VideoPacking
 from mlx_onevision.media.resize import resize
 from mlx_onevision.prompt.processor import Medium
 
@@ -40,8 +40,9 @@ class Package:
         elif video:
             frames = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
             tiles = np.stack([resize(frame, (CONFIG.size, CONFIG.size)) for frame in frames])
-            rows = video_tokens(len(tiles), PATCHES)
-            self._video = Medium("video", tiles, None, None, rows, CONFIG)
+            packing = VideoPacking(PATCHES)
+            rows = packing.tokens(len(tiles))
+            self._video = Medium("video", tiles, None, packing, rows, CONFIG)
 
     def answer(self, question: PromptRequest) -> str:
         if self._video:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.media.anyres import Packing, Size, fitted_size, plan_packing, video_side
+from mlx_onevision.media.anyres import Packing, Size, VideoPacking, fitted_size, plan_packing
 
 TILE = 56
 PATCH = 14
@@ -106,7 +106,7 @@ def images_rows(count: int) -> Rows:
 
 def video_rows(frames: int) -> Rows:
     """Rows of a video: each frame pooled, one newline at the very end."""
-    side = video_side(PATCHES)
+    side = VideoPacking(PATCHES).side
     box = (0, PATCHES, 0, PATCHES)
     parts = [_grid_rows(box, (side, side), 1, frame) for frame in range(frames)]
     parts = [Rows(p.index[~p.newline], p.weight[~p.newline], p.newline[~p.newline]) for p in parts]

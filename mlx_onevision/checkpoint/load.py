@@ -27,6 +27,7 @@ from mlx_onevision.checkpoint.plan import (
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.sharing import EMBEDDING, check_ranks, share
 from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
+from mlx_onevision.config import original_layout
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
@@ -84,10 +85,12 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
         raise ModelNotFoundError(f"{folder} is not a folder")
     manifest.check(folder)
     values = read_config(folder)
-    config = OneVisionConfig.from_dict(values)
+    config = OneVisionConfig.from_dict(original_layout.with_placeholders(values, folder))
     defaults = GenerationDefaults.from_dict(read_json(folder / "generation_config.json"), values)
     tensors = read_weights(folder, also=NORM)
     unused = {name: tensors.pop(name) for name in NORM if name in tensors}
+    if not config.has_newline:
+        tensors.pop("image_newline", None)  # left over from the checkpoint that was fine-tuned
     config = dataclasses.replace(
         config, tie_word_embeddings=_settle_head(tensors, config.tie_word_embeddings)
     )

@@ -101,9 +101,12 @@ def require_type(values: Json, where: str, expected: str) -> None:
         raise ConfigError(f"{where} has model_type {found!r}; only {expected!r} is supported")
 
 
-def report_unknown(values: Json, cls: type, where: str, more: Sequence[str] = ()) -> None:
+def report_unknown(
+    values: Json, cls: type, where: str, more: Sequence[str] = (), less: Sequence[str] = ()
+) -> None:
+    """Logs the keys that are no fields of ``cls`` and not ``more``, or among ``less``."""
     known = set(cls.__dataclass_fields__) | INERT | INERT_GENERATION | set(more)
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - known | set(values) & set(less))
     if unknown:
         logger.warning(
             "%s has keys that LLaVA-OneVision does not define (no effect, as in the reference): %s",

@@ -10,7 +10,7 @@ one that is absent altogether is SigLIP-so400m.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_onevision.config import original_layout
@@ -154,6 +154,12 @@ class TextConfig:
         )
 
 
+# The model_type of what only this package knows: settings of the original code for which the Hub's
+# layout has no place. The converter writes it, so that other programs refuse such a model instead
+# of computing another one.
+OWN_TYPE = "mlx_onevision"
+HUB_TYPE = "llava_onevision"
+
 DTYPES = ("float16", "bfloat16", "float32")
 
 DEFAULT_PINPOINTS = tuple(
@@ -165,7 +171,21 @@ DEFAULT_PINPOINTS = tuple(
 
 @dataclass(frozen=True)
 class OneVisionConfig:
-    """A checkpoint's config.json. ``image_grid_pinpoints`` are (height, width) pairs in pixels."""
+    """A checkpoint's config.json. ``image_grid_pinpoints`` are (height, width) pairs in pixels.
+
+    vision_aspect_ratio : what becomes of an image that is alone: ``anyres`` cuts it into tiles, and
+        ``anyres_max_N`` thins out the tokens of more than about N; ``pad`` makes a square of it and
+        ``square`` squeezes it into one.
+    mm_patch_merge_type : how the tiles are packed: stitched, cut to the image, with a newline a row
+        (``spatial_unpad``); stitched (``spatial``); one after another (``flat``).
+    mm_newline_position : where a video has newlines: one at the end (``one_token``), after every
+        frame, after every row of a frame (``grid``), nowhere (``no_token``).
+    mm_spatial_pool_mode : how its frames are pooled: ``bilinear``, ``average`` or ``max``.
+    add_time_instruction : whether a sentence on length and times of the frames follows a video.
+    force_sample : whether the frames of a video are taken from its first to its last.
+
+    The last six are of the original code; Hub checkpoints have their defaults.
+    """
 
     text_config: TextConfig = field(default_factory=TextConfig)
     vision_config: VisionConfig = field(default_factory=lambda: VisionConfig.from_dict(None))
@@ -179,11 +199,36 @@ class OneVisionConfig:
     tie_word_embeddings: bool = False
     dtype: str | None = None
     quantization: Quantization | None = None
+    mm_patch_merge_type: str = "spatial_unpad"
+    mm_newline_position: str = "one_token"
+    mm_spatial_pool_mode: str = "bilinear"
+    add_time_instruction: bool = False
+    force_sample: bool = False
 
     @property
-    def max_tiles(self) -> int:
+    def model_type(self) -> str:
+        """What a config.json in the Hub's layout calls this model."""
+        keys = (*original_layout.CHOICES, *original_layout.FLAGS)
+        plain = all(getattr(self, key) == getattr(OneVisionConfig, key) for key in keys)
+        indices = max(self.image_token_index, self.video_token_index)
+        plain = plain and self.max_tiles is not None and indices < self.text_config.vocab_size
+        return HUB_TYPE if plain else OWN_TYPE
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether an image that is alone is cut into tiles."""
+        return self.vision_aspect_ratio.startswith("anyres")
+
+    @property
+    def max_tiles(self) -> int | None:
         """The 9 of ``anyres_max_9``: about the most tiles whose tokens an image keeps."""
-        return int(self.vision_aspect_ratio.removeprefix("anyres_max_"))
+        number = self.vision_aspect_ratio.removeprefix("anyres_max_")
+        return int(number) if number.isdigit() else None
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the network has a newline's embedding."""
+        return self.mm_patch_merge_type == "spatial_unpad"
 
     @property
     def tokens_per_tile(self) -> int:
@@ -204,14 +249,17 @@ class OneVisionConfig:
             ConfigError: naming the field, when it asks for something that is not supported.
         """
         if original_layout.is_original(values):
-            values = original_layout.to_hub(values)
-        require_type(values, "config.json", "llava_onevision")
+            values = original_layout.to_hub(values, OWN_TYPE)
+        own = values.get("model_type") == OWN_TYPE
+        if not own:
+            require_type(values, "config.json", HUB_TYPE)
         report_unknown(
             values,
             cls,
             "config.json",
             """image_token_id video_token_id vision_feature_select_strategy torch_dtype
             quantization_config mlx_onevision""".split(),
+            less=() if own else (*original_layout.CHOICES, *original_layout.FLAGS),
         )
         text = TextConfig.from_dict(_section(values, "text_config"))
         vision = VisionConfig.from_dict(_section(values, "vision_config"))
@@ -224,7 +272,9 @@ class OneVisionConfig:
             )
         aspect = values.get("vision_aspect_ratio", cls.vision_aspect_ratio)
         number = aspect.removeprefix("anyres_max_") if isinstance(aspect, str) else ""
-        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 1024):
+        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 1024) and not (
+            own and aspect in ("anyres", "pad", "square")
+        ):
             raise ConfigError(
                 f"vision_aspect_ratio is {aspect!r}; only 'anyres_max_N' is supported"
             )
@@ -244,12 +294,29 @@ class OneVisionConfig:
             dtype=_dtype(values),
             quantization=Quantization.from_dict(values),
         )
+        if own:
+            config = _with_original_settings(config, read)
         for name in ("image_token_index", "video_token_index"):
-            if getattr(config, name) >= text.vocab_size:
+            if not own and getattr(config, name) >= text.vocab_size:
                 raise ConfigError(
                     f"{name} {getattr(config, name)} is outside a vocabulary of {text.vocab_size}"
                 )
         return config
+
+
+def _with_original_settings(config: OneVisionConfig, read: Reader) -> OneVisionConfig:
+    chosen = {
+        key: read.choice(key, getattr(OneVisionConfig, key), frozenset(choices))
+        for key, choices in original_layout.CHOICES.items()
+    }
+    flags = {key: read.flag(key, False) for key in original_layout.FLAGS}
+    config = replace(config, **chosen, **flags)
+    if config.mm_spatial_pool_mode != "bilinear" and config.vision_config.patches_per_side < 2:
+        raise ConfigError(
+            f"mm_spatial_pool_mode is {config.mm_spatial_pool_mode!r}, which needs tiles of at "
+            "least two patches a side"
+        )
+    return config
 
 
 def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], ...]:

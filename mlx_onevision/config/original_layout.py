@@ -1,52 +1,68 @@
-"""The original lmms-lab config.json, translated into the keys of the Hub's layout.
+"""The original repository's config.json, translated into the keys of the Hub's layout.
 
-It is one flat file: Qwen2's fields at the top, the vision side as ``mm_*``
-settings that name a tower instead of describing it. The values that this package implements are
-accepted, others are refused by name; what only mattered to training is dropped.
+It is one flat file, which lmms-lab publishes and LLaVA-NeXT's training scripts save: Qwen2's fields
+at the top, the vision side as ``mm_*`` settings that name a tower instead of describing it. The
+settings that change what the original code computes are kept, under their own names where the Hub's
+layout has none; values that this package does not implement are refused by name; what matters to
+training alone, or is not read by the original code, is dropped.
 """
 
-from collections.abc import Mapping
+import ast
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 from mlx_onevision.errors import ConfigError
+from mlx_onevision.files import read_json
+
+logger = logging.getLogger("mlx_onevision")
 
 ARCHITECTURES = ("LlavaQwenForCausalLM",)
 
-# The towers that the original checkpoints name. The original code deletes so400m's last layer, the
-# 27th, when it loads it.
-TOWERS: Mapping[str, Mapping[str, Any]] = {
-    "google/siglip-so400m-patch14-384": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    }
+# SigLIP-so400m at 384 pixels, the original code's one tower of this kind. It deletes the last
+# layer, the 27th, when it loads it.
+TOWER: Mapping[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
 }
+# What names of other kinds and sizes of towers have in them. Trainers save the path on their own
+# disk, whose last part may say nothing; then the shapes of the weights decide.
+OTHER_SIZE = re.compile(r"base|large|giant|patch(?!14)|224|256|512|980", re.IGNORECASE)
+OTHER_KIND = re.compile(
+    r"clip|imagebind|mlcd|\beva|dino|intern|sharegpt|convnext|aimv2", re.IGNORECASE
+)
 
-# What each setting must be where it is present: the only behaviour that the published checkpoints
-# use.
+# The values that are implemented, of what decides how features become embeddings. The first is what
+# the original code takes where the setting is absent.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
+    "mm_newline_position": ("one_token", "grid", "frame", "no_token"),
+    "mm_spatial_pool_mode": ("bilinear", "average", "max"),
+}
+FLAGS = ("add_time_instruction", "force_sample")
+# What other settings must be where they are present.
 REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
-    "mm_patch_merge_type": ("spatial_unpad",),
-    "mm_newline_position": ("one_token",),
-    "mm_spatial_pool_mode": ("bilinear",),
-    "mm_spatial_pool_stride": (2, None),
     "mm_resampler_type": (None, "spatial_pool"),
-    "mm_vision_select_feature": ("patch",),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
-    "add_faster_video": (False,),
-    "use_pos_skipping": (False,),
-    "rope_scaling": (None,),
+    "mm_use_im_start_end": (False, None),
+    "add_faster_video": (False, None),
 }
+ASPECT_RATIO = re.compile(r"square|pad|anyres|anyres_max_[0-9]+")
 
+# Without rope_scaling, which the original code resets when it loads a checkpoint.
 TEXT_KEYS = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps rope_theta
-    rope_scaling rope_parameters use_sliding_window sliding_window max_window_layers layer_types
+    rope_parameters use_sliding_window sliding_window max_window_layers layer_types
     tie_word_embeddings attention_dropout initializer_range use_cache bos_token_id eos_token_id
     pad_token_id
     """.split()
@@ -62,8 +78,8 @@ def is_original(values: Mapping[str, Any]) -> bool:
     return any(name in ARCHITECTURES for name in named) or "mm_vision_tower" in values
 
 
-def to_hub(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings under the Hub layout's keys.
+def to_hub(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The same settings under the Hub layout's keys, and those that only the original code has.
 
     Raises:
         ConfigError: for a tower that is not known and a setting that is not supported, by name.
@@ -71,42 +87,121 @@ def to_hub(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, allowed in REQUIRED.items():
         if key in values and values[key] not in allowed:
             raise ConfigError(f"config.json: {key} is {values[key]!r}; supported is {allowed[0]!r}")
+    aspect = values.get("image_aspect_ratio") or "square"
+    if not (isinstance(aspect, str) and ASPECT_RATIO.fullmatch(aspect)):
+        raise ConfigError(
+            f"config.json: image_aspect_ratio is {aspect!r}; supported are square, pad, anyres and "
+            "anyres_max_N"
+        )
+    if values.get("mm_spatial_pool_stride") not in (None, 2):
+        logger.warning(
+            "config.json: mm_spatial_pool_stride is %r; video frames are pooled by 2, as the "
+            "original code does whatever it says.",
+            values["mm_spatial_pool_stride"],
+        )
     vision = values.get("vision_config")
     if vision is None:
-        name = str(values.get("mm_vision_tower"))
-        if name not in TOWERS:
+        name = values.get("mm_vision_tower")
+        if not isinstance(name, str) or _is_other_tower(name):
             raise ConfigError(
-                f"config.json: mm_vision_tower is {name!r}; supported is {', '.join(TOWERS)}"
+                f"config.json: mm_vision_tower is {name!r}; supported is "
+                "google/siglip-so400m-patch14-384, also as a local path"
             )
-        vision = {"model_type": "siglip_vision_model", **TOWERS[name]}
+        vision = TOWER
     size = vision.get("image_size", 384)
+    pinpoints = [[size, size]]
+    if aspect.startswith("anyres"):
+        pinpoints = _pinpoints(values.get("image_grid_pinpoints"), size)
     text = {key: values[key] for key in TEXT_KEYS & set(values)}
     hub: dict[str, Any] = {
-        "model_type": "llava_onevision",
+        "model_type": model_type,
         "text_config": {"model_type": "qwen2", **text},
         "vision_config": vision,
-        "vision_aspect_ratio": values.get("image_aspect_ratio", "anyres_max_9"),
-        "image_grid_pinpoints": _pinpoints(values.get("image_grid_pinpoints"), size),
+        "vision_aspect_ratio": aspect,
+        "image_grid_pinpoints": pinpoints,
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
+        **{key: values.get(key) or choices[0] for key, choices in CHOICES.items()},
+        **{key: values.get(key) or False for key in FLAGS},
     }
     return hub | {key: values[key] for key in TOP_KEYS & set(values)}
 
 
-def _pinpoints(given: Any, size: int) -> Any:
-    """Pixel pairs; the original also writes ranges of tiles, ``"(1x1),...,(6x6)"``."""
-    if not isinstance(given, str):
-        return given
-    ends = given.replace(" ", "").split(",...,")
+def with_placeholders(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """A config.json with ids for ``<image>`` and ``<video>``, which the original code has none for:
+    those of the Hub's checkpoints, unless the vocabulary is too small for them or the tokenizer in
+    ``folder`` has other tokens there; then the next two beyond both. They are never looked up.
+    """
+    keys = {"image_token_index": ("<image>", 151646), "video_token_index": ("<video>", 151647)}
+    if not is_original(values) or any(values.get(key) is not None for key in keys):
+        return values
+    taken = _added_tokens(folder)
+    known = {content: index for index, content in taken.items()}
+    rows = values.get("vocab_size")
+    rows = rows if type(rows) is int else 0
+    first = max(rows, max(taken, default=0) + 1)
+    found: dict[str, int] = {}
+    for place, (key, (content, usual)) in enumerate(keys.items()):
+        free = usual < rows and usual not in taken
+        found[key] = known.get(content, usual if free else first + place)
+    return {**values, **found}
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """The tokens that a tokenizer's files add to its vocabulary, by id."""
+    settings = read_json(folder / "tokenizer_config.json") or {}
+    added = read_json(folder / "added_tokens.json") or {}
     try:
-        (low_h, low_w), (high_h, high_w) = (
-            [int(n) for n in end.strip("()").split("x")] for end in ends
-        )
-    except ValueError:
-        raise ConfigError(
-            f"config.json: image_grid_pinpoints is {given!r}; expected pairs or '(1x1),...,(6x6)'"
-        ) from None
-    return [
-        [size * h, size * w]
-        for h in range(low_h, min(high_h, 128) + 1)
-        for w in range(low_w, min(high_w, 128) + 1)
-    ]
+        found = {int(index): content for content, index in added.items()}
+        for index, token in (settings.get("added_tokens_decoder") or {}).items():
+            found[int(index)] = token["content"]
+        if not found:
+            listed = (read_json(folder / "tokenizer.json") or {}).get("added_tokens") or []
+            found = {token["id"]: token["content"] for token in listed}
+        return {index: content for index, content in found.items() if type(index) is int}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}  # what is wrong is said where the tokenizer is read
+
+
+def _is_other_tower(name: str) -> bool:
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    other = OTHER_SIZE if "siglip" in last.lower() else OTHER_KIND
+    return name.startswith("hf:") or other.search(last) is not None
+
+
+def _pinpoints(given: Any, size: int) -> Any:
+    """(height, width) pairs in pixels. The original's are (width, height), and it also writes
+    ranges of tiles, ``"(1x1),...,(6x6)"``, and lists as text.
+    """
+    if isinstance(given, str):
+        ends = [(int(w), int(h)) for w, h in re.findall(r"\((\d{1,3})x(\d{1,3})\)", given)]
+        if ends:
+            (low_w, low_h), (high_w, high_h) = ends[0], ends[-1]
+            pairs = product(range(low_w, high_w + 1), range(low_h, high_h + 1))
+            given = [[size * w, size * h] for w, h in pairs]
+        else:
+            try:
+                given = ast.literal_eval(given)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise ConfigError(
+                    f"config.json: image_grid_pinpoints is {given!r}; expected pairs or "
+                    "'(1x1),...,(6x6)'"
+                ) from None
+    if not isinstance(given, Sequence) or not all(_is_pair(pair) for pair in given):
+        return given
+    turned = [[height, width] for width, height in given]
+    # Order decides between equals alone, and a square of grids has none: it stays as it is written.
+    return given if _is_square(turned) else turned
+
+
+def _is_pair(pair: Any) -> bool:
+    return (
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(type(edge) is int for edge in pair)
+    )
+
+
+def _is_square(pairs: Sequence[Sequence[int]]) -> bool:
+    """Whether these are all pairs of some edges."""
+    edges = {edge for pair in pairs for edge in pair}
+    return {tuple(pair) for pair in pairs} == set(product(edges, edges))

@@ -21,7 +21,7 @@ from mlx_onevision.engine.engine import Engine
 from mlx_onevision.engine.generation import Stream, submit
 from mlx_onevision.engine.request import PromptRequest
 from mlx_onevision.errors import CancelledError, ContextOverflowError, MediaError
-from mlx_onevision.media.anyres import video_tokens
+from mlx_onevision.media.anyres import VideoPacking
 from mlx_onevision.media.decoder import VideoReader
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.resize import resize
@@ -85,7 +85,7 @@ class Captioner:
     def check(self, prompt: str, max_tokens: int, num_frames: int) -> None:
         """Raises what asking about so many frames would raise."""
         length = len(self._request(prompt, max_tokens).inputs.input_ids)
-        length += video_tokens(num_frames, self._engine.config.vision_config.patches_per_side)
+        length += VideoPacking.of(self._engine.config).tokens(num_frames)
         limit = self._engine.config.text_config.max_position_embeddings
         if length >= limit:
             raise ContextOverflowError(

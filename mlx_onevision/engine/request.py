@@ -11,6 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
+from mlx_onevision.media.anyres import Packing
 from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.network.memory_budget import MediumSize, RequestSize
 from mlx_onevision.prompt.processor import Inputs
@@ -242,7 +243,11 @@ def request_size(inputs: Inputs, answer: int) -> RequestSize:
     """What memory depends on, of a prepared prompt and an answer of so many tokens."""
     media = (
         MediumSize(
-            len(medium.tiles), medium.tokens, medium.packing, medium.kind == "video", medium.key
+            len(medium.tiles),
+            medium.tokens,
+            medium.packing if isinstance(medium.packing, Packing) else None,
+            medium.kind == "video",
+            medium.key,
         )
         for medium in inputs.media
     )

@@ -259,8 +259,10 @@ class Runner:
 
     def processors(self, active: ActiveRequest) -> list[Any]:
         """Logits processors."""
+        vocab_size = self.model.config.text_config.vocab_size
         prompt = active.request.inputs.input_ids
-        return active.sampler.logits_processors(self.model.config.text_config.vocab_size, prompt)
+        # A vocabulary that was cut may have no row for a placeholder.
+        return active.sampler.logits_processors(vocab_size, prompt[prompt < vocab_size])
 
     def fill_bank(
         self,

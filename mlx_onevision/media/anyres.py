@@ -1,7 +1,8 @@
 """Which grid of tiles an image gets, and which of its tokens the language model reads.
 
 Algorithmically follows transformers' ``select_best_resolution``, ``get_patch_output_size``,
-``unpad_image`` and ``pack_image_features``. Processor and model both ask :func:`plan_packing`.
+``unpad_image`` and ``pack_image_features``, and for settings that those do not have the original
+code. Processor and model both ask :func:`plan_packing` and :class:`VideoPacking`.
 
 Every size is (height, width). All quotients are float64 and every comparison is as strict as the
 reference's: some hundred sizes sit exactly on an edge, where ``H * (w / W)`` and ``H * w / W``
@@ -17,6 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.errors import MediaError
 
 Size = tuple[int, int]
 Integers = NDArray[np.int64]
@@ -34,12 +38,15 @@ class Packing:
     grid : rows and columns of tiles, without the base tile. patches : tokens along a tile's side.
     box : (top, bottom, left, right), the half-open ranges kept of the stitched token grid.
     shape : rows and columns of tokens after thinning, without the newlines.
+    merge : ``mm_patch_merge_type``. ``spatial`` keeps the whole grid and has no newlines, nor has
+        ``flat``, whose tiles come one after another.
     """
 
     grid: Size
     patches: int
     box: tuple[int, int, int, int]
     shape: Size
+    merge: str = "spatial_unpad"
 
     @property
     def tiles(self) -> int:
@@ -48,9 +55,10 @@ class Packing:
 
     @property
     def tokens(self) -> int:
-        """Of the packed image: base tile, token grid, one newline a grid row."""
+        """Of the packed image: base tile, token grid, one newline a grid row where there are."""
         rows, cols = self.shape
-        return self.patches**2 + rows * cols + rows
+        newlines = rows if self.merge == "spatial_unpad" else 0
+        return self.patches**2 + rows * cols + newlines
 
     @property
     def interpolated(self) -> bool:
@@ -104,14 +112,25 @@ def fitted_size(size: Size, resolution: Size) -> Size:
 
 
 def plan_packing(
-    size: Size, pinpoints: Sequence[Size], image_size: int, patches: int, max_tiles: int
+    size: Size,
+    pinpoints: Sequence[Size],
+    image_size: int,
+    patches: int,
+    max_tiles: int | None,
+    merge: str = "spatial_unpad",
 ) -> Packing:
     """The packing of one tiled image.
 
     size : the image's own (height, width) in pixels, before any resize.
     image_size, patches : side of a tile in pixels and in tokens (384 and 27).
-    max_tiles : the 9 of ``anyres_max_9``.
+    max_tiles : the 9 of ``anyres_max_9``; None, of ``anyres``, never thins out.
+    merge : see :class:`Packing`.
     """
+    if merge != "spatial_unpad":
+        resolution = select_best_resolution(size, pinpoints)
+        rows, cols = (edge // image_size for edge in resolution)
+        shape = (rows * patches, cols * patches)
+        return Packing((rows, cols), patches, (0, shape[0], 0, shape[1]), shape, merge)
     many = plan_packings([size[0]], [size[1]], pinpoints, image_size, patches, max_tiles)
     grid, (top, left), (rows, cols), shape = (field[0].tolist() for field in many)
     box = (top, top + rows, left, left + cols)
@@ -124,7 +143,7 @@ def plan_packings(
     pinpoints: Sequence[Size],
     image_size: int,
     patches: int,
-    max_tiles: int,
+    max_tiles: int | None,
 ) -> Packings:
     """:func:`plan_packing` for arrays of heights and widths (n,)."""
     high = np.asarray(heights, np.int64)
@@ -140,36 +159,81 @@ def plan_packings(
     start = np.stack([top, left], axis=1)
     kept = stitched - 2 * start
 
+    if max_tiles is None:
+        return Packings(grid, start, kept, kept)
     ratio = np.sqrt(kept.prod(axis=1) / (max_tiles * patches**2))
     # Where nothing is thinned, a strip may keep no tokens at all: no 0 // 0 for it.
     ratio = np.where(ratio > _THIN_BEYOND, ratio, 1.0)[:, None]
     return Packings(grid, start, kept, (kept // ratio).astype(np.int64))
 
 
-def single_tile_tokens(patches: int) -> int:
-    """Of an untiled image: its one tile and one newline."""
-    return patches**2 + 1
+def single_tile_tokens(patches: int, merge: str = "spatial_unpad") -> int:
+    """Of an untiled image: its one tile, and one newline where ``merge`` has any."""
+    return patches**2 + (merge == "spatial_unpad")
 
 
 def thinned(packing: Packing, share: float) -> Packing:
     """``packing`` with about this share of its grid's tokens: the grid is thinned out as
     LLaVA-OneVision's (arXiv 2408.03326, section 3.2) is where ``max_tiles`` asks for it, bilinearly
-    and each row with its newline. The base tile stays whole.
+    and each row with its newline. The base tile stays whole. ``flat`` tiles are thinned one by one.
     """
     if share == 1 or 0 in packing.shape:
         return packing
     rows, cols = (max(1, round(length * sqrt(share))) for length in packing.shape)
+    if packing.merge == "flat":
+        side = max(1, round(packing.patches * sqrt(share)))
+        rows, cols = packing.grid[0] * side, packing.grid[1] * side
     return replace(packing, shape=(rows, cols))
 
 
-def video_side(patches: int, share: float = 1.0) -> int:
-    """Tokens along one side of a pooled video frame. ``share`` : of its tokens, to be kept."""
-    return max(1, round((patches + 1) // 2 * sqrt(share)))
+@dataclass(frozen=True)
+class VideoPacking:
+    """How the frames of a video become embeddings: pooled by two along both axes, and with newlines
+    between them.
 
+    patches : tokens along a tile's side. share : of a frame's tokens, to be kept.
+    pooling : ``mm_spatial_pool_mode``: "bilinear" rounds half of the side up, "average" and "max"
+        leave the last row and column of an odd side out.
+    newline : ``mm_newline_position``: one at the very end of the video ("one_token"), one after
+        each frame, after each row of each frame ("grid"), or none ("no_token").
+    """
 
-def video_tokens(frames: int, patches: int, share: float = 1.0) -> int:
-    """Of a video: its pooled frames and one newline at the very end."""
-    return frames * video_side(patches, share) ** 2 + 1
+    patches: int
+    share: float = 1.0
+    pooling: str = "bilinear"
+    newline: str = "one_token"
+
+    @classmethod
+    def of(cls, config: OneVisionConfig, share: float = 1.0) -> VideoPacking:
+        """As a model packs videos. MediaError where the original code cannot."""
+        newline = config.mm_newline_position
+        if config.mm_patch_merge_type == "flat" or (
+            newline == "one_token" and not config.has_newline
+        ):
+            newline = "no_token"
+        if newline in ("grid", "frame") and not config.has_newline:
+            raise MediaError(
+                f"this model takes no videos: its mm_newline_position is {newline!r}, but with "
+                f"mm_patch_merge_type {config.mm_patch_merge_type!r} it has no newline"
+            )
+        patches = config.vision_config.patches_per_side
+        return cls(patches, share, config.mm_spatial_pool_mode, newline)
+
+    @property
+    def side(self) -> int:
+        """Tokens along one side of a pooled frame."""
+        whole = (self.patches + 1) // 2 if self.pooling == "bilinear" else self.patches // 2
+        return max(1, round(whole * sqrt(self.share)))
+
+    @property
+    def frame_tokens(self) -> int:
+        """Of one frame, with the newlines that come with each."""
+        newlines = {"grid": self.side, "frame": 1}.get(self.newline, 0)
+        return self.side**2 + newlines
+
+    def tokens(self, frames: int) -> int:
+        """Of a video of so many frames."""
+        return frames * self.frame_tokens + (self.newline == "one_token")
 
 
 def _whole(lengths: NDArray[np.float64]) -> Integers:

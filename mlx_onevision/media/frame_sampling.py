@@ -69,9 +69,14 @@ class FrameOptions:
         return tuple(field.name for field in fields(cls))
 
     def over(self, given: dict[str, Any]) -> "FrameOptions":
-        """These with what ``given`` says instead; ``num_frames`` there also unsays ``fps`` here."""
+        """These with what ``given`` says instead; ``num_frames`` there also unsays ``fps`` here,
+        and ``fps`` there ``ends`` here.
+        """
         number = {"num_frames": None, "fps": None}
-        return replace(self, **{**(number if given.keys() & number else {}), **given})
+        unsaid: dict[str, Any] = number if given.keys() & number else {}
+        if given.get("fps") is not None:
+            unsaid = unsaid | {"ends": False}
+        return replace(self, **{**unsaid, **given})
 
     @property
     def explicit(self) -> bool:

@@ -144,6 +144,11 @@ def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
     return tiles
 
 
+def squeeze_to_tile(image: Pixels, config: ImageConfig) -> Pixels:
+    """The one tile of an image as ``image_aspect_ratio`` "square" has it: uint8 (1, S, S, 3)."""
+    return resize_each(image, [(config.size, config.size)])[0][None]
+
+
 def pad_to_square_tile(image: Pixels, config: ImageConfig) -> Pixels:
     """The one tile of an image among several: uint8 (1, S, S, 3), padded with the mean colour."""
     fill = [int(mean * 255) for mean in config.image_mean]

@@ -67,7 +67,7 @@ class VideoConfig:
         if not values:
             where, values = FILE, read_json(folder / FILE)
         if values is None:
-            return cls(images)
+            return cls(images, FrameOptions(ends=config.force_sample))
         if not isinstance(values, Mapping):
             raise ConfigError("processor_config.json has a video_processor that is no object")
         return cls.from_dict(values, config, where)
@@ -80,10 +80,11 @@ class VideoConfig:
             needs = "a frame fills one tile, so it needs height and width"
             raise ConfigError(f"{where} has size {dict(size)}; {needs}")
         pixels = {key: value for key, value in values.items() if key != "image_grid_pinpoints"}
-        frames = FrameOptions()
+        frames = FrameOptions(ends=config.force_sample)
         if values.get("do_sample_frames"):
             try:
-                frames = FrameOptions(values.get("num_frames"), values.get("fps"))
+                asked = {"num_frames": values.get("num_frames"), "fps": values.get("fps")}
+                frames = frames.over(asked)
             except RequestError as error:
                 raise ConfigError(f"{where}: {error}") from None
         return cls(ImageConfig.from_dict(pixels, config, where), frames)

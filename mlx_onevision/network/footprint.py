@@ -3,7 +3,7 @@
 import sys
 
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.media.anyres import plan_packing
+from mlx_onevision.media.anyres import plan_packing, single_tile_tokens
 from mlx_onevision.network.memory_budget import (
     CACHE_STEP,
     DENSE_ROWS,
@@ -31,7 +31,10 @@ def image_size(config: OneVisionConfig, tiles: int = TILES) -> MediumSize:
     """One square image that fills ``tiles`` by ``tiles`` tiles."""
     tile, patches = config.vision_config.image_size, config.vision_config.patches_per_side
     square, grids = (tile * tiles, tile * tiles), config.image_grid_pinpoints
-    packing = plan_packing(square, grids, tile, patches, config.max_tiles)
+    merge = config.mm_patch_merge_type
+    if not config.is_tiled:
+        return MediumSize(1, single_tile_tokens(patches, merge))
+    packing = plan_packing(square, grids, tile, patches, config.max_tiles, merge)
     return MediumSize(packing.tiles, packing.tokens, packing)
 
 

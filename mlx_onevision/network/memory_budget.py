@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.errors import MemoryLimitError, OutOfMemoryError, RequestError
-from mlx_onevision.media.anyres import Packing, video_side
+from mlx_onevision.media.anyres import Packing
 
 MEGABYTE = 1 << 20
 CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
@@ -269,7 +269,8 @@ class MemoryModel:
             step += self.dequantized(2 * vision.intermediate_size * width)
             projected += self.dequantized(D * (entering + D))
         if video:
-            side, pooled = vision.patches_per_side, video_side(vision.patches_per_side)
+            side = vision.patches_per_side
+            pooled = (side + 1) // 2
             # Two neighbours along each axis, also in float32.
             projected += tiles * pooled * (side + pooled) * D * 2 * (4 + self.itemsize)
         return pixels + max(step, projected)
@@ -298,7 +299,7 @@ class MemoryModel:
         for medium in media:
             n = self.config.tokens_per_tile
             if medium.video:
-                n = (medium.tokens - 1) // medium.tiles
+                n = medium.tokens // medium.tiles
             encoded = self.features(medium.tiles * n)
             step = encoded + self.tower(group, budget, medium.video)
             own = self.features(medium.tokens)

@@ -1,8 +1,9 @@
 """LLaVA-OneVision: the tower, the projector, and how tile features become embeddings of a prompt.
 
-Follows transformers' ``LlavaOnevisionForConditionalGeneration``. The module tree has the names of
-the checkpoints' tensors. To mlx-lm this is a language model like any other: ids in, logits out,
-only that ids at or above ``vocab_size`` stand for embeddings in the feature bank.
+Follows transformers' ``LlavaOnevisionForConditionalGeneration``, and the original code where a
+checkpoint has settings that transformers does not know. The module tree has the names of the
+checkpoints' tensors. To mlx-lm this is a language model like any other: ids in, logits out, only
+that ids at or above ``vocab_size`` stand for embeddings in the feature bank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import all_gather
-from mlx_onevision.media.anyres import Packing, video_side
+from mlx_onevision.media.anyres import Packing, VideoPacking
 from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.network.language import Qwen2
 from mlx_onevision.network.layers import ACTIVATIONS
@@ -45,7 +46,7 @@ class EncodableMedium(Protocol):
 
     tiles : uint8, shape = (tiles, S, S, 3); a video's are its frames.
     normalization : float32 (256, 3), the pixel value of each code in each channel.
-    packing : of a tiled image; None for an image of one tile and for a video.
+    packing : of a tiled image or a video; None for an image of one tile.
     tokens : embeddings that it becomes.
     """
 
@@ -59,7 +60,7 @@ class EncodableMedium(Protocol):
     def normalization(self) -> NDArray[np.float32]: ...
 
     @property
-    def packing(self) -> Packing | None: ...
+    def packing(self) -> Packing | VideoPacking | None: ...
 
     @property
     def tokens(self) -> int: ...
@@ -79,7 +80,8 @@ class OneVision(nn.Module):
         self.group = group
         self.vision_tower = VisionTower(config.vision_config)
         self.multi_modal_projector = MultiModalProjector(config)
-        self.image_newline = mx.zeros((config.text_config.hidden_size,))
+        if config.has_newline:
+            self.image_newline = mx.zeros((config.text_config.hidden_size,))
         self.language_model = Qwen2(config.text_config, group, config.tie_word_embeddings)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(
@@ -158,8 +160,8 @@ class OneVision(nn.Module):
                 medium, last = media[number], first + count
                 tiles = encoded[first:last]
                 # Pooled at once: a quarter of a video's features is all that is kept of them.
-                if medium.kind == "video":
-                    tiles = pool_frames(tiles, isqrt((medium.tokens - 1) // len(medium.tiles)))
+                if isinstance(medium.packing, VideoPacking):
+                    tiles = pool_frames(tiles, medium.packing)
                 features.append(tiles)
                 if part.stop == len(medium.tiles):
                     packed.append(self._pack(medium, mx.concatenate(features)))
@@ -191,8 +193,8 @@ class OneVision(nn.Module):
         return self.vision_tower(pixels, self.config.feature_layers, self.budget.tower_interval)
 
     def _pack(self, medium: EncodableMedium, features: mx.array) -> mx.array:
-        if medium.kind == "video":
-            packed = self.pack_video(features)
+        if isinstance(medium.packing, VideoPacking):
+            packed = self.pack_video(features, medium.packing.newline)
         elif medium.packing is not None:
             packed = self.pack_image(features, medium.packing)
         else:
@@ -200,7 +202,7 @@ class OneVision(nn.Module):
         return packed.astype(self.dtype)
 
     def pack_image(self, features: mx.array, packing: Packing) -> mx.array:
-        """One tiled image's embeddings: the base tile's, then the grid's with a newline a row.
+        """One tiled image's embeddings: the base tile's, then the grid's, as ``packing`` has them.
 
         features : mx.array, shape = (1 + tiles, patches, D), the base tile first.
 
@@ -209,29 +211,44 @@ class OneVision(nn.Module):
         (grid_rows, grid_cols), n = packing.grid, packing.patches
         D = features.shape[-1]
         top, bottom, left, right = packing.box
+        if packing.merge == "flat":
+            tiles = features[1:]
+            if packing.interpolated:
+                side = packing.shape[0] // grid_rows
+                tiles = interpolate(tiles.reshape(-1, n, n, D), side, side)
+            return mx.concatenate([features[0], tiles.reshape(-1, D)])
         grid = features[1:].reshape(grid_rows, grid_cols, n, n, D)
         grid = grid.transpose(0, 2, 1, 3, 4).reshape(grid_rows * n, grid_cols * n, D)
         grid = grid[top:bottom, left:right]  # what the padding added is cut off again
         if packing.interpolated:
             grid = interpolate(grid, *packing.shape)
-        rows, cols = packing.shape
-        newlines = mx.broadcast_to(self.image_newline.astype(grid.dtype), (rows, 1, D))
-        grid = mx.concatenate([grid, newlines], axis=1).reshape(rows * (cols + 1), D)
-        return mx.concatenate([features[0], grid])
+        if packing.merge == "spatial_unpad":
+            grid = self._with_newlines(grid)
+        return mx.concatenate([features[0], grid.reshape(-1, D)])
 
     def pack_tile(self, features: mx.array) -> mx.array:
-        """An untiled image's embeddings: its one tile's and a newline, shape = (patches + 1, D)."""
-        return self._with_newline(features[0])
+        """An untiled image's embeddings: its one tile's, and a newline where the model has one,
+        shape = (patches + 1, D).
+        """
+        return self._with_newlines(features[:1]) if self.config.has_newline else features[0]
 
-    def pack_video(self, frames: mx.array) -> mx.array:
-        """A video's embeddings: its pooled frames' and a newline, shape = (frames * side² + 1, D).
+    def pack_video(self, frames: mx.array, newline: str = "one_token") -> mx.array:
+        """A video's embeddings: its pooled frames' and newlines, shape = (tokens, D).
 
         frames : mx.array, shape = (frames, side², D), as :func:`pool_frames` makes them.
+        newline : as :class:`~mlx_onevision.media.anyres.VideoPacking` has it.
         """
-        return self._with_newline(frames.reshape(-1, frames.shape[-1]))
+        patches, D = frames.shape[1:]
+        if newline == "no_token":
+            return frames.reshape(-1, D)
+        row = {"grid": isqrt(patches), "frame": patches}.get(newline, len(frames) * patches)
+        return self._with_newlines(frames.reshape(-1, row, D))
 
-    def _with_newline(self, features: mx.array) -> mx.array:
-        return mx.concatenate([features, self.image_newline.astype(features.dtype)[None]])
+    def _with_newlines(self, rows: mx.array) -> mx.array:
+        """Rows (n, length, D), one after another, with a newline after each."""
+        n, length, D = rows.shape
+        newlines = mx.broadcast_to(self.image_newline.astype(rows.dtype), (n, 1, D))
+        return mx.concatenate([rows, newlines], axis=1).reshape(n * (length + 1), D)
 
     # From ids to embeddings.
 
@@ -352,12 +369,21 @@ def interpolate(grid: mx.array, rows: int, cols: int) -> mx.array:
     return ((1 - y) * first + y * second).astype(dtype)
 
 
-def pool_frames(features: mx.array, side: int | None = None) -> mx.array:
-    """Frames (n, patches, D) pooled to ``side``, else to half their own: (n, side * side, D)."""
-    frames, patches, D = features.shape
-    n = isqrt(patches)
-    side = side or video_side(n)
-    return interpolate(features.reshape(frames, n, n, D), side, side).reshape(frames, -1, D)
+def pool_frames(features: mx.array, packing: VideoPacking) -> mx.array:
+    """Frames (n, patches, D) pooled as ``packing`` says: (n, side * side, D)."""
+    frames, _, D = features.shape
+    n, side = packing.patches, packing.side
+    grid = features.reshape(frames, n, n, D)
+    if packing.pooling != "bilinear":
+        half = n // 2
+        cells = grid[:, : 2 * half, : 2 * half].reshape(frames, half, 2, half, 2, D)
+        if packing.pooling == "max":
+            grid = cells.max(axis=(2, 4))
+        else:
+            grid = cells.astype(mx.float32).mean(axis=(2, 4)).astype(features.dtype)
+    if grid.shape[1] != side:
+        grid = interpolate(grid, side, side)
+    return grid.reshape(frames, -1, D)
 
 
 def _neighbours(length: int, wanted: int) -> tuple[mx.array, mx.array, mx.array]:

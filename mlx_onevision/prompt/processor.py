@@ -2,7 +2,8 @@
 
 The ids are the reference's (transformers' ``apply_chat_template(tokenize=True)``), as long as no
 text holds a special string; those stay text here. As there, one image in a conversation is cut
-into tiles, and two or more become one tile each.
+into tiles, and two or more become one tile each. A checkpoint of the original code's may say
+otherwise of one image, and may have the times of a video's frames written behind it.
 """
 
 import logging
@@ -22,11 +23,10 @@ from mlx_onevision.files import read_json
 from mlx_onevision.media.anyres import (
     Packing,
     Size,
+    VideoPacking,
     plan_packing,
     single_tile_tokens,
     thinned,
-    video_side,
-    video_tokens,
 )
 from mlx_onevision.media.cache import TileCache, digest_of
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
@@ -35,6 +35,7 @@ from mlx_onevision.media.image import (
     normalization_table,
     pad_to_square_tile,
     pixel_values,
+    squeeze_to_tile,
     tile_image,
 )
 from mlx_onevision.media.parallel import parallel_map
@@ -46,6 +47,9 @@ from mlx_onevision.prompt.tokenizer import Tokenizer
 from mlx_onevision.sampling.ranges import check_range
 
 Tiling = Literal["auto", "always", "never"]
+TIME_TOKENS = 10  # of a frame's time in a prompt, "99999.99s,", at the most
+# How an image becomes tiles: a grid of them, or one, squeezed or padded.
+Shape = Literal["grid", "square", "pad"]
 CACHE_BYTES = 64 << 20  # some photos of 12 megapixels, or four videos of 32 frames
 
 logger = logging.getLogger("mlx_onevision")
@@ -60,8 +64,8 @@ class Medium:
     """(n, S, S, 3): tiles of an image, the base tile first, or frames of a video."""
     size: Size | None
     """(height, width) of an image in pixels, before it was resized."""
-    packing: Packing | None
-    """How a tiled image is packed; None for an image of one tile and for a video."""
+    packing: Packing | VideoPacking | None
+    """How a tiled image or a video is packed; None for an image of one tile."""
     tokens: int
     config: ImageConfig
     video: VideoFrames | None = None
@@ -109,22 +113,24 @@ class Inputs:
 @dataclass(frozen=True)
 class _ContextBudget:
     """Tokens: of the context, taken by text and images, and to be left for the answer where the
-    number of frames is open. ``patches`` : tokens along a side of a tile. ``share`` : of the
-    tokens of a frame, to be kept.
+    number of frames is open. ``sentence`` : of what follows each video, without the times of its
+    frames; 0 where nothing does.
     """
 
     limit: int
     taken: int
     answer: int
-    patches: int
-    share: float
+    packing: VideoPacking
+    sentence: int
 
     def frames(self, tokens: int) -> int:
         """Frames of one video that take at most so many tokens."""
-        return max(tokens - 1, 0) // video_side(self.patches, self.share) ** 2
+        ends = self.tokens(0)
+        return max(tokens - ends, 0) // (self.tokens(1) - ends)
 
     def tokens(self, frames: int) -> int:
-        return video_tokens(frames, self.patches, self.share)
+        text = self.sentence + frames * TIME_TOKENS if self.sentence else 0
+        return self.packing.tokens(frames) + text
 
 
 class Processor:
@@ -230,7 +236,8 @@ class Processor:
             raise RequestError(f"tiling is {tiling!r}; it must be auto, always or never")
         share = self.visual_tokens if visual_tokens is None else visual_tokens
         check_range("visual_tokens", share)
-        given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "ends": ends}
+        given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
+        given |= {"ends": ends or None}
         options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
         segments = self.template.segments(messages, self._specials, order)
         videos = video_blocks(messages)
@@ -238,18 +245,27 @@ class Processor:
         _match(segments, "<video>", len(videos))
         images = self._images(messages, tiling, share, check)
         texts = [[] if s.control else self.tokenizer.encode(s.text) for s in segments]
+        media: dict[str, list[Medium]] = {"<image>": images, "<video>": []}
+        if not videos:
+            return self._assemble(segments, texts, media)
         taken = sum(map(len, texts)) + sum(s.control for s in segments) - len(videos)
         taken += sum(image.tokens - 1 for image in images)
+        sentence = 0
+        if self.config.add_time_instruction:
+            sentence = len(self.tokenizer.encode(_time_instruction((), 99999.0)))
         budget = _ContextBudget(
             limit=self.config.text_config.max_position_embeddings,
             taken=taken,
             answer=answer,
-            patches=self.config.vision_config.patches_per_side,
-            share=share,
+            packing=VideoPacking.of(self.config, share),
+            sentence=sentence,
         )
         size = self.video_config.pixels.size
         frames = _load_videos(videos, options, size, budget, check, self.cache)
-        media = {"<image>": images, "<video>": [self._video(video, budget) for video in frames]}
+        media["<video>"] = [self._video(video, budget.packing) for video in frames]
+        if sentence:
+            segments = _with_times(segments, frames)
+            texts = [[] if s.control else self.tokenizer.encode(s.text) for s in segments]
         return self._assemble(segments, texts, media)
 
     def _images(
@@ -260,30 +276,41 @@ class Processor:
         check: Callable[[], None],
     ) -> list[Medium]:
         given = sources(messages, "image")
-        tiled = tiling == "always" or (tiling == "auto" and len(given) == 1)
+        alone = len(given) == 1
+        aspect = self.config.vision_aspect_ratio
+        if tiling == "always" and not self.config.is_tiled:
+            raise RequestError(
+                f"this model sees an image as one tile (image_aspect_ratio {aspect!r}); leave "
+                "tiling at auto"
+            )
+        shape: Shape = "square" if alone and aspect == "square" else "pad"
+        if tiling == "always" or (tiling == "auto" and alone and self.config.is_tiled):
+            shape = "grid"
 
         def checked() -> Iterator[Any]:
             for source in given:
                 check()
                 yield source
 
-        return parallel_map(lambda source: self._image(source, tiled, share), checked())
+        return parallel_map(lambda source: self._image(source, shape, share), checked())
 
-    def _image(self, source: Any, tiled: bool, share: float) -> Medium:
+    def _image(self, source: Any, shape: Shape, share: float) -> Medium:
         key, read = identify_image(source)
-        key = None if key is None else (key, tiled, share)
+        key = None if key is None else (key, shape, share)
         medium = self.cache.get(key, Medium)
         if medium is None:
-            medium = self._tiled(read(), tiled, share)
+            medium = self._tiled(read(), shape, share)
             self.cache.put(key, medium)
         return medium
 
-    def _tiled(self, pixels: NDArray[np.uint8], tiled: bool, share: float) -> Medium:
+    def _tiled(self, pixels: NDArray[np.uint8], shape: Shape, share: float) -> Medium:
         size = (pixels.shape[0], pixels.shape[1])
         patches = self.config.vision_config.patches_per_side
-        if not tiled:
-            tile = pad_to_square_tile(pixels, self.image_config)
-            tokens = single_tile_tokens(patches)
+        merge = self.config.mm_patch_merge_type
+        if shape != "grid":
+            one = squeeze_to_tile if shape == "square" else pad_to_square_tile
+            tile = one(pixels, self.image_config)
+            tokens = single_tile_tokens(patches, merge)
             return Medium("image", tile, size, None, tokens, self.image_config)
         packing = plan_packing(
             size,
@@ -291,14 +318,15 @@ class Processor:
             self.image_config.size,
             patches,
             self.config.max_tiles,
+            merge,
         )
         packing = thinned(packing, share)
         tiles = tile_image(pixels, self.image_config)
         return Medium("image", tiles, size, packing, packing.tokens, self.image_config)
 
-    def _video(self, video: VideoFrames, budget: _ContextBudget) -> Medium:
-        tokens = budget.tokens(len(video.tiles))
-        return Medium("video", video.tiles, None, None, tokens, self.video_config.pixels, video)
+    def _video(self, video: VideoFrames, packing: VideoPacking) -> Medium:
+        tokens = packing.tokens(len(video.tiles))
+        return Medium("video", video.tiles, None, packing, tokens, self.video_config.pixels, video)
 
     def _assemble(
         self,
@@ -317,8 +345,46 @@ class Processor:
                 ids += [self._specials[segment.text]] * placed[-1].tokens
             else:
                 ids.append(self._specials[segment.text])
+        array = np.array(ids, np.int32)
+        rows = self.config.text_config.vocab_size
+        beyond = set(array[array >= rows].tolist()) - set(self._placeholders.values())
+        if beyond:
+            raise RequestError(
+                f"the prompt has the token {self.tokenizer.id_to_token(min(beyond))!r} with the id "
+                f"{min(beyond)}, but the model's vocab_size is {rows}; leave it out"
+            )
         prompt = "".join(segment.text for segment in segments)
-        return Inputs(np.array(ids, np.int32), tuple(placed), prompt)
+        return Inputs(array, tuple(placed), prompt)
+
+
+def _with_times(segments: Sequence[Segment], videos: Sequence[VideoFrames]) -> list[Segment]:
+    """``segments`` with a line behind each video that says when its frames are, as the original
+    code's training data have it with ``add_time_instruction``; a video without a clock has none.
+    """
+    waiting = iter(videos)
+    made: list[Segment] = []
+    line: str | None = None
+    for segment in segments:
+        if line is not None and segment.control:
+            made.append(Segment(f"\n{line}\n", False))
+        elif line is not None:
+            segment = Segment(f"\n{line}\n{segment.text.removeprefix(chr(10))}", False)
+        made.append(segment)
+        line = None
+        if segment.control and segment.text == "<video>":
+            video = next(waiting)
+            if video.times is not None and video.length is not None:
+                line = _time_instruction(video.times, video.length)
+    return made
+
+
+def _time_instruction(times: Sequence[float], length: float) -> str:
+    located = ",".join(f"{time:.2f}s" for time in times)
+    return (
+        f"The video lasts for {length:.2f} seconds, and {len(times)} frames are uniformly sampled "
+        f"from it. These frames are located at {located}.Please answer the following questions "
+        "related to this video."
+    )
 
 
 def _match(segments: Sequence[Segment], token: str, given: int) -> None:

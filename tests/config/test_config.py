@@ -178,7 +178,6 @@ def test_quantization_per_module() -> None:
         ({"dtype": "float64"}, "float64"),
         (LMMS_LAB | {"mm_vision_tower": "openai/clip"}, "openai/clip"),
         (LMMS_LAB | {"mm_projector_type": "linear"}, "mm_projector_type"),
-        (LMMS_LAB | {"mm_newline_position": "grid"}, "mm_newline_position"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(values: dict[str, Any], named: str) -> None:

@@ -13,6 +13,7 @@ from examples.demo_model.cases import make_cases
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.layouts import layout_number, make_layouts
 from examples.demo_model.packing import (
+    PATCHES,
     TILE,
     TOKENS,
     Rows,
@@ -37,6 +38,7 @@ from examples.demo_model.words import Words
 from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.media.anyres import VideoPacking
 from mlx_onevision.media.image import tile_image
 from mlx_onevision.network.onevision import OneVision, pool_frames
 from mlx_onevision.prompt.processor import Processor
@@ -93,7 +95,7 @@ def test_untiled_images_are_packed_as_the_network_packs_them(
 @pytest.mark.parametrize("frames", (1, 2, 7, 48))
 def test_a_video_is_packed_as_the_network_packs_it(network: OneVision, frames: int) -> None:
     given = features(frames)
-    expected = np.array(network.pack_video(pool_frames(given)))
+    expected = np.array(network.pack_video(pool_frames(given, VideoPacking(PATCHES))))
     np.testing.assert_allclose(packed(video_rows(frames), given, network), expected, atol=2e-6)
 
 

@@ -33,7 +33,7 @@ from mlx_onevision.engine.prefix_cache import LEAST_MATCH
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import OutOfMemoryError, RequestError
-from mlx_onevision.media.anyres import plan_packing, video_tokens
+from mlx_onevision.media.anyres import VideoPacking, plan_packing
 from mlx_onevision.network.layers import fuse
 from mlx_onevision.network.memory_budget import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision
@@ -125,8 +125,8 @@ def small(config: OneVisionConfig, seed: int = 0) -> Medium:
 
 def video(config: OneVisionConfig, frames: int) -> Medium:
     tiles = np.random.default_rng(0).integers(0, 256, (frames, TILE, TILE, 3), np.uint8)
-    tokens = video_tokens(frames, config.vision_config.patches_per_side)
-    return Medium("video", tiles, None, None, tokens, ImageConfig())
+    packing = VideoPacking.of(config)
+    return Medium("video", tiles, None, packing, packing.tokens(frames), ImageConfig())
 
 
 def prompt(config: OneVisionConfig, words: int, media: Sequence[Medium] = ()) -> Inputs:

@@ -188,9 +188,10 @@ def test_fitted_size(high: int, wide: int, room: Size) -> None:
 
 def test_other_token_counts() -> None:
     assert anyres.single_tile_tokens(27) == 730
-    assert anyres.video_side(27) == 14
-    assert anyres.video_tokens(32, 27) == 6273
-    assert (anyres.video_side(4), anyres.video_tokens(3, 4)) == (2, 13)
+    video = anyres.VideoPacking(27)
+    assert (video.side, video.tokens(32)) == (14, 6273)
+    small = anyres.VideoPacking(4)
+    assert (small.side, small.tokens(3)) == (2, 13)
 
 
 def test_a_share_of_the_tokens() -> None:
@@ -200,7 +201,7 @@ def test_a_share_of_the_tokens() -> None:
     assert counts == {1: 7371, 0.75: 729 + 70 * 71, 0.5: 729 + 57 * 58, 0.25: 729 + 40 * 41}
     strip = dataclasses.replace(whole, box=(40, 40, 0, 81), shape=(0, 81))
     assert anyres.thinned(strip, 0.25) is strip
-    assert [anyres.video_tokens(32, 27, share) for share in (0.5, 0.25)] == [3201, 1569]
+    assert [anyres.VideoPacking(27, share).tokens(32) for share in (0.5, 0.25)] == [3201, 1569]
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5)])

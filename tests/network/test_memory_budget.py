@@ -8,7 +8,7 @@ import pytest
 
 from mlx_onevision.config.model import OneVisionConfig, TextConfig
 from mlx_onevision.errors import OutOfMemoryError
-from mlx_onevision.media.anyres import plan_packing, video_tokens
+from mlx_onevision.media.anyres import VideoPacking, plan_packing
 from mlx_onevision.network.memory_budget import (
     CHUNKS,
     DENSE_ROWS,
@@ -158,7 +158,7 @@ def test_mixes_on_pretend_machines(gigabytes: int, name: str) -> None:
             for kind in rng.integers(0, 4, rng.integers(0, 9) if rng.random() < 0.6 else 0):
                 if kind == 0:
                     frames = int(rng.integers(1, 129))
-                    media.append(MediumSize(frames, video_tokens(frames, 27), video=True))
+                    media.append(MediumSize(frames, VideoPacking(27).tokens(frames), video=True))
                 elif kind == 1:
                     media.append(image(model.config, *rng.integers(50, 4000, 2).tolist()))
                 else:

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
 from mlx_onevision.errors import CancelledError
-from mlx_onevision.media.anyres import Packing, plan_packing, thinned, video_tokens
+from mlx_onevision.media.anyres import Packing, VideoPacking, plan_packing, thinned
 from mlx_onevision.network.memory_budget import Budget
 from mlx_onevision.network.onevision import OneVision, interpolate, normalize, pool_frames
 
@@ -120,7 +120,7 @@ def test_an_image_is_packed_as_the_reference_packs_it(size: tuple[int, int], sha
 def test_a_video_is_pooled_by_frame_with_one_newline() -> None:
     model = tiny()
     features = np.random.default_rng(2).normal(size=(5, 9, 16)).astype(np.float32)
-    rows = np.array(model.pack_video(pool_frames(mx.array(features))))
+    rows = np.array(model.pack_video(pool_frames(mx.array(features), VideoPacking(3))))
     expected = [bilinear(frame.reshape(3, 3, 16), 2, 2).reshape(4, 16) for frame in features]
     expected.append(np.array(model.image_newline)[None])
     np.testing.assert_allclose(rows, np.concatenate(expected), atol=2e-6)
@@ -133,8 +133,9 @@ def test_a_video_with_a_share_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     features = np.random.default_rng(2).normal(size=(3, 729, 16)).astype(np.float32)
     tiles = np.zeros((3, SIZE, SIZE, 3), np.uint8)
     for share, side in ((1, 14), (0.75, 12), (0.5, 10), (0.25, 7), (0.001, 1)):
-        tokens = video_tokens(3, 27, share)
-        video = Medium("video", tiles, np.zeros((256, 3), np.float32), tokens)
+        packing = VideoPacking(27, share)
+        tokens = packing.tokens(3)
+        video = Medium("video", tiles, np.zeros((256, 3), np.float32), tokens, packing)
         (rows,) = model.encode_media([video])
         expected = [bilinear(x.reshape(27, 27, 16), side, side).reshape(-1, 16) for x in features]
         expected.append(np.array(model.image_newline)[None])
@@ -148,19 +149,26 @@ class Medium:
     tiles: np.ndarray
     normalization: np.ndarray
     tokens: int
-    packing: Packing | None = None
+    packing: Packing | VideoPacking | None = None
+
+
+def _tokens(packing: Packing | VideoPacking | None, tiles: int) -> int:
+    if isinstance(packing, VideoPacking):
+        return packing.tokens(tiles)
+    return packing.tokens if packing else SIDE**2 + 1
 
 
 def some_media() -> list[Medium]:
     """Images of one tile and of several, videos, and two ways to normalise: 16 tiles."""
     rng = np.random.default_rng(3)
     packing = plan_packing((28, 100), PINPOINTS, SIZE, SIDE, 2)
-    kinds: list[tuple[Literal["image", "video"], int, Packing | None]] = [
+    video = VideoPacking(SIDE)
+    kinds: list[tuple[Literal["image", "video"], int, Packing | VideoPacking | None]] = [
         ("image", 1, None),
-        ("video", 3, None),
+        ("video", 3, video),
         ("image", packing.tiles, packing),
         ("image", 1, None),
-        ("video", 5, None),
+        ("video", 5, video),
         ("image", 1, None),
     ]
     table = np.linspace(-1, 1, 256 * 3, dtype=np.float32).reshape(256, 3)
@@ -169,7 +177,7 @@ def some_media() -> list[Medium]:
             kind,
             rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8),
             table * np.float32(0.5) if kind == "video" else table,
-            packing.tokens if packing else (count if kind == "video" else SIDE**2) + 1,
+            _tokens(packing, count),
             packing,
         )
         for kind, count, packing in kinds

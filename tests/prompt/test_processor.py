@@ -17,6 +17,7 @@ from tricks import tricky
 
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
+from mlx_onevision.media.anyres import Packing
 from mlx_onevision.media.image import pad_to_square_tile, tile_image
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Processor
@@ -89,7 +90,7 @@ def test_ids_and_prompts_equal_the_reference(template: str, tmp_path: Path) -> N
 def test_one_image_is_tiled_and_several_are_not(processor: Processor) -> None:
     picture = noise(100, 300)
     (alone,) = prepare(processor, ask(picture, "Q")).media
-    assert alone.packing is not None and alone.tokens == alone.packing.tokens
+    assert isinstance(alone.packing, Packing) and alone.tokens == alone.packing.tokens
     assert len(alone.tiles) == alone.packing.tiles and alone.size == (100, 300)
     np.testing.assert_array_equal(alone.tiles, tile_image(picture, processor.image_config))
     first, second = prepare(processor, ask(picture, noise(9, 9), "Q")).media
