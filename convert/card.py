@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_onevision.config.model import HUB_TYPE
 from mlx_onevision.convert.hub import Source
 from mlx_onevision.convert.report import ConversionSummary, size
 
@@ -28,10 +29,7 @@ With mlx-onevision:
 
     mlx-onevision generate --model {name} --image photo.jpg --prompt "What is this?"
 
-or with [mlx-vlm](https://github.com/Blaizzy/mlx-vlm):
-
-    python -m mlx_vlm generate --model {name} --image photo.jpg --prompt "What is this?"
-
+{elsewhere}
 ## What it lost
 
 {loss}
@@ -42,7 +40,24 @@ or with [mlx-vlm](https://github.com/Blaizzy/mlx-vlm):
 """
 
 
-def card(source: Source, summary: ConversionSummary, loss: str | None, command: str) -> bytes:
+ELSEWHERE = """\
+or with [mlx-vlm](https://github.com/Blaizzy/mlx-vlm):
+
+    python -m mlx_vlm generate --model {name} --image photo.jpg --prompt "What is this?"
+"""
+NOWHERE_ELSE = """\
+Other programs do not load it: its config.json has settings of the original LLaVA-NeXT code that
+they would not follow.
+"""
+
+
+def card(
+    source: Source,
+    summary: ConversionSummary,
+    loss: str | None,
+    command: str,
+    model_type: str = HUB_TYPE,
+) -> bytes:
     """README.md. ``loss`` says in Markdown what quantizing cost; None where it was not measured."""
     if loss is None and summary.quantized:
         loss = "The loss against the source was not measured."
@@ -50,7 +65,10 @@ def card(source: Source, summary: ConversionSummary, loss: str | None, command: 
         loss = "Nothing was lost on purpose: the weights are the source's."
     origin, rows = _origin(source, summary), _table(summary)
     name = summary.target.name
-    body = LAYOUT.format(name=name, origin=origin, summary=rows, loss=loss, command=command)
+    elsewhere = ELSEWHERE.format(name=name) if model_type == HUB_TYPE else NOWHERE_ELSE
+    body = LAYOUT.format(
+        name=name, elsewhere=elsewhere, origin=origin, summary=rows, loss=loss, command=command
+    )
     # JSON is YAML, and needs no quoting rules of its own.
     metadata = _metadata(source, summary).items()
     head = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in metadata]

@@ -159,7 +159,8 @@ def write(
         loss = None if measure is None else measure(source.folder, folder)
         words = shlex.join([summary.source, summary.target.name])
         command = command or f"mlx_onevision.convert: {words} ({summary.recipe})"
-        files["README.md"] = _write(folder / "README.md", card(source, summary, loss, command))
+        readme = card(source, summary, loss, command, plan.config.model_type)
+        files["README.md"] = _write(folder / "README.md", readme)
         _write(folder / manifest.NAME, manifest.text(files).encode())
         check(folder, plan.config, count)
         staging.publish()

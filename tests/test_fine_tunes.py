@@ -201,15 +201,13 @@ def test_what_is_converted_answers_alike(tmp_path: Path, name: str) -> None:
     target = convert(source, tmp_path / "made").target
     written = json.loads((target / "config.json").read_text())
     assert written["model_type"] == "mlx_onevision"
+    assert "Other programs do not load it" in (target / "README.md").read_text()
     found = []
     for made in (source, target):
         with closing(load(made)) as model:
-            image, video = (
-                model.generate(
-                    "Where?", **{kind: media}, max_tokens=6, repetition_penalty=1.1, num_frames=3
-                )
-                for kind, media in (("images", [PICTURE]), ("videos", [counting(9)]))
-            )
+            options: dict[str, Any] = {"max_tokens": 6, "repetition_penalty": 1.1}
+            image = model.generate("Where?", images=[PICTURE], **options)
+            video = model.generate("Where?", videos=[counting(9)], num_frames=3, **options)
             found.append((image.tokens, image.usage, video.tokens, video.usage))
     for one, other in zip(*found, strict=True):
         assert getattr(one, "prompt_tokens", one) == getattr(other, "prompt_tokens", other)

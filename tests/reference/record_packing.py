@@ -137,7 +137,10 @@ def image_cases() -> dict[str, tuple[tuple[int, int], dict[str, Any]]]:
         for aspect in ("anyres_max_2", "anyres", "pad", "square"):
             for number, size in enumerate(SIZES):
                 uneven = number % 2 == 1 or size == (33, 30)
-                settings = {"image_aspect_ratio": aspect, "mm_patch_merge_type": merge}
+                settings: dict[str, Any] = {
+                    "image_aspect_ratio": aspect,
+                    "mm_patch_merge_type": merge,
+                }
                 settings["image_grid_pinpoints"] = UNEVEN if uneven else SQUARE
                 if aspect.startswith("anyres") or number < 1:
                     name = f"{merge} {aspect} {size[0]}x{size[1]}"
