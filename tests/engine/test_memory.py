@@ -161,7 +161,7 @@ SCENARIOS = {
     "4-bit half": ("0.5b 4-bit half", [(100, None, 2)]),
     "4-bit half, short": ("0.5b 4-bit half", [(20, None, 2)]),
     "4-bit half, image": ("0.5b 4-bit half", [(20, "small", 2)]),
-    "4-bit half, batch": ("0.5b 4-bit half", [(60, None, 2)] * 2),
+    "4-bit half, batch": ("0.5b 4-bit half", [(24, None, 2)] * 2),
     "8-bit half": ("0.5b 8-bit half", [(100, None, 2)]),
     "8-bit": ("0.5b 8-bit", [(200, None, 2)]),
     "8-bit, tower too": ("small 8-bit whole", [(20, EIGHT, 2)]),
