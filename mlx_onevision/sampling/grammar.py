@@ -178,7 +178,7 @@ def _tokenizer(vocabulary: Vocabulary, ends: frozenset[int]) -> "LLTokenizer":
 def _matcher(tokenizer: "LLTokenizer", schema: str) -> "LLMatcher":
     from llguidance import LLMatcher, LLParserLimits
 
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=json_schema.OPTIONS)
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=json_schema.options(schema))
     limits = LLParserLimits(**json_schema.LIMITS)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error() or _allowed(matcher) is None:

@@ -66,7 +66,12 @@ def normal(schema: str | bool | Mapping[str, Any]) -> str:
             values = {} if values else {"allOf": [False]}
         if not isinstance(values, dict):
             raise RequestError("the JSON schema is no schema; give an object")
-        values.pop("x-guidance", None)  # llguidance's own settings
+        # llguidance's own settings, of which one is anybody's.
+        if (
+            isinstance(given := values.pop("x-guidance", None), dict)
+            and given.get("lenient") is True
+        ):
+            values["x-guidance"] = {"lenient": True}
         if _promises(values):
             raise RequestError(
                 f"the JSON schema has a minProperties above {MOST_PROMISED}, which is not "
@@ -162,6 +167,12 @@ class _Endings:
         return ends
 
 
+def options(schema: str) -> "JsonCompileOptions":
+    """llguidance's, for a normal schema; lenient where that says so itself."""
+    own = json.loads(schema).get("x-guidance", {})
+    return {**OPTIONS, "lenient": own.get("lenient", False)}
+
+
 def compile_schema(schema: str, check: Callable[[], None]) -> None:
     """Tries a schema in a process of its own, see :mod:`json_schema_process`.
 
@@ -176,7 +187,7 @@ def compile_schema(schema: str, check: Callable[[], None]) -> None:
     process = BoundedProcess(interpreter, PROCESS, memory=MEMORY, seconds=SECONDS)
     with closing(process):
         try:
-            request = {"schema": schema, "options": OPTIONS, "limits": LIMITS}
+            request = {"schema": schema, "options": options(schema), "limits": LIMITS}
             error = process.ask(request, check)
         except (TimeoutError, EOFError):
             raise RequestError(

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
-from operator import getitem
 from typing import Any, get_args
 
 from mlx_onevision.plugins.contract import requests, results
@@ -285,7 +284,7 @@ def _logprob(piece: str, count: int) -> results.TokenLogprob:
 
 # Fake documents: what a JSON Schema allows. The usual keywords are known, others are refused.
 
-_NOTES = set("$defs $id $schema default definitions description examples title".split())
+_NOTES = set("$defs $id $schema default definitions description examples title x-guidance".split())
 _BOUNDS = {"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")}
 _BOUNDS |= {"integer": ("minimum", "maximum"), "number": ("minimum", "maximum")}
 _KNOWN = {"additionalProperties", "const", "enum", "items", "properties", "required", "type"}
@@ -301,6 +300,10 @@ def document(schema: str) -> list[str]:
     return re.findall(r"\s*(?:\w+|.)", text, re.DOTALL)
 
 
+def _part(schema: Any, name: str) -> Any:
+    return schema[int(name) if isinstance(schema, list) else name]
+
+
 def _document(schema: Any, whole: Any, depth: int) -> Any:
     if schema is True:
         return None
@@ -310,7 +313,7 @@ def _document(schema: Any, whole: Any, depth: int) -> Any:
     options = get("anyOf", get("oneOf")) if given in ({"anyOf"}, {"oneOf"}) else None
     if given == {"$ref"}:
         path = [key.replace("~1", "/") for key in get("$ref").split("/")[1:]]
-        options = [reduce(getitem, path, whole)]
+        options = [reduce(_part, path, whole)]
     elif isinstance(kind, list):
         options = [{**schema, "type": one} for one in kind]
     elif options is None and (unknown := given - _KNOWN.union(*_BOUNDS.values())):

@@ -1,16 +1,16 @@
-"""Messages, their parts and the format of an answer: what requests hold, made the contract's.
-All routes take the names of parts of any of OpenAI's routes, of vLLM and of mlx-vlm.
+"""Messages and their parts: what requests hold, made the contract's. All routes take the names of
+parts of any of OpenAI's routes, of vLLM and of mlx-vlm.
 """
 
-import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from mlx_onevision.plugins.contract.errors import bad_request
-from mlx_onevision.plugins.contract.requests import Group, Kind, Media, Message, Role
+from mlx_onevision.plugins.contract.requests import Group, Kind, Media, Message
 
 GROUPED = 256  # images in a group, at most
 
@@ -131,67 +131,86 @@ Content = Annotated[
 ]
 
 
+class ToolCall(Strict):
+    """A call of an earlier answer; the model reads it as text."""
+
+    class Called(Strict):
+        name: str
+        arguments: str = ""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Called
+
+    @property
+    def text(self) -> str:
+        return call_text(self.function.name, self.function.arguments)
+
+
+def call_text(name: str, arguments: str) -> str:
+    return f"{name}({arguments})"
+
+
+def result_message(name: str | None, parts: Sequence[str | Media]) -> Message:
+    """What a function returned, which the model reads as a user's message."""
+    return Message("user", [f"{name or 'The function'} returned: ", *parts])
+
+
 class Turn(Strict):
     role: Any
     content: Any
 
-    def to_contract(self) -> Message:
-        role: Role = "system" if self.role == "developer" else self.role
-        return Message(role, [part.to_contract() for part in self.content])
+    @property
+    def parts(self) -> list[str | Media]:
+        return [part.to_contract() for part in self.content or ()]
 
 
 class SystemTurn(Turn):
     role: Literal["system", "developer"]
     content: TextContent
 
+    def to_contract(self) -> Message:
+        return Message("system", self.parts)
+
 
 class UserTurn(Turn):
     role: Literal["user"]
     content: Content
 
+    def to_contract(self) -> Message:
+        return Message("user", self.parts)
+
 
 class AssistantTurn(Turn):
     role: Literal["assistant"]
-    content: TextContent
+    content: TextContent | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    def to_contract(self) -> Message:
+        calls = "\n".join(call.text for call in self.tool_calls or ())
+        return Message("assistant", [*self.parts, *([calls] if calls else [])])
 
 
-AnyTurn = Annotated[SystemTurn | UserTurn | AssistantTurn, Field(discriminator="role")]
+class ToolTurn(Turn):
+    """What a function returned. ``tool_call_id`` : of the call that it answers."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str | None = None
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
+AnyTurn = Annotated[SystemTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
 
 
-class ObjectFormat(Strict):
-    type: Literal["json_object"]
-
-
-class NamedSchema(Strict):
-    """A JSON Schema and its name. The answer follows it, whatever ``strict`` says."""
-
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    description: str | None = None
-    strict: bool | None = None
-
-
-class SchemaFormat(Strict):
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-class FlatSchemaFormat(NamedSchema):
-    type: Literal["json_schema"]
-
-
-ChatFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
-FlatFormat = Annotated[TextFormat | ObjectFormat | FlatSchemaFormat, Field(discriminator="type")]
-
-
-def schema_text(asked: ChatFormat | FlatFormat | None) -> str | None:
-    """The JSON Schema that the answer has to follow, as JSON; None for plain text."""
-    if asked is None or isinstance(asked, TextFormat):
-        return None
-    named = asked.json_schema if isinstance(asked, SchemaFormat) else asked
-    schema = None if isinstance(named, ObjectFormat) else named.schema_
-    return json.dumps({"type": "object"} if schema is None else schema)
+def conversation(turns: Sequence[AnyTurn]) -> list[Message]:
+    """The messages of a chat. What a function returned has the name that its call says."""
+    names: dict[str | None, str] = {}
+    messages: list[Message] = []
+    for turn in turns:
+        if isinstance(turn, ToolTurn):
+            messages.append(result_message(names.get(turn.tool_call_id), turn.parts))
+            continue
+        if isinstance(turn, AssistantTurn):
+            names |= {call.id: call.function.name for call in turn.tool_calls or ()}
+        messages.append(turn.to_contract())
+    return messages

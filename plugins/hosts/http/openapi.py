@@ -154,14 +154,8 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict
 
 
 def _as_set_up(fields: Document, state: AppState) -> None:
-    """What of a request depends on the server: the model that is served, and ``max_tokens``."""
+    """What of a request depends on the server: the model that is served."""
     fields["model"] = {"enum": [state.model, None]}
-    most = state.settings.max_tokens
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        if name in fields and most is not None:
-            for kind in (fields[name], *fields[name].get("anyOf", ())):
-                if kind.get("type") == "integer":
-                    kind["maximum"] = most
 
 
 def _event(one: Operation, shape: Document) -> Document:

@@ -4,7 +4,7 @@ of a request as server-sent ones. Nobody works for a client that has left.
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,6 +62,14 @@ class AppState:
             message = "there is no such model; GET /v1/models says which"
             raise HTTPError(404, message, "model_not_found", "model")
 
+    def max_tokens(self, asked: int | None, name: str, notes: list[str]) -> int | None:
+        """A limit of an answer within the server's own; ``notes`` says where it was lowered."""
+        most = self.settings.max_tokens
+        if asked is None or most is None or asked <= most:
+            return asked
+        notes.append(f"{name} is {asked}; this server answers with {most} tokens at most")
+        return most
+
     async def check_capabilities(
         self, wanted: GenerateRequest, *, logprobs: str, json_schema: str
     ) -> None:
@@ -116,97 +124,105 @@ def line(values: Any, event: str | None = None) -> bytes:
 
 
 class Answer(Protocol):
-    """How a route writes the result of a GenerateRequest, whole or event by event."""
+    """How a route writes the answers to one request, whole or event by event."""
 
-    def whole(self, found: results.GenerateResult) -> Any: ...
+    def whole(self, found: Sequence[results.GenerateResult]) -> Any: ...
 
-    def events(self, event: results.Event) -> Iterable[bytes]: ...
+    def events(self, event: results.Event, index: int) -> Iterable[bytes]: ...
 
 
 async def generate(
-    state: AppState, request: Request, wanted: GenerateRequest, answer: Answer, streamed: bool
+    state: AppState,
+    request: Request,
+    wanted: Sequence[GenerateRequest],
+    answer: Answer,
+    streamed: bool,
 ) -> Response:
-    """The answer to a request for text. Its tokens are counted in the metrics. Raises PluginError:
-    what ended the request instead, where it is not streamed.
+    """The answers to a request for text, made together. Their tokens are counted in the metrics.
+    Raises PluginError: what ended one of them instead, where they are not streamed.
     """
-    stream = state.backend.generate(wanted)
+    streams = [state.backend.generate(one) for one in wanted]
     if not streamed:
-        found = await result(stream, request.receive)
-        state.metrics.add_usage(found.usage)
+        found = await all_results(streams, request.receive)
+        for one in found:
+            state.metrics.add_usage(one.usage)
         return JSONResponse(answer.whole(found))
 
-    def write(event: results.Event) -> Iterable[bytes]:
+    def write(event: results.Event, index: int) -> Iterable[bytes]:
         done = event.result if isinstance(event, results.DoneEvent) else None
         if isinstance(done, results.GenerateResult):
             state.metrics.add_usage(done.usage)
-        return answer.events(event)
+        return answer.events(event, index)
 
-    return SentEvents(stream, write, state.settings.keep_alive_interval)
+    return SentEvents(streams, write, state.settings.keep_alive_interval)
 
 
 async def result(stream: EventStream[Wanted], receive: Receive) -> Wanted:
     """The result, waited for as long as the client does. Raises PluginError: what ended the request
     instead.
     """
-    async with stream:
-        watcher = asyncio.create_task(_watch(receive, stream))
-        try:
-            return await stream.aresult()
-        finally:
-            await _stop(watcher)
+    (found,) = await all_results([stream], receive)
+    return found
+
+
+async def all_results(streams: Sequence[EventStream[Wanted]], receive: Receive) -> list[Wanted]:
+    """As :func:`result`, of several; the first error ends all of them."""
+    watcher = asyncio.create_task(_watch(receive, streams))
+    try:
+        return await asyncio.gather(*(stream.aresult() for stream in streams))
+    finally:
+        for stream in streams:
+            stream.close()
+        await _stop(watcher)
 
 
 class SentEvents(Response):
-    """The events of a request as they come, each as what ``write`` makes of it, and a comment
-    after ``interval`` seconds without any. An error before all others still sets the status.
+    """The events of requests as they come, each as what ``write`` makes of it and the number of its
+    stream, and a comment after ``interval`` seconds without any. An error before all others still
+    sets the status; any error ends all of them.
     """
 
     def __init__(
         self,
-        stream: EventStream[Any],
-        write: Callable[[results.Event], Iterable[bytes]],
+        streams: Sequence[EventStream[Any]],
+        write: Callable[[results.Event, int], Iterable[bytes]],
         interval: float,
     ) -> None:
         super().__init__(media_type=EVENTS, headers=HEADERS)
         # The length is not known.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
-        self._stream, self._write, self._interval = stream, write, interval
+        self._streams, self._write, self._interval = streams, write, interval
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.create_task(_watch(receive, self._stream))
+        watcher = asyncio.create_task(_watch(receive, self._streams))
         try:
             refused = await self._send_all(send)
         finally:
-            self._stream.close()
+            for stream in self._streams:
+                stream.close()
             await _stop(watcher)
         if refused is not None:
             await refused(scope, receive, send)
 
     async def _send_all(self, send: Send) -> Response | None:
         """Every event sent; or, with nothing sent, what is to be answered instead."""
-        held, waiting = b"", None
-        try:
-            while True:
-                waiting = waiting or asyncio.ensure_future(anext(self._stream, None))
-                done, _ = await asyncio.wait({waiting}, timeout=self._interval)
-                if not done:
-                    await self._send(send, held + KEEP_ALIVE)
-                    held = b""
-                    continue
-                event, waiting = waiting.result(), None
-                if event is None:
-                    break
-                if isinstance(event, results.ErrorEvent) and not self._begun:
-                    return to_http_error(event.error).response()
-                held += b"".join(self._write(event))
-                early = isinstance(event, results.ProgressEvent) and event.stage in _EARLY
-                if held and (self._begun or not early):
-                    await self._send(send, held)
-                    held = b""
-        finally:
-            if waiting is not None:
-                await _stop(waiting)
+        held = b""
+        async for index, event in _merged(self._streams, self._interval):
+            if event is None:
+                await self._send(send, held + KEEP_ALIVE)
+                held = b""
+                continue
+            failed = isinstance(event, results.ErrorEvent)
+            if failed and not self._begun:
+                return to_http_error(event.error).response()
+            held += b"".join(self._write(event, index))
+            early = isinstance(event, results.ProgressEvent) and event.stage in _EARLY
+            if held and (self._begun or not early):
+                await self._send(send, held)
+                held = b""
+            if failed:
+                break
         await self._send(send, held, more=False)
         return None
 
@@ -218,14 +234,41 @@ class SentEvents(Response):
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-async def _watch(receive: Receive, stream: EventStream[Any]) -> None:
-    """Cancels the request when its client has gone."""
+async def _merged(
+    streams: Sequence[EventStream[Any]], interval: float
+) -> AsyncIterator[tuple[int, results.Event | None]]:
+    """The events of all streams with the number of their own; None after ``interval`` seconds."""
+
+    def ask(index: int) -> asyncio.Future[results.Event | None]:
+        return asyncio.ensure_future(anext(streams[index], None))
+
+    waiting = {ask(index): index for index in range(len(streams))}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(
+                waiting, timeout=interval, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                yield 0, None
+            for future in done:
+                index, event = waiting.pop(future), future.result()
+                if event is not None:
+                    yield index, event
+                    waiting[ask(index)] = index
+    finally:
+        for future in waiting:
+            await _stop(future)
+
+
+async def _watch(receive: Receive, streams: Sequence[EventStream[Any]]) -> None:
+    """Cancels the requests when their client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    stream.cancel()
+    for stream in streams:
+        stream.cancel()
 
 
-async def _stop(task: asyncio.Task[Any]) -> None:
+async def _stop(task: "asyncio.Future[Any]") -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task

@@ -1,5 +1,7 @@
 """What the routes answer, key by key: for the OpenAPI file and the type checker."""
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
@@ -45,17 +47,32 @@ class ChoiceLogprobs(TypedDict):
     refusal: None
 
 
+class Called(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: Called
+
+
 class Said(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+Finish = FinishReason | Literal["tool_calls"]
 
 
 class Choice(TypedDict):
     index: int
     message: Said
     logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: Finish
 
 
 class ChatCompletion(TypedDict):
@@ -68,16 +85,29 @@ class ChatCompletion(TypedDict):
     notes: NotRequired[list[str]]
 
 
+class CalledDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledDelta
+
+
 class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChunkChoice(TypedDict):
     index: int
     delta: Delta
     logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: Finish | None
 
 
 class ChatCompletionChunk(TypedDict):
@@ -116,6 +146,16 @@ class Embeddings(TypedDict):
     quantization: str | None
     method: str
     normalized: bool
+
+
+def sum_usage(found: Sequence[Usage]) -> Usage:
+    """Of answers to one request that were made together: tokens of all of them, the prompt's and
+    the media's counted once, as OpenAI does; of times and memory the largest.
+    """
+    names = [field.name for field in fields(Usage)]
+    whole = {name: max(getattr(usage, name) for usage in found) for name in names}
+    whole["completion_tokens"] = sum(usage.completion_tokens for usage in found)
+    return Usage(**whole)
 
 
 def usage_body(usage: Usage) -> ChatUsage:
@@ -189,6 +229,18 @@ class OutputMessage(TypedDict):
     content: list[OutputText]
 
 
+class FunctionCall(TypedDict):
+    type: Literal["function_call"]
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: MessageStatus
+
+
+OutputItem = OutputMessage | FunctionCall
+
+
 class ResponseFault(TypedDict):
     code: str
     message: str
@@ -214,14 +266,14 @@ class ResponseObject(TypedDict):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputItem]
     background: Literal[False]
     parallel_tool_calls: bool
     previous_response_id: None
     store: Literal[False]
     temperature: float | None
     text: TextSaid
-    tool_choice: Literal["none"]
+    tool_choice: Any
     tools: list[Any]
     top_logprobs: int
     top_p: float | None
@@ -242,12 +294,15 @@ class Whole(Numbered):
 class ItemEvent(Numbered):
     type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
-    item: OutputMessage
+    item: OutputItem
 
 
-class InItem(Numbered):
+class OfItem(Numbered):
     item_id: str
     output_index: int
+
+
+class InItem(OfItem):
     content_index: int
 
 
@@ -268,4 +323,17 @@ class TextDone(InItem):
     logprobs: list[Chosen]
 
 
-ResponseEvent = Whole | ItemEvent | PartEvent | TextDelta | TextDone
+class ArgumentsDelta(OfItem):
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+class ArgumentsDone(OfItem):
+    type: Literal["response.function_call_arguments.done"]
+    name: str
+    arguments: str
+
+
+ResponseEvent = (
+    ArgumentsDelta | ArgumentsDone | Whole | ItemEvent | PartEvent | TextDelta | TextDone
+)

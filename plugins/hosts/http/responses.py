@@ -13,8 +13,9 @@ from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import GenerateRequest, Message
 from mlx_onevision.plugins.hosts.http import response_types as types
-from mlx_onevision.plugins.hosts.http.content import schema_text
+from mlx_onevision.plugins.hosts.http.content import call_text, result_message
 from mlx_onevision.plugins.hosts.http.errors import to_http_error
+from mlx_onevision.plugins.hosts.http.formats import schema_text
 from mlx_onevision.plugins.hosts.http.operations import (
     EVENTS,
     JSON,
@@ -23,29 +24,52 @@ from mlx_onevision.plugins.hosts.http.operations import (
     generate,
     line,
 )
-from mlx_onevision.plugins.hosts.http.schemas import LOGPROBS, MediaOptions, ResponsesRequest
+from mlx_onevision.plugins.hosts.http.schemas import (
+    LOGPROBS,
+    CallItem,
+    MediaOptions,
+    ResponsesRequest,
+    ResultItem,
+)
+from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedCall, forced_call
 
 
 async def respond(state: AppState, request: Request) -> Response:
     asked = await state.reader.read(request, ResponsesRequest)
     state.check_model(asked.model)
     logprobs = LOGPROBS in (asked.include or ())
+    notes: list[str] = []
+    call = forced_call(asked.tools or (), asked.tool_choice)
+    if asked.tools and call is None and asked.tool_choice != "none":
+        notes.append(NOT_CHOSEN)
+    form = asked.text.format if asked.text else None
     wanted = GenerateRequest(
         messages=_messages(asked),
-        max_tokens=asked.max_output_tokens,
+        max_tokens=state.max_tokens(asked.max_output_tokens, "max_output_tokens", notes),
         logprobs=(asked.top_logprobs or 0) if logprobs or asked.top_logprobs else None,
-        json_schema=schema_text(asked.text.format if asked.text else None),
+        json_schema=call.schema if call else schema_text(form),
         **{name: getattr(asked, name) for name in MediaOptions.model_fields},
     )
     named = "include" if asked.top_logprobs is None else "top_logprobs"
-    await state.check_capabilities(wanted, logprobs=named, json_schema="text")
-    answer = Answer(asked, state.model)
-    return await generate(state, request, wanted, answer, bool(asked.stream))
+    schema = "tool_choice" if call else "text"
+    await state.check_capabilities(wanted, logprobs=named, json_schema=schema)
+    answer = Answer(asked, state.model, notes, call)
+    return await generate(state, request, [wanted], answer, bool(asked.stream))
 
 
 def _messages(asked: ResponsesRequest) -> list[Message]:
     """The model knows one system message: what there is besides instructions goes into it."""
-    messages = [item.to_contract() for item in asked.input]
+    messages: list[Message] = []
+    names: dict[str | None, str] = {}
+    for item in asked.input:
+        if isinstance(item, CallItem):
+            names[item.call_id] = item.name
+            messages.append(Message("assistant", call_text(item.name, item.arguments)))
+        elif isinstance(item, ResultItem):
+            parts = [part.to_contract() for part in item.output]
+            messages.append(result_message(names.get(item.call_id), parts))
+        else:
+            messages.append(item.to_contract())
     if asked.instructions is not None:
         system = asked.instructions
         if messages[0].role == "system":
@@ -56,13 +80,23 @@ def _messages(asked: ResponsesRequest) -> list[Message]:
 
 
 class Answer:
-    """A response, at any point of its making. It has one message with one text."""
+    """A response, at any point of its making. It has one item: a message with one text, or a call.
 
-    def __init__(self, asked: ResponsesRequest, model: str) -> None:
-        self._asked, self._model = asked, model
+    notes : of the request. call : what the answer has to be, if not text.
+    """
+
+    def __init__(
+        self,
+        asked: ResponsesRequest,
+        model: str,
+        notes: Sequence[str] = (),
+        call: ForcedCall | None = None,
+    ) -> None:
+        self._asked, self._model, self._notes = asked, model, notes
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
-        self._item_id = f"msg_{uuid.uuid4().hex}"
-        self._text, self._numbers = "", count()
+        self._call = CallText(call) if call else None
+        self._item_id = f"{'msg' if call is None else 'fc'}_{uuid.uuid4().hex}"
+        self._text, self._numbers = "", count()  # of a call, its arguments
         self._announced = self._begun = False
 
     def _body(self) -> types.ResponseObject:
@@ -70,6 +104,7 @@ class Answer:
         form: dict[str, Any] = {"type": "text"}
         if asked.text is not None and asked.text.format is not None:
             form = asked.text.format.model_dump(by_alias=True, exclude_none=True)
+        choice = asked.tool_choice or ("auto" if asked.tools else "none")
         return {
             "id": self._id,
             "object": "response",
@@ -89,26 +124,35 @@ class Answer:
             "store": False,
             "temperature": asked.temperature,
             "text": {"format": form},
-            "tool_choice": "none",
-            "tools": [],
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": asked.top_p,
             "truncation": "disabled",
             "usage": None,
         }
 
-    def whole(self, found: results.GenerateResult) -> types.ResponseObject:
+    def whole(self, found: Sequence[results.GenerateResult]) -> types.ResponseObject:
+        (one,) = found
+        if self._call is not None:
+            self._text += self._call.add(one.text)
+        return self._completed(one)
+
+    def _completed(self, found: results.GenerateResult) -> types.ResponseObject:
         body, cut = self._body(), found.finish_reason == "length"
-        part = _part(found.text, found.logprobs or ())
-        body["output"] = [self._item("incomplete" if cut else "completed", part)]
+        status: types.MessageStatus = "incomplete" if cut else "completed"
+        if self._call is not None:
+            body["output"] = [self._called(status)]
+        else:
+            body["output"] = [self._said(status, _part(found.text, found.logprobs or ()))]
         body["usage"] = _usage(found.usage)
-        body["status"] = "incomplete" if cut else "completed"
+        body["status"] = status
         if cut:
             body["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             body["completed_at"] = int(time.time())
-        if found.notes:
-            body["notes"] = list(found.notes)
+        if notes := [*self._notes, *found.notes]:
+            body["notes"] = notes
         return body
 
     def _failed(self, error: PluginError) -> types.ResponseObject:
@@ -116,10 +160,11 @@ class Answer:
         code = "server_error" if found.status >= 500 else "invalid_prompt"
         body["status"], body["error"] = "failed", {"code": code, "message": found.message}
         if self._begun:
-            body["output"] = [self._item("incomplete", _part(self._text))]
+            item = self._said("incomplete", _part(self._text))
+            body["output"] = [item if self._call is None else self._called("incomplete")]
         return body
 
-    def _item(self, status: types.MessageStatus, *content: types.OutputText) -> types.OutputMessage:
+    def _said(self, status: types.MessageStatus, *content: types.OutputText) -> types.OutputMessage:
         return {
             "type": "message",
             "id": self._item_id,
@@ -128,7 +173,18 @@ class Answer:
             "content": list(content),
         }
 
-    def events(self, event: results.Event) -> Iterator[bytes]:
+    def _called(self, status: types.MessageStatus) -> types.FunctionCall:
+        assert self._call is not None
+        return {
+            "type": "function_call",
+            "id": self._item_id,
+            "call_id": self._call.id,
+            "name": self._call.name or "",
+            "arguments": self._text,
+            "status": status,
+        }
+
+    def events(self, event: results.Event, index: int = 0) -> Iterator[bytes]:
         for made in self._made(event):
             yield line(made, made["type"])
 
@@ -139,14 +195,7 @@ class Answer:
             yield self._state("response.created", self._body())
             yield self._state("response.in_progress", self._body())
         if isinstance(event, results.TextEvent):
-            yield from self._begin()
-            self._text += event.delta
-            yield {
-                "type": "response.output_text.delta",
-                **self._next(),
-                "delta": event.delta,
-                "logprobs": [types.chosen(token) for token in event.logprobs],
-            }
+            yield from self._delta(event)
         elif isinstance(event, results.DoneEvent):
             assert isinstance(event.result, results.GenerateResult)
             yield from self._begin()
@@ -154,37 +203,66 @@ class Answer:
         elif isinstance(event, results.ErrorEvent):
             yield self._state("response.failed", self._failed(event.error))
 
+    def _delta(self, event: results.TextEvent) -> Iterator[types.ResponseEvent]:
+        if self._call is None:
+            yield from self._begin()
+            self._text += event.delta
+            yield {
+                "type": "response.output_text.delta",
+                **self._in_item(),
+                "delta": event.delta,
+                "logprobs": [types.chosen(token) for token in event.logprobs],
+            }
+        elif arguments := self._call.add(event.delta):
+            yield from self._begin()
+            self._text += arguments
+            kind = "response.function_call_arguments.delta"
+            yield {"type": kind, **self._of_item(), "delta": arguments}
+
     def _begin(self) -> Iterator[types.ResponseEvent]:
         if self._begun:
             return
         self._begun = True
-        yield self._item_event("response.output_item.added", self._item("in_progress"))
-        yield {"type": "response.content_part.added", **self._next(), "part": _part("")}
+        if self._call is not None:
+            yield self._item_event("response.output_item.added", self._called("in_progress"))
+            return
+        yield self._item_event("response.output_item.added", self._said("in_progress"))
+        yield {"type": "response.content_part.added", **self._in_item(), "part": _part("")}
 
     def _end(self, found: results.GenerateResult) -> Iterator[types.ResponseEvent]:
-        body = self.whole(found)
-        (message,) = body["output"]
-        (part,) = message["content"]
-        yield {
-            "type": "response.output_text.done",
-            **self._next(),
-            "text": part["text"],
-            "logprobs": part["logprobs"],
-        }
-        yield {"type": "response.content_part.done", **self._next(), "part": part}
-        yield self._item_event("response.output_item.done", message)
+        body = self._completed(found)
+        (item,) = body["output"]
+        if item["type"] == "function_call":
+            yield {
+                "type": "response.function_call_arguments.done",
+                **self._of_item(),
+                "name": item["name"],
+                "arguments": item["arguments"],
+            }
+        else:
+            (part,) = item["content"]
+            yield {
+                "type": "response.output_text.done",
+                **self._in_item(),
+                "text": part["text"],
+                "logprobs": part["logprobs"],
+            }
+            yield {"type": "response.content_part.done", **self._in_item(), "part": part}
+        yield self._item_event("response.output_item.done", item)
         cut = body["status"] == "incomplete"
         yield self._state("response.incomplete" if cut else "response.completed", body)
 
-    def _next(self) -> types.InItem:
-        """The number of an event within the text, and where that is."""
-        number, item = next(self._numbers), self._item_id
-        return {"sequence_number": number, "item_id": item, "output_index": 0, "content_index": 0}
+    def _of_item(self) -> types.OfItem:
+        """The number of an event within the item, and where that is."""
+        return {"sequence_number": next(self._numbers), "item_id": self._item_id, "output_index": 0}
+
+    def _in_item(self) -> types.InItem:
+        return {**self._of_item(), "content_index": 0}
 
     def _item_event(
         self,
         kind: Literal["response.output_item.added", "response.output_item.done"],
-        item: types.OutputMessage,
+        item: types.OutputItem,
     ) -> types.ItemEvent:
         number = next(self._numbers)
         return {"type": kind, "sequence_number": number, "output_index": 0, "item": item}

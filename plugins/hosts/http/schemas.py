@@ -4,13 +4,21 @@ ignored, as OpenAI's clients expect; unsupported ones that would change the answ
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from mlx_onevision.plugins.contract import requests
-from mlx_onevision.plugins.hosts.http import content
+from mlx_onevision.plugins.hosts.http import content, formats
 from mlx_onevision.plugins.hosts.http.content import Strict
+from mlx_onevision.plugins.hosts.http.tools import FlatTools, ToolChoice, Tools
 from mlx_onevision.sampling.ranges import RANGES
 
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -88,6 +96,7 @@ def _same(value: Any, allowed: Any) -> bool:
 
 STOPS, LONGEST_STOP = 16, 1000  # strings, characters of one
 ITEMS = 256  # of one request for embeddings
+CHOICES = 8  # answers to one request
 PAIRS = 16  # of metadata, as OpenAI's
 LOGPROBS = "message.output_text.logprobs"  # what ``include`` has to hold for them
 
@@ -121,18 +130,18 @@ class ChatRequest(RejectUnsupported, MediaOptions):
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: content.ChatFormat | None = None
+    response_format: formats.ChatFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
-        "n": (1,),
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "logit_bias": ({},),
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
@@ -140,7 +149,10 @@ class ChatRequest(RejectUnsupported, MediaOptions):
         "moderation": (),
         "store": (False,),
     }
-    hints: ClassVar[dict[str, str]] = {"n": "n must be 1; ask again for another answer"}
+    hints: ClassVar[dict[str, str]] = {
+        "functions": "functions is not supported; send tools",
+        "function_call": "function_call is not supported; send tool_choice",
+    }
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -164,18 +176,43 @@ class AssistantItem(content.AssistantTurn):
     type: Literal["message"] = "message"
 
 
-Item = Annotated[SystemItem | UserItem | AssistantItem, Field(discriminator="role")]
+class CallItem(Strict):
+    """A call of an earlier answer."""
+
+    type: Literal["function_call"]
+    name: str
+    arguments: str = ""
+    call_id: str | None = None
+
+
+class ResultItem(Strict):
+    """What a function returned."""
+
+    type: Literal["function_call_output"]
+    output: content.Content
+    call_id: str | None = None
+
+
+_Message = Annotated[SystemItem | UserItem | AssistantItem, Field(discriminator="role")]
+Item = Annotated[
+    Annotated[_Message, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[ResultItem, Tag("function_call_output")],
+    Discriminator(lambda item: item.get("type") or "message" if isinstance(item, dict) else None),
+]
 Items = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+ITEM_TYPES = ("message", "function_call", "function_call_output")
 
 
 def _as_messages(asked: Any) -> Any:
     """A text as one message; items of other types are named before their fields are looked at."""
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
-    for item in asked if isinstance(asked, list) else ():
-        kind = item.get("type", "message") if isinstance(item, dict) else "message"
-        if kind != "message":
-            raise ValueError("only messages are taken; there are no tools and nothing is kept")
+    for place, item in enumerate(asked) if isinstance(asked, list) else ():
+        kind = item.get("type") or "message" if isinstance(item, dict) else "message"
+        if kind not in ITEM_TYPES:
+            known = " and ".join((", ".join(ITEM_TYPES[:-1]), ITEM_TYPES[-1]))
+            raise ValueError(f"item {place} is {str(kind)[:40]!r}; there are {known}")
     return asked
 
 
@@ -189,7 +226,7 @@ Pairs = Annotated[dict[str, str], Field(max_length=PAIRS), BeforeValidator(_few)
 
 
 class TextConfig(Strict):
-    format: content.FlatFormat | None = None
+    format: formats.FlatFormat | None = None
 
 
 class ResponsesRequest(RejectUnsupported, MediaOptions):
@@ -204,6 +241,8 @@ class ResponsesRequest(RejectUnsupported, MediaOptions):
     model: str | None = None
     max_output_tokens: AtLeastOne | None = None
     text: TextConfig | None = None
+    tools: FlatTools | None = None
+    tool_choice: ToolChoice | None = None
     include: Annotated[list[str], Field(fail_fast=True)] | None = None
     top_logprobs: TopLogprobs | None = None
     stream: bool | None = None
@@ -215,8 +254,6 @@ class ResponsesRequest(RejectUnsupported, MediaOptions):
         "conversation": (),
         "background": (False,),
         "prompt": (),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "truncation": ("disabled",),
         "context_management": ([],),
         "moderation": (),

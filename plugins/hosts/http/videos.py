@@ -35,7 +35,7 @@ _FIELDS = ("segments", "start", "end", "num_frames", "longest", "system", "timeo
 
 async def describe(state: AppState, request: Request) -> Response:
     stream = state.backend.describe_video(await _read(state, request))
-    return SentEvents(stream, _written, state.settings.keep_alive_interval)
+    return SentEvents([stream], _written, state.settings.keep_alive_interval)
 
 
 async def start(state: AppState, request: Request) -> Response:
@@ -69,7 +69,7 @@ def _response(job: Job, status: int = 200) -> Response:
     return JSONResponse(body, status, {"Location": path})
 
 
-def _written(event: Event) -> Iterator[bytes]:
+def _written(event: Event, _: int) -> Iterator[bytes]:
     if isinstance(event, ErrorEvent):
         event = ErrorEvent.of(redact_error(event.error))
     yield line(event.to_dict(), event.discriminator)

@@ -76,7 +76,7 @@ def test_one_after_another_are_never_too_many() -> None:
         asked = [
             question("hi"),
             question("hi", stream=True),
-            question("hi", n=2),
+            question("hi", n=9),
             question("hi", model="another"),
         ]
         try:

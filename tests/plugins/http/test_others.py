@@ -129,7 +129,7 @@ def test_counts() -> None:
     with serving(FakeBackend()) as client:
         client.chat("one two")
         client.chat("one two", stream=True)
-        client.chat(n=2)
+        client.chat(n=9)
         for path in ("/v1/models/whatever", '/evil"} 1\n', "/x"):
             client.ask("GET", path.replace("\n", "%0a").replace(" ", "%20"))
         reply = client.ask("GET", "/metrics")
