@@ -2,13 +2,15 @@
 
 A schema is compiled once, on the calling thread, and kept. On the inference thread it is a logits
 processor that masks every token with which the document cannot go on; the end of text is allowed
-exactly where the document is complete. The only white space is a blank after each comma and colon,
-so that no answer ends in endless indentation.
+exactly where the document is complete. Where the model would end its answer earlier, what is open
+in the document is closed instead. The only white space is a blank after each comma and colon, so
+that no answer ends in endless indentation.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +52,7 @@ class Grammars:
         self._vocabulary, self._ends = vocabulary, frozenset(ends)
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._closing: Closing | None = None
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 
     def of(
@@ -81,7 +84,9 @@ class Grammars:
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(self._vocabulary, self._ends)
-        grammar = Grammar(_matcher(self._tokenizer, text))
+                self._closing = Closing.of(self._vocabulary, self._ends)
+        assert self._closing is not None
+        grammar = Grammar(_matcher(self._tokenizer, text), self._closing)
         with self._lock:
             self._kept[text] = grammar
             while len(self._kept) > MOST_KEPT:
@@ -89,17 +94,45 @@ class Grammars:
         return grammar
 
 
+@dataclass(frozen=True)
+class Closing:
+    """The ids of the tokens that end an answer, and of those that close what is open in JSON."""
+
+    ends: tuple[int, ...] = ()
+    quote: int | None = None
+    brackets: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, ends: Collection[int]) -> "Closing":
+        ids: dict[bytes, int] = {}
+        for token in range(len(vocabulary)):
+            if token not in ends and (data := vocabulary.token_bytes(token)) in (b'"', b"}", b"]"):
+                ids.setdefault(data, token)
+        brackets = tuple(ids[data] for data in (b"}", b"]") if data in ids)
+        return cls(tuple(sorted(ends)), ids.get(b'"'), brackets)
+
+    def token(self, allowed: np.ndarray) -> int | None:
+        """The one of these that comes next, given which tokens can; None where none of them can.
+
+        Where both brackets can come, they are characters of a string.
+        """
+        brackets = [token for token in self.brackets if allowed[token]]
+        if len(brackets) == 1:
+            return brackets[0]
+        return self.quote if self.quote is not None and allowed[self.quote] else None
+
+
 class Grammar:
     """A compiled schema."""
 
-    def __init__(self, start: "LLMatcher") -> None:
-        self._start = start
+    def __init__(self, start: "LLMatcher", closing: Closing | None = None) -> None:
+        self._start, self._closing = start, closing or Closing()
 
     def guide(self, tokens: Sequence[int] = ()) -> "Guide":
         """For one answer, of which ``tokens`` are there already."""
         matcher = self._start.deep_copy()
         matcher.consume_tokens(list(tokens))
-        return Guide(matcher)
+        return Guide(matcher, self._closing)
 
 
 class Guide:
@@ -107,8 +140,8 @@ class Guide:
     ``failure``, and the answer is invalid from there on.
     """
 
-    def __init__(self, matcher: "LLMatcher") -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: "LLMatcher", closing: Closing) -> None:
+        self._matcher, self._closing = matcher, closing
         self._begun = False
         self.failure: str | None = None
 
@@ -140,6 +173,11 @@ class Guide:
         mask = np.zeros(logits.shape[-1], bool)  # rows that no token has are never allowed
         known = min(len(mask), len(allowed))
         mask[:known] = allowed[:known]
+        close = self._closing.token(mask)
+        ends = [end for end in self._closing.ends if end < len(mask)]
+        if close is not None and not mask[ends].any():
+            most = mx.max(logits[..., mx.array([close, *ends])], axis=-1, keepdims=True)
+            logits = mx.put_along_axis(logits, mx.array([[close]]), most, axis=-1)
         return mx.where(mx.array(mask), logits, -mx.inf)
 
 

@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from mlx_onevision.errors import RequestError
+from mlx_onevision.sampling.closed_objects import close_objects, target
 from mlx_onevision.subprocesses import MISSING, BoundedProcess, find_interpreter
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ LIMITS = {
 
 
 def normal(schema: str | bool | Mapping[str, Any]) -> str:
-    """A schema as JSON text, without what would loosen it.
+    """A schema as JSON text, without what would loosen it, its objects closed as
+    :mod:`~mlx_onevision.sampling.closed_objects` says.
 
     schema : as JSON text, or as what that would be in Python.
 
@@ -67,11 +68,8 @@ def normal(schema: str | bool | Mapping[str, Any]) -> str:
         if not isinstance(values, dict):
             raise RequestError("the JSON schema is no schema; give an object")
         # llguidance's own settings, of which one is anybody's.
-        if (
-            isinstance(given := values.pop("x-guidance", None), dict)
-            and given.get("lenient") is True
-        ):
-            values["x-guidance"] = {"lenient": True}
+        own = values.pop("x-guidance", None)
+        lenient = isinstance(own, dict) and own.get("lenient") is True
         if _promises(values):
             raise RequestError(
                 f"the JSON schema has a minProperties above {MOST_PROMISED}, which is not "
@@ -79,7 +77,9 @@ def normal(schema: str | bool | Mapping[str, Any]) -> str:
             )
         if not _Endings(values).possible(values):
             raise RequestError("the JSON schema allows no document that ends; change it")
-        return json.dumps(values, allow_nan=False)
+        closed = close_objects(values)
+        settings = {"x-guidance": {"lenient": True}} if lenient else {}
+        return json.dumps({**closed, **settings}, allow_nan=False)
     except RecursionError:
         raise RequestError("the JSON schema is nested too deeply; simplify it") from None
     except (ValueError, TypeError):
@@ -153,14 +153,11 @@ class _Endings:
             return True
         if reference in self._within:
             return False
-        target: Any = self._whole
-        for key in reference[1:].split("/")[1:]:
-            key = unquote(key).replace("~1", "/").replace("~0", "~")
-            if not isinstance(target, Mapping) or key not in target:
-                return True
-            target = target[key]
+        found = target(self._whole, reference)
+        if found is None:
+            return True
         self._within.add(reference)
-        ends = self.possible(target)
+        ends = self.possible(found)
         self._within.remove(reference)
         if ends:
             self._known.add(reference)

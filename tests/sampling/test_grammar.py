@@ -239,3 +239,32 @@ def test_a_schema_that_fails_later_ends_its_answer_only(
         assert "too complex" in str(answers[0].error) and answers[0].finish_reason == "error"
         assert [answer.tokens for answer in answers[1:]] == [expected.tokens] * company
     assert model.healthy
+
+
+def test_where_the_model_would_end_what_is_open_is_closed() -> None:
+    """The demo model has its sentences, and wants to end after them: within a string, within an
+    object. Without that an answer is as long as it may be.
+    """
+    text = {"type": "string"}
+    shape = {"properties": {"shape": text, "tags": {"type": "array", "items": text}}}
+    schema = {"type": "object", **shape, "required": ["shape", "tags"]}
+    model = load("demo")
+    try:
+        for wanted in ({"type": "object"}, schema, {"anyOf": [{"type": "object"}, text]}):
+            for temperature in (0.0, 1.0):
+                asked: dict[str, Any] = {"json_schema": wanted, "temperature": temperature}
+                answer = model.generate("Which shape?", max_tokens=100, seed=1, **asked)
+                assert answer.finish_reason == "stop" and len(answer.tokens) < 50
+                assert valid(wanted, answer.text), answer.text
+        whole = model.generate("Which shape?", max_tokens=100, json_schema=schema)
+        assert json.loads(whole.text)["shape"].endswith("I only know coloured shapes.")
+    finally:
+        model.close()
+
+
+def test_a_keyword_that_is_not_supported_may_be_left_out(model: Model) -> None:
+    names = {"type": "object", "propertyNames": {"maxLength": 3}, "maxProperties": 1}
+    with pytest.raises(RequestError, match="propertyNames"):
+        model.compile_schema(names)
+    model.compile_schema({**names, "x-guidance": {"lenient": True, "whitespace_flexible": True}})
+    assert json.loads(normal({"x-guidance": {"lenient": 1}})) == {}

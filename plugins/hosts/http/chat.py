@@ -41,7 +41,7 @@ async def chat(state: AppState, request: Request) -> Response:
         max_tokens=state.max_tokens(getattr(asked, name), name, notes),
         stop=tuple(asked.stop or ()),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        json_schema=call.schema if call else schema_text(asked.response_format),
+        json_schema=call.schema if call else schema_text(asked.response_format, asked),
         **{name: getattr(asked, name) for name in MediaOptions.model_fields},
     )
     schema = "tool_choice" if call else "response_format"

@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlx_onevision.plugins.hosts.http.content import Strict
+from mlx_onevision.plugins.hosts.http.errors import HTTPError
 
 
 class TextFormat(Strict):
@@ -44,9 +45,60 @@ ChatFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discrimin
 FlatFormat = Annotated[TextFormat | ObjectFormat | FlatSchemaFormat, Field(discriminator="type")]
 
 
-def schema_text(asked: ChatFormat | FlatFormat | None) -> str | None:
-    """The JSON Schema that the answer has to follow, as JSON; None for plain text."""
-    if asked is None or isinstance(asked, TextFormat):
+Schema = dict[str, Any] | str
+
+
+class StructuredOutputs(Strict):
+    """vLLM's; of its kinds only ``json`` and ``json_object``."""
+
+    json_: Annotated[Schema | None, Field(alias="json")] = None
+    json_object: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name not in ("json", "json_object") and value not in (None, False):
+                raise ValueError(f"{str(name)[:40]} is not supported; send json, a JSON Schema")
+        return values
+
+
+class Formats(Strict):
+    """The form of an answer as other servers name it: ``guided_json`` and ``structured_outputs``
+    are vLLM's, ``json_schema`` llama.cpp's, ``format`` Ollama's.
+    """
+
+    guided_json: Schema | None = None
+    structured_outputs: StructuredOutputs | None = None
+    json_schema: Schema | None = None
+    format: Literal["json", ""] | dict[str, Any] | None = None
+
+    @property
+    def named_otherwise(self) -> list[str]:
+        """The schemas that these names hold, as JSON."""
+        asked = self.structured_outputs or StructuredOutputs()
+        given = [self.guided_json, asked.json_, self.json_schema]
+        given.append(None if isinstance(self.format, str) else self.format)
+        found = [
+            one if isinstance(one, str) else as_schema(one) for one in given if one is not None
+        ]
+        return found + [as_schema(None)] * (bool(asked.json_object) + (self.format == "json"))
+
+
+def schema_text(asked: ChatFormat | FlatFormat | None, other: Formats) -> str | None:
+    """The JSON Schema that the answer has to follow, as JSON; None for plain text. Raises
+    HTTPError: 400, where there are several.
+    """
+    own = None if asked is None else _schema(asked)
+    found = [*([] if own is None else [own]), *other.named_otherwise]
+    if len(found) > 1:
+        message = "the form of the answer is given by several names; give one of them"
+        raise HTTPError(400, message)
+    return found[0] if found else None
+
+
+def _schema(asked: ChatFormat | FlatFormat) -> str | None:
+    if isinstance(asked, TextFormat):
         return None
     if isinstance(asked, ObjectFormat):
         return as_schema(asked.schema_)

@@ -47,7 +47,7 @@ async def respond(state: AppState, request: Request) -> Response:
         messages=_messages(asked),
         max_tokens=state.max_tokens(asked.max_output_tokens, "max_output_tokens", notes),
         logprobs=(asked.top_logprobs or 0) if logprobs or asked.top_logprobs else None,
-        json_schema=call.schema if call else schema_text(form),
+        json_schema=call.schema if call else schema_text(form, asked),
         **{name: getattr(asked, name) for name in MediaOptions.model_fields},
     )
     named = "include" if asked.top_logprobs is None else "top_logprobs"

@@ -94,6 +94,12 @@ def _same(value: Any, allowed: Any) -> bool:
     return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
 
 
+# Forms of an answer that are no JSON Schema.
+GUIDED: Defaults = dict.fromkeys(
+    ("guided_choice", "guided_regex", "guided_grammar", "guided_decoding", "regex", "grammar"), ()
+)
+GUIDED_HINTS = {name: f"{name} is not supported; send a JSON Schema" for name in GUIDED}
+
 STOPS, LONGEST_STOP = 16, 1000  # strings, characters of one
 ITEMS = 256  # of one request for embeddings
 CHOICES = 8  # answers to one request
@@ -116,7 +122,7 @@ class StreamOptions(Strict):
 _EXAMPLE = [{"role": "user", "content": "What is in the image?"}]
 
 
-class ChatRequest(RejectUnsupported, MediaOptions):
+class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
     """``POST /v1/chat/completions``"""
 
     messages: Annotated[
@@ -141,6 +147,7 @@ class ChatRequest(RejectUnsupported, MediaOptions):
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "logit_bias": ({},),
+        **GUIDED,
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -150,6 +157,7 @@ class ChatRequest(RejectUnsupported, MediaOptions):
         "store": (False,),
     }
     hints: ClassVar[dict[str, str]] = {
+        **GUIDED_HINTS,
         "functions": "functions is not supported; send tools",
         "function_call": "function_call is not supported; send tool_choice",
     }
@@ -229,7 +237,7 @@ class TextConfig(Strict):
     format: formats.FlatFormat | None = None
 
 
-class ResponsesRequest(RejectUnsupported, MediaOptions):
+class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
     """``POST /v1/responses``"""
 
     input: Annotated[
@@ -249,6 +257,8 @@ class ResponsesRequest(RejectUnsupported, MediaOptions):
     metadata: Pairs | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
+        **GUIDED,
+        "response_format": ({"type": "text"},),
         "store": (False,),
         "previous_response_id": (),
         "conversation": (),
@@ -259,6 +269,8 @@ class ResponsesRequest(RejectUnsupported, MediaOptions):
         "moderation": (),
     }
     hints: ClassVar[dict[str, str]] = {
+        **GUIDED_HINTS,
+        "response_format": "response_format is not of this address; send it in text, as format",
         "store": "nothing is stored here; leave store out, or set it to false",
         "previous_response_id": "nothing is kept from one request to the next; send all messages",
         "conversation": "nothing is kept from one request to the next; send all messages",

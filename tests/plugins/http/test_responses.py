@@ -136,6 +136,7 @@ def test_the_form_of_an_answer() -> None:
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "no tool 'web_search' here; send functions"),
         ({"truncation": "auto"}, "truncation"),
+        ({"response_format": {"type": "json_object"}}, "; send it in text, as format"),
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item 0 is 'item_reference'"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),

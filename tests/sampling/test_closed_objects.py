@@ -1,0 +1,67 @@
+"""Objects that do not say whether they have other properties are closed."""
+
+from typing import Any
+
+import pytest
+from documents import valid
+
+from mlx_onevision.sampling.closed_objects import close_objects
+
+A, B = ({"type": "object", "properties": {name: {"type": "integer"}}} for name in "ab")
+DEFS = {"a": {**A, "required": ["a"]}, "b": B}
+REF_A, REF_B = {"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}
+
+# A schema, documents that it allows closed, and documents that only the open one allows.
+CASES: dict[str, tuple[Any, list[str], list[str]]] = {
+    "an object": (A, ['{"a": 1}', "{}"], ['{"a": 1, "x": 1}', '{"x": 1}']),
+    "one in it": (
+        {"type": "object", "properties": {"in": A}, "additionalProperties": True},
+        ['{"in": {"a": 1}, "x": 1}'],
+        ['{"in": {"x": 1}}'],
+    ),
+    "one in a list": ({"type": "array", "items": A}, ['[{"a": 1}]'], ['[{"x": 1}]']),
+    "one that says so": ({**A, "additionalProperties": {"type": "null"}}, ['{"x": null}'], []),
+    "without names": ({"type": "object", "required": ["x"]}, ['{"x": 1, "y": 2}'], []),
+    "named by pattern": (
+        {"type": "object", "patternProperties": {"^p": {"type": "integer"}}},
+        ['{"p1": 1}'],
+        ['{"x": 1}'],
+    ),
+    "either": ({"anyOf": [A, B]}, ['{"a": 1}', '{"b": 1}'], ['{"a": 1, "b": 1}', '{"x": 1}']),
+    "both": ({"allOf": [A, B]}, ['{"a": 1, "b": 1}', "{}"], ['{"a": 1, "x": 1}']),
+    "one of all": ({"allOf": [A]}, ['{"a": 1}'], ['{"x": 1}']),
+    "names and alternatives": (
+        {**A, "anyOf": [{"required": ["a"]}, {**B, "required": ["b"]}]},
+        ['{"a": 1}', '{"a": 1, "b": 1}', '{"b": 1}'],
+        ['{"a": 1, "x": 1}'],
+    ),
+    "a definition alone and among others": (
+        {"type": "array", "items": {"anyOf": [{"allOf": [REF_A, REF_B]}, REF_A]}, "$defs": DEFS},
+        ['[{"a": 1, "b": 1}, {"a": 1}]'],
+        ['[{"a": 1, "x": 1}]'],
+    ),
+    "beside a reference": (
+        {**B, **REF_A, "$defs": DEFS},
+        ['{"a": 1, "b": 1}', '{"a": 1}'],
+        ['{"a": 1, "x": 1}'],
+    ),
+    "beside one that is open": (
+        {"allOf": [A, {"type": "object", "additionalProperties": True}]},
+        ['{"a": 1, "x": 1}'],
+        [],
+    ),
+    "itself": (
+        {"type": "object", "properties": {"a": {"$ref": "#"}}},
+        ['{"a": {"a": {}}}'],
+        ['{"a": {"x": 1}}'],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_allowed_then(name: str) -> None:
+    schema, allowed, others = CASES[name]
+    closed = close_objects(schema)
+    assert all(valid(closed, document) for document in allowed), closed
+    assert not any(valid(closed, document) for document in others), closed
+    assert all(valid(schema, document) for document in (*allowed, *others))
