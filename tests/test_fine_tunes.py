@@ -222,6 +222,13 @@ def test_a_token_without_an_embedding_is_refused_where_it_is_used(tmp_path: Path
         model.generate("Where?", images=[PICTURE], max_tokens=2)
 
 
+def test_a_draft_without_newlines_is_refused(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model")
+    draft = saved(tmp_path / "draft", mm_patch_merge_type="flat")
+    with pytest.raises(RequestError, match="or has no newlines where that has"):
+        load(model, draft_model=draft).close()
+
+
 def test_a_published_checkpoint_is_converted_for_other_programs(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", image_token_index=382, video_token_index=383)
     written = json.loads((convert(source, tmp_path / "made").target / "config.json").read_text())

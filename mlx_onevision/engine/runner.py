@@ -364,13 +364,15 @@ class Runner:
 
 
 def check_draft(checkpoint: Checkpoint, draft: Checkpoint) -> None:
-    """RequestError where the tiles of the one's images are not those of the other's."""
-    ours, theirs = checkpoint.config, draft.config
-    sizes = ((config.vision_config.image_size, config.tokens_per_tile) for config in (ours, theirs))
-    if len(set(sizes)) > 1:
+    """RequestError where the one's media become other tiles or embeddings than the other's."""
+    kinds = {
+        (config.vision_config.image_size, config.tokens_per_tile, config.has_newline)
+        for config in (checkpoint.config, draft.config)
+    }
+    if len(kinds) > 1:
         raise RequestError(
-            f"{draft.path} cuts images into other tiles than {checkpoint.path}, so it cannot be "
-            "its draft model; use a smaller one of the same family"
+            f"{draft.path} cuts images into other tiles than {checkpoint.path}, or has no newlines "
+            "where that has, so it cannot be its draft model; use a smaller one of the same family"
         )
 
 

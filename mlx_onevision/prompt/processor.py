@@ -6,9 +6,8 @@ into tiles, and two or more become one tile each. A checkpoint of the original c
 otherwise of one image, and may have the times of a video's frames written behind it.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
-from mlx_onevision.errors import ConfigError, ContextOverflowError, RequestError
+from mlx_onevision.errors import ConfigError, RequestError
 from mlx_onevision.files import read_json
 from mlx_onevision.media.anyres import (
     Packing,
@@ -29,7 +28,6 @@ from mlx_onevision.media.anyres import (
     thinned,
 )
 from mlx_onevision.media.cache import TileCache, digest_of
-from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.media.image import (
     identify_image,
     normalization_table,
@@ -39,20 +37,22 @@ from mlx_onevision.media.image import (
     tile_image,
 )
 from mlx_onevision.media.parallel import parallel_map
-from mlx_onevision.media.sources import is_file
-from mlx_onevision.media.video import TooManyFramesError, VideoConfig, VideoFrames, load_video
+from mlx_onevision.media.video import VideoConfig, VideoFrames
 from mlx_onevision.prompt.chat_template import ChatTemplate, Order, Segment
 from mlx_onevision.prompt.messages import Message, sources, video_blocks
 from mlx_onevision.prompt.tokenizer import Tokenizer
+from mlx_onevision.prompt.video_budget import (
+    ContextBudget,
+    load_videos,
+    time_instruction,
+    with_times,
+)
 from mlx_onevision.sampling.ranges import check_range
 
 Tiling = Literal["auto", "always", "never"]
-TIME_TOKENS = 10  # of a frame's time in a prompt, "99999.99s,", at the most
 # How an image becomes tiles: a grid of them, or one, squeezed or padded.
 Shape = Literal["grid", "square", "pad"]
 CACHE_BYTES = 64 << 20  # some photos of 12 megapixels, or four videos of 32 frames
-
-logger = logging.getLogger("mlx_onevision")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,29 +108,6 @@ class Inputs:
     def notes(self) -> tuple[str, ...]:
         """What of the videos is not there as it was asked for, a sentence each."""
         return tuple(note for medium in self.media if medium.video for note in medium.video.notes)
-
-
-@dataclass(frozen=True)
-class _ContextBudget:
-    """Tokens: of the context, taken by text and images, and to be left for the answer where the
-    number of frames is open. ``sentence`` : of what follows each video, without the times of its
-    frames; 0 where nothing does.
-    """
-
-    limit: int
-    taken: int
-    answer: int
-    packing: VideoPacking
-    sentence: int
-
-    def frames(self, tokens: int) -> int:
-        """Frames of one video that take at most so many tokens."""
-        ends = self.tokens(0)
-        return max(tokens - ends, 0) // (self.tokens(1) - ends)
-
-    def tokens(self, frames: int) -> int:
-        text = self.sentence + frames * TIME_TOKENS if self.sentence else 0
-        return self.packing.tokens(frames) + text
 
 
 class Processor:
@@ -252,8 +229,8 @@ class Processor:
         taken += sum(image.tokens - 1 for image in images)
         sentence = 0
         if self.config.add_time_instruction:
-            sentence = len(self.tokenizer.encode(_time_instruction((), 99999.0)))
-        budget = _ContextBudget(
+            sentence = len(self.tokenizer.encode(time_instruction((), 99999.0)))
+        budget = ContextBudget(
             limit=self.config.text_config.max_position_embeddings,
             taken=taken,
             answer=answer,
@@ -261,10 +238,10 @@ class Processor:
             sentence=sentence,
         )
         size = self.video_config.pixels.size
-        frames = _load_videos(videos, options, size, budget, check, self.cache)
+        frames = load_videos(videos, options, size, budget, check, self.cache)
         media["<video>"] = [self._video(video, budget.packing) for video in frames]
         if sentence:
-            segments = _with_times(segments, frames)
+            segments = with_times(segments, frames)
             texts = [[] if s.control else self.tokenizer.encode(s.text) for s in segments]
         return self._assemble(segments, texts, media)
 
@@ -357,36 +334,6 @@ class Processor:
         return Inputs(array, tuple(placed), prompt)
 
 
-def _with_times(segments: Sequence[Segment], videos: Sequence[VideoFrames]) -> list[Segment]:
-    """``segments`` with a line behind each video that says when its frames are, as the original
-    code's training data have it with ``add_time_instruction``; a video without a clock has none.
-    """
-    waiting = iter(videos)
-    made: list[Segment] = []
-    line: str | None = None
-    for segment in segments:
-        if line is not None and segment.control:
-            made.append(Segment(f"\n{line}\n", False))
-        elif line is not None:
-            segment = Segment(f"\n{line}\n{segment.text.removeprefix(chr(10))}", False)
-        made.append(segment)
-        line = None
-        if segment.control and segment.text == "<video>":
-            video = next(waiting)
-            if video.times is not None and video.length is not None:
-                line = _time_instruction(video.times, video.length)
-    return made
-
-
-def _time_instruction(times: Sequence[float], length: float) -> str:
-    located = ",".join(f"{time:.2f}s" for time in times)
-    return (
-        f"The video lasts for {length:.2f} seconds, and {len(times)} frames are uniformly sampled "
-        f"from it. These frames are located at {located}.Please answer the following questions "
-        "related to this video."
-    )
-
-
 def _match(segments: Sequence[Segment], token: str, given: int) -> None:
     written = sum(segment.control and segment.text == token for segment in segments)
     if written != given:
@@ -406,88 +353,3 @@ def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
         found = settings.get(name)
         if found is not None and found != value:
             raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}")
-
-
-def _load_videos(
-    blocks: Sequence[Mapping[str, Any]],
-    options: FrameOptions,
-    size: int,
-    budget: _ContextBudget,
-    check: Callable[[], None],
-    cache: TileCache,
-) -> list[VideoFrames]:
-    """The videos of ``blocks``, as tiles of ``size`` pixels.
-
-    First those whose number of frames the caller has set, which fit or are refused; then the files
-    of which the usual number is taken, or fewer where they share what is left.
-
-    options : what holds unless a block says otherwise.
-
-    Raises:
-        ContextOverflowError: with how many tokens it would take, and how many there are.
-        MediaError, RequestError: see :func:`~mlx_onevision.media.video.load_video`.
-    """
-    names = FrameOptions.names()
-    wanted = [options.over({k: block[k] for k in names if k in block}) for block in blocks]
-    sources = [block["video"] for block in blocks]
-    is_open = [is_file(s) and not o.explicit for s, o in zip(sources, wanted, strict=True)]
-    left = budget.limit - budget.taken - 1  # the answer has one token at least
-    found: dict[int, VideoFrames] = {}
-    for place, source in enumerate(sources):
-        if not is_open[place]:
-            found[place] = _load_fixed(source, wanted[place], size, budget, left, check, cache)
-            left -= budget.tokens(len(found[place].tiles))
-    left -= min(budget.answer, budget.limit // 4)
-    for place, source in enumerate(sources):
-        if is_open[place]:
-            share = left // (len(sources) - len(found))
-            found[place] = _load_open(source, wanted[place], size, budget, share, check, cache)
-            left -= budget.tokens(len(found[place].tiles))
-    return [found[place] for place in range(len(sources))]
-
-
-def _load_fixed(
-    source: Any,
-    options: FrameOptions,
-    size: int,
-    budget: _ContextBudget,
-    left: int,
-    check: Callable[[], None],
-    cache: TileCache,
-) -> VideoFrames:
-    most = budget.frames(left)
-    try:
-        return load_video(source, size, options, most=most, check=check, cache=cache)
-    except TooManyFramesError as error:
-        raise ContextOverflowError(
-            f"{error.wanted} frames of a video take {budget.tokens(error.wanted)} "
-            f"tokens, but the model's context of {budget.limit} has {max(left, 0)} left beside the "
-            f"rest of the prompt; use num_frames or fps for at most {most} frames"
-        ) from None
-
-
-def _load_open(
-    source: Any,
-    options: FrameOptions,
-    size: int,
-    budget: _ContextBudget,
-    left: int,
-    check: Callable[[], None],
-    cache: TileCache,
-) -> VideoFrames:
-    number = min(DEFAULT_FRAMES, budget.frames(left))
-    if number < 1:
-        raise ContextOverflowError(
-            f"one frame of a video takes {budget.tokens(1)} tokens, but the model's "
-            f"context of {budget.limit} has {max(left, 0)} left for it; use fewer media or a "
-            "shorter text"
-        )
-    video = load_video(source, size, options, default=number, check=check, cache=cache)
-    if number == DEFAULT_FRAMES or len(video.tiles) < number or video.total == number:
-        return video
-    note = (
-        f"{number} frames of a video are used instead of {DEFAULT_FRAMES}: more do not fit into "
-        f"the model's context of {budget.limit} tokens"
-    )
-    logger.warning("%s", note)
-    return replace(video, notes=(*video.notes, note))
