@@ -40,7 +40,16 @@ def sniff(data: bytes) -> Literal["image", "video"] | None:
         return "video"
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free"):
         return "video"
+    if data[:4] in (b"\0\0\x01\xba", b"OggS") or _is_mpeg_ts(data) or _is_mpeg_ts(data[4:]):
+        return "video"
     return None
+
+
+def _is_mpeg_ts(data: bytes) -> bool:
+    """A packet of an MPEG transport stream that begins a unit, with a payload, not scrambled; in
+    an M2TS, four bytes of time come before it.
+    """
+    return data[:1] == b"G" and data[1] & 0xE0 == 0x40 and data[3] & 0xD0 == 0x10
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -20,7 +20,11 @@ KINDS: dict[str, tuple[str, str, dict[str, str]]] = {
     "webm": ("libvpx-vp9", "yuv420p", {"cpu-used": "8"}),
     "avi": ("mpeg4", "yuv420p", {"bf": "2"}),
     "gif": ("gif", "rgb8", {}),
+    "ts": ("libx264", "yuv420p", {}),
+    "mpg": ("mpeg2video", "yuv420p", {"bf": "2"}),
+    "ogv": ("libvpx", "yuv420p", {"cpu-used": "8"}),  # there is a decoder of Theora, no encoder
 }
+MUXERS = {"mkv": "matroska", "ts": "mpegts", "mpg": "vob", "ogv": "ogg"}
 
 
 def numbered(number: int) -> np.ndarray:
@@ -55,7 +59,7 @@ def film(
     stamps : when each frame appears, in milliseconds; evenly at ``rate`` without.
     """
     usual, format, settings = KINDS[kind]
-    name = {"mkv": "matroska"}.get(kind, kind)
+    name = MUXERS.get(kind, kind)
     with (
         NamedTemporaryFile() as data,  # with a name, because "faststart" opens it again
         av.open(data.name, "w", format=name, options=container or {}) as out,
@@ -84,6 +88,12 @@ def counting(total: int, kind: str = "mp4", **settings: Any) -> bytes:
 def written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def trimmed(data: bytes, milliseconds: int) -> bytes:
+    """An MP4 of which an edit list shows only the beginning."""
+    place = data.index(b"elst") + 12
+    return data[:place] + milliseconds.to_bytes(4, "big") + data[place + 4 :]
 
 
 def turned(data: bytes, a: int, b: int, c: int, d: int) -> bytes:

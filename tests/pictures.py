@@ -54,6 +54,9 @@ def digest(array: NDArray[Any]) -> Pixels:
     return np.frombuffer(state.digest(), np.uint8)
 
 
+DEEP = ("I;16", "I", "F")  # objects of more than 8 bits, which the reference clamps to 255
+
+
 def objects() -> dict[str, Image.Image]:
     """A PIL image of every mode that can be turned into RGB, with and without transparency."""
     high, wide = SMALL

@@ -18,6 +18,7 @@ from mlx_onevision.errors import RequestError
 VERSION = 1  # of the JSON form
 
 SILENT = "Only the picture is described, not the sound."
+EMPTY = "(not described)"  # the subtitle of a segment without text, else it would look like a gap
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,11 @@ def _vtt(description: VideoDescription) -> str:
 
 
 def _cues(description: VideoDescription, separator: str) -> Iterator[tuple[str, str, str]]:
-    """Start, end and text; a segment without text makes no cue."""
+    """Start, end and text."""
     for segment in description.segments:
-        text = _one_line(segment.text)
-        if text:
-            end = max(segment.end, segment.start + 0.001)
-            yield _padded(segment.start, separator), _padded(end, separator), text
+        text = _one_line(segment.text) or EMPTY
+        end = max(segment.end, segment.start + 0.001)
+        yield _padded(segment.start, separator), _padded(end, separator), text
 
 
 def _padded(seconds: float, separator: str) -> str:

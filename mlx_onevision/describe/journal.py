@@ -2,11 +2,14 @@
 
 A line of JSON each: first what it all depends on (the video, the model, the settings), then where
 the scenes are, each segment, each answer to a prompt of text, and at last the description. A line
-is on the disk before the next one is begun; a last line that was cut short does not count.
+is on the disk before the next one is begun, and ends with a checksum: one that was cut short or
+changed does not count, and nothing behind it.
 """
 
 import json
+import logging
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,9 +20,12 @@ from mlx_onevision.describe.scenes import Span
 from mlx_onevision.errors import RequestError
 from mlx_onevision.files import claim
 
-VERSION = 1
+VERSION = 2
 BEGIN = b'{"type": "describes", '
+CHECKSUM = b', "crc32": '
 SAMPLES, SAMPLE = 64, 1 << 16  # of a video: places, and bytes at each
+
+logger = logging.getLogger("mlx_onevision")
 
 
 def fingerprint(file: BinaryIO) -> str:
@@ -122,7 +128,8 @@ class Journal:
 
     def _append(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row).encode() + b"\n")
+            text = json.dumps(row).encode()[:-1]
+            self._file.write(text + CHECKSUM + str(zlib.crc32(text)).encode() + b"}\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -136,11 +143,17 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             try:
-                row = json.loads(line)
+                row = _checked(line)
                 if number:
                     self._take(row)
             except (ValueError, KeyError, TypeError, RequestError):
-                break  # what was written after a line that is spoilt does not count either
+                if self._path is not None:
+                    logger.warning(
+                        "%s is damaged in line %d: from there on it is done again",
+                        self._path.name,
+                        number + 1,
+                    )
+                break
             if not number and row != header:
                 raise RequestError(
                     f"{self._path} is about {_difference(row, header)}; "
@@ -162,6 +175,19 @@ class Journal:
             self.answers[str(row["question"])] = str(row["text"])
         elif kind == "description":
             self.description = VideoDescription.from_dict(row)
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """What a line says. ValueError where it is not what was written."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    if row.get("type") == "describes" and row.get("version") != VERSION:
+        return row  # its lines may have no checksums
+    text, mark, _ = line.rpartition(CHECKSUM)
+    if not mark or zlib.crc32(text) != row.pop("crc32"):
+        raise ValueError("the checksum is another one")
+    return row
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

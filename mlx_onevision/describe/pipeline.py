@@ -212,6 +212,9 @@ class DescribePipeline:
                 if isinstance(frames, SegmentFrames):
                     text = yield from self._caption(frames, number + 1, len(spans))
                     segment, notes = Segment(*span, text, frames.times), list(frames.warnings)
+                    if not text:
+                        part = f"{clock(span[0])} to {clock(span[1])}"
+                        notes.append(f"{part} is not described: the model's answer was empty")
                     self._journal.add_segment(number, segment, notes)
                 else:  # not kept, so that the next run tries again
                     failure = failure or frames

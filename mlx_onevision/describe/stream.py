@@ -12,7 +12,7 @@ from threading import Event
 from typing import Any, TypeAlias
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
-from mlx_onevision.describe.journal import Journal, fingerprint
+from mlx_onevision.describe.journal import VERSION, Journal, fingerprint
 from mlx_onevision.describe.options import DescribeSettings
 from mlx_onevision.describe.outline import SEGMENT
 from mlx_onevision.describe.pipeline import Captioner, DescribePipeline, Progress
@@ -131,7 +131,7 @@ class DescriptionStream:
             path = self._sidecar
             if path is not None and path.is_dir():
                 # A file name that no other description has.
-                text = json.dumps(about, sort_keys=True)
+                text = json.dumps([VERSION, about], sort_keys=True)
                 path /= blake2b(text.encode(), digest_size=16).hexdigest() + ".jsonl"
             journal = stack.enter_context(Journal(path, about, self._force))
             described = journal.description

@@ -57,7 +57,8 @@ class TooManyFramesError(ContextOverflowError):
 class VideoInfo:
     """What is known of a video before a frame is decoded.
 
-    total : frames in the file. length : seconds. claimed : frames by the file's header, or 0.
+    total : frames in the file. length : seconds. claimed : with those that the container promises
+        behind the file's end, where it was cut.
     """
 
     total: int

@@ -4,18 +4,23 @@ Two routes, as in the reference (transformers with its torchvision backend):
 
 - A file (path, URL, bytes, base64): turned upright by its EXIF orientation, transparency dropped
   (the colours under it show). For 8-bit JPEG, PNG, GIF and still WebP this gives the levels that
-  torchvision's decoder gives. Pillow's are taken for 16-bit PNG (torchvision returns 0..65535),
-  animations (the first frame), the transparent colour of a GIF, and BMP, TIFF, AVIF, HEIC
-  (torchvision refuses them); and WebP is turned by its EXIF, too.
+  torchvision's decoder gives. Pillow's are taken for animations (the first frame), the transparent
+  colour of a GIF, and BMP, TIFF, AVIF, HEIC (torchvision refuses them); and WebP is turned by its
+  EXIF, too. Damaged metadata is ignored.
 - An image in memory (PIL image, array): taken as it stands, not turned; transparency is laid on
-  white. Arrays are uint8 with 1, 3 or 4 channels, the first axis if both it and the last could be.
-  Float arrays are refused: the reference would scale them as if they held 0..255.
+  white. Arrays are uint8 or uint16 with 1, 3 or 4 channels, the first axis if both it and the last
+  could be. Float arrays are refused: the reference would scale them as if they held 0..255.
+
+Of more than 8 bits the upper 8 are taken, as the depth of the file says. The reference differs:
+it takes 16-bit files as if they held 0..255, and clamps PIL images to 255.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +29,7 @@ from hashlib import sha256
 from importlib import import_module
 from io import BufferedReader, BytesIO, FileIO
 from itertools import product
+from tempfile import TemporaryFile
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -32,12 +38,12 @@ from numpy.typing import NDArray
 
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError
-from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS
+from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS, sniff
 from mlx_onevision.media.anyres import fitted_size, select_best_resolution
 from mlx_onevision.media.cache import array_key
 from mlx_onevision.media.parallel import parallel_map
 from mlx_onevision.media.resize import Pixels, resize_each, resize_on_square
-from mlx_onevision.media.sources import is_file, open_source, reason
+from mlx_onevision.media.sources import IMAGE_KINDS, is_file, open_source, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +56,10 @@ MAX_SIDE = 200_000  # beyond, an image one pixel high would take gigabytes to re
 
 # What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000", "QOI", "AVIF")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
+# Chunks of a PNG that its pixels need; where only another one is damaged, the image is sound.
+_CRITICAL, _USEFUL = (b"IHDR", b"PLTE", b"IDAT"), (b"tRNS", b"eXIf")
 # EXIF orientation to the PIL.Image.Transpose that undoes it, by name.
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = dict(enumerate(_TURNS.split(), 2))
@@ -193,38 +203,144 @@ def _decoded(data: bytes | FileIO, name: str, max_pixels: int) -> Pixels:
 
 
 def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
+    with _media_errors(name, f"cannot read {name}"):
+        head = file.read(1024)
+        file.seek(0)
+    if not head:
+        raise MediaError(f"{name} is empty (0 bytes)")
+    kinds = _KINDS
+    brands = head[8 : int.from_bytes(head[:4], "big")]
+    avif = any(brand in brands for brand in AVIF_BRANDS)  # beside a more general brand
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and not avif:
+        kinds = ("HEIF",)
+        try:
+            import_module("pillow_heif").register_heif_opener()
+        except ImportError:
+            needs = "needs pillow-heif; pip install 'mlx-onevision[heic]'"
+            raise MediaError(f"{name} is a HEIC image, which {needs}") from None
+    try:
+        return _opened(file, name, kinds, max_pixels)
+    except TooLargeError:
+        raise
+    except MediaError as error:
+        try:
+            if head.startswith(_PNG):
+                with _essential_png(file) as essential:
+                    return _opened(essential, name, kinds, max_pixels)
+            if avif:  # libavif refuses damaged EXIF; under another name, it is not parsed
+                file.seek(0)
+                data = file.read().replace(b"Exif", b"exif", 1)
+                return _opened(BytesIO(data), name, kinds, max_pixels)
+        except TooLargeError:
+            raise
+        except MediaError:
+            pass  # it was not the metadata
+        if sniff(head) == "video":
+            raise MediaError(
+                f"{name} is a video, not an image; give it as a video (--video, videos=)"
+            ) from error
+        raise
+
+
+def _opened(file: BinaryIO, name: str, kinds: tuple[str, ...], max_pixels: int) -> Pixels:
     from PIL import Image, UnidentifiedImageError
 
     with _media_errors(name, f"cannot read {name}"):
-        head = file.read(64)
-        file.seek(0)
-        if not head:
-            raise MediaError(f"{name} is empty (0 bytes)")
-        kinds = _KINDS
-        avif = any(brand in head[16:] for brand in AVIF_BRANDS)  # beside a more general brand
-        if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and not avif:
-            kinds = ("HEIF",)
-            try:
-                import_module("pillow_heif").register_heif_opener()
-            except ImportError:
-                needs = "needs pillow-heif; pip install 'mlx-onevision[heic]'"
-                raise MediaError(f"{name} is a HEIC image, which {needs}") from None
         try:
             with _OPENING, warnings.catch_warnings():
-                # Pillow warns from half of the limit on; ours is checked below, before decoding.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                # Of metadata, and from half of Pillow's limit on; ours is checked before decoding.
+                warnings.simplefilter("ignore")
                 image = Image.open(file, formats=kinds)
         except (UnidentifiedImageError, KeyError) as error:  # KeyError: Pillow built without a kind
-            raise MediaError(f"{name} is not an image of a kind that can be read") from error
+            raise MediaError(
+                f"{name} is not an image of the kinds that are read ({IMAGE_KINDS})"
+            ) from error
     with image:
         _check_size(name, image.height, image.width, max_pixels)
         with _media_errors(name, f"{name} is damaged"):
+            _drop_xmp(image)  # in a TIFF, by which loading turns
             image.load()
-            turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
+            turn = _UPRIGHT.get(_orientation(image))
             # Of no use once it is dropped, but Pillow would warn that it is.
             image.info.pop("transparency", None)
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            grey = _eight_bits(image, name)
+            rgb = grey if grey.mode == "RGB" else grey.convert("RGB")
             return _pixels(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
+
+
+def _orientation(image: Image) -> int:
+    """By EXIF alone: as in browsers and the reference, what XMP says of it does not count."""
+    _drop_xmp(image)
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is damaged in it
+            return int(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged, in any way
+        return 1
+
+
+def _drop_xmp(image: Image) -> None:
+    for name in ("XML:com.adobe.xmp", "xmp"):
+        image.info.pop(name, None)
+
+
+def _essential_png(file: BinaryIO) -> BinaryIO:
+    """A PNG without the chunks that its pixels do not need, and with an end."""
+    essential = TemporaryFile()
+    essential.write(_PNG)
+    file.seek(len(_PNG))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in _CRITICAL:
+            essential.write(head)
+            left = length + 4
+            while left and (part := file.read(min(left, 1 << 20))):
+                essential.write(part)
+                left -= len(part)
+            if left:  # cut short: what is missing is not made up
+                break
+        elif kind in _USEFUL and length < 1 << 16:
+            data = file.read(length + 4)
+            if data[length:] == zlib.crc32(kind + data[:length]).to_bytes(4, "big"):
+                essential.write(head + data)
+        elif kind != b"IEND":
+            file.seek(length + 4, os.SEEK_CUR)
+    else:
+        essential.write(_END)
+    essential.seek(0)
+    return essential
+
+
+def _eight_bits(image: Image, name: str) -> Image:
+    """A grey image of more than 8 bits as one of 8, without its metadata; any other as it is.
+
+    Raises:
+        MediaError: for values of which black and white are not known.
+    """
+    from PIL import Image as module
+
+    advice = "scale them to 0..255 and save them in 8 bits"
+    values = np.asarray(image) if image.mode.partition(";")[0] in ("I", "F") else None
+    if values is None:
+        return image
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and 1 < high <= 255):  # NaN neither; up to 1, white may be 1
+            raise MediaError(f"{name} has values from {low:g} to {high:g}; {advice}")
+        return image.convert("L")
+    tags = getattr(image, "tag_v2", {})  # a TIFF's: bits, 258; whether signed, 339; which is black
+    bits = tags.get(258, (16,))[0]
+    if tags.get(339, (1,))[0] == 2:
+        bits -= 1
+    elif bits == 32:
+        values = values.view(np.uint32)
+    low, high = int(values.min()), int(values.max())
+    if image.mode == "I" and image.format is None and high < 256:
+        bits = 8  # made in memory from one of 8 bits
+    if low < 0 or high >= 1 << bits:
+        raise MediaError(f"{name} has values from {low} to {high}; {advice}")
+    levels = (values >> (bits - 8)).astype(np.uint8)
+    return module.fromarray(~levels if tags.get(262) == 0 else levels)
 
 
 @contextmanager
@@ -248,6 +364,7 @@ def _from_object(image: Image, max_pixels: int) -> Pixels:
     name = f"the {image.width}x{image.height} PIL image"
     _check_size(name, image.height, image.width, max_pixels)
     with _media_errors(name, f"cannot read {name}"):  # its file may be read only now
+        image = _eight_bits(image, name)
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = module.new("RGBA", image.size, (255, 255, 255, 255))
             image = module.alpha_composite(white, image.convert("RGBA"))
@@ -281,8 +398,11 @@ def _from_array(source: object, max_pixels: int) -> Pixels:
         raise MediaError(f"{name} has no channel axis; give array[:, :, None] for a grey image")
     if array.ndim != 3:
         raise MediaError(f"{name} is not one image; an image has three axes")
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        array = (array >> 8).astype(np.uint8)
     if array.dtype != np.uint8:
-        way = "multiply 0..1 by 255 and " if array.dtype.kind == "f" else ""
+        way = "" if array.dtype.kind == "b" else "scale to 0..255 and "
+        way = "multiply 0..1 by 255 and " if array.dtype.kind == "f" else way
         raise MediaError(f"{name} holds {array.dtype}, not uint8; {way}use astype('uint8')")
     if array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)

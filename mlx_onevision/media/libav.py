@@ -23,18 +23,21 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import sniff
 from mlx_onevision.media.frame_sampling import FrameOptions, frames_between, select_frames
+from mlx_onevision.media.sources import VIDEO_KINDS
 
 Json: TypeAlias = dict[str, Any]
 Send: TypeAlias = Callable[..., None]
 
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,ogg"
 SEEKABLE = ("mov", "matroska", "avi")
 SEEK_GAP = 16  # frames; to skip fewer, decoding on is quicker than seeking
 MAX_FRAMES = 4_000_000  # of one file: 37 hours at 30 a second
 THREAD_BYTES = 128 << 20  # of frames that decoding threads hold at once, roughly
 THUMBNAIL = 64  # pixels, across and down at most
 ATTACHED_PICTURE = 0x400
+SEQUENCES = (b"avis", b"msf1", b"hevc", b"hevx")  # major brands of animated AVIF and HEIF
 
 
 class Refusal(Exception):
@@ -57,6 +60,7 @@ class Index(NamedTuple):
 
     stamps : when each appears, in ticks of the stream's clock. times : in seconds, from 0.
     counted : whether the stamps are only counted, because the container's own cannot be trusted.
+    missing : frames that the container promises behind the file's end.
     """
 
     stamps: list[int]
@@ -64,6 +68,7 @@ class Index(NamedTuple):
     length: float
     keys: list[Key]
     counted: bool
+    missing: int
 
 
 def serve(request: Json, send: Send, renew: Callable[[float], None]) -> None:
@@ -73,8 +78,9 @@ def serve(request: Json, send: Send, renew: Callable[[float], None]) -> None:
     """
     container, stream = _open_video(request)
     index = _read_index(container, stream)
-    info = {"total": len(index.stamps), "length": index.length}
-    info |= {"claimed": stream.frames, "codec": stream.codec_context.name}
+    total = len(index.stamps)
+    info = {"total": total, "length": index.length}
+    info |= {"claimed": total + index.missing, "codec": stream.codec_context.name}
     container.close()
     send("video", info)
     with os.fdopen(request["commands"], encoding="utf-8") as commands:
@@ -133,13 +139,15 @@ def _matrix(frame: VideoFrame) -> list[int]:
 
 def _open_video(request: Json) -> tuple[InputContainer, VideoStream]:
     file = os.fdopen(os.dup(0), "rb", buffering=0)
+    _refuse_image(os.pread(0, 32, 0))
     file.seek(0)
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     try:
         container = av.open(file, "r", options=options, buffer_size=1 << 18)
     except FFmpegError as error:
         reason = (error.strerror or str(error)).splitlines()[0]
-        raise Refusal(f"it is damaged, or no video of a kind that can be read ({reason})") from None
+        kinds = f"it is damaged, or no video of the kinds that are read ({VIDEO_KINDS})"
+        raise Refusal(f"{kinds}: {reason}") from None
     streams = [s for s in container.streams.video if not int(s.disposition) & ATTACHED_PICTURE]
     if not streams:
         sound = " only sound" if container.streams.audio else " no video"
@@ -158,6 +166,18 @@ def _open_video(request: Json) -> tuple[InputContainer, VideoStream]:
     return container, stream
 
 
+def _refuse_image(head: bytes) -> None:
+    """Refusal for a file that begins as an image; animations that libav reads are none."""
+    if head[:3] == b"GIF" or head[8:12] in SEQUENCES or sniff(head) != "image":
+        return
+    if head[12:16] == b"VP8X" and head[20] & 2:
+        raise Refusal(
+            "it is an animated WebP, of which only the first frame is read, as an image; "
+            f"to have all of it, convert it to one of {VIDEO_KINDS}"
+        )
+    raise Refusal("it is an image, not a video; give it as an image (--image, images=)")
+
+
 def _check_size(wide: int, high: int, most: int) -> None:
     if wide * high > most:
         raise Refusal(f"its frames are {wide}x{high} pixels", "too_large")
@@ -168,10 +188,13 @@ def _read_index(container: InputContainer, stream: VideoStream) -> Index:
     stamps: list[int] = []
     order: list[tuple[int, int]] = []  # stamp and seek stamp of key frames
     counted = container.format.name == "avi"  # its stamps are in decoding order, not in showing
-    last = 0
+    last = hidden = 0
+    broken = False
     try:
         for packet in container.demux(stream):
+            broken = broken or packet.is_corrupt
             if packet.size == 0 or packet.is_discard:  # the end; what an edit list cuts off
+                hidden += packet.is_discard
                 continue
             place = packet.dts if packet.dts is not None else packet.pts
             stamp = place if counted else packet.pts
@@ -186,9 +209,13 @@ def _read_index(container: InputContainer, stream: VideoStream) -> Index:
             if len(stamps) > MAX_FRAMES:
                 raise Refusal(f"it has more than {MAX_FRAMES:,} frames", "too_large")
     except FFmpegError:
-        pass  # what is left of it is used
+        broken = True  # what is left of it is used
     if not stamps:
         raise Refusal("there is no frame in it")
+    seen = max(len(stamps) + hidden, stamps[-1] + 1 if counted else 0)  # an AVI's may be empty
+    missing = max(0, stream.frames - seen)
+    if not broken and not _ends_early(container, stream):
+        missing = 0
     stamps = sorted(set(stamps))
     places = {stamp: n for n, stamp in enumerate(stamps)}
     keys = sorted(Key(places[stamp], seek) for stamp, seek in order)
@@ -197,11 +224,24 @@ def _read_index(container: InputContainer, stream: VideoStream) -> Index:
         last = (stamps[-1] - stamps[0]) // max(len(stamps) - 1, 1) or 1
     zero = float(stamps[0] * tick)
     if not counted and container.start_time is not None:
-        # The player's clock, which sound may have started earlier.
-        zero = min(zero, container.start_time / 1_000_000)
+        # The player's clock, which sound may have started earlier; in whole microseconds.
+        started = container.start_time / 1_000_000
+        zero = started if started < zero - 1e-6 else zero
     length = float((stamps[-1] + last) * tick) - zero
     times = [float(stamp * tick) - zero for stamp in stamps]
-    return Index(stamps, times, length, keys, counted)
+    return Index(stamps, times, length, keys, counted, missing)
+
+
+def _ends_early(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the container names places behind the file's end: where a file is cut between two
+    frames, reading it ends like any other.
+    """
+    size = os.fstat(0).st_size
+    if container.format.name == "avi":
+        (form,) = struct.unpack("<I", os.pread(0, 4, 4))
+        return size < 8 + form
+    entries = stream.index_entries
+    return any(entry.pos + entry.size > size for entry in entries)
 
 
 def _chosen_frames(

@@ -17,7 +17,12 @@ IMAGES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".qoi"),
     *(".heic", ".heif", ".avif"),
 )
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+VIDEOS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"),
+    *(".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".ogv"),
+)
+IMAGE_KINDS = "JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, ICO, JPEG 2000, QOI, AVIF, HEIC"
+VIDEO_KINDS = "MP4, MOV, Matroska, WebM, AVI, GIF, MPEG-TS, M2TS, MPEG-PS, Ogg"
 MAX_DOWNLOAD = 256 << 20  # bytes
 TIMEOUT = 30.0  # seconds without a sign of life
 DEADLINE = 120.0  # seconds for a whole download

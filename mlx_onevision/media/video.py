@@ -4,7 +4,7 @@ A video is a file (path, URL, bytes), of which 32 frames are taken unless the ca
 or frames in memory (a list of what :func:`~mlx_onevision.media.image.load_image` takes, or a uint8
 array (T, H, W, C) or (T, C, H, W)), all of which are, without a rate, a start or an end.
 
-Files: MP4, MOV, Matroska, WebM, AVI, GIF. Turned upright by their display matrix; transparency is
+Files: those of ``VIDEO_KINDS``. Turned upright by their display matrix; transparency is
 dropped; of several video streams the first counts. A few decoded frames at a time are in memory.
 """
 

@@ -63,30 +63,32 @@ def test_pysubs2_reads_the_subtitles(form: str) -> None:
         (0, 2040),
         (2040, 3661000),
         (3661000, 3661001),
+        (3662000, 3725500),
     ]
     texts = [cue.plaintext for cue in read]
     if form == "srt":
         # What looks like a tag has wide brackets in SubRip, which knows no escapes.
         texts = [text.replace("＜", "<").replace("｛", "{") for text in texts]
-        assert texts == ["A red circle.", squeezed(HARD), "A blink."]
+        assert texts == ["A red circle.", squeezed(HARD), "A blink.", "(not described)"]
     else:
         for escape, character in (("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
             texts = [text.replace(escape, character) for text in texts]
         # pysubs2 takes braces for a tag of another format and drops them.
-        assert texts == ["A red circle.", squeezed(HARD).replace("{\\an8}", ""), "A blink."]
+        braced = squeezed(HARD).replace("{\\an8}", "")
+        assert texts == ["A red circle.", braced, "A blink.", "(not described)"]
 
 
 @given(st.lists(st.text(max_size=60), max_size=6))
 def test_no_text_breaks_the_subtitles(texts: list[str]) -> None:
     segments = tuple(Segment(n, n + 0.5, text) for n, text in enumerate(texts))
     description = VideoDescription("a.mp4", 10.0, "demo", segments)
-    spoken = [n * 1000 for n, text in enumerate(texts) if text.split()]
+    starts = [n * 1000 for n in range(len(texts))]  # those of segments without text, too
     for form in ("srt", "vtt"):
         written = write(description, form)
         read = pysubs2.SSAFile.from_string(written, format_=form)
-        assert [cue.start for cue in read] == spoken
+        assert [cue.start for cue in read] == starts
         times = re.findall(r"^\d\d:\d\d:\d\d[.,]\d{3} --> \d\d:\d\d:\d\d[.,]\d{3}$", written, re.M)
-        assert len(times) == len(spoken)
+        assert len(times) == len(starts)
 
 
 def test_the_subtitles_are_what_their_formats_ask_for() -> None:

@@ -77,6 +77,35 @@ def test_nothing_that_is_spoilt_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"dog", b"hog"), (b"2.5", b"2.4"), (b"dark", b"dart"), (b'"crc32": ', b'"crc32": 1')],
+)
+def test_a_byte_that_was_changed_is_noticed(
+    old: bytes, new: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though it is still what could have been written."""
+    path = tmp_path / "a.jsonl"
+    lines = filled(path).splitlines(keepends=True)
+    for number in range(1, len(lines)):
+        if old not in lines[number]:
+            continue
+        changed = lines[number].replace(old, new, 1)
+        path.write_bytes(b"".join([*lines[:number], changed, *lines[number + 1 :]]))
+        caplog.clear()
+        with Journal(path, ABOUT) as journal:
+            assert len(journal.segments) == min(max(number - 2, 0), 2)
+            assert journal.description is None
+        assert f"a.jsonl is damaged in line {number + 1}" in caplog.text
+
+
+def test_a_file_of_an_older_form_is_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"type": "describes", "version": 1, **ABOUT}) + "\n")
+    with pytest.raises(RequestError, match="an older form of this file; start over"):
+        Journal(path, ABOUT)
+
+
+@pytest.mark.parametrize(
     ("change", "part"),
     [
         ({"video": "w"}, "another video"),

@@ -23,6 +23,7 @@ from films import film, numbered, written
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.scenes import sample_video
 from mlx_onevision.api import Model, load
+from mlx_onevision.describe import pipeline
 from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.formats import write as to_text
 from mlx_onevision.describe.outline import SEGMENT
@@ -317,6 +318,15 @@ def test_a_part_that_is_broken_is_left_out(model: Model, clip: Path, tmp_path: P
     no_check = spoilt(clip, tmp_path / "nothing.mp4", 0, 120)
     with pytest.raises(MediaError, match=r"nothing\.mp4"):
         model.describe_video(no_check, **options)
+
+
+def test_an_empty_caption_is_a_warning(
+    model: Model, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_text", lambda answer: answer.result() and "")
+    described = model.describe_video(clip, segments=5.0, num_frames=1, max_tokens=1)
+    assert described.warnings[1].startswith("0:00:05.000 to 0:00:10.000 is not described: the ")
+    assert len(described.warnings) == len(described.segments) == 2
 
 
 def test_a_film_that_breaks_off_says_so(model: Model, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import importlib
+import re
 import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import CLIP_MEAN, CLIP_STD, TILED_SIZES, arrays, digest, noise, objects, smooth
+from films import counting
+from numpy.typing import NDArray
+from pictures import CLIP_MEAN, CLIP_STD, DEEP, TILED_SIZES, arrays, digest, noise, objects, smooth
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from recorded_pixels import names, recorded
 
 from mlx_onevision.config.preprocessor import ImageConfig
@@ -112,7 +117,7 @@ def test_tiles_of_another_size() -> None:
 # Pictures in memory
 
 
-@pytest.mark.parametrize("name", names("object"))
+@pytest.mark.parametrize("name", [name for name in names("object") if name not in DEEP])
 def test_an_object_is_taken_as_the_reference_takes_it(name: str) -> None:
     picture = objects()[name]
     before = picture.mode, picture.tobytes(), dict(picture.info)
@@ -163,7 +168,10 @@ def test_what_speaks_the_array_protocol_is_an_array() -> None:
         (noise(2, 40, 50, 3), "is not one image"),
         (noise(40, 50, 2), "no axis of 1, 3 or 4 channels"),
         (noise(40, 50, 3) / 255, r"float64, not uint8; multiply 0..1 by 255"),
-        (noise(40, 50, 3).astype(np.int64), r"int64, not uint8; use astype\('uint8'\)"),
+        (
+            noise(40, 50, 3).astype(np.int64),
+            r"int64, not uint8; scale to 0..255 and use astype\('uint8'\)",
+        ),
         (noise(40, 50, 3) > 127, "bool, not uint8"),
         (np.zeros((0, 50, 3), np.uint8), "no pixels"),
         (np.array(None), "is not an image"),
@@ -240,15 +248,169 @@ def test_a_file_whose_name_could_be_base64_is_a_file(
         load_image("bbbb")
 
 
-def test_sixteen_bits_are_taken_as_pillow_takes_them() -> None:
-    """Grey is clamped, as for a PIL image; colour keeps the upper byte."""
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(8, 32)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def tiff(values: NDArray[Any], signed: bool = False, white: int = 1, bits: int = 0) -> bytes:
+    """A grey TIFF written by hand: of any depth, and with 0 as black (``white`` 1) or white."""
+    high, wide = values.shape
+    data = values.tobytes()
+    bits = bits or 8 * values.itemsize
+    tags = [(256, wide), (257, high), (258, bits), (259, 1), (262, white), (273, 8), (277, 1)]
+    tags += [(278, high), (279, len(data)), (339, 1 + signed)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return head + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+DEEPER: dict[str, Callable[[], Any]] = {
+    "png": lambda: png(Image.fromarray(RAMP)),
+    "tiff": lambda: tiff(RAMP),
+    "tiff, 0 is white": lambda: tiff(~RAMP, white=0),
+    "tiff, 32 bits": lambda: tiff(RAMP.astype(np.uint32) << 16),
+    "tiff, 32 bits, signed": lambda: tiff(RAMP.astype(np.int32) << 15, signed=True),
+    "pgm": lambda: b"P5 32 8 65535\n" + RAMP.astype(">u2").tobytes(),
+    "pgm, 12 bits": lambda: b"P5 32 8 4095\n" + (RAMP >> 4).astype(">u2").tobytes(),
+    "jpeg 2000": lambda: saved(Image.fromarray(RAMP), "JPEG2000", irreversible=False),
+    "object I;16": lambda: Image.fromarray(RAMP),
+    "object I;16B": lambda: Image.frombytes("I;16B", (32, 8), RAMP.astype(">u2").tobytes()),
+    "object I": lambda: Image.fromarray(RAMP.astype(np.int32)),
+    "object I of 8 bits": lambda: Image.fromarray((RAMP >> 8).astype(np.int32)),
+    "object F of 8 bits": lambda: Image.fromarray((RAMP >> 8).astype(np.float32)),
+    "array": lambda: np.repeat(RAMP[:, :, None], 3, axis=2),
+    "array, other bytes first": lambda: RAMP[:, :, None].astype(">u2"),
+}
+
+
+@pytest.mark.parametrize("name", DEEPER)
+def test_more_than_eight_bits_are_scaled_by_the_depth_of_the_file(name: str) -> None:
+    made = load_image(DEEPER[name]())
+    assert np.array_equal(made, np.repeat(RAMP[:, :, None] >> 8, 3, axis=2))
+
+
+def test_colours_of_sixteen_bits_keep_the_upper_byte() -> None:
     samples = (noise(6, 7, 3).astype(np.uint16) << 8) + 77
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     assert np.array_equal(load_image(png_of(6, 7, 16, 2, rows)), noise(6, 7, 3))
-    grey = np.array([[0, 100, 255, 256, 65535]], np.uint16)
-    data = png_of(1, 5, 16, 0, b"\0" + grey.astype(">u2").tobytes())
-    assert load_image(data)[0, :, 0].tolist() == [0, 100, 255, 255, 255]
-    assert np.array_equal(load_image(Image.open(BytesIO(data))), load_image(data))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)),
+        Image.fromarray(np.full((3, 4), np.nan, np.float32)),
+        Image.fromarray(np.full((3, 4), -1, np.int32)),
+        Image.fromarray(np.full((3, 4), 65536, np.int32)),
+    ],
+    ids=["0 to 1", "NaN", "negative", "more than 16 bits"],
+)
+def test_values_of_no_known_range_are_refused(image: Image.Image) -> None:
+    with pytest.raises(MediaError, match=r"has values from .*; scale them to 0\.\.255"):
+        load_image(image)
+    if image.mode == "F":
+        refuse(saved(image, "TIFF"), r"has values from .*; scale them to 0\.\.255")
+
+
+def spoilt(data: bytes, start: bytes, new: bytes, last: bool = False) -> bytes:
+    """The file with other bytes from where it has ``start``."""
+    place = data.rindex(start) if last else data.index(start)
+    return data[:place] + new + data[place + len(new) :]
+
+
+def chunked(data: bytes, kind: bytes, content: bytes, sound: bool = True) -> bytes:
+    """A PNG with one more chunk before its pixels."""
+    place = data.index(b"IDAT") - 4
+    check = zlib.crc32(kind + content) ^ (not sound)
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+    return data[:place] + chunk + data[place:]
+
+
+def with_exif(kind: str, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[0x010E] = "a picture"
+    return saved(Image.fromarray(smooth(48, 64)), kind, exif=exif, **options)
+
+
+PLAIN = png(Image.fromarray(smooth(48, 64)))
+DAMAGED_METADATA: dict[str, Callable[[], bytes]] = {
+    "jpeg, no TIFF": lambda: spoilt(with_exif("JPEG"), b"MM\0*", b"XX\0*"),
+    "jpeg, no directory": lambda: spoilt(with_exif("JPEG"), b"MM\0*", b"MM\0*\xff\xff\xff\xff"),
+    "webp": lambda: spoilt(with_exif("WEBP", lossless=True), b"MM\0*", b"MM\xf0*"),
+    "avif": lambda: spoilt(with_exif("AVIF"), b"MM\0*", b"XX\0*"),
+    "png, exif": lambda: chunked(PLAIN, b"eXIf", b"\0\x08\0\x02"),
+    "png, text": lambda: chunked(PLAIN, b"tEXt", b"Title\0a picture", sound=False),
+    "png, much text": lambda: chunked(PLAIN, b"zTXt", b"Title\0\0" + zlib.compress(bytes(1 << 21))),
+    "png, profile": lambda: chunked(PLAIN, b"iCCP", b"ICC\0\0" + zlib.compress(bytes(1 << 21))),
+    "png, no profile": lambda: chunked(PLAIN, b"iCCP", b"ICC\0\0nothing"),
+    "png, profile's sum": lambda: chunked(PLAIN, b"iCCP", b"ICC\0\0", sound=False),
+    "png, cut in its end": lambda: PLAIN[:-6],
+    "png, without its end": lambda: PLAIN[:-12],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_METADATA)
+@pytest.mark.filterwarnings("error")
+def test_sound_pixels_are_read_whatever_the_metadata(name: str) -> None:
+    kind = name.partition(",")[0].upper()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    expected = load_image(saved(Image.fromarray(smooth(48, 64)), kind, **options))
+    assert np.array_equal(load_image(DAMAGED_METADATA[name]()), expected)
+
+
+@pytest.mark.parametrize("cut", [17, 30, 60])
+def test_missing_pixels_are_damage_whatever_comes_behind_them(cut: int) -> None:
+    """A chunk of pixels left out or cut short, with and without an end."""
+    refuse(PLAIN[: -12 - cut], "is damaged")
+    place = PLAIN.index(b"IDAT")
+    data = PLAIN[place + 4 : -16 - cut]
+    check = struct.pack(">I", zlib.crc32(b"IDAT" + data))
+    short = PLAIN[: place - 4] + struct.pack(">I", len(data)) + b"IDAT" + data + check
+    refuse(short, "is damaged")
+    refuse(short + PLAIN[-12:], "is damaged")
+
+
+XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "TIFF", "PNG"])
+def test_an_orientation_in_xmp_alone_turns_nothing(kind: str) -> None:
+    options: dict[str, Any] = {"xmp": XMP}
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        options = {"pnginfo": info}
+    if kind == "TIFF":
+        options = {"tiffinfo": {700: XMP}}
+    data = saved(Image.fromarray(smooth(48, 64)), kind, **options)
+    assert XMP in data
+    assert load_image(data).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("brands", [b"mif1avif", b"msf1" * 20 + b"avif", b"miafMA1Bavif"])
+def test_an_avif_beside_more_general_brands_is_not_a_heic(brands: bytes) -> None:
+    """Wherever in the list its brand stands."""
+    data = saved(Image.fromarray(smooth(48, 64)), "AVIF")
+    size = int.from_bytes(data[:4], "big")
+    head = struct.pack(">I", 16 + len(brands)) + b"ftypmif1\0\0\0\0" + brands
+    data, moved = head + data[size:], len(head) - size
+    place = data.index(b"iloc") + 4  # version 0, offsets of 4 bytes: where the items' data begins
+    for match in re.finditer(b"mdat", data[:4096]):
+        mdat = match.start() + 4
+        old = struct.pack(">I", mdat - moved)
+        data = data[:place] + data[place:].replace(old, struct.pack(">I", mdat), 1)
+    assert np.abs(load_image(data).astype(int) - smooth(48, 64)).mean() < 8
+
+
+def test_what_is_no_image_says_what_it_is_or_which_kinds_are() -> None:
+    refuse(counting(2), "is a video, not an image; give it as a video")
+    refuse(counting(2, "mkv"), "is a video, not an image; give it as a video")
+    refuse(b"%PDF-1.7 " + bytes(40), r"of the kinds that are read \(JPEG, .*HEIC\)")
 
 
 def test_kinds_beyond_torchvisions() -> None:
@@ -272,7 +434,7 @@ def test_only_pictures_are_opened() -> None:
     """Pillow hands an EPS to Ghostscript; this package does not hand it to Pillow."""
     file = BytesIO()
     Image.fromarray(noise(6, 7, 3)).save(file, "EPS")
-    refuse(file.getvalue(), "is not an image of a kind that can be read")
+    refuse(file.getvalue(), "is not an image of the kinds that are read")
 
 
 def test_a_broken_orientation_is_no_orientation() -> None:

@@ -1,17 +1,20 @@
 """Videos to tiles: every container, which frames exactly, and the process that decodes."""
 
 import os
+import re
 import stat
 import time
 import tracemalloc
+from collections.abc import Callable
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
-from films import BITS, KINDS, counting, film, number_of, numbered, turned, written
+from films import BITS, KINDS, counting, film, number_of, numbered, trimmed, turned, written
 from pictures import noise
 from PIL import Image
 
@@ -60,6 +63,75 @@ def test_the_chosen_frames_and_no_others(kind: str) -> None:
     assert (clip.total, clip.notes) == (50, ())
     assert clip.length == pytest.approx(2.0, abs=0.05)
     assert clip.tiles.shape == (8, SIZE, SIZE, 3) and clip.tiles.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("data", "total"),
+    [
+        (lambda: trimmed(counting(80), 1000), 25),
+        (lambda: trimmed(counting(80, options={"bf": "0"}), 2000), 50),
+        (lambda: trimmed(counting(80, "mov"), 400), 10),
+        # The gaps become frames without a byte.
+        (lambda: film(map(numbered, range(9)), "avi", stamps=[0, 1, 2, 8, 9, 10, 20, 21, 30]), 9),
+        (lambda: film(map(numbered, range(3)), "avi", stamps=[0, 5, 6], options={"bf": "0"}), 3),
+    ],
+    ids=["mp4", "mp4 in order", "mov", "avi", "avi in order"],
+)
+def test_frames_that_are_left_out_on_purpose_are_no_damage(
+    data: Callable[[], bytes], total: int
+) -> None:
+    clip = load(data())
+    assert clip.notes == () and abs(clip.total - total) <= 1
+    assert numbers(clip) == list(clip.indices)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "avi"])
+@pytest.mark.parametrize("between", [False, True], ids=["in a frame", "between frames"])
+def test_frames_that_are_cut_off_are_noted(kind: str, between: bool) -> None:
+    options = {"movflags": "faststart"} if kind == "mp4" else {}
+    data = counting(80, kind, container=options, options={"g": "12", "bf": "0"})
+    with av.open(BytesIO(data)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        place = packets[40].pos
+    assert place is not None
+    clip = load(data[: place if between else place + 20], num_frames=5)
+    assert re.search(r"breaks off: 4[01] of its 80 frames are there", clip.notes[0])
+
+
+def test_an_mpeg_stream_of_blu_rays_and_camcorders() -> None:
+    """M2TS: a transport stream with four bytes of time before each packet."""
+    data = counting(40, "ts", container={"mpegts_m2ts_mode": "1"})
+    assert data[4] == 0x47
+    clip = load(data, num_frames=8)
+    assert numbers(clip) == list(clip.indices) and clip.times is not None
+    assert clip.times == pytest.approx([n / 25 for n in clip.indices], abs=0.001)
+
+
+def test_theora_is_decoded() -> None:
+    assert "theora" in av.codecs_available
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "part"),
+    [
+        ("WEBP", {"save_all": True}, "it is an animated WebP, of which only the first frame"),
+        ("WEBP", {}, "it is an image, not a video; give it as an image"),
+        ("JPEG", {}, "it is an image, not a video; give it as an image"),
+        ("PNG", {}, "it is an image, not a video; give it as an image"),
+        ("AVIF", {}, "it is an image, not a video; give it as an image"),
+    ],
+)
+def test_an_image_is_refused_as_one(kind: str, options: dict[str, Any], part: str) -> None:
+    file = BytesIO()
+    frames = [Image.fromarray(noise(20, 30, 3, seed=n)) for n in range(3)]
+    more = {"append_images": frames[1:]} if options else {}
+    frames[0].save(file, kind, **options, **more)
+    refused(file.getvalue(), part)
+
+
+@pytest.mark.parametrize("data", [b"nothing of the kind", b"#EXTM3U\nhttp://a/b.ts", bytes(400)])
+def test_a_refusal_names_the_kinds_that_are_read(data: bytes) -> None:
+    refused(data, "(MP4, MOV, Matroska, WebM, AVI, GIF, MPEG-TS, M2TS, MPEG-PS, Ogg)")
 
 
 def test_32_frames_unless_the_caller_says_how_many(tmp_path: Path) -> None:
