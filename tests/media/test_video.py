@@ -90,7 +90,7 @@ def test_frames_that_are_left_out_on_purpose_are_no_damage(
 def test_frames_that_are_cut_off_are_noted(kind: str, between: bool) -> None:
     options = {"movflags": "faststart"} if kind == "mp4" else {}
     data = counting(80, kind, container=options, options={"g": "12", "bf": "0"})
-    with av.open(BytesIO(data)) as container:
+    with av.open(BytesIO(data), "r") as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         place = packets[40].pos
     assert place is not None

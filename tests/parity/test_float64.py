@@ -1,4 +1,4 @@
-"""Tiles of 384 pixels, as the published checkpoints have them, and wider layers than the other small
+"""Tiles of 384 pixels, as in the published checkpoints, and wider layers than the other small
 checkpoints: how far float32 is from float64, here and in the reference.
 """
 
