@@ -29,6 +29,7 @@ from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import ImageSource
 from mlx_onevision.media.video import VideoSource, no_check
+from mlx_onevision.network.stages import Split
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Order, Processor, Tiling
 from mlx_onevision.sampling.ranges import check_range
@@ -46,6 +47,7 @@ def load(
     chat_template: str | None = None,
     draft_model: str | Path | None = None,
     sharded: bool = False,
+    split: Split | None = None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -69,6 +71,9 @@ def load(
     sharded : where ``mlx.launch`` has started this process, its ranks hold a share each of the
         language model. All must be asked the same, one request at a time, without draft tokens and
         prompt caches; every one gets the whole answer.
+    split : they divide the layers instead, as machines of different memory do: ``"auto"``, so that
+        each one's memory is as full as the others', or a share for each rank, as ``(30, 50)``. Then
+        rank 0 has the logits.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
@@ -88,6 +93,7 @@ def load(
         chat_template=chat_template,
         draft=None if draft_model is None else hub.resolve(draft_model),
         sharded=sharded,
+        split=split,
     )
 
 
@@ -107,6 +113,7 @@ class Model:
         chat_template: str | None = None,
         draft: Path | None = None,
         sharded: bool = False,
+        split: Split | None = None,
     ) -> None:
         if visual_tokens is not None:
             check_range("visual_tokens", visual_tokens)
@@ -115,7 +122,7 @@ class Model:
         self._made = [dtype, str(recipe)] + ([] if kv_bits is None else [f"kv_bits {kv_bits}"])
         self._made += [] if visual_tokens in (None, 1) else [f"visual_tokens {visual_tokens}"]
         self._cached_as = {"dtype": str(dtype), "quantize": str(recipe), "kv_bits": str(kv_bits)}
-        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits, draft, sharded)
+        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits, draft, sharded, split)
         self._processor = Processor.from_folder(folder, self._engine.config)
         self._processor.visual_tokens = visual_tokens or 1.0
         if draft is not None and not self._processor.tokenizer.agrees_with(draft):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_onevision.errors import OneVisionError
 
@@ -88,6 +88,29 @@ def join(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
         return x
     gathered = all_gather(x[None], ranks)
     return gathered.moveaxis(0, -2).reshape(*x.shape[:-1], -1)
+
+
+def send(x: "mx.array", to: int, ranks: "mx.distributed.Group") -> "mx.array":
+    """``x``, sent to another rank once it is evaluated."""
+    import mlx.core as mx
+
+    TRAFFIC.sent += x.nbytes
+    return mx.distributed.send(x, to, group=ranks)
+
+
+def receive(like: "mx.array", source: int, ranks: "mx.distributed.Group") -> "mx.array":
+    """What another rank sends, of the shape and type of ``like``."""
+    import mlx.core as mx
+
+    return mx.distributed.recv_like(like, source, group=ranks)
+
+
+def gather_integers(values: Sequence[int], ranks: "mx.distributed.Group") -> list[list[int]]:
+    """Those of each rank, for all of them."""
+    import mlx.core as mx
+
+    gathered: Any = all_gather(mx.array([list(values)], mx.int64), ranks).tolist()
+    return gathered
 
 
 def least(values: Sequence[float], ranks: "mx.distributed.Group | None") -> list[float]:

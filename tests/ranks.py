@@ -17,8 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_onevision.api import load
 from mlx_onevision.cli.main import cli
 from mlx_onevision.engine.runner import Runner
+from mlx_onevision.network.stages import Split
 
 SECONDS = 60
+SPLITS: dict[str, Split | None] = {"tensor": None, "stages": (1, 3)}
 LANGUAGE = ("language_model", "lm_head")
 rng = np.random.default_rng(3)
 IMAGES = [rng.integers(0, 256, size, np.uint8) for size in ((70, 40, 3), (28, 28, 3), (30, 90, 3))]
@@ -31,12 +33,12 @@ PROMPTS: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {
 }
 
 
-def answers(folder: Path, quantize: int | None) -> dict[str, Any]:
+def answers(folder: Path, quantize: int | None, split: Split | None = None) -> dict[str, Any]:
     """The last logits and greedy tokens of every prompt, and bytes of weights: ``active`` are those
     that MLX has given out.
     """
     before = mx.get_active_memory()
-    model = load(folder, quantize=quantize, sharded=True)
+    model = load(folder, quantize=quantize, sharded=True, split=split)
     found: dict[str, Any] = model._engine._worker.call(lambda runner: sizes(runner, before))
     for name, (images, videos) in PROMPTS.items():
         blocks = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
@@ -102,7 +104,11 @@ def start(
 
 if __name__ == "__main__":
     target, folder = map(Path, sys.argv[1:])
-    made = {name: answers(folder, bits) for name, bits in (("plain", None), ("4-bit", 4))}
+    made = {
+        f"{way} {bits}": answers(folder, bits, split)
+        for way, split in SPLITS.items()
+        for bits in (None, 4)
+    }
     (target / f"{os.environ['MLX_RANK']}.json").write_text(json.dumps(made))
     arguments = ["generate", "--model", str(folder), "--prompt", "hello", "--max-tokens", "4"]
     cli(arguments, standalone_mode=False)

@@ -6,6 +6,7 @@ the thread that will run the model.
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,14 @@ from mlx_onevision.checkpoint.plan import (
     make_plan,
 )
 from mlx_onevision.checkpoint.recipes import Recipe
-from mlx_onevision.checkpoint.sharing import EMBEDDING, check_ranks, share
+from mlx_onevision.checkpoint.sharing import (
+    EMBEDDING,
+    HEAD,
+    check_ranks,
+    make_stage,
+    plan_of_stage,
+    share,
+)
 from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
 from mlx_onevision.config import original_layout
 from mlx_onevision.config.generation import GenerationDefaults
@@ -36,10 +44,9 @@ from mlx_onevision.files import read_json
 from mlx_onevision.network.layers import fuse
 from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.stages import Split, Stage
 
 QUANTIZED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
-
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ def load_checkpoint(
     fused: bool = True,
     limit: int | None = None,
     group: mx.distributed.Group | None = None,
+    split: Split | None = None,
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
@@ -119,12 +127,14 @@ def load_checkpoint(
     limit : bytes that the weights may take.
     group : ranks that share the language model. Each reads its share alone, at once: see
         :mod:`sharing`.
+    split : divides the layers among them instead of each layer: see :func:`stages.counts`. "auto"
+        goes by their limits.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
         CheckpointError: if something in it is missing, damaged or not supported.
         RequestError: for a dtype of another name, and for quantizing a model that is quantized.
-        RequestError: for a number of ranks by which the layers cannot be divided.
+        RequestError: for a number of ranks by which the model cannot be divided.
         OutOfMemoryError: where the weights do not fit into the limit, before any is read.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -132,7 +142,11 @@ def load_checkpoint(
     opened = open_checkpoint(folder)
     plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe, dtype=dtype)
     described = plan.config
-    if group is not None:
+    stage = None
+    if group is not None and split is not None:
+        stage = make_stage(plan, group, split, limit or sys.maxsize)
+        plan = plan_of_stage(plan, stage)
+    elif group is not None:
         check_ranks(plan, group.size())
         config, tensors = share(opened.config, opened.tensors, group.rank(), group.size())
         plan = make_plan(config, tensors, opened.quantized, recipe=recipe, dtype=dtype)
@@ -140,7 +154,7 @@ def load_checkpoint(
         itemsize = 4 if plan.dtype == "float32" else 2
         MemoryModel(plan.config, plan.nbytes, itemsize).admit_model(limit)
     whole = recipe is None and group is None
-    model = opened.network if whole else _network(plan.config, plan.specs, group)
+    model = opened.network if whole else _network(plan.config, plan.specs, group, stage)
     model.load_weights(_weights(plan))
     _unpack_positions(model)
     if fused:
@@ -217,9 +231,10 @@ def _network(
     config: OneVisionConfig,
     specs: Mapping[str, ModuleQuantization],
     group: mx.distributed.Group | None = None,
+    stage: Stage | None = None,
 ) -> OneVision:
     """A model whose modules of ``specs`` are MLX's quantized ones."""
-    model = OneVision(config, group)
+    model = OneVision(config, group, stage)
 
     def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path not in specs:
@@ -284,6 +299,8 @@ def _patch_shape(tensor: Tensor, parameter: mx.array) -> tuple[int, ...]:
 
 def _unpack_positions(model: OneVision) -> None:
     """The tower adds its position table whole, so keeping it quantized would gain nothing."""
+    if "vision_tower" not in model:
+        return
     tower = model.vision_tower
     positions = tower.embeddings.position_embedding
     if isinstance(positions, nn.QuantizedEmbedding):

@@ -5,6 +5,8 @@ a part of each row, which costs a gather of the tokens' values. A head is whole 
 so is an embedding that is the head, too: what each rank made with a part of it would have to be
 summed, and a token's logits are more than three times as many bytes as all sums in the layers of
 the 0.5B model. Tower and projector are whole as well.
+
+Or each rank has some of the layers whole; see :mod:`~mlx_onevision.network.stages`.
 """
 
 import dataclasses
@@ -12,12 +14,22 @@ import math
 import re
 from collections.abc import Mapping
 
+import mlx.core as mx
+
 from mlx_onevision.checkpoint.plan import ConversionPlan
 from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.distributed import gather_integers
 from mlx_onevision.errors import RequestError
+from mlx_onevision.network.layers import on_cuda
+from mlx_onevision.network.stages import Split, Stage, counts, of_layers
 
 EMBEDDING = "language_model.embed_tokens"
+HEAD = "lm_head"
+NORM = "language_model.norm"
+LAST = (HEAD, NORM)  # what the rank with the last layers has
+LAYERS = "language_model.layers."
+LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 LAYER_MATRIX = re.compile(r"language_model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+_proj)\.\w+")
 SUMMED = ("o_proj", "down_proj")
 
@@ -84,3 +96,71 @@ def check_ranks(plan: ConversionPlan, ranks: int) -> None:
             f"does not divide among {ranks} ranks; start mlx.launch with -n "
             f"{' or '.join(map(str, working))}"
         )
+
+
+def make_stage(
+    plan: ConversionPlan, group: mx.distributed.Group, split: Split, limit: int
+) -> Stage:
+    """The layers that a rank has of a planned model. ``limit`` : bytes that it may use.
+
+    Raises:
+        RequestError: for shares that are not one for each rank, for fewer layers than ranks, and
+            where MLX cannot send.
+    """
+    number, ranks = plan.config.text_config.num_hidden_layers, group.size()
+    if on_cuda():
+        raise RequestError("MLX cannot send from one GPU to the next on CUDA; leave --split out")
+    if split != "auto" and (len(split) != ranks or min(split) <= 0):
+        raise RequestError(
+            f"--split has {len(split)} shares for {ranks} ranks; give one above 0 for each rank, "
+            "in the order of the hostfile, or auto"
+        )
+    if ranks > number:
+        raise RequestError(
+            f"{number} layers cannot be divided among {ranks} ranks; start mlx.launch with fewer"
+        )
+    layers, first, last = [0] * number, 0, 0
+    for output in (output for one in plan.transforms for output in one.outputs):
+        if found := LAYER.match(output.name):
+            layers[int(found[1])] += output.nbytes
+            continue
+        is_table = output.name.startswith(EMBEDDING)
+        first += output.nbytes if is_table or not output.name.startswith(LAST) else 0
+        tied = is_table and plan.config.tie_word_embeddings
+        last += output.nbytes if tied or output.name.startswith(LAST) else 0
+    limits = [limit for (limit,) in gather_integers([limit], group)]
+    return Stage(group, counts(split, layers, first, last, limits))
+
+
+def plan_of_stage(plan: ConversionPlan, stage: Stage) -> ConversionPlan:
+    """A rank's part of a plan; its layers are counted from 0."""
+    tied = plan.config.tie_word_embeddings
+
+    def own_name(name: str) -> str | None:
+        if found := LAYER.match(name):
+            number = int(found[1])
+            own = f"{LAYERS}{number - stage.layers.start}.{name[found.end() :]}"
+            return own if number in stage.layers else None
+        if name.startswith(EMBEDDING):
+            return name if stage.begins or (tied and stage.ends) else None
+        if name.startswith(HEAD):
+            return name if stage.ends else None
+        return name if stage.begins or name.startswith(NORM) else None
+
+    transforms = []
+    for one in plan.transforms:
+        outputs = [
+            dataclasses.replace(output, name=own)
+            for output in one.outputs
+            if (own := own_name(output.name)) is not None
+        ]
+        if outputs:
+            transforms.append(dataclasses.replace(one, outputs=tuple(outputs)))
+    named = ((own_name(f"{module}."), spec) for module, spec in plan.specs.items())
+    specs = {own.removesuffix("."): spec for own, spec in named if own is not None}
+    return dataclasses.replace(
+        plan,
+        config=of_layers(plan.config, stage.layers),
+        transforms=tuple(transforms),
+        specs=specs,
+    )

@@ -18,6 +18,7 @@ from mlx_onevision.cli.options import (
     revision_option,
     seed_option,
     speculation_options,
+    split_option,
     system_option,
     temperature_option,
     top_p_option,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 @revision_option
 @dtype_option
 @memory_options
+@split_option
 @click.option(
     "--quantize", type=click.Choice(["4", "8"]), help="Quantize the weights while they are loaded."
 )
@@ -89,6 +91,7 @@ def generate(
     revision: str | None,
     dtype: str | None,
     memory: dict[str, Any],
+    split: str | tuple[float, ...] | None,
     quantize: str | None,
     draft_model: str | None,
     prompt_cache: Path | None,
@@ -102,7 +105,7 @@ def generate(
     mlx-onevision generate --model 7b --image photo.jpg --prompt - < question.txt
     """
     if launched():
-        memory["sharded"] = True
+        memory |= {"sharded": True, "split": split}
         # Each rank would write its own part to the file, and mlx.launch never ends stdin.
         refused = {"--prompt-cache": prompt_cache is not None, "--prompt -": prompt == "-"}
         refused["--draft-model"] = draft_model is not None

@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from mlx_onevision.distributed import launched
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DRAFT_TOKENS = 8
@@ -124,6 +126,30 @@ def speculation_options(command: Command) -> Command:
     return cast(Command, wrapped)
 
 
+def parse_split(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> str | tuple[float, ...] | None:
+    if value is None:
+        return None
+    if not launched():
+        raise click.BadParameter("one process has all layers; start several with mlx.launch")
+    if value == "auto":
+        return value
+    try:
+        shares = tuple(float(share) for share in value.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share < float("inf") for share in shares):
+        raise click.BadParameter(f"{value!r} is neither auto nor numbers above 0, as in 30,50")
+    return shares
+
+
+split_option = click.option(
+    "--split",
+    callback=parse_split,
+    metavar="auto|N,N,…",
+    help="Under mlx.launch, divide the layers: by each machine's memory, or in these shares.",
+)
 prompt_cache_option = click.option(
     "--prompt-cache",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -110,7 +110,7 @@ class Batch:
         if beginning >= memory.MAX_PREFILL_BATCH_SIZE or len(others) >= memory.MAX_BATCH_SIZE:
             return False
         runner, sizes = self._runner, self._sizes([*newcomers, active])
-        return runner.memory.batch(sizes, runner.model.budget).total <= runner.limit
+        return runner.memory.room(sizes, runner.model.budget, runner.limit) >= 0
 
     def _sizes(self, newcomers: Sequence[ActiveRequest]) -> list[memory.RequestSize]:
         return [active.size for active in (*self._rows.requests, *newcomers)]

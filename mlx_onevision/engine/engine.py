@@ -47,6 +47,7 @@ from mlx_onevision.errors import (
 )
 from mlx_onevision.media.video import no_check
 from mlx_onevision.network.memory_budget import RequestSize
+from mlx_onevision.network.stages import Split
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import TokenBytes
 
@@ -68,6 +69,7 @@ class Engine:
     recipe : quantize the weights while they are read; None leaves them as they are.
     memory_limit, kv_bits : see :func:`mlx_onevision.api.load`. draft : a draft model's folder.
     sharded : share the model among the ranks of ``mlx.launch``, where it has started this process.
+    split : divide its layers among them; see :func:`mlx_onevision.network.stages.counts`.
     """
 
     def __init__(
@@ -79,9 +81,12 @@ class Engine:
         kv_bits: int | None = None,
         draft: Path | None = None,
         sharded: bool = False,
+        split: Split | None = None,
     ) -> None:
         if memory_limit is not None and not 0 < memory_limit < math.inf:
             raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit}")
+        if split is not None and not sharded:
+            raise RequestError("split divides a model that ranks share; add sharded=True")
         if sharded and draft is not None and distributed.launched():
             raise RequestError("ranks of mlx.launch have no draft model; leave it out")
         limit = None if memory_limit is None else int(memory_limit * 1e9)
@@ -91,9 +96,11 @@ class Engine:
         def build() -> Runner:
             group = distributed.group() if sharded else None
             usable, own = min(limit or sys.maxsize, working_set()), limit
-            if group is not None:  # all plan for the one that has the least memory
+            if group is not None and split is None:  # all plan for the one with the least memory
                 usable = own = int(distributed.least([usable], group)[0])
-            checkpoint = load_checkpoint(folder, dtype, recipe, limit=usable, group=group)
+            checkpoint = load_checkpoint(
+                folder, dtype, recipe, limit=usable, group=group, split=split
+            )
             small = None if draft is None else load_checkpoint(draft, dtype=dtype)
             return Runner(checkpoint, own, kv_bits, small)
 

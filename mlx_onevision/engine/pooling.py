@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mlx_onevision.engine.request import Counters, request_size
 from mlx_onevision.engine.runner import Runner, wired
+from mlx_onevision.errors import RequestError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.onevision import OneVision, normalize
 from mlx_onevision.prompt.processor import Inputs
@@ -40,6 +41,8 @@ def tower_means(
     normalization : float32 (256, 3), the pixel value of each level in each channel.
     check : called while the device works on a group of tiles; what it raises ends the work.
     """
+    if model.stage is not None:  # rank 0 has no tower, or others have none
+        raise RequestError("ranks that divide the layers have no vision vectors; leave split out")
     size = model.budget.tile_group
     groups = []
     for start in range(0, len(tiles), size):

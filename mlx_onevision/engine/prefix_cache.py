@@ -55,6 +55,8 @@ class PrefixCache:
         self, model: OneVision, capacity: int = 0, quantized: tuple[int, int] | None = None
     ) -> None:
         self.capacity = capacity
+        self.agreed: Callable[[int], int] = lambda count: count
+        """Given how many positions are found here, how many are found on every rank."""
         self._quantized = quantized
         self._model = model
         self._kept: list[Kept] = []
@@ -224,7 +226,8 @@ class PrefixCache:
             common = min(kept.common(ids), len(ids) - 1)
             if common > most:
                 best, most = kept, common
-        return best, 0 if best is None else most
+        most = self.agreed(0 if best is None else most)
+        return best if most else None, most
 
     def _evict(self, room: int, most: int = MOST_KEPT) -> None:
         """Drops the oldest until there are no more than ``most``, within ``room`` bytes."""

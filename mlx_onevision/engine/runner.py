@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
-from mlx_onevision.distributed import least
+from mlx_onevision.distributed import gather_integers, least
 from mlx_onevision.engine.decode import clear_between_chunks, decode_steps, import_mlx_lm
 from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
 from mlx_onevision.engine.request import (
@@ -36,6 +37,7 @@ from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.layers import ARRAYS, JOINED, LongStepLinear, fewest_dense_rows
 from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.stages import Stage
 from mlx_onevision.prompt.processor import Inputs, Medium
 
 # Encoded media are kept up to this share of the memory that the device should use, and no more than
@@ -77,15 +79,22 @@ class Runner:
             # Of the draft's, only what is in use is kept, and the last conversation.
             self.draft.model.bank.capacity = self.draft.prefix.capacity = 0
             self.memory = self.memory.with_draft(self.draft.memory)
+        if self.model.stage is not None:
+            self.memory = among_stages(self.memory, self.limit, self.model.stage)
         quantized = None if kv_bits is None else (self.memory.kv_group, kv_bits)
         self.prefix = PrefixCache(self.model, quantized=quantized)
+        if self.model.stage is not None:  # other layers may take more, and fewer be kept of them
+            self.prefix.agreed = lambda count: int(least([count], self.model.group)[0])
         self.memory.admit_model(self.limit)
-        scratch = memory.scratch_bytes(self.limit, self.memory.weights)
+        # The same on all ranks; where these have the same shares, that is what each has.
+        limits = [(limit, sizes.weights) for sizes, limit in self.memory.of_ranks(self.limit)]
+        scratch = min(memory.scratch_bytes(*own) for own in limits)
         self.model.budget = self.memory.plan(scratch)
         self.chunk = self.memory.most_chunk
         """Tokens of a lone prompt that are prefilled at once, at most."""
-        room = self.limit - self.memory.weights - scratch
-        self.model.bank.capacity = max(0, min(self.limit // BANK_SHARE, MOST_BANK_BYTES, room))
+        room = min(limit - weights for limit, weights in limits) - scratch
+        most = min(min(limits)[0] // BANK_SHARE, MOST_BANK_BYTES, room)
+        self.model.bank.capacity = max(0, most)
         free = max(0, room - self.model.bank.capacity)
         self.prefix.capacity = min(free // PREFIX_SHARE, MOST_PREFIX_BYTES)
         if limit is not None:
@@ -94,7 +103,7 @@ class Runner:
 
     def make_room(self, sizes: Sequence[memory.RequestSize]) -> None:
         """Lets go of kept features and conversations, so that these requests can run together."""
-        room = self.limit - self.memory.batch(sizes, self.model.budget).total
+        room = self.memory.room(sizes, self.model.budget, self.limit)
         self.model.bank.shrink(room)
         room -= self.model.bank.nbytes
         if self.draft is not None:
@@ -405,7 +414,21 @@ def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> memory.MemoryMo
         dense_rows=lowest,
         dense_tower=tower <= checkpoint.config.tokens_per_tile,
         joined=max((sum(m[n].nbytes for n in ARRAYS if n in m) for m in joined), default=0),
+        has_tower=model.stage is None or model.stage.begins,
     )
+
+
+def among_stages(own: memory.MemoryModel, limit: int, stage: Stage) -> memory.MemoryModel:
+    """``own`` with those of the other ranks, which all ranks go by."""
+    others: list[tuple[memory.MemoryModel, int]] = []
+    found = gather_integers([own.weights, own.joined, own.has_tower, limit], stage.group)
+    for rank, (weights, joined, has_tower, most) in enumerate(found):
+        if rank != stage.rank:
+            text = replace(own.config.text_config, num_hidden_layers=stage.counts[rank])
+            config = replace(own.config, text_config=text)
+            other = replace(own, config=config, weights=weights, joined=joined)
+            others.append((replace(other, has_tower=bool(has_tower)), most))
+    return replace(own, others=tuple(others))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mlx_onevision.config.model import TextConfig
 from mlx_onevision.distributed import all_sum, join
 from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda
 from mlx_onevision.network.memory_budget import CACHE_STEP
+from mlx_onevision.network.stages import Stage
 
 Mask = mx.array | str | None
 
@@ -170,15 +171,24 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """group : ranks that share the layers. tied : the embedding is the head, too."""
+    """group : ranks that share each layer. tied : the embedding is the head, too.
+
+    stage : which of the ranks this is that divide the layers; ``config`` is that of its own.
+    """
 
     def __init__(
-        self, config: TextConfig, group: mx.distributed.Group | None = None, tied: bool = True
+        self,
+        config: TextConfig,
+        group: mx.distributed.Group | None = None,
+        tied: bool = True,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
+        self._stage = stage
         self._embedding_group = None if tied else group
         ranks = 1 if self._embedding_group is None else self._embedding_group.size()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size // ranks)
+        if stage is None or stage.begins or (tied and stage.ends):
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size // ranks)
         self.layers = [DecoderLayer(config, group) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotate = RotaryEmbedding(config)
@@ -212,8 +222,11 @@ class Qwen2(nn.Module):
         interval : the most layers whose intermediate values are held at once (0: all); see
             :class:`layers.Pace`.
         check : called at every evaluation point; what it raises leaves the caches of the layers
-            behind as they were.
+            behind as they were. Not where ranks divide the layers: they have no common points.
         """
+        stage = self._stage
+        if stage is not None:
+            h, check = stage.enter(h), lambda: None
         caches: Sequence[Any | None] = cache if cache is not None else [None] * len(self.layers)
         masks = {
             window: self._mask(h, caches[self._windows.index(window)], window)
@@ -221,8 +234,10 @@ class Qwen2(nn.Module):
         }
         # What stands in a layer's place, to record it, is called as a whole.
         plain = all(type(layer) is DecoderLayer for layer in self.layers)
+        ends = stage is None or stage.ends
         if h.shape[1] == 1 and cache is not None and plain:
-            return self._decode(h, cache, [masks[window] for window in self._windows])
+            h = self._decode(h, cache, [masks[window] for window in self._windows])
+            return h if stage is None else stage.leave(h)
         # A CPU computes at once what it is given, and gains nothing by an overlap.
         on_gpu = mx.default_device().type == mx.gpu
         if on_gpu:  # which begins with the first layers of a short step before the last are built
@@ -233,7 +248,7 @@ class Qwen2(nn.Module):
         for number, (layer, window, layer_cache) in enumerate(
             zip(self.layers, self._windows, caches, strict=True), start=1
         ):
-            if last is not None and number == len(self.layers) and plain:
+            if last is not None and number == len(self.layers) and plain and ends:
                 h = layer.of_last(h, last, self._rotate, masks[window], layer_cache)
             elif halves:
                 h = layer.attend(h, self._rotate, masks[window], layer_cache)
@@ -244,6 +259,9 @@ class Qwen2(nn.Module):
             if pace.is_due(number):
                 pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 check()
+        if stage is not None and not ends:
+            h = stage.leave(h)
+            return h if last is None else h[:, -last:]
         return self.norm(h if last is None else h[:, -last:])
 
     def _mask(self, h: mx.array, cache: Any | None, window: int | None) -> Mask:
@@ -288,6 +306,7 @@ class _Pieces:
     def __init__(self, model: Qwen2) -> None:
         # Not of the model itself, which would only be freed by the collector of cycles.
         self._layers, self._norm, self._rotate = list(model.layers), model.norm, model._rotate
+        self._ends = model._stage is None or model._stage.ends
         self._parts: list[tuple[nn.Module, str, Any]] = []
         for top in (*self._layers, self._norm):
             mx.eval(top.parameters())  # a lazy one would be read and joined again in every step
@@ -314,10 +333,12 @@ class _Pieces:
         must be the same on all ranks, and their count are those of the calls in Python.
         """
         layers, norm, rotate = self._layers, self._norm, self._rotate
-        last = number == len(layers)
+        last, ends = number == len(layers), self._ends
 
         def enter(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return (norm(x),) if last else (x, *layers[number].before_attention(x, rotate, offset))
+            if last:
+                return (norm(x) if ends else x,)
+            return x, *layers[number].before_attention(x, rotate, offset)
 
         if not number:
             return mx.compile(lambda x, attended, offset: enter(x, offset))

@@ -156,6 +156,8 @@ class MemoryModel:
     dense_tower : whether those of tower and projector are, which never have few rows.
     joined : of the largest matrix that is made of others when it is first used.
     draft : of a draft model, whose weights are among ``weights``.
+    has_tower : whether it encodes media; where ranks divide the layers, one of them does.
+    others : of the other ranks then, and the bytes that each may use. All must stay within theirs.
     """
 
     config: OneVisionConfig
@@ -168,6 +170,12 @@ class MemoryModel:
     dense_tower: bool = False
     joined: int = 0
     draft: "MemoryModel | None" = None
+    has_tower: bool = True
+    others: tuple[tuple["MemoryModel", int], ...] = ()
+
+    def of_ranks(self, limit: int) -> list[tuple["MemoryModel", int]]:
+        """This one and its limit, and those of the others."""
+        return [(self, limit), *self.others]
 
     def with_draft(self, draft: "MemoryModel") -> "MemoryModel":
         return replace(self, weights=self.weights + draft.weights, draft=draft)
@@ -294,6 +302,8 @@ class MemoryModel:
         """Images and videos, from tiles to features, these included. Groups are filled with the
         tiles of one after another.
         """
+        if not self.has_tower:
+            return 0
         group = min(sum(medium.tiles for medium in media), budget.tile_group)
         peak, done = 0, 0
         for medium in media:
@@ -318,7 +328,7 @@ class MemoryModel:
             logits = values * self.config.text_config.vocab_size
             return replace(prefill, scratch=prefill.scratch + logits)
         cache = self.cache(size.prompt + size.answer)
-        features = sum(self.features(medium.tokens) for medium in size.media)
+        features = sum(self.features(m.tokens) for m in size.media) if self.has_tower else 0
         # A layer's keys and values are copied where the cache grows.
         copied = cache // self.config.text_config.num_hidden_layers
         step = max(self.prefill(size.prompt, budget), self.decode() + copied)
@@ -339,7 +349,7 @@ class MemoryModel:
         longest = max(size.prompt + size.answer for size in sizes)
         every = [medium for size in sizes for medium in size.media]
         media = list({medium.key or n: medium for n, medium in enumerate(every)}.values())
-        features = sum(self.features(medium.tokens) for medium in media)
+        features = sum(self.features(m.tokens) for m in media) if self.has_tower else 0
         cache = len(sizes) * self.cache(longest)
         budget = replace(budget, chunk=min(budget.chunk, self.most_chunk))
         step = self.prefill(max(size.prompt for size in sizes), budget)
@@ -372,15 +382,21 @@ class MemoryModel:
     def fitted(self, sizes: Sequence[RequestSize], budget: Budget, limit: int) -> Budget:
         """``budget``, or smaller steps where the requests would else take more than ``limit``."""
         scratch = MOST_SCRATCH
-        while self.batch(sizes, budget).total > limit and scratch > MEGABYTE:
+        while self.room(sizes, budget, limit) < 0 and scratch > MEGABYTE:
             smaller = self.plan(scratch)
             least = map(min, _values(budget), _values(smaller))
             budget = Budget(*least, dense_rows=self.dense_rows)
             scratch //= 2
         return budget
 
+    def room(self, sizes: Sequence[RequestSize], budget: Budget, limit: int) -> int:
+        """Bytes that requests leave free of ``limit``; of several ranks, where it is least."""
+        return min(own - model.batch(sizes, budget).total for model, own in self.of_ranks(limit))
+
     def admit(self, size: RequestSize, limit: int, every: bool = False) -> None:
         """Raises MemoryLimitError where a request cannot be answered within ``limit`` bytes."""
+        for other, own in self.others:
+            other.admit(size, own, every)
         needed = self.request(size, SMALLEST, every).total
         if needed <= limit:
             return
@@ -410,6 +426,8 @@ class MemoryModel:
 
     def admit_model(self, limit: int) -> None:
         """OutOfMemoryError where not even a short prompt can be answered within ``limit``."""
+        for other, own in self.others:
+            other.admit_model(own)
         needed = self.request(RequestSize(CACHE_STEP // 2, CACHE_STEP // 2), SMALLEST).total
         if needed > limit:
             raise OutOfMemoryError(

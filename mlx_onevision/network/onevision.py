@@ -23,6 +23,7 @@ from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.network.language import Qwen2
 from mlx_onevision.network.layers import ACTIVATIONS
 from mlx_onevision.network.memory_budget import Budget
+from mlx_onevision.network.stages import Stage
 from mlx_onevision.network.vision import VisionTower
 
 
@@ -70,20 +71,31 @@ class OneVision(nn.Module):
     """The network. ``bank`` holds the embeddings of encoded media; ``budget`` bounds each step's
     memory.
 
-    group : ranks that share the language model's layers, whose configuration is then that of a
-        rank's share, and that encode the tiles of media between them.
+    group : ranks that compute together. They share each of the language model's layers, whose
+        configuration is then that of a rank's share, and encode the tiles of media between them.
+    stage : or they divide the layers, and ``config`` has this rank's. Only where the model begins
+        are tower and projector, and only where it ends is the head.
     """
 
-    def __init__(self, config: OneVisionConfig, group: mx.distributed.Group | None = None) -> None:
+    def __init__(
+        self,
+        config: OneVisionConfig,
+        group: mx.distributed.Group | None = None,
+        stage: Stage | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.group = group
-        self.vision_tower = VisionTower(config.vision_config)
-        self.multi_modal_projector = MultiModalProjector(config)
-        if config.has_newline:
-            self.image_newline = mx.zeros((config.text_config.hidden_size,))
-        self.language_model = Qwen2(config.text_config, group, config.tie_word_embeddings)
-        if not config.tie_word_embeddings:
+        self.stage = stage
+        shared = group if stage is None else None
+        if stage is None or stage.begins:
+            self.vision_tower = VisionTower(config.vision_config)
+            self.multi_modal_projector = MultiModalProjector(config)
+            if config.has_newline:
+                self.image_newline = mx.zeros((config.text_config.hidden_size,))
+        tied = config.tie_word_embeddings
+        self.language_model = Qwen2(config.text_config, shared, tied, stage)
+        if not tied and (stage is None or stage.ends):
             self.lm_head = nn.Linear(
                 config.text_config.hidden_size, config.text_config.vocab_size, bias=False
             )
@@ -112,6 +124,8 @@ class OneVision(nn.Module):
         input_embeddings : mx.array, shape = (B, L, hidden_size), instead of looking ``inputs`` up.
         last : so many of the last positions alone.
 
+        Where ranks divide the layers, rank 0 has the logits, and the others' are all 0.
+
         float32 because mlx-lm subtracts a logsumexp before it picks a token: in half precision that
         would round neighbours together and change the greedy choice.
         """
@@ -119,6 +133,8 @@ class OneVision(nn.Module):
         tokens = h.shape[0] * h.shape[1]
         interval = 0 if h.shape[1] == 1 else self.budget.interval_for(tokens)
         h = self.language_model(h, cache, interval, self._check, last)
+        if self.stage is not None and not self.stage.ends:
+            return mx.zeros((*h.shape[:2], self.config.text_config.vocab_size))
         head = (
             self.language_model.embed_tokens.as_linear
             if self.config.tie_word_embeddings
@@ -145,10 +161,19 @@ class OneVision(nn.Module):
 
         launched : called whenever a group of tiles has been sent to the device and before the one
             before it is waited for; what it raises ends the encoding.
+
+        Where ranks divide the layers, one of them encodes, and the others get arrays of the same
+        sizes, which hold nothing.
         """
         features: list[mx.array] = []  # of the first medium that has not been yielded
         computing: list[mx.array] = []
+        begins = self.stage is None or self.stage.begins
         for group in _tile_groups([len(medium.tiles) for medium in media], self.budget.tile_group):
+            if not begins:
+                launched()
+                ended = [n for n, part in group if part.stop == len(media[n].tiles)]
+                yield [self._nothing(media[n].tokens) for n in ended]
+                continue
             pixels = [
                 normalize(media[number].tiles[part], media[number].normalization)
                 for number, part in group
@@ -174,19 +199,23 @@ class OneVision(nn.Module):
             yield packed
         mx.eval(computing)
 
+    def _nothing(self, *shape: int) -> mx.array:
+        """What stands for embeddings that another rank has."""
+        return mx.broadcast_to(
+            mx.zeros((), self.dtype), (*shape, self.config.text_config.hidden_size)
+        )
+
     def _encode_tiles(self, pixels: mx.array) -> mx.array:
         """The tiles' embeddings, shape = (tiles, patches, hidden_size). Each of the ranks of a
         group encodes as many, the last tile again where there are too few.
         """
         tiles, own = len(pixels), pixels
-        if self.group is not None:
+        if self.group is not None and self.stage is None:
             share = -(-tiles // self.group.size())
             first = self.group.rank() * share
             own = pixels[mx.minimum(mx.arange(first, first + share), tiles - 1)]
         encoded = self.multi_modal_projector(self.vision_features(own))
-        if self.group is not None:
-            encoded = all_gather(encoded, self.group)[:tiles]
-        return encoded
+        return encoded if own is pixels else all_gather(encoded, self.group)[:tiles]
 
     def vision_features(self, pixels: mx.array) -> mx.array:
         """The tower's selected hidden states, shape = (tiles, patches, tower width * layers)."""
@@ -259,10 +288,13 @@ class OneVision(nn.Module):
 
     def embed(self, ids: mx.array) -> mx.array:
         """Embeddings, shape = (B, L, hidden_size): the table's for text, the bank's for media.
+        Of no meaning on ranks where the model does not begin.
 
         Raises:
             ValueError: for an id that is neither in the vocabulary nor in the bank.
         """
+        if self.stage is not None and not self.stage.begins:
+            return self._nothing(*ids.shape)
         look_up = self.language_model.look_up
         if self._decoding and ids.shape[1] == 1:
             return look_up(ids)

@@ -409,11 +409,20 @@ def test_wrong_usage_is_2() -> None:
         ["generate", "--prompt", "x", "--json", "--stream"],
         ["generate", "--prompt", "x", "--logprobs", "2"],
         ["generate", "--prompt", "x", "--nonsense"],
+        ["generate", "--prompt", "x", "--split", "auto"],  # one process alone
         ["paint"],
     ):
         result = CliRunner().invoke(cli, arguments)
         assert (result.exit_code, result.stdout) == (2, ""), arguments
         assert "Usage: " in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("shares", ["half", "1,", "1,0", "-1,2", "nan,1", "inf,1", ""])
+def test_a_split_is_auto_or_numbers(monkeypatch: pytest.MonkeyPatch, shares: str) -> None:
+    monkeypatch.setenv("MLX_RANK", "0")
+    result = CliRunner().invoke(cli, ["generate", "--prompt", "x", "--split", shares])
+    assert result.exit_code == 2
+    assert f"'{shares}' is neither auto nor numbers above 0, as in 30,50" in result.stderr
 
 
 # Bad input, as a person meets it.

@@ -11,15 +11,17 @@ import pytest
 import ranks
 from checkpoints import Sizes, config, write
 
+from mlx_onevision.api import load
 from mlx_onevision.bench import checkpoint as published
 from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import make_plan
 from mlx_onevision.checkpoint.recipes import Recipe, uniform
-from mlx_onevision.checkpoint.sharing import check_ranks, share
+from mlx_onevision.checkpoint.sharing import check_ranks, make_stage, share
 from mlx_onevision.checkpoint.tensors import Tensor, canonical_name
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import group, launched, rank
 from mlx_onevision.errors import RequestError
+from mlx_onevision.network.stages import Split
 
 SIZES = Sizes(hidden=128, intermediate=512, layers=4)
 
@@ -38,23 +40,32 @@ def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[A
     return [json.loads((target / f"{number}.json").read_text()) for number in range(2)], ended
 
 
-@pytest.mark.parametrize(("name", "bits"), [("plain", None), ("4-bit", 4)])
+@pytest.mark.parametrize("bits", [None, 4])
 def test_two_ranks_answer_as_one_process_and_hold_a_share_each(
-    folder: Path, made: tuple[list[Any], Any], name: str, bits: int | None
+    folder: Path, made: tuple[list[Any], Any], bits: int | None
 ) -> None:
     alone = ranks.answers(folder, bits)
-    for found in (of_rank[name] for of_rank in made[0]):
-        for prompt in ranks.PROMPTS:
-            got, wanted = np.array(found[prompt]["logits"]), np.array(alone[prompt]["logits"])
-            assert np.abs(got - wanted).max() <= 5e-5, prompt
-            assert found[prompt]["tokens"] == list(alone[prompt]["tokens"]), prompt
-            assert found[prompt]["tokens"], prompt
-        most = 0.55 * alone["language"] + alone["others"]
-        assert found["language"] + found["others"] == found["planned"] <= most
-        assert found["active"] <= most + 10_000  # tables, and what is not weights
+    for way in ranks.SPLITS:
+        first, second = (of_rank[f"{way} {bits}"] for of_rank in made[0])
+        for found in (first, second):
+            for prompt in ranks.PROMPTS:
+                got, wanted = np.array(found[prompt]["logits"]), np.array(alone[prompt]["logits"])
+                if way == "tensor" or found is first:  # which alone has the head of all stages
+                    assert np.abs(got - wanted).max() <= 5e-5, (way, prompt)
+                assert found[prompt]["tokens"] == list(alone[prompt]["tokens"]), (way, prompt)
+                assert found[prompt]["tokens"], prompt
+            assert found["active"] <= found["planned"] + 10_000  # tables, and what is not weights
+            assert found["language"] + found["others"] == found["planned"]
+        assert first["sampled"] == second["sampled"]
+    for found in (of_rank[f"tensor {bits}"] for of_rank in made[0]):
+        assert found["planned"] <= 0.55 * alone["language"] + alone["others"]
         assert found["position"] * 2 == alone["position"]
-    first, second = made[0]
-    assert first[name]["sampled"] == second[name]["sampled"]
+    last, first = (of_rank[f"stages {bits}"] for of_rank in made[0])  # of layers: 1 and 3 of 4
+    assert [last["position"] * 4, first["position"] * 4] == [alone["position"] * n for n in (1, 3)]
+    norm = SIZES.hidden * 4  # which both have, to know the type
+    assert last["language"] + first["language"] == alone["language"] + norm
+    assert (last["others"], first["others"]) == (0, alone["others"])
+    assert last["language"] < 0.3 * alone["language"]
 
 
 def test_rank_0_prints_the_answer_and_the_other_nothing(made: tuple[list[Any], Any]) -> None:
@@ -102,6 +113,49 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused(
     check_ranks(plan, 2)
     with pytest.raises(RequestError, match=f"among 3 ranks; start mlx.launch with -n {working}$"):
         check_ranks(plan, 3)
+
+
+class Four:
+    """A group that is asked for its numbers only."""
+
+    def size(self) -> int:
+        return 4
+
+    def rank(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("split", "layers", "said"),
+    [
+        ((30, 50), 4, "--split has 2 shares for 4 ranks; give one above 0 for each"),
+        ((1, 1, 1, 0), 4, "give one above 0 for each rank, in the order of the hostfile, or auto"),
+        ("auto", 2, "2 layers cannot be divided among 4 ranks; start mlx.launch with fewer"),
+    ],
+)
+def test_layers_that_cannot_be_divided_are_refused(
+    tmp_path: Path, split: Split, layers: int, said: str
+) -> None:
+    opened = open_checkpoint(write(tmp_path, sizes=Sizes(layers=layers)))
+    plan = make_plan(opened.config, opened.tensors, opened.quantized)
+    four: Any = Four()
+    with pytest.raises(RequestError, match=said):
+        make_stage(plan, four, split, 1)
+
+
+def test_layers_are_not_divided_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MLX has no send."""
+    opened = open_checkpoint(write(tmp_path))
+    plan = make_plan(opened.config, opened.tensors, opened.quantized)
+    monkeypatch.setattr("mlx_onevision.checkpoint.sharing.on_cuda", lambda: True)
+    four: Any = Four()
+    with pytest.raises(RequestError, match=r"cannot send .* on CUDA; leave --split out"):
+        make_stage(plan, four, "auto", 1)
+
+
+def test_a_split_needs_ranks(folder: Path) -> None:
+    with pytest.raises(RequestError, match="split divides a model that ranks share; add sharded"):
+        load(folder, split="auto")
 
 
 def test_a_process_by_itself_has_no_group() -> None:
