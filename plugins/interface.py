@@ -28,6 +28,7 @@ from mlx_onevision.plugins.contract.requests import (
     Group as Group,
     Media as Media,
     Message as Message,
+    TokenBias as TokenBias,
     sniff as sniff,
 )
 from mlx_onevision.plugins.contract.results import (

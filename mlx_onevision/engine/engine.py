@@ -124,7 +124,10 @@ class Engine:
         """
         if request.proposed:
             self._refuse_among_ranks("draft tokens")
-        length = len(request.inputs.input_ids)
+        length, words = len(request.inputs.input_ids), self.config.text_config.vocab_size
+        beyond = [token for token in request.sampling.logit_bias if token >= words]
+        if beyond:
+            raise RequestError(f"logit_bias has token {beyond[0]}; the model has {words} of them")
         limit = self.config.text_config.max_position_embeddings
         if length >= limit:
             raise ContextOverflowError(

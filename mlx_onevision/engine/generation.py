@@ -265,6 +265,9 @@ class RequestBuilder:
         top_k: int | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
@@ -290,9 +293,10 @@ class RequestBuilder:
         if defaults.do_sample or temperature:
             settings |= {name: getattr(defaults, name) for name in given}
         given["repetition_penalty"] = repetition_penalty
+        given |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
         settings |= {name: value for name, value in given.items() if value is not None}
         settings = {name: value for name, value in settings.items() if value is not None}
-        sampling = Sampling(**settings)
+        sampling = Sampling(**settings, logit_bias=logit_bias or {})
         started = time.perf_counter()
         grammar = None if json_schema is None else self.compile_schema(json_schema, check)
         inputs = self._processor.prepare(

@@ -12,9 +12,9 @@ class Options(TypedDict, total=False):
     system : instructions that stand before the conversation.
     max_tokens : the answer's length at most; None takes the checkpoint's max_new_tokens, else 256.
         The context may end it earlier.
-    temperature, top_p, top_k, min_p, repetition_penalty, seed : see
-        :class:`~mlx_onevision.sampling.sampler.Sampling`. None takes what the checkpoint's
-        generation_config.json says, which for the published ones is greedy.
+    temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+        logit_bias, seed : see :class:`~mlx_onevision.sampling.sampler.Sampling`. None takes what
+        the checkpoint's generation_config.json says, which for the published ones is greedy.
     stop : a text, or texts, at which the answer ends; they are not part of it.
     num_frames, fps, start, end : which frames of each video, see ``FrameOptions``. Of a file it is
         32, evenly spread, unless they say otherwise, or fewer where the context holds fewer.
@@ -48,6 +48,9 @@ class Options(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     stop: str | Sequence[str]
     num_frames: int | None

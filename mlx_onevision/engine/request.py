@@ -19,7 +19,7 @@ from mlx_onevision.sampling.detokenizer import Detokenizer, StopStrings, TokenBy
 from mlx_onevision.sampling.grammar import Grammar
 from mlx_onevision.sampling.logprobs import LogprobRecorder
 from mlx_onevision.sampling.ranges import check_range
-from mlx_onevision.sampling.sampler import RequestSampler, Sampling
+from mlx_onevision.sampling.sampler import PENALTIES, RequestSampler, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -56,7 +56,8 @@ class PromptRequest:
                 name
                 for name, unlike in (
                     ("temperature", not self.sampling.is_greedy),
-                    ("repetition_penalty", self.sampling.repetition_penalty != 1),
+                    *((name, getattr(self.sampling, name) not in (0, 1)) for name in PENALTIES),
+                    ("logit_bias", bool(self.sampling.logit_bias)),
                     ("json_schema", self.grammar is not None),
                     ("logprobs", self.logprobs is not None),
                     ("draft_tokens", self.prompt_lookup and self.draft_tokens),

@@ -9,6 +9,9 @@ from typing import Any
 
 from mlx_onevision.errors import RequestError
 
+MOST_BIAS = 100.0
+"""The most that a token's logit is changed by, up or down."""
+
 MOST_LOGPROBS = 20
 """The most alternatives reported for each token."""
 
@@ -50,6 +53,8 @@ RANGES: Mapping[str, Range] = {
     "top_k": Range(ge=0, whole=True),
     "min_p": Range(ge=0, le=1),
     "repetition_penalty": Range(gt=0),
+    "presence_penalty": Range(ge=-2, le=2),
+    "frequency_penalty": Range(ge=-2, le=2),
     "seed": Range(ge=0, le=2**64 - 1, whole=True),
     "prompt_lookup": Range(ge=0, le=64, whole=True),
     "draft_tokens": Range(ge=0, le=64, whole=True),

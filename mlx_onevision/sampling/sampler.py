@@ -1,23 +1,24 @@
 """Sampling settings, and the samplers and logits processors that mlx-lm is given for them."""
 
 import secrets
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.grammar import Grammar, Guide
 from mlx_onevision.sampling.logprobs import LogprobRecorder
-from mlx_onevision.sampling.ranges import check_range
+from mlx_onevision.sampling.ranges import MOST_BIAS, Range, check_range
 
 GREEDY = 1e-5
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling settings. RequestError for a number out of range. They act in transformers' order:
-    the penalty, temperature, top_k, top_p, min_p, each on what the one before has left.
+    biases, penalties, temperature, top_k, top_p, min_p, each on what the one before has left.
 
     temperature : 0 and up; divides the logits. 0 is greedy: the likeliest token, ties to the lower
         id.
@@ -26,6 +27,9 @@ class Sampling:
     min_p : in [0, 1]; tokens at least this likely, relative to the most likely one.
     repetition_penalty : above 0; divides positive logits of tokens that the prompt or the answer
         holds, and multiplies negative ones. 1 changes nothing.
+    presence_penalty, frequency_penalty : -2 to 2; subtracted from the logits of tokens that the
+        answer holds, once, and as often as it holds them.
+    logit_bias : -100 to 100, by token id; added to logits.
     seed : makes a sampled answer repeatable.
     """
 
@@ -34,11 +38,18 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        for name in ("temperature", "top_p", "top_k", "min_p", *PENALTIES):
             check_range(name, getattr(self, name))
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias must be a mapping from token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            check_bias(token, bias)
         if self.seed is not None:
             check_range("seed", self.seed)
 
@@ -88,16 +99,60 @@ class Sampling:
             scores = apply_top_p(scores - mx.logsumexp(scores, axis=-1, keepdims=True), self.top_p)
         return apply_min_p(scores, self.min_p) if self.min_p > 0 else scores
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a greedy answer may be another than without these settings."""
+        return bool(self.logit_bias) or self.repetition_penalty != 1 or self.penalizes_answer
+
+    @property
+    def penalizes_answer(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def logits_processors(
-        self, vocab_size: int, prompt: Iterable[int]
+        self, vocab_size: int, prompt: Iterable[int], answer: Sequence[int] = ()
     ) -> list[Callable[[Any, Any], Any]]:
         """mlx-lm's logits processors. They index logits by the ids that they are given, among which
         virtual ones are beyond the vocabulary, and those from a KV cache may be missing.
 
         prompt : its ids, with placeholders where virtual ids stand, as in the reference.
+        answer : the ids that there are already; those of the first call are all known.
         """
-        if self.repetition_penalty == 1:
+        if not self.changes_logits:
             return []
+        from mlx_lm.sample_utils import make_logits_processors
+
+        # Also of no tokens: an empty mapping is none for mlx-lm.
+        processors = make_logits_processors(logit_bias=dict(self.logit_bias))
+        if self.repetition_penalty != 1:
+            processors.append(self._repetition(vocab_size, prompt))
+        if self.penalizes_answer:
+            processors.append(self._repetition_in_answer(answer))
+        return processors
+
+    def _repetition_in_answer(self, answer: Sequence[int]) -> Callable[[Any, Any], Any]:
+        import mlx.core as mx
+        from mlx_lm.sample_utils import make_logits_processors
+
+        everything = 1 << 30
+        penalties = make_logits_processors(
+            presence_penalty=self.presence_penalty,
+            presence_context_size=everything,
+            frequency_penalty=self.frequency_penalty,
+            frequency_context_size=everything,
+        )
+        known, before = mx.array(list(answer), mx.int32), None
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            nonlocal before
+            before = len(tokens) if before is None else before
+            text = mx.concatenate([known, tokens[before:].astype(mx.int32)])
+            for penalize in penalties:
+                logits = penalize(text, logits)
+            return logits
+
+        return process
+
+    def _repetition(self, vocab_size: int, prompt: Iterable[int]) -> Callable[[Any, Any], Any]:
         import mlx.core as mx
         from mlx_lm.sample_utils import make_repetition_penalty
 
@@ -111,7 +166,15 @@ class Sampling:
             text = mx.where(tokens < vocab_size, tokens, known[0])
             return penalize(mx.concatenate([known, text]), logits)
 
-        return [process]
+        return process
+
+
+def check_bias(token: object, bias: object) -> None:
+    """Raises RequestError for what is no token id, or no bias of a token."""
+    if type(token) is not int or token < 0:
+        raise RequestError(f"logit_bias has {token!r}, which is no token id; give whole numbers")
+    if not isinstance(bias, int | float) or not Range(ge=-MOST_BIAS, le=MOST_BIAS).holds(bias):
+        raise RequestError(f"the logit_bias of token {token} must be -100 to 100, not {bias!r}")
 
 
 @cache
@@ -153,7 +216,7 @@ class RequestSampler:
     def logits_processors(
         self, vocab_size: int, prompt: Iterable[int]
     ) -> list[Callable[[Any, Any], Any]]:
-        processors = self._sampling.logits_processors(vocab_size, prompt)
+        processors = self._sampling.logits_processors(vocab_size, prompt, self._accepted)
         if self._grammar is None:
             return processors
         self._guide = self._grammar.guide(self._accepted)
@@ -169,6 +232,7 @@ class RequestSampler:
                     f"the JSON schema became too complex to follow ({self._guide.failure}); "
                     "simplify it"
                 )
+        if self._guide is not None or self._sampling.penalizes_answer:
             self._accepted.append(token)
 
     def end(self) -> None:

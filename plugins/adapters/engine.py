@@ -133,6 +133,8 @@ class _Engine:
 
     def _question(self, request: GenerateRequest, channel: Channel) -> "PromptRequest":
         given = {name: getattr(request, name) for name in SETTINGS}
+        if request.logit_bias is not None:
+            given["logit_bias"] = {one.token: one.bias for one in request.logit_bias}
         if request.max_tokens is None:
             given["max_tokens"] = self._default_max_tokens
         videos = any(medium.kind == "video" for medium in request.media)

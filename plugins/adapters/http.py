@@ -38,7 +38,7 @@ BYTES = 24 << 20
 _GENERATE = tuple(
     field.name
     for field in fields(GenerateRequest)
-    if field.name not in ("messages", "system", "stop", "logprobs", "json_schema")
+    if field.name not in ("messages", "system", "stop", "logprobs", "json_schema", "logit_bias")
 )
 _DESCRIBE = tuple(field.name for field in fields(DescribeRequest) if field.name != "video")
 _EMBED = ("space", "normalize", "tiling", "timeout")
@@ -119,6 +119,8 @@ class HttpBackend(StreamingBackend):
             for turn in (*system, *request.messages)
         ]
         more: dict[str, Any] = {"stop": list(request.stop)} if request.stop else {}
+        if request.logit_bias is not None:
+            more["logit_bias"] = {str(one.token): one.bias for one in request.logit_bias}
         if request.logprobs is not None:
             more |= {"logprobs": True, "top_logprobs": request.logprobs}
         if request.json_schema is not None:

@@ -14,7 +14,7 @@ from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.results import Capability
 from mlx_onevision.plugins.contract.wire import Part, Record
 from mlx_onevision.sampling import ranges
-from mlx_onevision.sampling.ranges import Range
+from mlx_onevision.sampling.ranges import MOST_BIAS, Range
 
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
@@ -68,6 +68,20 @@ class Message(Part):
         return tuple(part for part in self.parts if isinstance(part, Media))
 
 
+@dataclass(frozen=True)
+class TokenBias(Part):
+    """What is added to the logit of a token, by its id; -100 to 100."""
+
+    token: int
+    bias: float
+
+    def check(self) -> None:
+        if self.token < 0:
+            raise bad_request(f"the token {self.token} is no id")
+        if not -MOST_BIAS <= self.bias <= MOST_BIAS:
+            raise bad_request(f"the bias of token {self.token} is {self.bias:g}; -100 to 100 it is")
+
+
 Tiling = Literal["auto", "always", "never"]
 Order = Literal["template", "given"]
 EmbeddingSpace = Literal["vision", "joint"]
@@ -112,6 +126,9 @@ class GenerateRequest(_Request):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Sequence[TokenBias] | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     num_frames: int | None = None

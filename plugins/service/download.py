@@ -58,12 +58,12 @@ def split(url: str) -> Where:
 
 
 def download(
-    url: str, allowed: Callable[[str], None], *, most: int, private: bool = False
+    url: str, allowed: Callable[[str], None], *, most: int, private: bool = False, hint: str = ""
 ) -> bytes:
     """What is behind an address, of at most ``most`` bytes.
 
     allowed : raises for an address whose host is not.
-    private : whether hosts may be on this machine or in its network.
+    private : whether hosts may be on this machine or in its network. hint : the way out where not.
 
     Raises PluginError: what ``allowed`` raises; ``bad_request`` for a private address;
     ``unsupported_media`` when nothing comes; ``too_large``.
@@ -72,7 +72,7 @@ def download(
     for _ in range(REDIRECTS + 1):
         allowed(url)
         where = split(url)
-        connection = _connection(where, _resolved(where, private))
+        connection = _connection(where, _resolved(where, private, hint))
         try:
             connection.request("GET", where.target, headers={"User-Agent": "mlx-onevision"})
             with connection.getresponse() as answer:
@@ -89,7 +89,7 @@ def download(
     raise _failed(split(url), f"it redirects more than {REDIRECTS} times")
 
 
-def _resolved(where: Where, private: bool) -> str:
+def _resolved(where: Where, private: bool, hint: str) -> str:
     """The one address that is connected to, judged."""
     try:
         found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
@@ -100,7 +100,6 @@ def _resolved(where: Where, private: bool) -> str:
         for address in addresses:
             if not _is_global(address):
                 message = f"{where.named[:80]!r} is an address of this machine or its network"
-                hint = "whoever opens the backend can allow it with private in its MediaPolicy"
                 raise bad_request(message, hint)
     return addresses[0]
 

@@ -29,13 +29,21 @@ from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_p
 from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.service.download import download, split
 
-ASK_THE_OWNER = "whoever opens the backend can allow it in its MediaPolicy"
 _REASONS = {
     errno.ENOENT: "there is no such file",
     errno.ELOOP: "a part of it is a link",
     errno.EMLINK: "a part of it is a link",
     errno.ENOTDIR: "a part of it is a link or no folder",
 }
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What whoever is refused is told to do, in the words of the program that opens the backend."""
+
+    folders: str = "whoever opens the backend can allow its folder in the MediaPolicy"
+    hosts: str = "whoever opens the backend can allow the host in the MediaPolicy"
+    private: str = "whoever opens the backend can allow it with private in the MediaPolicy"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class MediaPolicy:
     size : bytes of an image's file, and of whatever comes with a request or from a host.
     pixels : of an image; what has more is not decoded.
     frames : of one video.
+    hints : the way out of a refusal.
     """
 
     folders: Sequence[str | os.PathLike[str]] | None = ()
@@ -60,6 +69,7 @@ class MediaPolicy:
     size: int = 32 << 20
     pixels: int = 40_000_000
     frames: int = 128
+    hints: Hints = Hints()
 
     @classmethod
     def trusting(cls) -> "MediaPolicy":
@@ -161,7 +171,7 @@ class MediaPolicy:
         """The allowed folder that a path is below (or is, itself), and the names from there on."""
         if self.folders is None:
             return None
-        refused = bad_request(f"the path {_named(path)} is not allowed here", ASK_THE_OWNER)
+        refused = bad_request(f"the path {_named(path)} is not allowed here", self.hints.folders)
         given = Path(path)
         if not given.is_absolute() or ".." in given.parts:
             raise refused
@@ -175,12 +185,19 @@ class MediaPolicy:
     def _check_host(self, url: str) -> None:
         where = split(url)
         if self.hosts is not None and where.named not in self.hosts:
-            raise bad_request(f"addresses at {where.named[:80]!r} are not allowed", ASK_THE_OWNER)
+            message = f"addresses at {where.named[:80]!r} are not allowed"
+            raise bad_request(message, self.hints.hosts)
 
     def _fetched(self, medium: Media) -> bytes:
         url = medium.url or ""
         if not _is_data(url):
-            return download(url, self._check_host, most=self.size, private=self.private)
+            return download(
+                url,
+                self._check_host,
+                most=self.size,
+                private=self.private,
+                hint=self.hints.private,
+            )
         # Refused by length before a second copy is made of it.
         self._check_size(len(url) // 4 * 3 - 4096, f"the {medium.kind} in the data URI")
         try:

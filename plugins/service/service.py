@@ -15,7 +15,7 @@ from mlx_onevision.plugins.contract.streams import Channel, Timer, background
 from mlx_onevision.plugins.service.base import CLOSED, Request, RequestQueue, StreamingBackend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
-DEAD = PluginError("internal", "what runs the model has died", "open the backend again")
+DEAD = PluginError("internal", "what runs the model has died", "start it again")
 
 UNLOAD_TIMEOUT = 10.0  # seconds that close() waits for a model in use or still loading
 

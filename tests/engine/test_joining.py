@@ -26,6 +26,10 @@ QUESTIONS: list[tuple[dict[str, Any], Options]] = [
         {"prompt": "the last one"},
         {"max_tokens": 24, "temperature": 1.5, "seed": 8, "repetition_penalty": 1.4},
     ),
+    (
+        {"prompt": "again and again"},
+        {"max_tokens": 24, "presence_penalty": 1.0, "frequency_penalty": 0.5, "logit_bias": {5: 2}},
+    ),
 ]
 
 
@@ -43,7 +47,7 @@ def begun(model: Model, question: dict[str, Any], options: Options) -> Stream:
     return stream
 
 
-@pytest.mark.parametrize("first", (0, 2, 4))
+@pytest.mark.parametrize("first", (0, 2, 4, 5))
 def test_company_changes_no_answer(model: Model, first: int) -> None:
     order = QUESTIONS[first:] + QUESTIONS[:first]
     alone = [model.generate(**question, **options) for question, options in order]

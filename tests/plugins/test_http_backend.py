@@ -27,6 +27,7 @@ from mlx_onevision.plugins.interface import (
     Media,
     Message,
     ProgressEvent,
+    TokenBias,
 )
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
@@ -106,6 +107,9 @@ def test_a_question_arrives_as_it_was_asked(backend: HttpBackend, recorder: Reco
         "top_k": 5,
         "min_p": 0.1,
         "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": (TokenBias(5, -1.5),),
         "seed": 2**64 - 1,
         "stop": ("a", "\n"),
         "num_frames": 4,

@@ -17,7 +17,7 @@ from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.interface import GenerateRequest, Media
 from mlx_onevision.plugins.service import download as remote
-from mlx_onevision.plugins.service.media_policy import MediaPolicy
+from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
 
 SHAPES = Path(__file__).parents[2] / "examples/shapes.png"
 
@@ -67,6 +67,17 @@ def test_bytes_and_nothing_else_by_default(album: Path) -> None:
     for medium in (image(album / "a.png"), Media("image", url="http://example.org/a.png")):
         error = refused(policy, medium)
         assert error.code == "bad_request" and "MediaPolicy" in error.hint
+
+
+def test_a_refusal_has_the_words_of_the_program_that_runs(album: Path) -> None:
+    hints = Hints("--media-root", "--allow-media-host", "--allow-private")
+    policy = MediaPolicy(hosts=["127.0.0.1:9"], hints=hints)
+    assert refused(policy, image(album / "a.png")).hint == "--media-root"
+    for url, hint in (
+        ("http://example.org/a.png", "--allow-media-host"),
+        ("http://127.0.0.1:9/a.png", "--allow-private"),
+    ):
+        assert refused(policy, Media("image", url=url)).hint == hint
 
 
 def test_files_below_an_allowed_folder(album: Path) -> None:

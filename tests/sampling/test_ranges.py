@@ -10,15 +10,33 @@ from pydantic import ValidationError
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.contract.requests import GenerateRequest
-from mlx_onevision.plugins.hosts.http.schemas import Sampling as HTTPSampling
+from mlx_onevision.plugins.contract.requests import GenerateRequest, TokenBias
+from mlx_onevision.plugins.hosts.http.schemas import Penalties as HTTPSampling
 from mlx_onevision.plugins.hosts.llm.models import OneVisionOptions
 from mlx_onevision.sampling.ranges import RANGES
 from mlx_onevision.sampling.sampler import Sampling
 
-SAMPLING = list(vars(Sampling()))
+SAMPLING = [name for name in vars(Sampling()) if name != "logit_bias"]
 # Values at and beside every bound of any setting.
-VALUES = [-1, -1e-9, 0, 1e-9, 0.5, 1, 1 + 1e-9, 2, 20, 21, 2**64 - 1, 2**64, math.nan, math.inf]
+VALUES = [
+    -2,
+    -2 - 1e-9,
+    2 + 1e-9,
+    -0.5,
+    -1e-9,
+    0,
+    1e-9,
+    0.5,
+    1,
+    1 + 1e-9,
+    2,
+    20,
+    21,
+    2**64 - 1,
+    2**64,
+    math.nan,
+    math.inf,
+]
 
 
 def accepted(make: Callable[..., Any], values: dict[str, Any]) -> bool:
@@ -40,7 +58,19 @@ def test_every_layer_takes_the_same_numbers(name: str, value: float) -> None:
     assert accepted(partial(GenerateRequest.ask, "a"), values) is allowed
     if math.isfinite(value):
         assert accepted(HTTPSampling, values) is allowed
-        assert accepted(OneVisionOptions, values) is allowed
+        if name in OneVisionOptions.model_fields:
+            assert accepted(OneVisionOptions, values) is allowed
+
+
+def test_every_layer_takes_the_same_biases() -> None:
+    for token, bias, allowed in (
+        *((5, 100.0, True), (0, -100, True), (5, 100.1, False), (5, -101, False)),
+        *((-1, 1, False), (5, True, False), ("5", 1, False)),
+    ):
+        assert accepted(Sampling, {"logit_bias": {token: bias}}) is allowed
+        assert accepted(TokenBias, {"token": token, "bias": bias}) is allowed
+        if token != "5":  # JSON's keys are texts
+            assert accepted(HTTPSampling, {"logit_bias": {str(token): bias}}) is allowed
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,27 @@ def test_the_penalty_is_that_of_the_prompt_with_its_own_placeholders(cached: int
 
 def test_no_penalty_costs_nothing() -> None:
     assert Sampling().logits_processors(6, [5]) == []
+
+
+def test_penalties_of_the_answer_alone() -> None:
+    """Of what was said so far, before and after the processors were made; the prompt, and what of
+    it comes from a KV cache, is not penalized.
+    """
+    settings = Sampling(presence_penalty=1.0, frequency_penalty=0.5)
+    (penalize,) = settings.logits_processors(6, [0, 1, 2], [3])
+    logits = mx.zeros((1, 6))
+    assert penalize(mx.array([1, 2, 3]), logits).tolist() == [[0, 0, 0, -1.5, 0, 0]]
+    assert penalize(mx.array([1, 2, 3, 4]), mx.zeros((1, 6))).tolist() == [[0, 0, 0, -1.5, -1.5, 0]]
+    again = penalize(mx.array([1, 2, 3, 4, 3]), mx.zeros((1, 6)))
+    assert again.tolist() == [[0, 0, 0, -2.0, -1.5, 0]]
+    (first,) = settings.logits_processors(6, [0, 1, 2])
+    assert first(mx.array([0, 1, 2]), mx.zeros((1, 6))).tolist() == [[0] * 6]
+
+
+def test_biases() -> None:
+    (bias,) = Sampling(logit_bias={1: 2.0, 5: -100}).logits_processors(6, [0])
+    assert bias(mx.array([0]), mx.ones((1, 6))).tolist() == [[1, 3, 1, 1, 1, -99]]
+    wrong: Any
+    for wrong in ({1: 101}, {-1: 1}, {"1": 1}, {1: True}, [1]):
+        with pytest.raises(RequestError, match="logit_bias"):
+            Sampling(logit_bias=wrong)

@@ -23,7 +23,7 @@ from mlx_onevision.plugins.hosts.http.operations import (
     generate,
     line,
 )
-from mlx_onevision.plugins.hosts.http.schemas import ChatRequest, MediaOptions
+from mlx_onevision.plugins.hosts.http.schemas import ChatRequest, options
 from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedCall, forced_call
 
 
@@ -42,7 +42,7 @@ async def chat(state: AppState, request: Request) -> Response:
         stop=tuple(asked.stop or ()),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         json_schema=call.schema if call else schema_text(asked.response_format, asked),
-        **{name: getattr(asked, name) for name in MediaOptions.model_fields},
+        **options(asked),
     )
     schema = "tool_choice" if call else "response_format"
     await state.check_capabilities(wanted, logprobs="logprobs", json_schema=schema)

@@ -33,6 +33,13 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     "--allow-host", "names", multiple=True, metavar="NAME", help="A further name of this server."
 )
 @click.option(
+    "--allow-origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="A page that may speak to the server: app://obsidian.md, or a scheme as vscode-webview:.",
+)
+@click.option(
     "--api-key",
     envvar=API_KEY,
     metavar="TOKEN",
@@ -51,7 +58,12 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     "media_hosts",
     multiple=True,
     metavar="NAME",
-    help="Requests may name addresses of this host. Default: none.",
+    help="Requests may name addresses of this host; * for every one. Default: none.",
+)
+@click.option(
+    "--allow-private",
+    is_flag=True,
+    help="The hosts of --allow-media-host may be of this machine or its network.",
 )
 @click.option(
     "--concurrent", default=8, show_default=True, type=click.IntRange(1), help="Requests at once."
@@ -88,9 +100,11 @@ def serve(
     host: str,
     port: int,
     names: tuple[str, ...],
+    origins: tuple[str, ...],
     api_key: str | None,
     folders: tuple[str, ...],
     media_hosts: tuple[str, ...],
+    allow_private: bool,
     concurrent: int,
     waiting: int,
     max_tokens: int,
@@ -123,9 +137,11 @@ def serve(
     from mlx_onevision.plugins.hosts.http import server
     from mlx_onevision.plugins.hosts.http.app import create_app
     from mlx_onevision.plugins.hosts.http.server import ServerSettings, is_loopback
-    from mlx_onevision.plugins.service.media_policy import MediaPolicy
+    from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 
+    if allow_private and (not media_hosts or "*" in media_hosts):
+        raise click.UsageError("--allow-private needs hosts by name: --allow-media-host NAME")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
         raise click.UsageError("--api-key has to be printable ASCII")
     try:
@@ -134,6 +150,7 @@ def serve(
         settings = ServerSettings(
             host=host,
             names=names,
+            origins=origins,
             token=token,
             model=name,
             max_tokens=max_tokens,
@@ -144,7 +161,16 @@ def serve(
                 revision=revision,
                 dtype=dtype,
                 **memory,
-                policy=MediaPolicy(folders=folders, hosts=media_hosts),
+                policy=MediaPolicy(
+                    folders=folders,
+                    hosts=None if "*" in media_hosts else media_hosts,
+                    private=allow_private,
+                    hints=Hints(
+                        folders="start serve with --media-root FOLDER",
+                        hosts="start serve with --allow-media-host NAME",
+                        private="start serve with --allow-private",
+                    ),
+                ),
                 limits=Limits(
                     active=concurrent,
                     waiting=waiting,

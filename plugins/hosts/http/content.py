@@ -4,10 +4,20 @@ parts of any of OpenAI's routes, of vLLM and of mlx-vlm.
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from mlx_onevision.plugins.contract.errors import bad_request
 from mlx_onevision.plugins.contract.requests import Group, Kind, Media, Message
@@ -22,6 +32,54 @@ class Strict(BaseModel):
     """No "1" for 1, no infinity, nothing dropped in silence but unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+# Names that other servers have for what belongs into the content, and that would be read over here.
+ELSEWHERE = frozenset(
+    "image images image_url image_urls input_image input_images video videos video_url video_urls "
+    "input_video audio audio_url input_audio file files file_ids attachments documents media parts "
+    "experimental_attachments".split()
+)
+HINT = 'images and videos are parts of content, {"type": "image_url", "image_url": …}'
+
+
+class NothingElsewhere(Strict):
+    """Refuses content under names that would be read over.
+
+    elsewhere : these names, but for fields. hint : where it belongs.
+    """
+
+    elsewhere: ClassVar[frozenset[str]] = ELSEWHERE
+    hint: ClassVar[str] = HINT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_content_elsewhere(cls, values: Any) -> Any:
+        if isinstance(values, dict) and cls._is_type(values.get("type")):
+            for name in sorted(cls._misplaced() & values.keys()):
+                if values[name]:
+                    raise ValueError(f"{name} is not read here; {cls.hint}")
+        return values
+
+    @classmethod
+    def _is_type(cls, kind: Any) -> bool:
+        """False for what is refused as another type of part."""
+        own = cls.model_fields.get("type")
+        return own is None or kind is None or kind in get_args(own.annotation)
+
+    @classmethod
+    def _misplaced(cls) -> frozenset[str]:
+        return cls.elsewhere - cls.model_fields.keys()
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        names = "|".join(sorted(cls._misplaced()))
+        nothing = {"enum": [None, False, 0, "", [], {}]}
+        handler.resolve_ref_schema(schema)["patternProperties"] = {f"^({names})$": nothing}
+        return schema
 
 
 def _readable(url: str) -> str:
@@ -56,7 +114,12 @@ def _as_place(place: Any) -> Any:
 Where = Annotated[Place, BeforeValidator(_as_place, json_schema_input_type=Url | Place)]
 
 
-class TextPart(Strict):
+class Part(NothingElsewhere):
+    elsewhere = ELSEWHERE | {"text"}
+    hint = "a part is a text, an image or a video; make it two parts"
+
+
+class TextPart(Part):
     type: Literal["text", "input_text", "output_text"]
     text: str
 
@@ -64,7 +127,7 @@ class TextPart(Strict):
         return self.text
 
 
-class ImagePart(Strict):
+class ImagePart(Part):
     type: Literal["image_url", "input_image"]
     image_url: Where
 
@@ -72,7 +135,7 @@ class ImagePart(Strict):
         return self.image_url.media("image")
 
 
-class NamedImagePart(Strict):
+class NamedImagePart(Part):
     type: Literal["image"]
     image: Where
 
@@ -80,7 +143,7 @@ class NamedImagePart(Strict):
         return self.image.media("image")
 
 
-class VideoPart(Strict):
+class VideoPart(Part):
     type: Literal["video_url", "input_video"]
     video_url: Where
 
@@ -88,7 +151,7 @@ class VideoPart(Strict):
         return self.video_url.media("video")
 
 
-class NamedVideoPart(Strict):
+class NamedVideoPart(Part):
     type: Literal["video"]
     video: Where
 
@@ -156,7 +219,15 @@ def result_message(name: str | None, parts: Sequence[str | Media]) -> Message:
     return Message("user", [f"{name or 'The function'} returned: ", *parts])
 
 
-class Turn(Strict):
+Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/_-]{16,}={0,2}$")]
+
+
+def encoded_image(data: str) -> Media:
+    """An image that comes as base64 alone."""
+    return Media("image", url=f"data:image/*;base64,{data}")
+
+
+class Turn(NothingElsewhere):
     role: Any
     content: Any
 
@@ -174,11 +245,14 @@ class SystemTurn(Turn):
 
 
 class UserTurn(Turn):
+    """``images`` : base64, as Ollama's clients send them beside the text."""
+
     role: Literal["user"]
     content: Content
+    images: Annotated[list[Base64], Field(fail_fast=True)] | None = None
 
     def to_contract(self) -> Message:
-        return Message("user", self.parts)
+        return Message("user", [*map(encoded_image, self.images or ()), *self.parts])
 
 
 class AssistantTurn(Turn):

@@ -102,10 +102,36 @@ def _redacted(found: re.Match[str]) -> str:
     return found[0] if harmless else "…"
 
 
+# What clients ask for where their address is not the one that they need, or the server another.
+_HINTS = (
+    (re.compile("/v1/v1/"), "the base URL ends with /v1 already; give it once"),
+    (re.compile("/v1/completions$"), "this model holds conversations; ask /v1/chat/completions"),
+    (
+        re.compile(
+            "/v1/(images|audio|files|batches|uploads|moderations|fine_tuning|assistants|threads)"
+            "(/|$)"
+        ),
+        "this server has chat, responses, embeddings and video; see /openapi.json",
+    ),
+    (
+        re.compile("/api/(chat|generate|tags|show|version|embed)"),
+        "start serve with --ollama for it",
+    ),
+    (
+        re.compile("/(chat/completions|completions|responses|embeddings|models)(/|$)"),
+        "the address lacks /v1; the base URL is {base}v1",
+    ),
+)
+
+
 async def not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         found = HTTPError(405, f"this address does not take {request.method[:10]}")
     else:
-        found = HTTPError(error.status_code, "there is nothing at this address", "not_found")
+        path = request.url.path
+        hints = (hint for pattern, hint in _HINTS if pattern.match(path))
+        hint = next(hints, "").format(base=request.base_url)
+        message = "there is nothing at this address" + (f"; {hint}" if hint else "")
+        found = HTTPError(error.status_code, message, "not_found")
     return found.response(error.headers)

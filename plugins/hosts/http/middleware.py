@@ -1,8 +1,9 @@
 """Around the application: guards, and counts for Prometheus.
 
 A web page can send requests to this machine from its visitor's browser and, with DNS rebinding,
-read the answers. So ``Host`` has to be a name of this server, ``Origin`` must not be another
-page, and no header ever allows one to read an answer; all before anything of a body is read.
+read the answers. So ``Host`` has to be a name of this server, ``Origin`` must not be another page,
+and no header allows one to read an answer, unless the server was started with that origin; all
+before anything of a body is read.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from time import monotonic
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_onevision.plugins.contract.results import ModelInfo, Usage
@@ -28,25 +30,40 @@ class Guards:
 
     def __init__(self, settings: ServerSettings, public: frozenset[str] = frozenset()) -> None:
         self._token, self._public = settings.token, public
+        self._origins = [origin.lower().encode() for origin in settings.origins]
         self._any_address = settings.host in WILDCARDS
         self._further = {_plain(name) for name in settings.names}
         named = (settings.host, *settings.names, "127.0.0.1", "localhost", "::1")
         self._names = {_plain(name) for name in named if name not in WILDCARDS}
 
-    def check(self, scope: Scope) -> None:
-        """Raises HTTPError 421, 403 or 401."""
-        headers: defaultdict[bytes, list[bytes]] = defaultdict(list)
-        for name, value in scope["headers"]:
-            headers[name.lower()].append(value)
+    def check_origin(self, scope: Scope) -> bytes | None:
+        """The origin of another page that was allowed, if one asks. Raises HTTPError 421 or 403."""
+        headers = _headers(scope)
         hosts = headers[b"host"]
         name = _name(hosts[0]) if len(hosts) == 1 else None
         if name is None or not (name in self._names or (self._any_address and _is_address(name))):
             raise HTTPError(421, "the Host header does not name this server", "misdirected")
         # Its own page may speak to it; by a further name perhaps behind a proxy with a certificate.
         schemes = (b"http://", b"https://") if name in self._further else (b"http://",)
+        allowed = None
         for origin in headers[b"origin"]:
-            if origin.lower() not in [scheme + hosts[0].lower() for scheme in schemes]:
-                raise HTTPError(403, "requests from other pages are refused", "forbidden_origin")
+            if origin.lower() in [scheme + hosts[0].lower() for scheme in schemes]:
+                continue
+            if len(headers[b"origin"]) > 1 or not self._is_allowed(origin.lower()):
+                message = "requests from other pages are refused; --allow-origin allows one"
+                raise HTTPError(403, message, "forbidden_origin")
+            allowed = origin
+        return allowed
+
+    def _is_allowed(self, origin: bytes) -> bool:
+        return any(
+            origin.startswith(one + b"//") if one.endswith(b":") else origin == one
+            for one in self._origins
+        )
+
+    def check_token(self, scope: Scope) -> None:
+        """Raises HTTPError 401."""
+        headers = _headers(scope)
         public = scope["method"] in ("GET", "HEAD") and scope["path"] in self._public
         if self._token is not None and not public:
             given = headers[b"authorization"]
@@ -55,6 +72,32 @@ class Guards:
             if not hmac.compare_digest(scheme.lower() + space + token, wanted):
                 message = "the token is missing or wrong; send it as Authorization: Bearer"
                 raise HTTPError(401, message, "invalid_api_key")
+
+
+def _headers(scope: Scope) -> defaultdict[bytes, list[bytes]]:
+    headers: defaultdict[bytes, list[bytes]] = defaultdict(list)
+    for name, value in scope["headers"]:
+        headers[name.lower()].append(value)
+    return headers
+
+
+_LISTED = re.compile(rb"[A-Za-z0-9_, -]{0,2000}")
+
+
+def preflight(scope: Scope) -> Response | None:
+    """What a browser is answered that asks whether an allowed page may send a request."""
+    headers = _headers(scope)
+    if scope["method"] != "OPTIONS" or not headers[b"access-control-request-method"]:
+        return None
+    asked = b", ".join(headers[b"access-control-request-headers"])
+    answer = {
+        "Access-Control-Allow-Methods": "GET, POST, DELETE",
+        "Access-Control-Allow-Headers": asked.decode() if _LISTED.fullmatch(asked) else "",
+        "Access-Control-Max-Age": "600",
+    }
+    if headers[b"access-control-request-private-network"] == [b"true"]:
+        answer["Access-Control-Allow-Private-Network"] = "true"
+    return Response(status_code=204, headers=answer)
 
 
 def _name(host: bytes) -> str | None:
@@ -72,6 +115,15 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _readable_by(origin: bytes) -> list[tuple[bytes, bytes]]:
+    """Headers with which a browser lets a page of this origin read the answer."""
+    return [
+        (b"access-control-allow-origin", origin),
+        (b"access-control-expose-headers", b"Retry-After"),
+        (b"vary", b"Origin"),
+    ]
 
 
 class Metrics:
@@ -133,17 +185,23 @@ class Middleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # no lifespan, no web sockets
-        status, began = 0, monotonic()
+        status, began, origin = 0, monotonic(), None
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if origin is not None:
+                    message["headers"] = [*message["headers"], *_readable_by(origin)]
             await send(message)
 
         app = self._app
         try:
-            self._guards.check(scope)
+            origin = self._guards.check_origin(scope)
+            answer = None if origin is None else preflight(scope)
+            if answer is None:
+                self._guards.check_token(scope)
+            app = answer or app
         except HTTPError as error:
             extra = {"Connection": "close"}  # what else it sends is not read
             if error.status == 401:

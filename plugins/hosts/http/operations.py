@@ -59,7 +59,9 @@ class AppState:
     def check_model(self, name: str | None) -> None:
         """Raises HTTPError 404 for any model but the one served: none is loaded by its name."""
         if name is not None and name != self.model:
-            message = "there is no such model; GET /v1/models says which"
+            message = (
+                f"there is no model {name[:80]!r} here; the one that is served is {self.model!r}"
+            )
             raise HTTPError(404, message, "model_not_found", "model")
 
     def max_tokens(self, asked: int | None, name: str, notes: list[str]) -> int | None:

@@ -27,9 +27,9 @@ from mlx_onevision.plugins.hosts.http.operations import (
 from mlx_onevision.plugins.hosts.http.schemas import (
     LOGPROBS,
     CallItem,
-    MediaOptions,
     ResponsesRequest,
     ResultItem,
+    options,
 )
 from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedCall, forced_call
 
@@ -48,7 +48,7 @@ async def respond(state: AppState, request: Request) -> Response:
         max_tokens=state.max_tokens(asked.max_output_tokens, "max_output_tokens", notes),
         logprobs=(asked.top_logprobs or 0) if logprobs or asked.top_logprobs else None,
         json_schema=call.schema if call else schema_text(form, asked),
-        **{name: getattr(asked, name) for name in MediaOptions.model_fields},
+        **options(asked),
     )
     named = "include" if asked.top_logprobs is None else "top_logprobs"
     schema = "tool_choice" if call else "text"

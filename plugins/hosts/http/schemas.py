@@ -19,9 +19,16 @@ from mlx_onevision.plugins.contract import requests
 from mlx_onevision.plugins.hosts.http import content, formats
 from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.plugins.hosts.http.tools import FlatTools, ToolChoice, Tools
-from mlx_onevision.sampling.ranges import RANGES
+from mlx_onevision.sampling.ranges import MOST_BIAS, RANGES
 
 AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+def _unset(value: Any) -> Any:
+    """Some clients send -1 for what is not said."""
+    return None if type(value) is int and value == -1 else value
+
+
 Seconds = Annotated[float, Field(gt=0)]
 Second = Annotated[float, Field(ge=0)]
 Timeout = Annotated[float, Field(gt=0, le=requests.LONGEST_TIMEOUT)]
@@ -31,6 +38,17 @@ def _within(name: str) -> Any:
     return Field(**RANGES[name].bounds)
 
 
+def _or_minus_one(kind: Any) -> Any:
+    return BeforeValidator(_unset, json_schema_input_type=Literal[-1] | kind | None)
+
+
+Tokens = Annotated[AtLeastOne | None, _or_minus_one(AtLeastOne)]
+TopK = Annotated[int, _within("top_k")]
+Seed = Annotated[int, _within("seed")]
+
+BIASES = 1024  # tokens
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
 TopLogprobs = Annotated[int, _within("logprobs")]
 
 
@@ -39,13 +57,27 @@ class Sampling(Strict):
 
     temperature: Annotated[float, _within("temperature")] | None = None
     top_p: Annotated[float, _within("top_p")] | None = None
-    top_k: Annotated[int, _within("top_k")] | None = None
+    top_k: Annotated[TopK | None, _or_minus_one(TopK)] = None
     min_p: Annotated[float, _within("min_p")] | None = None
     repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
-    seed: Annotated[int, _within("seed")] | None = None
+    seed: Annotated[Seed | None, _or_minus_one(Seed)] = None
 
 
-class MediaOptions(Sampling):
+class Penalties(Sampling):
+    """What changes logits before tokens are chosen."""
+
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=BIASES)] | None = None
+
+    @property
+    def biases(self) -> list[requests.TokenBias] | None:
+        if self.logit_bias is None:
+            return None
+        return [requests.TokenBias(int(token), bias) for token, bias in self.logit_bias.items()]
+
+
+class MediaOptions(Penalties):
     """Which frames of a video are sampled, and how images are tiled; this server's own."""
 
     num_frames: AtLeastOne | None = None
@@ -57,10 +89,16 @@ class MediaOptions(Sampling):
     timeout: Timeout | None = None
 
 
+def options(asked: MediaOptions) -> dict[str, Any]:
+    """The settings of a GenerateRequest that have the same names in the contract."""
+    values = {name: getattr(asked, name) for name in MediaOptions.model_fields}
+    return {**values, "logit_bias": asked.biases}
+
+
 Defaults = dict[str, tuple[Any, ...]]
 
 
-class RejectUnsupported(Strict):
+class RejectUnsupported(content.NothingElsewhere):
     """Refuses fields that would change what an answer is, but for values that change nothing.
 
     accepted_defaults : these fields and values. hints : sentences of refusals, by field.
@@ -82,7 +120,7 @@ class RejectUnsupported(Strict):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        schema = handler(core_schema)
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
         properties = handler.resolve_ref_schema(schema).setdefault("properties", {})
         for name, allowed in cls.accepted_defaults.items():
             properties[name] = {"enum": [None, *allowed], "description": "Not supported."}
@@ -125,12 +163,14 @@ _EXAMPLE = [{"role": "user", "content": "What is in the image?"}]
 class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
     """``POST /v1/chat/completions``"""
 
+    elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"prompt", "input", "system"}
+    hint: ClassVar[str] = f"messages hold everything, and {content.HINT}"
     messages: Annotated[
         list[content.AnyTurn], Field(min_length=1, fail_fast=True, examples=[_EXAMPLE])
     ]
     model: str | None = None
-    max_tokens: AtLeastOne | None = None
-    max_completion_tokens: AtLeastOne | None = None
+    max_tokens: Tokens = None
+    max_completion_tokens: Tokens = None
     stop: Annotated[
         Stops | None, BeforeValidator(_as_list, json_schema_input_type=Stop | Stops | None)
     ] = None
@@ -144,9 +184,6 @@ class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
     top_logprobs: TopLogprobs | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
         **GUIDED,
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -240,6 +277,9 @@ class TextConfig(Strict):
 class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
     """``POST /v1/responses``"""
 
+    elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"messages", "system"}
+    hint: ClassVar[str] = "input holds the messages, and instructions what stands before them"
+
     input: Annotated[
         Items,
         BeforeValidator(_as_messages, json_schema_input_type=str | Items),
@@ -247,7 +287,7 @@ class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
     ]
     instructions: str | None = None
     model: str | None = None
-    max_output_tokens: AtLeastOne | None = None
+    max_output_tokens: Tokens = None
     text: TextConfig | None = None
     tools: FlatTools | None = None
     tool_choice: ToolChoice | None = None
@@ -298,8 +338,11 @@ _Given = str | content.AnyItem
 _Inputs = _Given | Annotated[list[_Given], Field(min_length=1, max_length=ITEMS)]
 
 
-class EmbeddingsRequest(Strict):
+class EmbeddingsRequest(content.NothingElsewhere):
     """``POST /v1/embeddings``; groups, and space to timeout, are this server's own."""
+
+    elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"messages", "prompt", "texts"}
+    hint: ClassVar[str] = "everything that gets a vector is in input"
 
     input: Annotated[
         list[content.AnyItem],
@@ -325,6 +368,6 @@ class VideoRequest(Sampling):
     end: Seconds | None = None
     num_frames: AtLeastOne = 8
     longest: Seconds | None = 60.0
-    max_tokens: AtLeastOne | None = None
+    max_tokens: Tokens = None
     system: str | None = None
     timeout: Timeout | None = None

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import ipaddress
 import os
+import re
 import secrets
 import signal
 import socket
@@ -31,6 +32,9 @@ BACKLOG = 256
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 LOOPBACK = "127.0.0.1"
+# As browsers send it, without a path; or a scheme.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*:(//[^\s/?#@*]+)?", re.IGNORECASE)
+_EVERYBODYS = ("http:", "https:", "file:", "data:", "blob:")
 WILDCARDS = ("0.0.0.0", "::", "")
 
 
@@ -40,6 +44,8 @@ class ServerSettings:
 
     host : the address that is listened on.
     names : further names that requests may call the server by.
+    origins : other pages that may speak to it: an origin as browsers send it, or a scheme with its
+        colon for all of it. Not http, https and file as a whole, and not ``*``.
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
     max_tokens : the backend's limit for one answer.
@@ -51,6 +57,7 @@ class ServerSettings:
 
     host: str = LOOPBACK
     names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     token: str | None = None
     model: str | None = None
     max_tokens: int | None = None
@@ -60,6 +67,13 @@ class ServerSettings:
     values: int = 500_000
     header_timeout: float = 15.0
     keep_alive_interval: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Raises PluginError for an origin that is none, or is everybody's."""
+        for origin in self.origins:
+            if _ORIGIN.fullmatch(origin) is None or origin.lower() in _EVERYBODYS:
+                message = f"{origin[:80]!r} is no origin that can be allowed"
+                raise bad_request(message, "name one, such as app://obsidian.md or https://host:80")
 
     @property
     def default_segment_tokens(self) -> int:

@@ -88,13 +88,13 @@ def mcp(
 
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
-    from mlx_onevision.plugins.hosts.mcp.allowed_files import PIXELS, McpSettings
+    from mlx_onevision.plugins.hosts.mcp.allowed_files import OPTION, PIXELS, McpSettings
     from mlx_onevision.plugins.hosts.mcp.server import serve
-    from mlx_onevision.plugins.service.media_policy import MediaPolicy
+    from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 
     try:
-        policy = MediaPolicy(folders=folders, pixels=PIXELS)
+        policy = MediaPolicy(folders=folders, pixels=PIXELS, hints=Hints(folders=OPTION))
         backend = open_engine(
             model,
             revision=revision,

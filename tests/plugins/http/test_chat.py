@@ -16,6 +16,7 @@ from telling import WORDS, Telling
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.requests import TokenBias
 from mlx_onevision.plugins.contract.results import ModelInfo
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -120,7 +121,7 @@ def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 1}, "logprobs"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"presence_penalty": False}, "presence_penalty"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
@@ -296,6 +297,91 @@ def test_an_image_by_any_name(fake: Client, part: dict[str, Any]) -> None:
     assert said == ("x [0 images][1 video]" if "video" in part["type"] else "x [1 image][0 videos]")
 
 
+def test_images_as_ollamas_clients_send_them(fake: Client) -> None:
+    data = PICTURE.partition(",")[2]
+    turn = {"role": "user", "content": "x", "images": [data, data]}
+    reply = fake.ask("POST", CHAT, {"messages": [turn]})
+    assert reply.json["choices"][0]["message"]["content"] == "x [2 images][0 videos]"
+    for wrong in (["photo.png"], ["https://host/a.png"], data):
+        reply = fake.ask("POST", CHAT, {"messages": [{**turn, "images": wrong}]})
+        assert reply.status == 400 and "messages[0].images" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        (CHAT, {"images": [PICTURE]}, "images is not read here; messages hold everything"),
+        (CHAT, {"image": PICTURE}, "image is not read here"),
+        (CHAT, {"prompt": "hi"}, "prompt is not read here"),
+        (CHAT, {"system": "be kind"}, "system is not read here"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x", "image_url": PICTURE}]},
+            "image_url is",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x", "attachments": [{}]}]},
+            "attachments",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "system", "content": "x", "images": ["a" * 16]}]},
+            "images is",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{**text("x"), "image_url": PICTURE}]}]},
+            "make it two parts",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{**image(), "text": "x"}]}]},
+            "text is not read here",
+        ),
+        ("/v1/responses", {"messages": []}, None),
+        (
+            "/v1/responses",
+            {"messages": [{}]},
+            "messages is not read here; input holds the messages",
+        ),
+        ("/v1/responses", {"images": [PICTURE]}, "images is not read here"),
+        ("/v1/embeddings", {"images": [PICTURE]}, "images is not read here; everything"),
+    ],
+)
+def test_content_in_the_wrong_place_is_not_read_over(
+    fake: Client, path: str, body: dict[str, Any], named: str | None
+) -> None:
+    good = {"messages": [{"role": "user", "content": "hi"}]} if path == CHAT else {"input": "hi"}
+    reply = fake.ask("POST", path, {**good, **body})
+    assert reply.status == (200 if named is None else 400), reply.body
+    assert named is None or named in reply.json["error"]["message"]
+
+
+def test_what_is_not_said_may_be_minus_one() -> None:
+    backend = Telling()
+    with serving(backend) as client:
+        assert client.chat(max_tokens=-1, seed=-1, top_k=-1).status == 200
+        body = {"input": "x", "max_output_tokens": -1, "seed": -1}
+        assert client.ask("POST", "/v1/responses", body).status == 200
+        assert client.chat(max_tokens=-2).status == 400
+    for asked in backend.asked:
+        assert (asked.max_tokens, asked.seed, asked.top_k) == (None, None, None)
+
+
+def test_penalties_and_biases_arrive() -> None:
+    backend = Telling()
+    asked: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": -1}
+    with serving(backend) as client:
+        assert client.chat(**asked, logit_bias={"15": 2, "7": -100}).status == 200
+        for wrong in ({"x": 1}, {"5": 101}, {"-1": 1}, {str(n): 1 for n in range(1025)}):
+            reply = client.chat(logit_bias=wrong)
+            assert reply.status == 400 and "logit_bias" in reply.json["error"]["message"]
+    (found,) = backend.asked
+    assert (found.presence_penalty, found.frequency_penalty) == (0.5, -1.0)
+    assert found.logit_bias == (TokenBias(15, 2.0), TokenBias(7, -100.0))
+
+
 def test_numbers_as_any_language_writes_them(fake: Client) -> None:
     body = (
         b'{"messages":[{"role":"user","content":"a b"}],"max_tokens":1.0,"seed":7.0,"top_k":-0.0}'
@@ -316,6 +402,8 @@ def test_by_whatever_name_it_is_served_it_says_what_it_is() -> None:
 def test_another_model_is_never_looked_for(fake: Client) -> None:
     reply = fake.chat(model="org/other")
     assert reply.status == 404 and reply.json["error"]["code"] == "model_not_found"
+    said = "there is no model 'org/other' here; the one that is served is 'fake'"
+    assert reply.json["error"]["message"] == said
 
 
 def test_only_what_was_allowed_is_read(tmp_path: Path) -> None:
