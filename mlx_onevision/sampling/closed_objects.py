@@ -49,6 +49,8 @@ class _Closer:
         if not isinstance(schema, dict):
             return schema
         made = {name: self._inner(name, value) for name, value in schema.items()}
+        if made.get("propertyNames") == {"type": "string"}:  # as they all are; zod writes it
+            del made["propertyNames"]
         listed = any(name in schema for name in LISTED)
         several = listed + sum(1 for _ in _parts_beside(schema)) > 1
         for name in ("allOf", *ALTERNATIVES):

@@ -58,6 +58,14 @@ CASES: dict[str, tuple[Any, list[str], list[str]]] = {
 }
 
 
+def test_names_that_are_texts_need_not_be_said_to_be() -> None:
+    record = {"type": "object", "additionalProperties": True, "propertyNames": {"type": "string"}}
+    assert (
+        "propertyNames" not in close_objects({"properties": {"map": record}})["properties"]["map"]
+    )
+    assert "propertyNames" in close_objects({"propertyNames": {"maxLength": 2}})
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_allowed_then(name: str) -> None:
     schema, allowed, others = CASES[name]

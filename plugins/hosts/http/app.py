@@ -39,7 +39,7 @@ async def openapi_file(state: AppState, _: Request) -> Response:
 OPERATIONS: tuple[Operation, ...] = (
     *status.OPERATIONS,
     chat.OPERATION,
-    responses.OPERATION,
+    *responses.OPERATIONS,
     embeddings.OPERATION,
     *videos.OPERATIONS,
     Operation("GET", "/openapi.json", openapi_file, "openapi", "This file", {JSON: dict[str, Any]}),

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.hosts.http import response_types as types
-from mlx_onevision.plugins.hosts.http.content import conversation
+from mlx_onevision.plugins.hosts.http.content import called_since_asked, conversation
 from mlx_onevision.plugins.hosts.http.errors import ErrorBody, to_http_error
 from mlx_onevision.plugins.hosts.http.formats import schema_text
 from mlx_onevision.plugins.hosts.http.operations import (
@@ -33,7 +33,7 @@ async def chat(state: AppState, request: Request) -> Response:
     notes: list[str] = []
     name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
     functions = [tool.function for tool in asked.tools or ()]
-    call = forced_call(functions, asked.tool_choice)
+    call = forced_call(functions, asked.tool_choice, called_since_asked(asked.messages))
     if functions and call is None and asked.tool_choice != "none":
         notes.append(NOT_CHOSEN)
     wanted = GenerateRequest(

@@ -276,6 +276,17 @@ class ToolTurn(Turn):
 AnyTurn = Annotated[SystemTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
 
 
+def called_since_asked(turns: Sequence[AnyTurn]) -> set[str]:
+    """The names of the functions that were called since the user's last message."""
+    names: set[str] = set()
+    for turn in turns:
+        if isinstance(turn, UserTurn):
+            names = set()
+        elif isinstance(turn, AssistantTurn):
+            names |= {call.function.name for call in turn.tool_calls or ()}
+    return names
+
+
 def conversation(turns: Sequence[AnyTurn]) -> list[Message]:
     """The messages of a chat. What a function returned has the name that its call says."""
     names: dict[str | None, str] = {}

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
@@ -19,6 +19,7 @@ from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
+from mlx_onevision.plugins.hosts.http.memory import ResponseMemory
 from mlx_onevision.plugins.hosts.http.middleware import Metrics
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
@@ -52,6 +53,7 @@ class AppState:
     jobs: Jobs
     metrics: Metrics
     openapi: Response | None = None
+    memory: ResponseMemory = field(default_factory=ResponseMemory)
 
     async def blocking(self, function: Callable[[], Done]) -> Done:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function)
@@ -76,12 +78,12 @@ class AppState:
         self, wanted: GenerateRequest, *, logprobs: str, json_schema: str
     ) -> None:
         """Raises HTTPError 400 for what the backend cannot do, naming the request's field."""
-        for capability, field in (("logprobs", logprobs), ("json_schema", json_schema)):
+        for capability, name in (("logprobs", logprobs), ("json_schema", json_schema)):
             if getattr(wanted, capability) is not None:
                 info = await self.blocking(self.backend.info)
                 if capability not in info.capabilities:
-                    message = f"{field} is not supported by this model; leave it out"
-                    raise HTTPError(400, message, param=field)
+                    message = f"{name} is not supported by this model; leave it out"
+                    raise HTTPError(400, message, param=name)
 
 
 Handler = Callable[[AppState, Request], Awaitable[Response]]

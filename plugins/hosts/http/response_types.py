@@ -269,8 +269,8 @@ class ResponseObject(TypedDict):
     output: list[OutputItem]
     background: Literal[False]
     parallel_tool_calls: bool
-    previous_response_id: None
-    store: Literal[False]
+    previous_response_id: str | None
+    store: bool
     temperature: float | None
     text: TextSaid
     tool_choice: Any
@@ -280,6 +280,12 @@ class ResponseObject(TypedDict):
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
     notes: NotRequired[list[str]]
+
+
+class Deleted(TypedDict):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
 
 
 class Numbered(TypedDict):

@@ -1,13 +1,13 @@
-"""``POST /v1/responses``, without a memory: the whole conversation comes with every request."""
+"""``POST /v1/responses``, and what is kept of the last of them."""
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError
@@ -16,6 +16,7 @@ from mlx_onevision.plugins.hosts.http import response_types as types
 from mlx_onevision.plugins.hosts.http.content import call_text, result_message
 from mlx_onevision.plugins.hosts.http.errors import to_http_error
 from mlx_onevision.plugins.hosts.http.formats import schema_text
+from mlx_onevision.plugins.hosts.http.memory import Kept, ResponseMemory
 from mlx_onevision.plugins.hosts.http.operations import (
     EVENTS,
     JSON,
@@ -27,8 +28,11 @@ from mlx_onevision.plugins.hosts.http.operations import (
 from mlx_onevision.plugins.hosts.http.schemas import (
     LOGPROBS,
     CallItem,
+    Item,
+    ReferenceItem,
     ResponsesRequest,
     ResultItem,
+    UserItem,
     options,
 )
 from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedCall, forced_call
@@ -39,12 +43,13 @@ async def respond(state: AppState, request: Request) -> Response:
     state.check_model(asked.model)
     logprobs = LOGPROBS in (asked.include or ())
     notes: list[str] = []
-    call = forced_call(asked.tools or (), asked.tool_choice)
+    said = Conversation(asked, state.memory)
+    call = forced_call(asked.tools or (), asked.tool_choice, said.called)
     if asked.tools and call is None and asked.tool_choice != "none":
         notes.append(NOT_CHOSEN)
     form = asked.text.format if asked.text else None
     wanted = GenerateRequest(
-        messages=_messages(asked),
+        messages=said.with_instructions(asked.instructions),
         max_tokens=state.max_tokens(asked.max_output_tokens, "max_output_tokens", notes),
         logprobs=(asked.top_logprobs or 0) if logprobs or asked.top_logprobs else None,
         json_schema=call.schema if call else schema_text(form, asked),
@@ -53,36 +58,77 @@ async def respond(state: AppState, request: Request) -> Response:
     named = "include" if asked.top_logprobs is None else "top_logprobs"
     schema = "tool_choice" if call else "text"
     await state.check_capabilities(wanted, logprobs=named, json_schema=schema)
-    answer = Answer(asked, state.model, notes, call)
+    keep = None if asked.store is False else said.keep
+    answer = Answer(asked, state.model, notes, call, keep)
     return await generate(state, request, [wanted], answer, bool(asked.stream))
 
 
-def _messages(asked: ResponsesRequest) -> list[Message]:
-    """The model knows one system message: what there is besides instructions goes into it."""
-    messages: list[Message] = []
-    names: dict[str | None, str] = {}
-    for item in asked.input:
+class Conversation:
+    """The messages of a request, with those of kept responses that it refers to.
+
+    called : names of the functions that were called since the user's last message.
+    """
+
+    def __init__(self, asked: ResponsesRequest, memory: ResponseMemory) -> None:
+        self._memory = memory
+        self._messages: list[Message] = []
+        self._names: dict[str | None, str] = {}  # of functions, by their calls' ids
+        self.called: set[str] = set()
+        if asked.previous_response_id is not None:
+            kept = memory.response(asked.previous_response_id, "previous_response_id")
+            self._messages += kept.messages
+            self._names |= kept.names
+            self.called |= kept.called
+        for item in asked.input:
+            self._add(item)
+
+    def _add(self, item: Item) -> None:
         if isinstance(item, CallItem):
-            names[item.call_id] = item.name
-            messages.append(Message("assistant", call_text(item.name, item.arguments)))
+            self._call({item.call_id: item.name})
+            self._messages.append(Message("assistant", call_text(item.name, item.arguments)))
         elif isinstance(item, ResultItem):
             parts = [part.to_contract() for part in item.output]
-            messages.append(result_message(names.get(item.call_id), parts))
+            self._messages.append(result_message(self._names.get(item.call_id), parts))
+        elif isinstance(item, ReferenceItem):
+            kept = self._memory.item(item.id)
+            self._messages.append(kept.messages[-1])
+            self._call(kept.own_calls)
         else:
-            messages.append(item.to_contract())
-    if asked.instructions is not None:
-        system = asked.instructions
-        if messages[0].role == "system":
-            parts = messages.pop(0).parts
-            system = f"{system}\n\n{''.join(part for part in parts if isinstance(part, str))}"
-        messages.insert(0, Message("system", system))
-    return messages
+            if isinstance(item, UserItem):
+                self.called = set()
+            self._messages.append(item.to_contract())
+
+    def _call(self, names: Mapping[str | None, str]) -> None:
+        self._names |= names
+        self.called |= set(names.values())
+
+    def with_instructions(self, instructions: str | None) -> list[Message]:
+        """The model knows one system message: what there is besides instructions goes into it."""
+        messages = list(self._messages)
+        if instructions is not None:
+            system = instructions
+            if messages[0].role == "system":
+                parts = messages.pop(0).parts
+                system = f"{system}\n\n{''.join(part for part in parts if isinstance(part, str))}"
+            messages.insert(0, Message("system", system))
+        return messages
+
+    def keep(self, body: types.ResponseObject) -> None:
+        (item,) = body["output"]
+        if item["type"] == "function_call":
+            self._call({item["call_id"]: item["name"]})
+            text = call_text(item["name"], item["arguments"])
+        else:
+            text = "".join(part["text"] for part in item["content"])
+        messages = [*self._messages, Message("assistant", text)]
+        self._memory.keep(Kept(body, messages, self._names, frozenset(self.called)))
 
 
 class Answer:
     """A response, at any point of its making. It has one item: a message with one text, or a call.
 
-    notes : of the request. call : what the answer has to be, if not text.
+    notes : of the request. call : what the answer has to be, if not text. keep : called with the
+        whole response, unless it is not to be kept.
     """
 
     def __init__(
@@ -91,7 +137,9 @@ class Answer:
         model: str,
         notes: Sequence[str] = (),
         call: ForcedCall | None = None,
+        keep: Callable[[types.ResponseObject], None] | None = None,
     ) -> None:
+        self._keep = keep
         self._asked, self._model, self._notes = asked, model, notes
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._call = CallText(call) if call else None
@@ -120,8 +168,8 @@ class Answer:
             "output": [],
             "background": False,
             "parallel_tool_calls": False,
-            "previous_response_id": None,
-            "store": False,
+            "previous_response_id": asked.previous_response_id,
+            "store": self._keep is not None,
             "temperature": asked.temperature,
             "text": {"format": form},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
@@ -153,6 +201,8 @@ class Answer:
             body["completed_at"] = int(time.time())
         if notes := [*self._notes, *found.notes]:
             body["notes"] = notes
+        if self._keep is not None:
+            self._keep(body)
         return body
 
     def _failed(self, error: PluginError) -> types.ResponseObject:
@@ -292,12 +342,45 @@ def _usage(usage: results.Usage) -> types.ResponseUsage:
     }
 
 
-OPERATION = Operation(
-    "POST",
-    "/v1/responses",
-    respond,
-    name="createResponse",
-    summary="An answer to a whole conversation; nothing of it is kept",
-    takes=ResponsesRequest,
-    gives={JSON: types.ResponseObject, EVENTS: types.ResponseEvent},
+async def retrieve(state: AppState, request: Request) -> Response:
+    return JSONResponse(state.memory.response(request.path_params["id"]).body)
+
+
+async def delete(state: AppState, request: Request) -> Response:
+    id = request.path_params["id"]
+    state.memory.forget(id)
+    deleted: types.Deleted = {"id": id, "object": "response", "deleted": True}
+    return JSONResponse(deleted)
+
+
+PATH = "/v1/responses"
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        PATH,
+        respond,
+        name="createResponse",
+        summary="The next answer of a conversation",
+        takes=ResponsesRequest,
+        gives={JSON: types.ResponseObject, EVENTS: types.ResponseEvent},
+    ),
+    Operation(
+        "GET",
+        PATH + "/{id}",
+        retrieve,
+        name="retrieveResponse",
+        summary="A response that is kept",
+        gives={JSON: types.ResponseObject},
+        refuses=(404,),
+    ),
+    Operation(
+        "DELETE",
+        PATH + "/{id}",
+        delete,
+        name="deleteResponse",
+        summary="Forget a response",
+        gives={JSON: types.Deleted},
+        refuses=(404,),
+    ),
 )

@@ -238,15 +238,23 @@ class ResultItem(Strict):
     call_id: str | None = None
 
 
+class ReferenceItem(Strict):
+    """An item of an answer that is kept here."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
 _Message = Annotated[SystemItem | UserItem | AssistantItem, Field(discriminator="role")]
 Item = Annotated[
     Annotated[_Message, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
-    | Annotated[ResultItem, Tag("function_call_output")],
+    | Annotated[ResultItem, Tag("function_call_output")]
+    | Annotated[ReferenceItem, Tag("item_reference")],
     Discriminator(lambda item: item.get("type") or "message" if isinstance(item, dict) else None),
 ]
 Items = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
-ITEM_TYPES = ("message", "function_call", "function_call_output")
+ITEM_TYPES = ("message", "function_call", "function_call_output", "item_reference")
 
 
 def _as_messages(asked: Any) -> Any:
@@ -295,12 +303,12 @@ class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
     top_logprobs: TopLogprobs | None = None
     stream: bool | None = None
     metadata: Pairs | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
         **GUIDED,
         "response_format": ({"type": "text"},),
-        "store": (False,),
-        "previous_response_id": (),
         "conversation": (),
         "background": (False,),
         "prompt": (),
@@ -311,9 +319,7 @@ class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
     hints: ClassVar[dict[str, str]] = {
         **GUIDED_HINTS,
         "response_format": "response_format is not of this address; send it in text, as format",
-        "store": "nothing is stored here; leave store out, or set it to false",
-        "previous_response_id": "nothing is kept from one request to the next; send all messages",
-        "conversation": "nothing is kept from one request to the next; send all messages",
+        "conversation": "there are no conversations here; send previous_response_id",
         "background": "answers are given at once; leave background out, or stream",
     }
 

@@ -6,7 +6,7 @@ which the answer is held to; where the choice is left to the model, it answers i
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -118,16 +118,21 @@ def _moved(schema: Any, place: str) -> Any:
     return moved
 
 
-def forced_call(functions: Sequence[Function], choice: ToolChoice | None) -> ForcedCall | None:
+def forced_call(
+    functions: Sequence[Function], choice: ToolChoice | None, called: Collection[str] = ()
+) -> ForcedCall | None:
     """The call that a request forces; None where the answer is text. Raises HTTPError: 400, for a
     choice that no function fits.
+
+    called : names of functions that were called since the user's last message. Of several functions
+        another one is called then: a model that does not choose would call the same one for ever.
     """
     if choice is None or choice in ("none", "auto"):
         return None
     if choice == "required":
         if not functions:
             raise HTTPError(400, "tool_choice is required, without tools", param="tool_choice")
-        return ForcedCall(functions)
+        return ForcedCall([f for f in functions if f.name not in called] or functions)
     assert isinstance(choice, ChatChoice | FlatChoice)
     name = choice.function.name if isinstance(choice, ChatChoice) else choice.name
     named = [function for function in functions if function.name == name]

@@ -45,7 +45,7 @@ def test_an_answer(fake: Client) -> None:
     body = reply.json
     assert said(body) == "what is this [1 image][1 video]"
     assert (body["object"], body["status"], body["model"]) == ("response", "completed", "fake")
-    assert (body["store"], body["metadata"], body["temperature"]) == (False, {"a": "é"}, 0.5)
+    assert (body["store"], body["metadata"], body["temperature"]) == (True, {"a": "é"}, 0.5)
     assert body["output"][0]["status"] == "completed" and body["error"] is None
     usage = body["usage"]
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
@@ -130,15 +130,13 @@ def test_the_form_of_an_answer() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"store": True}, "nothing is stored"),
-        ({"previous_response_id": "resp_1"}, "send all messages"),
-        ({"conversation": "conv_1"}, "send all messages"),
+        ({"conversation": "conv_1"}, "there are no conversations here"),
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "no tool 'web_search' here; send functions"),
         ({"truncation": "auto"}, "truncation"),
         ({"response_format": {"type": "json_object"}}, "; send it in text, as format"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "item 0 is 'item_reference'"),
+        ({"input": [{"type": "reasoning", "id": "x"}]}, "item 0 is 'reasoning'"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "content[0].type"),
         ({"input": [{"role": "assistant", "content": [{"type": "input_image"}]}]}, "content[0]"),

@@ -72,6 +72,22 @@ def test_one_of_several_is_forced(fake: Client) -> None:
     assert json.loads("".join(call["arguments"] for call in calls)) == ARGUMENTS
 
 
+def test_of_several_each_is_called_once_for_a_message(fake: Client) -> None:
+    """Else a model that does not choose calls the same one for ever."""
+    asked = {"tools": [tool("look"), tool("answer")], "tool_choice": "required"}
+    turns: list[Any] = [{"role": "user", "content": "x"}]
+    for name in ("look", "answer", "look"):
+        reply = fake.ask("POST", CHAT, {"messages": turns, **asked})
+        message = reply.json["choices"][0]["message"]
+        (call,) = message["tool_calls"]
+        assert call["function"]["name"] == name
+        turns += [message, {"role": "tool", "tool_call_id": call["id"], "content": "seen"}]
+    reply = fake.ask(
+        "POST", CHAT, {"messages": [*turns, {"role": "user", "content": "y"}], **asked}
+    )
+    assert reply.json["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "look"
+
+
 @pytest.mark.parametrize("parameters", [None, {}])
 def test_a_function_without_arguments(fake: Client, parameters: Any) -> None:
     asked = {"tools": [tool("go", parameters)], "tool_choice": "required"}
