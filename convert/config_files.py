@@ -16,8 +16,7 @@ from mlx_onevision.convert.hub import Source
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.files import read_json
 from mlx_onevision.prompt.chat_template import ChatTemplate
-
-MOST = 100_000_000  # bytes of one file
+from mlx_onevision.prompt.tokenizer import TOKENIZER_BYTES
 
 TEXT_FIELDS = """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -147,7 +146,7 @@ def _with_placeholders(tokenizer: bytes, folder: Path, config: OneVisionConfig) 
     wanted = {"<image>": config.image_token_index, "<video>": config.video_token_index}
     known = Tokenizer.from_file(str(folder / "tokenizer.json"))
     lacking = {token: index for token, index in wanted.items() if known.token_to_id(token) is None}
-    values = read_json(folder / "tokenizer.json") or {}
+    values = read_json(folder / "tokenizer.json", TOKENIZER_BYTES) or {}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     values["added_tokens"] = [
         *(values.get("added_tokens") or []),
@@ -168,8 +167,8 @@ def _json(values: Mapping[str, Any]) -> bytes:
 
 def _read(path: Path) -> bytes | None:
     try:
-        if path.stat().st_size > MOST:
-            raise CheckpointError(f"{path.name} is larger than {MOST} bytes")
+        if path.stat().st_size > TOKENIZER_BYTES:
+            raise CheckpointError(f"{path.name} is larger than {TOKENIZER_BYTES} bytes")
         return path.read_bytes()
     except FileNotFoundError:
         return None

@@ -121,6 +121,7 @@ def upload(folder: Path, repository: str, *, private: bool = False, create_pr: b
     import httpx2
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
+    hub.check_files(folder)
     ours = sorted(path.name for path in folder.iterdir() if path.is_file() and is_model_file(path))
     way_out = f"it is whole in {folder}; try 'hf upload {repository} {folder}'"
     try:

@@ -7,12 +7,17 @@ Standard library only: the plugins' contract imports it, too.
 import fcntl
 import json
 import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 from mlx_onevision.errors import CheckpointError
 
-MAX_JSON_BYTES = 100_000_000
+# The list of a 72B model's tensors has 0.2 MB. Parsed, a byte may take 25.
+MAX_JSON_BYTES = 4_000_000
 
 # Major brands of ISO media files ("ftyp") that are images or image sequences; others are videos.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -52,20 +57,23 @@ def _is_mpeg_ts(data: bytes) -> bool:
     return data[:1] == b"G" and data[1] & 0xE0 == 0x40 and data[3] & 0xD0 == 0x10
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no such file.
 
     Raises:
-        CheckpointError: naming the file, when it is too large, is not JSON in UTF-8 (NaN and
-            Infinity are not JSON), or does not hold an object.
+        CheckpointError: naming the file, when it has more than ``most`` bytes, is not JSON in UTF-8
+            (NaN and Infinity are not JSON), or does not hold an object.
     """
 
     def constant(name: str) -> NoReturn:
         raise ValueError(name)
 
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+        about = path.stat()
+        if about.st_size > most:
+            raise CheckpointError(f"{path.name} is larger than {most} bytes")
+        if stat.S_ISFIFO(about.st_mode) or stat.S_ISCHR(about.st_mode):
+            raise CheckpointError(f"{path.name} is not a regular file")
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except FileNotFoundError:
         return None
@@ -79,14 +87,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def claim(path: Path) -> BinaryIO | None:
-    """Opens a file, which is made where there is none, for this process alone; None while another
-    has it. It is let go when it is closed, and when the process ends, however it ends.
+    """Opens a file for this process alone; None while another has it. One that is not there is
+    made, for its owner to read alone; a link is not followed. The file is let go when it is closed,
+    and when the process ends, however it ends.
 
     Raises:
         OSError: where it cannot be opened, and on a disk without locks.
     """
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        file = os.fdopen(os.open(path, flags, 0o600), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -127,18 +137,34 @@ def ranks() -> Ranks:
     return Ranks(rank, len(hosts), local)
 
 
+@contextmanager
+def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
+    """A new file that takes the place of ``path`` at the end, whole and on the disk, or leaves what
+    was there as it is. Until then it has a name beside it that nobody can guess and prepare.
+
+    private : only its owner may read it.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(partial, flags, 0o600 if private else 0o666), "wb") as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
 def save(path: Path, text: str) -> None:
     """Writes a text file, or leaves the one that was there as it is.
 
     Raises:
         OSError: where it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())

@@ -10,11 +10,18 @@ trusted, as its client trusts it; the repositories on it are not.
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.errors import ModelNotFoundError, OneVisionError, RequestError, short
+from mlx_onevision.errors import (
+    CheckpointError,
+    ModelNotFoundError,
+    OneVisionError,
+    RequestError,
+    short,
+)
 
 DEMO = "demo"
 EMBEDDED = Path(__file__).parents[1] / DEMO
@@ -77,6 +84,7 @@ def resolve(
     Raises:
         ModelNotFoundError: if there is no such model, or none that can be reached.
         RequestError: for a revision of something that has none.
+        CheckpointError: for a folder with links that lead out of it, pipes or devices.
     """
     name = str(model)
     repository = repository_of(model)
@@ -89,7 +97,28 @@ def resolve(
         raise ModelNotFoundError(f"{short(name)} is a file; a model is the folder that holds it")
     if revision is not None:
         raise RequestError(f"{short(name)} is a folder and has no revisions; leave it out")
+    check_files(folder)
     return folder
+
+
+def check_files(folder: Path) -> None:
+    """CheckpointError for a model's file that is no file of the folder's own: a link that leads out
+    of it would have the converter copy, and maybe publish, what it leads to, and a pipe or a device
+    never ends. In the Hub's cache, a folder is made of links to the repository's blobs.
+    """
+    own = {folder.resolve()}
+    if folder.parent.name == "snapshots":
+        own.add((folder.parents[1] / "blobs").resolve())
+    for path in folder.iterdir():
+        if not any(fnmatchcase(path.name, pattern) for pattern in FILES) or path.is_dir():
+            continue
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path.name} is a pipe or a device; put a regular file there")
+        if path.is_symlink() and path.exists() and path.resolve().parent not in own:
+            raise CheckpointError(
+                f"{path.name} is a link that leads out of the model's folder; put the file itself "
+                "there"
+            )
 
 
 def repository_of(model: str | Path) -> str | None:

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import manifest
+from mlx_onevision.checkpoint.hub import check_files
 from mlx_onevision.checkpoint.plan import (
     FLOATS,
     PARTS,
@@ -90,6 +91,7 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
     """
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder")
+    check_files(folder)
     manifest.check(folder)
     values = read_config(folder)
     config = OneVisionConfig.from_dict(original_layout.with_placeholders(values, folder))

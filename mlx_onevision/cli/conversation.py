@@ -16,6 +16,7 @@ from mlx_onevision.cli.terminal import Interrupts, parse_path
 from mlx_onevision.engine.generation import Generation, Stream, Usage
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import OneVisionError, RequestError, sentence
+from mlx_onevision.files import replacing
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import DecodedImage, load_image
 from mlx_onevision.media.sources import is_url
@@ -151,14 +152,11 @@ class Conversation:
                 path.open("x").close()
             except FileExistsError:
                 raise RequestError(f"{path} is there already; choose another name") from None
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(self.record, file, indent=2, ensure_ascii=False)
-                file.write("\n")
-            partial.replace(path)
+            with replacing(path) as file:
+                text = json.dumps(self.record, indent=2, ensure_ascii=False)
+                file.write(f"{text}\n".encode())
         except BaseException:
-            partial.unlink(missing_ok=True)
             if not replace:
                 path.unlink(missing_ok=True)  # it was made here, and is empty
             raise

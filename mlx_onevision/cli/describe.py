@@ -143,7 +143,7 @@ def describe(
             )
         tasks.sort(key=lambda task: bytes_of(task.video), reverse=True)
     records = Path(sidecar) if sidecar else cache_folder()
-    records.mkdir(parents=True, exist_ok=True)
+    records.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not rank:
         model = model_or_demo(model)
         click.echo(SILENT, err=True)

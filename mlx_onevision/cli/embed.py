@@ -138,7 +138,7 @@ def embed(
     try:
         if size > 1:
             records = Path(sidecar) if sidecar else cache_folder("vectors")
-            records.mkdir(parents=True, exist_ok=True)
+            records.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = [dtype, memory, options]
             joined = shared(loaded, items, options, about, records, rank, failed)
         else:
@@ -237,7 +237,7 @@ def shared(
                     vectors = Embeddings.load(path)
                 except RequestError:  # nothing is in it yet
                     vectors = model.embed(part, **options, on_error=lambda *_: None)
-                    vectors.save(path)
+                    vectors.save(path, private=True)
             rows = iter(range(0 if rank else len(vectors)))
             row = next(rows, None)
             for place, item in zip(places, part, strict=True):

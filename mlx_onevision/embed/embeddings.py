@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import replacing
 
 Space = Literal["vision", "joint"]
 SPACES: tuple[Space, ...] = ("vision", "joint")
@@ -121,25 +122,21 @@ class Embeddings:
         """Plain values, for JSON."""
         return self.provenance | {"names": list(self.names), "vectors": self.vectors.tolist()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, private: bool = False) -> None:
         """Writes an npz file: ``vectors``, ``names`` and ``provenance`` (JSON text).
+
+        private : only its owner may read it.
 
         Raises:
             OSError: where it cannot be written; an older file is still whole then.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    vectors=self.vectors,
-                    names=np.array(self.names, np.str_),
-                    provenance=np.array(json.dumps(self.provenance)),
-                )
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(Path(path), private) as file:
+            np.savez(
+                file,
+                vectors=self.vectors,
+                names=np.array(self.names, np.str_),
+                provenance=np.array(json.dumps(self.provenance)),
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Embeddings":

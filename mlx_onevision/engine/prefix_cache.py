@@ -7,7 +7,6 @@ are laid out as mlx-lm's ``save_prompt_cache`` does it, and the header has the r
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_onevision.checkpoint.tensors import read_header
 from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.files import replacing
 from mlx_onevision.network.layers import on_cuda
 from mlx_onevision.network.memory_budget import CACHE_STEP
 from mlx_onevision.network.onevision import OneVision
@@ -137,16 +137,9 @@ class PrefixCache:
         }
         scalars = ["", *([name, "scalar"] for name, value in states if isinstance(value, int))]
         header = tree_flatten([own, [type(layer).__name__ for layer in layers], scalars])
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                arrays = {name: mx.array(value) for name, value in states}
-                mx.save_safetensors(file, arrays, dict(header))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path, private=True) as file:
+            arrays = {name: mx.array(value) for name, value in states}
+            mx.save_safetensors(file, arrays, dict(header))
 
     def load(
         self, path: Path, admit: Callable[[int, Mapping[str, str]], None]

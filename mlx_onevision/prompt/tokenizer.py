@@ -4,12 +4,12 @@ Text and control tokens never meet in here: :meth:`Tokenizer.encode` takes text 
 special string is so many characters, and a control token is asked for by its name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.errors import CheckpointError, RequestError, short
 from mlx_onevision.files import read_json
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 LISTED = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("lstrip", "rstrip", "single_word")
 PLACEHOLDERS = ("<image>", "<video>")
+
+# What a tokenizer.json may be made of. A few more kilobytes of rules could make all memory of a
+# short text, or never end with it: replacements, character maps and patterns of one's own.
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip")
+PRE_TOKENIZERS = ("ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation")
+TOKENIZER_BYTES = 32_000_000
+MOST_ADDED = 4096  # tokens beside the vocabulary; each is looked for in every text
 
 
 class Tokenizer:
@@ -64,7 +71,8 @@ class Tokenizer:
             CheckpointError: naming the file that is missing, cannot be read, or disagrees.
         """
         file = folder / "tokenizer.json"
-        if file.is_file():
+        if (values := read_json(file, TOKENIZER_BYTES)) is not None:
+            _check_rules(values)
             backend = _from_json(file)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = _from_merges(folder)
@@ -142,12 +150,48 @@ def _byte_letters() -> dict[str, int]:
     return letters | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
+def _check_rules(values: Mapping[str, Any]) -> None:
+    """CheckpointError for a tokenizer.json with rules or more added tokens than are supported."""
+    for key, inner, known in (
+        ("normalizer", "normalizers", NORMALIZERS),
+        ("pre_tokenizer", "pretokenizers", PRE_TOKENIZERS),
+    ):
+        rules: Any = [values.get(key)]
+        while rules:
+            rule = rules.pop()
+            if rule is None:
+                continue
+            kind = rule.get("type") if isinstance(rule, Mapping) else rule
+            if kind == "Sequence":
+                rules += rule.get(inner) or []
+            elif kind not in known:
+                raise CheckpointError(
+                    f"tokenizer.json has the {key} {short(str(kind))}; only those of Qwen2's kind "
+                    "are supported"
+                )
+            elif kind == "Split" and rule.get("pattern") != {"Regex": QWEN2_WORDS}:
+                raise CheckpointError(
+                    "tokenizer.json splits words by another pattern than Qwen2's, which is not "
+                    "supported"
+                )
+    _check_added(values.get("added_tokens") or [])
+
+
+def _check_added(tokens: Sized) -> None:
+    if len(tokens) > MOST_ADDED:
+        raise CheckpointError(
+            f"the tokenizer has {len(tokens):,} added tokens; {MOST_ADDED:,} are supported"
+        )
+
+
 def _from_json(file: Path) -> "tokenizers.Tokenizer":
     from tokenizers import Tokenizer as Backend
 
     try:
         return Backend.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception, and where its Rust panics, not even that
         raise CheckpointError(f"{file.name} cannot be read ({_short(error)})") from None
 
 
@@ -156,6 +200,9 @@ def _from_merges(folder: Path) -> "tokenizers.Tokenizer":
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
+    for name in ("vocab.json", "merges.txt"):
+        if (folder / name).stat().st_size > TOKENIZER_BYTES:
+            raise CheckpointError(f"{name} is larger than {TOKENIZER_BYTES} bytes")
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:
@@ -191,6 +238,7 @@ def _add_tokens(backend: "tokenizers.Tokenizer", folder: Path) -> None:
         raise CheckpointError(
             "the added tokens of tokenizer_config.json or added_tokens.json have no proper ids"
         ) from None
+    _check_added([*numbered, *names])
     backend.encode_special_tokens = True
     for index, token in sorted(numbered.items()):
         added = backend.get_added_tokens_decoder().get(index)
@@ -246,5 +294,5 @@ def _special_names(names: Mapping[str, Any]) -> Iterator[str]:
             yield content
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
