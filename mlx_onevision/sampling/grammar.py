@@ -193,7 +193,8 @@ def _tokenizer(vocabulary: Vocabulary, ends: frozenset[int]) -> "LLTokenizer":
 
     class Tokens:
         """Control tokens have no bytes, so they never fit, nor do end-of-text tokens as words. Text
-        that a schema prescribes is tokenized by the model's own tokenizer.
+        that a schema prescribes is tokenized by the model's own tokenizer, where that does not
+        compose its letters: an answer is compared with a schema byte by byte.
         """
 
         eos_token_id = min(ends)
@@ -205,7 +206,8 @@ def _tokenizer(vocabulary: Vocabulary, ends: frozenset[int]) -> "LLTokenizer":
 
         def __call__(self, text: str) -> list[int]:
             ids = vocabulary.encode(text)
-            return ids if made is None or ends.isdisjoint(ids) else made.greedy_tokenize(text)
+            same = b"".join(self.tokens[token] for token in ids) == text.encode()
+            return ids if made is None or same else made.greedy_tokenize(text)
 
     made: LLTokenizer | None = None
     slices = LLTokenizer.json_slices()

@@ -2,6 +2,7 @@
 
 import json
 import time
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_no_row_beyond_the_words_is_ever_chosen(model: Model, known: dict[str, G
         if token >= len(tokenizer) or token in control or not tokenizer.token_bytes(token):
             assert value == -np.inf
     assert np.isfinite(logits).any()
+
+
+@pytest.mark.parametrize("text", ["Käfer", "한국어", "Å and e\u0301", "\u2126 \u212b \ufb01"])
+def test_decomposed_letters_are_kept(model: Model, text: str) -> None:
+    """As macOS writes file names; and letters that composition replaces by others."""
+    for form in (unicodedata.normalize("NFD", text), unicodedata.normalize("NFC", text), text):
+        schema = {"enum": [form]}
+        answer = model.generate("hello", json_schema=schema, max_tokens=100, temperature=0)
+        assert json.loads(answer.text) == form
 
 
 def test_an_end_that_is_a_word_is_no_word(model: Model) -> None:
