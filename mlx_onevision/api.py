@@ -69,8 +69,9 @@ def load(
         tokens to requests with ``draft_tokens``. Its weights are never quantized while they are
         read, and count towards the memory limit.
     sharded : where ``mlx.launch`` has started this process, its ranks hold a share each of the
-        language model. All must be asked the same, one request at a time, without draft tokens and
-        prompt caches; every one gets the whole answer.
+        language model. Rank 0 is asked. On the others this does not return: they compute what rank
+        0 does, and end with SystemExit when it closes the model. Without draft tokens and prompt
+        caches. Where a rank is lost, every request fails, and a few seconds later the process ends.
     split : they divide the layers instead, as machines of different memory do: ``"auto"``, so that
         each one's memory is as full as the others', or a share for each rank, as ``(30, 50)``. Then
         rank 0 has the logits.

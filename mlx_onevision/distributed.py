@@ -5,8 +5,10 @@ Ranks that compute together must begin the same sums and gathers in the same ord
 step all stand in one chain: each needs what came of the one before.
 """
 
+import json
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,11 @@ def launched() -> bool:
 def rank() -> int:
     """This process's number, 0 for one that was started by itself; nothing is initialised."""
     return int(next((os.environ[name] for name in RANKS if name in os.environ), 0))
+
+
+def prefix() -> str:
+    """What an error of this process begins with: among ranks, whose it is."""
+    return f"rank {rank()}: " if launched() else ""
 
 
 @cache
@@ -111,6 +118,76 @@ def gather_integers(values: Sequence[int], ranks: "mx.distributed.Group") -> lis
 
     gathered: Any = all_gather(mx.array([list(values)], mx.int64), ranks).tolist()
     return gathered
+
+
+class Links:
+    """The connections to other ranks: TCP, of the backends ring and JACCL. They are looked at, and
+    never read from; on other backends there are none.
+
+    For in MLX 0.32.4 a sum that begins just after another rank has ended may wait for ever.
+    """
+
+    def __init__(self) -> None:
+        ports = set(_ports())
+        self._sockets = [found for fd in _descriptors() if (found := _connection(fd, ports))]
+
+    def lost(self) -> bool:
+        """Whether a rank at another end has ended."""
+        return any(map(_closed, self._sockets))
+
+
+def _ports() -> Iterator[int]:
+    """On which ranks listen for each other."""
+    addresses = [os.environ.get("MLX_JACCL_COORDINATOR", "")]
+    if file := os.environ.get("MLX_HOSTFILE"):
+        with open(file, encoding="utf-8") as hosts:
+            addresses += [address for host in json.load(hosts) for address in host]
+    for address in addresses:
+        port = address.rpartition(":")[2]
+        if port.isdecimal():
+            yield int(port)
+
+
+def _descriptors() -> list[int]:
+    return [int(name) for name in os.listdir("/dev/fd")]
+
+
+def _connection(descriptor: int, ports: set[int]) -> socket.socket | None:
+    """The connection that it is, where one of its ends has one of the ports."""
+    try:
+        found = socket.socket(fileno=os.dup(descriptor))
+    except OSError:  # it is something else, or closed by now
+        return None
+    try:
+        ends = found.getsockname(), found.getpeername()
+        if any(end[1] in ports for end in ends if isinstance(end, tuple)):
+            return found
+    except OSError:  # it listens
+        pass
+    found.close()
+    return None
+
+
+def _closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def gather_texts(text: str, ranks: "mx.distributed.Group") -> list[str]:
+    """A text of each rank, for all of them."""
+    import mlx.core as mx
+    import numpy as np
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.array(all_gather(mx.array([len(data)]), ranks))
+    gathered = np.array(
+        all_gather(mx.array(np.pad(data, (0, sizes.max() - len(data)))[None]), ranks)
+    )
+    return [row[:size].tobytes().decode() for row, size in zip(gathered, sizes, strict=True)]
 
 
 def least(values: Sequence[float], ranks: "mx.distributed.Group | None") -> list[float]:

@@ -1,13 +1,16 @@
 """What a rank, or one process alone, makes of a checkpoint; as a program, for every rank of
-``start``: ``python ranks.py TARGET FOLDER``.
+``running``: ``python ranks.py TARGET FOLDER``.
 """
 
 import json
 import os
 import socket
-import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision.api import load
 from mlx_onevision.cli.main import cli
+from mlx_onevision.engine.ranks import Ranks
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.network.stages import Split
 
@@ -34,12 +38,11 @@ PROMPTS: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {
 
 
 def answers(folder: Path, quantize: int | None, split: Split | None = None) -> dict[str, Any]:
-    """The last logits and greedy tokens of every prompt, and bytes of weights: ``active`` are those
-    that MLX has given out.
+    """The last logits and greedy tokens of every prompt, and vectors. On other ranks than 0 this
+    ends with SystemExit.
     """
-    before = mx.get_active_memory()
     model = load(folder, quantize=quantize, sharded=True, split=split)
-    found: dict[str, Any] = model._engine._worker.call(lambda runner: sizes(runner, before))
+    found: dict[str, Any] = {}
     for name, (images, videos) in PROMPTS.items():
         blocks = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
         content = [*blocks, {"type": "text", "text": "hello"}]
@@ -50,13 +53,15 @@ def answers(folder: Path, quantize: int | None, split: Split | None = None) -> d
             messages=messages, images=images, videos=videos, max_tokens=12, temperature=0
         )
         found[name] = {"logits": logits.tolist(), "tokens": answer.tokens}
-    sampled = model.generate("hello", max_tokens=12, temperature=1.5)
-    found["sampled"] = sampled.tokens  # without a seed
+    found["sampled"] = model.generate("hello", max_tokens=12, temperature=1.5).text  # any
+    for space in ("joint",) if split else ("vision", "joint"):
+        found[space] = model.embed([*IMAGES, VIDEO], space).vectors.tolist()
     model.close()
     return found
 
 
 def sizes(runner: Runner, before: int) -> dict[str, int]:
+    """Bytes of weights: ``active`` are those that MLX has given out."""
     model = runner.model
     mx.eval(model.parameters())
     mx.clear_cache()
@@ -71,44 +76,58 @@ def sizes(runner: Runner, before: int) -> dict[str, int]:
     }
 
 
-def start(
-    command: list[str], folder: Path, ranks: int = 2, seconds: float = SECONDS
-) -> list[tuple[int, str, str]]:
-    """Runs a Python command as ``mlx.launch`` does, on the ring backend: of every rank its exit
-    code, stdout and stderr.
+@contextmanager
+def running(*commands: list[str], folder: Path) -> Iterator[list[Popen[str]]]:
+    """Python commands, one a rank, as ``mlx.launch`` runs them on the ring backend: the process of
+    each.
     """
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in commands]
     hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
     for one in sockets:
         one.close()
     (folder / "hosts.json").write_text(json.dumps(hosts))
     started = [
-        subprocess.Popen(
+        Popen(
             [sys.executable, *command],
             env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
             text=True,
         )
-        for rank in range(ranks)
+        for rank, command in enumerate(commands)
     ]
     try:
-        ended = [process.communicate(timeout=seconds) for process in started]
+        yield started
     finally:
         for process in started:
             process.kill()
-    codes = [process.returncode for process in started]
-    return [(code, *streams) for code, streams in zip(codes, ended, strict=True)]
+            process.communicate()
+
+
+def ended(started: list[Popen[str]], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
+    """Of every rank its exit code, stdout and stderr, once it has ended."""
+    until = time.monotonic() + seconds
+    streams = [process.communicate(timeout=until - time.monotonic()) for process in started]
+    return [(process.returncode, *pair) for process, pair in zip(started, streams, strict=True)]
 
 
 if __name__ == "__main__":
     target, folder = map(Path, sys.argv[1:])
-    made = {
-        f"{way} {bits}": answers(folder, bits, split)
-        for way, split in SPLITS.items()
-        for bits in (None, 4)
-    }
-    (target / f"{os.environ['MLX_RANK']}.json").write_text(json.dumps(made))
+    run, before = Ranks.run, 0
+    sized: dict[str, dict[str, int]] = {}
+    made: dict[str, dict[str, Any]] = {}
+
+    def measured(self: Ranks, runner: Runner) -> None:
+        sized[name] = sizes(runner, before)
+        run(self, runner)
+
+    Ranks.run = measured
+    for way, split in SPLITS.items():
+        for bits in (None, 4):
+            name, before = f"{way} {bits}", mx.get_active_memory()
+            with suppress(SystemExit):
+                made[name] = answers(folder, bits, split)
+    (target / f"{os.environ['MLX_RANK']}.json").write_text(json.dumps([sized, made]))
     arguments = ["generate", "--model", str(folder), "--prompt", "hello", "--max-tokens", "4"]
     cli(arguments, standalone_mode=False)

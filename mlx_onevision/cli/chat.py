@@ -15,7 +15,9 @@ from mlx_onevision.cli.options import (
     prompt_cache_option,
     revision_option,
     seed_option,
+    share,
     speculation_options,
+    split_option,
     system_option,
     temperature_option,
     top_p_option,
@@ -39,6 +41,7 @@ from mlx_onevision.cli.options import (
 @revision_option
 @dtype_option
 @memory_options
+@split_option
 @click.pass_context
 def chat(
     ctx: click.Context,
@@ -49,6 +52,7 @@ def chat(
     revision: str | None,
     dtype: str | None,
     memory: dict[str, Any],
+    split: str | tuple[float, ...] | None,
     draft_model: str | None,
     prompt_cache: Path | None,
     **options: Any,
@@ -58,13 +62,20 @@ def chat(
     Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends. With --prompt-cache, the
     conversation in FILE goes on, and is written again at the end.
     """
+    settings = {"revision": revision, "dtype": dtype, "split": split, **memory}
+    refused = {
+        "--prompt-cache": prompt_cache,
+        "--draft-model": draft_model,
+        "--prompt-lookup": options["prompt_lookup"],
+    }
+    share(model, settings, refused)
     model = model_or_demo(model)
 
     from mlx_onevision.api import load
     from mlx_onevision.cli.conversation import Conversation, Terminal
     from mlx_onevision.cli.terminal import line_reader
 
-    loaded = load(model, revision=revision, dtype=dtype, draft_model=draft_model, **memory)
+    loaded = load(model, draft_model=draft_model, **settings)
     try:
         talk = Conversation(loaded, **options)
         resumed = prompt_cache if prompt_cache and prompt_cache.exists() else None

@@ -30,6 +30,7 @@ from mlx_onevision.cli.options import (
     model_option,
     model_or_demo,
     revision_option,
+    share,
 )
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError
@@ -133,8 +134,11 @@ def describe(
         "longest": longest or None,
         "num_frames": frames,
     }
-    tasks = tasks_for(videos, output, form)
     rank, size = sharing(videos, sidecar)
+    settings = {"revision": revision, "dtype": dtype, **memory}
+    if size == 1:
+        share(model, settings)
+    tasks = tasks_for(videos, output, form)
     if size > 1:
         if force:
             raise click.UsageError(
@@ -152,7 +156,7 @@ def describe(
     from mlx_onevision.describe.journal import BusyError
 
     failed = 0
-    loaded = load(model or "demo", revision=revision, dtype=dtype, **memory)
+    loaded = load(model or "demo", **settings)
     try:
         waiting = tasks
         while waiting:

@@ -34,6 +34,7 @@ from mlx_onevision.cli.options import (
     model_option,
     model_or_demo,
     revision_option,
+    share,
     video_options,
 )
 from mlx_onevision.errors import OneVisionError, RequestError
@@ -124,6 +125,9 @@ def embed(
     rank, size = sharing(files, sidecar)
     if sidecar and size == 1:
         raise click.UsageError("--sidecar is for a FOLDER under mlx.launch; leave it out")
+    settings = {"revision": revision, "dtype": dtype, **memory}
+    if size == 1:
+        share(model, settings)
     if not rank:
         model = model_or_demo(model)
 
@@ -133,7 +137,7 @@ def embed(
     items = [*found, *({"type": "text", "text": text} for text in texts)]
     options |= {"space": space, "normalize": not no_normalize}
     failed: list[str] = []
-    loaded = load(model or "demo", revision=revision, dtype=dtype, **memory)
+    loaded = load(model or "demo", **settings)
     parts = []
     try:
         if size > 1:

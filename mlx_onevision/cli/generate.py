@@ -17,6 +17,7 @@ from mlx_onevision.cli.options import (
     prompt_cache_option,
     revision_option,
     seed_option,
+    share,
     speculation_options,
     split_option,
     system_option,
@@ -25,7 +26,6 @@ from mlx_onevision.cli.options import (
     unused,
     video_options,
 )
-from mlx_onevision.distributed import launched, rank
 from mlx_onevision.errors import RequestError
 
 if TYPE_CHECKING:
@@ -104,37 +104,34 @@ def generate(
     mlx-onevision generate --video clip.mp4 --frames 16 --prompt "What happens?"
     mlx-onevision generate --model 7b --image photo.jpg --prompt - < question.txt
     """
-    if launched():
-        memory |= {"sharded": True, "split": split}
-        # Each rank would write its own part to the file, and mlx.launch never ends stdin.
-        refused = {"--prompt-cache": prompt_cache is not None, "--prompt -": prompt == "-"}
-        refused["--draft-model"] = draft_model is not None
-        refused["--prompt-lookup"] = options["prompt_lookup"] > 0
-        if names := [name for name, is_given in refused.items() if is_given]:
-            raise click.UsageError(f"mlx.launch does not go with {names[0]}; leave it out")
     if as_json and stream:
         raise click.UsageError(
             "--json prints one object when the answer is complete; drop --stream"
         )
     if options["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs are printed by --json; add it")
+    settings = {
+        "revision": revision,
+        "dtype": dtype,
+        "quantize": int(quantize) if quantize else None,
+        "split": split,
+        **memory,
+    }
+    refused = {
+        "--prompt-cache": prompt_cache,
+        "--prompt -": prompt == "-",  # mlx.launch never ends stdin
+        "--draft-model": draft_model,
+        "--prompt-lookup": options["prompt_lookup"],
+    }
+    share(model, settings, refused)
     question = read_prompt(prompt)
     options["json_schema"] = None if json_schema is None else read_schema(json_schema)
-    first = rank() == 0  # of ranks that answer together, the one that prints
-    model = model_or_demo(model) if first else model or "demo"
+    model = model_or_demo(model)
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)
 
     from mlx_onevision.api import load
 
-    bits = int(quantize) if quantize else None
-    loaded = load(
-        model,
-        revision=revision,
-        dtype=dtype,
-        quantize=bits,
-        draft_model=draft_model,
-        **memory,
-    )
+    loaded = load(model, draft_model=draft_model, **settings)
     try:
         held = prompt_cache if prompt_cache and prompt_cache.exists() else None
         if held is not None:
@@ -142,7 +139,7 @@ def generate(
         answer = loaded.stream(question, **options)
         try:
             for delta in answer:
-                if live and first:
+                if live:
                     click.echo(delta, nl=False)
             result = answer.result()
         except BaseException:  # Ctrl-C, or a reader that closed the pipe: nobody waits any more
@@ -154,8 +151,6 @@ def generate(
             loaded.save_prompt_cache(prompt_cache)
     finally:
         loaded.close()
-    if not first:
-        return
     if as_json:
         click.echo(json.dumps({**result.to_dict(), "model": loaded.name}))
     else:

@@ -23,7 +23,7 @@ from mlx_onevision.cli.embed import embed
 from mlx_onevision.cli.generate import generate
 from mlx_onevision.cli.models import models
 from mlx_onevision.cli.options import DEBUG, debug_option
-from mlx_onevision.distributed import launched, rank
+from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import sentence
 
 INTERRUPTED = 130
@@ -50,8 +50,7 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     if ctx.meta.get(DEBUG):
         traceback.print_exception(error)
     line = " ".join(sentence(error).split()).removesuffix(".")
-    where = f"rank {rank()}: " if launched() else ""
-    click.echo(f"error: {where}{line}", err=True)
+    click.echo(f"error: {prefix()}{line}", err=True)
     ctx.exit(1)
 
 

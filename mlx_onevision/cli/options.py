@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
-from mlx_onevision.distributed import launched
+from mlx_onevision.distributed import launched, rank
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -188,3 +189,29 @@ def model_or_demo(model: str | None) -> str:
         "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
     )
     return "demo"
+
+
+def share(
+    model: str | None, settings: dict[str, Any], refused: Mapping[str, object] | None = None
+) -> None:
+    """Has the ranks of mlx.launch, where it has started this process, share the model: adds that to
+    ``settings``, which ``load`` is given. The others compute what rank 0 does from here on, print
+    nothing, and end when it has closed the model.
+
+    refused : options that do not go with ranks, and what was given for them.
+
+    Raises:
+        click.UsageError: for one that was given.
+    """
+    if not launched():
+        return
+    for name, given in (refused or {}).items():
+        if given not in (None, False, 0):
+            raise click.UsageError(f"mlx.launch does not go with {name}; leave it out")
+    settings["sharded"] = True
+    if rank():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and rank 0 decides
+
+        from mlx_onevision.api import load
+
+        load(model or "demo", **settings)

@@ -33,6 +33,7 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
                 waiting.appendleft(active)
                 Batch(runner, waiting).run()
         except BaseException as error:  # nobody may be left waiting
+            runner.raise_if_alone(error)
             active.end(error)
             while waiting:
                 waiting.popleft().end(error)
@@ -68,12 +69,15 @@ class Batch:
                 self._first = self._waiting[0]
                 with wired(), self._runner.within_limit([self._first.size]):
                     while self.requests or self._others_waiting():
+                        if self._newcomers or not self.requests:
+                            self._runner.sync()  # else decode steps say where there is something
                         self._drop_cancelled()
                         self._admit()
                         if not self.requests:
                             break  # none is left, or the next one needs smaller steps
                         self._step()
             except BaseException as error:  # nobody may be left waiting
+                self._runner.raise_if_alone(error)
                 if not self.requests and self._waiting:
                     self._newcomers = [self._waiting.popleft()]
                 for active in self.requests:
@@ -118,37 +122,36 @@ class Batch:
     def _step(self) -> None:
         """A group of tiles or a chunk of the newcomers, and a decode step of the others."""
         if self._beginning is not None:
-            with self._runner.model.interruptible(self._check_newcomers):
+            with self._runner.interruptible(self._check_newcomers):
                 next(self._beginning, None)
         if not self._rows.requests:
             return
         eos, ended = self._runner.checkpoint.generation_defaults.eos_token_ids, []
         for active, token in self._rows.step():
-            failure = None
-            try:
-                active.accept(token)
-            except Exception as error:  # in what makes text of it, or in its schema
-                failure = error
-            last = active.counters.completion_tokens >= active.max_tokens
-            if failure is not None or last or token in eos or active.finish_reason == "stop":
-                ended.append((active, failure))
+            active.accept(token)
+            last = active.produced >= active.max_tokens
+            if active.is_cancelled:
+                with suppress(CancelledError):
+                    active.check()  # which may be the reason
+            if last or token in eos or active.is_cancelled:
+                ended.append(active)
         self._leave(ended)
 
-    def _leave(self, ended: Sequence[tuple[ActiveRequest, BaseException | None]]) -> None:
-        """Ends requests, and keeps the KV caches of those that did not fail."""
+    def _leave(self, ended: Sequence[ActiveRequest]) -> None:
+        """Ends requests, and keeps their KV caches."""
         prefix = self._runner.prefix
         try:
-            for active, failure in ended:
-                if failure is None or isinstance(failure, CancelledError):
-                    cache = self._rows.cache_of(active, len(active.ids))
-                    prefix.store_from_batch(active.ids, active.keys, cache)
+            for active in ended:
+                cache = self._rows.cache_of(active, len(active.ids))
+                prefix.store_from_batch(active.ids, active.keys, cache)
         finally:  # the answers are there, whatever becomes of the caches
-            for active, failure in ended:
-                active.end(failure)
-        self._rows.remove([active for active, _ in ended])
+            for active in ended:
+                active.end()
+        self._rows.remove(ended)
 
     def _check_newcomers(self) -> None:
         """Raises CancelledError once all of them are cancelled."""
+        self._runner.sync()
         for active in self._newcomers:
             with suppress(CancelledError):
                 active.check()
@@ -156,7 +159,7 @@ class Batch:
         raise CancelledError("the requests were cancelled")
 
     def _drop_cancelled(self) -> None:
-        cancelled: list[tuple[ActiveRequest, BaseException]] = []
+        cancelled: list[ActiveRequest] = []
         for active in [*self.requests, *self._waiting.copy()]:  # other threads add to it
             try:
                 active.check()
@@ -166,7 +169,7 @@ class Batch:
                 elif active in self._waiting:
                     self._waiting.remove(active)
                 else:
-                    cancelled.append((active, error))
+                    cancelled.append(active)
                     continue
                 active.end(error)
         self._leave(cancelled)
@@ -221,7 +224,7 @@ class Batch:
         own request is prefilled.
         """
         newcomers, count = self._newcomers, -1
-        with suppress(Exception):
+        try:
             while count != len(newcomers):  # one was cancelled: again, for those that are left
                 count = len(newcomers)
                 prompts = [self._unread(active) for active in newcomers]
@@ -229,6 +232,8 @@ class Batch:
                     yield
                     if count != len(newcomers):
                         break
+        except Exception as error:
+            self._runner.raise_if_alone(error)
         import_mlx_lm()
 
     def _unread(
@@ -279,6 +284,7 @@ class Batch:
         try:
             yield
         except Exception as error:
+            self._runner.raise_if_alone(error)
             if active in self._newcomers:
                 self._newcomers.remove(active)
             active.end(error)

@@ -11,12 +11,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_onevision.network.onevision import OneVision
+
+if TYPE_CHECKING:
+    from mlx_onevision.engine.ranks import Ranks
 
 Processor = Callable[[mx.array, mx.array], mx.array]
 
@@ -34,6 +37,7 @@ def decode_steps(
     normalise: bool,
     chunk: int,
     check: Callable[[], None],
+    ranks: "Ranks | None" = None,
 ) -> Iterator[int]:
     """The tokens of an answer, without end; each but the first is in the cache before it is given
     out.
@@ -43,6 +47,7 @@ def decode_steps(
         ``normalise``.
     processors : applied to the logits, given all ids so far.
     chunk : prompt tokens that are prefilled at once. ``check`` : called after each of them.
+    ranks : that compute each step together, and all go on with the tokens of rank 0.
     """
     seen = mx.array([], mx.int32)
 
@@ -56,11 +61,8 @@ def decode_steps(
         if normalise:
             logits = logits - mx.logsumexp(logits, keepdims=True)
         token = sampler(logits).astype(mx.int32)
-        if model.group is not None:
-            # All go on with the token of rank 0. Those of the others are multiplied by 0, and not
-            # left out: all ranks must compute the step, which is full of sums over them.
-            own = int(model.group.rank() == 0)
-            token = mx.distributed.all_sum(token * own, group=model.group)
+        if ranks is not None:
+            token = ranks.share(token)
         mx.async_eval(token)
         return token
 
@@ -74,21 +76,28 @@ def decode_steps(
         prompt = prompt[chunk:]
         check()
         clear_between_chunks()
+
+    def value(token: mx.array) -> int:
+        values = np.array(token).tolist()
+        if ranks is not None:
+            ranks.heed(values[1])
+        return values[0]
+
     token = step(prompt)
-    yield _value(token)  # before the next step is built, which takes a while
+    yield value(token)  # before the next step is built, which takes a while
     produced = 0
     with model.decoding():
-        following = token = step(token)
+        following = token = step(token[:1])
         try:
             while True:
-                following = step(token)
-                yield _value(token)
+                following = step(token[:1])
+                yield value(token)
                 token = following
                 produced += 1
                 if produced % CLEAR_EVERY == 0:
                     mx.clear_cache()
         finally:
-            if model.group is not None:  # a rank that ends must not leave the others waiting
+            if ranks is not None:  # a rank that ends must not leave the others waiting
                 mx.eval(following)
 
 
@@ -96,10 +105,6 @@ def clear_between_chunks() -> None:
     """Empties MLX's cache of freed buffers where it is large; else the next chunk takes them."""
     if mx.get_cache_memory() > MOST_FREED:
         mx.clear_cache()
-
-
-def _value(token: mx.array) -> int:
-    return int(np.array(token)[0])
 
 
 # What is imported of mlx-lm; batches need more of it, see :mod:`batch`.

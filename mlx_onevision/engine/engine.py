@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
@@ -26,11 +28,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_onevision import distributed
+from mlx_onevision.checkpoint.hub import identify
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
-from mlx_onevision.engine import pooling
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
+from mlx_onevision.engine.jobs import Job
+from mlx_onevision.engine.ranks import Ranks, compare
 from mlx_onevision.engine.request import (
     ActiveRequest,
     PromptRequest,
@@ -70,6 +74,8 @@ class Engine:
     memory_limit, kv_bits : see :func:`mlx_onevision.api.load`. draft : a draft model's folder.
     sharded : share the model among the ranks of ``mlx.launch``, where it has started this process.
     split : divide its layers among them; see :func:`mlx_onevision.network.stages.counts`.
+        On other ranks than 0 this does not return: they compute what rank 0 does, and end with
+        SystemExit when its model is closed.
     """
 
     def __init__(
@@ -96,6 +102,9 @@ class Engine:
         def build() -> Runner:
             group = distributed.group() if sharded else None
             usable, own = min(limit or sys.maxsize, working_set()), limit
+            if group is not None:
+                given = {"dtype": dtype, "quantize": recipe, "kv_bits": kv_bits, "split": split}
+                compare(group, settings(folder, given))
             if group is not None and split is None:  # all plan for the one with the least memory
                 usable = own = int(distributed.least([usable], group)[0])
             checkpoint = load_checkpoint(
@@ -105,12 +114,29 @@ class Engine:
             return Runner(checkpoint, own, kv_bits, small)
 
         self._worker = Worker(build)
-        self._among_ranks = sharded and distributed.launched()
+        group = self._worker.call(lambda runner: runner.model.group)
+        self._ranks = None if group is None else Ranks(group, self._worker.closing)
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
         self.memory = self._worker.call(lambda runner: runner.memory)
         self.memory_limit = self._worker.call(lambda runner: runner.limit)
+        if self._ranks is not None:
+            self._join(self._ranks)
+
+    def _join(self, ranks: Ranks) -> None:
+        """Computes with the others from now on, and on other ranks than 0 nothing else."""
+        self._worker.post(ranks.run)
+        if distributed.rank():
+            ranks.ended.result()
+            self.close()
+            raise SystemExit
+
+    @property
+    def _lost(self) -> bool:
+        """Whether it cannot go on for want of other ranks."""
+        ended = None if self._ranks is None else self._ranks.ended
+        return ended is not None and ended.done() and ended.exception() is not None
 
     def check_size(self, inputs: Inputs, answer: int, every: bool = False) -> None:
         """OutOfMemoryError where a prompt and its answer cannot stay within the memory limit.
@@ -122,8 +148,8 @@ class Engine:
         """ContextOverflowError when the prompt leaves no room for an answer, OutOfMemoryError when
         both cannot stay within the memory limit.
         """
-        if request.proposed:
-            self._refuse_among_ranks("draft tokens")
+        if request.proposed and self._ranks is not None:
+            raise RequestError("ranks of mlx.launch have no draft tokens; leave them out")
         length, words = len(request.inputs.input_ids), self.config.text_config.vocab_size
         beyond = [token for token in request.sampling.logit_bias if token >= words]
         if beyond:
@@ -136,13 +162,15 @@ class Engine:
             )
         max_tokens = min(request.max_tokens, limit - length)
         self.memory.admit(request.size(max_tokens), self.memory_limit)
-        eos, closing = self.defaults.eos_token_ids, self._worker.closing
+        eos = self.defaults.eos_token_ids
+        closing = self._worker.closing if self._ranks is None else self._ranks.closing
         return ActiveRequest(request, tokenizer, max_tokens, eos, closing)
 
     def submit(self, requests: Sequence[ActiveRequest]) -> None:
         """Starts requests, which run together."""
-        if len(requests) > 1:
-            self._refuse_among_ranks("batches")
+        if self._ranks is not None:
+            self._ranks.submit(requests)
+            return
         with self._order:
             waiting = self._waiting
             waiting.extend(requests)
@@ -156,29 +184,27 @@ class Engine:
                         waiting.remove(active)
                 raise
 
-    def _refuse_among_ranks(self, what: str) -> None:
-        if self._among_ranks:
-            raise RequestError(
-                f"ranks of mlx.launch that share a model have no {what}; leave them out"
-            )
+    def _compute(self, job: Job) -> Job:
+        """Runs it after the requests that wait now, and before those that come later."""
+        if self._ranks is not None:
+            self._ranks.compute(job)
+            return job
+        closing = self._worker.closing
 
-    def _in_turn(self, function: Callable[[Runner], Result]) -> "Future[Result]":
-        """Runs ``function`` after the requests that wait now, and before those that come later."""
-
-        def job(runner: Runner) -> Result:
-            try:
-                return function(runner)
-            except RuntimeError as error:
-                raise as_package_error(error) from error
+        def check(*_: object) -> None:
+            if job.refused() or closing.is_set():
+                raise CancelledError("the request was cancelled")
 
         with self._order:
-            self._waiting = deque()
-            return self._worker.submit(job)
+            if job.in_turn:
+                self._waiting = deque()
+            self._worker.post(partial(job.run, check=check), job.end)
+        return job
 
     def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
         """Logits of the last positions of a prompt, or of every one; float32 (L, vocab_size)."""
         self.check_size(inputs, 0, every=last is None)
-        return self._in_turn(lambda runner: runner.logits(inputs, last)).result()
+        return self._compute(Job("logits", [inputs, last])).future.result()
 
     def embed_tiles(
         self, tiles: np.ndarray, normalization: np.ndarray, check: Callable[[], None] = no_check
@@ -187,27 +213,22 @@ class Engine:
 
         check : called on the inference thread between groups of tiles; ends it by raising.
         """
-        both = _checking(self._worker.closing, check)
-        return self._in_turn(
-            lambda runner: pooling.tile_vectors(runner, tiles, normalization, both)
-        )
+        return self._compute(Job("embed_tiles", [tiles, normalization], check)).future
 
     def embed_prompts(
         self, prompts: Sequence[Inputs], check: Callable[[], None] = no_check
     ) -> "Future[np.ndarray]":
         """The last hidden state of each prompt; float32 (n, hidden_size). ``check`` : as above."""
-        both = _checking(self._worker.closing, check)
-        return self._in_turn(lambda runner: pooling.prompt_vectors(runner, prompts, both))
+        return self._compute(Job("embed_prompts", [list(prompts)], check)).future
 
     @property
     def healthy(self) -> bool:
         """False once its thread has died: it does not answer any more."""
-        return self._worker.alive
+        return self._worker.alive and not self._lost
 
     def save_prompt_cache(self, path: Path, about: Mapping[str, str]) -> None:
         """See :meth:`PrefixCache.save`."""
-        self._refuse_among_ranks("prompt caches")
-        self._in_turn(lambda runner: runner.prefix.save(path, about)).result()
+        self._with_prompt_cache(lambda runner: runner.prefix.save(path, about))
 
     def load_prompt_cache(
         self, path: Path, accept: Callable[[Mapping[str, str]], None]
@@ -217,8 +238,6 @@ class Engine:
         Raises also OutOfMemoryError, where it cannot stay within the memory limit.
         """
 
-        self._refuse_among_ranks("prompt caches")
-
         def admit(tokens: int, about: Mapping[str, str]) -> None:
             accept(about)
             self.memory.admit(RequestSize(tokens, 1), self.memory_limit)
@@ -227,27 +246,37 @@ class Engine:
             import_mlx_lm()
             return runner.prefix.load(path, admit)
 
-        return self._in_turn(load).result()
+        return self._with_prompt_cache(load)
+
+    def _with_prompt_cache(self, function: Callable[[Runner], Result]) -> Result:
+        if self._ranks is not None:  # each has but its own part
+            raise RequestError("ranks of mlx.launch have no prompt caches; leave them out")
+        with self._order:
+            self._waiting = deque()
+            future = self._worker.submit(function)
+        try:
+            return future.result()
+        except RuntimeError as error:
+            raise as_package_error(error) from error
 
     def forget(self, inputs: Inputs) -> None:
         """Drops what is kept of a prompt's media once the requests before this have run."""
-        keys = [medium.key for medium in inputs.media]
-        self._worker.submit(lambda runner: runner.forget(keys))
+        self._compute(Job("forget", [[medium.key for medium in inputs.media]]))
 
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""
-        self._worker.close()
+        self._worker.close(patience=0.0 if self._lost else PATIENCE_SECONDS)
 
 
-def _checking(closing: threading.Event, wanted: Callable[[], None]) -> Callable[..., None]:
-    """Raises CancelledError once the model is being closed, and what ``wanted`` raises."""
-
-    def check(*_: object) -> None:
-        if closing.is_set():
-            raise CancelledError("the request was cancelled")
-        wanted()
-
-    return check
+def settings(folder: Path, given: Mapping[str, object]) -> dict[str, str]:
+    """What ranks that share a model must have in common."""
+    name, revision = identify(folder)
+    return {
+        "mlx-onevision": version("mlx-onevision"),
+        "MLX": version("mlx"),
+        "the checkpoint": f"{name} ({revision[:12]})",
+        **{f"--{name}": str(value) for name, value in given.items()},
+    }
 
 
 def _end(requests: Sequence[ActiveRequest], error: BaseException) -> None:
@@ -317,37 +346,42 @@ class Worker(Generic[Owned]):
         self.post(run, lost)
         return future
 
-    def close(self) -> None:
-        """Ends the thread after the job under way; queued jobs still run, and see ``closing``."""
-        self._finalizer()
+    def close(self, patience: float = PATIENCE_SECONDS) -> None:
+        """Ends the thread after the job under way; queued jobs still run, and see ``closing``.
+
+        patience : seconds that it is waited for.
+        """
+        if self._finalizer.detach():
+            _stop(self._thread, self._jobs, self.closing, patience)
 
 
 class _Jobs(Generic[Owned]):
     def __init__(self) -> None:
         self.waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
         self._between = threading.Lock()  # a job is queued or refused, and never left lying
-        self.killer: str | None = None  # the class of the error that killed the thread
+        self.killer: str | None = None  # a sentence on what killed the thread
 
     def put(self, job: _Job[Owned]) -> None:
         with self._between:
             if self.killer is not None:
-                raise self._died()
+                raise DiedError(self.killer)
             self.waiting.put(job)
 
     def lose(self, error: BaseException, under_way: _Job[Owned] | None) -> None:
         """The thread dies of ``error``, which everybody who waits for it gets."""
         lost = [] if under_way is None else [under_way]
         with self._between:
-            self.killer = type(error).__name__
+            if isinstance(error, DiedError):
+                self.killer = str(error)
+            else:
+                kind = type(error).__name__
+                self.killer = f"what runs the model has died ({kind}); load it again"
             while not self.waiting.empty():
                 job = self.waiting.get()
                 lost += [] if job is None else [job]
         for _, end in lost:
             with suppress(BaseException):
-                end(self._died())
-
-    def _died(self) -> DiedError:
-        return DiedError(f"what runs the model has died ({self.killer}); load it again")
+                end(DiedError(self.killer))
 
 
 def _work(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -> None:
@@ -373,14 +407,20 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
             job[0](owned)
             job = None
     except BaseException as error:
-        # As text: a log that kept the error would keep the arrays that its frames hold.
-        text = "".join(traceback.format_exception(error))
-        logger.critical("the model's thread has died:\n%s", text)
+        if not isinstance(error, DiedError):
+            # As text: a log that kept the error would keep the arrays that its frames hold.
+            text = "".join(traceback.format_exception(error))
+            logger.critical("the model's thread has died:\n%s", text)
         jobs.lose(error, job)
 
 
-def _stop(thread: threading.Thread, jobs: _Jobs[Owned], closing: threading.Event) -> None:
+def _stop(
+    thread: threading.Thread,
+    jobs: _Jobs[Owned],
+    closing: threading.Event,
+    patience: float = PATIENCE_SECONDS,
+) -> None:
     closing.set()
     jobs.waiting.put(None)
     if thread is not threading.current_thread():
-        thread.join(timeout=PATIENCE_SECONDS)
+        thread.join(timeout=patience)

@@ -111,6 +111,8 @@ class PrefixCache:
         try:
             mx.eval([layer.state[:2] for layer in cache])
         except RuntimeError:
+            if self._model.group is not None:
+                raise  # it may be this rank's alone
             self.clear()
             return
         self.store(ids, keys, cache)

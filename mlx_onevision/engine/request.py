@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -138,7 +138,11 @@ class ActiveRequest:
         self.keys: list[str] = []  # of the media whose virtual ids are among them
         self.cache: list[Any] | None = None  # while it runs alone or is paused; else its batch's
         self._eos = frozenset(eos)
+        self.number = -1  # among ranks
+        # Called instead of cancelling it here and now: among ranks, all must do that at one place.
+        self.cancelling: Callable[[ActiveRequest], None] = ActiveRequest.cancel_now
         self._closing, self._cancelled = closing, threading.Event()
+        self._failure: Exception | None = None
         self._detokenizer, self._stop = Detokenizer(tokenizer), StopStrings(request.stop)
         self._decoded = 0  # characters
         self._queue: queue.SimpleQueue[TokenText | BaseException | None] = queue.SimpleQueue()
@@ -149,7 +153,7 @@ class ActiveRequest:
 
     def cancel(self) -> None:
         """Stops before the next token, prefill chunk or group of tiles; iteration then ends."""
-        self._cancelled.set()
+        self.cancelling(self)
 
     def __iter__(self) -> Iterator[TokenText]:
         """Tokens as they come, an end-of-text token last. Raises what went wrong."""
@@ -159,6 +163,18 @@ class ActiveRequest:
             yield item
 
     # The rest is the inference thread's.
+
+    def cancel_now(self) -> None:
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def produced(self) -> int:
+        """Tokens of the answer, those among them that were generated behind its end."""
+        return len(self.ids) - self.counters.prompt_tokens
 
     @property
     def size(self) -> RequestSize:
@@ -190,19 +206,27 @@ class ActiveRequest:
         self._since = time.perf_counter()
 
     def accept(self, token: int) -> None:
-        """A token has been generated: hands it on, with the text that it completes.
-
-        Raises:
-            RequestError: where the schema could not be followed any further.
+        """A token has been generated: hands it on, with the text that it completes. What goes wrong
+        with that ends it, as a stop string does: by cancelling it.
         """
+        self.ids.append(token)
+        if self.produced == 1:
+            self._features.close()
+        if self._failure is not None or self._stop.found is not None:
+            return  # ranks go on until all know that it has ended
+        try:
+            self._hand_on(token)
+        except Exception as error:  # in what makes text of it, or in its schema
+            self._failure = error
+            self.cancel()
+
+    def _hand_on(self, token: int) -> None:
         now = time.perf_counter()
         self.counters.completion_tokens += 1
         if self.counters.completion_tokens == 1:
             self.counters.prefill_seconds, self._since = now - self._since, now
-            self._features.close()
         else:
             self.counters.decode_seconds = now - self._since
-        self.ids.append(token)
         self.sampler.accept_token(token)
         start, text = self._decoded, ""
         if token in self._eos:
@@ -213,7 +237,7 @@ class ActiveRequest:
             text = self._stop.add(text)
             if self._stop.found is not None:
                 self.finish_reason = "stop"
-                self._cancelled.set()
+                self.cancel()
         self._queue.put(TokenText(token, start, text))
         if self.counters.completion_tokens == 1:
             # Else its reader waits for the interpreter lock, which building the next step holds.
@@ -224,18 +248,18 @@ class ActiveRequest:
         if self._ended:
             return
         self._ended = True
+        if error is None or isinstance(error, CancelledError):
+            error = self._failure
         try:
             self.cache = None
             self._features.close()
             self._virtual_ids.close()
             self.sampler.end()
             self.counters.peak_memory_bytes = mx.get_peak_memory()
-            if error is None or isinstance(error, CancelledError):
-                error = None
-                if self._stop.found is None:
-                    text = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
-                    if text:
-                        self._queue.put(TokenText(None, self._decoded, text))
+            if error is None and self._stop.found is None:
+                text = self._stop.add(self._detokenizer.finish()) + self._stop.finish()
+                if text:
+                    self._queue.put(TokenText(None, self._decoded, text))
         finally:
             self._queue.put(None if error is None else as_package_error(error))
 

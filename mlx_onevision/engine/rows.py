@@ -52,6 +52,7 @@ class Rows:
         self._rows: list[Row] = []
         self._cache: list[Any] = []
         self._tokens = mx.array([], mx.int32)  # the next step's inputs, one a row
+        self._events: mx.array | None = None  # what came with them, among ranks
         self._steps = 0
 
     @property
@@ -72,8 +73,7 @@ class Rows:
         for active in requests:
             processors = self._runner.processors(active)
             context = TokenBuffer(active.ids[:-1]) if processors else None
-            produced = active.counters.completion_tokens
-            sampler = active.sampler.sampler(produced)
+            sampler = active.sampler.sampler(active.produced)
             self._rows.append(Row(active, sampler, processors, context))
         last = mx.array([active.ids[-1] for active in requests], mx.int32)
         self._tokens = mx.concatenate([self._tokens, last])
@@ -85,7 +85,12 @@ class Rows:
         # All single ids are sampled ones, except the last of a prompt; see OneVision.decoding.
         with nullcontext() if any(fresh) else self._model.decoding():
             logits = self._model(inputs[:, None], self._cache)[:, -1]
-        self._tokens = self._sample(logits, inputs).astype(mx.int32)
+        self._tokens, events = self._sample(logits, inputs).astype(mx.int32), self._events
+        ranks = self._runner.ranks
+        if ranks is not None:
+            shared = ranks.share(self._tokens)
+            self._tokens, self._events = shared[:-1], shared[-1:]
+            mx.async_eval(self._events)
         mx.async_eval(self._tokens)
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
@@ -93,6 +98,8 @@ class Rows:
         for row in self._rows:
             row.fresh = False
         found = zip(self.requests, np.array(inputs).tolist(), fresh, strict=True)
+        if ranks is not None and events is not None:
+            ranks.heed(np.array(events).tolist()[0])
         return [(active, token) for active, token, first in found if not first]
 
     def remove(self, requests: Sequence[ActiveRequest]) -> None:

@@ -8,10 +8,10 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -39,6 +39,9 @@ from mlx_onevision.network.layers import ARRAYS, JOINED, LongStepLinear, fewest_
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.network.stages import Stage
 from mlx_onevision.prompt.processor import Inputs, Medium
+
+if TYPE_CHECKING:
+    from mlx_onevision.engine.ranks import Ranks
 
 # Encoded media are kept up to this share of the memory that the device should use, and no more than
 # about twenty large images of the largest model take.
@@ -69,6 +72,7 @@ class Runner:
         draft: Checkpoint | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.ranks: Ranks | None = None  # that compute together with this one
         self.model: OneVision = checkpoint.model
         self.limit = working_set() if limit is None else min(limit, working_set())
         self.memory = memory_model(checkpoint, kv_bits)
@@ -122,6 +126,20 @@ class Runner:
         finally:
             self.model.budget = budget
 
+    def sync(self) -> None:
+        """Applies what has happened meanwhile, at a place that all ranks come to."""
+        if self.ranks is not None:
+            self.ranks.sync()
+
+    def interruptible(self, check: Callable[[], None]) -> AbstractContextManager[None]:
+        """Calls ``check`` in the midst of long steps, where all ranks do so equally often."""
+        return nullcontext() if self.model.stage is not None else self.model.interruptible(check)
+
+    def raise_if_alone(self, error: BaseException) -> None:
+        """DiedError for what may have gone wrong on this one of several ranks alone."""
+        if self.ranks is not None:
+            self.ranks.raise_if_alone(error)
+
     def run_alone(
         self, active: ActiveRequest, should_yield: Callable[[], bool] = lambda: False
     ) -> bool:
@@ -132,13 +150,19 @@ class Runner:
         and groups of tiles. What was prefilled before a cancellation stays in the prefix cache.
         """
         mx.reset_peak_memory()
-        try:
+
+        def check() -> None:
+            self.sync()
             active.check()
+
+        try:
+            check()
             alone = self.within_limit([active.size])
-            with wired(), alone, self.model.interruptible(active.check):
-                if self._decode(active, self.begin(active), should_yield):
+            with wired(), alone, self.interruptible(check):
+                if self._decode(active, self.begin(active, check), should_yield, check):
                     return False
         except BaseException as error:
+            self.raise_if_alone(error)
             if isinstance(as_package_error(error), OutOfMemoryError):
                 self.prefix.clear()  # all kept caches go, so that the next request has memory
                 if self.draft is not None:
@@ -148,7 +172,7 @@ class Runner:
             active.end()
         return True
 
-    def begin(self, active: ActiveRequest) -> list[Any]:
+    def begin(self, active: ActiveRequest, check: Callable[[], None]) -> list[Any]:
         """Encodes the media of a request, and meanwhile takes a KV cache to prefill its prompt to,
         and makes room in it.
         """
@@ -158,7 +182,7 @@ class Runner:
         cache: list[Any] = []
 
         def launched() -> None:
-            active.check()
+            check()
             if not cache:
                 taken, counters.cached_tokens = self.prefix.take(ids)
                 cache.extend(taken)
@@ -168,7 +192,8 @@ class Runner:
         try:
             self.fill_bank(inputs, ids, self.prefix.match(ids), counters, launched)
             launched()
-        except BaseException:
+        except BaseException as error:
+            self.raise_if_alone(error)
             if counters.cached_tokens:
                 self.prefix.store(ids, keys, cache)
             raise
@@ -176,20 +201,24 @@ class Runner:
         return cache
 
     def _decode(
-        self, active: ActiveRequest, cache: list[Any], should_yield: Callable[[], bool]
+        self,
+        active: ActiveRequest,
+        cache: list[Any],
+        should_yield: Callable[[], bool],
+        check: Callable[[], None],
     ) -> bool:
         """Prefill and decode steps of a lone request; True where it was paused."""
         from mlx_lm.models.cache import trim_prompt_cache
 
         try:
             ahead = 1 + active.request.proposed  # a step's tokens
-            with closing(self._tokens(active, cache)) as tokens:
+            with closing(self._tokens(active, cache, check)) as tokens:
                 for token in tokens:
                     active.accept(token)
                     if token in self.checkpoint.generation_defaults.eos_token_ids:
                         break
                     active.check()
-                    if should_yield() and active.counters.completion_tokens < active.max_tokens:
+                    if should_yield() and active.produced < active.max_tokens:
                         # Leaves in the cache all ids but the last: the steps are a token ahead.
                         trim_prompt_cache(cache, cache[0].offset - (len(active.ids) - 1))
                         return True
@@ -201,7 +230,9 @@ class Runner:
         self.prefix.store(active.ids, active.keys, cache)
         return False
 
-    def _tokens(self, active: ActiveRequest, cache: list[Any]) -> Generator[int]:
+    def _tokens(
+        self, active: ActiveRequest, cache: list[Any], check: Callable[[], None]
+    ) -> Generator[int]:
         cached = active.counters.cached_tokens
         steps = decode_steps(
             self.model,
@@ -211,14 +242,15 @@ class Runner:
             self.processors(active),
             normalise=active.sampler.needs_logprobs,
             chunk=self.prefill_chunk,
-            check=active.check,
+            check=check,
+            ranks=self.ranks,
         )
         with ExitStack() as drafting:
             if (most := active.request.proposed) and active.max_tokens > 1:
                 yield (first := next(steps))
                 draft = drafting.enter_context(self._draft(active))
                 steps = speculative_steps(self.model, cache, first, draft, most)
-            yield from islice(steps, active.max_tokens - active.counters.completion_tokens)
+            yield from islice(steps, active.max_tokens - active.produced)
 
     @contextmanager
     def _draft(self, active: ActiveRequest) -> Iterator[Draft]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlx_onevision.embed.embeddings import Embeddings
     from mlx_onevision.engine.generation import Generation
     from mlx_onevision.engine.request import PromptRequest
+    from mlx_onevision.network.stages import Split
     from mlx_onevision.sampling import logprobs
 
 # Requests that are prepared at once: work that waits for nothing but the processor. All of them at
@@ -50,13 +51,16 @@ def open_engine(
     memory_limit: float | None = None,
     kv_bits: int | None = None,
     visual_tokens: float | None = None,
+    sharded: bool = False,
+    split: "Split | None" = None,
     policy: MediaPolicy | None = None,
     limits: Limits | None = None,
 ) -> Service:
     """A backend that runs a model in this process; loaded when it is first asked.
 
-    model, revision, dtype, memory_limit, kv_bits, visual_tokens : as :func:`mlx_onevision.load`
-        takes them.
+    model, revision, dtype, memory_limit, kv_bits, visual_tokens, sharded, split : as
+        :func:`mlx_onevision.load` takes them. A model that ranks share is not loaded again once it
+        was freed.
     policy : which files and addresses requests may name. By default none: media come as bytes.
         A program that asks for itself alone takes ``MediaPolicy.trusting()``.
     limits : how much is taken on at once, and for how long.
@@ -83,6 +87,8 @@ def open_engine(
             memory_limit=memory_limit,
             kv_bits=kv_bits,
             visual_tokens=visual_tokens,
+            sharded=sharded,
+            split=split,
         )
         return _Engine(loaded, policy or MediaPolicy(), limits or Limits())
 

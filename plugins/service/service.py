@@ -246,6 +246,14 @@ class Service(StreamingBackend):
             healthy=known.healthy and not self._has_died(self._keeper.current),
         )
 
+    def load(self) -> None:
+        """Loads the model now. Raises PluginError when that cannot be done."""
+        try:
+            self._keeper.acquire(lambda: None)
+        except Exception as error:
+            raise to_plugin_error(error) from error
+        self._keeper.release()
+
     def unload(self) -> None:
         self._keeper.unload()
 

@@ -277,7 +277,8 @@ def test_a_rank_that_never_comes_ends_the_measurement(
 
 def test_two_ranks_have_a_measured_link_and_one_of_them_prints(tmp_path: Path) -> None:
     command = ["-m", "mlx_onevision", "doctor", "--json"]
-    first, second = ranks.start(command, tmp_path, seconds=180)
+    with ranks.running(command, command, folder=tmp_path) as started:
+        first, second = ranks.ended(started, seconds=180)
     report = json.loads(first[1])
     assert second == (0, "", "")
     assert report["ranks"].get("count") == 2, report["ranks"]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from checkpoints import Sizes, config, write
 
 from mlx_onevision.api import load
 from mlx_onevision.bench import checkpoint as published
+from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import make_plan
 from mlx_onevision.checkpoint.recipes import Recipe, uniform
@@ -20,6 +21,8 @@ from mlx_onevision.checkpoint.sharing import check_ranks, make_stage, share
 from mlx_onevision.checkpoint.tensors import Tensor, canonical_name
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import group, launched, rank
+from mlx_onevision.engine import engine
+from mlx_onevision.engine.ranks import compare
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.stages import Split
 
@@ -33,9 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
-    """What each of two ranks made, and how it ended."""
+    """What each of two ranks found and made, and how it ended."""
     target = tmp_path_factory.mktemp("ranks")
-    ended = ranks.start([ranks.__file__, str(target), str(folder)], target)
+    command = [ranks.__file__, str(target), str(folder)]
+    with ranks.running(command, command, folder=target) as started:
+        ended = ranks.ended(started)
     assert [code for code, _, _ in ended] == [0, 0], ended
     return [json.loads((target / f"{number}.json").read_text()) for number in range(2)], ended
 
@@ -44,28 +49,32 @@ def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[A
 def test_two_ranks_answer_as_one_process_and_hold_a_share_each(
     folder: Path, made: tuple[list[Any], Any], bits: int | None
 ) -> None:
+    (leading, answers), (following, nothing) = made[0]
+    assert nothing == {}
     alone = ranks.answers(folder, bits)
     for way in ranks.SPLITS:
-        first, second = (of_rank[f"{way} {bits}"] for of_rank in made[0])
-        for found in (first, second):
-            for prompt in ranks.PROMPTS:
-                got, wanted = np.array(found[prompt]["logits"]), np.array(alone[prompt]["logits"])
-                if way == "tensor" or found is first:  # which alone has the head of all stages
-                    assert np.abs(got - wanted).max() <= 5e-5, (way, prompt)
-                assert found[prompt]["tokens"] == list(alone[prompt]["tokens"]), (way, prompt)
-                assert found[prompt]["tokens"], prompt
-            assert found["active"] <= found["planned"] + 10_000  # tables, and what is not weights
-            assert found["language"] + found["others"] == found["planned"]
-        assert first["sampled"] == second["sampled"]
-    for found in (of_rank[f"tensor {bits}"] for of_rank in made[0]):
-        assert found["planned"] <= 0.55 * alone["language"] + alone["others"]
-        assert found["position"] * 2 == alone["position"]
-    last, first = (of_rank[f"stages {bits}"] for of_rank in made[0])  # of layers: 1 and 3 of 4
-    assert [last["position"] * 4, first["position"] * 4] == [alone["position"] * n for n in (1, 3)]
+        found = answers[f"{way} {bits}"]
+        for prompt in ranks.PROMPTS:
+            got, wanted = np.array(found[prompt]["logits"]), np.array(alone[prompt]["logits"])
+            assert np.abs(got - wanted).max() <= 5e-5, (way, prompt)
+            assert found[prompt]["tokens"] == list(alone[prompt]["tokens"]), (way, prompt)
+            assert found[prompt]["tokens"], prompt
+        for space in {"vision", "joint"} & found.keys():
+            assert np.abs(np.array(found[space]) - alone[space]).max() <= 1e-5, (way, space)
+        for sizes in (leading[f"{way} {bits}"], following[f"{way} {bits}"]):
+            assert sizes["active"] <= sizes["planned"] + 10_000  # tables, what is not weights
+            assert sizes["language"] + sizes["others"] == sizes["planned"]
+    model = load(folder, quantize=bits)
+    whole = model._engine._worker.call(lambda runner: ranks.sizes(runner, 0))
+    for sizes in (leading[f"tensor {bits}"], following[f"tensor {bits}"]):
+        assert sizes["planned"] <= 0.55 * whole["language"] + whole["others"]
+        assert sizes["position"] * 2 == whole["position"]
+    last, first = leading[f"stages {bits}"], following[f"stages {bits}"]  # of layers: 1 and 3 of 4
+    assert [last["position"] * 4, first["position"] * 4] == [whole["position"] * n for n in (1, 3)]
     norm = SIZES.hidden * 4  # which both have, to know the type
-    assert last["language"] + first["language"] == alone["language"] + norm
-    assert (last["others"], first["others"]) == (0, alone["others"])
-    assert last["language"] < 0.3 * alone["language"]
+    assert last["language"] + first["language"] == whole["language"] + norm
+    assert (last["others"], first["others"]) == (0, whole["others"])
+    assert last["language"] < 0.3 * whole["language"]
 
 
 def test_rank_0_prints_the_answer_and_the_other_nothing(made: tuple[list[Any], Any]) -> None:
@@ -160,3 +169,34 @@ def test_a_split_needs_ranks(folder: Path) -> None:
 
 def test_a_process_by_itself_has_no_group() -> None:
     assert not launched() and rank() == 0 and group() is None
+
+
+def test_a_rank_with_another_checkpoint_is_refused_on_every_rank(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = write(tmp_path / "other")
+    shown = [f"{path.name} ({hub.identify(path)[1][:12]})" for path in (other, folder)]
+    commands = [
+        ["-m", "mlx_onevision", "generate", "--model", str(path), "--prompt", "hello"]
+        for path in (folder, other)
+    ]
+    with ranks.running(*commands, folder=tmp_path) as started:
+        ended = ranks.ended(started)
+    for number, (code, out, error) in enumerate(ended):
+        assert (code, out) == (1, "")
+        assert error == (
+            f"error: rank {number}: rank 1 has the checkpoint {shown[0]}, and rank 0 has "
+            f"{shown[1]}; give every rank the same\n"
+        )
+
+
+def test_a_rank_with_another_version_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = engine.settings(folder, {"dtype": None})
+    assert {"mlx-onevision", "MLX", "the checkpoint", "--dtype"} == ours.keys()
+    for name in ours:
+        texts = [json.dumps(ours), json.dumps({**ours, name: "another"})]
+        monkeypatch.setattr("mlx_onevision.engine.ranks.gather_texts", lambda *_, t=texts: t)
+        with pytest.raises(RequestError, match=f"rank 1 has {name} another, and rank 0 has "):
+            compare(cast(Any, None), ours)

@@ -15,7 +15,10 @@ from mlx_onevision.cli.options import (
     memory_options,
     model_option,
     revision_option,
+    share,
+    split_option,
 )
+from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import RequestError
 
 API_KEY = "MLX_ONEVISION_API_KEY"
@@ -94,6 +97,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
 @revision_option
 @dtype_option
 @memory_options
+@split_option
 def serve(
     model: str | None,
     name: str | None,
@@ -114,6 +118,7 @@ def serve(
     revision: str | None,
     dtype: str | None,
     memory: dict[str, Any],
+    split: str | tuple[float, ...] | None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients speak it.
 
@@ -128,6 +133,8 @@ def serve(
     if any(find_spec(module) is None for module in ("starlette", "uvicorn", "pydantic")):
         needed = "serve needs what comes with the extra server"
         raise RequestError(f"{needed}; pip install 'mlx-onevision[server]'")
+    settings = {"revision": revision, "dtype": dtype, "split": split, **memory}
+    share(model, settings, {"--keep-alive": keep_alive})
     if model is None:
         notice = "No --model: the embedded demo model answers; it knows coloured shapes only."
         click.echo(notice, err=True)
@@ -147,7 +154,7 @@ def serve(
     try:
         made = api_key is None and not is_loopback(host)
         token = server.new_token() if made else api_key
-        settings = ServerSettings(
+        server_settings = ServerSettings(
             host=host,
             names=names,
             origins=origins,
@@ -155,12 +162,10 @@ def serve(
             model=name,
             max_tokens=max_tokens,
         )
-        with server.listening(settings, port) as listening:
+        with server.listening(server_settings, port) as listening:
             backend = open_engine(
                 "demo" if model is None else model,
-                revision=revision,
-                dtype=dtype,
-                **memory,
+                **settings,
                 policy=MediaPolicy(
                     folders=folders,
                     hosts=None if "*" in media_hosts else media_hosts,
@@ -182,7 +187,9 @@ def serve(
                 ),
             )
             with backend:
-                app = create_app(backend, settings)
+                if "sharded" in settings:
+                    backend.load()  # the other ranks wait for it
+                app = create_app(backend, server_settings)
                 if made and token is not None:
                     file = server.token_file()
                     server.keep_token(token, file)
@@ -193,9 +200,13 @@ def serve(
                 address = f"http://{shown}:{listening.getsockname()[1]}"
                 click.echo(f"Serving at {address}/v1, a page at {address} (Ctrl-C ends)", err=True)
                 closing = server.Closing(backend)
-                runner = server.Server(app, settings, lambda: backend.info().healthy, closing.begin)
+
+                def healthy() -> bool:
+                    return backend.info().healthy
+
+                runner = server.Server(app, server_settings, healthy, closing.begin)
                 runner.run(sockets=[listening])
-                _end(runner.failed, runner.signal, closed=closing.done())
+                _end(runner.failed or not healthy(), runner.signal, closed=closing.done())
     except PluginError as error:
         raise RequestError(str(error)) from error
 
@@ -208,7 +219,7 @@ def _end(failed: bool, number: int | None, *, closed: bool) -> None:
         outcome = RequestError(message)
     if not closed:
         if failed:
-            click.echo(f"error: {outcome}", err=True)
+            click.echo(f"error: {prefix()}{outcome}", err=True)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(1 if failed else 0 if outcome is None else 130)

@@ -14,6 +14,8 @@ from mlx_onevision.cli.options import (
     model_option,
     model_or_demo,
     revision_option,
+    share,
+    split_option,
 )
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.mcp import pipes
@@ -52,6 +54,7 @@ from mlx_onevision.plugins.hosts.mcp import pipes
 @revision_option
 @dtype_option
 @memory_options
+@split_option
 def mcp(
     model: str | None,
     folders: tuple[str, ...],
@@ -61,6 +64,7 @@ def mcp(
     revision: str | None,
     dtype: str | None,
     memory: dict[str, Any],
+    split: str | tuple[float, ...] | None,
 ) -> None:
     """Serve a model over MCP, to Claude Desktop and other hosts.
 
@@ -75,6 +79,8 @@ def mcp(
     for folder in folders:
         if not os.path.isdir(os.path.expanduser(folder)):
             raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
+    settings = {"revision": revision, "dtype": dtype, "split": split, **memory}
+    share(model, settings, {"--keep-alive": keep_alive})
     try:  # before anything is imported that could print
         at_terminal = os.isatty(0)
         taken = pipes.take_stdio()
@@ -97,15 +103,15 @@ def mcp(
         policy = MediaPolicy(folders=folders, pixels=PIXELS, hints=Hints(folders=OPTION))
         backend = open_engine(
             model,
-            revision=revision,
-            dtype=dtype,
-            **memory,
+            **settings,
             policy=policy,
             # Calls have their own time, and descriptions take as long as they take.
             limits=Limits(
                 timeout=None, film_timeout=None, max_tokens=max_tokens, keep_alive=keep_alive
             ),
         )
+        if "sharded" in settings:
+            backend.load()  # the other ranks wait for it
         serve(backend, taken, McpSettings(policy, timeout, max_tokens))
     except PluginError as error:
         raise RequestError(str(error)) from error
