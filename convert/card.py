@@ -80,11 +80,12 @@ def _metadata(source: Source, summary: ConversionSummary) -> dict[str, Any]:
     tags = theirs.get("tags")
     tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     base = source.base or theirs.get("base_model")
+    relation = "finetune" if summary.adapter else "quantized" if summary.quantized else None
     found: dict[str, Any] = {
         "library_name": "mlx",
         "pipeline_tag": "image-text-to-text",
         **({"base_model": base} if base else {}),
-        **({"base_model_relation": "quantized"} if base and summary.quantized else {}),
+        **({"base_model_relation": relation} if base and relation else {}),
         "tags": list(dict.fromkeys((*TAGS, *tags))),
     }
     return found | {key: theirs[key] for key in KEPT if _is_plain(theirs.get(key))}
@@ -122,16 +123,18 @@ def _origin(source: Source, summary: ConversionSummary) -> str:
         name = f"[{source.base}](https://huggingface.co/{source.base})"
         name += f" at commit `{source.commit}`" if source.commit is not None else ""
     kind = "quantized" if summary.quantized else "in MLX's layout"
+    kind = f"fine-tuned, {kind}" if summary.adapter else kind
     return f"{name}, {kind} by mlx-onevision {summary.version}."
 
 
 def _table(summary: ConversionSummary) -> str:
     files = "1 file" if summary.shards == 1 else f"{summary.shards} files"
-    rows = [
+    rows: list[tuple[str, str]] = [
         ("weights", f"{size(summary.nbytes)} in {files}"),
         ("bits per weight", f"{summary.bits_per_weight:.2f}"),
         ("recipe", summary.recipe),
         ("type of what is not quantized", summary.dtype),
         *((f"matrices with {spec}", str(count)) for spec, count in summary.quantized.items()),
+        *((f"fine-tuning: {key}", str(value)) for key, value in (summary.adapter or {}).items()),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -99,6 +99,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="LIST",
     help="Measure recipes beside each other (2,3,4,6,8 or names); no model is kept.",
 )
+@click.option(
+    "--adapter",
+    metavar="ADAPTER",
+    help="Fuse an adapter: a folder or a Hub id. The loss is what "
+    "the rest of the conversion costs.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the model that is in FOLDER.")
 @click.option("--dry-run", is_flag=True, help="Say what would be downloaded and written; do not.")
 @click.option("--upload-repo", metavar="REPO", help="Upload the result to this repository.")
@@ -117,6 +123,7 @@ def convert(
     verify: bool | None,
     plot: Path | None,
     compare: str | None,
+    adapter: str | None,
     overwrite: bool,
     dry_run: bool,
     upload_repo: str | None,
@@ -144,6 +151,7 @@ def convert(
         raise click.UsageError("Say which MODEL to convert")
     options.require_usage(click.get_current_context().params | {"folder": target})
 
+    from mlx_onevision.checkpoint.hub import resolve_adapter
     from mlx_onevision.convert import conversion, fit, hub
     from mlx_onevision.convert.loss import plot as plots
     from mlx_onevision.convert.staging import require_target
@@ -162,6 +170,7 @@ def convert(
         target = options.default_target(model, recipe, dequantize, dtype)
     if target is not None and not dry_run:
         require_target(target, overwrite)
+    fused = None if adapter is None else resolve_adapter(adapter)
     loss = warning = why = uploaded = None
     with ExitStack() as stack:
         if dry_run:
@@ -175,7 +184,7 @@ def convert(
         if target is None:
             target = options.default_target(model, recipe, dequantize, dtype)
         planned = conversion.prepare(
-            source, target, recipe, dtype, dequantize, shard_size, overwrite or dry_run
+            source, target, recipe, dtype, dequantize, shard_size, overwrite or dry_run, fused
         )
         summary = planned.summary
         if why:
@@ -187,7 +196,7 @@ def convert(
 
                 planned = calibrated(planned, quantization["method"])
             asked = verify if plot is None else True
-            summary, loss, warning = _write(planned, asked, overwrite, command)
+            summary, loss, warning = _write(planned, asked, overwrite, command, fused)
     if warning:
         click.echo(f"warning: {warning}", err=True)
     if plot and loss:
@@ -209,7 +218,11 @@ def convert(
 
 
 def _write(
-    planned: Conversion, verify: bool | None, overwrite: bool, command: str
+    planned: Conversion,
+    verify: bool | None,
+    overwrite: bool,
+    command: str,
+    adapter: Path | None,
 ) -> tuple[ConversionSummary, Loss | None, str | None]:
     from mlx_onevision.convert import conversion
     from mlx_onevision.convert import verify as verification
@@ -221,7 +234,7 @@ def _write(
             return conversion.write(planned, overwrite, progress, None, command), None, refused
     with _progress(name) as progress, _progress(f"measuring {name}", "steps") as steps:
         unchanged = verification.is_unchanged(planned.opened, planned.summary)
-        measure = verification.Verification(planned.summary, unchanged, steps)
+        measure = verification.Verification(planned.summary, unchanged, steps, adapter)
         summary = conversion.write(planned, overwrite, progress, measure, command)
     return summary, measure.loss, measure.warning
 

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_onevision.checkpoint import manifest
+from mlx_onevision.checkpoint import adapters, manifest
+from mlx_onevision.checkpoint.hub import resolve_adapter
 from mlx_onevision.checkpoint.load import OpenedCheckpoint, open_checkpoint
 from mlx_onevision.checkpoint.plan import (
     CODES,
+    Change,
     ConversionPlan,
     LazyTensorFiles,
     OutputTensor,
@@ -66,6 +68,7 @@ def convert(
     progress: Progress = lambda done, total: None,
     measure: Measure | None = None,
     command: str | None = None,
+    adapter: str | Path | None = None,
 ) -> ConversionSummary:
     """Converts a model into a folder, which afterwards is whole and checked, or as it was.
 
@@ -79,6 +82,7 @@ def convert(
     measure : called with the source's folder and the new one, which can be loaded by then; returns
         Markdown for the model card.
     command : what to name in the model card; None for the call of this function.
+    adapter : a folder or a Hub id of an adapter to fuse; what is quantized is quantized anew.
 
     Raises:
         OneVisionError: saying in one sentence what is wrong; nothing has been changed then.
@@ -86,7 +90,10 @@ def convert(
     require_target(Path(target), overwrite)  # before anything is downloaded
     _require_dtype(dtype)
     source = find(model, revision)
-    conversion = prepare(source, Path(target), recipe, dtype, dequantize, shard_bytes, overwrite)
+    fused = None if adapter is None else resolve_adapter(adapter)
+    conversion = prepare(
+        source, Path(target), recipe, dtype, dequantize, shard_bytes, overwrite, fused
+    )
     return write(conversion, overwrite, progress, measure, command)
 
 
@@ -98,6 +105,7 @@ def prepare(
     dequantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    adapter: Path | None = None,
 ) -> Conversion:
     """Plans all that would be written, to the byte; writes nothing. Raises OneVisionError for what
     is wrong with the source, the target or the request.
@@ -115,10 +123,19 @@ def prepare(
         recipe=recipe,
         dtype=dtype,
         dequantize=dequantize,
+        changes=_changes(opened, adapter),
     )
     shards = divide(_parts(opened, plan), shard_bytes)
-    summary = _summary(source, target, opened, plan, shards, recipe)
+    summary = _summary(source, target, opened, plan, shards, recipe, adapter)
     return Conversion(source, target, opened, plan, shards, summary)
+
+
+def _changes(opened: OpenedCheckpoint, adapter: Path | None) -> Mapping[str, Change]:
+    if adapter is None:
+        return {}
+    found = adapters.read_adapter(adapter)
+    adapters.check_fit(found, opened.network)
+    return adapters.changes(found, opened.network)
 
 
 def write(
@@ -216,6 +233,7 @@ def _summary(
     plan: ConversionPlan,
     shards: Sequence[Shard],
     recipe: Recipe | None,
+    adapter: Path | None,
 ) -> ConversionSummary:
     quantized = Counter(
         ("" if spec.mode == "affine" else f"{spec.mode}, ")
@@ -244,6 +262,7 @@ def _summary(
         files={shard.name: shard.nbytes for shard in shards},
         version=version("mlx-onevision"),
         download=source.download,
+        adapter=None if adapter is None else adapters.about(adapter),
     )
 
 

@@ -23,7 +23,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # What --compare decides by itself, or has no use for.
 WRITING = ("quantize", "q_bits", "q_mode", "recipe", "rules", "method", "dequantize")
-WRITING += ("overwrite", "dry_run", "upload_repo")
+WRITING += ("overwrite", "dry_run", "upload_repo", "adapter")
 BITS = ("2", "3", "4", "5", "6", "8")
 
 
@@ -116,6 +116,8 @@ def _refusals(given: SimpleNamespace) -> Iterator[str]:
         yield f"'{upload}' is not a repository's id, such as name/model"
     if given.method and (recipe or rules or given.dequantize):
         yield "--method quantizes all alike; drop --recipe, --rules or --dequantize"
+    if given.adapter and given.method:
+        yield "--method calibrates the source's weights; fuse --adapter first, into a folder"
     if given.compare and (given.folder or given.mlx_path):
         yield "--compare writes no model; leave FOLDER out"
     if given.compare:

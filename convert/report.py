@@ -1,7 +1,7 @@
 """The result of a conversion in numbers, and its loss as tables for people and model cards."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ class ConversionSummary:
     padded : the width that the tower's MLPs were padded to; None if they were not.
     files : the sizes of all files that are written; of a plan, of the weights alone.
     download : bytes that are not on this machine yet; ``seconds`` : of writing and checking.
+    adapter : the name of the adapter that was fused, and its settings.
     """
 
     source: str
@@ -45,6 +46,7 @@ class ConversionSummary:
     version: str
     download: int = 0
     seconds: float = 0.0
+    adapter: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, under the names that ``convert --json`` has."""

@@ -41,7 +41,9 @@ class Verification:
         summary: ConversionSummary,
         unchanged: bool,
         progress: Progress = lambda done, total: None,
+        adapter: Path | None = None,
     ) -> None:
+        self._adapter = adapter
         self._summary, self._unchanged, self._progress = summary, unchanged, progress
         self.loss: Loss | None = None
         self.warning: str | None = None
@@ -52,7 +54,14 @@ class Verification:
         # What is the same is the same in any type, and quickest in its own.
         dtype = None if self._unchanged else computing_dtype(source, result)
         try:
-            loss = measure(source, result, dtype=dtype, probe_set=quick, progress=self._progress)
+            loss = measure(
+                source,
+                result,
+                dtype=dtype,
+                probe_set=quick,
+                progress=self._progress,
+                adapter=self._adapter,
+            )
         except CheckpointError as error:
             text = str(error).replace(str(result), "the new model")
             raise CheckpointError(
@@ -79,7 +88,8 @@ def suspicion(summary: ConversionSummary, loss: Loss) -> str | None:
 def is_unchanged(opened: OpenedCheckpoint, summary: ConversionSummary) -> bool:
     """Whether the plan writes the source's weights as they are."""
     floats = {FLOATS[t.dtype] for t in opened.tensors.values() if t.dtype in FLOATS}
-    return floats == {summary.dtype} and len(summary.specs) == len(opened.quantized)
+    same = floats == {summary.dtype} and summary.adapter is None
+    return same and len(summary.specs) == len(opened.quantized)
 
 
 def too_large(source: Path) -> str | None:

@@ -48,6 +48,7 @@ def load(
     draft_model: str | Path | None = None,
     sharded: bool = False,
     split: Split | None = None,
+    adapter: str | Path | None = None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -75,6 +76,7 @@ def load(
     split : they divide the layers instead, as machines of different memory do: ``"auto"``, so that
         each one's memory is as full as the others', or a share for each rank, as ``(30, 50)``. Then
         rank 0 has the logits.
+    adapter : a folder or a Hub id: what fine-tuning with mlx-onevision, mlx-lm or PEFT has changed.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
@@ -95,6 +97,7 @@ def load(
         draft=None if draft_model is None else hub.resolve(draft_model),
         sharded=sharded,
         split=split,
+        adapter=None if adapter is None else hub.resolve_adapter(adapter),
     )
 
 
@@ -115,15 +118,18 @@ class Model:
         draft: Path | None = None,
         sharded: bool = False,
         split: Split | None = None,
+        adapter: Path | None = None,
     ) -> None:
         if visual_tokens is not None:
             check_range("visual_tokens", visual_tokens)
-        self.path = folder
+        self.path, self.adapter = folder, adapter
         self.name = name or str(folder)
         self._made = [dtype, str(recipe)] + ([] if kv_bits is None else [f"kv_bits {kv_bits}"])
         self._made += [] if visual_tokens in (None, 1) else [f"visual_tokens {visual_tokens}"]
         self._cached_as = {"dtype": str(dtype), "quantize": str(recipe), "kv_bits": str(kv_bits)}
-        self._engine = Engine(folder, dtype, recipe, memory_limit, kv_bits, draft, sharded, split)
+        self._engine = Engine(
+            folder, dtype, recipe, memory_limit, kv_bits, draft, sharded, split, adapter
+        )
         self._processor = Processor.from_folder(folder, self._engine.config)
         self._processor.visual_tokens = visual_tokens or 1.0
         if draft is not None and not self._processor.tokenizer.agrees_with(draft):
@@ -468,7 +474,7 @@ class Model:
 
     @cached_property
     def _identity(self) -> tuple[str, str]:
-        return identify(self.path)
+        return identify(self.path, self.adapter)
 
     def close(self) -> None:
         """Cancels what is under way and frees the weights. A forgotten model closes itself."""

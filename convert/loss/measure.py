@@ -41,9 +41,10 @@ def measure(
     probe_set: Sequence[Probe] | None = None,
     visual_tokens: float = 1.0,
     progress: Progress = lambda done, total: None,
+    adapter: Path | None = None,
 ) -> Loss:
     """Measures what ``result`` has lost against ``source``; see :class:`Reference`."""
-    reference = Reference(source, dtype=dtype, probe_set=probe_set)
+    reference = Reference(source, dtype=dtype, probe_set=probe_set, adapter=adapter)
     return reference.measure(result, progress, visual_tokens)
 
 
@@ -55,6 +56,8 @@ class Reference:
     dtype : the type that both models compute in; None is each folder's own, whose rounding then
         counts, too: in half precision more than all that 8 bits lose.
     probe_set : other probes than the fixed ones; the result then compares with nothing else.
+    adapter : what the results have in them; the source is measured with it, computed beside its
+        matrices.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Reference:
         *,
         dtype: str | None = "float32",
         probe_set: Sequence[Probe] | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self.source = source
+        self._adapter = adapter
         self._dtype = dtype
         self._probes = probes() if probe_set is None else list(probe_set)
         self._config = load_checkpoint(source).config
@@ -99,7 +104,7 @@ class Reference:
         _require_same_prompts(self.source, self._prompts, result, theirs)
         run = partial(record, dtype=self._dtype, done=done)
         if self._recording is None:
-            self._recording = run(self.source, self._prompts, answering=True)
+            self._recording = run(self.source, self._prompts, answering=True, adapter=self._adapter)
             mx.clear_cache()
         before, prompts = self._recording, self._prompts
         if visual_tokens != 1:

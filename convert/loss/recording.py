@@ -70,11 +70,12 @@ def record(
     dtype: str | None,
     done: Callable[[], None],
     budget: Budget | None = None,
+    adapter: Path | None = None,
 ) -> Recording:
     """Loads a folder's model and runs it on the prompts; if ``answering``, it first answers those
     that are no texts. With another model's ``budget`` both compute in the same steps.
     """
-    runner = Runner(load_checkpoint(folder, dtype=dtype))
+    runner = Runner(load_checkpoint(folder, dtype=dtype, adapter=adapter))
     model = runner.model
     if budget is not None:
         model.budget = budget

@@ -53,6 +53,7 @@ FILES = (
     "model.safetensors.index.json",
     *SIDECARS,
     "mlx_onevision_manifest.json",
+    "adapter_config.json",
     "README.md",
     "LICENSE*",
 )
@@ -121,6 +122,24 @@ def check_files(folder: Path) -> None:
             )
 
 
+def resolve_adapter(adapter: str | Path) -> Path:
+    """The folder of an adapter: a folder, or a Hugging Face id.
+
+    Raises:
+        ModelNotFoundError: if there is no such adapter, or none that can be reached.
+    """
+    name = str(adapter)
+    folder = _existing(name)
+    if folder is None and isinstance(adapter, str) and _is_id(name):
+        return _download(name, None, None, None)
+    if folder is None or not folder.is_dir():
+        raise ModelNotFoundError(
+            f"There is no adapter '{short(name)}'; an adapter is a folder or a Hugging Face id "
+            "(org/name)"
+        )
+    return folder
+
+
 def repository_of(model: str | Path) -> str | None:
     """The Hub's id of a model; None for a folder, and for what is neither."""
     name = str(model)
@@ -129,8 +148,11 @@ def repository_of(model: str | Path) -> str | None:
     if name.lower() in ALIASES:
         return ALIASES[name.lower()]
     there = _existing(EMBEDDED if model == DEMO else name)
-    is_id = HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
-    return name if there is None and is_id else None
+    return name if there is None and _is_id(name) else None
+
+
+def _is_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def _existing(name: str | Path) -> Path | None:
@@ -264,8 +286,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SAMPLE = 1 << 16  # bytes
 
 
-def identify(folder: Path) -> tuple[str, str]:
-    """The name of a checkpoint's folder, and its revision.
+def identify(folder: Path, adapter: Path | None = None) -> tuple[str, str]:
+    """The name of a checkpoint's folder, and its revision; with an adapter, that of both.
 
     In the Hub's cache these are the repository's id and the commit. Elsewhere the name is the
     folder's own, and the revision is a hash: of config.json, and of each weight file's size and its
@@ -274,12 +296,20 @@ def identify(folder: Path) -> tuple[str, str]:
     Raises:
         ModelNotFoundError: for a folder whose files cannot be read (any more).
     """
+    name, revision = _identity(folder, "config.json")
+    if adapter is None:
+        return name, revision
+    other, its_revision = _identity(adapter, "adapter_config.json")
+    return f"{name}+{other}", f"{revision}+{its_revision}"
+
+
+def _identity(folder: Path, config: str) -> tuple[str, str]:
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
         return repository.removeprefix("models--").replace("--", "/"), folder.name
     digest = blake2b(digest_size=20)
     try:
-        digest.update((folder / "config.json").read_bytes())
+        digest.update((folder / config).read_bytes())
         for path in sorted(folder.glob("*.safetensors")):
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())

@@ -6,6 +6,7 @@ the thread that will run the model.
 """
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_onevision.checkpoint import manifest
+from mlx_onevision.checkpoint import adapters, manifest
 from mlx_onevision.checkpoint.hub import check_files
 from mlx_onevision.checkpoint.plan import (
     FLOATS,
@@ -48,6 +49,8 @@ from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.network.stages import Split, Stage
 
 QUANTIZED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
+
+logger = logging.getLogger("mlx_onevision")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def load_checkpoint(
     limit: int | None = None,
     group: mx.distributed.Group | None = None,
     split: Split | None = None,
+    adapter: Path | None = None,
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
@@ -131,16 +135,21 @@ def load_checkpoint(
         :mod:`sharing`.
     split : divides the layers among them instead of each layer: see :func:`stages.counts`. "auto"
         goes by their limits.
+    adapter : the folder of an adapter to apply; not for a group.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
-        CheckpointError: if something in it is missing, damaged or not supported.
+        CheckpointError: if something in it is missing, damaged or not supported, and for an adapter
+            that does not fit.
         RequestError: for a dtype of another name, and for quantizing a model that is quantized.
         RequestError: for a number of ranks by which the model cannot be divided.
         OutOfMemoryError: where the weights do not fit into the limit, before any is read.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")
+    given = None if adapter is None else adapters.read_adapter(adapter)
+    if adapters.is_adapter(folder) and folder != adapter:
+        logger.warning("An adapter lies in %s and is not used; --adapter %s does", folder, folder)
     opened = open_checkpoint(folder)
     plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe, dtype=dtype)
     described = plan.config
@@ -152,13 +161,21 @@ def load_checkpoint(
         check_ranks(plan, group.size())
         config, tensors = share(opened.config, opened.tensors, group.rank(), group.size())
         plan = make_plan(config, tensors, opened.quantized, recipe=recipe, dtype=dtype)
-    if limit is not None and plan.nbytes > limit:
+    nbytes = plan.nbytes + (0 if given is None else given.nbytes)
+    if limit is not None and nbytes > limit:
         itemsize = 4 if plan.dtype == "float32" else 2
-        MemoryModel(plan.config, plan.nbytes, itemsize).admit_model(limit)
+        MemoryModel(plan.config, nbytes, itemsize).admit_model(limit)
     whole = recipe is None and group is None
     model = opened.network if whole else _network(plan.config, plan.specs, group, stage)
+    if given is not None:
+        adapters.check_fit(given, model)
     model.load_weights(_weights(plan))
     _unpack_positions(model)
+    if given is not None:
+        adapters.apply_adapter(model, given)
+        described = dataclasses.replace(
+            described, tie_word_embeddings=model.config.tie_word_embeddings
+        )
     if fused:
         fuse(model)
     model.eval()
@@ -185,6 +202,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: if there is none.
     """
     values = read_json(folder / "config.json")
+    if values is None and adapters.is_adapter(folder):
+        about = adapters.describe(folder)
+        raise CheckpointError(
+            f"{folder} is an adapter{about}, not a model; give the model with --model and the "
+            "adapter with --adapter"
+        )
     if values is None:
         raise CheckpointError(f"{folder} has no config.json, so it is not a model's folder")
     return values

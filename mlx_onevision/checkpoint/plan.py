@@ -28,6 +28,7 @@ CODES = {name: code for code, name in FLOATS.items()}
 PATCHES = "vision_tower.embeddings.patch_embedding.weight"
 POSITIONS = "vision_tower.embeddings.position_embedding.weight"
 PARTS = ("weight", "scales", "biases")
+Change = Callable[[mx.array], mx.array]
 NOT_ZERO_AT_ZERO = frozenset({"sigmoid"})
 
 
@@ -54,6 +55,7 @@ class TensorTransform:
     dequantize_spec, spec : how the module is quantized on disk, if that is to be undone, and how it
         is to be quantized; None: not.
     padding : rows and columns of zeros to add.
+    change : what to make of the dequantized values before they are padded, in float32.
     """
 
     sources: tuple[Tensor, ...]
@@ -63,6 +65,7 @@ class TensorTransform:
     dequantize_spec: ModuleQuantization | None = None
     spec: ModuleQuantization | None = None
     padding: tuple[int, int] = (0, 0)
+    change: Change | None = None
 
     def run(self, take: Callable[[Tensor], mx.array]) -> list[tuple[str, mx.array]]:
         """The outputs' arrays by their canonical names, not evaluated yet."""
@@ -71,6 +74,8 @@ class TensorTransform:
             biases = arrays[2] if len(arrays) == 3 else None
             settings: dict[str, Any] = dataclasses.asdict(self.dequantize_spec)
             arrays = [mx.dequantize(arrays[0], arrays[1], biases, **settings)]
+        if self.change is not None:
+            arrays = [self.change(arrays[0].astype(mx.float32))]
         arrays = [self._converted(array) for array in arrays]
         if any(self.padding):
             (array,) = arrays
@@ -170,6 +175,7 @@ def make_plan(
     recipe: Recipe | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
+    changes: Mapping[str, Change] | None = None,
 ) -> ConversionPlan:
     """Plans a model from a checkpoint's tensors, which have been held against its configuration.
 
@@ -180,6 +186,8 @@ def make_plan(
         or where it mixes them the type that config.json names, or else the one that most bytes
         have.
     dequantize : dequantizes first what is quantized.
+    changes : what changes the values of a module's matrix, or of another tensor, by its name; one
+        that is quantized stays quantized as it is.
 
     Raises:
         RequestError: for quantizing what is quantized already, and rules that match nothing.
@@ -206,7 +214,17 @@ def make_plan(
     more = width - config.vision_config.intermediate_size
     specs = {**({} if dequantize else quantized), **chosen}
     transforms = [
-        _transform(module, shape, tensors, floating, quantized, chosen, dequantize, more)
+        _transform(
+            module,
+            shape,
+            tensors,
+            floating,
+            quantized,
+            chosen,
+            dequantize,
+            more,
+            (changes or {}).get(module),
+        )
         for module, shape in shapes.items()
     ]
     made = dataclasses.replace(
@@ -272,6 +290,7 @@ def _transform(
     chosen: Mapping[str, ModuleQuantization],
     dequantize: bool,
     more: int,
+    change: Change | None,
 ) -> TensorTransform:
     """The transform of one entry of :func:`_shapes`; ``more`` is how much the tower's MLPs grow."""
     values = math.prod(shape)
@@ -282,9 +301,11 @@ def _transform(
         if module == PATCHES and shape[1] != shape[2]:
             shape = (shape[0], *shape[2:], shape[1])
         output = OutputTensor(module, _code(tensor, floating), shape)
-        return TensorTransform((tensor,), (output,), floating, values, padding=padding)
+        return TensorTransform(
+            (tensor,), (output,), floating, values, padding=padding, change=change
+        )
     sources = tuple(tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors)
-    if module in quantized and not dequantize:
+    if module in quantized and not dequantize and change is None:
         outputs = tuple(OutputTensor(t.name, _code(t, floating), t.shape) for t in sources)
         return TensorTransform(sources, outputs, floating, values)
     padding = (0, 0)
@@ -292,6 +313,8 @@ def _transform(
         padding = (more * module.endswith(".mlp.fc1"), more * module.endswith(".mlp.fc2"))
     rows, columns = shape[0] + padding[0], shape[1] + padding[1]
     spec, code = chosen.get(module), CODES[floating]
+    if module in quantized and not dequantize:
+        spec = quantized[module]
     dtypes, shapes = (code,), ((rows, columns),)
     if spec is not None:
         groups = (rows, columns // spec.group_size)
@@ -301,7 +324,8 @@ def _transform(
         OutputTensor(f"{module}.{part}", dtype, shape)
         for part, dtype, shape in zip(PARTS, dtypes, shapes, strict=False)
     )
-    return TensorTransform(sources, outputs, floating, values, quantized.get(module), spec, padding)
+    before = quantized.get(module)
+    return TensorTransform(sources, outputs, floating, values, before, spec, padding, change)
 
 
 def _code(tensor: Tensor, floating: str) -> str:

@@ -35,6 +35,7 @@ FOREIGN: Mapping[bytes, str] = {
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors")  # these may lie beside a model
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # In the files, never used: the tower's features are taken before post_layernorm and the head.
@@ -243,6 +244,7 @@ def _shards(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    names = [name for name in names if name not in ADAPTERS]
     if not names:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         if pickled:

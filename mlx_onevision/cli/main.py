@@ -23,6 +23,7 @@ from mlx_onevision.cli.embed import embed
 from mlx_onevision.cli.generate import generate
 from mlx_onevision.cli.models import models
 from mlx_onevision.cli.options import DEBUG, debug_option
+from mlx_onevision.cli.train import train
 from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import sentence
 
@@ -63,7 +64,7 @@ def cli() -> None:
             stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
 
 
-for command in (generate, chat, describe, embed, models, bench, doctor):
+for command in (generate, chat, describe, embed, train, models, bench, doctor):
     debug_option(command)
     cli.add_command(command)
 

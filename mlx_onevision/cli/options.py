@@ -54,7 +54,7 @@ def video_options(command: Command) -> Command:
 
 
 def memory_options(command: Command) -> Command:
-    """Give a command that loads a model ``memory``: arguments of ``load``."""
+    """Give a command that loads a model ``memory``: arguments of ``load``, with the adapter."""
 
     @wraps(command)
     def merged(
@@ -62,11 +62,12 @@ def memory_options(command: Command) -> Command:
         memory_limit: float | None,
         kv_bits: str | None,
         visual_tokens: float | None,
+        adapter: str | None,
         **others: Any,
     ) -> Any:
         bits = None if kv_bits is None else int(kv_bits)
         memory = {"memory_limit": memory_limit, "kv_bits": bits, "visual_tokens": visual_tokens}
-        return command(memory=memory, **others)
+        return command(memory={**memory, "adapter": adapter}, **others)
 
     limit = click.option(
         "--memory-limit",
@@ -85,7 +86,12 @@ def memory_options(command: Command) -> Command:
         metavar="SHARE",
         help="Keep this share of the tokens of an image's tiles and of video frames. Default: 1.",
     )
-    return cast(Command, limit(bits(tokens(merged))))
+    adapter = click.option(
+        "--adapter",
+        metavar="ADAPTER",
+        help="Apply an adapter, of mlx-onevision train, mlx-lm or PEFT: a folder or a Hub id.",
+    )
+    return cast(Command, adapter(limit(bits(tokens(merged)))))
 
 
 def speculation_options(command: Command) -> Command:

@@ -72,6 +72,7 @@ class Engine:
     dtype : cast the weights to this type; None keeps the checkpoint's.
     recipe : quantize the weights while they are read; None leaves them as they are.
     memory_limit, kv_bits : see :func:`mlx_onevision.api.load`. draft : a draft model's folder.
+    adapter : an adapter's folder.
     sharded : share the model among the ranks of ``mlx.launch``, where it has started this process.
     split : divide its layers among them; see :func:`mlx_onevision.network.stages.counts`.
         On other ranks than 0 this does not return: they compute what rank 0 does, and end with
@@ -88,6 +89,7 @@ class Engine:
         draft: Path | None = None,
         sharded: bool = False,
         split: Split | None = None,
+        adapter: Path | None = None,
     ) -> None:
         if memory_limit is not None and not 0 < memory_limit < math.inf:
             raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit}")
@@ -95,6 +97,11 @@ class Engine:
             raise RequestError("split divides a model that ranks share; add sharded=True")
         if sharded and draft is not None and distributed.launched():
             raise RequestError("ranks of mlx.launch have no draft model; leave it out")
+        if sharded and adapter is not None and distributed.launched():
+            raise RequestError(
+                "ranks of mlx.launch that share a model take no adapter; fuse it with "
+                "mlx-onevision convert --adapter"
+            )
         limit = None if memory_limit is None else int(memory_limit * 1e9)
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
@@ -108,7 +115,7 @@ class Engine:
             if group is not None and split is None:  # all plan for the one with the least memory
                 usable = own = int(distributed.least([usable], group)[0])
             checkpoint = load_checkpoint(
-                folder, dtype, recipe, limit=usable, group=group, split=split
+                folder, dtype, recipe, limit=usable, group=group, split=split, adapter=adapter
             )
             small = None if draft is None else load_checkpoint(draft, dtype=dtype)
             return Runner(checkpoint, own, kv_bits, small)

@@ -213,3 +213,72 @@ def _seconds(multiply: Callable[..., mx.array], *given: Any) -> float:
         mx.eval(multiply(*given))
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with a low-rank term added to its matrix, which stays as it is; its products
+    with many rows are no slower than the layer's own by more than the term's.
+
+    a, b : float32 (inputs, rank) and (rank, outputs), the term's scale within ``b``.
+    lengths : with DoRA, those of the rows of the changed matrix, (outputs,).
+    """
+
+    def __init__(
+        self, linear: Any, a: mx.array, b: mx.array, lengths: mx.array | None = None
+    ) -> None:
+        super().__init__()
+        self.linear, self.lora_a, self.lora_b = linear, a, b
+        if lengths is not None:
+            now = mx.linalg.norm(dense_weight(linear).astype(mx.float32) + (a @ b).T, axis=1)
+            # Rows of zeros are padding, and stay zeros.
+            self.ratio = mx.where(now == 0, 1.0, lengths / now)
+            mx.eval(self.ratio)  # or the dense matrix would be held until the first use
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x) + (x @ self.lora_a) @ self.lora_b
+        if "ratio" in self:
+            y = y * self.ratio
+            if "bias" in self.linear:
+                y = y + (1 - self.ratio) * self.linear.bias
+        return y.astype(x.dtype)
+
+    def merged(self) -> mx.array:
+        """The matrix that computes the same, (outputs, inputs), in float32."""
+        weight = dense_weight(self.linear).astype(mx.float32) + (self.lora_a @ self.lora_b).T
+        return weight * self.ratio[:, None] if "ratio" in self else weight
+
+
+class AdaptedEmbedding(nn.Module):
+    """An embedding with a low-rank term: ``a`` (rows, rank), ``b`` (rank, width)."""
+
+    def __init__(self, embedding: Any, a: mx.array, b: mx.array) -> None:
+        super().__init__()
+        self.embedding, self.lora_a, self.lora_b = embedding, a, b
+        self.freeze()
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        y = self.embedding(ids)
+        return (y + self.lora_a[ids] @ self.lora_b).astype(y.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y = self.embedding.as_linear(x) + (x @ self.lora_b.T) @ self.lora_a.T
+        return y.astype(x.dtype)
+
+    def merged(self) -> mx.array:
+        """The table that looks up the same, (rows, width), in float32."""
+        return dense_weight(self.embedding).astype(mx.float32) + self.lora_a @ self.lora_b
+
+
+def dense_weight(layer: Any) -> mx.array:
+    """The matrix of a linear layer or an embedding, quantized or not."""
+    if "scales" not in layer:
+        return layer.weight
+    return mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )

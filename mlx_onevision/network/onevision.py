@@ -189,7 +189,7 @@ class OneVision(nn.Module):
                     tiles = pool_frames(tiles, medium.packing)
                 features.append(tiles)
                 if part.stop == len(medium.tiles):
-                    packed.append(self._pack(medium, mx.concatenate(features)))
+                    packed.append(self.pack(medium.packing, mx.concatenate(features)))
                     features = []
                 first = last
             mx.async_eval(packed, features)
@@ -221,11 +221,12 @@ class OneVision(nn.Module):
         """The tower's selected hidden states, shape = (tiles, patches, tower width * layers)."""
         return self.vision_tower(pixels, self.config.feature_layers, self.budget.tower_interval)
 
-    def _pack(self, medium: EncodableMedium, features: mx.array) -> mx.array:
-        if isinstance(medium.packing, VideoPacking):
-            packed = self.pack_video(features, medium.packing.newline)
-        elif medium.packing is not None:
-            packed = self.pack_image(features, medium.packing)
+    def pack(self, packing: Packing | VideoPacking | None, features: mx.array) -> mx.array:
+        """The embeddings (tokens, hidden_size) of a medium from its tiles', a video's pooled."""
+        if isinstance(packing, VideoPacking):
+            packed = self.pack_video(features, packing.newline)
+        elif packing is not None:
+            packed = self.pack_image(features, packing)
         else:
             packed = self.pack_tile(features)
         return packed.astype(self.dtype)

@@ -78,10 +78,14 @@ MEDIA_CHARS = range(0xE000, 0xF900)
 
 
 class Segment(NamedTuple):
-    """A part of the prompt: one special string that the template wrote, or plain text."""
+    """A part of the prompt: one special string that the template wrote, or plain text.
+
+    learned : whether it carries loss, in a conversation that is trained on.
+    """
 
     text: str
     control: bool
+    learned: bool = False
 
 
 class ChatTemplate:
@@ -159,27 +163,35 @@ class ChatTemplate:
         self._renderer = None
 
     def segments(
-        self, messages: Sequence[Message], specials: Iterable[str], order: Order = "template"
+        self,
+        messages: Sequence[Message],
+        specials: Iterable[str],
+        order: Order = "template",
+        answering: bool = True,
     ) -> list[Segment]:
         """The same prompt in segments: those of ``specials`` that the template wrote, and the text
         between them.
 
         order : "template" leaves the media of a message where the template writes them, joined the
             segments are what :meth:`render` returns; "given" keeps them where they stand in it.
+        answering : whether the beginning of an answer stands at the end.
         """
         if order == "given":
-            return self._given_order(messages, specials)
+            return self._given_order(messages, specials, answering)
         if order != "template":
             raise RequestError(f"order is {order!r}; it must be template or given")
         texts = [self.source, *sources(messages, "text")]
         guard = _Guard([special for special in specials if special], texts)
         hidden = [_visible(message, guard.hide) for message in messages]
-        return guard.split(self.render(hidden))
+        return guard.split(self.render(hidden, answering))
 
-    def _given_order(self, messages: Sequence[Message], specials: Iterable[str]) -> list[Segment]:
+    def _given_order(
+        self, messages: Sequence[Message], specials: Iterable[str], answering: bool
+    ) -> list[Segment]:
         marks = _private(MEDIA_CHARS, ("image", "video"), [self.source, *sources(messages, "text")])
         tokens = {mark: f"<{kind}>" for kind, mark in marks.items()}
-        segments = self.segments(_written_into_text(messages, marks), specials)
+        written = _written_into_text(messages, marks)
+        segments = self.segments(written, specials, answering=answering)
         cut = re.compile(f"([{''.join(tokens)}])")
         return [
             Segment(tokens.get(part, part), part in tokens or segment.control)

@@ -103,6 +103,8 @@ class Inputs:
     """In the order of their placeholders."""
     prompt: str
     """The text that the chat template made, each medium one placeholder."""
+    learned: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    """(L,): of a prompt in given segments, the ids that carry loss."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -173,7 +175,13 @@ class Processor:
         """The prompt text of a conversation in its one form, the user's text verbatim, media as
         placeholders; they need no source.
         """
-        return "".join(s.text for s in self.template.segments(messages, self._specials, order))
+        return "".join(s.text for s in self.segments(messages, order))
+
+    def segments(
+        self, messages: Sequence[Message], order: Order = "template", answering: bool = True
+    ) -> list[Segment]:
+        """The prompt of a conversation in segments; see :meth:`ChatTemplate.segments`."""
+        return self.template.segments(messages, self._specials, order, answering)
 
     def prepare(
         self,
@@ -189,6 +197,7 @@ class Processor:
         visual_tokens: float | None = None,
         answer: int = 256,
         check: Callable[[], None] = lambda: None,
+        segments: Sequence[Segment] | None = None,
     ) -> Inputs:
         """Ids and pixels of a conversation.
 
@@ -203,6 +212,7 @@ class Processor:
             :func:`~mlx_onevision.media.anyres.thinned`.
         answer : tokens of the context to leave for the answer where the number of frames is open.
         check : called between images and frames; ends the work by raising.
+        segments : the prompt, instead of the one that the template makes of the conversation.
 
         Raises:
             RequestError: for a conversation that cannot be, or whose media the template leaves out.
@@ -216,7 +226,8 @@ class Processor:
         given = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
         given |= {"ends": ends or None}
         options = self.video_config.frames.over({k: v for k, v in given.items() if v is not None})
-        segments = self.template.segments(messages, self._specials, order)
+        if segments is None:
+            segments = self.segments(messages, order)
         videos = video_blocks(messages)
         _match(segments, "<image>", len(sources(messages, "image")))
         _match(segments, "<video>", len(videos))
@@ -313,6 +324,7 @@ class Processor:
     ) -> Inputs:
         waiting = {token: iter(given) for token, given in media.items()}
         ids: list[int] = []
+        learned: list[bool] = []
         placed: list[Medium] = []
         for segment, text in zip(segments, texts, strict=True):
             if not segment.control:
@@ -322,6 +334,7 @@ class Processor:
                 ids += [self._specials[segment.text]] * placed[-1].tokens
             else:
                 ids.append(self._specials[segment.text])
+            learned += [segment.learned] * (len(ids) - len(learned))
         array = np.array(ids, np.int32)
         rows = self.config.text_config.vocab_size
         beyond = set(array[array >= rows].tolist()) - set(self._placeholders.values())
@@ -331,7 +344,7 @@ class Processor:
                 f"{min(beyond)}, but the model's vocab_size is {rows}; leave it out"
             )
         prompt = "".join(segment.text for segment in segments)
-        return Inputs(array, tuple(placed), prompt)
+        return Inputs(array, tuple(placed), prompt, np.array(learned, np.bool_))
 
 
 def _match(segments: Sequence[Segment], token: str, given: int) -> None:

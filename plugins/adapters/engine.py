@@ -53,12 +53,13 @@ def open_engine(
     visual_tokens: float | None = None,
     sharded: bool = False,
     split: "Split | None" = None,
+    adapter: str | Path | None = None,
     policy: MediaPolicy | None = None,
     limits: Limits | None = None,
 ) -> Service:
     """A backend that runs a model in this process; loaded when it is first asked.
 
-    model, revision, dtype, memory_limit, kv_bits, visual_tokens, sharded, split : as
+    model, revision, dtype, memory_limit, kv_bits, visual_tokens, sharded, split, adapter : as
         :func:`mlx_onevision.load` takes them. A model that ranks share is not loaded again once it
         was freed.
     policy : which files and addresses requests may name. By default none: media come as bytes.
@@ -77,6 +78,11 @@ def open_engine(
             folders[:] = [resolve(model, revision)]
         return folders[0]
 
+    def adapter_folder() -> Path | None:
+        from mlx_onevision.checkpoint.hub import resolve_adapter
+
+        return None if adapter is None else resolve_adapter(adapter)
+
     def load() -> "_Engine":
         from mlx_onevision.api import Model
 
@@ -89,12 +95,13 @@ def open_engine(
             visual_tokens=visual_tokens,
             sharded=sharded,
             split=split,
+            adapter=adapter_folder(),
         )
         return _Engine(loaded, policy or MediaPolicy(), limits or Limits())
 
     def describe() -> results.ModelInfo:
         if not found:
-            found.append(model_info(folder()))
+            found.append(model_info(folder(), adapter_folder()))
         return found[0]
 
     return Service(load, describe, policy=policy, limits=limits)
@@ -298,7 +305,7 @@ def _result(
     )
 
 
-def model_info(folder: Path) -> results.ModelInfo:
+def model_info(folder: Path, adapter: Path | None = None) -> results.ModelInfo:
     """Raises OneVisionError when the folder holds no model."""
     from mlx_onevision.checkpoint.hub import identify
     from mlx_onevision.checkpoint.load import read_config
@@ -308,7 +315,7 @@ def model_info(folder: Path) -> results.ModelInfo:
     from mlx_onevision.sampling.grammar import available
 
     config = OneVisionConfig.from_dict(read_config(folder))
-    name, commit = identify(folder)
+    name, commit = identify(folder, adapter)
     capabilities: tuple[results.Capability, ...]
     capabilities = ("generate", "embed", "describe_video", "images", "videos", "logprobs")
     hidden = config.text_config.hidden_size

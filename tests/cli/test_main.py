@@ -182,10 +182,12 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         *("--json-schema", '{"const": 1}', "--logprobs", "2", "--json"),
         *("--draft-model", "0.5b", "--draft-tokens", "6", "--prompt-lookup", "4"),
         *("--memory-limit", "6.5", "--kv-bits", "8", "--visual-tokens", "0.5"),
+        *("--adapter", "mine"),
     )
     assert result.exit_code == 0
     loading = {"revision": "v1", "dtype": "float16", "quantize": 8}
     loading |= {"memory_limit": 6.5, "kv_bits": 8, "draft_model": "0.5b", "visual_tokens": 0.5}
+    loading["adapter"] = "mine"
     assert model.loaded == ("7b", loading)
     assert model.asked == (
         "What?",
@@ -220,7 +222,7 @@ def test_an_option_that_is_not_given_is_left_to_the_checkpoint(
 ) -> None:
     _, model = fake(monkeypatch)
     given = ("revision", "dtype", "quantize", "memory_limit", "kv_bits", "draft_model")
-    assert model.loaded == ("demo", dict.fromkeys((*given, "visual_tokens")))
+    assert model.loaded == ("demo", dict.fromkeys((*given, "visual_tokens", "adapter")))
     assert model.asked is not None
     options = model.asked[1]
     assert options.pop("max_tokens") is None

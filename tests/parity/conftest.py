@@ -23,7 +23,7 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The reference's own warnings are not this package's errors."""
     for item in items:
-        item.add_marker(pytest.mark.filterwarnings("ignore::Warning:(torch|transformers)"))
+        item.add_marker(pytest.mark.filterwarnings("ignore::Warning:(torch|transformers|peft)"))
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,9 @@ class Vision:
 class Ours:
     """A folder as a user loads it (``model``), and its bare network for what goes on inside."""
 
-    def __init__(self, folder: Path, dtype: str | None = None) -> None:
-        self.model = load(folder, dtype=dtype)
-        self.network = load_checkpoint(folder, dtype=dtype).model
+    def __init__(self, folder: Path, dtype: str | None = None, adapter: Path | None = None) -> None:
+        self.model = load(folder, dtype=dtype, adapter=adapter)
+        self.network = load_checkpoint(folder, dtype=dtype, adapter=adapter).model
 
     def vision(self, inputs: Inputs) -> Vision:
         """What the network makes of a prepared prompt's images."""

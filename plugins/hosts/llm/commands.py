@@ -45,6 +45,9 @@ def add(
     from mlx_onevision.checkpoint.hub import repository_of
 
     known = next((entry for entry in BUILT_IN if entry.model == model.lower()), None)
+    adapter = memory["adapter"]
+    if adapter is not None and Path(adapter).expanduser().is_dir():  # llm runs in any folder
+        memory["adapter"] = str(Path(adapter).expanduser().resolve())
     changed = revision is not None or any(value is not None for value in memory.values())
     if known is not None and not changed:
         raise Refusal(f"{model} is there already; ask {known.id}")

@@ -5,7 +5,7 @@ Added models are kept in ``onevision.json`` in llm's own folder, by their names 
 
     {"my-org/my-model": {"model": "my-org/my-model", "revision": null, "aliases": ["mine"]}}
 
-and "memory_limit" (GB), "kv_bits" and "visual_tokens" where the person gave them.
+and "memory_limit" (GB), "kv_bits", "visual_tokens" and "adapter" where the person gave them.
 """
 
 import atexit
@@ -27,7 +27,7 @@ from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 FILE = "onevision.json"
-MEMORY = ("memory_limit", "kv_bits", "visual_tokens")
+MEMORY = ("memory_limit", "kv_bits", "visual_tokens", "adapter")
 KEYS = {"model", "revision", "aliases", *MEMORY}
 
 # It is the person's own command, or program: whatever that may read, this may.
@@ -54,7 +54,7 @@ def as_refusal() -> Iterator[None]:
 @dataclass(frozen=True)
 class Entry:
     """id : the name for llm. model, revision, memory_limit, kv_bits,
-    visual_tokens : as :func:`mlx_onevision.load` takes them.
+    visual_tokens, adapter : as :func:`mlx_onevision.load` takes them.
     """
 
     id: str
@@ -64,10 +64,11 @@ class Entry:
     memory_limit: float | None = None
     kv_bits: int | None = None
     visual_tokens: float | None = None
+    adapter: str | None = None
 
     @property
     def memory(self) -> dict[str, Any]:
-        """What was given of the last three."""
+        """What was given of the last four."""
         values = {name: getattr(self, name) for name in MEMORY}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -119,6 +120,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     numbers = memory["memory_limit"], memory["visual_tokens"]
     good = good and all(type(number) in (int, float, type(None)) for number in numbers)
     good = good and memory["kv_bits"] in (None, 4, 8)
+    good = good and isinstance(memory["adapter"], str | None)
     if not good or not all(isinstance(alias, str) and alias for alias in aliases):
         raise _damaged(path, f"the entry of {name!r} is no model")
     return Entry(name, str(model), revision, tuple(aliases), **memory)

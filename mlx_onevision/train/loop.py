@@ -1,0 +1,254 @@
+"""Training from the first step to the adapter: batches in an order that the seed makes, and a state
+on the disk from which a run that was killed goes on to the same losses.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_onevision.checkpoint.adapters import MLX_WEIGHTS
+from mlx_onevision.errors import RequestError
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.train import data
+from mlx_onevision.train.data import Example
+from mlx_onevision.train.parts import Trained, write_adapter, write_arrays, write_text
+from mlx_onevision.train.step import Batch, Source, loss_and_gradients, loss_sum
+
+STATE, LOG = "training.safetensors", "log.jsonl"
+BUCKET = 32  # batches whose rows are sorted by length, so that those of a batch are alike,
+ALIKE = 64  # but for so many tokens, by which rows of one kind (a short answer) could be told
+
+Schedule = Literal["constant", "linear", "cosine"]
+Sources = Callable[[Example], Sequence[Source]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps : updates of the weights; each is of ``accumulate`` batches of ``batch`` rows.
+    warmup : steps until the learning rate is whole. clip : the longest gradient, 0 for any.
+    patience : measurements of the validation loss without a better one that end the run.
+    """
+
+    trained: Trained = field(default_factory=Trained)
+    steps: int = 100
+    batch: int = 1
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    schedule: Schedule = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    valid_every: int = 50
+    patience: int | None = None
+    save_every: int = 50
+
+
+@dataclass
+class Progress:
+    """What a run has come to; kept in its state."""
+
+    step: int = 0
+    best: float = math.inf
+    worse: int = 0  # measurements since the best one
+
+
+def optimiser(settings: Settings) -> optim.AdamW:
+    """AdamW as PyTorch's."""
+    peak, rest = settings.learning_rate, max(settings.steps - settings.warmup, 1)
+    rate: Any = peak
+    if settings.schedule == "cosine":
+        rate = optim.cosine_decay(peak, rest)
+    elif settings.schedule == "linear":
+        rate = optim.linear_schedule(peak, 0.0, rest)
+    if settings.warmup:
+        rising = optim.linear_schedule(peak / settings.warmup, peak, settings.warmup)
+        falling = rate if callable(rate) else lambda _: mx.array(peak)
+        rate = optim.join_schedules([rising, falling], [settings.warmup])
+    return optim.AdamW(rate, weight_decay=settings.weight_decay, bias_correction=True)
+
+
+def batches(examples: Sequence[Example], settings: Settings) -> Iterator[list[Example]]:
+    """Batches of rows of about one length, without end; every row once an epoch."""
+    epoch = 0
+    while True:
+        order = Random(f"{settings.seed} {epoch}")
+        left = list(range(len(examples)))
+        order.shuffle(left)
+        found: list[list[int]] = []
+        size = settings.batch * BUCKET
+        for first in range(0, len(left), size):
+            alike = sorted(left[first : first + size], key=lambda n: len(examples[n].ids) // ALIKE)
+            found += [alike[n : n + settings.batch] for n in range(0, len(alike), settings.batch)]
+        order.shuffle(found)
+        yield from ([examples[n] for n in numbers] for numbers in found)
+        epoch += 1
+
+
+class Run:
+    """One run on a model that is set up.
+
+    folder : where the adapter, the state and the log are written.
+    sources : what the network needs of a row's media.
+    about : what belongs into the adapter's configuration.
+    told : called with each line of the log.
+    """
+
+    def __init__(
+        self,
+        model: OneVision,
+        settings: Settings,
+        examples: Sequence[Example],
+        valid: Sequence[Example],
+        folder: Path,
+        sources: Sources,
+        about: Mapping[str, Any],
+        told: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.model, self.settings, self.folder = model, settings, folder
+        self.examples, self.valid, self._sources = examples, valid, sources
+        self._about, self._told = dict(about), told
+        self.progress, self.optimiser = Progress(), optimiser(settings)
+        self.optimiser.init(model.trainable_parameters())
+        self.log: list[dict[str, Any]] = []
+        # A run goes on only as it began.
+        self._identity = {
+            **json.loads(json.dumps(asdict(settings))),
+            "data": data.digest(examples),
+            "valid": data.digest(valid),
+            **{key: self._about[key] for key in ("model", "revision") if key in self._about},
+        }
+
+    def train(self) -> None:
+        """Runs to the end, from where an earlier one was stopped. Raises RequestError where the
+        folder holds another run, or one that has ended.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        settings, progress = self.settings, self.progress
+        waiting = batches(self.examples, settings)
+        for _ in range(progress.step * settings.accumulate):
+            next(waiting)
+        self.model.train()
+        while progress.step < settings.steps and not self._has_stopped():
+            self._step([self._batch(next(waiting)) for _ in range(settings.accumulate)])
+            last = progress.step == settings.steps
+            if self.valid and (progress.step % settings.valid_every == 0 or last):
+                self._validate()
+            if progress.step % settings.save_every == 0 and not last:
+                self._save()
+        self._write_log()
+        if not self.valid:
+            write_adapter(self.folder, self.model, settings.trained, self._about)
+        (self.folder / STATE).unlink(missing_ok=True)
+
+    def _has_stopped(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.progress.worse >= patience
+
+    def _batch(self, rows: Sequence[Example]) -> Batch:
+        return Batch(rows, [self._sources(row) for row in rows])
+
+    def _step(self, given: Sequence[Batch]) -> None:
+        started = time.perf_counter()
+        mx.reset_peak_memory()
+        loss, gradients = loss_and_gradients(self.model, given)
+        if self.settings.clip:
+            clipped: Any = optim.clip_grad_norm(gradients, self.settings.clip)
+            gradients = clipped[0]
+        self.optimiser.update(self.model, gradients)
+        mx.eval(self.model.trainable_parameters(), self.optimiser.state)
+        self.progress.step += 1
+        seconds = time.perf_counter() - started
+        seen = sum(len(row.ids) for batch in given for row in batch.rows)
+        self._note(
+            {
+                "step": self.progress.step,
+                "loss": loss,
+                "learning_rate": self.optimiser.learning_rate.item(),
+                "seconds": round(seconds, 4),
+                "tokens": seen,
+                "tokens_per_second": round(seen / seconds, 1),
+                "peak_memory_bytes": mx.get_peak_memory(),
+            }
+        )
+        mx.clear_cache()
+
+    def _validate(self) -> None:
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for first in range(0, len(self.valid), self.settings.batch):
+            batch = self._batch(self.valid[first : first + self.settings.batch])
+            total += float(np.array(loss_sum(self.model, batch)))
+            tokens += batch.tokens
+        self.model.train()
+        loss, progress = total / tokens, self.progress
+        self._note({"step": progress.step, "valid_loss": loss})
+        progress.worse += 1
+        if loss < progress.best:
+            progress.best, progress.worse = loss, 0
+            write_adapter(self.folder, self.model, self.settings.trained, self._about)
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self.log.append(line)
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._told(line)
+
+    def _write_log(self) -> None:
+        """Whole again: lines behind the state of a killed run are computed anew."""
+        write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
+
+    def _save(self) -> None:
+        # Of the beginning, the settings alone: the seed makes the rest.
+        state = {"step": mx.array(self.progress.step)}
+        if self.progress.step:
+            parameters = self.model.trainable_parameters()
+            state = {"model": parameters, "adam": self.optimiser.state}
+        arrays: dict[str, mx.array] = dict(tree_flatten(state))
+        about = {
+            "progress": json.dumps(asdict(self.progress)),
+            "identity": json.dumps(self._identity),
+            "log": json.dumps(self.log),
+        }
+        write_arrays(self.folder / STATE, arrays, about)
+
+    def _resume(self) -> None:
+        state = self.folder / STATE
+        if not state.is_file():
+            if (self.folder / MLX_WEIGHTS).is_file():
+                raise RequestError(
+                    f"{self.folder} has an adapter already; name another folder, or delete it"
+                )
+            self._save()
+            self._write_log()
+            return
+        try:
+            found: Any = mx.load(str(state), return_metadata=True)
+            arrays, about = found
+            identity, progress = json.loads(about["identity"]), json.loads(about["progress"])
+            self.log = json.loads(about["log"])
+        except (RuntimeError, KeyError, ValueError):
+            raise RequestError(f"{state} is damaged; delete it to start over") from None
+        for key, value in self._identity.items():
+            if identity.get(key) != value:
+                raise RequestError(
+                    f"{self.folder} holds a run with {key} {identity.get(key)!r}, not {value!r}; "
+                    "go on as it began, or name another folder"
+                )
+        self.progress = Progress(**progress)
+        if self.progress.step:
+            tree: Any = tree_unflatten(list(arrays.items()))
+            self.model.update(tree["model"])
+            self.optimiser.state = tree["adam"]
+        self._write_log()

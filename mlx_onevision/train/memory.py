@@ -1,0 +1,51 @@
+"""How much memory a training step will take, before it is taken."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_onevision.engine.runner import working_set
+from mlx_onevision.errors import OutOfMemoryError
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.train.data import Example
+from mlx_onevision.train.loop import Settings
+from mlx_onevision.train.step import CHUNK
+
+
+def predicted_bytes(model: OneVision, settings: Settings, examples: Sequence[Example]) -> int:
+    """The peak of a step of the longest rows: weights, gradients and AdamW's two averages of what
+    is trained, what enters each layer, one layer's own values, its attention and a chunk of logits.
+    """
+    text = model.config.text_config
+    size = model.dtype.size
+    held = _bytes(model.parameters()) + 3 * _bytes(model.trainable_parameters())
+    lengths = sorted((len(example.ids) for example in examples), reverse=True)
+    rows, length = min(settings.batch, len(lengths)), lengths[0]
+    positions = rows * length
+    entered = (text.num_hidden_layers + 2) * positions * text.hidden_size * size
+    # Forward values and their gradients; in float32 where low-rank terms are added.
+    layer = positions * (6 * text.hidden_size + 6 * text.intermediate_size) * 4
+    # CUDA's attention holds no scores; elsewhere its backward pass has them, twice.
+    scores = 0
+    if mx.default_device().type == mx.cpu or mx.metal.is_available():
+        scores = 2 * rows * text.num_attention_heads * length**2 * size
+    counted = max(example.tokens for example in examples) * rows
+    logits = 3 * min(CHUNK, counted) * text.vocab_size * 4
+    return held + entered + max(layer + scores, logits)
+
+
+def _bytes(parameters: Any) -> int:
+    leaves: dict[str, mx.array] = dict(tree_flatten(parameters))
+    return sum(leaf.nbytes for leaf in leaves.values())
+
+
+def admit(needed: int, limit: float | None) -> None:
+    """OutOfMemoryError where a step will not fit. ``limit`` : GB, instead of the device's."""
+    usable = working_set() if limit is None else int(limit * 1e9)
+    if needed > usable:
+        raise OutOfMemoryError(
+            f"a step takes about {needed / 1e9:.1f} GB, and there are {usable / 1e9:.1f} GB; train "
+            "with a smaller --batch, --rank or --visual-tokens, or a quantized model"
+        )

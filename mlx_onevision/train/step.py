@@ -1,0 +1,154 @@
+"""The loss of a batch of rows and its gradients, in little memory.
+
+Layers are computed again in the backward pass, so that only what enters each is held. Logits are
+made at the positions that carry loss alone, and a chunk of them at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.nn.utils import checkpoint
+from mlx.utils import tree_map
+
+from mlx_onevision.media.anyres import VideoPacking
+from mlx_onevision.network.language import attention_mask
+from mlx_onevision.network.onevision import OneVision, normalize, pool_frames
+from mlx_onevision.prompt.processor import Medium
+from mlx_onevision.train.data import Example, MediumShape
+
+CHUNK = 512  # positions whose logits are held at once
+
+# What the network needs of a medium: the tower's features (tiles, patches, width), or its pixels
+# where the tower is trained, too.
+Source = mx.array | Medium
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are computed at once, padded on their right: no row sees padding, which comes after
+    it. ``sources`` : of each row's media, in order.
+    """
+
+    rows: Sequence[Example]
+    sources: Sequence[Sequence[Source]]
+
+    @property
+    def tokens(self) -> int:
+        """That carry loss."""
+        return sum(row.tokens for row in self.rows)
+
+
+def loss_and_gradients(model: OneVision, batches: Sequence[Batch]) -> tuple[float, dict[str, Any]]:
+    """The mean loss of the tokens of all batches, and its gradients by the trained parameters; one
+    batch is held at a time.
+    """
+    total = sum(batch.tokens for batch in batches)
+    parameters = model.trainable_parameters()
+    compute = nn.value_and_grad(model, lambda batch: loss_sum(model, batch) / total)
+    loss = 0.0
+    gradients: Any = None
+    for batch in batches:
+        value, found = compute(batch)
+        gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+        # Their values are the same, but they hold the graph of what was computed.
+        model.update(parameters)
+        mx.eval(value, gradients)
+        loss += float(np.array(value))
+    return loss, gradients
+
+
+def loss_sum(model: OneVision, batch: Batch) -> mx.array:
+    """The sum of the negative log-likelihoods of the tokens that carry loss."""
+    positions, targets = _targets(batch)
+    hidden = _hidden(model, _embeddings(model, batch))
+    h = hidden.reshape(-1, hidden.shape[-1])[positions]
+    h = model.language_model.norm(h)
+    head: Any = model.language_model.embed_tokens
+    logits: Callable[[mx.array], mx.array] = head.as_linear
+    if not model.config.tie_word_embeddings:
+        head = logits = model.lm_head
+    parameters = head.trainable_parameters()
+
+    @mx.checkpoint
+    def chunk_loss(given: Any, h: mx.array, targets: mx.array) -> mx.array:
+        head.update(given)
+        scores = logits(h).astype(mx.float32)
+        fixed = mx.stop_gradient(targets)
+        return nn.losses.cross_entropy(scores, fixed, reduction="sum")
+
+    total = mx.array(0.0)
+    for first in range(0, len(targets), CHUNK):
+        part = slice(first, first + CHUNK)
+        total = total + chunk_loss(parameters, h[part], targets[part])
+    head.update(parameters)
+    return total
+
+
+def _targets(batch: Batch) -> tuple[mx.array, mx.array]:
+    """Where in the batch, flattened, the hidden states are from which tokens with loss are
+    predicted, and these tokens.
+    """
+    length = max(len(row.ids) for row in batch.rows)
+    positions, targets = [], []
+    for number, row in enumerate(batch.rows):
+        (places,) = np.nonzero(row.learned)
+        positions.append(number * length + places - 1)
+        targets.append(row.ids[places])
+    return mx.array(np.concatenate(positions)), mx.array(np.concatenate(targets))
+
+
+def _embeddings(model: OneVision, batch: Batch) -> mx.array:
+    length = max(len(row.ids) for row in batch.rows)
+    rows = []
+    for row, sources in zip(batch.rows, batch.sources, strict=True):
+        parts, place = [], 0
+        placeholders = np.isin(
+            row.ids, [model.config.image_token_index, model.config.video_token_index]
+        )
+        media = iter(zip(row.media, sources, strict=True))
+        while place < len(row.ids):
+            if placeholders[place]:
+                shape, source = next(media)
+                parts.append(_medium(model, shape, source))
+                place += shape.tokens
+                continue
+            rest = np.flatnonzero(placeholders[place:])
+            stop = place + int(rest[0]) if len(rest) else len(row.ids)
+            text = model.language_model.embed_tokens(mx.array(row.ids[place:stop]))
+            parts.append(text.astype(model.dtype))
+            place = stop
+        rows.append(mx.pad(mx.concatenate(parts), [(0, length - len(row.ids)), (0, 0)]))
+    return mx.stack(rows)
+
+
+def _medium(model: OneVision, shape: MediumShape, source: Source) -> mx.array:
+    features = source if isinstance(source, mx.array) else tower_features(model, source)
+    projected = model.multi_modal_projector(features)
+    if isinstance(shape.packing, VideoPacking):
+        projected = pool_frames(projected, shape.packing)
+    return model.pack(shape.packing, projected)
+
+
+def tower_features(model: OneVision, medium: Medium) -> mx.array:
+    """The tower's features of a medium that is trained on, whose gradients are wanted."""
+    tower, wanted = model.vision_tower, model.config.feature_layers
+    pixels = normalize(medium.tiles, medium.normalization)
+    x = tower.embeddings(pixels.astype(tower.dtype))
+    states = {0: x}
+    for number, layer in enumerate(tower.encoder.layers[: max(wanted)], start=1):
+        x = checkpoint(layer)(x)
+        states[number] = x
+    return mx.concatenate([states[number] for number in wanted], axis=-1)
+
+
+def _hidden(model: OneVision, h: mx.array) -> mx.array:
+    """What leaves the last layer, before the norm, (B, L, hidden_size)."""
+    text = model.language_model
+    for layer, window in zip(text.layers, text._windows, strict=True):
+        mask = attention_mask(h, None, window)
+        h = checkpoint(layer)(h, text._rotate, mask, None)
+    return h

@@ -1,0 +1,193 @@
+"""Runs: what is trained, that the loss falls, and that a run that was stopped goes on unchanged."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import write
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from mlx_onevision.api import load
+from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.errors import OutOfMemoryError, RequestError
+from mlx_onevision.train.loop import LOG, STATE, Settings, batches
+from mlx_onevision.train.parts import Trained, set_up
+from mlx_onevision.train.train import Task, prepare, train
+
+ANSWERS = ("A cat.", "Two small dogs and a bird.", "Yes.", "Nothing at all.")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    write(folder / "model")
+    rows = []
+    for number, answer in enumerate(ANSWERS):
+        Image.new("RGB", (30 + 9 * number, 40), ("red", "blue")[number % 2]).save(
+            folder / f"{number}.png"
+        )
+        ask = [{"type": "image", "path": f"{number}.png"}, {"type": "text", "text": "What?"}]
+        turns = [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": turns}))
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "valid.jsonl").write_text("\n".join(rows[:2]))
+    return folder
+
+
+def task(place: Path, output: Path, valid: bool = False, **settings: Any) -> Task:
+    known = {"steps": 6, "batch": 2, "learning_rate": 5e-3, "save_every": 2, "valid_every": 2}
+    return Task(
+        model=place / "model",
+        data=place if valid else place / "train.jsonl",
+        output=output,
+        cache=place / "cache",
+        settings=Settings(**{**known, **settings}),
+    )
+
+
+def run(given: Task, stop_at: int = 0) -> list[dict[str, Any]]:
+    """The log of a run, which ends at so many lines as if it were killed."""
+    lines: list[Any] = []
+
+    def told(line: Mapping[str, Any]) -> None:
+        lines.append(line)
+        if len(lines) == stop_at:
+            raise Killed
+
+    prepared = prepare(given, pytest.fail)
+    if stop_at:
+        with pytest.raises(Killed):
+            train(given, prepared, told=told)
+        return lines
+    train(given, prepared, told=told)
+    return [json.loads(line) for line in (given.output / LOG).read_text().splitlines()]
+
+
+def losses(log: list[dict[str, Any]]) -> list[Any]:
+    return [(line["step"], line.get("loss"), line.get("valid_loss")) for line in log]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_the_loss_falls_and_the_adapter_is_what_was_trained(
+    place: Path, tmp_path: Path, method: Any
+) -> None:
+    parts = ("language", "projector", "tower")
+    given = task(place, tmp_path / "out", trained=Trained(method, parts, rank=4), batch=4)
+    log = run(given)
+    assert log[-1]["loss"] < 0.85 * log[0]["loss"]
+    model = load(place / "model", adapter=given.output)
+    plain = load(place / "model")
+    turns = json.loads((place / "train.jsonl").read_text().splitlines()[0])["messages"]
+    turns[0]["content"][0]["path"] = str(place / "0.png")
+    inputs = plain.prepare(turns[:1])
+    wanted = plain._processor.tokenizer.encode(ANSWERS[0])[0]
+    before, after = (m.logits(inputs, last=1)[0] for m in (plain, model))
+    assert after[wanted] - np.log(np.exp(after).sum()) > before[wanted] - np.log(
+        np.exp(before).sum()
+    )
+    model.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 8])
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(
+    place: Path, tmp_path: Path, stop_at: int
+) -> None:
+    whole, broken = (task(place, tmp_path / name, valid=True) for name in ("whole", "broken"))
+    log = run(whole)
+    run(broken, stop_at)
+    assert losses(run(broken)) == losses(log)
+    first, second = ((t.output / "adapters.safetensors").read_bytes() for t in (whole, broken))
+    assert first == second
+    assert not (broken.output / STATE).exists()
+
+
+def test_a_run_goes_on_only_as_it_began(place: Path, tmp_path: Path) -> None:
+    run(task(place, tmp_path), stop_at=3)
+    with pytest.raises(RequestError, match=r"a run with learning_rate 0\.005, not 0\.1; go on as"):
+        run(task(place, tmp_path, learning_rate=0.1))
+    (tmp_path / STATE).write_bytes(b"?")
+    with pytest.raises(RequestError, match="is damaged; delete it to start over"):
+        run(task(place, tmp_path))
+
+
+def test_an_adapter_is_not_overwritten(place: Path, tmp_path: Path) -> None:
+    given = task(place, tmp_path, steps=1)
+    run(given)
+    with pytest.raises(RequestError, match="has an adapter already; name another folder"):
+        run(given)
+
+
+def test_patience_ends_a_run_and_the_best_adapter_is_kept(place: Path, tmp_path: Path) -> None:
+    given = task(
+        place, tmp_path, True, steps=40, learning_rate=3.0, schedule="constant", patience=2, clip=0
+    )
+    log = run(given)
+    measured = [line["valid_loss"] for line in log if "valid_loss" in line]
+    assert log[-1]["step"] < 40
+    assert measured.index(min(measured)) == len(measured) - 3
+
+
+def test_accumulated_batches_are_one_larger_batch(place: Path, tmp_path: Path) -> None:
+    at_once = run(task(place, tmp_path / "a", batch=4, steps=2))
+    in_parts = run(task(place, tmp_path / "b", batch=2, accumulate=2, steps=2))
+    for one, other in zip(at_once, in_parts, strict=True):
+        assert abs(one["loss"] - other["loss"]) < 1e-5
+
+
+def test_on_quantized_weights(place: Path, tmp_path: Path) -> None:
+    given = replace(task(place, tmp_path, batch=4), quantize=4)
+    log = run(given)
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    with pytest.raises(RequestError, match="use --method lora"):
+        run(replace(given, settings=Settings(trained=Trained("full"))))
+
+
+def test_every_row_comes_once_an_epoch_beside_rows_of_its_length(place: Path) -> None:
+    examples = prepare(task(place, place / "none"), pytest.fail).examples * 5
+    found = batches(examples, Settings(batch=2))
+    epoch = [next(found) for _ in range(10)]
+    assert sorted(id(e) for batch in epoch for e in batch) == sorted(map(id, examples))
+    assert all(abs(len(a.ids) - len(b.ids)) < 64 for a, b in epoch)
+    again = batches(examples, Settings(batch=2))
+    assert [[id(e) for e in batch] for batch in epoch] == [
+        [id(e) for e in next(again)] for _ in range(10)
+    ]
+
+
+def test_the_last_layers_alone(place: Path) -> None:
+    model = load_checkpoint(place / "model", fused=False).model
+    set_up(model, Trained(layers=1), seed=0)
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    assert names and all(name.startswith("language_model.layers.1.") for name in names)
+    with pytest.raises(RequestError, match="the model has 2 layers, not 3"):
+        set_up(load_checkpoint(place / "model", fused=False).model, Trained(layers=3), seed=0)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_is_taken(
+    place: Path, tmp_path: Path
+) -> None:
+    given = replace(task(place, tmp_path), memory_limit=1e-3)
+    with pytest.raises(OutOfMemoryError, match="a step takes about"):
+        run(given)
+
+
+def test_features_are_encoded_once(place: Path, tmp_path: Path) -> None:
+    given = task(place, tmp_path / "a", steps=1)
+    run(given)
+    times = {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.safetensors")}
+    assert len(times) >= len(ANSWERS)
+    run(replace(given, output=tmp_path / "b"))
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    arrays: Any = mx.load(str(next(iter(times))))
+    assert arrays["features"].ndim == 3
