@@ -19,21 +19,47 @@ if TYPE_CHECKING:
     from mlx_onevision.embed.embeddings import Embeddings
     from mlx_onevision.engine.generation import Generation, Stream, Usage
     from mlx_onevision.engine.options import Options
-    from mlx_onevision.errors import OneVisionError
+    from mlx_onevision.errors import (
+        CancelledError,
+        CheckpointError,
+        ConfigError,
+        ContextOverflowError,
+        DiedError,
+        MediaError,
+        MemoryLimitError,
+        ModelNotFoundError,
+        OneVisionError,
+        OutOfMemoryError,
+        RequestError,
+        StorageError,
+        TooLargeError,
+    )
     from mlx_onevision.prompt.processor import Inputs
 
     __version__: str
 
 __all__ = [
+    "CancelledError",
+    "CheckpointError",
+    "ConfigError",
+    "ContextOverflowError",
     "DescribeOptions",
     "DescriptionStream",
+    "DiedError",
     "Embeddings",
     "Generation",
     "Inputs",
+    "MediaError",
+    "MemoryLimitError",
     "Model",
+    "ModelNotFoundError",
     "OneVisionError",
     "Options",
+    "OutOfMemoryError",
+    "RequestError",
+    "StorageError",
     "Stream",
+    "TooLargeError",
     "Usage",
     "VideoDescription",
     "__version__",
@@ -47,13 +73,13 @@ _HOMES = {
     "Generation": "engine.generation",
     "Inputs": "prompt.processor",
     "Model": "api",
-    "OneVisionError": "errors",
     "Options": "engine.options",
     "Stream": "engine.generation",
     "Usage": "engine.generation",
     "VideoDescription": "describe.formats",
     "load": "api",
 }
+_HOMES |= {name: "errors" for name in __all__ if name.endswith("Error")}
 
 
 def __getattr__(name: str) -> Any:

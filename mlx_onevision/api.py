@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, Self, Unpack, overload
 
 import numpy as np
 
+from mlx_onevision.asynchronous import AsyncCalls
 from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.hub import identify
 from mlx_onevision.checkpoint.recipes import Recipe, while_loading
@@ -23,7 +24,7 @@ from mlx_onevision.embed.embeddings import Embeddings
 from mlx_onevision.engine import generation
 from mlx_onevision.engine.engine import Engine
 from mlx_onevision.engine.generation import Generation, Messages, Stream
-from mlx_onevision.engine.options import Options, batch_requests
+from mlx_onevision.engine.options import Options, batch_requests, check_names
 from mlx_onevision.engine.request import PromptRequest
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
@@ -101,8 +102,10 @@ def load(
     )
 
 
-class Model:
-    """A loaded checkpoint. Its weights live on a thread of their own; use it from any thread."""
+class Model(AsyncCalls):
+    """A loaded checkpoint. Its weights live on a thread of their own; use it from any thread. As a
+    context manager, it is closed at the end.
+    """
 
     def __init__(
         self,
@@ -143,6 +146,16 @@ class Model:
         self._builder = generation.RequestBuilder(
             self._processor, self._engine.defaults, has_draft=draft is not None
         )
+
+    def __repr__(self) -> str:
+        made = ", ".join(made for made in self._made[:2] if made not in (None, "None"))
+        return f"<Model {self.name}{made and ', '}{made}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def config(self) -> OneVisionConfig:
@@ -253,6 +266,7 @@ class Model:
     ) -> Stream:
         if options is not None:
             raise RequestError("options are for a batch; give settings by their names")
+        check_names(given)
         request = self._builder.build_request(prompt, **given)
         return generation.submit(self._engine, self._processor.tokenizer, request)
 
@@ -265,6 +279,7 @@ class Model:
     ) -> list[Stream]:
         if prompt is not None or given.keys() & {"messages", "images", "videos"}:
             raise RequestError("give a batch or one prompt or conversation, not both")
+        check_names(given)
         requests: list[PromptRequest | OneVisionError] = []
         for conversation, settings in batch_requests(batch, options):
             try:

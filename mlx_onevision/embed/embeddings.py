@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,10 @@ NOTES: dict[Space, str] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+SHOWN = 20  # names, in a notebook
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Embeddings:
     """Vectors of one space, and where they come from.
 
@@ -54,6 +58,25 @@ class Embeddings:
     """Whether every vector has length 1."""
     names: tuple[str, ...]
     """What each vector is of: a path, a URL, a text, or "item 3"."""
+
+    def __repr__(self) -> str:
+        of = ", ".join(map(repr, self.names[:3])) + (", …" if len(self) > 3 else "")
+        return (
+            f"<Embeddings: {len(self):,} of {self.dim:,} values, {self.space} space of "
+            f"{self.model} at {self.revision[:12]}; {of}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """For a notebook: whose vectors they are, and the space's note."""
+        rows = "".join(
+            f"<tr><td>{number}</td><td>{escape(name)}</td></tr>"
+            for number, name in enumerate(self.names[:SHOWN])
+        )
+        more = f"<br>… and {len(self) - SHOWN:,} more" if len(self) > SHOWN else ""
+        return (
+            f"<table>{rows}</table><small>{len(self):,} vectors of {self.dim:,} values, "
+            f"{self.space} space of {escape(self.model)}{more}<br>{self.note}</small>"
+        )
 
     @property
     def dim(self) -> int:

@@ -91,8 +91,10 @@ class Engine:
         split: Split | None = None,
         adapter: Path | None = None,
     ) -> None:
-        if memory_limit is not None and not 0 < memory_limit < math.inf:
-            raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit}")
+        if memory_limit is not None and not (
+            isinstance(memory_limit, int | float) and 0 < memory_limit < math.inf
+        ):
+            raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit!r}")
         if split is not None and not sharded:
             raise RequestError("split divides a model that ranks share; add sharded=True")
         if sharded and draft is not None and distributed.launched():

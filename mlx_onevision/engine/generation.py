@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from mlx_onevision.config.generation import GenerationDefaults
@@ -91,6 +92,19 @@ class Generation:
     notes: tuple[str, ...] = ()
     error: OneVisionError | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the text, which is nobody's HTML, and a line of figures."""
+        spent = self.usage
+        figures = (
+            f"{self.finish_reason}; {spent.prompt_tokens:,} prompt tokens, "
+            f"{spent.completion_tokens:,} of the answer, {spent.tokens_per_second:.1f} a second"
+        )
+        lines = [figures, *self.notes, *([str(self.error)] if self.error else [])]
+        return (
+            f'<div style="white-space: pre-wrap">{escape(self.text)}</div>'
+            f"<small>{'<br>'.join(map(escape, lines))}</small>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; rates included."""
@@ -259,7 +273,7 @@ class RequestBuilder:
         messages: Messages | None = None,
         system: str | None = None,
         max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -285,6 +299,11 @@ class RequestBuilder:
         """One conversation, read and tokenized; the settings are those of ``Options``."""
         if draft_tokens and not self._has_draft:
             raise RequestError("draft_tokens needs a draft model; load the model with draft_model")
+        if not isinstance(stop, str | Sequence | None):
+            raise RequestError(f"stop is a {type(stop).__name__}; give a text, or a list of texts")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not callable(check):
+            raise RequestError(f"check is a {type(check).__name__}; give a function")
         if max_tokens is None:
             max_tokens = self.default_max_tokens
         defaults = self._defaults
@@ -313,7 +332,6 @@ class RequestBuilder:
             answer=max_tokens,
             check=check,
         )
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         seconds = time.perf_counter() - started
         return PromptRequest(
             inputs,

@@ -1,6 +1,7 @@
 """The settings of a request, by the names that callers use."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from mlx_onevision.errors import RequestError
@@ -52,7 +53,7 @@ class Options(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     num_frames: int | None
     fps: float | None
     start: float | None
@@ -65,6 +66,19 @@ class Options(TypedDict, total=False):
     prompt_lookup: int
     draft_tokens: int
     check: Callable[[], None]
+
+
+MEDIA = ("images", "videos", "messages")
+
+
+def check_names(given: Iterable[str]) -> None:
+    """RequestError for a name that is none of an answer's arguments, with the nearest that is."""
+    known = [*Options.__annotations__, *MEDIA]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            way = f"it may be {near[0]}" if near else "see mlx_onevision.Options"
+            raise RequestError(f"generate and stream have no argument {name!r}; {way}")
 
 
 def batch_requests(

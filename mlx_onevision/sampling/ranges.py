@@ -5,6 +5,7 @@ library only.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from mlx_onevision.errors import RequestError
@@ -25,9 +26,11 @@ class Range:
     le: float | None = None
     whole: bool = False
 
-    def holds(self, value: float) -> bool:
-        """Whether the number lies within the bounds; NaN and infinities never do."""
-        if isinstance(value, bool) or (self.whole and type(value) is not int):
+    def holds(self, value: Any) -> bool:
+        """Whether it is a number within the bounds; NaN and infinities never are."""
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        if self.whole and type(value) is not int:
             return False
         if not -math.inf < value < math.inf:
             return False
