@@ -4,7 +4,7 @@ cancelled cancels its request.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -37,7 +37,7 @@ class AsyncCalls:
                 return [await asyncio.to_thread(stream.outcome) for stream in streams]
             return await asyncio.to_thread(streams.result)
 
-    async def astream(self: _Calls, prompt: str | None = None, **given: Any) -> AsyncIterator[str]:
+    async def astream(self: _Calls, prompt: str | None = None, **given: Any) -> AsyncGenerator[str]:
         """As :meth:`Model.stream`, for one conversation: ``async for piece in model.astream(…)``.
         An iteration that ends early cancels the answer.
         """

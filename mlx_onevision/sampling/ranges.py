@@ -5,7 +5,6 @@ library only.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from mlx_onevision.errors import RequestError
@@ -28,7 +27,7 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Whether it is a number within the bounds; NaN and infinities never are."""
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
             return False
         if self.whole and type(value) is not int:
             return False
