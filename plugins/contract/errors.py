@@ -44,16 +44,20 @@ class PluginError(Exception):
 
     code : for programs; one of ``CODES``.
     message : for people; one sentence without a full stop, that names the thing.
-    hint : the way out, where there is one.
+    hint : the way out, where there is one. retry_after : of a backend that is busy, seconds after
+        which there is likely to be room; stays in this process.
     """
 
-    def __init__(self, code: Code, message: str, hint: str = "") -> None:
+    def __init__(
+        self, code: Code, message: str, hint: str = "", retry_after: int | None = None
+    ) -> None:
         if code not in CODES:
             raise ValueError(f"{code!r} is not a code of this contract")
         super().__init__(code, message, hint)
         self.code: Code = code
         self.message = clipped(message)
         self.hint = clipped(hint)
+        self.retry_after = retry_after
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message

@@ -1,12 +1,14 @@
 """What every backend does with a request: queue, thread, time limit, end. Standard library only.
 
-Each request has a thread of its own, which waits for its slot, and whose errors are its own.
+Each request has a thread of its own once it has a slot; its errors are its own.
 """
 
+import math
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -26,11 +28,18 @@ Request = GenerateRequest | EmbedRequest | DescribeRequest
 
 CLOSED = bad_request("the backend has been closed", "open it again")
 
+LATEST = 0.2  # the weight of the last request in how long they take
+LONGEST_RETRY = 60  # seconds
+
 CLOSE_TIMEOUT = 5.0  # seconds that close() waits for requests that it has cancelled
 
 
 class Slot:
     """A request's place in a :class:`RequestQueue`: waiting, active, or given up."""
+
+    def __init__(self) -> None:
+        self.begin: Callable[[], object] | None = None  # called once it waits no more
+        self.since = 0.0  # when it became active
 
 
 class RequestQueue:
@@ -41,6 +50,7 @@ class RequestQueue:
         self._active: set[Slot] = set()
         self._waiting: deque[Slot] = deque()
         self._reserved = 0
+        self._seconds = 0.0  # that requests have taken of late, on average
         self._changed = threading.Condition()
 
     def enter(self) -> Slot:
@@ -51,6 +61,16 @@ class RequestQueue:
             self._waiting.append(slot)
             self._promote()
         return slot
+
+    def when_ready(self, slot: Slot, begin: Callable[[], object]) -> None:
+        """Has ``begin`` called once the slot is active or was given up, on the thread that makes it
+        so; or now, if it is.
+        """
+        with self._changed:
+            if slot in self._waiting:
+                slot.begin = begin
+                return
+        begin()
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -73,16 +93,23 @@ class RequestQueue:
     def give_up(self, slot: Slot) -> None:
         """Leaves the queue; an active slot is kept until it is released."""
         with self._changed:
-            if slot in self._waiting:
-                self._waiting.remove(slot)
-                self._changed.notify_all()
+            if slot not in self._waiting:
+                return
+            self._waiting.remove(slot)
+            self._changed.notify_all()
+        _begin(slot)
 
     def release(self, slot: Slot) -> None:
         """Makes room for the next; nothing if the slot is not active."""
         with self._changed:
-            self._active.discard(slot)
-            self._promote()
+            if slot in self._active:
+                self._active.discard(slot)
+                took = time.monotonic() - slot.since
+                self._seconds += (took - self._seconds) * (LATEST if self._seconds else 1)
+            promoted = self._promote()
             self._changed.notify_all()
+        for one in promoted:
+            _begin(one)
 
     @contextmanager
     def slot(self, channel: Channel) -> Iterator[None]:
@@ -108,11 +135,23 @@ class RequestQueue:
         active, waiting = len(self._active), len(self._waiting)
         if active + waiting + self._reserved >= self._most:
             message = f"{active} requests are under way and {waiting + self._reserved} wait"
-            raise PluginError("busy", message, "try again in a moment")
+            # One of those under way ends, and makes room for one, after this time.
+            after = min(max(1, math.ceil(self._seconds / max(active, 1))), LONGEST_RETRY)
+            raise PluginError("busy", message, "try again in a moment", retry_after=after)
 
-    def _promote(self) -> None:
+    def _promote(self) -> list[Slot]:
+        promoted: list[Slot] = []
         while self._waiting and len(self._active) < self._most_active:
-            self._active.add(self._waiting.popleft())
+            slot = self._waiting.popleft()
+            slot.since = time.monotonic()
+            self._active.add(slot)
+            promoted.append(slot)
+        return promoted
+
+
+def _begin(slot: Slot) -> None:
+    if slot.begin is not None:
+        slot.begin()
 
 
 class StreamingBackend(ABC):
@@ -197,6 +236,7 @@ class StreamingBackend(ABC):
             closed = self._closed
         if closed:  # since it was looked at above
             channel.fail(CLOSED)
+        channel.put(results.ProgressEvent("queued"))
         channel.at_end(lambda: self._queue.give_up(slot))
         channel.limit(request.timeout, self._time_limit(request))
 
@@ -211,14 +251,14 @@ class StreamingBackend(ABC):
                 self._end(slot, channel, to_plugin_error(error))
 
         # In the background: start() waits until the thread runs, which under load takes a while.
-        background.call_soon(begin)
+        # Who waits in the queue has no thread yet: there may be hundreds.
+        self._queue.when_ready(slot, lambda: background.call_soon(begin))
         return stream
 
     def _outcome(
         self, slot: Slot, request: Request, channel: Channel
     ) -> results.Result | PluginError:
         try:
-            channel.put(results.ProgressEvent("queued"))
             return self._serve(request, channel) if self._queue.wait(slot) else cancelled()
         except BaseException as error:
             return to_plugin_error(error)

@@ -34,7 +34,7 @@ from mlx_onevision.plugins.service.service import Limits
 pytestmark = pytest.mark.measured
 
 CONNECTIONS = 64
-PLACES = 16  # that serve has by default: 8 under way, 8 in line
+PLACES = 16  # 8 under way, 8 in line
 CROWDS = 9
 PATIENCE = 120.0
 
@@ -226,7 +226,7 @@ def test_a_crowd_of_every_kind() -> None:
             },
         )
 
-    with bare_server() as refusals, command("--model", "demo") as (_, client):
+    with bare_server() as refusals, command("--model", "demo", "--queue", "8") as (_, client):
         asyncio.run(main(client, refusals))
     limit = max(0.1, 4 * percentile(bare, 0.5))
     assert percentile(again, 0.9) <= limit

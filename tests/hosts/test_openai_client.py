@@ -131,8 +131,6 @@ def test_everything_asked_arrives(telling: tuple[Telling, openai.OpenAI]) -> Non
 def test_refusals_are_its_exceptions(telling: tuple[Telling, openai.OpenAI]) -> None:
     _, client = telling
     for refused in (
-        {"store": True},
-        {"previous_response_id": "resp_1"},
         {"background": True},
         {"tools": [{"type": "web_search"}]},
     ):
@@ -143,6 +141,11 @@ def test_refusals_are_its_exceptions(telling: tuple[Telling, openai.OpenAI]) -> 
         client.responses.create(model="other", input="x")
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve("resp_1")
+    with pytest.raises(openai.NotFoundError, match="send all messages"):
+        client.responses.create(model="fake", input="x", previous_response_id="resp_1")
+    kept = client.responses.create(model="fake", input="x")
+    assert client.responses.retrieve(kept.id).output_text == kept.output_text
+    client.responses.delete(kept.id)
 
 
 def test_a_key() -> None:
@@ -220,6 +223,27 @@ def test_many_at_once(server: Client) -> None:
             return await asyncio.gather(*map(one, range(8)))
 
     assert len(set(asyncio.run(all_of_them()))) == 1
+
+
+def test_three_hundred_at_once() -> None:
+    """With the client's default retries none is refused; bodies wait where they are too much."""
+
+    async def all_of_them(url: str) -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="unused") as client:
+
+            async def one(number: int) -> str | None:
+                messages: Any = [{"role": "user", "content": [image(), text(f"word{number}")]}]
+                done = await client.chat.completions.create(model="fake", messages=messages)
+                return done.choices[0].message.content
+
+            return await asyncio.gather(*map(one, range(300)))
+
+    backend = FakeBackend(delay=0.002, limits=Limits(active=8, waiting=512))
+    with serving(backend, ServerSettings(bodies=1 << 20)) as server:
+        found = asyncio.run(all_of_them(server.url))
+        counted = server.ask("GET", "/metrics").body.decode()
+    assert found == [f"word{number} [1 image][0 videos]" for number in range(300)]
+    assert 'status="429"' not in counted and 'status="5' not in counted
 
 
 def test_the_demo_model_says_how_likely_its_words_are(demo: openai.OpenAI) -> None:

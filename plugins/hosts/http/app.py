@@ -74,6 +74,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         Guards(settings, public=frozenset(files)),
         state.metrics,
         {route.endpoint: route.path for route in routes},
+        state.reader.release,
     )
 
 

@@ -72,7 +72,29 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     "--concurrent", default=8, show_default=True, type=click.IntRange(1), help="Requests at once."
 )
 @click.option(
-    "--waiting", default=8, show_default=True, type=click.IntRange(0), help="Requests in line."
+    "--queue",
+    "--waiting",
+    "waiting",
+    default=512,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Requests in line; more are told when to try again.",
+)
+@click.option(
+    "--max-upload",
+    default=32,
+    show_default=True,
+    metavar="MB",
+    type=click.IntRange(1, 4096),
+    help="Of one request, its media as base64 included, and of what comes from a host.",
+)
+@click.option(
+    "--max-pixels",
+    default=120.0,
+    show_default=True,
+    metavar="M",
+    type=click.FloatRange(0.01, 1000),
+    help="Millions of pixels of an image; each takes 7 bytes while it is read.",
 )
 @click.option(
     "--max-tokens",
@@ -111,6 +133,8 @@ def serve(
     allow_private: bool,
     concurrent: int,
     waiting: int,
+    max_upload: int,
+    max_pixels: float,
     max_tokens: int,
     timeout: float,
     film_timeout: float,
@@ -158,6 +182,7 @@ def serve(
             host=host,
             names=names,
             origins=origins,
+            body=max_upload << 20,
             token=token,
             model=name,
             max_tokens=max_tokens,
@@ -170,6 +195,8 @@ def serve(
                     folders=folders,
                     hosts=None if "*" in media_hosts else media_hosts,
                     private=allow_private,
+                    size=max_upload << 20,
+                    pixels=int(max_pixels * 1e6),
                     hints=Hints(
                         folders="start serve with --media-root FOLDER",
                         hosts="start serve with --allow-media-host NAME",

@@ -64,6 +64,7 @@ class HTTPError(Exception):
     ) -> None:
         super().__init__(status, message, code, param)
         self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after = RETRY_AFTER  # of a 429
 
     @property
     def body(self) -> ErrorBody:
@@ -78,13 +79,15 @@ class HTTPError(Exception):
         }
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
-        again = {"Retry-After": str(RETRY_AFTER)} if self.status == 429 else {}
+        again = {"Retry-After": str(self.retry_after)} if self.status == 429 else {}
         return JSONResponse(self.body, self.status, {**again, **(headers or {})})
 
 
 def to_http_error(error: PluginError) -> HTTPError:
     code = _CODES.get(error.code, error.code)
-    return HTTPError(_STATUS[error.code], redact_paths(str(error)), code)
+    found = HTTPError(_STATUS[error.code], redact_paths(str(error)), code)
+    found.retry_after = error.retry_after or RETRY_AFTER
+    return found
 
 
 def redact_error(error: PluginError) -> PluginError:

@@ -12,7 +12,7 @@ import ipaddress
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 
 from starlette.responses import Response
@@ -174,11 +174,18 @@ class Middleware:
 
     routes : the path of each endpoint; others are not named in the metrics, as they could fill the
         memory.
+    release : called at the end of each request.
     """
 
     def __init__(
-        self, app: ASGIApp, guards: Guards, metrics: Metrics, routes: Mapping[object, str]
+        self,
+        app: ASGIApp,
+        guards: Guards,
+        metrics: Metrics,
+        routes: Mapping[object, str],
+        release: Callable[[Scope], None],
     ) -> None:
+        self._release = release
         self._app, self._guards, self._metrics = app, guards, metrics
         self._routes, self._paths = routes, frozenset(routes.values())
 
@@ -212,6 +219,7 @@ class Middleware:
         except asyncio.CancelledError:
             pass  # the server ends; what runs it would write a traceback
         finally:
+            self._release(scope)
             path = scope["path"]
             route = path if path in self._paths else self._routes.get(scope.get("endpoint"))
             self._metrics.add_request(route or "other", status, monotonic() - began)

@@ -4,6 +4,8 @@ import asyncio
 import json
 import math
 import re
+import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -13,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Scope
 
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
@@ -25,20 +28,60 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 _OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
 _KINDS = {**dict.fromkeys(_OBJECT_TYPES, "an object"), "list_type": "a list"}
 
+HELD = "mlx_onevision.held"  # in a request's scope: bytes that it holds of the budget
+SLOWEST = 64 << 10  # bytes a second of a body
 SMALL = 64 << 10  # bytes that are parsed sooner than a thread takes them over
 EXACT = 2**53  # up to here a float holds every whole number
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+class BodyBudget:
+    """The bytes of all requests that are read or answered. Used from the event loop alone.
+
+    total : of these. most : requests that wait for room, first come first served.
+    """
+
+    def __init__(self, total: int, most: int) -> None:
+        self._free, self._most = total, most
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, size: int) -> None:
+        """Waits until there is room. Raises HTTPError: 429, where too many do."""
+        if not self._waiting and size <= self._free:
+            self._free -= size
+            return
+        if len(self._waiting) >= self._most:
+            why = "too much is being sent by all clients together; try again in a moment"
+            raise HTTPError(429, why, "rate_limit_exceeded")
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, future))
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.give_back(size)
+            raise
+
+    def give_back(self, size: int) -> None:
+        self._free += size
+        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self._free):
+            size, future = self._waiting.popleft()
+            if not future.done():
+                self._free -= size
+                future.set_result(None)
+
+
 class BodyReader:
-    """Reads the bodies of a server's requests, and counts the bytes held by all of them.
+    """Reads the bodies of a server's requests. Their bytes count until the request's end, which
+    :meth:`release` has to be told; those for which there is no room stay with their clients.
 
     backend : has to have room for a request before its body is parsed, where it can say so: parsing
         what is refused anyway would hold up everybody.
     """
 
     def __init__(self, settings: ServerSettings, backend: Backend) -> None:
-        self._settings, self._held = settings, 0
+        self._settings = settings
+        self._budget = BodyBudget(max(settings.bodies, settings.body), settings.unread)
         self._room = backend.reserved if isinstance(backend, StreamingBackend) else nullcontext
         # Megabytes of base64 take a while. Several threads would not parse them any faster.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
@@ -48,47 +91,58 @@ class BodyReader:
         name; PluginError: ``busy``, when the backend has no room for the request; ClientDisconnect:
         when nobody is there any more.
         """
-        _check_head(request, self._settings)
+        size = _check_head(request, self._settings)
+        with self._room():  # what is refused need not wait for its turn
+            pass
+        await self._budget.take(size)
+        request.scope[HELD] = size
         data = bytearray()
-        try:
-            await self._fill(data, request)
-            parse = partial(_parsed, data, kind, self._settings)
-            with self._room():
-                if len(data) <= SMALL:
-                    return parse()
-                return await asyncio.get_running_loop().run_in_executor(self._thread, parse)
-        finally:
-            self._held -= len(data)
+        await self._fill(data, request)
+        request.scope[HELD] = len(data)
+        self._budget.give_back(size - len(data))
+        parse = partial(_parsed, data, kind, self._settings)
+        with self._room():
+            if len(data) <= SMALL:
+                return parse()
+            return await asyncio.get_running_loop().run_in_executor(self._thread, parse)
+
+    def release(self, scope: Scope) -> None:
+        """At the end of a request, whatever came of it."""
+        self._budget.give_back(scope.pop(HELD, 0))
 
     async def _fill(self, data: bytearray, request: Request) -> None:
+        still = self._settings.header_timeout
+        until = time.monotonic() + still + request.scope[HELD] / SLOWEST
         more = True
         while more:
+            left = max(0.0, min(still, until - time.monotonic()))
             try:
-                message = await asyncio.wait_for(request.receive(), self._settings.header_timeout)
+                message = await asyncio.wait_for(request.receive(), left)
             except TimeoutError:
                 raise HTTPError(408, "the body did not come; send it again") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             data += message.get("body", b"")
-            self._held += len(message.get("body", b""))
-            if len(data) > self._settings.body:
+            if len(data) > request.scope[HELD]:
                 raise _too_much(self._settings)
-            if self._held > self._settings.bodies:
-                why = "too much is being sent by all clients together; try again in a moment"
-                raise HTTPError(429, why, "rate_limit_exceeded")
             more = message.get("more_body", False)
 
 
-def _check_head(request: Request, settings: ServerSettings) -> None:
-    """Before anything of the body is read. A page of another site cannot send this type unasked."""
+def _check_head(request: Request, settings: ServerSettings) -> int:
+    """The most bytes that the body may have. Before anything of it is read. A page of another site
+    cannot send this type unasked.
+    """
     kinds = request.headers.getlist("content-type")
     if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
         raise HTTPError(415, "the body has to be sent as application/json")
     if request.headers.getlist("content-encoding") not in ([], ["identity"]):
         raise HTTPError(415, "the body must not be compressed")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and (len(length) > 15 or int(length) > settings.body):
-        raise _too_much(settings)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal():
+        if len(length) > 15 or int(length) > settings.body:
+            raise _too_much(settings)
+        return int(length)
+    return settings.body
 
 
 def _too_much(settings: ServerSettings) -> HTTPError:

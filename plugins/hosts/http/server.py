@@ -49,7 +49,9 @@ class ServerSettings:
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
     max_tokens : the backend's limit for one answer.
-    body, bodies : bytes of one request, and of all that are being read.
+    body, bodies : bytes of one request, and of all that are being read, wait or are answered;
+        further ones are left unread until there is room.
+    unread : requests that wait for that, at most.
     depth, values : how deep, and how many, a request's JSON may hold.
     header_timeout : seconds that a request's head may take, and that its body may stand still.
     keep_alive_interval : seconds without an event after which a stream gets a comment.
@@ -63,6 +65,7 @@ class ServerSettings:
     max_tokens: int | None = None
     body: int = 32 << 20
     bodies: int = 256 << 20
+    unread: int = 1024
     depth: int = 64
     values: int = 500_000
     header_timeout: float = 15.0

@@ -2,16 +2,19 @@
 
 import asyncio
 import http.client
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, Self
 
+import openai
 import pytest
 from crowding import CHAT, Peer, PromptRequest
-from served import Client, serving, video, wait_for
+from served import Client, image, serving, text, video, wait_for
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.hosts.http.errors import to_http_error
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend, GenerateRequest
 from mlx_onevision.plugins.service.base import RequestQueue
@@ -112,6 +115,51 @@ def test_requests_that_came_another_way_are_counted() -> None:
         client.ask("DELETE", job.json["poll"])
         wait_for(lambda: taken(client) == 0)
         assert client.ask("POST", CHAT, b"nothing").status == 400
+
+
+def test_as_many_as_an_openai_client_starts_are_answered() -> None:
+    """With its default retries, each with an image; nobody is refused, and who waits has no thread
+    of its own.
+    """
+    threads: list[int] = []
+
+    async def main(client: Client) -> None:
+        async with openai.AsyncOpenAI(base_url=client.url, api_key="unused") as asked:
+
+            async def one(number: int) -> None:
+                content: Any = [image(), text(f"number {number}")]
+                said = await asked.chat.completions.create(
+                    model="fake", messages=[{"role": "user", "content": content}]
+                )
+                threads.append(threading.active_count())
+                assert said.choices[0].message.content == f"number {number} [1 image][0 videos]"
+
+            await asyncio.gather(*map(one, range(40)))
+
+    backend = FakeBackend(delay=0.002, limits=Limits(active=8, waiting=512))
+    with serving(backend, ServerSettings(bodies=1 << 20)) as client:
+        before = threading.active_count()
+        asyncio.run(main(client))
+        counted = client.ask("GET", "/metrics").body.decode()
+    assert 'status="429"' not in counted and 'status="5' not in counted
+    assert max(threads) - before < 8 + 64 + 20
+
+
+def test_when_to_try_again_is_how_long_requests_take() -> None:
+    queue = RequestQueue(1, 0)
+    for seconds in (0.0, 7.5):
+        slot = queue.enter()
+        with pytest.raises(PluginError) as busy:
+            queue.enter()
+        assert busy.value.retry_after == 1
+        slot.since -= seconds
+        queue.release(slot)
+    queue.enter()
+    with pytest.raises(PluginError) as busy:
+        queue.enter()
+    assert busy.value.retry_after == 2  # a fifth of the last one
+    refused = to_http_error(busy.value).response()
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
 
 
 def test_a_place_is_kept_for_a_body_that_is_being_parsed() -> None:
