@@ -16,7 +16,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mlx_onevision.plugins.contract.errors import to_plugin_error
-from mlx_onevision.plugins.hosts.http import chat, embeddings, openapi, responses, status, videos
+from mlx_onevision.plugins.hosts.http import (
+    chat,
+    embeddings,
+    ollama,
+    openapi,
+    responses,
+    status,
+    videos,
+)
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, not_routed, to_http_error
 from mlx_onevision.plugins.hosts.http.middleware import Guards, Metrics, Middleware
 from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Handler, Operation
@@ -64,7 +72,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
     )
     files = read_page(settings)
     handlers: dict[str, dict[str, Handler]] = {path: {"GET": page_handler(files)} for path in files}
-    for one in OPERATIONS:
+    for one in (*OPERATIONS, *(ollama.OPERATIONS if settings.ollama else ())):
         handlers.setdefault(one.path, {})[one.method] = one.handler
     routes = [_route(path, methods, state) for path, methods in handlers.items()]
     app = Starlette(routes=routes, exception_handlers={HTTPException: not_routed})

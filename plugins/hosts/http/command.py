@@ -42,6 +42,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     metavar="ORIGIN",
     help="A page that may speak to the server: app://obsidian.md, or a scheme as vscode-webview:.",
 )
+@click.option("--ollama", is_flag=True, help="Serve Ollama's routes, too: /api/chat and others.")
 @click.option(
     "--api-key",
     envvar=API_KEY,
@@ -127,6 +128,7 @@ def serve(
     port: int,
     names: tuple[str, ...],
     origins: tuple[str, ...],
+    ollama: bool,
     api_key: str | None,
     folders: tuple[str, ...],
     media_hosts: tuple[str, ...],
@@ -183,6 +185,7 @@ def serve(
             names=names,
             origins=origins,
             body=max_upload << 20,
+            ollama=ollama,
             token=token,
             model=name,
             max_tokens=max_tokens,

@@ -117,7 +117,7 @@ _HINTS = (
         "this server has chat, responses, embeddings and video; see /openapi.json",
     ),
     (
-        re.compile("/api/(chat|generate|tags|show|version|embed)"),
+        re.compile("/api/(chat|generate|tags|show|version)$"),
         "start serve with --ollama for it",
     ),
     (

@@ -196,7 +196,15 @@ class SentEvents(Response):
         # The length is not known.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         self._streams, self._write, self._interval = streams, write, interval
-        self._begun = False
+        self._refused: Callable[[HTTPError], Response] = HTTPError.response
+        self._keep_alive, self._begun = KEEP_ALIVE, False
+
+    def as_lines(self, media_type: str, refused: Callable[[HTTPError], Response]) -> None:
+        """For a stream that is no server-sent events, and knows no comments; with errors of its
+        own form.
+        """
+        self.headers["Content-Type"] = media_type
+        self._keep_alive, self._refused = b"", refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(_watch(receive, self._streams))
@@ -214,12 +222,12 @@ class SentEvents(Response):
         held = b""
         async for index, event in _merged(self._streams, self._interval):
             if event is None:
-                await self._send(send, held + KEEP_ALIVE)
+                await self._send(send, held + self._keep_alive)
                 held = b""
                 continue
             failed = isinstance(event, results.ErrorEvent)
             if failed and not self._begun:
-                return to_http_error(event.error).response()
+                return self._refused(to_http_error(event.error))
             held += b"".join(self._write(event, index))
             early = isinstance(event, results.ProgressEvent) and event.stage in _EARLY
             if held and (self._begun or not early):

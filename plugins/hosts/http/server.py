@@ -48,6 +48,7 @@ class ServerSettings:
         colon for all of it. Not http, https and file as a whole, and not ``*``.
     token : what ``Authorization: Bearer`` must hold; None for nothing.
     model : the name that the model is served under; None for the backend's own.
+    ollama : whether Ollama's routes are there, too.
     max_tokens : the backend's limit for one answer.
     body, bodies : bytes of one request, and of all that are being read, wait or are answered;
         further ones are left unread until there is room.
@@ -62,6 +63,7 @@ class ServerSettings:
     origins: tuple[str, ...] = ()
     token: str | None = None
     model: str | None = None
+    ollama: bool = False
     max_tokens: int | None = None
     body: int = 32 << 20
     bodies: int = 256 << 20
