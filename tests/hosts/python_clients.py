@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network
 
 import instructor
 import litellm
+import ollama
 import openai
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
@@ -123,6 +125,24 @@ def with_litellm() -> None:
     tell("litellm: embed", lambda: len(embed(**to, input=["a red circle"]).data[0]["embedding"]))
 
 
+def with_ollama() -> None:
+    own = ollama.Client(host=URL.removesuffix("/v1"))
+    asked: Any = [{"role": "user", "content": QUESTION, "images": [DATA]}]
+    told: Any = {"prompt": QUESTION, "images": [DATA]}
+
+    def text(**settings: Any) -> Any:
+        return own.chat("demo", messages=asked, **settings).message.content
+
+    tell("ollama: text", text)
+    chunks = partial(own.chat, "demo", messages=asked, stream=True)
+    tell("ollama: stream", lambda: "".join(chunk.message.content or "" for chunk in chunks()))
+    tell("ollama: generate", lambda: own.generate("demo", **told).response)
+    tell("ollama: tools", lambda: text(tools=[{"function": {"name": "count"}}]))
+    tell("ollama: schema, Free", lambda: json.loads(text(format=Free.model_json_schema())))
+    tell("ollama: listed", lambda: [model.model for model in own.list().models])
+    tell("ollama: another model", lambda: own.chat("gpt-4o", messages=asked).message.content)
+
+
 def with_pydantic_ai() -> None:
     asked = [QUESTION, BinaryContent(DATA, media_type="image/png")]
     provider = OpenAIProvider(base_url=URL, api_key="unused")
@@ -162,4 +182,5 @@ def with_pydantic_ai() -> None:
 with_instructor()
 with_langchain()
 with_litellm()
+with_ollama()
 with_pydantic_ai()

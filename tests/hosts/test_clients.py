@@ -1,5 +1,5 @@
-"""Clients with their defaults. Python's: instructor, LangChain, LiteLLM, Pydantic AI. Node's:
-OpenAI's, and the AI SDK by each of its providers.
+"""Clients with their defaults. Python's: instructor, LangChain, LiteLLM, Ollama's, Pydantic AI.
+Node's: OpenAI's, and the AI SDK by each of its providers.
 """
 
 import json
@@ -17,6 +17,7 @@ from telling import Telling
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.contract.results import ModelInfo
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def node() -> tuple[list[Any], Path]:
 def told(clients: Callable[[], tuple[list[Any], Path]], backend: Backend) -> dict[str, Any]:
     """What each thing came to, by name."""
     program, folder = clients()
-    with serving(backend) as client:
+    with serving(backend, ServerSettings(ollama=True)) as client:
         done = subprocess.run(
             [*program, client.url, EXAMPLES / "shapes.png"],
             cwd=folder,
@@ -69,7 +70,7 @@ def told(clients: Callable[[], tuple[list[Any], Path]], backend: Backend) -> dic
     return {line["name"]: line for line in lines}
 
 
-@pytest.mark.parametrize(("clients", "count"), [(python, 45), (node, 31)])
+@pytest.mark.parametrize(("clients", "count"), [(python, 52), (node, 31)])
 def test_the_demo_model(clients: Any, count: int) -> None:
     found = told(clients, open_backend("engine", model="demo"))
     assert len(found) == count
@@ -94,6 +95,8 @@ def check(client: str, what: str, value: Any) -> None:
         assert value.get("looked", 0) <= 1
     elif what == "embed":
         assert value == 192
+    elif what == "listed":
+        assert value == ["demo"]
     elif what.startswith("called"):
         assert value == ["count", ["colour"], True]
     elif what.startswith("required") or what.endswith("forced"):

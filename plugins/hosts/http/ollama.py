@@ -21,6 +21,7 @@ from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
 from mlx_onevision.plugins.hosts.http.formats import Formats, schema_text
 from mlx_onevision.plugins.hosts.http.operations import AppState, Operation, SentEvents, generate
 from mlx_onevision.plugins.hosts.http.schemas import Defaults, RejectUnsupported
+from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN
 from mlx_onevision.sampling.ranges import RANGES
 
 LINES = "application/x-ndjson"
@@ -90,7 +91,10 @@ class Turn(content.NothingElsewhere):
 
 
 class ChatRequest(Asked):
+    """``tools`` : Ollama's protocol cannot force one, so none is called."""
+
     messages: Annotated[list[Turn], Field(fail_fast=True)]
+    tools: list[Any] | None = None
 
 
 class PromptRequest(Asked):
@@ -103,7 +107,9 @@ class PromptRequest(Asked):
         "context": ([],),
         "template": ("",),
     }
-    hints: ClassVar[dict[str, str]] = {"context": "context is not kept here; take chat, with all messages"}
+    hints: ClassVar[dict[str, str]] = {
+        "context": "context is not kept here; take chat, with all messages"
+    }
 
 
 class ShowRequest(Strict):
@@ -153,10 +159,11 @@ async def _answered(
     state: AppState, request: Request, asked: Asked, messages: Sequence[Message]
 ) -> Response:
     _check_model(state, asked.model)
-    answer = Answer(asked.model, isinstance(asked, ChatRequest))
+    notes = [NOT_CHOSEN.partition(";")[0]] if isinstance(asked, ChatRequest) and asked.tools else []
+    answer = Answer(asked.model, isinstance(asked, ChatRequest), notes)
     if not messages:  # how Ollama is asked to load a model
         return JSONResponse(answer.last({"done_reason": "load"}))
-    options, notes = asked.options or Options(), list[str]()
+    options = asked.options or Options()
     limit = options.num_predict if (options.num_predict or 0) > 0 else None
     wanted = GenerateRequest(
         messages=messages,
@@ -178,8 +185,9 @@ def _check_model(state: AppState, name: str | None) -> None:
 class Answer:
     """An answer as lines of JSON, of which the last one has the figures; or as one."""
 
-    def __init__(self, model: str, chat: bool) -> None:
+    def __init__(self, model: str, chat: bool, notes: Sequence[str]) -> None:
         self._model, self._chat, self._began = model, chat, time.monotonic()
+        self._notes = notes  # filled until the answer begins
 
     def whole(self, found: Sequence[results.GenerateResult]) -> dict[str, Any]:
         (one,) = found
@@ -213,6 +221,7 @@ class Answer:
             "prompt_eval_duration": _nanoseconds(read),
             "eval_count": usage.completion_tokens,
             "eval_duration": _nanoseconds(usage.decode_seconds),
+            **({"notes": notes} if (notes := [*self._notes, *found.notes]) else {}),
         }
 
 

@@ -40,6 +40,11 @@ def test_chat(client: Client, model: str) -> None:
     assert "".join(piece["message"]["content"] for piece in pieces) == SEEN
     assert not any(piece["done"] for piece in pieces) and last["done"]
     assert last["eval_count"] == whole["eval_count"] and last["message"]["content"] == ""
+    assert "notes" not in whole and "notes" not in last
+    noted = {**asked, "tools": [{"type": "function"}], "options": {"num_predict": 9999}}
+    *_, last = lines(client.ask("POST", "/api/chat", noted))
+    assert "does not choose tools" in last["notes"][0]
+    assert last["notes"][1] == "num_predict is 9999; this server answers with 4096 tokens at most"
 
 
 def test_generate(client: Client) -> None:
