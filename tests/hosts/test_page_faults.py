@@ -178,7 +178,7 @@ def test_an_answer_that_is_cut_off(browser: Browser) -> None:
         expect(
             tab.turns.get_by_text("Cut off: the answer may not have more tokens.")
         ).to_be_visible()
-        assert tab.turns.locator(".figures dd").first.inner_text() == "1,024"
+        assert tab.turns.locator(".figures span").first.inner_text() == "1,024 tokens"
 
 
 def noise(size: int) -> bytes:

@@ -96,6 +96,9 @@ def test_what_assistive_technology_gets(shown: Tab) -> None:
         """
         - main:
           - region "Pictures and film":
+            - alert:
+              - paragraph: /notes.txt is neither a picture nor a film that is known here/
+              - button "Dismiss"
             - group "Timeline of the film":
               - 'button "Part 1, 0:00.0 to 0:05.0: This is part 1."'
               - 'button "Part 2, 0:05.0 to 0:10.0: This is part 2."'
@@ -105,15 +108,15 @@ def test_what_assistive_technology_gets(shown: Tab) -> None:
               - listitem:
                 - figure:
                   - img "shapes.png"
-            - alert: /notes.txt is neither a picture nor a film that is known here/
           - region "Questions and answers":
             - article:
               - heading /Describe a-name/ [level=2]
+              - heading "Summary" [level=3]
+              - heading "Chapters" [level=3]
+              - heading "Parts" [level=3]
               - list:
                 - listitem:
                   - 'button "Go to 0:00.0"'
-              - heading "Chapters" [level=3]
-              - heading "Summary" [level=3]
               - button "Copy as SRT"
             - article:
               - heading "A first question, which is rather long, so that it needs a second line?"

@@ -24,7 +24,7 @@ export function useToken(token) {
 
 /**
  * What is served: the name it has here, and its own.
- * @typedef {{ id: string, root: string }} Model
+ * @typedef {{ id: string, root: string, context: number, loaded: boolean }} Model
  * @returns {Promise<Model[]>}
  */
 export async function models() {

@@ -7,7 +7,7 @@ import { DEMO, examples, questions } from "./demo.js";
 import { byId } from "./dom.js";
 import { Connection } from "./connection.js";
 import { listen } from "./file_input.js";
-import { medium } from "./media.js";
+import { limits, medium } from "./media.js";
 import { Stage } from "./viewer.js";
 import { describe } from "./describe.js";
 import { Work } from "./progress.js";
@@ -41,8 +41,8 @@ async function take(files) {
   stage.fault(faults.join(" "));
   if (names.length) work.announcer.say(`Added: ${names.join(", ")}.`);
   suggest();
-  // On a telephone the keyboard would cover what was just added.
-  if (matchMedia("(pointer: fine)").matches) composer.focus();
+  // On a telephone the keyboard would cover what was just added; a refusal is read where it stands.
+  if (names.length && matchMedia("(pointer: fine)").matches) composer.focus();
 }
 
 /** @param {Medium} found */
@@ -66,6 +66,7 @@ function remove(medium) {
 }
 
 function suggest() {
+  byId("limits").textContent = limits(connection.context);
   document.body.classList.toggle("demo", connection.root === DEMO);
   composer.suggest(connection.root === DEMO ? questions(conversation.media) : []);
 }
@@ -87,4 +88,5 @@ byId("describe").addEventListener("click", () => {
   if (film) describe(film, byId("cut").value, { stage, work });
 });
 listen(take);
+suggest();
 connection.connect();

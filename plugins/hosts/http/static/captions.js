@@ -3,6 +3,7 @@
 /** @typedef {{ start: number, end: number, text: string }} Segment */
 /** @typedef {{ segments: Segment[], summary?: string, warnings?: string[] }} Described */
 
+const EMPTY = "(not described)"; // else it would look like a gap
 const SILENT = "Only the picture is described, not the sound.";
 
 /** SubRip has no way to write what looks like a tag, so that is given wide brackets.
@@ -34,16 +35,14 @@ export function text(described) {
   return [...lines, ...(described.warnings || [])].join("\n") + "\n";
 }
 
-/** Start, end and text; a segment without words makes no cue.
+/** Start, end and text.
  * @param {Described} described
  * @param {string} separator */
 function cues(described, separator) {
-  return described.segments
-    .map(({ start, end, text }) => {
-      const last = Math.max(end, start + 0.001);
-      return [padded(start, separator), padded(last, separator), oneLine(text)];
-    })
-    .filter(([, , text]) => text);
+  return described.segments.map(({ start, end, text }) => {
+    const last = Math.max(end, start + 0.001);
+    return [padded(start, separator), padded(last, separator), oneLine(text) || EMPTY];
+  });
 }
 
 /** @param {number} seconds

@@ -7,6 +7,8 @@ export class Connection {
   model = "";
   /** What that is, whatever its name here. */
   root = "";
+  /** Tokens of prompt and answer together; 0 where that is not known yet. */
+  context = 0;
   #form = byId("token");
   #field = byId("token-field");
   #fault = byId("server-fault");
@@ -29,7 +31,7 @@ export class Connection {
 
   async connect() {
     try {
-      [{ id: this.model, root: this.root }] = await models();
+      [{ id: this.model, root: this.root, context: this.context }] = await models();
       this.#fault.hidden = true;
       byId("model").textContent = this.model;
       this.onconnected();

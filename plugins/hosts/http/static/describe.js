@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { DescriptionTurn } from "./description.js";
 import { dataUri } from "./media.js";
 import { rounded } from "./numbers.js";
+import { count } from "./usage.js";
 
 /**
  * @param {import("./media.js").Medium} film
@@ -50,11 +51,12 @@ async function stream(turn, asked, signal, work) {
         turn.done(event.result);
         work.announcer.say(event.result.summary || "");
         turn.took([
-          ["Parts", `${event.result.segments.length}`],
-          ["First part", `${rounded(first)} s`],
-          ["All", `${rounded(passed())} s`],
+          [count(event.result.segments.length, "part")],
+          [`first after ${rounded(first)} s`],
+          [`${rounded(passed())} s in all`],
         ]);
       }
     });
+    if (event.kind === "done") work.showStart(turn);
   }
 }

@@ -1,4 +1,4 @@
-// A video as it is described: its parts, then chapters and a summary.
+// A video as it is described: its parts one by one; at last a summary and chapters above them.
 
 import { srt, text, vtt } from "./captions.js";
 import { copyButton, saveButton } from "./clipboard.js";
@@ -86,9 +86,10 @@ export class DescriptionTurn extends Turn {
         const go = { type: "button", class: "time", click: () => this.film.show(start) };
         list.append(make("li", {}, make("button", go, clock(start)), make("p", {}, title)));
       }
-      this.body.append(make("h3", {}, "Chapters"), list);
+      this.#list.before(make("h3", {}, "Chapters"), list);
     }
-    if (summary) this.body.append(make("h3", {}, "Summary"), make("p", { class: "words" }, summary));
+    if (summary) this.body.prepend(make("h3", {}, "Summary"), make("p", { class: "words" }, summary));
+    if (summary || chapters?.length) this.#list.before(make("h3", {}, "Parts"));
     for (const warning of this.described.warnings) this.note(warning);
   }
 

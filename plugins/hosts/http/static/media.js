@@ -1,6 +1,6 @@
 // Pictures and films: what a file is, whether it fits into a request, and how it is sent.
 
-import { bytes } from "./numbers.js";
+import { bytes, whole } from "./numbers.js";
 
 /**
  * @typedef {object} Medium
@@ -19,6 +19,21 @@ export function bodyLimit() {
   return Number(limit) || 32 << 20;
 }
 
+/** Bytes of the largest file that fits into a request: base64 makes four bytes of three. */
+function fileLimit() {
+  return Math.floor(((bodyLimit() - SPARE) * 3) / 4);
+}
+
+/** What may be shown and asked, said before it is.
+ * @param {number} context tokens, or 0 */
+export function limits(context) {
+  return (
+    `JPEG, PNG, WebP, GIF, HEIC, AVIF, TIFF or BMP pictures; one MP4, MOV, WebM, MKV or AVI film; ` +
+    `${bytes(bodyLimit() - SPARE)} in one conversation, so files of up to ${bytes(fileLimit())}.` +
+    (context ? ` The model reads and writes ${whole(context)} tokens at most.` : "")
+  );
+}
+
 /**
  * @param {File} file
  * @returns {Promise<Medium>}
@@ -34,7 +49,7 @@ export async function medium(file) {
   }
   const kind = sniff(head);
   if (!kind) throw new Error(`${name} is neither a picture nor a film that is known here.`);
-  const most = Math.floor(((bodyLimit() - SPARE) * 3) / 4); // base64 makes four bytes of three
+  const most = fileLimit();
   if (file.size > most) {
     const way =
       kind === "video"

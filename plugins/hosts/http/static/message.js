@@ -14,7 +14,7 @@ export class Turn {
   constructor(question, media) {
     const shown = media.filter(({ kind }) => kind === "image").map(thumbnail);
     this.body = make("div", { class: "answer", "aria-busy": "true" });
-    this.#waiting = make("p", { class: "waiting" }, "Looking");
+    this.#waiting = make("p", { class: "waiting" }, this.#awaited);
     this.#end = make("div", { class: "end" });
     this.element = make(
       "article",
@@ -37,16 +37,33 @@ export class Turn {
   }
 
   #waiting;
+  #loading = make("progress", { "aria-label": "Loading the model" });
   #end;
   #clock;
+  #awaited = "Looking";
+
+  /** Whether nothing has come yet. */
+  get waits() {
+    return this.#waiting.isConnected && Boolean(this.#awaited);
+  }
 
   /** What is waited for; nothing once something comes. @param {string} text */
   wait(text) {
+    this.#awaited = text;
+    this.#loading.remove();
     this.#waiting.textContent = text;
     this.#waiting.hidden = !text;
   }
 
-  /** @param {[string, string, string?][]} rows */
+  /** Whether it is the model that is waited for. @param {boolean} loading */
+  loading(loading) {
+    if (!this.waits) return;
+    this.#waiting.textContent = loading ? "Loading the model" : this.#awaited;
+    if (loading) this.#waiting.after(this.#loading);
+    else this.#loading.remove();
+  }
+
+  /** @param {[text: string, remark?: string][]} rows */
   took(rows) {
     this.#end.append(figures(rows));
   }
@@ -78,6 +95,7 @@ export class Turn {
   close() {
     clearInterval(this.#clock);
     this.#waiting.remove();
+    this.#loading.remove();
     this.body.setAttribute("aria-busy", "false");
   }
 }

@@ -2,6 +2,7 @@
 
 import { Announcer } from "./screen_reader.js";
 import { byId } from "./dom.js";
+import { watchLoading } from "./loading.js";
 
 /** @typedef {import("./message.js").Turn} Turn */
 
@@ -12,6 +13,7 @@ export class Work {
   #talk = byId("talk");
   /** @type {AbortController | null} */
   #running = null;
+  #following = true;
 
   /**
    * @param {import("./composer.js").Composer} composer
@@ -31,8 +33,10 @@ export class Work {
   async run(turn, doing, again) {
     const running = (this.#running = new AbortController());
     this.composer.busy = true;
+    this.#following = true;
     this.#talk.append(turn.element);
     scrollTo({ top: document.documentElement.scrollHeight });
+    watchLoading(turn);
     try {
       await doing(running.signal);
     } catch (error) {
@@ -61,12 +65,23 @@ export class Work {
     this.#talk.replaceChildren();
   }
 
+  /** Shows a turn from its beginning, where its end was being followed; that ends with it.
+   * @param {Turn} turn */
+  showStart(turn) {
+    if (!this.#isNearEnd()) return;
+    this.#following = false;
+    turn.element.scrollIntoView({ block: "start" });
+  }
+
   /** Keeps the page's end in sight while something is added, for whoever is looking at it.
    * @param {() => void} change */
   follow(change) {
-    const page = document.documentElement;
-    const near = innerHeight + scrollY >= page.scrollHeight - NEAR;
+    const near = this.#isNearEnd();
     change();
-    if (near) scrollTo({ top: page.scrollHeight });
+    if (near && this.#following) scrollTo({ top: document.documentElement.scrollHeight });
+  }
+
+  #isNearEnd() {
+    return innerHeight + scrollY >= document.documentElement.scrollHeight - NEAR;
   }
 }

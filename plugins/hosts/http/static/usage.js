@@ -1,19 +1,13 @@
-// What an answer took.
+// What an answer took, in one line.
 
 import { make } from "./dom.js";
 import { bytes, rounded, whole } from "./numbers.js";
 
 /**
- * @param {[string, string, string?][]} rows name, value and, where there is more to say, a remark
+ * @param {[text: string, remark?: string][]} rows the remark shows where the pointer rests
  */
 export function figures(rows) {
-  return make(
-    "dl",
-    { class: "figures" },
-    ...rows.map(([name, value, remark]) =>
-      make("div", { title: remark }, make("dt", {}, name), make("dd", {}, value)),
-    ),
-  );
+  return make("p", { class: "figures" }, ...rows.map(([text, title]) => make("span", { title }, text)));
 }
 
 /**
@@ -21,19 +15,23 @@ export function figures(rows) {
  * the others are the server's own.
  * @param {any} usage
  * @param {number} first seconds
- * @returns {[string, string, string?][]}
+ * @returns {[text: string, remark?: string][]}
  */
 export function taken(usage, first) {
   const tokens = usage.completion_tokens;
   const { media_tokens: seen = 0, cached_tokens: known = 0 } = usage.prompt_tokens_details || {};
   const prompt = `Prompt: ${whole(usage.prompt_tokens)} tokens, ${whole(seen)} of them from pictures, ${whole(known)} known from before`;
-  /** @type {[string, string, string?][]} */
-  const rows = [["Tokens", whole(tokens), prompt]];
+  /** @type {[text: string, remark?: string][]} */
+  const rows = [[count(tokens, "token"), prompt]];
   const decoding = usage.seconds?.decode;
-  if (decoding > 0 && tokens > 1) {
-    rows.push(["Speed", `${rounded((tokens - 1) / decoding)} tokens/s`]);
-  }
-  rows.push(["First token", `${rounded(first)} s`]);
-  if (usage.peak_memory_bytes > 0) rows.push(["Memory", bytes(usage.peak_memory_bytes), "At the peak"]);
+  if (decoding > 0 && tokens > 1) rows.push([`${rounded((tokens - 1) / decoding)} tokens/s`]);
+  rows.push([`first after ${rounded(first)} s`]);
+  if (usage.peak_memory_bytes > 0) rows.push([bytes(usage.peak_memory_bytes), "Memory at the peak"]);
   return rows;
+}
+
+/** @param {number} number
+ * @param {string} unit */
+export function count(number, unit) {
+  return `${whole(number)} ${unit}${number === 1 ? "" : "s"}`;
 }

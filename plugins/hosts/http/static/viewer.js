@@ -10,6 +10,7 @@ export class Stage {
   #pictures = byId("pictures");
   #filmBox = byId("film");
   #fault = byId("media-fault");
+  #said = byId("media-said");
   /** @type {Film | null} */
   film = null;
   /** @type {Map<Medium, HTMLElement>} */
@@ -20,6 +21,7 @@ export class Stage {
   /** @param {(medium: Medium) => void} onremove */
   constructor(onremove) {
     this.onremove = onremove;
+    byId("media-read").addEventListener("click", () => this.fault(""));
   }
 
   /** @param {Medium} medium */
@@ -61,7 +63,7 @@ export class Stage {
 
   /** A sentence about a file, or none. @param {string} text */
   fault(text) {
-    this.#fault.textContent = text;
+    this.#said.textContent = text;
     this.#fault.hidden = !text;
   }
 
