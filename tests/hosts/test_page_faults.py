@@ -120,6 +120,7 @@ def test_a_server_that_wants_a_token(browser: Browser) -> None:
         # It belongs to the tab.
         stored = "[localStorage.length, sessionStorage.length, document.cookie]"
         assert tab.page.evaluate(stored) == [0, 1, ""]
+        tab.button("New conversation").click()
         # One that is not taken any more is asked for again, and the question then answered.
         tab.page.evaluate("sessionStorage.setItem('mlx-onevision-token', 'old')")
         tab.ask("Still?")

@@ -33,12 +33,12 @@ export async function models() {
 
 /**
  * An answer's pieces as they come; at last how it ended, and what it took.
- * @param {object[]} messages
+ * @param {object} asked messages, and how to sample
  * @param {AbortSignal} signal
  * @returns {AsyncGenerator<{ delta?: string, finish?: string, notes?: string[], usage?: any }>}
  */
-export async function* chat(messages, signal) {
-  const body = { messages, stream: true, stream_options: { include_usage: true } };
+export async function* chat(asked, signal) {
+  const body = { ...asked, stream: true, stream_options: { include_usage: true } };
   const answer = await ask("v1/chat/completions", body, signal);
   for await (const { data } of whole(answer)) {
     if (data === "[DONE]") return;

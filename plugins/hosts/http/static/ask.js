@@ -6,7 +6,7 @@ import { bodyLimit } from "./media.js";
 import { bytes } from "./numbers.js";
 import { AnswerTurn } from "./message.js";
 
-const SPARE = 1024; // bytes of a request beside its messages
+const SPARE = 1024; // bytes of a request beside its conversation
 
 /**
  * @typedef {object} Page
@@ -14,7 +14,11 @@ const SPARE = 1024; // bytes of a request beside its messages
  * @property {import("./viewer.js").Stage} stage
  * @property {import("./composer.js").Composer} composer
  * @property {import("./progress.js").Work} work
+ * @property {() => boolean} ready whether it can be asked, which is said where it cannot
+ * @property {() => void} changed called when something is to be kept
  */
+
+/** @typedef {import("./conversation.js").Answered} Answered */
 
 /**
  * @param {string} question
@@ -24,13 +28,12 @@ const SPARE = 1024; // bytes of a request beside its messages
 export async function ask(question, page) {
   const { conversation, stage, composer, work } = page;
   const media = [...conversation.waiting];
-  // Where there is only one, it stands large beside it.
-  const turn = new AnswerTurn(question, conversation.media.length > 1 ? media : []);
+  const turn = new AnswerTurn(question, small(media, conversation));
   let whole = false;
   const answer = async (/** @type {AbortSignal} */ signal) => {
-    const messages = await conversation.messages(question);
-    checkSize(messages);
-    await stream(turn, messages, signal, work);
+    const body = await conversation.body(question);
+    checkSize(body);
+    await stream(turn, body, signal, work);
     whole = true;
   };
   const doing = async (/** @type {AbortSignal} */ signal) => {
@@ -38,27 +41,70 @@ export async function ask(question, page) {
       await answer(signal);
     } finally {
       work.announcer.flush();
-      if (turn.text) turn.offerCopy();
       // What was stopped is an answer as far as it goes; what broke off is none.
-      if (turn.text && (whole || signal.aborted)) {
-        conversation.answered(question, media, turn.text);
+      if (turn.text && (whole || signal.aborted) && turn.element.isConnected) {
+        const { text, figures } = turn;
+        const notes = whole ? turn.notes : [...turn.notes, "Stopped."];
+        /** @type {Answered} */
+        const answered = { kind: "answer", media, question, answer: text, notes, figures };
+        conversation.answered(answered);
         stage.keep(media);
-      } else if (signal.aborted && turn.element.isConnected) composer.restore(question);
+        offer(turn, answered, page);
+        page.changed();
+      } else if (turn.text) turn.offerCopy();
+      else if (signal.aborted && turn.element.isConnected) composer.restore(question);
     }
   };
   await work.run(turn, doing, () => ask(question, page));
 }
 
+/** An answer of before, shown again.
+ * @param {Answered} answered
+ * @param {Page} page */
+export function show(answered, page) {
+  const turn = new AnswerTurn(answered.question, small(answered.media, page.conversation));
+  turn.add(answered.answer);
+  for (const note of answered.notes) turn.note(note);
+  turn.took(answered.figures);
+  turn.close();
+  page.stage.keep(answered.media);
+  offer(turn, answered, page);
+  page.work.show(turn);
+}
+
+/** What is shown small with a question: where there is only one, it stands large beside it.
+ * @param {import("./media.js").Medium[]} media
+ * @param {import("./conversation.js").Conversation} conversation */
+function small(media, conversation) {
+  return conversation.media.length > 1 ? media : [];
+}
+
 /**
  * @param {AnswerTurn} turn
- * @param {object[]} messages
+ * @param {Answered} answered
+ * @param {Page} page
+ */
+function offer(turn, answered, page) {
+  const again = (/** @type {string} */ question) => {
+    if (!page.ready()) return;
+    page.stage.release(page.conversation.cut(answered));
+    page.work.cut(turn);
+    ask(question, page);
+  };
+  turn.offerCopy();
+  turn.offerAgain(again);
+}
+
+/**
+ * @param {AnswerTurn} turn
+ * @param {object} body
  * @param {AbortSignal} signal
  * @param {import("./progress.js").Work} work
  */
-async function stream(turn, messages, signal, work) {
+async function stream(turn, body, signal, work) {
   const began = performance.now();
   let first = 0;
-  for await (const { delta, finish, notes, usage } of chat(messages, signal)) {
+  for await (const { delta, finish, notes, usage } of chat(body, signal)) {
     if (delta) {
       first ||= (performance.now() - began) / 1000;
       work.follow(() => turn.add(delta));
@@ -72,9 +118,9 @@ async function stream(turn, messages, signal, work) {
   }
 }
 
-/** @param {object[]} messages */
-function checkSize(messages) {
-  const [has, most] = [size(messages) + SPARE, bodyLimit()];
+/** @param {object} body */
+function checkSize(body) {
+  const [has, most] = [size(body) + SPARE, bodyLimit()];
   if (has > most) {
     throw new Error(
       `The pictures of this conversation make ${bytes(has)} to send, but the server takes ` +

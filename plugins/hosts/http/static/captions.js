@@ -70,7 +70,7 @@ function even(value) {
 
 /** White space as Python sees it, which is not quite as JavaScript does.
  * @param {string} text */
-function oneLine(text) {
+export function oneLine(text) {
   return text
     .split(/[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/)
     .filter(Boolean)

@@ -29,7 +29,7 @@ export function copyButton(label, text) {
  * A button that saves a text as a file.
  * @param {string} label
  * @param {() => string} name
- * @param {() => string} text
+ * @param {() => string | Promise<string>} text
  */
 export function saveButton(label, name, text) {
   return make(
@@ -37,8 +37,8 @@ export function saveButton(label, name, text) {
     {
       type: "button",
       class: "quiet",
-      click: () => {
-        const url = URL.createObjectURL(new Blob([text()], { type: "text/plain;charset=utf-8" }));
+      click: async () => {
+        const url = URL.createObjectURL(new Blob([await text()], { type: "text/plain;charset=utf-8" }));
         make("a", { href: url, download: name() }).click();
         setTimeout(() => URL.revokeObjectURL(url), 60_000);
       },

@@ -16,8 +16,9 @@ export class Composer {
   /**
    * @param {(question: string) => void} onask
    * @param {() => void} onstop
+   * @param {() => boolean} ready whether it can be asked
    */
-  constructor(onask, onstop) {
+  constructor(onask, onstop, ready) {
     this.#form.addEventListener("submit", (/** @type {Event} */ event) => {
       event.preventDefault();
       const question = this.#text.value.trim();
@@ -28,6 +29,7 @@ export class Composer {
         return;
       }
       this.fault("");
+      if (!ready()) return;
       this.empty();
       onask(question);
     });

@@ -1,43 +1,87 @@
-// What was asked and answered, as it is sent again with the next question.
+// What was shown, asked and answered, as it is sent again with the next question, and kept.
 
 import { part } from "./media.js";
 
 /** @typedef {import("./media.js").Medium} Medium */
+/** @typedef {[text: string, remark?: string][]} Figures */
+
+/**
+ * A question that was answered.
+ * @typedef {object} Answered
+ * @property {"answer"} kind
+ * @property {Medium[]} media that were first shown with it
+ * @property {string} question
+ * @property {string} answer
+ * @property {string[]} notes
+ * @property {Figures} figures
+ */
+
+/**
+ * A film that was described, as far as it was.
+ * @typedef {object} FilmDescribed
+ * @property {"description"} kind
+ * @property {Medium} film
+ * @property {import("./captions.js").Segment[]} segments
+ * @property {any} result the last event's; null where it was stopped before
+ * @property {Figures} figures
+ */
+
+/** What the answers are asked for with; what is undefined is the server's own.
+ * @typedef {{ system?: string, temperature?: number, max_tokens?: number }} Settings */
 
 export class Conversation {
-  /** @type {{ media: Medium[], question: string, answer: string }[]} */
-  #turns = [];
+  /** @type {(Answered | FilmDescribed)[]} */
+  turns = [];
   /** Media that no answered question has shown yet.
    * @type {Medium[]} */
   waiting = [];
+  /** @type {Settings} */
+  settings = {};
 
   /** Everything that the next question is about.
    * @type {Medium[]} */
   get media() {
-    return [...this.#turns.flatMap((turn) => turn.media), ...this.waiting];
+    return [...this.#answers.flatMap((turn) => turn.media), ...this.waiting];
   }
 
   get film() {
     return this.media.find((medium) => medium.kind === "video");
   }
 
-  /** All messages, up to a question.
-   * @param {string} question */
-  async messages(question) {
-    const messages = [];
-    for (const { media, question, answer } of this.#turns) {
+  get #answers() {
+    return this.turns.filter((turn) => turn.kind === "answer");
+  }
+
+  /** What the route for chats takes, up to a question or to the last answer.
+   * @param {string} [question] */
+  async body(question) {
+    const { system, ...sampling } = this.settings;
+    /** @type {object[]} */
+    const messages = system ? [{ role: "system", content: system }] : [];
+    for (const { media, question, answer } of this.#answers) {
       messages.push(await asked(media, question), { role: "assistant", content: answer });
     }
-    return [...messages, await asked(this.waiting, question)];
+    if (question !== undefined) messages.push(await asked(this.waiting, question));
+    return { messages, ...sampling };
   }
 
   /** A question counts once it has an answer; one that failed may be asked again.
-   * @param {string} question
-   * @param {Medium[]} media
-   * @param {string} answer */
-  answered(question, media, answer) {
-    this.#turns.push({ media, question, answer });
-    this.waiting = this.waiting.filter((medium) => !media.includes(medium));
+   * @param {Answered} turn */
+  answered(turn) {
+    this.turns.push(turn);
+    this.waiting = this.waiting.filter((medium) => !turn.media.includes(medium));
+  }
+
+  /** Takes back an answer and those after it. Their media are there for the next question.
+   * @param {Answered} turn
+   * @returns {Medium[]} */
+  cut(turn) {
+    const place = this.turns.indexOf(turn);
+    const gone = this.#answers.filter((one) => this.turns.indexOf(one) >= place);
+    const media = gone.flatMap((one) => one.media);
+    this.turns = this.turns.filter((one) => one.kind !== "answer" || !gone.includes(one));
+    this.waiting = [...media, ...this.waiting];
+    return media;
   }
 }
 

@@ -9,11 +9,11 @@ import { count } from "./usage.js";
 /**
  * @param {import("./media.js").Medium} film
  * @param {string} cut "scenes", or seconds
- * @param {{ stage: import("./viewer.js").Stage, work: import("./progress.js").Work }} page
+ * @param {import("./ask.js").Page} page
  * @returns {Promise<void>}
  */
 export async function describe(film, cut, page) {
-  const { stage, work } = page;
+  const { conversation, stage, work } = page;
   if (!stage.film) return;
   stage.keep([film]);
   const turn = new DescriptionTurn(stage.film);
@@ -24,9 +24,31 @@ export async function describe(film, cut, page) {
       await stream(turn, asked, signal, work);
     } finally {
       work.follow(() => turn.offerCaptions());
+      const { described, result, figures } = turn;
+      if (described.segments.length && turn.element.isConnected) {
+        const { segments } = described;
+        conversation.turns.push({ kind: "description", film, segments, result, figures });
+        page.changed();
+      }
     }
   };
   await work.run(turn, doing, () => describe(film, cut, page));
+}
+
+/** A description of before, shown again.
+ * @param {import("./conversation.js").FilmDescribed} described
+ * @param {import("./ask.js").Page} page */
+export function showDescription({ film, segments, result, figures }, { stage, work }) {
+  if (!stage.film) return;
+  stage.keep([film]);
+  const turn = new DescriptionTurn(stage.film);
+  for (const segment of segments) turn.part(segment);
+  if (result) turn.done(result);
+  else turn.note("Stopped.");
+  turn.took(figures);
+  turn.offerCaptions();
+  turn.close();
+  work.show(turn);
 }
 
 /**

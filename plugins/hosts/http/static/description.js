@@ -18,6 +18,8 @@ const STAGES = {
 export class DescriptionTurn extends Turn {
   /** @type {{ segments: Segment[], summary: string, warnings: string[] }} */
   described = { segments: [], summary: "", warnings: [] };
+  /** What came with the end, or null. @type {any} */
+  result = null;
   #list = make("ol", { class: "parts" });
   #bar = make("progress", { "aria-label": "How far it is", max: 1 });
   /** A part that is being described, as far as it is. @type {HTMLElement | null} */
@@ -27,6 +29,7 @@ export class DescriptionTurn extends Turn {
   constructor(film) {
     super(`Describe ${film.name}`, []);
     this.film = film;
+    this.element.classList.add("description");
     this.body.append(this.#list);
     this.body.after(this.#bar);
     this.wait("Opening the film");
@@ -77,6 +80,7 @@ export class DescriptionTurn extends Turn {
 
   /** @param {any} result */
   done({ duration, summary, chapters, warnings }) {
+    this.result = { duration, summary, chapters, warnings };
     this.described.summary = summary || "";
     this.described.warnings = warnings || [];
     this.film.lasts(duration);

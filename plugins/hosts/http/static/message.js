@@ -12,6 +12,8 @@ export class Turn {
    * @param {Medium[]} media what is shown small with it
    */
   constructor(question, media) {
+    this.question = question;
+    this.heading = make("h2", {}, question);
     const shown = media.filter(({ kind }) => kind === "image").map(thumbnail);
     this.body = make("div", { class: "answer", "aria-busy": "true" });
     this.#waiting = make("p", { class: "waiting" }, this.#awaited);
@@ -22,7 +24,7 @@ export class Turn {
       make(
         "header",
         {},
-        make("h2", {}, question),
+        this.heading,
         shown.length > 0 && make("div", { class: "shown" }, ...shown),
       ),
       this.body,
@@ -39,7 +41,12 @@ export class Turn {
   #waiting;
   #loading = make("progress", { "aria-label": "Loading the model" });
   #end;
+  #actions = make("div", { class: "actions" });
   #clock;
+  /** @type {string[]} */
+  notes = [];
+  /** @type {import("./conversation.js").Figures} */
+  figures = [];
   #awaited = "Looking";
 
   /** Whether nothing has come yet. */
@@ -63,19 +70,22 @@ export class Turn {
     else this.#loading.remove();
   }
 
-  /** @param {[text: string, remark?: string][]} rows */
+  /** @param {import("./conversation.js").Figures} rows */
   took(rows) {
-    this.#end.append(figures(rows));
+    this.figures = rows;
+    if (rows.length) this.#end.append(figures(rows));
   }
 
   /** A remark on the answer. @param {string} text */
   note(text) {
+    this.notes.push(text);
     this.body.after(make("p", { class: "note" }, text));
   }
 
   /** @param {...Node} buttons */
   offer(...buttons) {
-    this.#end.append(make("div", { class: "actions" }, ...buttons));
+    this.#actions.append(...buttons);
+    this.#end.append(this.#actions);
   }
 
   /** Why there is no answer, or not all of it.
@@ -104,6 +114,7 @@ export class Turn {
 export class AnswerTurn extends Turn {
   text = "";
   #words = make("p", { class: "words" });
+  #editing = make("form");
 
   /** @param {string} delta */
   add(delta) {
@@ -117,6 +128,69 @@ export class AnswerTurn extends Turn {
 
   offerCopy() {
     this.offer(copyButton("Copy", () => this.text));
+  }
+
+  /** Another answer, to this question or to an edited one.
+   * @param {(question: string) => void} again */
+  offerAgain(again) {
+    this.offer(
+      make(
+        "button",
+        {
+          type: "button",
+          class: "quiet regenerate",
+          "data-idle": true,
+          click: () => again(this.question),
+        },
+        icon("again"),
+        "Regenerate",
+      ),
+      make(
+        "button",
+        { type: "button", class: "quiet", "data-idle": true, click: () => this.#edit(again) },
+        icon("edit"),
+        "Edit",
+      ),
+    );
+  }
+
+  /** @param {(question: string) => void} again */
+  #edit(again) {
+    const field = make("textarea", { "aria-label": "Edited question", rows: 2 });
+    field.value = this.question;
+    const close = () => {
+      this.#editing.remove();
+      this.heading.hidden = false;
+    };
+    this.#editing.remove();
+    this.#editing = make(
+      "form",
+      {
+        class: "edit",
+        submit: (/** @type {Event} */ event) => {
+          event.preventDefault();
+          if (field.value.trim()) again(field.value.trim());
+        },
+        keydown: (/** @type {KeyboardEvent} */ event) => {
+          if (event.key === "Escape") close();
+          if (event.key !== "Enter" || event.target !== field) return;
+          if (event.shiftKey || event.isComposing) return;
+          event.preventDefault();
+          this.#editing.requestSubmit();
+        },
+      },
+      field,
+      make(
+        "div",
+        { class: "row" },
+        make("button", { class: "primary", "data-idle": true }, "Ask again"),
+        make("button", { type: "button", class: "quiet", click: close }, "Cancel"),
+        make("span", { class: "hint" }, "This answer and those after it go."),
+      ),
+    );
+    this.heading.hidden = true;
+    this.heading.after(this.#editing);
+    field.focus();
   }
 }
 

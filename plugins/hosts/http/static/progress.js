@@ -56,6 +56,21 @@ export class Work {
     }
   }
 
+  /** A turn that has ended. @param {Turn} turn */
+  show(turn) {
+    this.#talk.append(turn.element);
+    scrollTo({ top: document.documentElement.scrollHeight });
+  }
+
+  /** Takes back an answer and those after it; descriptions of films stay.
+   * @param {Turn} turn */
+  cut(turn) {
+    const all = [...this.#talk.children];
+    for (const one of all.slice(all.indexOf(turn.element))) {
+      if (!one.matches(".description")) one.remove();
+    }
+  }
+
   stop() {
     this.#running?.abort();
   }

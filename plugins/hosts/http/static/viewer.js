@@ -47,8 +47,23 @@ export class Stage {
   keep(media) {
     for (const medium of media) {
       this.#kept.add(medium);
-      this.#shown.get(medium)?.querySelector(".remove")?.remove();
+      this.#mayRemove(medium, false);
     }
+  }
+
+  /** What is asked about anew can go again. @param {Medium[]} media */
+  release(media) {
+    for (const medium of media) {
+      this.#kept.delete(medium);
+      this.#mayRemove(medium, true);
+    }
+  }
+
+  /** @param {Medium} medium
+   * @param {boolean} may */
+  #mayRemove(medium, may) {
+    const button = this.#shown.get(medium)?.querySelector(".remove");
+    if (button) /** @type {HTMLElement} */ (button).hidden = !may;
   }
 
   /** @param {Medium} medium */
