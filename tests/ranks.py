@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_onevision.api import load
 from mlx_onevision.cli.main import cli
+from mlx_onevision.distributed import TRAFFIC
 from mlx_onevision.engine.ranks import Ranks
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.network.stages import Split
@@ -56,6 +57,13 @@ def answers(folder: Path, quantize: int | None, split: Split | None = None) -> d
     found["sampled"] = model.generate("hello", max_tokens=12, temperature=1.5).text  # any
     for space in ("joint",) if split else ("vision", "joint"):
         found[space] = model.embed([*IMAGES, VIDEO], space).vectors.tolist()
+
+    def sent(tokens: int) -> int:
+        before = TRAFFIC.sent
+        model.generate("hello", max_tokens=tokens, temperature=0)
+        return TRAFFIC.sent - before
+
+    found["sent"] = (sent(12) - sent(4)) / 8  # bytes a token
     model.close()
     return found
 
@@ -130,4 +138,5 @@ if __name__ == "__main__":
                 made[name] = answers(folder, bits, split)
     (target / f"{os.environ['MLX_RANK']}.json").write_text(json.dumps([sized, made]))
     arguments = ["generate", "--model", str(folder), "--prompt", "hello", "--max-tokens", "4"]
+    arguments.append("--verbose")
     cli(arguments, standalone_mode=False)

@@ -26,6 +26,7 @@ from mlx_onevision.cli.options import (
     unused,
     video_options,
 )
+from mlx_onevision.distributed import TRAFFIC, launched
 from mlx_onevision.errors import RequestError
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def generate(
         click.echo("" if live else result.text)
     if verbose:
         click.echo(report(result.usage), err=True)
+        if launched():
+            click.echo(f"sent     {TRAFFIC.sent / 1e6:.3f} MB to other ranks", err=True)
 
 
 def read_prompt(prompt: str) -> str:

@@ -1,6 +1,7 @@
 """Two processes that share a model answer as one does, and each holds its share of the weights."""
 
 import json
+import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -77,9 +78,22 @@ def test_two_ranks_answer_as_one_process_and_hold_a_share_each(
     assert last["language"] < 0.3 * whole["language"]
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_a_token_costs_on_the_wire(made: tuple[list[Any], Any], bits: int | None) -> None:
+    """As docs/several-macs.md has it. Of two ranks, each sends as many bytes as a sum has."""
+    (_, answers), _ = made[0]
+    assert len(answers[f"tensor {bits}"]["text"]["tokens"]) == 12  # none has ended early
+    values = 4 * SIZES.hidden  # bytes of a token's
+    in_layers, embedding = 2 * SIZES.layers * values, values // 2
+    # And the chosen token, and a few bytes whenever ranks ask for events.
+    assert 0 < answers[f"tensor {bits}"]["sent"] - in_layers - embedding <= 64
+    assert 0 < answers[f"stages {bits}"]["sent"] <= 64
+
+
 def test_rank_0_prints_the_answer_and_the_other_nothing(made: tuple[list[Any], Any]) -> None:
-    (_, out, _), other = made[1]
+    (_, out, report), other = made[1]
     assert out.strip()
+    assert re.search(r"^sent     \d+\.\d{3} MB to other ranks$", report, re.MULTILINE)
     assert other == (0, "", "")
 
 
