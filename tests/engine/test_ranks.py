@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +19,14 @@ from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import make_plan
 from mlx_onevision.checkpoint.recipes import Recipe, uniform
-from mlx_onevision.checkpoint.sharing import check_ranks, make_stage, share
+from mlx_onevision.checkpoint.sharing import check_ranks, make_stage, plan_of_stage, share
 from mlx_onevision.checkpoint.tensors import Tensor, canonical_name
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import group, launched, rank
 from mlx_onevision.engine import engine
 from mlx_onevision.engine.ranks import compare
 from mlx_onevision.errors import RequestError
-from mlx_onevision.network.stages import Split
+from mlx_onevision.network.stages import Split, Stage
 
 SIZES = Sizes(hidden=128, intermediate=512, layers=4)
 
@@ -138,14 +139,37 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused(
         check_ranks(plan, 3)
 
 
-class Four:
+@dataclass(frozen=True)
+class Numbers:
     """A group that is asked for its numbers only."""
 
+    own: int
+    ranks: int
+
     def size(self) -> int:
-        return 4
+        return self.ranks
 
     def rank(self) -> int:
-        return 3
+        return self.own
+
+
+FOUR: Any = Numbers(3, 4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_that_divide_the_layers_read_nothing_twice(tmp_path: Path, tied: bool) -> None:
+    """But for the norm, which says the type, and an embedding that is the head, too."""
+    opened = open_checkpoint(write(tmp_path, sizes=SIZES, tied=tied))
+    plan = make_plan(opened.config, opened.tensors, opened.quantized)
+    read: list[set[str]] = []
+    for number in range(2):
+        group: Any = Numbers(number, 2)
+        own = plan_of_stage(plan, Stage(group, (1, 3)))
+        read.append({tensor.name for one in own.transforms for tensor in one.sources})
+    assert read[0] | read[1] == set(opened.tensors)
+    both = {"language_model.norm.weight"}
+    assert read[0] & read[1] == both | ({"language_model.embed_tokens.weight"} if tied else set())
+    assert {name.split(".")[2] for name in read[0] if ".layers." in name} == {"3"}
 
 
 @pytest.mark.parametrize(
@@ -161,9 +185,8 @@ def test_layers_that_cannot_be_divided_are_refused(
 ) -> None:
     opened = open_checkpoint(write(tmp_path, sizes=Sizes(layers=layers)))
     plan = make_plan(opened.config, opened.tensors, opened.quantized)
-    four: Any = Four()
     with pytest.raises(RequestError, match=said):
-        make_stage(plan, four, split, 1)
+        make_stage(plan, FOUR, split, 1)
 
 
 def test_layers_are_not_divided_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +194,8 @@ def test_layers_are_not_divided_on_cuda(tmp_path: Path, monkeypatch: pytest.Monk
     opened = open_checkpoint(write(tmp_path))
     plan = make_plan(opened.config, opened.tensors, opened.quantized)
     monkeypatch.setattr("mlx_onevision.checkpoint.sharing.on_cuda", lambda: True)
-    four: Any = Four()
     with pytest.raises(RequestError, match=r"cannot send .* on CUDA; leave --split out"):
-        make_stage(plan, four, "auto", 1)
+        make_stage(plan, FOUR, "auto", 1)
 
 
 def test_a_split_needs_ranks(folder: Path) -> None:
