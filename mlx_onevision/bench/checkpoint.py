@@ -275,13 +275,15 @@ def tokenizer_json() -> str:
 
 
 def without_end(folder: Path, source: Path) -> Path:
-    """A folder of links to the files of ``source``, whose answers are greedy and do not end."""
+    """A folder with the files of ``source``, its weights linked; answers are greedy, without end."""
     folder.mkdir()
     # A manifest would not fit the generation_config.json.
     left = ("generation_config.json", "mlx_onevision_manifest.json")
     for file in source.iterdir():
-        if file.is_file() and file.name not in left:
+        if file.suffix == ".safetensors":
             (folder / file.name).symlink_to(file.resolve())
+        elif file.is_file() and file.name not in left:
+            shutil.copyfile(file, folder / file.name)
     config = read_json(source / "generation_config.json") or {}
     pad = {"pad_token_id": config["pad_token_id"]} if "pad_token_id" in config else {}
     _dump(folder / "generation_config.json", {"do_sample": False, **pad})

@@ -105,7 +105,8 @@ def resolve(
 def check_files(folder: Path) -> None:
     """CheckpointError for a model's file that is no file of the folder's own: a link that leads out
     of it would have the converter copy, and maybe publish, what it leads to, and a pipe or a device
-    never ends. In the Hub's cache, a folder is made of links to the repository's blobs.
+    never ends. In the Hub's cache, a folder is made of links to the repository's blobs. Weights,
+    which are nothing but arrays, may lie elsewhere.
     """
     own = {folder.resolve()}
     if folder.parent.name == "snapshots":
@@ -115,7 +116,8 @@ def check_files(folder: Path) -> None:
             continue
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path.name} is a pipe or a device; put a regular file there")
-        if path.is_symlink() and path.exists() and path.resolve().parent not in own:
+        linked = path.is_symlink() and path.exists() and path.suffix != ".safetensors"
+        if linked and path.resolve().parent not in own:
             raise CheckpointError(
                 f"{path.name} is a link that leads out of the model's folder; put the file itself "
                 "there"

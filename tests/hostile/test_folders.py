@@ -62,10 +62,13 @@ def test_links_within_the_folder_and_into_the_hub_s_blobs_are_its_files(
 ) -> None:
     (folder / "config.json").rename(folder / "kept")
     (folder / "config.json").symlink_to("kept")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere")  # weights may be anywhere
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     load(folder).close()
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
+    (tmp_path / "elsewhere").replace(folder / "model.safetensors")
     folder.rename(repository / "blobs")
     snapshot.mkdir()
     for path in (repository / "blobs").iterdir():
