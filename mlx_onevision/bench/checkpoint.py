@@ -275,7 +275,7 @@ def tokenizer_json() -> str:
 
 
 def without_end(folder: Path, source: Path) -> Path:
-    """A folder with the files of ``source``, its weights linked; answers are greedy, without end."""
+    """A folder of the files of ``source``, its weights linked; answers are greedy and endless."""
     folder.mkdir()
     # A manifest would not fit the generation_config.json.
     left = ("generation_config.json", "mlx_onevision_manifest.json")
