@@ -19,7 +19,6 @@ UNKNOWN = {
     "named by pattern": "patternProperties",
     "tuple": "prefixItems",
     "date": "format",
-    "loosened": "x-guidance",
     "all of several": "allOf",
     "integers": "exclusiveMaximum",
 }

@@ -78,7 +78,7 @@ def test_there_is_no_list(client: Client) -> None:
         ({"video": PICTURE, "segments": "all"}, "segments"),
         ({"video": "/etc/passwd"}, "not allowed"),
         ({"video": None}, "video"),
-        ({"model": "two"}, "no such model"),
+        ({"model": "two"}, "no model 'two' here"),
     ],
 )
 def test_what_is_refused_at_once(client: Client, fields: dict[str, Any], named: str) -> None:
