@@ -71,6 +71,12 @@ class OneVisionOptions(llm.Model.Options):
     repetition_penalty: float | None = _option(
         "repetition_penalty", "Above 1 makes repeated tokens less likely"
     )
+    presence_penalty: float | None = _option(
+        "presence_penalty", "Above 0 makes tokens less likely that the answer holds"
+    )
+    frequency_penalty: float | None = _option(
+        "frequency_penalty", "The same, for each time that the answer holds them"
+    )
     seed: int | None = _option("seed", "Makes a varied answer repeatable")
     stop: str | list[str] | None = _option(
         "stop", "A text, or a list of texts, before which the answer ends"

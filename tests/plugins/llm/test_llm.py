@@ -82,7 +82,8 @@ def test_models_are_there_without_being_asked_for() -> None:
 
 
 def test_every_setting_of_the_contract_is_an_option() -> None:
-    apart = {"messages", "system", "json_schema", "logprobs", "timeout"}  # llm's own, or none
+    # llm's own, none, or what has no place in an option
+    apart = {"messages", "system", "json_schema", "logprobs", "timeout", "logit_bias"}
     wanted = set(GenerateRequest.__dataclass_fields__) - apart
     assert set(OneVisionOptions.model_fields) == wanted
     assert all(field.description for field in OneVisionOptions.model_fields.values())
