@@ -36,6 +36,8 @@ REASONS = (
     r"item \d+: an item holds image and video",
     "there are both num_frames and fps",
     "max_tokens and max_completion_tokens differ",
+    "the form of the answer is given by several names",
+    "tool_choice (is required, without tools|names '.*', which is not among the tools)",
     "top_logprobs needs logprobs",
     r"end is [\d.e+-]+ s, which is not after start",
     r"start is [\d.e+-]+ s, (behind the video's end|but the video is)",

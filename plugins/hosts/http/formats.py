@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
@@ -50,6 +50,8 @@ Schema = dict[str, Any] | str
 
 class StructuredOutputs(Strict):
     """vLLM's; of its kinds only ``json`` and ``json_object``."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": [None, False]}})
 
     json_: Annotated[Schema | None, Field(alias="json")] = None
     json_object: bool | None = None
