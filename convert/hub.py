@@ -148,4 +148,5 @@ def upload(folder: Path, repository: str, *, private: bool = False, create_pr: b
 
 
 def is_model_file(path: Path) -> bool:
-    return any(fnmatchcase(path.name, pattern) for pattern in FILES)
+    named = any(fnmatchcase(path.name, pattern) for pattern in FILES)
+    return named and not path.name.startswith(".")

@@ -34,7 +34,7 @@ AT_FDCWD = -100
 UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 # What systems and the Hub put into folders by themselves.
-IGNORED = (".DS_Store", ".gitattributes")
+IGNORED = (".DS_Store", ".gitattributes", "._")  # the last: beside each file, macOS's on exFAT
 
 
 class Staging:
@@ -133,7 +133,7 @@ def require_target(target: Path, overwrite: bool) -> Path:
         return target
     if not target.is_dir():
         raise RequestError(f"{target} is a file; name a new folder")
-    names = sorted(path.name for path in target.iterdir() if path.name not in IGNORED)
+    names = sorted(path.name for path in target.iterdir() if not path.name.startswith(IGNORED))
     if not names:
         return target
     if not overwrite:

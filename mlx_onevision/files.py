@@ -18,6 +18,7 @@ from mlx_onevision.errors import CheckpointError
 
 # The list of a 72B model's tensors has 0.2 MB. Parsed, a byte may take 25.
 MAX_JSON_BYTES = 4_000_000
+LFS_POINTER = b"version https://git-lfs"
 
 # Major brands of ISO media files ("ftyp") that are images or image sequences; others are videos.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -80,10 +81,24 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
+        refuse_lfs_pointer(path)
         raise CheckpointError(f"{path.name} is not valid JSON") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} is not a JSON object")
     return value
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """CheckpointError where Git LFS has left a pointer in place of a file."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return
+    if found:
+        raise CheckpointError(
+            f"{path.name} is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'"
+        )
 
 
 def claim(path: Path) -> BinaryIO | None:

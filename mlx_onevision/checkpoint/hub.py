@@ -7,6 +7,7 @@ are ever asked for: no code, no pickles, no sub-folders. The hub itself (``HF_EN
 trusted, as its client trusts it; the repositories on it are not.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 from mlx_onevision.errors import (
     CheckpointError,
+    ConfigError,
     ModelNotFoundError,
     OneVisionError,
     RequestError,
@@ -64,6 +66,7 @@ NOT_FILES = ("*/*", "*\\*", "*:*", "*\0*", ".*")
 # What the Hub takes as an id.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+CONFIG_TIMEOUT = 10.0  # seconds
 TAKES = "a folder, a Hugging Face id (org/name), 0.5b, 7b, 72b or demo"
 
 
@@ -90,6 +93,8 @@ def resolve(
     name = str(model)
     repository = repository_of(model)
     if repository is not None:
+        with answers(repository, revision, endpoint):
+            _check_config(repository, revision, cache_dir, endpoint)
         return _download(repository, revision, cache_dir, endpoint)
     folder = _existing(EMBEDDED if model == DEMO else name)
     if folder is None:
@@ -182,6 +187,50 @@ def _download(
             tqdm_class=bar,
         )
     return Path(folder)
+
+
+def _check_config(
+    repository: str, revision: str | None, cache_dir: Path | None, endpoint: str | None
+) -> None:
+    """Before anything large is downloaded: whether config.json is of a model that can be loaded.
+    Where it cannot be had, or read, nothing is known yet.
+
+    Raises:
+        ConfigError: where it is not.
+        ModelNotFoundError: for an adapter, which has none.
+    """
+    import httpx2
+    from huggingface_hub import constants, errors, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    from mlx_onevision.config.model import of_this_model
+
+    def fetch(name: str) -> dict[str, Any]:
+        # Not the client's own download: it waits long for a network that is not there.
+        url = hf_hub_url(repository, name, revision=revision, endpoint=endpoint)
+        response = get_session().get(url, headers=build_hf_headers(), timeout=CONFIG_TIMEOUT)
+        hf_raise_for_status(response)
+        return dict(json.loads(response.content))
+
+    cached = try_to_load_from_cache(repository, "config.json", cache_dir, revision)
+    if constants.HF_HUB_OFFLINE or isinstance(cached, str):
+        return  # what is there is judged as it is loaded
+    try:
+        try:
+            values = fetch("config.json")
+        except errors.RemoteEntryNotFoundError:
+            base = fetch("adapter_config.json").get("base_model_name_or_path")
+            of = f" of {short(base)}" if isinstance(base, str) and base else ""
+            raise ModelNotFoundError(
+                f"{repository} is an adapter{of}, not a model; give the model with --model and the "
+                "adapter with --adapter"
+            ) from None
+    except (errors.HfHubHTTPError, httpx2.HTTPError, ValueError, TypeError):
+        return  # the download of the whole model says what it is
+    try:
+        of_this_model(values)
+    except ConfigError as error:
+        raise ConfigError(f"{repository}: {error}") from None
 
 
 @contextmanager
@@ -312,7 +361,7 @@ def _identity(folder: Path, config: str) -> tuple[str, str]:
     digest = blake2b(digest_size=20)
     try:
         digest.update((folder / config).read_bytes())
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("[!.]*.safetensors")):
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())
             with path.open("rb") as file:

@@ -8,7 +8,7 @@ the thread that will run the model.
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,12 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
     unused = {name: tensors.pop(name) for name in NORM if name in tensors}
     if not config.has_newline:
         tensors.pop("image_newline", None)  # left over from the checkpoint that was fine-tuned
-    config = dataclasses.replace(
-        config, tie_word_embeddings=_settle_head(tensors, config.tie_word_embeddings)
-    )
+    tied = _settle_head(tensors, config.tie_word_embeddings)
+    text = dataclasses.replace(config.text_config, tie_word_embeddings=tied)
+    config = dataclasses.replace(config, tie_word_embeddings=tied, text_config=text)
     quantized = _quantized_modules(config, tensors)
     network = _network(config, quantized)
-    _check(network, tensors)
+    tensors = _checked(network, tensors)
     return OpenedCheckpoint(folder, values, config, defaults, tensors, unused, quantized, network)
 
 
@@ -279,18 +279,26 @@ def _network(
     return model
 
 
-def _check(model: OneVision, tensors: Mapping[str, Tensor]) -> None:
-    """Checks the files' names, shapes and dtypes against the model's."""
+def _checked(model: OneVision, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the model, their names, shapes and dtypes held against it. Others are left
+    out, as in the reference, but for those of its modules: they would change what these compute.
+    """
     wanted: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     lacking = [name for name in wanted if name not in tensors]
-    extra = [tensor.source for name, tensor in tensors.items() if name not in wanted]
-    if lacking or extra:
+    extra = [tensor for name, tensor in tensors.items() if name not in wanted]
+    modules = {name.rpartition(".")[0] for name in wanted} - {""}
+    second = [t.source for t in extra if any(part in modules for part in _above(t.name))]
+    if lacking or second:
         parts = []
         if lacking:
             parts.append(f"lack {_count(lacking)}")
-        if extra:
-            parts.append(f"have {_count(extra)} that the model of config.json has no place for")
+        if second or extra:
+            sources = second or [tensor.source for tensor in extra]
+            parts.append(f"have {_count(sources)} that the model of config.json has no place for")
         raise CheckpointError(f"The weights {', and '.join(parts)}")
+    if extra:
+        names = _count([tensor.source for tensor in extra])
+        logger.warning("the weights have %s that the model does not use", names)
     for name, parameter in wanted.items():
         tensor = tensors[name]
         shape = parameter.shape
@@ -307,6 +315,13 @@ def _check(model: OneVision, tensors: Mapping[str, Tensor]) -> None:
                 f"{short(tensor.source)} in {tensor.file.name} is {tensor.dtype}; "
                 f"it must be {' or '.join(allowed)}"
             )
+    return {name: tensors[name] for name in tensors if name in wanted}
+
+
+def _above(name: str) -> Iterator[str]:
+    """The modules that a tensor of this name would be in."""
+    parts = name.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts)))
 
 
 def _patch_shape(tensor: Tensor, parameter: mx.array) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def check(
             )
         if hashes and _digest(path, progress) != file.sha256:
             raise CheckpointError(f"{short(name)} does not hold what was written into it")
-    weights = {path.name for path in folder.glob("*.safetensors")}
+    weights = {path.name for path in folder.glob("[!.]*.safetensors")}
     if unknown := sorted(weights - files.keys()):
         raise CheckpointError(
             f"{folder} has {short(unknown[0])}, which its manifest does not list; remove it, "

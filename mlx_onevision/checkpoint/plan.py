@@ -259,7 +259,10 @@ def _chosen_specs(
     names = {module: written_name(module) for module in modules}
     for rule in recipe.rules:
         if not any(rule.matches(name) for name in names.values()):
-            raise RequestError(f"no module of the model matches the rule for '{rule.pattern}'")
+            nothing = f"no module of the model matches the rule for '{rule.pattern}'"
+            if rule.matches(written_name("lm_head")):
+                nothing += ": its embedding is its head, too; use '*.embed_tokens'"
+            raise RequestError(nothing)
     found = {module: recipe.spec(name, layers) for module, name in names.items()}
     return {module: spec for module, spec in found.items() if spec is not None}
 

@@ -243,7 +243,8 @@ def _shards(folder: Path) -> list[str]:
     """The weight files of a folder without an index: one, or one complete set of shards."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    names = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    # Dot files are none: on exFAT, macOS keeps an extended attribute in "._" beside the file.
+    names = sorted(path.name for path in folder.glob("[!.]*.safetensors") if path.is_file())
     names = [name for name in names if name not in ADAPTERS]
     if not names:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)

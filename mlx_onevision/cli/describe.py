@@ -283,6 +283,9 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
 
 def files_of(given: str, suffixes: tuple[str, ...], kind: str = "video") -> list[str]:
     """The file itself, or those right in a folder whose names end so, by name."""
+    from mlx_onevision.cli.terminal import local_path
+
+    given = local_path(given)
     if not os.path.isdir(given):
         return [given]
     found = sorted(

@@ -35,8 +35,18 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Answer one prompt.")
 @model_option
-@click.option("--image", "images", multiple=True, metavar="FILE", help="An image: a file or a URL.")
-@click.option("--video", "videos", multiple=True, metavar="FILE", help="A video: a file or a URL.")
+@click.option(
+    *("--image", "images"),
+    multiple=True,
+    metavar="FILE",
+    help="An image: a file, a URL, or - for stdin.",
+)
+@click.option(
+    *("--video", "videos"),
+    multiple=True,
+    metavar="FILE",
+    help="A video: a file, a URL, or - for stdin.",
+)
 @video_options
 @click.option(
     "--tiling",
@@ -104,6 +114,7 @@ def generate(
     mlx-onevision generate --image photo.jpg --prompt "What is this?"
     mlx-onevision generate --video clip.mp4 --frames 16 --prompt "What happens?"
     mlx-onevision generate --model 7b --image photo.jpg --prompt - < question.txt
+    mlx-onevision generate --image - --prompt "What is this?" < photo.jpg
     """
     if as_json and stream:
         raise click.UsageError(
@@ -111,6 +122,9 @@ def generate(
         )
     if options["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs are printed by --json; add it")
+    from_stdin = [prompt, *options["images"], *options["videos"]]
+    if from_stdin.count("-") > 1:
+        raise click.UsageError("stdin is one thing only; give '-' once")
     settings = {
         "revision": revision,
         "dtype": dtype,
@@ -120,12 +134,16 @@ def generate(
     }
     refused = {
         "--prompt-cache": prompt_cache,
-        "--prompt -": prompt == "-",  # mlx.launch never ends stdin
+        "'-'": "-" in from_stdin,  # mlx.launch never ends stdin
         "--draft-model": draft_model,
         "--prompt-lookup": options["prompt_lookup"],
     }
     share(model, settings, refused)
     question = read_prompt(prompt)
+    from mlx_onevision.cli.terminal import media_argument
+
+    for kind in ("images", "videos"):
+        options[kind] = tuple(map(media_argument, options[kind]))
     options["json_schema"] = None if json_schema is None else read_schema(json_schema)
     model = model_or_demo(model)
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from os.path import expanduser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.sources import is_url
@@ -113,6 +114,7 @@ def parse_path(argument: str) -> str:
     """The URL or path that the rest of a line means: a path as it is, or as a shell or a dropped
     file writes it, with quotes or backslashes.
     """
+    argument = local_path(argument)
     if is_url(argument):
         return argument
     if Path(expanduser(argument)).exists():
@@ -122,6 +124,34 @@ def parse_path(argument: str) -> str:
     except ValueError:  # an apostrophe in a name
         words = []
     return expanduser(words[0] if len(words) == 1 else argument)
+
+
+def local_path(text: str) -> str:
+    """The path in a ``file://`` address; any other text as it is.
+
+    Raises:
+        RequestError: for a file of another machine.
+    """
+    if text[:7].lower() != "file://":
+        return text
+    address = urlsplit(text)
+    if address.netloc not in ("", "localhost"):
+        raise RequestError(f"{text} is a file of another machine; give the path of one here")
+    return unquote(address.path)
+
+
+def media_argument(text: str) -> str | bytes:
+    """An image or a video as a command line names it: all of stdin for ``-``.
+
+    Raises:
+        RequestError: for nothing on stdin.
+    """
+    if text != "-":
+        return local_path(text)
+    data = sys.stdin.buffer.read()
+    if not data:
+        raise RequestError("stdin is empty; pipe an image or a video into it")
+    return data
 
 
 class Interrupts:

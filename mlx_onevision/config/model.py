@@ -159,6 +159,17 @@ class TextConfig:
 # of computing another one.
 OWN_TYPE = "mlx_onevision"
 HUB_TYPE = "llava_onevision"
+# What is taken for this model, by the model_type of its config.json.
+OTHERS: Mapping[str, str] = {
+    "llava": "LLaVA-1.5",
+    "llava_next": "LLaVA-NeXT",
+    "llava_next_video": "LLaVA-NeXT-Video",
+    "llava_onevision1_5": "LLaVA-OneVision-1.5, another network",
+    "llavaonevision1_5": "LLaVA-OneVision-1.5, another network",
+    "llava_qwen": "an older LLaVA with Qwen",
+    "qwen2": "the language model alone",
+    "siglip": "the vision tower alone",
+}
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -248,11 +259,8 @@ class OneVisionConfig:
         Raises:
             ConfigError: naming the field, when it asks for something that is not supported.
         """
-        if original_layout.is_original(values):
-            values = original_layout.to_hub(values, OWN_TYPE)
+        values = of_this_model(values)
         own = values.get("model_type") == OWN_TYPE
-        if not own:
-            require_type(values, "config.json", HUB_TYPE)
         report_unknown(
             values,
             cls,
@@ -302,6 +310,27 @@ class OneVisionConfig:
                     f"{name} {getattr(config, name)} is outside a vocabulary of {text.vocab_size}"
                 )
         return config
+
+
+def of_this_model(values: Json) -> Json:
+    """A whole config.json in the Hub's layout; what it says besides its kind is not looked at.
+
+    Raises:
+        ConfigError: for a model of another kind, and for a quantization that MLX cannot read.
+    """
+    if original_layout.is_original(values):
+        values = original_layout.to_hub(values, OWN_TYPE)
+    kind = values.get("model_type", HUB_TYPE)
+    if kind not in (HUB_TYPE, OWN_TYPE):
+        name = f" ({OTHERS[kind]})" if kind in OTHERS else ""
+        raise ConfigError(
+            f"config.json has model_type {kind!r}{name}; only {HUB_TYPE!r} is supported: "
+            "0.5b, 7b, 72b, and what was trained from them"
+        )
+    for section, expected in (("text_config", "qwen2"), ("vision_config", "siglip_vision_model")):
+        require_type(_section(values, section) or {}, section, expected)
+    Quantization.from_dict(values)
+    return values
 
 
 def _with_original_settings(config: OneVisionConfig, read: Reader) -> OneVisionConfig:

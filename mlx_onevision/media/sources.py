@@ -6,6 +6,8 @@ import base64
 import os
 import re
 import stat
+import unicodedata
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -90,6 +92,9 @@ def open_path(path: str | os.PathLike[str], kind: Kind) -> tuple[FileIO, str]:
         # Not waiting: opening a pipe that nobody writes to would never end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
+        similar = similar_path(str(path))
+        if similar is not None:
+            return open_path(similar, kind)
         raise MediaError(f"{name} does not exist; give the path of {_ARTICLES[kind]}") from None
     except (OSError, ValueError) as error:
         raise MediaError(f"cannot read {name}: {reason(error)}") from error
@@ -99,6 +104,29 @@ def open_path(path: str | os.PathLike[str], kind: Kind) -> tuple[FileIO, str]:
         found = "a folder" if stat.S_ISDIR(mode) else "no ordinary file"
         raise MediaError(f"{name} is {found}, not {_ARTICLES[kind]}")
     return FileIO(descriptor), name
+
+
+def similar_path(path: str) -> str | None:
+    """Where there is no such file, the one beside it whose name looks the same."""
+    folder, name = os.path.split(path)
+    try:
+        similar = similar_name(name, os.listdir(folder or "."))
+    except OSError:
+        return None
+    return None if similar is None else os.path.join(folder, similar)
+
+
+def similar_name(name: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that looks like ``name``: macOS puts a narrow no-break space into those
+    of screenshots, and disks may keep accents as characters of their own. None for several.
+    """
+    found = [other for other in names if _looks(other) == _looks(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _looks(name: str) -> str:
+    folded = unicodedata.normalize("NFKC", name)
+    return "".join(" " if character.isspace() else character for character in folded)
 
 
 def file_name(file: Any, kind: str) -> str:
@@ -171,7 +199,7 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
     deadline = monotonic() + DEADLINE
     body = bytearray()
     try:
-        get = request.Request(url, headers={"User-Agent": "mlx-onevision"})
+        get = request.Request(encoded_url(url), headers={"User-Agent": "mlx-onevision"})
         with opener.open(get, timeout=TIMEOUT) as response:
             promised = int(response.headers.get("Content-Length") or 0)
             if promised > most:
@@ -191,3 +219,20 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
         why = reason(getattr(error, "reason", None) or error)
         raise MediaError(f"cannot read {quoted(url)}: {why}") from error
     return bytes(body)
+
+
+def encoded_url(url: str) -> str:
+    """A URL as it is sent: host in IDNA, everything else that is not ASCII, or a space, in percent
+    notation. ValueError for a host that cannot be one.
+    """
+    from urllib.parse import quote, urlsplit
+
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        name, colon, port = host.partition(":")
+        host = name.encode("idna").decode("ascii") + colon + port
+    netloc = quote(user, safe="%:") + at + host
+    safe = "%/:=&?~#+!$,;'@()*[]"
+    path, query = (quote(part, safe=safe) for part in (parts.path, parts.query))
+    return parts._replace(netloc=netloc, path=path, query=query, fragment="").geturl()

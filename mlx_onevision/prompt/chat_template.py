@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mlx_onevision.errors import CheckpointError, RequestError
-from mlx_onevision.files import read_json
+from mlx_onevision.files import read_json, refuse_lfs_pointer
 from mlx_onevision.prompt.messages import Message, sources
 from mlx_onevision.subprocesses import MISSING, BoundedProcess, find_interpreter
 
@@ -121,6 +121,7 @@ class ChatTemplate:
         }
         file = folder / "chat_template.jinja"
         if file.is_file():
+            refuse_lfs_pointer(file)
             try:
                 return cls(file.read_text(encoding="utf-8"), file.name, variables)
             except (OSError, UnicodeDecodeError) as error:

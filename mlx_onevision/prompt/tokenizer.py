@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_onevision.errors import CheckpointError, RequestError, short
-from mlx_onevision.files import read_json
+from mlx_onevision.files import read_json, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -70,6 +70,8 @@ class Tokenizer:
         Raises:
             CheckpointError: naming the file that is missing, cannot be read, or disagrees.
         """
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            refuse_lfs_pointer(folder / name)
         file = folder / "tokenizer.json"
         if (values := read_json(file, TOKENIZER_BYTES)) is not None:
             _check_rules(values)

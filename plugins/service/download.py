@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from time import monotonic
 from urllib.parse import urljoin, urlsplit
 
+from mlx_onevision.media.sources import encoded_url
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 
 REDIRECTS = 3
@@ -44,9 +45,10 @@ def split(url: str) -> Where:
     """
     shown = ascii(url if len(url) <= 80 else url[:77] + "…")
     bad = bad_request(f"{shown} is not an address that is read", "give an http or https one")
-    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+    if not url.isprintable() or "\\" in url:
         raise bad
     try:
+        url = encoded_url(url)
         parts = urlsplit(url)
         port = parts.port
     except ValueError:

@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import write
@@ -17,7 +19,7 @@ from huggingface_hub import constants
 
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.hub import ALIASES, resolve
-from mlx_onevision.errors import ModelNotFoundError, RequestError
+from mlx_onevision.errors import ConfigError, ModelNotFoundError, RequestError
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.contract.requests import EmbedRequest
 
@@ -178,6 +180,46 @@ def test_a_hub_that_stumbles(hub: FakeHub, tmp_path: Path, statuses: list[int]) 
     hub.failures["api/models"] = [500]
     message = refusal("org/other", cache_dir=tmp_path, endpoint=hub.url)
     assert "org/other is not in the cache, and" in message and "answered 500; try again" in message
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "another network": (
+        {"model_type": "llava_onevision1_5"},
+        r"'llava_onevision1_5' \(LLaVA-OneVision-1.5, another network\); only 'llava_onevision' is",
+    ),
+    "an older one": ({"model_type": "llava_next"}, r"\(LLaVA-NeXT\); only .*: 0.5b, 7b, 72b"),
+    "another language model": (
+        {"model_type": "llava_onevision", "text_config": {"model_type": "llama"}},
+        "text_config has model_type 'llama'; only 'qwen2'",
+    ),
+    "another tower": ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "mm_vision_tower"),
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "quantization by 'bitsandbytes', which MLX cannot read; use the unquantized checkpoint",
+    ),
+    "awq": ({"quantization_config": {"quant_method": "awq", "group_size": 128}}, "by 'awq'"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by 'gptq'"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_cannot_be_loaded_is_refused_by_its_config(
+    kind: str, hub: FakeHub, tmp_path: Path
+) -> None:
+    config, words = OTHERS[kind]
+    hub.add(NAME, WANTED | {"config.json": json.dumps(config).encode()})
+    with pytest.raises(ConfigError, match=f"{NAME}: .*{words}"):
+        resolve(NAME, cache_dir=tmp_path, endpoint=hub.url)
+    assert hub.fetched() == {"config.json"}
+    assert len(hub.requests) == 1
+
+
+def test_an_adapter_is_refused_as_one(hub: FakeHub, tmp_path: Path) -> None:
+    adapter = json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"}).encode()
+    hub.add(NAME, {"adapter_config.json": adapter, "adapter_model.safetensors": WEIGHTS})
+    message = refusal(NAME, cache_dir=tmp_path, endpoint=hub.url)
+    assert message.startswith("org/name is an adapter of org/base, not a model; give the model")
+    assert hub.fetched() <= {"config.json", "adapter_config.json"}
 
 
 def test_no_such_repository(hub: FakeHub, tmp_path: Path) -> None:

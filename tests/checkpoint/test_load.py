@@ -11,8 +11,11 @@ from checkpoints import LAYOUTS, Sizes, arrays, layout_name, write, write_weight
 from loaded import dtypes, edit, features, logits, refusal
 from mlx.utils import tree_flatten
 
+from mlx_onevision.api import load
+from mlx_onevision.checkpoint.hub import identify
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.errors import ConfigError, ModelNotFoundError, RequestError
+from mlx_onevision.checkpoint.tensors import written_name
+from mlx_onevision.errors import CheckpointError, ConfigError, ModelNotFoundError, RequestError
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -158,12 +161,66 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     )
 
 
-def test_extra_tensors_are_named_as_the_file_has_them(tmp_path: Path) -> None:
-    weights = arrays(Sizes(vision_layers=3))
-    message = refusal(write(tmp_path, weights=weights))
-    assert message.startswith("The weights have 16 tensors (")
-    assert "vision_tower.vision_model.encoder.layers.2.layer_norm1." in message
-    assert message.endswith("that the model of config.json has no place for")
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (lambda: arrays(Sizes(vision_layers=3)), "16 tensors (vision_tower.vision_model.encoder."),
+        (lambda: {"value_head.weight": np.zeros((1, 64), np.float32)}, "1 tensor (value_head.we"),
+        (lambda: {"language_model.notes": np.zeros(3, np.int64)}, "1 tensor (language_mod"),
+    ],
+    ids=["a layer", "another head", "an integer"],
+)
+def test_what_the_model_does_not_use_is_a_notice(
+    tmp_path: Path, more: Any, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load_checkpoint(write(tmp_path / "plain"))
+    found = load_checkpoint(write(tmp_path / "more", weights=more() | arrays()))
+    assert f"the weights have {named}" in caplog.text
+    assert caplog.text.rstrip().endswith("that the model does not use")
+    names = dict(tree_flatten(plain.model.parameters())).keys()
+    assert dict(tree_flatten(found.model.parameters())).keys() == names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.layers.0.self_attn.q_proj.lora_A.weight",
+        "language_model.layers.1.mlp.down_proj.bias",
+        "multi_modal_projector.linear_1.weight.absmax",
+        "language_model.layers.0.self_attn.k_proj.qweight",
+    ],
+)
+def test_a_second_form_of_what_is_used_is_refused(tmp_path: Path, name: str) -> None:
+    weights = arrays() | {name: np.zeros((4, 4), np.float32)}
+    assert refusal(write(tmp_path, weights=weights)) == (
+        f"The weights have 1 tensor ({written_name(name)}) that the model of config.json has no "
+        "place for"
+    )
+
+
+def test_what_macos_leaves_beside_files_is_no_weights(tmp_path: Path) -> None:
+    """On exFAT: ``._`` and a name, a few kilobytes of something else."""
+    folder = write(tmp_path, shards=2)
+    before = identify(folder)
+    for path in list(folder.iterdir()):
+        (folder / f"._{path.name}").write_bytes(b"\0\x05\x16\x07" + bytes(60))
+    load_checkpoint(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    load_checkpoint(folder)
+    assert identify(folder) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    "config.json tokenizer.json tokenizer_config.json generation_config.json "
+    "chat_template.jinja model.safetensors preprocessor_config.json".split(),
+)
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=f"{name} is .*Git LFS pointer.*'git lfs pull'"):
+        load(folder)
 
 
 def test_missing_and_extra_in_one_sentence(tmp_path: Path) -> None:

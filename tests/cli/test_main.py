@@ -574,3 +574,18 @@ def test_the_version_is_the_packages() -> None:
 
     result = CliRunner().invoke(cli, ["--version"], prog_name="mlx-onevision")
     assert result.stdout == f"mlx-onevision {version('mlx-onevision')}\n"
+
+
+def test_an_image_from_stdin_and_one_by_its_address(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a picture.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    asked = ("generate", "--model", str(folder), "--prompt", "What?", "--max-tokens", "4")
+    expected = run(*asked, "--image", path).stdout
+    assert run(*asked, "--image", path.as_uri()).stdout == expected
+    piped = CliRunner().invoke(cli, [*asked, "--image", "-"], input=path.read_bytes())
+    assert piped.stdout == expected
+    twice = CliRunner().invoke(cli, [*asked, "--image", "-", "--image", "-"], input=b"a")
+    assert twice.exit_code == 2 and "give '-' once" in twice.stderr
+    film = Path(__file__).parents[2] / "examples/circle.mp4"
+    one_sentence(run(*asked, "--image", film), "is a video, not an image; give it as a video (--vi")
+    one_sentence(run(*asked, "--video", path), "is an image, not a video; give it as an image (--i")

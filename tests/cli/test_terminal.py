@@ -1,12 +1,21 @@
 """Lines: read from a person or a pipe, kept for the next time, and what is meant by them."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
 
 from mlx_onevision.cli import terminal as lines
-from mlx_onevision.cli.terminal import HISTORY, MAX_LINES, History, history_path, parse_path
+from mlx_onevision.cli.terminal import (
+    HISTORY,
+    MAX_LINES,
+    History,
+    history_path,
+    media_argument,
+    parse_path,
+)
+from mlx_onevision.errors import RequestError
 
 
 def test_paths_are_read_as_people_write_them(
@@ -81,3 +90,28 @@ def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert history_path() == Path("/home/me/mine")
     monkeypatch.setenv(HISTORY, "")
     assert history_path() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ("file:///tmp/a%20b/M%C3%BCnchen.png", "/tmp/a b/München.png"),
+        ("FILE://localhost/a.png", "/a.png"),
+        ("a.png", "a.png"),
+        ("https://a.example/b.png", "https://a.example/b.png"),
+    ],
+)
+def test_an_address_of_a_file_is_its_path(given: str, path: str) -> None:
+    assert media_argument(given) == path == parse_path(given)
+
+
+def test_a_file_of_another_machine_is_none_of_this_one() -> None:
+    with pytest.raises(RequestError, match="is a file of another machine; give the path"):
+        media_argument("file://nas/a.png")
+
+
+def test_media_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xd8")))
+    assert media_argument("-") == b"\xff\xd8"
+    with pytest.raises(RequestError, match="stdin is empty; pipe an image"):
+        media_argument("-")

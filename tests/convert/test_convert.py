@@ -40,6 +40,19 @@ def config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.parametrize("recipe", [None, recipes.uniform(4)], ids=["plain", "4 bits"])
+@pytest.mark.parametrize("outer", [True, False], ids=["outer", "inner"])
+def test_a_head_of_its_own_stays_where_the_configuration_ties(
+    tmp_path: Path, outer: bool, recipe: Recipe | None
+) -> None:
+    """Whichever part of the configuration says that it is tied."""
+    source = write(tmp_path / "source", tied=not outer, weights=arrays(tied=False))
+    source = edit(source, tie_word_embeddings=outer)
+    made = convert(source, tmp_path / "made", recipe=recipe).target
+    assert config(made)["tie_word_embeddings"] is False
+    assert same(source, made, recipe=recipe)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_becomes_one(tmp_path: Path, layout: str, tied: bool) -> None:

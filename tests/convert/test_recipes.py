@@ -97,6 +97,10 @@ def test_what_is_not_possible(make: Any, wanted: str) -> None:
             {"rules": [{"modules": "*.mlp.upproj", "bits": 4}]},
             "matches the rule for '..mlp.upproj'",
         ),
+        (
+            {"rules": [{"modules": "*.lm_head", "bits": 6}]},
+            r"rule for '\*.lm_head': its embedding is its head, too; use '\*.embed_tokens'",
+        ),
     ],
 )
 def test_rules_that_are_wrong(tmp_path: Path, content: Any, wanted: str) -> None:

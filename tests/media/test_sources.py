@@ -102,7 +102,7 @@ class Answers(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
             self.end_headers()
-        elif self.path == "/picture.jpg":
+        elif self.path in ("/picture.jpg", "/m%C3%BCnchen%20bild.png?a=%C3%A9%20b"):
             self.answer(body, len(body))
         elif self.path == "/claims-much":
             self.answer(b"", 1 << 40)
@@ -154,6 +154,61 @@ def test_a_url_is_read_like_a_file(server: str) -> None:
     assert np.array_equal(load_image(f"{server}/to//picture.jpg"), expected)
     assert np.array_equal(load_image(f"{server}/to/{server}/picture.jpg"), expected)
     assert set(Answers.agents) == {"mlx-onevision"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/münchen bild.png?a=é b",
+        "/m%C3%BCnchen%20bild.png?a=é%20b#teil ü",
+        "/to//münchen bild.png?a=é b",
+    ],
+)
+def test_a_url_is_read_as_people_write_it(server: str, path: str) -> None:
+    assert load_image(server + path).shape
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("https://bücher.example/a", "https://xn--bcher-kva.example/a"),
+        ("https://straße.example:8443/ä b", "https://strasse.example:8443/%C3%A4%20b"),
+        ("http://127.0.0.1:80/a%20b?c=d&e=%2F", "http://127.0.0.1:80/a%20b?c=d&e=%2F"),
+        ("http://[::1]:80/a", "http://[::1]:80/a"),
+        ("https://a.example/写真.jpg?x=1+2", "https://a.example/%E5%86%99%E7%9C%9F.jpg?x=1+2"),
+    ],
+)
+def test_a_url_is_sent_in_ascii(url: str, sent: str) -> None:
+    assert sources.encoded_url(url) == sent
+
+
+SCREENSHOT = "Screenshot 2026-01-05 at 3.07.21\u202fPM.png"
+
+
+@pytest.mark.parametrize(
+    ("there", "asked"),
+    [
+        (SCREENSHOT, SCREENSHOT.replace("\u202f", " ")),
+        ("Mu\u0308nchen.png", "M\u00fcnchen.png"),
+        ("M\u00fcnchen.png", "Mu\u0308nchen.png"),
+        ("a\u00a0b.png", "a b.png"),
+    ],
+)
+def test_a_name_that_looks_the_same_is_taken_where_there_is_no_other(
+    there: str, asked: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (4, 5)).save(tmp_path / there)
+    assert load_image(tmp_path / asked).shape == (5, 4, 3)
+    assert load_image(str(tmp_path / asked)).shape == (5, 4, 3)
+    Image.new("RGB", (7, 8)).save(tmp_path / asked)
+    assert load_image(tmp_path / asked).shape == (8, 7, 3)  # the exact one
+
+
+def test_of_several_that_look_the_same_none_is_taken(tmp_path: Path) -> None:
+    for space in "\u202f\u00a0":
+        Image.new("RGB", (4, 5)).save(tmp_path / f"a{space}b.png")
+    with pytest.raises(MediaError, match="does not exist"):
+        load_image(tmp_path / "a b.png")
 
 
 @pytest.mark.parametrize(

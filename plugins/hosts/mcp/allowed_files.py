@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from mlx_onevision.media.sources import similar_name
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import Kind, Media, sniff
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -52,15 +53,28 @@ class AllowedFiles:
         return ", ".join(map(str, self.policy.folders)) or f"none ({OPTION} to open one)"
 
     def path(self, given: str) -> str:
-        """A path that may be read, as far as can be said without touching anything. Raises
-        PluginError: ``bad_request``, with what would be right.
+        """A path that may be read, as far as can be said without opening it; where there is none,
+        the one beside it that looks the same. Raises PluginError: ``bad_request``, with what would
+        be right.
         """
         path = _absolute(given)
         try:
             self.policy.admit([Media("video", path=path)])
         except PluginError:
             raise self._refused(path) from None
-        return path
+        folder, name = os.path.split(path)
+        try:
+            descriptor = self.policy.open_folder(folder)
+        except PluginError:
+            return path
+        try:
+            names = os.listdir(descriptor)
+        except OSError:
+            return path
+        finally:
+            os.close(descriptor)
+        similar = None if name in names else similar_name(name, names)
+        return path if similar is None else os.path.join(folder, similar)
 
     def medium(self, given: str, wanted: Kind | None = None) -> Media:
         """The image or video at a path, by its bytes; ``wanted`` is what it has to be. Raises

@@ -15,7 +15,7 @@ from mcp_types import CallToolResult, TextContent
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.conformance.subject import png
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
+from mlx_onevision.plugins.hosts.mcp.allowed_files import AllowedFiles, McpSettings
 from mlx_onevision.plugins.hosts.mcp.server import make_server
 from mlx_onevision.plugins.interface import Channel, EmbedRequest, EmbedResult, EventStream
 from mlx_onevision.plugins.service.jobs import Jobs
@@ -420,3 +420,15 @@ def test_what_fails_inside_is_said_in_a_sentence(album: Path, error: Exception) 
         assert "secret" not in text
 
     asked(backend_for(album, fail_at=0, error=error), session)
+
+
+def test_a_name_that_looks_the_same_is_found_below_the_allowed_folders_only(tmp_path: Path) -> None:
+    allowed, other = tmp_path / "allowed", tmp_path / "other"
+    for folder in (allowed, other):
+        folder.mkdir()
+        (folder / "Shot 3.07\u202fPM.png").write_bytes(png(8, 8, (1, 2, 3)))
+    files = AllowedFiles(MediaPolicy(folders=(allowed,)))
+    assert files.path(f"{allowed}/Shot 3.07 PM.png") == f"{allowed}/Shot 3.07\u202fPM.png"
+    assert files.medium(f"{allowed}/Shot 3.07 PM.png").path == f"{allowed}/Shot 3.07\u202fPM.png"
+    with pytest.raises(PluginError, match="is not below a folder that is open"):
+        files.path(f"{other}/Shot 3.07 PM.png")
