@@ -1,15 +1,20 @@
 """Scene detection: where a video is cut into scenes, from small images of its frames.
 
-Four times a second the frame on screen is sampled, so that a video has the same samples whatever
-its frame rate. Each becomes a histogram of its colours (brightness and two colour differences), one
-for each quarter of the image, so that a new arrangement of the same colours counts as well. A pixel
-is shared out between neighbouring bins: noise then moves little, whatever bin edge it is near. The
-distance of two samples is the part of their pixels that changed colour, from 0 to 1.
+A hard cut is one frame that differs from the one before it by several times as much as the frames
+around it differ from theirs, in most of the image, and from which the video does not come back:
+after the flash of a camera it does. It is looked for among all frames, so that a scene full of
+motion hides none.
 
-A cut is a step from which the video does not come back: after the flash of a camera it does. How
-large a step has to be depends on how much moved just before. A fade or a dissolve is one cut, too,
-in its middle: there, the video has left its colours of a moment ago by small steps and come to
-rest. A pan that is slower than that is no cut.
+Fades and dissolves are looked for in samples. Four times a second the frame on screen is sampled,
+so that a video has the same samples whatever its frame rate. Each becomes a histogram of its
+colours (brightness and two colour differences), one for each quarter of the image, so that a new
+arrangement of the same colours counts as well. A pixel is shared out between neighbouring bins:
+noise then moves little, whatever bin edge it is near. The distance of two samples is the part of
+their pixels that changed colour, from 0 to 1.
+
+A step from which the samples do not come back is a cut, too; how large it has to be depends on how
+much moved just before. A fade or a dissolve is one, in its middle: there, the video has left its
+colours of a moment ago by small steps and come to rest. A pan that is slower than that is no cut.
 
 numpy only. A video of any length passes through; the frames of its last seconds are kept.
 """
@@ -50,6 +55,18 @@ _COLOURS = np.array(
 )
 _LOWEST = np.array([0.0, -FARTHEST, -FARTHEST], np.float32)
 _SPACING = np.array([255.0, 2 * FARTHEST, 2 * FARTHEST], np.float32) / (np.array(BINS) - 1)
+
+
+BLOCKS = 16  # across and down, of whose mean colours consecutive frames are compared
+AROUND = 5  # frames on either side that show how much moves
+LEAP = 2.8  # of a hard cut, relative to the upper quartile of these
+NOISE = 0.5  # levels by which a still image may change
+FAINTEST = 1.5  # levels, of the mean change at a hard cut
+MOST = 0.4  # the part of the blocks that changes at least by as much as noise
+AWAY = 0.5  # of the change at a hard cut, within ``FLASH`` no frame is nearer to those before it
+FLASH = 0.5  # seconds
+SHORTEST = 0.5  # seconds between hard cuts
+LENGTH = 0.6  # seconds of a scene, at least, to PySceneDetect's command
 
 
 @dataclass(frozen=True)
@@ -103,10 +120,80 @@ def cuts(
     """
     if finder not in ("histogram", "pyscenedetect"):
         raise RequestError(f"the finder is {finder!r}; it must be histogram or pyscenedetect")
-    find = _pyscenedetect() if finder == "pyscenedetect" else find_cuts
-    samples = _SampledFrames(frames, start, end, seen)
-    for time in find(samples):
-        yield samples.first_of_scene(time)
+    if finder == "pyscenedetect":
+        yield from _by_pyscenedetect(frames, start, seen)
+        return
+    hard = _HardCuts(start)
+    samples = _SampledFrames(hard.watching(frames), start, end, seen)
+    soft = [samples.first_of_scene(time) for time in find_cuts(samples)]
+    apart, sharp = Detector().shortest, hard.cuts
+    soft = [time for time in soft if time - start >= apart]
+    soft = [time for time in soft if all(abs(time - other) >= apart for other in sharp)]
+    yield from sorted(sharp + soft)
+
+
+class _HardCuts:
+    """Hard cuts among all frames. Keeps a second of them, as the mean colours of their blocks."""
+
+    def __init__(self, start: float) -> None:
+        self.cuts: list[float] = []
+        self._start = start
+        self._frames: deque[tuple[float, NDArray[np.float32]]] = deque()
+        self._changes: deque[float] = deque()  # of each of these, from the one before it
+        self._next = 1  # the first of them that has not been judged
+
+    def watching(self, frames: FrameSource) -> FrameSource:
+        """The same frames, looked at as they pass."""
+        for time, pixels in frames:
+            self._add(time, _blocks(pixels))
+            yield time, pixels
+        while self._next < len(self._frames):
+            self._judge()
+
+    def _add(self, time: float, blocks: NDArray[np.float32]) -> None:
+        change = float(np.abs(blocks - self._frames[-1][1]).mean()) if self._frames else 0.0
+        self._frames.append((time, blocks))
+        self._changes.append(change)
+        while self._next + AROUND < len(self._frames) and (
+            self._frames[self._next][0] + FLASH <= time
+        ):
+            self._judge()
+        while self._next > 2 * AROUND and self._frames[self._next - 1][0] - self._frames[0][0] > 1:
+            self._frames.popleft()
+            self._changes.popleft()
+            self._next -= 1
+
+    def _judge(self) -> None:
+        place, self._next = self._next, self._next + 1
+        time, after = self._frames[place]
+        before, change = self._frames[place - 1][1], self._changes[place]
+        if change < FAINTEST or time - max([self._start, *self.cuts[-1:]]) < SHORTEST:
+            return
+        changes = list(self._changes)
+        others = changes[max(1, place - AROUND) : place] + changes[place + 1 : place + 1 + AROUND]
+        if not others or change < LEAP * (float(np.quantile(others, 0.75)) + NOISE):
+            return
+        if (np.abs(after - before).mean(-1) >= NOISE).mean() < MOST:
+            return
+        frames = list(self._frames)
+        later = [b for t, b in frames[place + 1 :] if t - time < FLASH]
+        earlier = [b for t, b in frames[: place - 1] if time - t <= FLASH]
+        back = [np.abs(b - before).mean() for b in later] + [
+            np.abs(b - after).mean() for b in earlier
+        ]
+        if all(distance >= AWAY * change for distance in back):
+            self.cuts.append(time)
+
+
+def _blocks(image: Pixels) -> NDArray[np.float32]:
+    """The mean colours of an image's blocks, float32 (blocks, 3)."""
+    means = image.astype(np.float32)
+    for axis, length in enumerate(image.shape[:2]):
+        edges = np.unique(np.arange(BLOCKS) * length // BLOCKS)
+        sizes = np.diff([*edges, length]).astype(np.float32)
+        shape = (-1, 1, 1) if axis == 0 else (-1, 1)
+        means = np.add.reduceat(means, edges, axis) / sizes.reshape(shape)
+    return (means @ _COLOURS.T).reshape(-1, 3)
 
 
 def find_cuts(samples: FrameSource, detector: Detector = Detector()) -> Iterator[float]:
@@ -276,8 +363,10 @@ class _SampledFrames:
         return _middle(change[0][1], change[1:] or change)
 
 
-def _pyscenedetect() -> Callable[[FrameSource], Iterator[float]]:
-    """PySceneDetect's content detector, with its own idea of how much is a cut."""
+def _by_pyscenedetect(
+    frames: FrameSource, start: float, seen: Callable[[float], None]
+) -> Iterator[float]:
+    """PySceneDetect's content detector, with its command's settings, on every frame."""
     try:
         from scenedetect import FrameTimecode  # pyright: ignore
         from scenedetect.detectors import ContentDetector  # pyright: ignore
@@ -286,20 +375,27 @@ def _pyscenedetect() -> Callable[[FrameSource], Iterator[float]]:
             "PySceneDetect is not installed; pip install 'mlx-onevision[scenes]', or use the "
             "histogram finder"
         ) from None
-    detector: Any = ContentDetector(min_scene_len=RATE)
     code: Any = FrameTimecode
-
-    def find(samples: FrameSource) -> Iterator[float]:
-        times: list[float] = []
-        for number, (time, pixels) in enumerate(samples):
-            times.append(time)
-            found = detector.process_frame(code(number, fps=float(RATE)), pixels[..., ::-1].copy())
+    times: list[float] = []
+    waiting: list[Pixels] = []
+    detector: Any = None
+    rate = 1.0
+    for time, pixels in frames:
+        times.append(time)
+        waiting.append(pixels)
+        if len(times) == 1:  # the second one tells the frame rate
+            continue
+        if detector is None:
+            rate = 1 / max(time - times[0], 1e-3)
+            detector = ContentDetector(min_scene_len=max(1, round(LENGTH * rate)))
+        for number, image in enumerate(waiting, len(times) - len(waiting)):
+            found = detector.process_frame(code(number, fps=rate), image[..., ::-1].copy())
             yield from (times[cut.frame_num] for cut in found if cut.frame_num)
-        if times:
-            found = detector.post_process(code(len(times) - 1, fps=float(RATE)))
-            yield from (times[cut.frame_num] for cut in found if cut.frame_num)
-
-    return find
+        waiting.clear()
+        seen(time)
+    if detector is not None:
+        found = detector.post_process(code(len(times) - 1, fps=rate))
+        yield from (times[cut.frame_num] for cut in found if cut.frame_num)
 
 
 def scenes(

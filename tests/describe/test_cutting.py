@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -95,3 +96,74 @@ def test_other_finders() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.startswith("PySceneDetect is not installed; pip install")
+
+
+def crowd(numbers: list[int], flashes: tuple[int, ...] = ()) -> list[tuple[float, Picture]]:
+    """Scenes of so many frames each at 25 a second: coloured blocks that move fast, so that each
+    frame differs much from the one before it.
+    """
+    frames: list[Picture] = []
+    for scene, count in enumerate(numbers):
+        rng = np.random.default_rng(scene)
+        blocks = rng.integers(30, 200, 3) + rng.integers(-25, 26, (8, 8, 3))
+        wall = np.kron(blocks, np.ones((24, 24, 1)))
+        frames += [
+            np.roll(wall, (n, 2 * n), (0, 1))[:64, :64].astype(np.uint8) for n in range(count)
+        ]
+    for number in flashes:
+        frames[number] = np.minimum(frames[number].astype(int) + 150, 255).astype(np.uint8)
+    return [(n / 25, frame) for n, frame in enumerate(frames)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "flashes", "found"),
+    [
+        ([50, 50, 50, 50], (), [2.0, 4.0, 6.0]),
+        ([15, 14, 20, 13, 60], (), [0.6, 1.16, 1.96, 2.48]),  # short ones
+        ([75, 75], (20, 21, 50, 100, 101, 102), [3.0]),
+        ([150], (), []),
+        ([150], (40, 41, 42, 43, 90), []),
+        ([3, 60, 60], (), [2.52]),  # the first scene is too short to be one
+        ([60, 5, 60], (), [2.4]),
+    ],
+    ids=["motion", "short", "flashes", "no cut", "only flashes", "at once", "very short"],
+)
+def test_hard_cuts_are_found_among_motion_and_flashes(
+    numbers: list[int], flashes: tuple[int, ...], found: list[float]
+) -> None:
+    frames = crowd(numbers, flashes)
+    assert list(cuts(frames, 0.0, len(frames) / 25)) == found
+
+
+def test_a_small_part_that_changes_at_once_is_no_cut() -> None:
+    frames = [(n / 25, np.full((64, 64, 3), 120, np.uint8)) for n in range(100)]
+    for _, frame in frames[50:]:
+        frame[:24, :24] = 250  # a seventh
+    assert list(cuts(frames, 0.0, 4.0)) == []
+
+
+def test_pyscenedetect_is_given_every_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with its interface: the frames' own numbers and rate, and its shortest scene."""
+    seen: list[tuple[int, float]] = []
+
+    class Code:
+        def __init__(self, frame_num: int, fps: float) -> None:
+            self.frame_num, self.fps = frame_num, fps
+
+    class Content:
+        def __init__(self, min_scene_len: int) -> None:
+            assert min_scene_len == 15
+
+        def process_frame(self, code: Code, image: Picture) -> list[Code]:
+            seen.append((code.frame_num, code.fps))
+            return [code] if code.frame_num == 30 else []
+
+        def post_process(self, code: Code) -> list[Code]:
+            return []
+
+    package, detectors = ModuleType("scenedetect"), ModuleType("scenedetect.detectors")
+    vars(package)["FrameTimecode"], vars(detectors)["ContentDetector"] = Code, Content
+    monkeypatch.setitem(sys.modules, "scenedetect", package)
+    monkeypatch.setitem(sys.modules, "scenedetect.detectors", detectors)
+    assert list(cuts(crowd([60]), 0.0, 2.4, "pyscenedetect")) == [30 / 25]
+    assert seen == [(number, 25.0) for number in range(60)]
