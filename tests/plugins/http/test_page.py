@@ -1,5 +1,6 @@
 """The page's files over HTTP: who gets them, with which headers, and what they are made of."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 
@@ -28,7 +29,10 @@ KINDS = {
     "svg": "image/svg+xml",
     "mp4": "video/mp4",
 }
-TEXTS = {file.name: file.read_text() for file in page.FILES.iterdir() if file.suffix != ".mp4"}
+# A library, whole and unchanged, and its licence, which is not served.
+VENDORED, LICENCE = "marked.js", "marked.LICENSE.txt"
+SERVED = [file for file in page.FILES.iterdir() if file.name != LICENCE]
+TEXTS = {file.name: file.read_text(encoding="utf-8") for file in SERVED if file.suffix != ".mp4"}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def client() -> Iterator[Client]:
 
 def test_every_file_with_its_headers(client: Client) -> None:
     paths = page.read_page(ServerSettings())
-    assert len(paths) == len(list(page.FILES.iterdir())) > 20 and "/" in paths
+    assert len(paths) == len(SERVED) > 20 and "/" in paths
     for path in paths:
         reply = client.ask("GET", path)
         assert reply.status == 200, path
@@ -99,12 +103,13 @@ def test_names_and_origins_are_looked_at_all_the_same(client: Client) -> None:
 def test_the_files_need_one_another_and_nothing_else() -> None:
     """What they name exists, all of it is used, and nothing is on another machine."""
     found = {"index.html", "shapes.mp4"}
-    for text in TEXTS.values():
+    for name, text in TEXTS.items():
         found |= set(re.findall(r'(?:href|src)="page/([^"]+)"', text))
         found |= set(re.findall(r'from "\./([^"]+)"', text))
         addresses = set(re.findall(r"\w+://[^\s\"'`)]+", text))
-        assert addresses <= {"http://www.w3.org/2000/svg"}, addresses
-    assert found == {file.name for file in page.FILES.iterdir()}
+        if name != VENDORED:  # it names its own home
+            assert addresses <= {"http://www.w3.org/2000/svg"}, addresses
+    assert found == {file.name for file in SERVED}
     assert '"page/shapes.mp4"' in TEXTS["demo.js"]
 
 
@@ -121,4 +126,14 @@ def test_no_text_ever_becomes_markup_or_code() -> None:
 def test_files_stay_small() -> None:
     for name, text in TEXTS.items():
         assert text.count("\n") <= 250, name
-    assert sum(file.stat().st_size for file in page.FILES.iterdir()) < 200_000
+    assert sum(file.stat().st_size for file in SERVED if file.name != VENDORED) < 200_000
+    assert (page.FILES / VENDORED).stat().st_size < 60_000
+
+
+def test_the_library_is_whole_and_has_its_licence() -> None:
+    assert "marked v18.2.1 - a markdown parser" in TEXTS[VENDORED][:100]
+    assert hashlib.sha256((page.FILES / VENDORED).read_bytes()).hexdigest() == (
+        "5371fea86fd0656b4fc7bea7c94c663109d82789b69433eeee78d42895aa44de"
+    )
+    licence = (page.FILES / LICENCE).read_text(encoding="utf-8")
+    assert "Permission is hereby granted" in licence and "MarkedJS" in licence

@@ -2,6 +2,7 @@
 
 import { copyButton } from "./clipboard.js";
 import { icon, make } from "./dom.js";
+import { rendered } from "./markdown.js";
 import { figures } from "./usage.js";
 
 /** @typedef {import("./media.js").Medium} Medium */
@@ -113,7 +114,8 @@ export class Turn {
 /** The answer of a chat. */
 export class AnswerTurn extends Turn {
   text = "";
-  #words = make("p", { class: "words" });
+  #words = make("div", { class: "words markdown" });
+  #next = 0; // when it may be rendered again, on the clock of `performance`
   #editing = make("form");
 
   /** @param {string} delta */
@@ -123,7 +125,21 @@ export class AnswerTurn extends Turn {
       this.body.append(this.#words);
     }
     this.text += delta;
-    this.#words.append(delta);
+    // A long answer takes a while to be read, and is read from its beginning each time.
+    const began = performance.now();
+    if (began < this.#next) return;
+    this.#render();
+    const ended = performance.now();
+    this.#next = ended + 10 * (ended - began);
+  }
+
+  #render() {
+    this.#words.replaceChildren(...rendered(this.text));
+  }
+
+  close() {
+    super.close();
+    if (this.text) this.#render();
   }
 
   offerCopy() {
@@ -160,7 +176,7 @@ export class AnswerTurn extends Turn {
     field.value = this.question;
     const close = () => {
       this.#editing.remove();
-      this.heading.hidden = false;
+      this.heading.classList.remove("unseen");
     };
     this.#editing.remove();
     this.#editing = make(
@@ -188,7 +204,7 @@ export class AnswerTurn extends Turn {
         make("span", { class: "hint" }, "This answer and those after it go."),
       ),
     );
-    this.heading.hidden = true;
+    this.heading.classList.add("unseen"); // heard still: what follows is under it
     this.heading.after(this.#editing);
     field.focus();
   }
