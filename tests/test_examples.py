@@ -54,6 +54,15 @@ def test_ask(folder: Path) -> None:
     assert done.stdout.strip() and done.stderr == ""
 
 
+def test_train_demo(tmp_path: Path) -> None:
+    """A tenth of a minute of training; what the whole of it reaches is in docs/training.md."""
+    done = run("train_demo.py", tmp_path, "8", "4", "1")
+    assert "step 1: " in done.stdout
+    assert "old shapes: 4 of 4 right before" in done.stdout
+    assert done.stdout.count("the fused model says the same of 4 of 4") == 2
+    assert (tmp_path / "adapter/adapters.safetensors").is_file()
+
+
 def test_conversation(folder: Path) -> None:
     done = run("conversation.py", SHAPES, folder)
     assert [line for line in done.stdout.splitlines() if line.startswith("? ")] == [
