@@ -30,7 +30,7 @@ COLOURS = {
     "purple": (147, 51, 234),
     "black": (20, 20, 20),
 }
-OLD = ("circle", "square", "triangle", "star")
+OLD = ["circle", "square", "triangle", "star"]
 CORNERS = {"square": (4, math.sqrt(0.5)), "triangle": (3, 0.5), "star": (5, 0.4)}
 QUESTION = "What is in the image?"
 EDGE, FINE = 56, 8  # pixels of a drawing; samples a pixel and axis
@@ -135,7 +135,7 @@ def main(given: str, drawings: str = "400", held: str = "200", epochs: str = "6"
     train(task, prepared, print, lambda line: print(f"step {line['step']}: {line['loss']:.4f}"))
     print(f"trained in {time.perf_counter() - started:.0f} s")
     fused = convert("demo", folder / "fused", adapter=task.output, dtype="float32").target
-    for name, kinds in (("hearts", ["heart"]), ("old shapes", list(OLD))):
+    for name, kinds in (("hearts", ["heart"]), ("old shapes", OLD)):
         tested = (kinds * int(held))[: int(held)]
         rng = random.Random(1)
         wanted = [draw(kind, rng)[1] for kind in tested]

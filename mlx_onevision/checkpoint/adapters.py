@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_onevision.checkpoint.hub import check_files
 from mlx_onevision.checkpoint.plan import FLOATS, LazyTensorFiles
 from mlx_onevision.checkpoint.tensors import ADAPTERS, Tensor, canonical_name, read_header
 from mlx_onevision.errors import CheckpointError, RequestError, short
@@ -133,6 +134,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         CheckpointError: if something in it is missing, damaged or not supported.
     """
+    check_files(folder)
     values = read_json(folder / CONFIG)
     if values is None:
         raise CheckpointError(f"{folder} has no {CONFIG}, so it is not an adapter's folder")
