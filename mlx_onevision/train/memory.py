@@ -33,7 +33,22 @@ def predicted_bytes(model: OneVision, settings: Settings, examples: Sequence[Exa
         scores = 2 * rows * text.num_attention_heads * length**2 * size
     counted = max(example.tokens for example in examples) * rows
     logits = 3 * min(CHUNK, counted) * text.vocab_size * 4
-    return held + entered + max(layer + scores, logits)
+    tiles = rows * max(sum(medium.tiles for medium in example.media) for example in examples)
+    # What the projector makes of the tiles, before they are packed, and its gradients.
+    tower = 3 * tiles * model.config.tokens_per_tile * text.hidden_size * size
+    if tree_flatten(model.vision_tower.trainable_parameters()):
+        tower += _tower_bytes(model, tiles)
+    return held + entered + tower + max(layer + scores, logits)
+
+
+def _tower_bytes(model: OneVision, tiles: int) -> int:
+    """The same of the tower's layers, where it is trained."""
+    vision, size = model.config.vision_config, model.vision_tower.dtype.size
+    patches = vision.patches_per_side**2
+    entered = (vision.num_hidden_layers + 2) * tiles * patches * vision.hidden_size * size
+    layer = tiles * patches * 6 * (vision.hidden_size + vision.intermediate_size) * 4
+    scores = 2 * tiles * vision.num_attention_heads * patches**2 * size
+    return entered + layer + scores
 
 
 def _bytes(parameters: Any) -> int:

@@ -17,6 +17,7 @@ from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.errors import OutOfMemoryError, RequestError
 from mlx_onevision.train.loop import LOG, STATE, Settings, batches
+from mlx_onevision.train.memory import predicted_bytes
 from mlx_onevision.train.parts import Trained, set_up
 from mlx_onevision.train.train import Task, prepare, train
 
@@ -180,6 +181,20 @@ def test_a_step_that_does_not_fit_is_refused_before_it_is_taken(
     given = replace(task(place, tmp_path), memory_limit=1e-3)
     with pytest.raises(OutOfMemoryError, match="a step takes about"):
         run(given)
+
+
+def test_what_is_trained_counts_in_the_prediction(place: Path, tmp_path: Path) -> None:
+    given = task(place, tmp_path)
+    examples = prepare(given, pytest.fail).examples
+
+    def predicted(trained: Trained, batch: int = 1) -> int:
+        model = load_checkpoint(place / "model", fused=False).model
+        set_up(model, trained, seed=0)
+        return predicted_bytes(model, Settings(batch=batch), examples)
+
+    least = predicted(Trained())
+    assert least < predicted(Trained(parts=("language", "tower")))
+    assert least < predicted(Trained("full")) and least < predicted(Trained(), batch=4)
 
 
 def test_features_are_encoded_once(place: Path, tmp_path: Path) -> None:
