@@ -218,7 +218,7 @@ def test_folders_that_are_no_adapters(tmp_path: Path) -> None:
     assert "a pickle, which is never opened; save" in refusal(base, given)
     (given / "adapter_model.safetensors").unlink()
     assert "has no adapter_model.safetensors" in refusal(base, given)
-    (given / "adapter_model.safetensors").symlink_to(base / "model.safetensors")
+    (given / "README.md").symlink_to(base / "config.json")
     assert "is a link that leads out of the model's folder" in refusal(base, given)
     with pytest.raises(ModelNotFoundError, match="no adapter 'nowhere'; an adapter is a folder"):
         resolve_adapter("nowhere")
