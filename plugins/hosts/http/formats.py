@@ -60,7 +60,7 @@ class StructuredOutputs(Strict):
     @classmethod
     def _known(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, dict) else ():
-            if name not in ("json", "json_object") and value not in (None, False):
+            if name not in ("json", "json_object") and value is not None and value is not False:
                 raise ValueError(f"{str(name)[:40]} is not supported; send json, a JSON Schema")
         return values
 

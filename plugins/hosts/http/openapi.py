@@ -13,6 +13,7 @@ from pydantic_core import core_schema
 from mlx_onevision.plugins.contract.wire import API_VERSION, Part, Record
 from mlx_onevision.plugins.hosts.http.errors import ErrorBody
 from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
+from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 
 OPENAPI = "3.1.1"
 
@@ -105,7 +106,7 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
                 for name in names
             ]
         if one.takes is not None:
-            _as_set_up(components[one.takes.__name__]["properties"], state)
+            _as_set_up(one, components[one.takes.__name__]["properties"], state)
             content = {JSON: {"schema": schemas[one.takes]}}
             described["requestBody"] = {"required": True, "content": content}
         good = {
@@ -153,9 +154,15 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict
     return {kind: found[kind, "validation"] for kind in kinds}, shared.get("$defs", {})
 
 
-def _as_set_up(fields: Document, state: AppState) -> None:
-    """What of a request depends on the server: the model that is served."""
+def _as_set_up(one: Operation, fields: Document, state: AppState) -> None:
+    """What of a request depends on the server: the model that is served, and ``max_tokens`` of a
+    described video, which is not lowered.
+    """
     fields["model"] = {"enum": [state.model, None]}
+    most = state.settings.max_tokens
+    for kind in fields["max_tokens"]["anyOf"] if one.takes is VideoRequest and most else ():
+        if kind.get("type") == "integer":
+            kind["maximum"] = most
 
 
 def _event(one: Operation, shape: Document) -> Document:
