@@ -62,13 +62,13 @@ def chat(
     Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends. With --prompt-cache, the
     conversation in FILE goes on, and is written again at the end.
     """
-    settings = {"revision": revision, "dtype": dtype, "split": split, **memory}
+    settings = {"revision": revision, "dtype": dtype, **memory}
     refused = {
         "--prompt-cache": prompt_cache,
         "--draft-model": draft_model,
         "--prompt-lookup": options["prompt_lookup"],
     }
-    share(model, settings, refused)
+    share(model, settings, refused, split)
     model = model_or_demo(model)
 
     from mlx_onevision.api import load

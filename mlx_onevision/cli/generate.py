@@ -129,7 +129,6 @@ def generate(
         "revision": revision,
         "dtype": dtype,
         "quantize": int(quantize) if quantize else None,
-        "split": split,
         **memory,
     }
     refused = {
@@ -138,7 +137,7 @@ def generate(
         "--draft-model": draft_model,
         "--prompt-lookup": options["prompt_lookup"],
     }
-    share(model, settings, refused)
+    share(model, settings, refused, split)
     question = read_prompt(prompt)
     from mlx_onevision.cli.terminal import media_argument
 

@@ -198,7 +198,10 @@ def model_or_demo(model: str | None) -> str:
 
 
 def share(
-    model: str | None, settings: dict[str, Any], refused: Mapping[str, object] | None = None
+    model: str | None,
+    settings: dict[str, Any],
+    refused: Mapping[str, object] | None = None,
+    split: str | tuple[float, ...] | None = None,
 ) -> None:
     """Has the ranks of mlx.launch, where it has started this process, share the model: adds that to
     ``settings``, which ``load`` is given. The others compute what rank 0 does from here on, print
@@ -214,7 +217,7 @@ def share(
     for name, given in (refused or {}).items():
         if given not in (None, False, 0):
             raise click.UsageError(f"mlx.launch does not go with {name}; leave it out")
-    settings["sharded"] = True
+    settings |= {"sharded": True, "split": split}
     if rank():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and rank 0 decides
 

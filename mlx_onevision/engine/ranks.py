@@ -250,21 +250,24 @@ class Ranks:
     def _lose(self, error: BaseException) -> DiedError:
         """This rank cannot go on. Everybody who waits for it is told so."""
         died = self._died(error)
-        self._end(died)
-        with suppress(InvalidStateError):
+        with suppress(InvalidStateError):  # for another thread has found it, too
             self.ended.set_exception(DiedError(str(died)))
             # The inference thread may wait for ever, and MLX for it.
             atexit.register(_exit_at_once)
             threading.Thread(target=_end_process, args=[str(died)], daemon=True).start()
+        self._end(died)
         return died
 
     def _end(self, error: OneVisionError) -> None:
         """Nothing is taken any more, and what is left ends."""
         with self._order:
             self._over = error
-            left = [task for _, tasks in self._posted for task in tasks]
+            left = {task for _, tasks in self._posted for task in tasks}
             self._posted.clear()
-        for task in {*left, *self._tasks.values()}:
+        # Not ``values()``, as the inference thread may add to them meanwhile.
+        for task in left | {reference() for reference in self._tasks.valuerefs()}:
+            if task is None:
+                continue
             try:
                 task.end(type(error)(str(error)))
             except BaseException as other:  # the others' readers wait, too

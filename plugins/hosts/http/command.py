@@ -159,8 +159,8 @@ def serve(
     if any(find_spec(module) is None for module in ("starlette", "uvicorn", "pydantic")):
         needed = "serve needs what comes with the extra server"
         raise RequestError(f"{needed}; pip install 'mlx-onevision[server]'")
-    settings = {"revision": revision, "dtype": dtype, "split": split, **memory}
-    share(model, settings, {"--keep-alive": keep_alive})
+    settings = {"revision": revision, "dtype": dtype, **memory}
+    share(model, settings, {"--keep-alive": keep_alive}, split)
     if model is None:
         notice = "No --model: the embedded demo model answers; it knows coloured shapes only."
         click.echo(notice, err=True)

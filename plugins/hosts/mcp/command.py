@@ -79,8 +79,8 @@ def mcp(
     for folder in folders:
         if not os.path.isdir(os.path.expanduser(folder)):
             raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
-    settings = {"revision": revision, "dtype": dtype, "split": split, **memory}
-    share(model, settings, {"--keep-alive": keep_alive})
+    settings = {"revision": revision, "dtype": dtype, **memory}
+    share(model, settings, {"--keep-alive": keep_alive}, split)
     try:  # before anything is imported that could print
         at_terminal = os.isatty(0)
         taken = pipes.take_stdio()
