@@ -9,6 +9,7 @@ from playwright.sync_api import Browser, Locator, expect
 from served import EXAMPLES
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.hosts.http import app
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 
 SHAPES, CIRCLE = EXAMPLES / "shapes.png", EXAMPLES / "circle.mp4"
@@ -116,6 +117,7 @@ def test_what_is_shown_stays_in_sight_on_a_telephone(browser: Browser) -> None:
             for one in (tab.button("Describe the film"), tab.page.get_by_label("Parts", exact=True))
         ]
         assert boxes[0] and boxes[1] and abs(boxes[0]["y"] - boxes[1]["y"]) < 4
+        assert boxes[1]["x"] + boxes[1]["width"] <= 390 - 16
 
 
 @pytest.mark.parametrize("wide", [390, 1280])
@@ -134,7 +136,7 @@ def test_figures_are_one_line(browser: Browser, wide: int) -> None:
 @pytest.mark.parametrize("size", [DESK, TELEPHONE])
 def test_the_summary_stands_above_the_parts(browser: Browser, size: dict) -> None:
     with opened(browser, FakeBackend(), viewport=size) as tab:
-        tab.choose(CIRCLE)
+        tab.choose(app.FILES / "shapes.mp4")
         tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
         tab.button("Describe the film").click()
         heading = tab.turns.get_by_role("heading", name="Summary")

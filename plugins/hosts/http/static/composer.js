@@ -66,7 +66,9 @@ export class Composer {
     for (const button of document.querySelectorAll("[data-idle]")) {
       /** @type {HTMLButtonElement} */ (button).disabled = busy;
     }
-    if (ours) (busy ? this.#stop : this.#before?.isConnected ? this.#before : this.#send).focus();
+    if (!ours) return;
+    const next = busy ? this.#stop : this.#before?.isConnected ? this.#before : this.#send;
+    next.focus({ preventScroll: true }); // what has just come is read
   }
 
   empty() {

@@ -35,6 +35,7 @@ export class SettingsPanel {
     this.#system.value = system;
     this.#numbers.temperature.value = temperature;
     this.#numbers.max_tokens.value = max_tokens;
+    this.#open(false);
     this.#count();
   }
 
