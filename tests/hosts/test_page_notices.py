@@ -131,6 +131,10 @@ def test_figures_are_one_line(browser: Browser, wide: int) -> None:
                        one.scrollWidth - one.clientWidth]"""
         )
         assert seen[0] <= seen[1] + 1 and seen[2] == 0, json.dumps(seen)
+        # Where they are too long, they are cut, and nothing becomes wider than the page.
+        figures.evaluate("one => one.append(' and so on'.repeat(20))")
+        ends = figures.evaluate("one => one.getBoundingClientRect().right")
+        assert ends <= wide - 16
 
 
 @pytest.mark.parametrize("size", [DESK, TELEPHONE])
