@@ -132,8 +132,12 @@ class Runner:
             self.ranks.sync()
 
     def interruptible(self, check: Callable[[], None]) -> AbstractContextManager[None]:
-        """Calls ``check`` in the midst of long steps, where all ranks do so equally often."""
-        return nullcontext() if self.model.stage is not None else self.model.interruptible(check)
+        """Calls ``check`` in the midst of long steps; where ranks divide the layers, they would not
+        do so equally often, and on a GPU each would wait for the others.
+        """
+        apart = self.model.stage is not None
+        waits = self.ranks is not None and mx.default_device().type == mx.gpu
+        return nullcontext() if apart or waits else self.model.interruptible(check)
 
     def raise_if_alone(self, error: BaseException) -> None:
         """DiedError for what may have gone wrong on this one of several ranks alone."""

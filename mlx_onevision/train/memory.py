@@ -11,7 +11,7 @@ from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.train.data import Example
 from mlx_onevision.train.loop import Settings
-from mlx_onevision.train.step import CHUNK
+from mlx_onevision.train.step import CHUNK, QUERIES
 
 
 def predicted_bytes(model: OneVision, settings: Settings, examples: Sequence[Example]) -> int:
@@ -27,10 +27,8 @@ def predicted_bytes(model: OneVision, settings: Settings, examples: Sequence[Exa
     entered = (text.num_hidden_layers + 2) * positions * text.hidden_size * size
     # Forward values and their gradients; in float32 where low-rank terms are added.
     layer = positions * (6 * text.hidden_size + 6 * text.intermediate_size) * 4
-    # CUDA's attention holds no scores; elsewhere its backward pass has them, twice.
-    scores = 0
-    if mx.default_device().type == mx.cpu or mx.metal.is_available():
-        scores = 2 * rows * text.num_attention_heads * length**2 * size
+    # Of one group of queries, with their gradients, in float32 where they are soft-maxed.
+    scores = 4 * rows * text.num_attention_heads * min(QUERIES, length) * length * 4
     counted = max(example.tokens for example in examples) * rows
     logits = 3 * min(CHUNK, counted) * text.vocab_size * 4
     tiles = rows * max(sum(medium.tiles for medium in example.media) for example in examples)

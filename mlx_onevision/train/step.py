@@ -6,6 +6,7 @@ made at the positions that carry loss alone, and a chunk of them at a time.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,12 +16,13 @@ from mlx.nn.utils import checkpoint
 from mlx.utils import tree_map
 
 from mlx_onevision.media.anyres import VideoPacking
-from mlx_onevision.network.language import attention_mask
+from mlx_onevision.network.language import Attention, DecoderLayer, Mask, RotaryEmbedding
 from mlx_onevision.network.onevision import OneVision, normalize, pool_frames
 from mlx_onevision.prompt.processor import Medium
 from mlx_onevision.train.data import Example, MediumShape
 
 CHUNK = 512  # positions whose logits are held at once
+QUERIES = 1024  # positions whose attention scores are
 
 # What the network needs of a medium: the tower's features (tiles, patches, width), or its pixels
 # where the tower is trained, too.
@@ -149,6 +151,32 @@ def _hidden(model: OneVision, h: mx.array) -> mx.array:
     """What leaves the last layer, before the norm, (B, L, hidden_size)."""
     text = model.language_model
     for layer, window in zip(text.layers, text._windows, strict=True):
-        mask = attention_mask(h, None, window)
-        h = checkpoint(layer)(h, text._rotate, mask, None)
+        h = checkpoint(layer, partial(_layer, layer, text._rotate, window))(h)
     return h
+
+
+def _layer(
+    layer: DecoderLayer, rotate: RotaryEmbedding, window: int | None, h: mx.array
+) -> mx.array:
+    """A layer whose attention is computed for some queries at a time: the backward pass holds their
+    scores alone, and not those of all queries with all keys.
+    """
+    queries, keys, values = layer.before_attention(h, rotate, 0)
+    length, parts = h.shape[1], []
+    for first in range(0, length, QUERIES):
+        last = min(first + QUERIES, length)
+        begin = 0 if window is None else max(0, first + 1 - window)
+        mask: Mask = "causal"
+        if window is not None and last > window:
+            behind = mx.arange(first, last)[:, None] - mx.arange(begin, last)[None]
+            mask = (behind >= 0) & (behind < window)
+        attend = mx.checkpoint(partial(_attended, layer.self_attn, mask))
+        seen = slice(begin, last)
+        parts.append(attend(queries[:, :, first:last], keys[:, :, seen], values[:, :, seen]))
+    return layer.after_attention(h, mx.concatenate(parts, axis=2))
+
+
+def _attended(
+    attention: Attention, mask: Mask, queries: mx.array, keys: mx.array, values: mx.array
+) -> mx.array:
+    return attention.attend(queries, keys, values, mask, None)

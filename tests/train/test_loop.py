@@ -16,6 +16,8 @@ from PIL import Image
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.errors import OutOfMemoryError, RequestError
+from mlx_onevision.network.language import attention_mask
+from mlx_onevision.train import step
 from mlx_onevision.train.loop import LOG, STATE, Settings, batches
 from mlx_onevision.train.memory import predicted_bytes
 from mlx_onevision.train.parts import Trained, set_up
@@ -206,3 +208,27 @@ def test_features_are_encoded_once(place: Path, tmp_path: Path) -> None:
     assert times == {path: path.stat().st_mtime_ns for path in times}
     arrays: Any = mx.load(str(next(iter(times))))
     assert arrays["features"].ndim == 3
+
+
+@pytest.mark.parametrize("window", [None, 7, 40])
+def test_attention_for_some_queries_at_a_time_has_the_same_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    model = load_checkpoint(write(tmp_path), fused=False).model
+    text = model.language_model
+    text._windows = [window] * len(text.layers)
+    given = np.random.default_rng(0).standard_normal((2, 50, 64)).astype(np.float32)
+
+    def whole(h: mx.array) -> mx.array:
+        for layer in text.layers:
+            h = layer(h, text._rotate, attention_mask(h, None, window), None)
+        return (h**2).sum()
+
+    expected, wanted = mx.value_and_grad(whole)(mx.array(given))
+    for queries in (1024, 16, 7):
+        monkeypatch.setattr(step, "QUERIES", queries)
+        loss, got = mx.value_and_grad(lambda h: (step._hidden(model, h) ** 2).sum())(
+            mx.array(given)
+        )
+        assert np.array(loss) == pytest.approx(np.array(expected), rel=1e-6)
+        assert np.abs(np.array(got - wanted)).max() <= 2e-6 * np.abs(np.array(wanted)).max()
