@@ -224,7 +224,7 @@ def test_a_turned_video_is_upright(name: str, tmp_path: Path) -> None:
     [
         ("mp4", "libx265", "yuv420p10le"),
         ("mkv", "libx264", "yuv422p10le"),
-        ("webm", "libsvtav1", "yuv420p10le"),
+        ("webm", "libaom-av1", "yuv420p10le"),
         ("mkv", "ffv1", "yuv444p"),
         ("mov", "prores_ks", "yuv422p10le"),
         ("mov", "mjpeg", "yuvj420p"),
