@@ -242,7 +242,7 @@ def test_answers_are_shown_and_the_rest_is_noted(model: Model, tmp_path: Path) -
     [
         ("/image", "needs a file"),
         ("/image no/such.png", "such.png"),
-        ("/image file:///x.png", "http"),
+        ("/image file:///x.png", "does not exist"),
         ("/video", "needs a file"),
         ("/save", "needs a file"),
         ("/paint", "/paint"),

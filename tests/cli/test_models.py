@@ -10,7 +10,7 @@ import pytest
 from checkpoints import Sizes, write
 from click.testing import CliRunner, Result
 from fakehub import FakeHub
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from mlx_onevision.checkpoint import hub as models_hub
 from mlx_onevision.checkpoint.hub import resolve
@@ -67,7 +67,7 @@ def test_what_is_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
         there = sum(len(content) for content in hub.repositories[name].files.values())
         assert model["disk_bytes"] == there and model["problem"] is None
         assert model["revision"] == hub.repositories[name].commit
-    run("pull", "org/bert")
+    snapshot_download("org/bert", endpoint=hub.url, cache_dir=tmp_path / "cache")
     assert run().stderr == "1 more in the cache are no LLaVA-OneVision models.\n"
 
 

@@ -1,6 +1,7 @@
 """``mlx-onevision train``: the command around a run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_trains_reports_and_draws(data: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert "2 rows; a step takes about 0." in result.stderr
-    assert "step 2/2  loss " in result.stderr and " tok/s  0.0" in result.stderr
+    assert re.search(r"step 2/2  loss .* tok/s  \d+\.\d\d GB", result.stderr)
     assert {path.name for path in (data.parent / "out").iterdir()} == {
         "adapter_config.json",
         "adapters.safetensors",

@@ -8,6 +8,7 @@ import pytest
 from checkpoints import Sizes, write
 from packing import quantize
 
+from mlx_onevision.checkpoint import sharing
 from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import make_plan
 from mlx_onevision.checkpoint.recipes import MIXED, mixed, uniform
@@ -27,11 +28,10 @@ PUBLISHED = {
 
 def published(size: str, ranks: int = 1) -> tuple[OneVisionConfig, dict[str, Tensor]]:
     """A published model's configuration and the shapes of its tensors; weights, nobody needs. Of
-    several ranks, what each has: its share of the heads and of the MLPs' inner values.
+    several ranks, what each has.
     """
     width, inner, layers, heads, kv_heads, vocab, tied = PUBLISHED[size]
     head_dim = width // heads
-    inner, heads, kv_heads = inner // ranks, heads // ranks, kv_heads // ranks
     config = OneVisionConfig.from_dict(
         {
             "model_type": "llava_onevision",
@@ -90,7 +90,7 @@ def published(size: str, ranks: int = 1) -> tuple[OneVisionConfig, dict[str, Ten
         for edge in shape:
             length *= edge
         tensors[name] = Tensor(name, name, Path("none.safetensors"), "BF16", shape, 0, length)
-    return config, tensors
+    return (config, tensors) if ranks == 1 else sharing.share(config, tensors, 0, ranks)
 
 
 def chosen(size: str, gigabytes: int, context: int | None = None) -> Fit:

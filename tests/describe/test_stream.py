@@ -167,7 +167,10 @@ def test_it_is_told_from_its_own_frames(
         assert segment.text == answer.text.strip()
 
 
-def test_a_long_scene_is_divided(model: Model, clip: Path) -> None:
+def test_a_long_scene_is_divided(model: Model, tmp_path: Path) -> None:
+    still = [numbered(0)] * 120
+    data = film(still, rate=RATE, options={"g": "6", "bf": "0"})
+    clip = written(tmp_path / "clip.mp4", data)
     short = model.describe_video(clip, longest=4, num_frames=1, max_tokens=2)
     assert [s.end for s in short.segments] == pytest.approx([10 / 3, 20 / 3, 10.0])
 

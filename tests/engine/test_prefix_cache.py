@@ -221,7 +221,7 @@ def test_ids_stay_their_medium_s_while_an_answer_or_a_cache_has_them(
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), RuntimeError("odd")])
-def test_an_error_of_a_lone_request_costs_only_its_own_conversation(
+def test_an_error_of_a_lone_request_costs_no_conversation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     model = load(folder)
@@ -239,10 +239,14 @@ def test_an_error_of_a_lone_request_costs_only_its_own_conversation(
         with pytest.raises(type(error), match=str(error)):
             model.generate(messages=gone_on(talks[0], answers[0].text), max_tokens=4)
         monkeypatch.setattr(RequestSampler, "accept_token", accept)
-        assert prefix(model)[0] == before - 1
-        for talk, answer in zip(talks[1:], answers[1:], strict=True):
-            again = model.generate(messages=gone_on(talk, answer.text), max_tokens=4)
+        assert prefix(model)[0] == before
+        fresh = load(folder)
+        for talk, answer in zip(talks, answers, strict=True):
+            messages = gone_on(talk, answer.text)
+            again = model.generate(messages=messages, max_tokens=4)
             assert again.usage.cached_tokens > 0 and again.usage.encoded_media == 0
+            assert again.tokens == fresh.generate(messages=messages, max_tokens=4).tokens
+        fresh.close()
     finally:
         model.close()
 

@@ -219,7 +219,7 @@ def test_a_large_file_is_not_kept(
 
 def test_errors_and_notes_come_every_time(processor: Processor) -> None:
     for _ in range(2):
-        with pytest.raises(MediaError, match="not an image of a kind"):
+        with pytest.raises(MediaError, match="not an image of the kinds that are read"):
             ask(processor, ("image", b"no image at all"))
         assert len(ask(processor, ("video", counting(3)), num_frames=5).notes) == 1
 
