@@ -1,5 +1,7 @@
 """Small videos made on the spot: frames that carry their own number, and drawn scenes."""
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -76,6 +78,9 @@ def film(
             frame.time_base = Fraction(1, 1000) if stamps else Fraction(1, rate)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
+        if codec == "libsvtav1" and sys.platform == "linux":
+            # It gives root's threads real-time priority; processes started later would inherit it.
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         out.close()
         return Path(data.name).read_bytes()
 
