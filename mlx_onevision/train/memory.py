@@ -11,7 +11,7 @@ from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.train.data import Example
 from mlx_onevision.train.loop import Settings
-from mlx_onevision.train.step import CHUNK, POSITIONS, QUERIES
+from mlx_onevision.train.step import CHUNK, QUERIES
 
 
 def predicted_bytes(model: OneVision, settings: Settings, examples: Sequence[Example]) -> int:
@@ -24,10 +24,9 @@ def predicted_bytes(model: OneVision, settings: Settings, examples: Sequence[Exa
     lengths = sorted((len(example.ids) for example in examples), reverse=True)
     rows, length = min(settings.batch, len(lengths)), lengths[0]
     positions = rows * length
-    entered = 2 * (text.num_hidden_layers + 1) * positions * text.hidden_size * size
+    entered = (text.num_hidden_layers + 2) * positions * text.hidden_size * size
     # Forward values and their gradients; in float32 where low-rank terms are added.
-    inner = rows * min(POSITIONS, length) * text.intermediate_size
-    layer = (6 * positions * text.hidden_size + 12 * inner) * 4
+    layer = positions * (6 * text.hidden_size + 6 * text.intermediate_size) * 4
     # Of one group of queries, with their gradients, in float32 where they are soft-maxed.
     scores = 4 * rows * text.num_attention_heads * min(QUERIES, length) * length * 4
     counted = max(example.tokens for example in examples) * rows

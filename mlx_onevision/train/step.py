@@ -23,7 +23,6 @@ from mlx_onevision.train.data import Example, MediumShape
 
 CHUNK = 512  # positions whose logits are held at once
 QUERIES = 1024  # positions whose attention scores are
-POSITIONS = 2048  # those whose inner values of an MLP are
 
 # What the network needs of a medium: the tower's features (tiles, patches, width), or its pixels
 # where the tower is trained, too.
@@ -149,24 +148,19 @@ def tower_features(model: OneVision, medium: Medium) -> mx.array:
 
 
 def _hidden(model: OneVision, h: mx.array) -> mx.array:
-    """What leaves the last layer, before the norm, (B, L, hidden_size).
-
-    The backward pass holds what enters each half of a layer, and of the rest the attention scores
-    of some queries, or the MLP's inner values of some positions, at a time.
-    """
-    text, length = model.language_model, h.shape[1]
+    """What leaves the last layer, before the norm, (B, L, hidden_size)."""
+    text = model.language_model
     for layer, window in zip(text.layers, text._windows, strict=True):
-        h = checkpoint(layer, partial(_attend, layer, text._rotate, window))(h)
-        feed = checkpoint(layer, layer.feed_forward)
-        parts = [h[:, first : first + POSITIONS] for first in range(0, length, POSITIONS)]
-        h = mx.concatenate([feed(part) for part in parts], axis=1)
+        h = checkpoint(layer, partial(_layer, layer, text._rotate, window))(h)
     return h
 
 
-def _attend(
+def _layer(
     layer: DecoderLayer, rotate: RotaryEmbedding, window: int | None, h: mx.array
 ) -> mx.array:
-    """The first half of a layer."""
+    """A layer whose attention is computed for some queries at a time: the backward pass holds their
+    scores alone, and not those of all queries with all keys.
+    """
     queries, keys, values = layer.before_attention(h, rotate, 0)
     length, parts = h.shape[1], []
     for first in range(0, length, QUERIES):
@@ -179,7 +173,7 @@ def _attend(
         attend = mx.checkpoint(partial(_attended, layer.self_attn, mask))
         seen = slice(begin, last)
         parts.append(attend(queries[:, :, first:last], keys[:, :, seen], values[:, :, seen]))
-    return layer.add_attention(h, mx.concatenate(parts, axis=2))
+    return layer.after_attention(h, mx.concatenate(parts, axis=2))
 
 
 def _attended(
