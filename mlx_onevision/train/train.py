@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.load import load_checkpoint, read_config
 from mlx_onevision.checkpoint.recipes import while_loading
@@ -125,4 +127,10 @@ def train(
     run = Run(
         loaded.model, settings, prepared.examples, prepared.valid, task.output, sources, about, told
     )
-    run.train()
+    # Beyond its limit MLX waits for the device, which frees a step's values as it is done with them,
+    # before it gives it more to do.
+    before = mx.set_memory_limit(needed)
+    try:
+        run.train()
+    finally:
+        mx.set_memory_limit(before)
