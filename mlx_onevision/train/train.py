@@ -127,8 +127,8 @@ def train(
     run = Run(
         loaded.model, settings, prepared.examples, prepared.valid, task.output, sources, about, told
     )
-    # Beyond its limit MLX waits for the device, which frees a step's values as it is done with them,
-    # before it gives it more to do.
+    # Beyond its limit MLX waits for the device, which frees what it has used, before it gives it
+    # more to do; else it runs ahead and holds twice as much.
     before = mx.set_memory_limit(needed)
     try:
         run.train()
