@@ -68,7 +68,13 @@ class Penalties(Sampling):
 
     presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
     frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=BIASES)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[TokenId, Bias],
+            Field(max_length=BIASES, json_schema_extra={"additionalProperties": False}),
+        ]
+        | None
+    ) = None
 
     @property
     def biases(self) -> list[requests.TokenBias] | None:
