@@ -71,7 +71,7 @@ class Ranks:
     """What a rank's inference thread runs, and on rank 0 what hands it its work.
 
     closing : set on rank 0 when the model is to be closed. ``self.closing`` is set on every rank,
-        when all have been told.
+        when all know of it.
     """
 
     def __init__(self, group: mx.distributed.Group, closing: threading.Event) -> None:
@@ -214,19 +214,19 @@ class Ranks:
             self._jobs.append(partial(serve, waiting=self._waiting))
 
     def _described(self, kind: str, tasks: list[Task]) -> tuple[str, list[list[Any]]]:
-        """An event as other ranks are told it. They need no text, only ids, and take rank 0's."""
-        told: list[list[Any]] = []
+        """An event as it is sent to other ranks. They need no text, only ids, and take rank 0's."""
+        sent: list[list[Any]] = []
         for task in tasks:
-            told.append([task.number])
+            sent.append([task.number])
             if kind == SERVE and isinstance(task, ActiveRequest):
-                told[-1] += [task.request.inputs, task.max_tokens]
+                sent[-1] += [task.request.inputs, task.max_tokens]
             elif kind == JOB and isinstance(task, Job):
-                told[-1] += [task.name, task.arguments]
-        return kind, told
+                sent[-1] += [task.name, task.arguments]
+        return kind, sent
 
-    def _received(self, kind: str, told: list[list[Any]]) -> tuple[str, list[Task]]:
+    def _received(self, kind: str, sent: list[list[Any]]) -> tuple[str, list[Task]]:
         tasks: list[Task] = []
-        for number, *rest in told:
+        for number, *rest in sent:
             if kind == CANCEL:
                 tasks += [task for task in [self._tasks.get(number)] if task is not None]
                 continue
@@ -248,7 +248,7 @@ class Ranks:
                 return
 
     def _lose(self, error: BaseException) -> DiedError:
-        """This rank cannot go on. Everybody who waits for it is told so."""
+        """This rank cannot go on. Everybody who waits for it gets an error."""
         died = self._died(error)
         with suppress(InvalidStateError):  # for another thread has found it, too
             self.ended.set_exception(DiedError(str(died)))

@@ -30,9 +30,9 @@ class FeatureStore:
         model: OneVision,
         rows: Rows,
         examples: Sequence[Example],
-        told: Callable[[int, int], None] = lambda *_: None,
+        progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        """Encodes what is not there yet. ``told`` : called with how many rows are done, of how
+        """Encodes what is not there yet. ``progress`` : called with how many rows are done, of how
         many.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ class FeatureStore:
                 path = self._path(medium.key)
                 if not path.is_file():
                     write_arrays(path, {"features": encode(model, medium)}, {})
-            told(number, len(lacking))
+            progress(number, len(lacking))
         mx.clear_cache()
 
     def of(self, example: Example) -> list[mx.array]:

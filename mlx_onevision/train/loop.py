@@ -25,8 +25,8 @@ from mlx_onevision.train.parts import Trained, write_adapter, write_arrays, writ
 from mlx_onevision.train.step import Batch, Source, loss_and_gradients, loss_sum
 
 STATE, LOG = "training.safetensors", "log.jsonl"
-BUCKET = 32  # batches whose rows are sorted by length, so that those of a batch are alike,
-ALIKE = 64  # but for so many tokens, by which rows of one kind (a short answer) could be told
+BUCKET = 32  # batches whose rows are sorted by length, so that those of a batch are alike
+ALIKE = 64  # tokens; by exact lengths, rows of one kind of answer would always meet in a batch
 
 Schedule = Literal["constant", "linear", "cosine"]
 Sources = Callable[[Example], Sequence[Source]]
@@ -101,7 +101,7 @@ class Run:
     folder : where the adapter, the state and the log are written.
     sources : what the network needs of a row's media.
     about : what belongs into the adapter's configuration.
-    told : called with each line of the log.
+    on_line : called with each line of the log.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class Run:
         folder: Path,
         sources: Sources,
         about: Mapping[str, Any],
-        told: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        on_line: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
         self.model, self.settings, self.folder = model, settings, folder
         self.examples, self.valid, self._sources = examples, valid, sources
-        self._about, self._told = dict(about), told
+        self._about, self._on_line = dict(about), on_line
         self.progress, self.optimiser = Progress(), optimiser(settings)
         self.optimiser.init(model.trainable_parameters())
         self.log: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ class Run:
         self.log.append(line)
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._told(line)
+        self._on_line(line)
 
     def _write_log(self) -> None:
         """Whole again: lines behind the state of a killed run are computed anew."""

@@ -88,11 +88,11 @@ def train(
     task: Task,
     prepared: Prepared,
     say: Callable[[str], None] = lambda _: None,
-    told: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    on_line: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> None:
     """Trains, or goes on where the same task was stopped, and writes the adapter.
 
-    say : called with a sentence about what is being done. told : with each line of the log.
+    say : called with a sentence about what is being done. on_line : with each line of the log.
 
     Raises:
         OneVisionError: for what does not fit, and for a folder that holds something else.
@@ -125,7 +125,14 @@ def train(
         store.fill(loaded.model, prepared.rows, everything, encoded)
     about = {"model": name, "revision": revision, "rows": len(prepared.examples)}
     run = Run(
-        loaded.model, settings, prepared.examples, prepared.valid, task.output, sources, about, told
+        loaded.model,
+        settings,
+        prepared.examples,
+        prepared.valid,
+        task.output,
+        sources,
+        about,
+        on_line,
     )
     # Beyond its limit MLX waits for the device, which frees what it has used, before it gives it
     # more to do; else it runs ahead and holds twice as much.

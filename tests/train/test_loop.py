@@ -62,7 +62,7 @@ def run(given: Task, stop_at: int = 0) -> list[dict[str, Any]]:
     """The log of a run, which ends at so many lines as if it were killed."""
     lines: list[Any] = []
 
-    def told(line: Mapping[str, Any]) -> None:
+    def on_line(line: Mapping[str, Any]) -> None:
         lines.append(line)
         if len(lines) == stop_at:
             raise Killed
@@ -70,9 +70,9 @@ def run(given: Task, stop_at: int = 0) -> list[dict[str, Any]]:
     prepared = prepare(given, pytest.fail)
     if stop_at:
         with pytest.raises(Killed):
-            train(given, prepared, told=told)
+            train(given, prepared, on_line=on_line)
         return lines
-    train(given, prepared, told=told)
+    train(given, prepared, on_line=on_line)
     return [json.loads(line) for line in (given.output / LOG).read_text().splitlines()]
 
 
