@@ -16,7 +16,7 @@ from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.convert.report import size
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.footprint import ANSWER_TOKENS, footprint, usable_bytes
-from mlx_onevision.network.memory_budget import Footprint
+from mlx_onevision.network.memory_sizes import Footprint
 
 
 @dataclass(frozen=True)

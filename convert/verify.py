@@ -16,7 +16,7 @@ from mlx_onevision.convert.loss.measure import Progress, Reference, measure
 from mlx_onevision.convert.loss.metrics import Loss
 from mlx_onevision.convert.loss.probes import QUICK, Probe, probes
 from mlx_onevision.convert.report import ConversionSummary, size, table
-from mlx_onevision.engine.runner import working_set
+from mlx_onevision.engine.memory import working_set
 from mlx_onevision.errors import CheckpointError
 from mlx_onevision.network import memory_budget as memory
 

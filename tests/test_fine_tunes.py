@@ -24,7 +24,7 @@ from mlx_onevision.convert.conversion import convert
 from mlx_onevision.errors import MediaError, RequestError
 from mlx_onevision.media.image import pad_to_square_tile, tile_image
 from mlx_onevision.media.video import VideoConfig
-from mlx_onevision.network.memory_budget import Budget
+from mlx_onevision.network.memory_sizes import Budget
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.chat_template import ChatTemplate
 from mlx_onevision.prompt.messages import normalise_messages

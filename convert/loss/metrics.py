@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.network.memory_budget import Footprint
+from mlx_onevision.network.memory_sizes import Footprint
 
 Logits = NDArray[np.float32]
 Numbers = NDArray[np.float64]

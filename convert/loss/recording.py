@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mlx_onevision.checkpoint.load import Checkpoint, load_checkpoint
 from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import CheckpointError
-from mlx_onevision.network.memory_budget import Budget
+from mlx_onevision.network.memory_sizes import Budget
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs
 

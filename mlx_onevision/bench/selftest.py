@@ -64,7 +64,7 @@ def device() -> dict[str, Any]:
     """MLX's backend and device, and the bytes that it should use."""
     import mlx.core as mx
 
-    from mlx_onevision.engine.runner import working_set
+    from mlx_onevision.engine.memory import working_set
 
     backend = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else "CPU"
     name = str(mx.device_info().get("device_name", backend))

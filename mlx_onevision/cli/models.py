@@ -223,7 +223,7 @@ def _contents(opened: OpenedCheckpoint, usable_bytes: int) -> tuple[str, str, in
 def usable(memory: int | None) -> int:
     """Bytes for a model: of a Mac of ``memory`` GB, or of this machine."""
     if memory is None:
-        from mlx_onevision.engine.runner import working_set
+        from mlx_onevision.engine.memory import working_set
 
         return working_set()
     from mlx_onevision.network.footprint import usable_bytes

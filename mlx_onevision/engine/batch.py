@@ -13,12 +13,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_onevision.engine.decode import import_mlx_lm
+from mlx_onevision.engine.memory import wired
 from mlx_onevision.engine.prefix_cache import LEAST_MATCH, common, first
 from mlx_onevision.engine.request import ActiveRequest, Counters
 from mlx_onevision.engine.rows import Rows
-from mlx_onevision.engine.runner import Runner, wired
+from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.network import memory_budget as memory
+from mlx_onevision.network.memory_sizes import RequestSize
 from mlx_onevision.prompt.processor import Inputs
 
 
@@ -116,7 +118,7 @@ class Batch:
         runner, sizes = self._runner, self._sizes([*newcomers, active])
         return runner.memory.room(sizes, runner.model.budget, runner.limit) >= 0
 
-    def _sizes(self, newcomers: Sequence[ActiveRequest]) -> list[memory.RequestSize]:
+    def _sizes(self, newcomers: Sequence[ActiveRequest]) -> list[RequestSize]:
         return [active.size for active in (*self._rows.requests, *newcomers)]
 
     def _step(self) -> None:

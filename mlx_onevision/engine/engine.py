@@ -34,6 +34,7 @@ from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.jobs import Job
+from mlx_onevision.engine.memory import working_set
 from mlx_onevision.engine.ranks import Ranks, compare
 from mlx_onevision.engine.request import (
     ActiveRequest,
@@ -41,7 +42,7 @@ from mlx_onevision.engine.request import (
     as_package_error,
     request_size,
 )
-from mlx_onevision.engine.runner import Runner, working_set
+from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import (
     CancelledError,
     ContextOverflowError,
@@ -50,7 +51,7 @@ from mlx_onevision.errors import (
     RequestError,
 )
 from mlx_onevision.media.video import no_check
-from mlx_onevision.network.memory_budget import RequestSize
+from mlx_onevision.network.memory_sizes import RequestSize
 from mlx_onevision.network.stages import Split
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import TokenBytes

@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_onevision.engine.memory import wired
 from mlx_onevision.engine.request import Counters, request_size
-from mlx_onevision.engine.runner import Runner, wired
+from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import RequestError
-from mlx_onevision.network import memory_budget as memory
+from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision, normalize
 from mlx_onevision.prompt.processor import Inputs
 
@@ -129,7 +130,7 @@ def _groups(runner: Runner, prompts: Sequence[Inputs]) -> Iterator[list[Inputs]]
     """Adjacent prompts whose media can be held together."""
     group: list[Inputs] = []
     for inputs in prompts:
-        together = runner.memory.request(_joint_size([*group, inputs]), memory.SMALLEST)
+        together = runner.memory.request(_joint_size([*group, inputs]), SMALLEST)
         if group and together.total > runner.limit:
             yield group
             group = []
@@ -137,8 +138,8 @@ def _groups(runner: Runner, prompts: Sequence[Inputs]) -> Iterator[list[Inputs]]
     yield group
 
 
-def _joint_size(prompts: Sequence[Inputs]) -> memory.RequestSize:
+def _joint_size(prompts: Sequence[Inputs]) -> RequestSize:
     """Of prompts that are computed one after another, and whose media are held together."""
     sizes = [request_size(inputs, 1) for inputs in prompts]
     media = tuple(medium for size in sizes for medium in size.media)
-    return memory.RequestSize(max(size.prompt for size in sizes), 1, media)
+    return RequestSize(max(size.prompt for size in sizes), 1, media)

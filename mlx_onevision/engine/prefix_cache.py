@@ -19,7 +19,7 @@ from mlx_onevision.checkpoint.tensors import read_header
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.files import replacing
 from mlx_onevision.network.layers import on_cuda
-from mlx_onevision.network.memory_budget import CACHE_STEP
+from mlx_onevision.network.memory_sizes import CACHE_STEP
 from mlx_onevision.network.onevision import OneVision
 
 # Every prompt shares its first few template tokens: not worth trimming a cache for.

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.media.anyres import Packing
 from mlx_onevision.network.feature_bank import FeatureBank
-from mlx_onevision.network.memory_budget import MediumSize, RequestSize
+from mlx_onevision.network.memory_sizes import MediumSize, RequestSize
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import Detokenizer, StopStrings, TokenBytes
 from mlx_onevision.sampling.grammar import Grammar

@@ -3,23 +3,21 @@
 What is used of mlx-lm is imported only when a request needs it.
 """
 
-import os
 import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
-from mlx_onevision.distributed import gather_integers, least
+from mlx_onevision.distributed import least
 from mlx_onevision.engine.decode import clear_between_chunks, decode_steps, import_mlx_lm
+from mlx_onevision.engine.memory import among_stages, memory_model, wired, working_set
 from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
 from mlx_onevision.engine.request import (
     ActiveRequest,
@@ -35,9 +33,8 @@ from mlx_onevision.engine.speculation import (
 )
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
-from mlx_onevision.network.layers import ARRAYS, JOINED, LongStepLinear, fewest_dense_rows
+from mlx_onevision.network.memory_sizes import CACHE_STEP, RequestSize
 from mlx_onevision.network.onevision import OneVision
-from mlx_onevision.network.stages import Stage
 from mlx_onevision.prompt.processor import Inputs, Medium
 
 if TYPE_CHECKING:
@@ -105,7 +102,7 @@ class Runner:
             # MLX's own limit, one a process: it makes its cache of freed buffers count, too.
             weakref.finalize(self, mx.set_memory_limit, mx.set_memory_limit(self.limit))
 
-    def make_room(self, sizes: Sequence[memory.RequestSize]) -> None:
+    def make_room(self, sizes: Sequence[RequestSize]) -> None:
         """Lets go of kept features and conversations, so that these requests can run together."""
         room = self.memory.room(sizes, self.model.budget, self.limit)
         self.model.bank.shrink(room)
@@ -116,7 +113,7 @@ class Runner:
         self.prefix.shrink(room)
 
     @contextmanager
-    def within_limit(self, sizes: Sequence[memory.RequestSize]) -> Iterator[None]:
+    def within_limit(self, sizes: Sequence[RequestSize]) -> Iterator[None]:
         """Meanwhile, steps are as small as each of these requests needs them to be."""
         budget = self.model.budget
         self.model.budget = self.memory.fitted(sizes, budget, self.limit)
@@ -190,7 +187,7 @@ class Runner:
             if not cache:
                 taken, counters.cached_tokens = self.prefix.take(ids)
                 cache.extend(taken)
-                room = min(active.max_tokens, memory.CACHE_STEP)
+                room = min(active.max_tokens, CACHE_STEP)
                 reserve(self.model, cache, len(ids) + room)
 
         try:
@@ -275,7 +272,7 @@ class Runner:
                 matched = runner.prefix.match(ids)
                 runner.fill_bank(inputs, ids, matched, Counters(), active.check)
                 cache, _ = runner.prefix.take(ids)
-                reserve(model, cache, len(ids) + min(active.max_tokens, memory.CACHE_STEP))
+                reserve(model, cache, len(ids) + min(active.max_tokens, CACHE_STEP))
                 chunk = min(runner.chunk, model.budget.chunk)
                 draft = ModelDraft(model, cache, ids, vocab_size, chunk=chunk, check=active.check)
             try:
@@ -421,78 +418,8 @@ def check_draft(checkpoint: Checkpoint, draft: Checkpoint) -> None:
         )
 
 
-def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> memory.MemoryModel:
-    """The sizes of a model on this device."""
-    model, on_cpu = checkpoint.model, mx.default_device().type == mx.cpu
-    leaves = dict(tree_flatten(model.parameters())).values()
-    # Any: the classes of a network's modules are not declared.
-    modules: dict[str, Any] = dict(model.named_modules())
-    joined = [m[name] for m in modules.values() for name in JOINED if name in m]
-    dense_rows = {
-        name: fewest_dense_rows(module, model.dtype)
-        for name, module in modules.items()
-        if isinstance(module, LongStepLinear)
-    }
-    language = [n for name, n in dense_rows.items() if name.startswith("language_model")]
-    vision = [n for name, n in dense_rows.items() if not name.startswith(("language_model", "lm_"))]
-    # Measured; ranks must plan the same steps.
-    lowest, tower = least(
-        [min(language, default=memory.NEVER), min(vision, default=memory.NEVER)], model.group
-    )
-    return memory.MemoryModel(
-        model.config,  # of this rank's share
-        sum(leaf.nbytes for leaf in leaves),
-        itemsize=model.dtype.size,
-        backend="cpu" if on_cpu else "metal" if mx.metal.is_available() else "cuda",
-        kv_bits=kv_bits,
-        # A CPU is no faster with more, and a prompt can be interrupted between two of them.
-        most_chunk=memory.CHUNKS[-1] if on_cpu else memory.CHUNKS[0],
-        dense_rows=lowest,
-        dense_tower=tower <= checkpoint.config.tokens_per_tile,
-        joined=max((sum(m[n].nbytes for n in ARRAYS if n in m) for m in joined), default=0),
-        has_tower=model.stage is None or model.stage.begins,
-    )
-
-
-def among_stages(own: memory.MemoryModel, limit: int, stage: Stage) -> memory.MemoryModel:
-    """``own`` with those of the other ranks, which all ranks go by."""
-    others: list[tuple[memory.MemoryModel, int]] = []
-    found = gather_integers([own.weights, own.joined, own.has_tower, limit], stage.group)
-    for rank, (weights, joined, has_tower, most) in enumerate(found):
-        if rank != stage.rank:
-            text = replace(own.config.text_config, num_hidden_layers=stage.counts[rank])
-            config = replace(own.config, text_config=text)
-            other = replace(own, config=config, weights=weights, joined=joined)
-            others.append((replace(other, has_tower=bool(has_tower)), most))
-    return replace(own, others=tuple(others))
-
-
-@contextmanager
-def wired() -> Iterator[None]:
-    """On a Mac, keeps the memory in use resident while a request runs, and only then."""
-    limit = mx.device_info().get("max_recommended_working_set_size")
-    if limit is None:
-        yield
-        return
-    before = mx.set_wired_limit(int(limit))
-    try:
-        yield
-    finally:
-        mx.synchronize()
-        mx.set_wired_limit(before)
-
-
 def _import_mlx_lm() -> float:
     """Returns the seconds that it took."""
     started = time.perf_counter()
     import_mlx_lm()
     return time.perf_counter() - started
-
-
-def working_set() -> int:
-    """Bytes of memory that the device should use: Metal's advice, else the machine's memory."""
-    info = mx.device_info()
-    for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
-        if key in info:
-            return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

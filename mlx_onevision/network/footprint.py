@@ -4,15 +4,14 @@ import sys
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.media.anyres import plan_packing, single_tile_tokens
-from mlx_onevision.network.memory_budget import (
+from mlx_onevision.network.memory_budget import MemoryModel, scratch_bytes
+from mlx_onevision.network.memory_sizes import (
     CACHE_STEP,
     DENSE_ROWS,
     NEVER,
     Footprint,
     MediumSize,
-    MemoryModel,
     RequestSize,
-    scratch_bytes,
 )
 
 # Sizes are stated for a prompt of one image of 3 x 3 tiles (and the base tile) and some words.

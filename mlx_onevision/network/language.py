@@ -20,7 +20,7 @@ import numpy as np
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.distributed import all_sum, join
 from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda
-from mlx_onevision.network.memory_budget import CACHE_STEP
+from mlx_onevision.network.memory_sizes import CACHE_STEP
 from mlx_onevision.network.stages import Stage
 
 Mask = mx.array | str | None

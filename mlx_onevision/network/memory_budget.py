@@ -1,29 +1,26 @@
-"""What a request takes of memory before it begins, and how much is computed at once to stay within
-a limit. Arithmetic only, so that it can be tested for other machines.
-
-At its peak a request holds the weights, the keys and values of its prompt and answer, the features
-of its media, and the intermediate values of one step. The first three have the sizes they have. Of
-the last, what is chosen is how much is computed at once: tiles a group in the tower, tokens a chunk
-in prefill, and layers between two evaluations.
+"""How much a model computes at once to stay within a limit, and which requests may begin at all:
+arithmetic only, so that it can be tested for other machines.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.errors import MemoryLimitError, OutOfMemoryError, RequestError
-from mlx_onevision.media.anyres import Packing
+from mlx_onevision.errors import MemoryLimitError, OutOfMemoryError
+from mlx_onevision.network.memory_sizes import (
+    BACKENDS,
+    CACHE_STEP,
+    CHUNKS,
+    INTERVALS,
+    KV_GROUPS,
+    SMALLEST,
+    TILE_GROUPS,
+    Budget,
+    ModelSizes,
+    RequestSize,
+)
 
 MEGABYTE = 1 << 20
-CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
-INTERVALS = (4, 2, 1)
-TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
-CACHE_STEP = 256  # positions that a KV cache grows by at a time
-DENSE_ROWS = 64  # rows for which a quantized matrix may be dequantized, see LongStepLinear
-NEVER = float("inf")
-KV_BITS = (8, 4)
-KV_GROUPS = (64, 32)  # values that have a scale and a bias of their own in a quantized KV cache
 
 # Requests of a batch that decode together, and that begin together. More would hardly be
 # faster on the devices that this runs on, and every request waits for the longest.
@@ -35,142 +32,12 @@ MOST_SCRATCH = 768 * MEGABYTE  # larger steps are hardly faster
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How much is computed at once.
+class MemoryModel(ModelSizes):
+    """Sizes of a model, and what they mean for a limit.
 
-    tile_group : tiles that go through the tower together.
-    chunk : prompt tokens that go through the language model together.
-    tower_interval, interval : layers whose values are held at once, there and here.
-    dense_rows : as in :class:`MemoryModel`.
+    others : of the other ranks, and the bytes that each may use. All must stay within theirs.
     """
 
-    tile_group: int
-    tower_interval: int
-    chunk: int
-    interval: int
-    dense_rows: float = NEVER
-
-    def interval_for(self, tokens: int) -> int:
-        """Layers between two evaluations in a step of so many tokens, 0 for none: short steps have
-        as many more as hold no more at once than a whole chunk, unless each layer's matrices are
-        dequantized.
-        """
-        if tokens > CHUNKS[-1] or tokens >= self.dense_rows:
-            return self.interval
-        return self.interval * max(1, self.chunk // tokens)
-
-
-SMALLEST = Budget(TILE_GROUPS[-1], INTERVALS[-1], CHUNKS[-1], INTERVALS[-1])
-
-
-class Backend(NamedTuple):
-    """What a layer's operations put out, which is held until the layer has been evaluated, in
-    multiples of what it is made of: hidden states, queries, keys (as wide as values), the MLP's
-    inner values; the same of the tower, whose attention is as wide as its hidden states.
-
-    fused : head widths for which attention does not hold its scores.
-    window : layers that are under way at once at most; 0: all between two evaluations.
-    dequantized : bytes a value of a quantized matrix while it is dequantized, where values have
-        2 bytes, and 4.
-    """
-
-    hidden: float
-    queries: float
-    keys: float
-    inner: float
-    tower_hidden: float
-    tower_inner: float
-    fused: tuple[int, ...]
-    window: int
-    dequantized: tuple[int, int]
-
-
-# Metal and CUDA have kernels for rotations, norms and dequantizing, which on a CPU are several
-# operations each.
-BACKENDS = {
-    "cpu": Backend(5, 10, 4, 3, 18, 2, (), 1, (10, 8)),
-    "metal": Backend(4, 4, 3, 3, 10, 2, (64, 80, 128), 0, (2, 4)),
-    "cuda": Backend(4, 4, 3, 3, 10, 2, tuple(range(8, 129, 8)), 0, (2, 4)),
-}
-
-
-class MediumSize(NamedTuple):
-    """An image's or a video's tiles (or frames), and tokens in the prompt; of a tiled image, how
-    its tiles are packed. Those of one ``key`` are held once.
-    """
-
-    tiles: int
-    tokens: int
-    packing: Packing | None = None
-    video: bool = False
-    key: str = ""
-
-
-class RequestSize(NamedTuple):
-    """A request's prompt, and its answer at the longest, in tokens; and its media. ``drafted`` :
-    whether a draft model proposes the answer's tokens while the request runs alone.
-    """
-
-    prompt: int
-    answer: int
-    media: tuple[MediumSize, ...] = ()
-    drafted: bool = False
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes at the peak of answering; ``tokens`` are those of prompt and answer.
-
-    features : embeddings of media, as they are kept.
-    scratch : the intermediate values of the step that takes the most.
-    """
-
-    tokens: int
-    weights: int
-    cache: int
-    features: int
-    scratch: int
-
-    @property
-    def beyond_weights(self) -> int:
-        return self.cache + self.features + self.scratch
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.beyond_weights
-
-    def to_dict(self) -> dict[str, int]:
-        parts = ("weights", "cache", "features", "scratch", "total")
-        return {"tokens": self.tokens} | {f"{part}_bytes": getattr(self, part) for part in parts}
-
-
-@dataclass(frozen=True)
-class MemoryModel:
-    """Sizes of a model in bytes.
-
-    weights : of all of them.
-    itemsize : bytes a value, of the type that the model computes in.
-    kv_bits : of a quantized KV cache. backend : a name of ``BACKENDS``.
-    most_chunk : prompt tokens of a lone request that are computed at once, whatever the budget.
-    dense_rows : from how many rows on the language model's quantized matrices are dequantized.
-    dense_tower : whether those of tower and projector are, which never have few rows.
-    joined : of the largest matrix that is made of others when it is first used.
-    draft : of a draft model, whose weights are among ``weights``.
-    has_tower : whether it encodes media; where ranks divide the layers, one of them does.
-    others : of the other ranks then, and the bytes that each may use. All must stay within theirs.
-    """
-
-    config: OneVisionConfig
-    weights: int
-    itemsize: int = 2
-    backend: str = "metal"
-    kv_bits: int | None = None
-    most_chunk: int = CHUNKS[0]
-    dense_rows: float = NEVER
-    dense_tower: bool = False
-    joined: int = 0
-    draft: "MemoryModel | None" = None
-    has_tower: bool = True
     others: tuple[tuple["MemoryModel", int], ...] = ()
 
     def of_ranks(self, limit: int) -> list[tuple["MemoryModel", int]]:
@@ -179,186 +46,6 @@ class MemoryModel:
 
     def with_draft(self, draft: "MemoryModel") -> "MemoryModel":
         return replace(self, weights=self.weights + draft.weights, draft=draft)
-
-    @property
-    def position(self) -> int:
-        """Bytes of the keys and values of one position."""
-        text = self.config.text_config
-        values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-        if self.kv_bits is None:
-            return values * self.itemsize
-        return values * self.kv_bits // 8 + values // self.kv_group * 2 * self.itemsize
-
-    @property
-    def kv_group(self) -> int:
-        """Values of a group in a quantized KV cache. RequestError where heads cannot be grouped."""
-        head_dim = self.config.text_config.head_dim
-        if self.kv_bits not in KV_BITS:
-            raise RequestError(f"kv_bits is {self.kv_bits!r}; keys and values take 8 or 4 bits")
-        found = next((group for group in KV_GROUPS if head_dim % group == 0), None)
-        if found is None:
-            raise RequestError(
-                f"the model's heads are {head_dim} wide, so their keys cannot be quantized; "
-                "leave kv_bits out"
-            )
-        return found
-
-    def cache(self, positions: int) -> int:
-        """Of a KV cache that holds so many positions."""
-        return _rounded(positions) * self.position
-
-    def features(self, tokens: int) -> int:
-        return tokens * self.config.text_config.hidden_size * self.itemsize
-
-    # Steps. Each is what one evaluation holds at its peak.
-
-    def layer(self, tokens: int, past: int = 0, rows: int = 1) -> int:
-        """A layer of the language model, in a step of ``tokens`` tokens for each of ``rows``
-        requests, behind ``past`` positions.
-        """
-        text, backend = self.config.text_config, BACKENDS[self.backend]
-        keys = text.num_key_value_heads * text.head_dim
-        queries = text.num_attention_heads * text.head_dim
-        values = tokens * (
-            backend.hidden * text.hidden_size
-            + backend.queries * queries
-            + backend.keys * keys
-            + backend.inner * text.intermediate_size
-        )
-        if text.head_dim not in backend.fused:
-            values += text.num_attention_heads * tokens * (past + tokens)
-        if self.kv_bits is not None:  # dequantized for attention
-            values += 2 * keys * (_rounded(past + tokens) + tokens)
-        return int(rows * values * self.itemsize)
-
-    def dequantized(self, values: int) -> int:
-        """Quantized matrices while they are dequantized."""
-        return values * BACKENDS[self.backend].dequantized[self.itemsize == 4]
-
-    def prefill(self, tokens: int, budget: Budget, rows: int = 1) -> int:
-        """A prompt of so many tokens: the last of its chunks, with the embeddings that enter."""
-        if not tokens:
-            return 0
-        text, backend = self.config.text_config, BACKENDS[self.backend]
-        chunk = min(tokens, budget.chunk)
-        layers = min(budget.interval_for(rows * chunk), text.num_hidden_layers)
-        step = min(layers, backend.window or layers) * self.layer(chunk, tokens - chunk, rows)
-        if rows * chunk >= self.dense_rows:  # an MLP's matrices; others are gone then
-            dense = self.dequantized(3 * text.intermediate_size * text.hidden_size)
-            if backend.window:  # and so are the values of the attention
-                inner = rows * chunk * self.itemsize
-                inner *= int(backend.inner * text.intermediate_size) + 3 * text.hidden_size
-                step = max(step - inner, inner + dense)
-            else:
-                step += dense
-        return 2 * rows * self.features(chunk) + step
-
-    def decode(self, rows: int = 1) -> int:
-        """Logits, twice in float32 and once as computed, of two steps."""
-        return 2 * rows * self.config.text_config.vocab_size * (2 * 4 + self.itemsize)
-
-    def tower(self, tiles: int, budget: Budget, video: bool = False) -> int:
-        """A group of tiles, from pixels to the projector's output, that of a video pooled."""
-        vision, backend = self.config.vision_config, BACKENDS[self.backend]
-        patches, width = tiles * self.config.tokens_per_tile, vision.hidden_size
-        pixels = tiles * vision.image_size**2 * vision.num_channels * 4
-        layer = patches * (
-            backend.tower_hidden * width + backend.tower_inner * vision.intermediate_size
-        )
-        if width // vision.num_attention_heads not in backend.fused:
-            layer += patches * self.config.tokens_per_tile * vision.num_attention_heads
-        layers = min(budget.tower_interval, vision.num_hidden_layers)
-        layers = min(layers, BACKENDS[self.backend].window or layers)
-        D = self.config.text_config.hidden_size
-        entering = width * len(self.config.feature_layers)
-        projected = patches * (entering + 2 * D) * self.itemsize
-        step = int(layers * layer * self.itemsize)
-        if self.dense_tower:
-            step += self.dequantized(2 * vision.intermediate_size * width)
-            projected += self.dequantized(D * (entering + D))
-        if video:
-            side = vision.patches_per_side
-            pooled = (side + 1) // 2
-            # Two neighbours along each axis, also in float32.
-            projected += tiles * pooled * (side + pooled) * D * 2 * (4 + self.itemsize)
-        return pixels + max(step, projected)
-
-    def packed(self, medium: MediumSize) -> int:
-        """Placing a medium's features: what exists beside them and what comes of it."""
-        packing = medium.packing
-        if packing is None:
-            return 0
-        D = self.config.text_config.hidden_size
-        grid = (packing.tiles - 1) * packing.patches**2 * D * self.itemsize
-        placed = self.features(medium.tokens)
-        if packing.interpolated:
-            (rows, cols), (top, bottom, _, _) = packing.shape, packing.box
-            # Two neighbours along each axis, also in float32, and the result.
-            wide = (bottom - top) * cols * D
-            grid += wide * 2 * (4 + self.itemsize) + rows * cols * D * (2 * 4 + self.itemsize)
-        return grid + placed
-
-    def encode(self, media: Sequence[MediumSize], budget: Budget) -> int:
-        """Images and videos, from tiles to features, these included. Groups are filled with the
-        tiles of one after another.
-        """
-        if not self.has_tower:
-            return 0
-        group = min(sum(medium.tiles for medium in media), budget.tile_group)
-        peak, done = 0, 0
-        for medium in media:
-            n = self.config.tokens_per_tile
-            if medium.video:
-                n = medium.tokens // medium.tiles
-            encoded = self.features(medium.tiles * n)
-            step = encoded + self.tower(group, budget, medium.video)
-            own = self.features(medium.tokens)
-            peak = max(peak, done + max(step, 2 * encoded + self.packed(medium) + own))
-            done += own
-        return peak
-
-    # Requests.
-
-    def request(self, size: RequestSize, budget: Budget, every: bool = False) -> Footprint:
-        """A request by itself. ``every`` : the logits of every position are wanted."""
-        budget = replace(budget, chunk=min(budget.chunk, self.most_chunk))
-        if every:  # a chunk's are computed and converted, and then kept beside the others
-            values = size.prompt * 4 + min(budget.chunk, size.prompt) * (4 + self.itemsize)
-            prefill = self.request(size, budget)
-            logits = values * self.config.text_config.vocab_size
-            return replace(prefill, scratch=prefill.scratch + logits)
-        cache = self.cache(size.prompt + size.answer)
-        features = sum(self.features(m.tokens) for m in size.media) if self.has_tower else 0
-        # A layer's keys and values are copied where the cache grows.
-        copied = cache // self.config.text_config.num_hidden_layers
-        step = max(self.prefill(size.prompt, budget), self.decode() + copied)
-        scratch = max(step, self.joined, self.encode(size.media, budget) - features - cache)
-        if size.drafted and self.draft is not None:  # it begins after the first token
-            own = self.draft.request(size, budget)
-            cache += own.cache
-            scratch = max(scratch, own.scratch)
-            features = max(features, own.features)
-        return Footprint(size.prompt + size.answer, self.weights, cache, features, scratch)
-
-    def batch(self, sizes: Sequence[RequestSize], budget: Budget) -> Footprint:
-        """Requests that run together: keys and values are padded to the longest, and copied, a
-        layer at a time, where requests join or leave.
-        """
-        if len(sizes) == 1:
-            return self.request(sizes[0], budget)
-        longest = max(size.prompt + size.answer for size in sizes)
-        every = [medium for size in sizes for medium in size.media]
-        media = list({medium.key or n: medium for n, medium in enumerate(every)}.values())
-        features = sum(self.features(m.tokens) for m in media) if self.has_tower else 0
-        cache = len(sizes) * self.cache(longest)
-        budget = replace(budget, chunk=min(budget.chunk, self.most_chunk))
-        step = self.prefill(max(size.prompt for size in sizes), budget)
-        copied = 2 * cache // self.config.text_config.num_hidden_layers
-        encoding = self.encode(media, budget) - features
-        scratch = max(step, encoding, copied, self.joined, self.decode(len(sizes)))
-        return Footprint(len(sizes) * longest, self.weights, cache, features, scratch)
-
-    # Limits.
 
     def plan(self, scratch: int) -> Budget:
         """The largest steps whose intermediate values stay within ``scratch`` bytes."""
@@ -453,10 +140,6 @@ def tail(chunk: int) -> int:
 
 def _values(budget: Budget) -> tuple[int, int, int, int]:
     return budget.tile_group, budget.tower_interval, budget.chunk, budget.interval
-
-
-def _rounded(positions: int) -> int:
-    return -(-positions // CACHE_STEP) * CACHE_STEP
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

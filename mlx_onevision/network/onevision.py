@@ -22,7 +22,7 @@ from mlx_onevision.media.anyres import Packing, VideoPacking
 from mlx_onevision.network.feature_bank import FeatureBank
 from mlx_onevision.network.language import Qwen2
 from mlx_onevision.network.layers import ACTIVATIONS
-from mlx_onevision.network.memory_budget import Budget
+from mlx_onevision.network.memory_sizes import Budget
 from mlx_onevision.network.stages import Stage
 from mlx_onevision.network.vision import VisionTower
 

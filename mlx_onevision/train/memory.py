@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_onevision.engine.runner import working_set
+from mlx_onevision.engine.memory import working_set
 from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.train.data import Example

@@ -10,7 +10,7 @@ from PIL import Image
 from mlx_onevision.convert.loss.metrics import DivergenceStats, LayerLoss, Loss
 from mlx_onevision.convert.loss.plot import COLOURS, THEMES, Theme, plot, plot_compare
 from mlx_onevision.errors import RequestError
-from mlx_onevision.network.memory_budget import Footprint
+from mlx_onevision.network.memory_sizes import Footprint
 
 ERRORS = [("tower", n, 0.002 * 1.5**n) for n in range(4)]
 ERRORS += [("projector", 0, 0.01)]

@@ -23,6 +23,7 @@ from mlx_onevision.engine.request import ActiveRequest, PromptRequest, TokenText
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
+from mlx_onevision.network.memory_sizes import SMALLEST
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Medium, Processor
@@ -362,7 +363,7 @@ def test_memory_changes_who_waits_and_not_what_is_said(
     runner.model.budget = replace(runner.model.budget, chunk=chunk)
     sizes, arithmetic = [request_size(prompt, TOKENS) for prompt in inputs], runner.memory
     if tight:
-        runner.limit = max(arithmetic.request(size, memory.SMALLEST).total for size in sizes)
+        runner.limit = max(arithmetic.request(size, SMALLEST).total for size in sizes)
     most, step = 0, Batch._step
 
     def watched(batch: Batch) -> None:

@@ -35,7 +35,7 @@ from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import OutOfMemoryError, RequestError
 from mlx_onevision.media.anyres import VideoPacking, plan_packing
 from mlx_onevision.network.layers import fuse
-from mlx_onevision.network.memory_budget import SMALLEST, RequestSize
+from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.contract.errors import PluginError

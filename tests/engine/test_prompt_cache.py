@@ -14,7 +14,7 @@ from PIL import Image
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.errors import OutOfMemoryError, RequestError
-from mlx_onevision.network.memory_budget import SMALLEST, RequestSize
+from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
 
 ASK = """
 import json, sys

@@ -17,7 +17,7 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.engine.speculation import ModelDraft, PromptLookup, ProposalLength
 from mlx_onevision.errors import OneVisionError, OutOfMemoryError, RequestError
-from mlx_onevision.network.memory_budget import SMALLEST, RequestSize
+from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision
 
 SIZES = Sizes(hidden=128)  # heads wide enough for quantized keys

@@ -10,19 +10,21 @@ from mlx_onevision.config.model import OneVisionConfig, TextConfig
 from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.media.anyres import VideoPacking, plan_packing
 from mlx_onevision.network.memory_budget import (
-    CHUNKS,
-    DENSE_ROWS,
     LEAST_SCRATCH,
     MAX_PREFILL_BATCH_SIZE,
     MEGABYTE,
     MOST_SCRATCH,
+    MemoryModel,
+    scratch_bytes,
+    tail,
+)
+from mlx_onevision.network.memory_sizes import (
+    CHUNKS,
+    DENSE_ROWS,
     SMALLEST,
     Budget,
     MediumSize,
-    MemoryModel,
     RequestSize,
-    scratch_bytes,
-    tail,
 )
 
 

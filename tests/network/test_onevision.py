@@ -11,7 +11,7 @@ import pytest
 from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.media.anyres import Packing, VideoPacking, plan_packing, thinned
-from mlx_onevision.network.memory_budget import Budget
+from mlx_onevision.network.memory_sizes import Budget
 from mlx_onevision.network.onevision import OneVision, interpolate, normalize, pool_frames
 
 SIZE, SIDE = 28, 2

@@ -7,7 +7,8 @@ from checkpoints import Sizes, config
 
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.errors import MemoryLimitError, OutOfMemoryError
-from mlx_onevision.network.memory_budget import SMALLEST, MediumSize, MemoryModel, RequestSize
+from mlx_onevision.network.memory_budget import MemoryModel
+from mlx_onevision.network.memory_sizes import SMALLEST, MediumSize, RequestSize
 from mlx_onevision.network.stages import Split, counts
 
 GB = 10**9
