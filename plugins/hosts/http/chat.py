@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +21,7 @@ from mlx_onevision.plugins.hosts.http.operations import (
     JSON,
     AppState,
     Operation,
+    Prepared,
     generate,
     line,
 )
@@ -28,7 +30,11 @@ from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedC
 
 
 async def chat(state: AppState, request: Request) -> Response:
-    asked = await state.reader.read(request, ChatRequest)
+    prepared = await state.reader.read(request, ChatRequest, partial(_prepare, state))
+    return await generate(state, request, prepared)
+
+
+def _prepare(state: AppState, asked: ChatRequest) -> Prepared:
     state.check_model(asked.model)
     notes: list[str] = []
     name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
@@ -44,16 +50,18 @@ async def chat(state: AppState, request: Request) -> Response:
         json_schema=call.schema if call else schema_text(asked.response_format, asked),
         **options(asked),
     )
-    schema = "tool_choice" if call else "response_format"
-    await state.check_capabilities(wanted, logprobs="logprobs", json_schema=schema)
     seeds = [
         None if wanted.seed is None else (wanted.seed + place) % 2**64
         for place in range(asked.n or 1)
     ]
     usage = asked.stream_options is not None and asked.stream_options.include_usage
-    answer = Answer(state.model, usage, notes, call, len(seeds))
-    choices = [replace(wanted, seed=seed) for seed in seeds]
-    return await generate(state, request, choices, answer, bool(asked.stream))
+    return Prepared(
+        requests=[replace(wanted, seed=seed) for seed in seeds],
+        answer=Answer(state.model, usage, notes, call, len(seeds)),
+        streamed=bool(asked.stream),
+        logprobs="logprobs",
+        json_schema="tool_choice" if call else "response_format",
+    )
 
 
 class Answer:

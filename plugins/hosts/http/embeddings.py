@@ -3,6 +3,7 @@
 import base64
 import struct
 from collections.abc import Sequence
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,15 +17,7 @@ from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
 
 
 async def embeddings(state: AppState, request: Request) -> Response:
-    asked = await state.reader.read(request, EmbeddingsRequest)
-    state.check_model(asked.model)
-    wanted = EmbedRequest(
-        items=[item.to_contract() for item in asked.input],
-        space=asked.space,
-        normalize=asked.normalize,
-        tiling=asked.tiling,
-        timeout=asked.timeout,
-    )
+    asked, wanted = await state.reader.read(request, EmbeddingsRequest, partial(_prepare, state))
     if asked.dimensions is not None:
         info = await state.blocking(state.backend.info)
         dim = {space.id: space.dim for space in info.spaces}.get(asked.space)
@@ -35,6 +28,18 @@ async def embeddings(state: AppState, request: Request) -> Response:
     found = await result(state.backend.stream_embed(wanted), request.receive)
     # Thousands of numbers take a while to write.
     return await state.blocking(lambda: JSONResponse(_body(found, asked, state.model)))
+
+
+def _prepare(state: AppState, asked: EmbeddingsRequest) -> tuple[EmbeddingsRequest, EmbedRequest]:
+    state.check_model(asked.model)
+    wanted = EmbedRequest(
+        items=[item.to_contract() for item in asked.input],
+        space=asked.space,
+        normalize=asked.normalize,
+        tiling=asked.tiling,
+        timeout=asked.timeout,
+    )
+    return asked, wanted
 
 
 def _body(found: EmbedResult, asked: EmbeddingsRequest, model: str) -> Embeddings:

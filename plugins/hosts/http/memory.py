@@ -10,6 +10,7 @@ from mlx_onevision.plugins.hosts.http.response_types import ResponseObject
 
 MOST = 256  # responses
 BYTES = 256 << 20  # of all of them; media that several have are counted for each
+PART_BYTES = 512  # that a part takes besides its characters
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Kept:
     @property
     def size(self) -> int:
         parts = [part for message in self.messages for part in message.parts]
-        return sum(
+        return PART_BYTES * len(parts) + sum(
             len(part.url or part.data or part.path or "") if isinstance(part, Media) else len(part)
             for part in parts
         )
 
 
 class ResponseMemory:
-    """Bounded; the oldest make room. Used from the event loop alone."""
+    """Bounded; the oldest make room. Changed from the event loop alone, read from any thread."""
 
     def __init__(self, most: int = MOST, size: int = BYTES) -> None:
         self._most, self._bytes, self._size = most, size, 0
@@ -57,17 +58,19 @@ class ResponseMemory:
 
     def response(self, id: str, param: str | None = None) -> Kept:
         """Raises HTTPError: 404 for one that is not kept."""
-        if id not in self._kept:
+        kept = self._kept.get(id)
+        if kept is None:
             message = f"the response {id[:80]!r} is not kept here; send all messages"
             raise HTTPError(404, message, "not_found", param)
-        return self._kept[id]
+        return kept
 
     def item(self, id: str) -> Kept:
         """The response whose output is an item. Raises HTTPError: 404 where it is not kept."""
-        if id not in self._items:
+        kept = self._items.get(id)
+        if kept is None:
             message = f"the item {id[:80]!r} is not kept here; send the message itself"
             raise HTTPError(404, message, "not_found", "input")
-        return self._items[id]
+        return kept
 
     def forget(self, id: str) -> None:
         """Raises HTTPError: as :meth:`response`."""

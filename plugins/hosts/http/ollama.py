@@ -8,7 +8,7 @@ from functools import wraps
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -19,7 +19,13 @@ from mlx_onevision.plugins.hosts.http import content
 from mlx_onevision.plugins.hosts.http.content import Base64, Strict, encoded_image
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
 from mlx_onevision.plugins.hosts.http.formats import Formats, schema_text
-from mlx_onevision.plugins.hosts.http.operations import AppState, Operation, SentEvents, generate
+from mlx_onevision.plugins.hosts.http.operations import (
+    AppState,
+    Operation,
+    Prepared,
+    SentEvents,
+    generate,
+)
 from mlx_onevision.plugins.hosts.http.schemas import Defaults, RejectUnsupported
 from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN
 from mlx_onevision.sampling.ranges import RANGES
@@ -93,7 +99,7 @@ class Turn(content.NothingElsewhere):
 class ChatRequest(Asked):
     """``tools`` : Ollama's protocol cannot force one, so none is called."""
 
-    messages: Annotated[list[Turn], Field(fail_fast=True)]
+    messages: Annotated[list[Turn], Field(fail_fast=True), BeforeValidator(content.count_parts)]
     tools: list[Any] | None = None
 
 
@@ -141,23 +147,25 @@ def refused(error: HTTPError) -> Response:
 
 @_handler
 async def chat(state: AppState, request: Request) -> Response:
-    asked = await state.reader.read(request, ChatRequest)
-    return await _answered(state, request, asked, [turn.to_contract() for turn in asked.messages])
+    def prepare(asked: ChatRequest) -> Prepared | Response:
+        return _prepare(state, asked, [turn.to_contract() for turn in asked.messages])
+
+    return await _answered(state, request, await state.reader.read(request, ChatRequest, prepare))
 
 
 @_handler
 async def prompt(state: AppState, request: Request) -> Response:
-    asked = await state.reader.read(request, PromptRequest)
-    images = [encoded_image(one) for one in asked.images or ()]
-    messages = [Message("user", [*images, asked.prompt])] if asked.prompt or images else []
-    if messages and asked.system:
-        messages.insert(0, Message("system", asked.system))
-    return await _answered(state, request, asked, messages)
+    def prepare(asked: PromptRequest) -> Prepared | Response:
+        images = [encoded_image(one) for one in asked.images or ()]
+        messages = [Message("user", [*images, asked.prompt])] if asked.prompt or images else []
+        if messages and asked.system:
+            messages.insert(0, Message("system", asked.system))
+        return _prepare(state, asked, messages)
+
+    return await _answered(state, request, await state.reader.read(request, PromptRequest, prepare))
 
 
-async def _answered(
-    state: AppState, request: Request, asked: Asked, messages: Sequence[Message]
-) -> Response:
+def _prepare(state: AppState, asked: Asked, messages: Sequence[Message]) -> Prepared | Response:
     _check_model(state, asked.model)
     notes = [NOT_CHOSEN.partition(";")[0]] if isinstance(asked, ChatRequest) and asked.tools else []
     answer = Answer(asked.model, isinstance(asked, ChatRequest), notes)
@@ -171,8 +179,13 @@ async def _answered(
         json_schema=schema_text(None, asked),
         **options.settings,
     )
-    await state.check_capabilities(wanted, logprobs="logprobs", json_schema="format")
-    response = await generate(state, request, [wanted], answer, asked.stream)
+    return Prepared([wanted], answer, asked.stream, logprobs="logprobs", json_schema="format")
+
+
+async def _answered(state: AppState, request: Request, prepared: Prepared | Response) -> Response:
+    if isinstance(prepared, Response):
+        return prepared
+    response = await generate(state, request, prepared)
     if isinstance(response, SentEvents):
         response.as_lines(LINES, refused)
     return response
@@ -243,8 +256,8 @@ async def tags(state: AppState, _: Request) -> Response:
 
 @_handler
 async def show(state: AppState, request: Request) -> Response:
-    asked = await state.reader.read(request, ShowRequest)
-    _check_model(state, asked.model or asked.name)
+    name = await state.reader.read(request, ShowRequest, lambda asked: asked.model or asked.name)
+    _check_model(state, name)
     info = await state.blocking(state.backend.info)
     model = {"general.architecture": FAMILY, f"{FAMILY}.context_length": info.context}
     about = {"modelfile": "", "parameters": "", "template": "", "details": _details(info)}

@@ -74,17 +74,6 @@ class AppState:
         notes.append(f"{name} is {asked}; this server answers with {most} tokens at most")
         return most
 
-    async def check_capabilities(
-        self, wanted: GenerateRequest, *, logprobs: str, json_schema: str
-    ) -> None:
-        """Raises HTTPError 400 for what the backend cannot do, naming the request's field."""
-        for capability, name in (("logprobs", logprobs), ("json_schema", json_schema)):
-            if getattr(wanted, capability) is not None:
-                info = await self.blocking(self.backend.info)
-                if capability not in info.capabilities:
-                    message = f"{name} is not supported by this model; leave it out"
-                    raise HTTPError(400, message, param=name)
-
 
 Handler = Callable[[AppState, Request], Awaitable[Response]]
 
@@ -135,18 +124,29 @@ class Answer(Protocol):
     def events(self, event: results.Event, index: int) -> Iterable[bytes]: ...
 
 
-async def generate(
-    state: AppState,
-    request: Request,
-    wanted: Sequence[GenerateRequest],
-    answer: Answer,
-    streamed: bool,
-) -> Response:
-    """The answers to a request for text, made together. Their tokens are counted in the metrics.
-    Raises PluginError: what ended one of them instead, where they are not streamed.
+@dataclass(frozen=True)
+class Prepared:
+    """A request for text as the backend takes it: the answers that are made together.
+
+    logprobs, json_schema : the names that the route's fields for these have.
     """
-    streams = [state.backend.generate(one) for one in wanted]
-    if not streamed:
+
+    requests: Sequence[GenerateRequest]
+    answer: Answer
+    streamed: bool
+    logprobs: str
+    json_schema: str
+
+
+async def generate(state: AppState, request: Request, prepared: Prepared) -> Response:
+    """The answers to a request for text. Their tokens are counted in the metrics. Raises HTTPError:
+    400 for what the backend cannot do; PluginError: what ended one of them instead, where they are
+    not streamed.
+    """
+    await _check_capabilities(state, prepared)
+    answer = prepared.answer
+    streams = [state.backend.generate(one) for one in prepared.requests]
+    if not prepared.streamed:
         found = await all_results(streams, request.receive)
         for one in found:
             state.metrics.add_usage(one.usage)
@@ -159,6 +159,18 @@ async def generate(
         return answer.events(event, index)
 
     return SentEvents(streams, write, state.settings.keep_alive_interval)
+
+
+async def _check_capabilities(state: AppState, prepared: Prepared) -> None:
+    """Raises HTTPError 400 for what the backend cannot do, naming the request's field."""
+    wanted = prepared.requests[0]
+    for capability in ("logprobs", "json_schema"):
+        if getattr(wanted, capability) is not None:
+            info = await state.blocking(state.backend.info)
+            if capability not in info.capabilities:
+                name = getattr(prepared, capability)
+                message = f"{name} is not supported by this model; leave it out"
+                raise HTTPError(400, message, param=name)
 
 
 async def result(stream: EventStream[Wanted], receive: Receive) -> Wanted:

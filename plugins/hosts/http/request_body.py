@@ -6,9 +6,9 @@ import math
 import re
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +23,7 @@ from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.base import StreamingBackend
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
+Made = TypeVar("Made")
 
 # Where pydantic's message has Python's words.
 _OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
@@ -30,7 +31,7 @@ _KINDS = {**dict.fromkeys(_OBJECT_TYPES, "an object"), "list_type": "a list"}
 
 HELD = "mlx_onevision.held"  # in a request's scope: bytes that it holds of the budget
 SLOWEST = 64 << 10  # bytes a second of a body
-SMALL = 64 << 10  # bytes that are parsed sooner than a thread takes them over
+SMALL, FEW = 64 << 10, 256  # bytes and JSON values that take no longer than a change of threads
 EXACT = 2**53  # up to here a float holds every whole number
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -86,10 +87,13 @@ class BodyReader:
         # Megabytes of base64 take a while. Several threads would not parse them any faster.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
 
-    async def read(self, request: Request, kind: type[Wanted]) -> Wanted:
-        """The body, as ``kind``. Raises HTTPError: 415, 413, 408, 429, and 400 with the field's
+    async def read(
+        self, request: Request, kind: type[Wanted], convert: Callable[[Wanted], Made]
+    ) -> Made:
+        """The body as ``kind``, and that as what ``convert`` makes of it; both on another thread
+        where they may take long. Raises HTTPError: 415, 413, 408, 429, and 400 with the field's
         name; PluginError: ``busy``, when the backend has no room for the request; ClientDisconnect:
-        when nobody is there any more.
+        when nobody is there any more; what ``convert`` raises.
         """
         size = _check_head(request, self._settings)
         with self._room():  # what is refused need not wait for its turn
@@ -100,11 +104,14 @@ class BodyReader:
         await self._fill(data, request)
         request.scope[HELD] = len(data)
         self._budget.give_back(size - len(data))
-        parse = partial(_parsed, data, kind, self._settings)
+
+        def make() -> Made:
+            return convert(_parsed(data, kind, self._settings))
+
         with self._room():
-            if len(data) <= SMALL:
-                return parse()
-            return await asyncio.get_running_loop().run_in_executor(self._thread, parse)
+            if len(data) <= SMALL and _count_values(data) <= FEW:
+                return make()
+            return await asyncio.get_running_loop().run_in_executor(self._thread, make)
 
     def release(self, scope: Scope) -> None:
         """At the end of a request, whatever came of it."""
@@ -166,7 +173,7 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     surrogates.
     """
     # Before it is parsed: every value costs far more memory than its characters.
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
+    if _count_values(data) > settings.values:
         raise HTTPError(400, "the JSON holds too many values; send fewer in one request")
     try:
         values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
@@ -183,6 +190,11 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HTTPError(400, "the body has to be a JSON object")
     return values
+
+
+def _count_values(data: bytearray) -> int:
+    """Of JSON, from its punctuation; texts may make them seem more."""
+    return sum(data.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _check_depth(values: Any, settings: ServerSettings) -> None:

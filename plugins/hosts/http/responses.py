@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, Literal
 
@@ -13,8 +14,8 @@ from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import GenerateRequest, Message
 from mlx_onevision.plugins.hosts.http import response_types as types
-from mlx_onevision.plugins.hosts.http.content import call_text, result_message
-from mlx_onevision.plugins.hosts.http.errors import to_http_error
+from mlx_onevision.plugins.hosts.http.content import call_text, check_count, result_message
+from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
 from mlx_onevision.plugins.hosts.http.formats import schema_text
 from mlx_onevision.plugins.hosts.http.memory import Kept, ResponseMemory
 from mlx_onevision.plugins.hosts.http.operations import (
@@ -22,6 +23,7 @@ from mlx_onevision.plugins.hosts.http.operations import (
     JSON,
     AppState,
     Operation,
+    Prepared,
     generate,
     line,
 )
@@ -39,7 +41,11 @@ from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedC
 
 
 async def respond(state: AppState, request: Request) -> Response:
-    asked = await state.reader.read(request, ResponsesRequest)
+    prepared = await state.reader.read(request, ResponsesRequest, partial(_prepare, state))
+    return await generate(state, request, prepared)
+
+
+def _prepare(state: AppState, asked: ResponsesRequest) -> Prepared:
     state.check_model(asked.model)
     logprobs = LOGPROBS in (asked.include or ())
     notes: list[str] = []
@@ -55,16 +61,19 @@ async def respond(state: AppState, request: Request) -> Response:
         json_schema=call.schema if call else schema_text(form, asked),
         **options(asked),
     )
-    named = "include" if asked.top_logprobs is None else "top_logprobs"
-    schema = "tool_choice" if call else "text"
-    await state.check_capabilities(wanted, logprobs=named, json_schema=schema)
     keep = None if asked.store is False else said.keep
-    answer = Answer(asked, state.model, notes, call, keep)
-    return await generate(state, request, [wanted], answer, bool(asked.stream))
+    return Prepared(
+        requests=[wanted],
+        answer=Answer(asked, state.model, notes, call, keep),
+        streamed=bool(asked.stream),
+        logprobs="include" if asked.top_logprobs is None else "top_logprobs",
+        json_schema="tool_choice" if call else "text",
+    )
 
 
 class Conversation:
-    """The messages of a request, with those of kept responses that it refers to.
+    """The messages of a request, with those of kept responses that it refers to. Raises HTTPError:
+    404 where one is not kept, 400 for too many messages.
 
     called : names of the functions that were called since the user's last message.
     """
@@ -81,6 +90,10 @@ class Conversation:
             self.called |= kept.called
         for item in asked.input:
             self._add(item)
+        try:
+            check_count(sum(1 + len(message.parts) for message in self._messages))
+        except ValueError as error:
+            raise HTTPError(400, f"input: {error}", param="input") from None
 
     def _add(self, item: Item) -> None:
         if isinstance(item, CallItem):

@@ -172,7 +172,9 @@ class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
     elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"prompt", "input", "system"}
     hint: ClassVar[str] = f"messages hold everything, and {content.HINT}"
     messages: Annotated[
-        list[content.AnyTurn], Field(min_length=1, fail_fast=True, examples=[_EXAMPLE])
+        list[content.AnyTurn],
+        Field(min_length=1, max_length=content.MOST_PARTS, fail_fast=True, examples=[_EXAMPLE]),
+        BeforeValidator(content.count_parts),
     ]
     model: str | None = None
     max_tokens: Tokens = None
@@ -259,7 +261,7 @@ Item = Annotated[
     | Annotated[ReferenceItem, Tag("item_reference")],
     Discriminator(lambda item: item.get("type") or "message" if isinstance(item, dict) else None),
 ]
-Items = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+Items = Annotated[list[Item], Field(min_length=1, max_length=content.MOST_PARTS, fail_fast=True)]
 ITEM_TYPES = ("message", "function_call", "function_call_output", "item_reference")
 
 
@@ -267,7 +269,7 @@ def _as_messages(asked: Any) -> Any:
     """A text as one message; items of other types are named before their fields are looked at."""
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
-    for place, item in enumerate(asked) if isinstance(asked, list) else ():
+    for place, item in enumerate(content.count_parts(asked)) if isinstance(asked, list) else ():
         kind = item.get("type") or "message" if isinstance(item, dict) else "message"
         if kind not in ITEM_TYPES:
             known = " and ".join((", ".join(ITEM_TYPES[:-1]), ITEM_TYPES[-1]))
@@ -331,7 +333,7 @@ class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
 
 
 def _as_items(value: Any) -> Any:
-    items = [value] if isinstance(value, str | dict) else value
+    items = content.count_parts([value] if isinstance(value, str | dict) else value)
     return [_as_item(item) for item in items] if isinstance(items, list) else items
 
 

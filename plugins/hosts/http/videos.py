@@ -44,13 +44,15 @@ async def start(state: AppState, request: Request) -> Response:
 
 
 async def _read(state: AppState, request: Request) -> DescribeRequest:
-    asked = await state.reader.read(request, VideoRequest)
-    state.check_model(asked.model)
-    return DescribeRequest(
-        video=asked.video.media("video"),
-        max_tokens=asked.max_tokens or state.settings.default_segment_tokens,
-        **{name: getattr(asked, name) for name in (*Sampling.model_fields, *_FIELDS)},
-    )
+    def prepare(asked: VideoRequest) -> DescribeRequest:
+        state.check_model(asked.model)
+        return DescribeRequest(
+            video=asked.video.media("video"),
+            max_tokens=asked.max_tokens or state.settings.default_segment_tokens,
+            **{name: getattr(asked, name) for name in (*Sampling.model_fields, *_FIELDS)},
+        )
+
+    return await state.reader.read(request, VideoRequest, prepare)
 
 
 async def _of_job(call: Callable[[Jobs, str], Job], state: AppState, request: Request) -> Response:

@@ -1,7 +1,11 @@
 """Requests that are wrong in any way get an answer that says so, never a fault of the server."""
 
 import json
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +14,9 @@ from hypothesis import strategies as st
 from served import Client, image, serving, text, video
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.contract import requests, wire
+from mlx_onevision.plugins.hosts.http.content import MOST_PARTS
+from mlx_onevision.plugins.hosts.http.server import ServerSettings
 
 SMALL = "data:image/png;base64,iVBORw0KGgo="
 
@@ -142,3 +149,78 @@ def test_junk_anywhere(client: Client, path: str, data: st.DataObject) -> None:
 @given(data=st.binary(max_size=200))
 def test_bytes_that_are_no_request(client: Client, data: bytes) -> None:
     assert client.ask("POST", "/v1/embeddings", data or b"x").status == 400
+
+
+# Many small things instead of a large one.
+
+
+def many(path: str, count: int) -> dict[str, Any]:
+    """A request of so many messages, or items, of one letter."""
+    turns = [{"role": "user", "content": "x"}] * count
+    if path == "/v1/embeddings":
+        part = {"type": "image_url", "image_url": SMALL}
+        return {"input": [{"type": "group", "content": [part] * 256}] * (count // 256 + 1)}
+    named = {"/v1/responses": "input"}.get(path, "messages")
+    return {"model": "fake", named: turns}
+
+
+PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/api/chat")
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[Client]:
+    with serving(FakeBackend(), ServerSettings(ollama=True)) as found:
+        yield found
+
+
+def test_very_many_messages_are_refused_before_they_are_looked_at(client: Client) -> None:
+    """Three megabytes, four times: meanwhile the server's health is known."""
+    body = json.dumps(many(PATHS[0], 110_000)).encode()
+    with ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(client.ask, "POST", PATHS[0], body) for _ in range(4)]
+        worst = 0.0
+        while not all(one.done() for one in sent):
+            worst = max(worst, client.ask("GET", "/health").seconds)
+            time.sleep(0.01)
+    assert worst < 2
+    for reply in [one.result() for one in sent]:
+        message = reply.json["error"]["message"]
+        assert message == "messages: there are 110,000 messages and parts; 8,192 are taken"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_so_many_messages_and_no_more(wide: Client, path: str) -> None:
+    reply = wide.ask("POST", path, many(path, MOST_PARTS + 1))
+    assert reply.status == 400 and f"{MOST_PARTS:,} are taken" in reply.body.decode()
+
+
+def test_parts_are_counted_too(client: Client) -> None:
+    parts = [text("x")] * (MOST_PARTS // 2)
+    turns = [{"role": "user", "content": parts}] * 2
+    refused = client.ask("POST", PATHS[0], {"messages": turns})
+    assert refused.status == 400 and "messages and parts" in refused.json["error"]["message"]
+    kept = client.ask("POST", PATHS[1], {"input": [turns[0]]})
+    longer = client.ask(
+        "POST", PATHS[1], {"input": [turns[0]], "previous_response_id": kept.json["id"]}
+    )
+    assert longer.status == 400 and "messages and parts" in longer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_takes_long_is_converted_aside(
+    wide: Client, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the event loop, where everybody would wait for it."""
+    made: Counter[str] = Counter()
+    check = wire.Part.__post_init__
+
+    def seen(part: wire.Part) -> None:
+        if isinstance(part, requests.Message | requests.Media | requests.GenerateRequest):
+            made[threading.current_thread().name] += 1
+        check(part)
+
+    monkeypatch.setattr(wire.Part, "__post_init__", seen)
+    count = 300  # of messages, in no more bytes than are parsed at once otherwise
+    assert wide.ask("POST", path, {**many(path, count), "n": 2}).status in (200, 413)
+    loops = [thread.name for thread in threading.enumerate() if "(run)" in thread.name]
+    assert made.total() > count and sum(made[name] for name in loops) <= 1  # what was answered

@@ -9,7 +9,7 @@ from telling import WORDS, Telling
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.requests import Media, Message
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.memory import Kept, ResponseMemory
+from mlx_onevision.plugins.hosts.http.memory import PART_BYTES, Kept, ResponseMemory
 
 RESPONSES = "/v1/responses"
 LOOK = {"type": "function", "name": "look"}
@@ -83,7 +83,8 @@ def test_it_is_bounded_in_number_and_bytes() -> None:
             body, [Message("user", [Media("image", data=bytes(size)), "x"])], {}, frozenset()
         )
 
-    memory = ResponseMemory(most=3, size=100)
+    each = 2 * PART_BYTES + 1  # what the parts take besides the image
+    memory = ResponseMemory(most=3, size=66 + 3 * each)
     for number in range(5):
         memory.keep(kept(number, 10))
     with pytest.raises(HTTPError):
@@ -95,7 +96,7 @@ def test_it_is_bounded_in_number_and_bytes() -> None:
     with pytest.raises(HTTPError):
         memory.response("r3")
     assert memory.response("r4") and memory.response("r5")
-    memory.keep(kept(6, 200))  # too large by itself
+    memory.keep(kept(6, 200 + 3 * each))  # too large by itself
     for number in range(7):
         with pytest.raises(HTTPError):
             memory.response(f"r{number}")
