@@ -34,9 +34,17 @@ With mlx-onevision:
 
 {loss}
 
-## How it was made
+{training}## How it was made
 
     {command}
+"""
+TRAINING = """\
+## How it was trained
+
+The mean loss of a token, over the steps since the row before.
+
+{curve}
+
 """
 
 
@@ -57,8 +65,11 @@ def card(
     loss: str | None,
     command: str,
     model_type: str = HUB_TYPE,
+    curve: str | None = None,
 ) -> bytes:
-    """README.md. ``loss`` says in Markdown what quantizing cost; None where it was not measured."""
+    """README.md. ``loss`` says in Markdown what quantizing cost, ``curve`` how the loss fell while
+    the adapter was trained; None where it is not known.
+    """
     if loss is None and summary.quantized:
         loss = "The loss against the source was not measured."
     elif loss is None:
@@ -67,7 +78,13 @@ def card(
     name = summary.target.name
     elsewhere = ELSEWHERE.format(name=name) if model_type == HUB_TYPE else NOWHERE_ELSE
     body = LAYOUT.format(
-        name=name, elsewhere=elsewhere, origin=origin, summary=rows, loss=loss, command=command
+        name=name,
+        elsewhere=elsewhere,
+        origin=origin,
+        summary=rows,
+        loss=loss,
+        training="" if curve is None else TRAINING.format(curve=curve),
+        command=command,
     )
     # JSON is YAML, and needs no quoting rules of its own.
     metadata = _metadata(source, summary).items()

@@ -35,6 +35,7 @@ from mlx_onevision.convert.staging import Staging, require_space, require_target
 from mlx_onevision.convert.writer import Part, Shard, Writer, divide, index, write_shard
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.processor import Processor
+from mlx_onevision.train.report import LOG, curve_table
 
 SHARD_BYTES = 5 << 30
 MARGIN = 1 << 20  # bytes of a disk that are left alone
@@ -53,6 +54,7 @@ class Conversion:
     plan: ConversionPlan
     shards: Sequence[Shard]
     summary: ConversionSummary
+    adapter: Path | None = None
 
 
 def convert(
@@ -127,7 +129,7 @@ def prepare(
     )
     shards = divide(_parts(opened, plan), shard_bytes)
     summary = _summary(source, target, opened, plan, shards, recipe, adapter)
-    return Conversion(source, target, opened, plan, shards, summary)
+    return Conversion(source, target, opened, plan, shards, summary, adapter)
 
 
 def _changes(opened: OpenedCheckpoint, adapter: Path | None) -> Mapping[str, Change]:
@@ -176,7 +178,8 @@ def write(
         loss = None if measure is None else measure(source.folder, folder)
         words = shlex.join([summary.source, summary.target.name])
         command = command or f"mlx_onevision.convert: {words} ({summary.recipe})"
-        readme = card(source, summary, loss, command, plan.config.model_type)
+        curve = None if conversion.adapter is None else curve_table(conversion.adapter / LOG)
+        readme = card(source, summary, loss, command, plan.config.model_type, curve)
         files["README.md"] = _write(folder / "README.md", readme)
         _write(folder / manifest.NAME, manifest.text(files).encode())
         check(folder, plan.config, count)

@@ -44,6 +44,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, metavar="N")
 @click.option("--scale", type=float, default=2.0, show_default=True, help="Of the low-rank terms.")
 @click.option(
+    "--dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="The share of a low-rank term's inputs that is left out at random.",
+)
+@click.option(
     "--layers", type=click.IntRange(1), metavar="N", help="The last N of the language model alone."
 )
 @click.option("--steps", type=click.IntRange(1), metavar="N", help="Default: what --epochs takes.")
@@ -115,6 +122,7 @@ def train(
     parts: tuple[Any, ...],
     rank: int,
     scale: float,
+    dropout: float,
     layers: int | None,
     steps: int | None,
     epochs: float,
@@ -140,7 +148,7 @@ def train(
     mlx-onevision generate --model ./7b-4bit --adapter out --image part.jpg --prompt "Which part?"
     """
     from mlx_onevision.train import report as curve
-    from mlx_onevision.train.loop import LOG, Settings
+    from mlx_onevision.train.loop import Settings
     from mlx_onevision.train.parts import Trained
     from mlx_onevision.train.train import Task, prepare
     from mlx_onevision.train.train import train as run
@@ -153,7 +161,7 @@ def train(
     def say(line: str) -> None:
         click.echo(line, err=True)
 
-    trained = Trained(method, parts or ("language",), rank, scale, layers)
+    trained = Trained(method, parts or ("language",), rank, scale, dropout, layers)
 
     def task(count: int) -> Task:
         return Task(
@@ -180,7 +188,7 @@ def train(
     count = steps or max(1, round(epochs * len(prepared.examples) / one))
     run(task(count), prepared, say, lambda line: say(progress(line, count)))
     if report is not None:
-        curve.draw_curve(output / LOG, report)
+        curve.draw_curve(output / curve.LOG, report)
     click.echo(f"The adapter is in {output}", err=True)
 
 

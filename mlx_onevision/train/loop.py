@@ -22,9 +22,10 @@ from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.train import data
 from mlx_onevision.train.data import Example
 from mlx_onevision.train.parts import Trained, write_adapter, write_arrays, write_text
+from mlx_onevision.train.report import LOG
 from mlx_onevision.train.step import Batch, Source, loss_and_gradients, loss_sum
 
-STATE, LOG = "training.safetensors", "log.jsonl"
+STATE = "training.safetensors"
 BUCKET = 32  # batches whose rows are sorted by length, so that those of a batch are alike
 ALIKE = 64  # tokens; by exact lengths, rows of one kind of answer would always meet in a batch
 
@@ -141,7 +142,9 @@ class Run:
             next(waiting)
         self.model.train()
         while progress.step < settings.steps and not self._has_stopped():
-            self._step([self._batch(next(waiting)) for _ in range(settings.accumulate)])
+            draw = Random(f"{settings.seed} step {progress.step}")
+            count = settings.accumulate
+            self._step([self._batch(next(waiting), draw.getrandbits(63)) for _ in range(count)])
             last = progress.step == settings.steps
             if self.valid and (progress.step % settings.valid_every == 0 or last):
                 self._validate()
@@ -156,8 +159,8 @@ class Run:
         patience = self.settings.patience
         return patience is not None and self.progress.worse >= patience
 
-    def _batch(self, rows: Sequence[Example]) -> Batch:
-        return Batch(rows, [self._sources(row) for row in rows])
+    def _batch(self, rows: Sequence[Example], seed: int = 0) -> Batch:
+        return Batch(rows, [self._sources(row) for row in rows], seed)
 
     def _step(self, given: Sequence[Batch]) -> None:
         started = time.perf_counter()

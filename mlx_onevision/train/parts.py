@@ -32,12 +32,15 @@ MODULES: Mapping[Part, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """layers : of the language model that are trained, counted from the last; None: all."""
+    """layers : of the language model that are trained, counted from the last; None: all.
+    dropout : the share of a low-rank term's inputs that is left out of each batch.
+    """
 
     method: Method = "lora"
     parts: Sequence[Part] = ("language",)
     rank: int = 16
     scale: float = 2.0
+    dropout: float = 0.0
     layers: int | None = None
 
 
@@ -104,10 +107,14 @@ def _lora_parameters(model: OneVision, trained: Trained) -> dict[str, Any]:
             continue
         inner = name.split(".", 3)
         keys.append(inner[3] if part == "language" else name)
+        # mlx-lm then takes the matrix for a narrower one.
+        bits = getattr(module, "bits", 4)
+        if trained.method == "dora" and 32 % bits:
+            raise RequestError(f"{name} is quantized to {bits} bits; use --method lora")
     return {
         "rank": trained.rank,
         "scale": trained.scale,
-        "dropout": 0.0,  # a layer that is computed again would draw other numbers
+        "dropout": trained.dropout,
         "keys": sorted(set(keys)),
     }
 
@@ -122,8 +129,8 @@ def write_adapter(
     layers = len(model.language_model.layers)
     config: dict[str, Any] = {"fine_tune_type": trained.method, "num_layers": layers}
     if trained.method != "full":
-        scale = {"rank": trained.rank, "scale": trained.scale, "dropout": 0.0}
-        config["lora_parameters"] = scale
+        names = ("rank", "scale", "dropout")
+        config["lora_parameters"] = {name: getattr(trained, name) for name in names}
     write_text(folder / CONFIG, json.dumps({**config, **about}, indent=2) + "\n")
     leaves: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     arrays = {written_name(name): array for name, array in leaves.items()}

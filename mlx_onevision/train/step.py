@@ -1,19 +1,21 @@
 """The loss of a batch of rows and its gradients, in little memory.
 
 Layers are computed again in the backward pass, so that only what enters each is held. Logits are
-made at the positions that carry loss alone, and a chunk of them at a time.
+made at the positions that carry loss alone, and a chunk of them at a time. How much a step will
+take is predicted before it is taken.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.utils import checkpoint
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_onevision.media.anyres import VideoPacking
 from mlx_onevision.network.language import Attention, DecoderLayer, Mask, RotaryEmbedding
@@ -32,11 +34,12 @@ Source = mx.array | Medium
 @dataclass(frozen=True)
 class Batch:
     """Rows that are computed at once, padded on their right: no row sees padding, which comes after
-    it. ``sources`` : of each row's media, in order.
+    it. ``sources`` : of each row's media, in order. ``seed`` : of what dropout leaves out.
     """
 
     rows: Sequence[Example]
     sources: Sequence[Sequence[Source]]
+    seed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -66,7 +69,9 @@ def loss_and_gradients(model: OneVision, batches: Sequence[Batch]) -> tuple[floa
 def loss_sum(model: OneVision, batch: Batch) -> mx.array:
     """The sum of the negative log-likelihoods of the tokens that carry loss."""
     positions, targets = _targets(batch)
-    hidden = _hidden(model, _embeddings(model, batch))
+    draw = Random(batch.seed)
+    mx.random.seed(draw.getrandbits(63))
+    hidden = _hidden(model, _embeddings(model, batch, draw), draw)
     h = hidden.reshape(-1, hidden.shape[-1])[positions]
     h = model.language_model.norm(h)
     head: Any = model.language_model.embed_tokens
@@ -103,7 +108,7 @@ def _targets(batch: Batch) -> tuple[mx.array, mx.array]:
     return mx.array(np.concatenate(positions)), mx.array(np.concatenate(targets))
 
 
-def _embeddings(model: OneVision, batch: Batch) -> mx.array:
+def _embeddings(model: OneVision, batch: Batch, draw: Random) -> mx.array:
     length = max(len(row.ids) for row in batch.rows)
     rows = []
     for row, sources in zip(batch.rows, batch.sources, strict=True):
@@ -115,7 +120,7 @@ def _embeddings(model: OneVision, batch: Batch) -> mx.array:
         while place < len(row.ids):
             if placeholders[place]:
                 shape, source = next(media)
-                parts.append(_medium(model, shape, source))
+                parts.append(_medium(model, shape, source, draw))
                 place += shape.tokens
                 continue
             rest = np.flatnonzero(placeholders[place:])
@@ -127,31 +132,45 @@ def _embeddings(model: OneVision, batch: Batch) -> mx.array:
     return mx.stack(rows)
 
 
-def _medium(model: OneVision, shape: MediumShape, source: Source) -> mx.array:
-    features = source if isinstance(source, mx.array) else tower_features(model, source)
+def _medium(model: OneVision, shape: MediumShape, source: Source, draw: Random) -> mx.array:
+    features = source if isinstance(source, mx.array) else tower_features(model, source, draw)
     projected = model.multi_modal_projector(features)
     if isinstance(shape.packing, VideoPacking):
         projected = pool_frames(projected, shape.packing)
     return model.pack(shape.packing, projected)
 
 
-def tower_features(model: OneVision, medium: Medium) -> mx.array:
+def tower_features(model: OneVision, medium: Medium, draw: Random) -> mx.array:
     """The tower's features of a medium that is trained on, whose gradients are wanted."""
     tower, wanted = model.vision_tower, model.config.feature_layers
     pixels = normalize(medium.tiles, medium.normalization)
     x = tower.embeddings(pixels.astype(tower.dtype))
     states = {0: x}
     for number, layer in enumerate(tower.encoder.layers[: max(wanted)], start=1):
-        x = checkpoint(layer)(x)
+        x = _recomputed(layer, layer, draw)(x)
         states[number] = x
     return mx.concatenate([states[number] for number in wanted], axis=-1)
 
 
-def _hidden(model: OneVision, h: mx.array) -> mx.array:
+def _recomputed(
+    layer: nn.Module, function: Callable[..., mx.array], draw: Random
+) -> Callable[..., mx.array]:
+    """A layer that is computed again in the backward pass, where dropout draws the same numbers."""
+    seed = draw.getrandbits(63)
+
+    def compute(*given: Any) -> mx.array:
+        mx.random.seed(seed)
+        return function(*given)
+
+    return checkpoint(layer, compute)
+
+
+def _hidden(model: OneVision, h: mx.array, draw: Random) -> mx.array:
     """What leaves the last layer, before the norm, (B, L, hidden_size)."""
     text = model.language_model
     for layer, window in zip(text.layers, text._windows, strict=True):
-        h = checkpoint(layer, partial(_layer, layer, text._rotate, window))(h)
+        compute = partial(_layer, layer, text._rotate, window)
+        h = _recomputed(layer, compute, draw)(h)
     return h
 
 
@@ -180,3 +199,43 @@ def _attended(
     attention: Attention, mask: Mask, queries: mx.array, keys: mx.array, values: mx.array
 ) -> mx.array:
     return attention.attend(queries, keys, values, mask, None)
+
+
+def predicted_bytes(model: OneVision, examples: Sequence[Example], batch: int) -> int:
+    """The peak of a step of the longest rows: weights, gradients and AdamW's two averages of what
+    is trained, what enters each layer, one layer's own values, its attention and a chunk of logits.
+    """
+    text = model.config.text_config
+    size = model.dtype.size
+    held = _bytes(model.parameters()) + 3 * _bytes(model.trainable_parameters())
+    lengths = sorted((len(example.ids) for example in examples), reverse=True)
+    rows, length = min(batch, len(lengths)), lengths[0]
+    positions = rows * length
+    entered = (text.num_hidden_layers + 2) * positions * text.hidden_size * size
+    # Forward values and their gradients; in float32 where low-rank terms are added.
+    layer = positions * (6 * text.hidden_size + 6 * text.intermediate_size) * 4
+    # Of one group of queries, with their gradients, in float32 where they are soft-maxed.
+    scores = 4 * rows * text.num_attention_heads * min(QUERIES, length) * length * 4
+    counted = max(example.tokens for example in examples) * rows
+    logits = 3 * min(CHUNK, counted) * text.vocab_size * 4
+    tiles = rows * max(sum(medium.tiles for medium in example.media) for example in examples)
+    # What the projector makes of the tiles, before they are packed, and its gradients.
+    tower = 3 * tiles * model.config.tokens_per_tile * text.hidden_size * size
+    if tree_flatten(model.vision_tower.trainable_parameters()):
+        tower += _tower_bytes(model, tiles)
+    return held + entered + tower + max(layer + scores, logits)
+
+
+def _tower_bytes(model: OneVision, tiles: int) -> int:
+    """The same of the tower's layers, where it is trained."""
+    vision, size = model.config.vision_config, model.vision_tower.dtype.size
+    patches = vision.patches_per_side**2
+    entered = (vision.num_hidden_layers + 2) * tiles * patches * vision.hidden_size * size
+    layer = tiles * patches * 6 * (vision.hidden_size + vision.intermediate_size) * 4
+    scores = 2 * tiles * vision.num_attention_heads * patches**2 * size
+    return entered + layer + scores
+
+
+def _bytes(parameters: Any) -> int:
+    leaves: dict[str, mx.array] = dict(tree_flatten(parameters))
+    return sum(leaf.nbytes for leaf in leaves.values())

@@ -1,7 +1,7 @@
 """Fine-tuning, from a model's name and files of rows to an adapter."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.load import load_checkpoint, read_config
 from mlx_onevision.checkpoint.recipes import while_loading
 from mlx_onevision.config.model import OneVisionConfig
-from mlx_onevision.errors import RequestError
+from mlx_onevision.engine.memory import working_set
+from mlx_onevision.errors import OutOfMemoryError, RequestError
 from mlx_onevision.prompt.processor import Processor
-from mlx_onevision.train import memory
 from mlx_onevision.train.data import TRAIN, VALID, Example, Rows, shown
 from mlx_onevision.train.features import FeatureStore
 from mlx_onevision.train.loop import Run, Settings
 from mlx_onevision.train.parts import set_up
+from mlx_onevision.train.step import predicted_bytes
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ def train(
     name, revision = hub.identify(prepared.folder)
     set_up(loaded.model, trained, settings.seed)
     everything = [*prepared.examples, *prepared.valid]
-    needed = memory.predicted_bytes(loaded.model, settings, everything)
+    needed = predicted_bytes(loaded.model, everything, settings.batch)
     say(f"{len(prepared.examples)} rows; a step takes about {needed / 1e9:.2f} GB")
-    memory.admit(needed, task.memory_limit)
+    _admit(needed, task.memory_limit)
     if "tower" in trained.parts:
 
         def sources(example: Example) -> Any:
@@ -123,7 +124,13 @@ def train(
                 say(f"encoded the media of {done} of {of} rows")
 
         store.fill(loaded.model, prepared.rows, everything, encoded)
-    about = {"model": name, "revision": revision, "rows": len(prepared.examples)}
+    about = {
+        "model": name,
+        "revision": revision,
+        "rows": len(prepared.examples),
+        "validation_rows": len(prepared.valid),
+        **{key: value for key, value in asdict(settings).items() if key != "trained"},
+    }
     run = Run(
         loaded.model,
         settings,
@@ -141,3 +148,13 @@ def train(
         run.train()
     finally:
         mx.set_memory_limit(before)
+
+
+def _admit(needed: int, limit: float | None) -> None:
+    """OutOfMemoryError where a step will not fit. ``limit`` : GB, instead of the device's."""
+    usable = working_set() if limit is None else int(limit * 1e9)
+    if needed > usable:
+        raise OutOfMemoryError(
+            f"a step takes about {needed / 1e9:.1f} GB, and there are {usable / 1e9:.1f} GB; train "
+            "with a smaller --batch, --rank or --visual-tokens, or a quantized model"
+        )

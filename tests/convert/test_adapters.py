@@ -1,6 +1,7 @@
 """Fusing an adapter: the new model computes what the source and the adapter do together."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mlx_onevision.checkpoint.recipes import uniform
 from mlx_onevision.convert.command import convert as command
 from mlx_onevision.convert.conversion import convert
 from mlx_onevision.errors import RequestError
+from mlx_onevision.train.loop import Settings
+from mlx_onevision.train.train import Task, prepare, train
 
 MODULES = (
     "language_model.layers.0.self_attn.q_proj",
@@ -96,6 +99,35 @@ def test_the_loss_is_that_of_quantizing(place: Path, tmp_path: Path) -> None:
     assert report["adapter"]["adapter"] == "lora"
     card = (tmp_path / "out/README.md").read_text()
     assert "fine-tuned, quantized" in card and "| fine-tuning: r | 2 |" in card
+
+
+def test_the_card_says_how_the_adapter_was_trained(place: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    adapter = tmp_path / "adapter"
+    settings = Settings(steps=30, learning_rate=1e-2, valid_every=10)
+    task = Task(
+        place / "model",
+        tmp_path / "rows.jsonl",
+        adapter,
+        tmp_path / "cache",
+        tmp_path / "rows.jsonl",
+        settings=settings,
+    )
+    train(task, prepare(task, pytest.fail))
+    made = convert(place / "model", tmp_path / "out", adapter=adapter)
+    card = (made.target / "README.md").read_text()
+    for row in ("model | model", "rows | 1", "rank | 16", "learning_rate | 0.01", "steps | 30"):
+        assert f"| fine-tuning: {row} |" in card
+    table = card.partition("## How it was trained")[2].partition("##")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows][-1] == "| 30" and 10 <= len(rows) <= 12
+    losses = [float(row[1]) for row in rows]
+    assert losses[0] > 2 * losses[-1]
+    assert rows[0][3].count("█") > 2 * rows[-1][3].count("█")
+    log = [json.loads(line) for line in (adapter / "log.jsonl").read_text().splitlines()]
+    measured = [f"{line['valid_loss']:.4f}" for line in log if "valid_loss" in line]
+    assert [row[2].strip() for row in rows if row[2].strip()] == measured
 
 
 def test_the_embedding_of_a_tied_model_alone_is_not_fused(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import mlx.core as mx
@@ -15,12 +16,14 @@ from PIL import Image
 
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.checkpoint.recipes import uniform
 from mlx_onevision.errors import OutOfMemoryError, RequestError
 from mlx_onevision.network.language import attention_mask
 from mlx_onevision.train import step
-from mlx_onevision.train.loop import LOG, STATE, Settings, batches
-from mlx_onevision.train.memory import predicted_bytes
+from mlx_onevision.train.loop import STATE, Settings, batches
 from mlx_onevision.train.parts import Trained, set_up
+from mlx_onevision.train.report import LOG
+from mlx_onevision.train.step import predicted_bytes
 from mlx_onevision.train.train import Task, prepare, train
 
 ANSWERS = ("A cat.", "Two small dogs and a bird.", "Yes.", "Nothing at all.")
@@ -102,17 +105,60 @@ def test_the_loss_falls_and_the_adapter_is_what_was_trained(
     plain.close()
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("stop_at", "quantize", "dropout"),
+    [(1, None, 0), (2, None, 0.5), (3, 4, 0.5), (5, 4, 0), (8, None, 0)],
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(
-    place: Path, tmp_path: Path, stop_at: int
+    place: Path, tmp_path: Path, stop_at: int, quantize: int | None, dropout: float
 ) -> None:
-    whole, broken = (task(place, tmp_path / name, valid=True) for name in ("whole", "broken"))
+    whole, broken = (
+        replace(
+            task(place, tmp_path / name, valid=True, trained=Trained(dropout=dropout)),
+            quantize=quantize,
+        )
+        for name in ("whole", "broken")
+    )
     log = run(whole)
     run(broken, stop_at)
     assert losses(run(broken)) == losses(log)
     first, second = ((t.output / "adapters.safetensors").read_bytes() for t in (whole, broken))
     assert first == second
     assert not (broken.output / STATE).exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_dropout_draws_the_same_when_layers_are_computed_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    given = task(place, place / "none")
+    prepared = prepare(given, pytest.fail)
+    model = load_checkpoint(place / "model", fused=False).model
+    set_up(model, Trained(method, ("language", "projector", "tower"), rank=4, dropout=0.5), seed=0)
+    mx.random.seed(1)
+    leaves: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    drawn = [(n, 0.1 * mx.random.normal(leaf.shape)) for n, leaf in leaves.items()]
+    model.load_weights(drawn, strict=False)
+    examples = prepared.examples
+    media = [prepared.rows.prepare(example).media for example in examples]
+
+    def computed(seed: int) -> tuple[float, dict[str, mx.array]]:
+        loss, gradients = step.loss_and_gradients(model, [step.Batch(examples, media, seed)])
+        return loss, dict(tree_flatten(gradients))
+
+    model.train()
+    (loss, found), (other, _) = computed(2), computed(3)
+    model.eval()
+    without, _ = computed(2)
+    assert len({loss, other, without}) == 3
+    # Without computing anything again.
+    model.train()
+    monkeypatch.setattr(step, "checkpoint", lambda _, function: function)
+    whole, wanted = computed(2)
+    assert loss == pytest.approx(whole, rel=1e-6)
+    for name, gradient in wanted.items():
+        largest = np.abs(np.array(gradient)).max()
+        assert np.abs(np.array(found[name] - gradient)).max() <= 1e-5 * largest, name
 
 
 def test_a_run_goes_on_only_as_it_began(place: Path, tmp_path: Path) -> None:
@@ -156,6 +202,13 @@ def test_on_quantized_weights(place: Path, tmp_path: Path) -> None:
         run(replace(given, settings=Settings(trained=Trained("full"))))
 
 
+def test_low_rank_terms_with_lengths_need_bits_that_fill_a_word(place: Path) -> None:
+    model = load_checkpoint(place / "model", recipe=uniform(6), fused=False).model
+    with pytest.raises(RequestError, match="is quantized to 6 bits; use --method lora"):
+        set_up(model, Trained("dora"), seed=0)
+    set_up(model, Trained(), seed=0)
+
+
 def test_every_row_comes_once_an_epoch_beside_rows_of_its_length(place: Path) -> None:
     examples = prepare(task(place, place / "none"), pytest.fail).examples * 5
     found = batches(examples, Settings(batch=2))
@@ -192,7 +245,7 @@ def test_what_is_trained_counts_in_the_prediction(place: Path, tmp_path: Path) -
     def predicted(trained: Trained, batch: int = 1) -> int:
         model = load_checkpoint(place / "model", fused=False).model
         set_up(model, trained, seed=0)
-        return predicted_bytes(model, Settings(batch=batch), examples)
+        return predicted_bytes(model, examples, batch)
 
     least = predicted(Trained())
     assert least < predicted(Trained(parts=("language", "tower")))
@@ -227,7 +280,7 @@ def test_attention_for_some_queries_at_a_time_has_the_same_gradients(
     expected, wanted = mx.value_and_grad(whole)(mx.array(given))
     for queries in (1024, 16, 7):
         monkeypatch.setattr(step, "QUERIES", queries)
-        loss, got = mx.value_and_grad(lambda h: (step._hidden(model, h) ** 2).sum())(
+        loss, got = mx.value_and_grad(lambda h: (step._hidden(model, h, Random(0)) ** 2).sum())(
             mx.array(given)
         )
         assert np.array(loss) == pytest.approx(np.array(expected), rel=1e-6)
