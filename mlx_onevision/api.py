@@ -135,6 +135,7 @@ class Model(AsyncCalls):
         )
         self._processor = Processor.from_folder(folder, self._engine.config)
         self._processor.visual_tokens = visual_tokens or 1.0
+        self._processor.context = self._engine.context
         if draft is not None and not self._processor.tokenizer.agrees_with(draft):
             raise RequestError(
                 f"{draft} has another vocabulary than {folder}, so it cannot be its draft model; "

@@ -50,11 +50,12 @@ def shapes_of(sizes: Sizes) -> dict[str, tuple[int, ...]]:
                 "hidden": 48,
                 "intermediate": 96,
                 "heads": 4,
-                "kv_heads": 4,
+                "kv_heads": 2,
             }
         )
     )
-    larger = {48: sizes.hidden, 96: sizes.intermediate}
+    keys = sizes.hidden * sizes.kv_heads // sizes.heads
+    larger = {24: keys, 48: sizes.hidden, 96: sizes.intermediate}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in few.items():
         shape: tuple[int, ...] = tuple(value.shape)

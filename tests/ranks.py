@@ -80,6 +80,7 @@ def sizes(runner: Runner, before: int) -> dict[str, int]:
         "language": language,
         "others": sum(a.nbytes for a in leaves.values()) - language,
         "planned": runner.memory.weights,
+        "limit": runner.limit,
         "position": runner.memory.position,
     }
 

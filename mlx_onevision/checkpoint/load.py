@@ -8,8 +8,8 @@ the thread that will run the model.
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError, short
 from mlx_onevision.files import read_json
-from mlx_onevision.network.layers import fuse
+from mlx_onevision.network.layers import device_kind, fuse
 from mlx_onevision.network.memory_budget import MemoryModel
+from mlx_onevision.network.memory_sizes import DENSE_ROWS
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.network.stages import Split, Stage
 
@@ -104,8 +105,8 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
     if not config.has_newline:
         tensors.pop("image_newline", None)  # left over from the checkpoint that was fine-tuned
     tied = _settle_head(tensors, config.tie_word_embeddings)
-    text = dataclasses.replace(config.text_config, tie_word_embeddings=tied)
-    config = dataclasses.replace(config, tie_word_embeddings=tied, text_config=text)
+    text = replace(config.text_config, tie_word_embeddings=tied)
+    config = replace(config, tie_word_embeddings=tied, text_config=text)
     quantized = _quantized_modules(config, tensors)
     network = _network(config, quantized)
     tensors = _checked(network, tensors)
@@ -121,6 +122,7 @@ def load_checkpoint(
     group: mx.distributed.Group | None = None,
     split: Split | None = None,
     adapter: Path | None = None,
+    admit: Callable[[MemoryModel], None] = lambda _: None,
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
@@ -130,12 +132,14 @@ def load_checkpoint(
     recipe : quantizes the weights, tensor by tensor: the whole of them is never in memory. The same
         model, bit for bit, as the converter writes.
     fused : joins matrices for speed; without, the model's parameters have the checkpoints' names.
-    limit : bytes that the weights may take.
+    limit : bytes that each rank may use, for a split by these.
     group : ranks that share the language model. Each reads its share alone, at once: see
         :mod:`sharing`.
     split : divides the layers among them instead of each layer: see :func:`stages.counts`. "auto"
         goes by their limits.
     adapter : the folder of an adapter to apply; not for a group.
+    admit : called with the sizes of what will be loaded before any weight is read; refuses it by
+        raising.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
@@ -143,7 +147,6 @@ def load_checkpoint(
             that does not fit.
         RequestError: for a dtype of another name, and for quantizing a model that is quantized.
         RequestError: for a number of ranks by which the model cannot be divided.
-        OutOfMemoryError: where the weights do not fit into the limit, before any is read.
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; supported are {', '.join(DTYPES)}")
@@ -162,9 +165,11 @@ def load_checkpoint(
         config, tensors = share(opened.config, opened.tensors, group.rank(), group.size())
         plan = make_plan(config, tensors, opened.quantized, recipe=recipe, dtype=dtype)
     nbytes = plan.nbytes + (0 if given is None else given.nbytes)
-    if limit is not None and nbytes > limit:
-        itemsize = 4 if plan.dtype == "float32" else 2
-        MemoryModel(plan.config, nbytes, itemsize).admit_model(limit)
+    itemsize = 4 if plan.dtype == "float32" else 2
+    sizes = MemoryModel(plan.config, nbytes, itemsize, backend=device_kind())
+    # From how many rows on matrices are dequantized is measured once they are there.
+    dense = replace(sizes, dense_rows=DENSE_ROWS) if plan.specs else sizes
+    admit(min(sizes, dense, key=lambda one: one.shortest.total))
     whole = recipe is None and group is None
     model = opened.network if whole else _network(plan.config, plan.specs, group, stage)
     if given is not None:
@@ -173,9 +178,7 @@ def load_checkpoint(
     _unpack_positions(model)
     if given is not None:
         adapters.apply_adapter(model, given)
-        described = dataclasses.replace(
-            described, tie_word_embeddings=model.config.tie_word_embeddings
-        )
+        described = replace(described, tie_word_embeddings=model.config.tie_word_embeddings)
     if fused:
         fuse(model)
     model.eval()

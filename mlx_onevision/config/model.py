@@ -73,6 +73,10 @@ class VisionConfig:
         return config
 
 
+# Rotary angles are computed from positions in float32, which has all whole numbers up to this one.
+MOST_POSITIONS = 1 << 24
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The Qwen2 decoder. ``layer_types`` names each layer's attention, full or sliding."""
@@ -144,7 +148,7 @@ class TextConfig:
             head_dim=head_dim,
             hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
             max_position_embeddings=read.integer(
-                "max_position_embeddings", cls.max_position_embeddings, 2**31 - 1
+                "max_position_embeddings", cls.max_position_embeddings, MOST_POSITIONS
             ),
             rms_norm_eps=read.positive("rms_norm_eps", cls.rms_norm_eps),
             rope=RopeConfig.from_dict(values),

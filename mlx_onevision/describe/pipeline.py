@@ -86,17 +86,17 @@ class Captioner:
         """Raises what asking about so many frames would raise."""
         length = len(self._request(prompt, max_tokens).inputs.input_ids)
         length += VideoPacking.of(self._engine.config).tokens(num_frames)
-        limit = self._engine.config.text_config.max_position_embeddings
+        limit = self._engine.context
         if length >= limit:
             raise ContextOverflowError(
-                f"{num_frames} frames of a segment take {length} tokens with the question, but the "
-                f"model's context holds {limit}; use fewer frames"
+                f"{num_frames} frames of a segment take {length} tokens with the question, but "
+                f"{limit} fit into the context and into memory; use fewer frames"
             )
 
     def fits(self, prompt: str, max_tokens: int) -> bool:
         """Whether a prompt of text can be read at once, and answered."""
         length = len(self._request(prompt, max_tokens).inputs.input_ids)
-        limit = self._engine.config.text_config.max_position_embeddings
+        limit = self._engine.context
         return length + max_tokens <= min(limit, LONGEST_PROMPT)
 
     def _request(self, prompt: str, max_tokens: int, tiles: Tiles | None = None) -> PromptRequest:

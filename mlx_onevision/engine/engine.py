@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.jobs import Job
-from mlx_onevision.engine.memory import working_set
+from mlx_onevision.engine.memory import memory_model, ranks_here, working_set
 from mlx_onevision.engine.ranks import Ranks, compare
 from mlx_onevision.engine.request import (
     ActiveRequest,
@@ -51,6 +52,7 @@ from mlx_onevision.errors import (
     RequestError,
 )
 from mlx_onevision.media.video import no_check
+from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.memory_sizes import RequestSize
 from mlx_onevision.network.stages import Split
 from mlx_onevision.prompt.processor import Inputs
@@ -111,16 +113,33 @@ class Engine:
 
         def build() -> Runner:
             group = distributed.group() if sharded else None
-            usable, own = min(limit or sys.maxsize, working_set()), limit
             if group is not None:
                 given = {"dtype": dtype, "quantize": recipe, "kv_bits": kv_bits, "split": split}
                 compare(group, settings(folder, given))
+            sharing = ranks_here(group)
+            usable = min(limit or sys.maxsize, working_set() // sharing)
+            own = limit if sharing == 1 else usable
             if group is not None and split is None:  # all plan for the one with the least memory
                 usable = own = int(distributed.least([usable], group)[0])
-            checkpoint = load_checkpoint(
-                folder, dtype, recipe, limit=usable, group=group, split=split, adapter=adapter
-            )
+            # The draft first: none of its weights are read yet, and the model's may be.
             small = None if draft is None else load_checkpoint(draft, dtype=dtype)
+
+            def admit(planned: MemoryModel) -> None:
+                planned = replace(planned, kv_bits=kv_bits)
+                if small is not None:
+                    planned = planned.with_draft(memory_model(small, None))
+                planned.admit_model(usable)
+
+            checkpoint = load_checkpoint(
+                folder,
+                dtype,
+                recipe,
+                limit=usable,
+                group=group,
+                split=split,
+                adapter=adapter,
+                admit=admit,
+            )
             return Runner(checkpoint, own, kv_bits, small)
 
         self._worker = Worker(build)
@@ -131,6 +150,9 @@ class Engine:
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
         self.memory = self._worker.call(lambda runner: runner.memory)
         self.memory_limit = self._worker.call(lambda runner: runner.limit)
+        # Tokens of the longest prompt: the configuration's word for it is no more than that.
+        most = self.config.text_config.max_position_embeddings
+        self.context = self.memory.longest(most, self.memory_limit)
         if self._ranks is not None:
             self._join(self._ranks)
 
@@ -171,6 +193,9 @@ class Engine:
                 "use fewer or smaller media or a shorter text"
             )
         max_tokens = min(request.max_tokens, limit - length)
+        if request.open_ended:
+            size = request.size(max_tokens)
+            max_tokens = max(1, self.memory.answer(size, self.memory_limit) - request.proposed)
         self.memory.admit(request.size(max_tokens), self.memory_limit)
         eos = self.defaults.eos_token_ids
         closing = self._worker.closing if self._ranks is None else self._ranks.closing

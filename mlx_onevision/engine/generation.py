@@ -304,6 +304,7 @@ class RequestBuilder:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not callable(check):
             raise RequestError(f"check is a {type(check).__name__}; give a function")
+        open_ended = max_tokens is None
         if max_tokens is None:
             max_tokens = self.default_max_tokens
         defaults = self._defaults
@@ -343,4 +344,5 @@ class RequestBuilder:
             logprobs,
             prompt_lookup,
             draft_tokens,
+            open_ended,
         )

@@ -1,34 +1,96 @@
 """The memory of this device: what of it a model may use, and the sizes of a loaded one."""
 
 import os
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
-from mlx_onevision.distributed import gather_integers, least
-from mlx_onevision.network.layers import ARRAYS, JOINED, LongStepLinear, fewest_dense_rows
+from mlx_onevision.distributed import gather_integers, gather_texts, least
+from mlx_onevision.network.layers import (
+    ARRAYS,
+    JOINED,
+    LongStepLinear,
+    device_kind,
+    fewest_dense_rows,
+)
 from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.memory_sizes import CHUNKS, NEVER
 from mlx_onevision.network.stages import Stage
 
+# Of a machine's memory, or of what a container may use: the rest is the system's and the program's.
+USABLE = 7 / 8
+CGROUPS = Path("/sys/fs/cgroup")
+
 
 def working_set() -> int:
-    """Bytes of memory that the device should use: Metal's advice, else the machine's memory."""
+    """Bytes of memory that the device should use: Metal's advice, a GPU's own memory, or else of
+    the machine's, or of what this process is limited to, :data:`USABLE`.
+    """
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
         if key in info:
             return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(USABLE * host_memory())
+
+
+def ranks_here(group: mx.distributed.Group | None) -> int:
+    """How many processes of a group share this one's device: all on a machine, for GPUs other than
+    Metal's are a rank's own.
+    """
+    if group is None or device_kind() == "cuda":
+        return 1
+    machines = gather_texts(machine(), group)
+    return machines.count(machines[group.rank()])
+
+
+def machine() -> str:
+    """What tells this machine from others."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        return str(uuid.getnode())
+
+
+def host_memory() -> int:
+    """Bytes of memory of the machine, or fewer where a control group, as of a container or a batch
+    job, limits this process.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return memory
+    return min([memory, *cgroup_limits(groups, CGROUPS)])
+
+
+def cgroup_limits(groups: str, root: Path) -> Iterator[int]:
+    """Bytes that control groups allow, of both versions; ``groups`` : as in /proc/self/cgroup. The
+    groups above limit, too. Inside a container its own may be the root, whatever its path outside.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "memory" if controllers else root
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        place = top / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if folder == root.parent:
+                break
+            with suppress(OSError, ValueError):  # no such group here, or "max"
+                yield int((folder / name).read_text(encoding="ascii"))
 
 
 def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> MemoryModel:
     """The sizes of a model on this device."""
-    model, on_cpu = checkpoint.model, mx.default_device().type == mx.cpu
+    model, on_cpu = checkpoint.model, device_kind() == "cpu"
     leaves = dict(tree_flatten(model.parameters())).values()
     # Any: the classes of a network's modules are not declared.
     modules: dict[str, Any] = dict(model.named_modules())
@@ -46,7 +108,7 @@ def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> MemoryModel:
         model.config,  # of this rank's share
         sum(leaf.nbytes for leaf in leaves),
         itemsize=model.dtype.size,
-        backend="cpu" if on_cpu else "metal" if mx.metal.is_available() else "cuda",
+        backend=device_kind(),
         kv_bits=kv_bits,
         # A CPU is no faster with more, and a prompt can be interrupted between two of them.
         most_chunk=CHUNKS[-1] if on_cpu else CHUNKS[0],

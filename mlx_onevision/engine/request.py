@@ -31,6 +31,7 @@ HANDOVER_SECONDS = 0.0002
 class PromptRequest:
     """A prepared conversation, and how to answer it; settings as in
     :class:`~mlx_onevision.engine.options.Options`. ``grammar`` : of its JSON schema.
+    ``open_ended`` : nobody asked for this max_tokens, so that it is fewer where memory holds fewer.
 
     Raises:
         RequestError: for a max_tokens or logprobs out of range, and for a stop string that is none.
@@ -45,6 +46,7 @@ class PromptRequest:
     logprobs: int | None = None
     prompt_lookup: int = 0
     draft_tokens: int = 0
+    open_ended: bool = False
 
     def __post_init__(self) -> None:
         check_range("max_tokens", self.max_tokens)

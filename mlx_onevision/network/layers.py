@@ -56,9 +56,16 @@ def gated(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
     return mx.compile(lambda gate, up: activation(gate) * up, shapeless=True)
 
 
+def device_kind() -> str:
+    """A name of :data:`~mlx_onevision.network.memory_sizes.BACKENDS`."""
+    if mx.default_device().type == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
 @cache
 def on_cuda() -> bool:
-    return mx.default_device().type == mx.gpu and not mx.metal.is_available()
+    return device_kind() == "cuda"
 
 
 class Pace:

@@ -2,7 +2,7 @@
 arithmetic only, so that it can be tested for other machines.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,14 @@ from mlx_onevision.network.memory_sizes import (
     BACKENDS,
     CACHE_STEP,
     CHUNKS,
+    DENSE_ROWS,
     INTERVALS,
+    KV_BITS,
     KV_GROUPS,
     SMALLEST,
     TILE_GROUPS,
     Budget,
+    Footprint,
     ModelSizes,
     RequestSize,
 )
@@ -87,41 +90,114 @@ class MemoryModel(ModelSizes):
         needed = self.request(size, SMALLEST, every).total
         if needed <= limit:
             return
-
-        def fits(**changed: Any) -> bool:
-            return self.request(size._replace(**changed), SMALLEST, every).total <= limit
-
-        answer = _largest(size.answer, lambda n: fits(answer=n))
-        prompt = _largest(size.prompt, lambda n: fits(prompt=n, answer=1, media=()))
-        if answer:
-            way = f"an answer of {answer:,} max_tokens would fit"
-        elif prompt:
-            way = (
-                f"a prompt of {prompt:,} tokens would fit; use fewer or smaller media or less text"
-            )
-        else:
-            way = "no prompt fits; use a quantized model"
-        quantized = replace(self, kv_bits=8)
-        groups = self.kv_bits is None and self.config.text_config.head_dim % KV_GROUPS[-1] == 0
-        if groups and quantized.request(size, SMALLEST, every).total <= limit:
-            way += ", and so would this with kv_bits 8"
         media = f" and {len(size.media)} images and videos" if size.media else ""
         raise MemoryLimitError(
             f"a prompt of {size.prompt:,} tokens{media} with an answer of {size.answer:,} needs "
-            f"{_gigabytes(needed)} of memory, but the limit is {_gigabytes(limit)}; {way}"
+            f"{_gigabytes(needed)} of memory, but the limit is {_gigabytes(limit)}; "
+            f"{self._alternatives(size, limit, every)}"
         )
+
+    def longest(self, most: int, limit: int) -> int:
+        """Tokens of the longest prompt of text, of at most ``most``, that can be answered within
+        ``limit`` bytes.
+        """
+        return _largest(most, lambda n: self._fit(RequestSize(n, 1), limit))
+
+    def answer(self, size: RequestSize, limit: int) -> int:
+        """As many tokens of a request's answer as fit."""
+        return _largest(size.answer, lambda n: self._fit(size._replace(answer=n), limit))
+
+    def _fit(self, size: RequestSize, limit: int) -> bool:
+        return all(
+            model.request(size, SMALLEST).total <= own for model, own in self.of_ranks(limit)
+        )
+
+    def _alternatives(self, size: RequestSize, limit: int, every: bool) -> str:
+        """What would fit instead of a request, in words."""
+
+        def fits(model: MemoryModel = self, **changed: Any) -> bool:
+            return model.request(size._replace(**changed), SMALLEST, every).total <= limit
+
+        def some_media(count: int) -> bool:
+            dropped = sum(medium.tokens for medium in size.media[count:])
+            return fits(prompt=size.prompt - dropped, media=size.media[:count])
+
+        found = ""
+        if answer := _largest(size.answer, lambda n: fits(answer=n)):
+            found = f"an answer of {answer:,} max_tokens would fit"
+        elif media := _largest(len(size.media), some_media):
+            found = f"the first {media} of them would fit"
+        elif prompt := _largest(size.prompt, lambda n: fits(prompt=n, answer=1, media=())):
+            found = f"a prompt of {prompt:,} tokens of text would fit"
+            found += "; use fewer or smaller media or less text"
+        fitting = ([way for way, model in ways if fits(model)] for ways in self._smaller())
+        ways = next(filter(None, fitting), None)
+        settings = f"so would this with {' or with '.join(ways)}" if ways else ""
+        if not found:
+            return settings.replace("so would this", "it would fit") or (
+                "no prompt fits; use a smaller model"
+            )
+        return f"{found}, and {settings}" if settings else found
+
+    def _smaller(self) -> Iterator[list[tuple[str, "MemoryModel"]]]:
+        """What can be set so that it takes less, and the model then: the least of it first."""
+        caches: list[tuple[str, MemoryModel]] = []
+        if self.kv_bits is None and self.config.text_config.head_dim % KV_GROUPS[-1] == 0:
+            caches = [(f"kv_bits {bits}", replace(self, kv_bits=bits)) for bits in KV_BITS]
+        weights = self.weights_in_4_bits()
+        if weights is None:
+            yield from ([cache] for cache in caches)
+            return
+        quantized = {"weights": weights, "dense_rows": DENSE_ROWS, "dense_tower": True}
+        yield [*caches[:1], ("quantize 4", replace(self, **quantized))]
+        for way, model in caches:
+            yield [(f"quantize 4 and {way}", replace(model, **quantized))]
+
+    def weights_in_4_bits(self) -> int | None:
+        """Of all weights, those of the language model's matrices in 4 bits, of tower and projector
+        in 8, each with a scale and a bias to 64 values; None where they take
+        hardly more as it is, and among ranks, which have a share each.
+        """
+        if self.others:
+            return None
+        text, vision = self.config.text_config, self.config.vision_config
+        D, keys = text.hidden_size, text.num_key_value_heads * text.head_dim
+        layer = 2 * D * (text.num_attention_heads * text.head_dim + keys)
+        layer += 3 * D * text.intermediate_size
+        tables = text.vocab_size * D * (1 if text.tie_word_embeddings else 2)
+        language = text.num_hidden_layers * layer + tables
+        width = vision.hidden_size
+        tower = vision.num_hidden_layers * 2 * width * (2 * width + vision.intermediate_size)
+        tower += D * (width * len(self.config.feature_layers) + D)
+        plain = (language + tower) * self.itemsize
+        found = self.weights - plain + (language * 4.5 + tower * 8.5) / 8
+        return int(found) if found < 0.95 * self.weights and found > 0 else None
+
+    @property
+    def shortest(self) -> Footprint:
+        """Of a short request, in the smallest steps."""
+        return self.request(RequestSize(CACHE_STEP // 2, CACHE_STEP // 2), SMALLEST)
 
     def admit_model(self, limit: int) -> None:
         """OutOfMemoryError where not even a short prompt can be answered within ``limit``."""
         for other, own in self.others:
             other.admit_model(own)
-        needed = self.request(RequestSize(CACHE_STEP // 2, CACHE_STEP // 2), SMALLEST).total
-        if needed > limit:
-            raise OutOfMemoryError(
-                f"the model needs {_gigabytes(needed)} of memory, {_gigabytes(self.weights)} for "
-                f"its weights, but the limit is {_gigabytes(limit)}; use a smaller model, or "
-                "--quantize 4"
-            )
+        needed = self.shortest.total
+        if needed <= limit:
+            return
+        way = "use a smaller model"
+        if self.draft is not None and needed - self.draft.weights <= limit:
+            way = "leave its draft model out"
+        elif (weights := self.weights_in_4_bits()) is not None:
+            smaller = replace(self, weights=weights, dense_rows=DENSE_ROWS, dense_tower=True)
+            total = smaller.shortest.total
+            way = f"quantized to 4 bits it would need {_gigabytes(total)}"
+            way += ", so load it with quantize 4" if total <= limit else "; use a smaller model"
+        both = " and its draft model's" if self.draft is not None else ""
+        raise OutOfMemoryError(
+            f"the model needs {_gigabytes(needed)} of memory, {_gigabytes(self.weights)} for its "
+            f"weights{both}, but the limit is {_gigabytes(limit)}; {way}"
+        )
 
 
 def scratch_bytes(working_set: int, weights: int) -> int:
@@ -144,7 +220,7 @@ def _values(budget: Budget) -> tuple[int, int, int, int]:
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
     """The largest number from 1 to ``most`` that fits, 0 for none; by halves."""
-    low = 0
+    low = most if fits(most) else 0  # as it is nearly always
     while low < most:
         middle = (low + most + 1) // 2
         low, most = (middle, most) if fits(middle) else (low, middle - 1)

@@ -135,6 +135,7 @@ class Processor:
         self.template = template
         self.cache = TileCache(cache_bytes)
         self.visual_tokens = 1.0  # where :meth:`prepare` is given none
+        self.context = config.text_config.max_position_embeddings  # or fewer that memory holds
         self._placeholders = {
             "<image>": config.image_token_index,
             "<video>": config.video_token_index,
@@ -242,7 +243,7 @@ class Processor:
         if self.config.add_time_instruction:
             sentence = len(self.tokenizer.encode(time_instruction((), 99999.0)))
         budget = ContextBudget(
-            limit=self.config.text_config.max_position_embeddings,
+            limit=self.context,
             taken=taken,
             answer=answer,
             packing=VideoPacking.of(self.config, share),

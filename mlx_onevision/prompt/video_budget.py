@@ -96,8 +96,8 @@ def _load_fixed(
     except TooManyFramesError as error:
         raise ContextOverflowError(
             f"{error.wanted} frames of a video take {budget.tokens(error.wanted)} "
-            f"tokens, but the model's context of {budget.limit} has {max(left, 0)} left beside the "
-            f"rest of the prompt; use num_frames or fps for at most {most} frames"
+            f"tokens, but the context of {budget.limit} has {max(left, 0)} left beside the rest of "
+            f"the prompt; use num_frames or fps for at most {most} frames"
         ) from None
 
 
@@ -113,7 +113,7 @@ def _load_open(
     number = min(DEFAULT_FRAMES, budget.frames(left))
     if number < 1:
         raise ContextOverflowError(
-            f"one frame of a video takes {budget.tokens(1)} tokens, but the model's "
+            f"one frame of a video takes {budget.tokens(1)} tokens, but the "
             f"context of {budget.limit} has {max(left, 0)} left for it; use fewer media or a "
             "shorter text"
         )
@@ -122,7 +122,7 @@ def _load_open(
         return video
     note = (
         f"{number} frames of a video are used instead of {DEFAULT_FRAMES}: more do not fit into "
-        f"the model's context of {budget.limit} tokens"
+        f"the context of {budget.limit} tokens"
     )
     logger.warning("%s", note)
     return replace(video, notes=(*video.notes, note))

@@ -4,6 +4,8 @@ Random models, small but with intermediate values that are not lost beside const
 """
 
 import gc
+import json
+import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -16,25 +18,35 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from checkpoints import write
+from checkpoints import Sizes, write
 from click.testing import CliRunner
+from hollow import write_hollow
+from loaded import edit
 from mlx.utils import tree_map
 
 from examples.demo_model.cases import make_cases
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import Checkpoint, load_checkpoint
 from mlx_onevision.checkpoint.plan import LazyTensorFiles
+from mlx_onevision.checkpoint.recipes import uniform
 from mlx_onevision.cli.main import cli
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.engine.batch import serve
+from mlx_onevision.engine.memory import cgroup_limits, working_set
 from mlx_onevision.engine.prefix_cache import LEAST_MATCH
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest
 from mlx_onevision.engine.runner import Runner
-from mlx_onevision.errors import OutOfMemoryError, RequestError
+from mlx_onevision.errors import (
+    ConfigError,
+    ContextOverflowError,
+    OutOfMemoryError,
+    RequestError,
+)
 from mlx_onevision.media.anyres import VideoPacking, plan_packing
 from mlx_onevision.network.layers import fuse
+from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.plugins.adapters.engine import open_engine
@@ -315,6 +327,96 @@ def test_weights_are_not_read_to_be_quantized_for_a_limit_that_they_exceed(
     assert not taken
     load(folder, quantize=4, memory_limit=0.1).close()
     assert taken
+
+
+def test_what_fits_by_its_weights_alone_is_refused_before_they_are_read(folder: Path) -> None:
+    """Weights that are quantized while they are read, without room for a request, or for the draft
+    model's.
+    """
+    planned: list[MemoryModel] = []
+    load_checkpoint(folder, recipe=uniform(4), admit=planned.append)
+    draft = Runner(load_checkpoint(folder)).memory.weights
+    weights, needed = planned[0].weights, planned[0].shortest.total
+    load(folder, quantize=4, memory_limit=needed / 1e9).close()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with pytest.raises(OutOfMemoryError, match="for its weights, but"):
+        load(folder, quantize=4, memory_limit=(weights + needed) / 2e9)
+    with pytest.raises(OutOfMemoryError, match=r"and its draft model's, but .* leave its draft"):
+        load(folder, quantize=4, memory_limit=(needed + draft / 2) / 1e9, draft_model=folder)
+    assert mx.get_peak_memory() - before < draft / 20
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "limit", "found"),
+    [
+        (8, 5.9, r"13\.\d+ GB .* would need 5\.\d+ GB, so load it with quantize 4$"),
+        (4, 2.8, r"13\.\d+ GB .* would need 5\.\d+ GB; use a smaller model$"),
+        (64, 48, None),
+    ],
+)
+def test_published_shapes_on_pretend_machines(
+    tmp_path: Path, gigabytes: int, limit: float, found: str | None
+) -> None:
+    """The 7B model's language model; its weights are a hole in a file, and never read."""
+    sizes = Sizes(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocab=1024)
+    large = write_hollow(tmp_path / "7b", sizes)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    if found is None:
+        load(large, memory_limit=limit).close()
+    else:
+        with pytest.raises(OutOfMemoryError, match=found):
+            load(large, memory_limit=limit)
+    assert mx.get_peak_memory() - before < 1e6
+
+
+def test_a_configuration_s_word_for_its_context_is_not_trusted(tmp_path: Path) -> None:
+    """Nor for the length of an answer: both are no more than memory holds."""
+    folder = write(tmp_path / "model", sizes=Sizes(layers=8, kv_heads=4))
+    endless = {"max_new_tokens": 2**31 - 1, "eos_token_id": 383}
+    edit(folder, "generation_config.json", **endless)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit(folder, text_config={**text, "max_position_embeddings": 2**31 - 1})
+    with pytest.raises(
+        ConfigError, match=r"max_position_embeddings is 2147483647, not .* 16777216"
+    ):
+        load(folder)
+    edit(folder, text_config={**text, "max_position_embeddings": 2**24})
+    needed = Runner(load_checkpoint(folder)).memory
+    limit = needed.shortest.total
+    with load(folder, memory_limit=limit / 1e9) as model:
+        longest = needed.longest(2**24, limit)
+        assert longest < 1000
+        usage = model.generate("hello", logit_bias={383: -100.0}).usage
+        assert usage.prompt_tokens == 21 and 200 <= usage.completion_tokens < 1000
+        with pytest.raises(OutOfMemoryError, match=r"an answer of \d+ max_tokens would fit"):
+            model.generate("hello", max_tokens=2**20)
+        clip = np.zeros((longest + 1, 28, 28, 3), np.uint8)
+        with pytest.raises(ContextOverflowError, match=f"the context of {longest} has"):
+            model.generate("what is this", videos=[clip])
+
+
+def test_control_groups_limit_what_may_be_used(tmp_path: Path) -> None:
+    def group(path: str, name: str, value: str) -> None:
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        (tmp_path / path / name).write_text(f"{value}\n")
+
+    def found(groups: str) -> list[int]:
+        return sorted(set(cgroup_limits(groups, tmp_path)))
+
+    group("user.slice/job", "memory.max", "3000")
+    group("user.slice", "memory.max", "max")
+    group("", "memory.max", "9000")
+    group("memory/docker/box", "memory.limit_in_bytes", "5000")
+    group("memory", "memory.limit_in_bytes", "9223372036854771712")
+    assert found("0::/user.slice/job\n") == [3000, 9000]
+    assert found("0::/not/here\n") == [9000]  # the path outside of a container
+    assert found("8:cpu,cpuacct:/x\n4:memory:/docker/box\n0::/\n")[0] == 5000
+    assert found("8:cpu,cpuacct:/x\n") == []
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < working_set() <= 7 / 8 * machine
 
 
 def test_every_command_that_loads_a_model_has_the_options() -> None:

@@ -24,6 +24,7 @@ from mlx_onevision.checkpoint.tensors import Tensor, canonical_name
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import group, launched, rank
 from mlx_onevision.engine import engine
+from mlx_onevision.engine.memory import working_set
 from mlx_onevision.engine.ranks import compare
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.stages import Split, Stage
@@ -64,6 +65,9 @@ def test_two_ranks_answer_as_one_process_and_hold_a_share_each(
         for space in {"vision", "joint"} & found.keys():
             assert np.abs(np.array(found[space]) - alone[space]).max() <= 1e-5, (way, space)
         for sizes in (leading[f"{way} {bits}"], following[f"{way} {bits}"]):
+            assert sizes["limit"] == pytest.approx(
+                working_set() / 2, rel=1e-6
+            )  # float32, agreed on
             assert sizes["active"] <= sizes["planned"] + 10_000  # tables, what is not weights
             assert sizes["language"] + sizes["others"] == sizes["planned"]
     model = load(folder, quantize=bits)
