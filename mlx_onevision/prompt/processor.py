@@ -336,6 +336,8 @@ class Processor:
             else:
                 ids.append(self._specials[segment.text])
             learned += [segment.learned] * (len(ids) - len(learned))
+        if not ids:
+            raise RequestError("the chat template makes an empty prompt of this conversation")
         array = np.array(ids, np.int32)
         rows = self.config.text_config.vocab_size
         beyond = set(array[array >= rows].tolist()) - set(self._placeholders.values())

@@ -18,10 +18,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_onevision.checkpoint.adapters import MLX_WEIGHTS
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import save
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.train import data
 from mlx_onevision.train.data import Example
-from mlx_onevision.train.parts import Trained, write_adapter, write_arrays, write_text
+from mlx_onevision.train.parts import Trained, write_adapter, write_arrays
 from mlx_onevision.train.report import LOG
 from mlx_onevision.train.step import Batch, Source, loss_and_gradients, loss_sum
 
@@ -210,7 +211,7 @@ class Run:
 
     def _write_log(self) -> None:
         """Whole again: lines behind the state of a killed run are computed anew."""
-        write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
+        save(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
 
     def _save(self) -> None:
         # Of the beginning, the settings alone: the seed makes the rest.

@@ -3,7 +3,6 @@ adapter that they are written as.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_onevision.checkpoint.adapters import CONFIG, MLX_WEIGHTS
 from mlx_onevision.checkpoint.tensors import written_name
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import replacing, save
 from mlx_onevision.network.layers import dense_weight, fuse
 from mlx_onevision.network.onevision import OneVision
 
@@ -131,19 +131,13 @@ def write_adapter(
     if trained.method != "full":
         names = ("rank", "scale", "dropout")
         config["lora_parameters"] = {name: getattr(trained, name) for name in names}
-    write_text(folder / CONFIG, json.dumps({**config, **about}, indent=2) + "\n")
+    save(folder / CONFIG, json.dumps({**config, **about}, indent=2) + "\n")
     leaves: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     arrays = {written_name(name): array for name, array in leaves.items()}
     write_arrays(folder / MLX_WEIGHTS, arrays, {"format": "mlx"})
 
 
-def write_text(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], about: Mapping[str, str]) -> None:
-    part = path.with_suffix(".part.safetensors")
-    mx.save_safetensors(str(part), dict(arrays), dict(about))
-    os.replace(part, path)
+    """Writes a file, or leaves the one that was there as it is. OSError where it cannot be."""
+    with replacing(path) as file:
+        mx.save_safetensors(file, dict(arrays), dict(about))

@@ -11,13 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write
+from hostile.disk import contents, full, offsets, refusal
 from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import uniform
-from mlx_onevision.errors import OutOfMemoryError, RequestError
+from mlx_onevision.errors import OneVisionError, OutOfMemoryError, RequestError
 from mlx_onevision.network.language import attention_mask
 from mlx_onevision.train import step
 from mlx_onevision.train.loop import STATE, Settings, batches
@@ -159,6 +160,24 @@ def test_dropout_draws_the_same_when_layers_are_computed_again(
     for name, gradient in wanted.items():
         largest = np.abs(np.array(gradient)).max()
         assert np.abs(np.array(found[name] - gradient)).max() <= 1e-5 * largest, name
+
+
+def test_a_run_goes_on_where_the_disk_was_full(place: Path, tmp_path: Path) -> None:
+    """In the features, the state of the run or its log."""
+    whole = replace(task(place, tmp_path / "whole", steps=4), cache=tmp_path / "features")
+    log = run(whole)
+    largest = max(path.stat().st_size for path in [*(tmp_path / "features").rglob("*.*")])
+    for number, offset in enumerate(offsets(largest)):
+        place_of_run, cache = tmp_path / f"{number}", tmp_path / f"features {number}"
+        broken = replace(task(place, place_of_run, steps=4), cache=cache)
+        with full(offset), pytest.raises((OSError, OneVisionError)) as raised:
+            run(broken)
+        refusal(raised.value)
+        files = [*contents(cache), *(contents(place_of_run) if place_of_run.exists() else ())]
+        assert not [name for name in files if "part" in name]
+        assert losses(run(broken)) == losses(log)
+        for name in ("adapters.safetensors", "adapter_config.json"):
+            assert (place_of_run / name).read_bytes() == (whole.output / name).read_bytes()
 
 
 def test_a_run_goes_on_only_as_it_began(place: Path, tmp_path: Path) -> None:
