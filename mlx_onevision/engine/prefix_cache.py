@@ -271,16 +271,18 @@ def _first(layer: Any, count: int) -> Any:
     return copy
 
 
-def reserve(model: OneVision, cache: Sequence[Any], positions: int) -> None:
+def reserve(model: OneVision, cache: Sequence[Any], positions: int, spare: int = 0) -> None:
     """Makes room for so many positions now, one layer after another: grown within a step, the keys
     and values of all layers would be copied at once.
+
+    spare : so many more, where the cache has to grow.
     """
     text = model.config.text_config
     keys = cache[0].keys
     if keys is not None and (keys[0] if hasattr(cache[0], "bits") else keys).shape[2] >= positions:
         return
     rows = cache[0].offset.size if isinstance(cache[0].offset, mx.array) else 1
-    room = -(-positions // CACHE_STEP) * CACHE_STEP
+    room = -(-(positions + spare) // CACHE_STEP) * CACHE_STEP
     position = 2 * rows * text.num_key_value_heads * text.head_dim * model.dtype.size
     if on_cuda() and room * position < LONG_LAYER_BYTES:
         room += 16  # no whole number of steps

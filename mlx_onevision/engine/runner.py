@@ -33,7 +33,7 @@ from mlx_onevision.engine.speculation import (
 )
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
-from mlx_onevision.network.memory_sizes import CACHE_STEP, RequestSize
+from mlx_onevision.network.memory_sizes import CACHE_STEP, FOLLOW_UP, RequestSize
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.processor import Inputs, Medium
 
@@ -188,7 +188,7 @@ class Runner:
                 taken, counters.cached_tokens = self.prefix.take(ids)
                 cache.extend(taken)
                 room = min(active.max_tokens, CACHE_STEP)
-                reserve(self.model, cache, len(ids) + room)
+                reserve(self.model, cache, len(ids) + room, FOLLOW_UP)
 
         try:
             self.fill_bank(inputs, ids, self.prefix.match(ids), counters, launched)

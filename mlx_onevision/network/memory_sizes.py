@@ -19,6 +19,7 @@ CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 INTERVALS = (4, 2, 1)
 TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
 CACHE_STEP = 256  # positions that a KV cache grows by at a time
+FOLLOW_UP = 256  # positions kept free for a next turn, which else copied the whole KV cache first
 DENSE_ROWS = 64  # rows for which a quantized matrix may be dequantized, see LongStepLinear
 NEVER = float("inf")
 KV_BITS = (8, 4)
@@ -309,7 +310,8 @@ class ModelSizes:
             prefill = self.request(size, budget)
             logits = values * self.config.text_config.vocab_size
             return replace(prefill, scratch=prefill.scratch + logits)
-        cache = self.cache(size.prompt + size.answer)
+        answer = max(size.answer, min(size.answer, CACHE_STEP) + FOLLOW_UP)
+        cache = self.cache(size.prompt + answer)
         features = sum(self.features(m.tokens) for m in size.media) if self.has_tower else 0
         # A layer's keys and values are copied where the cache grows.
         copied = cache // self.config.text_config.num_hidden_layers

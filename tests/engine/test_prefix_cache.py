@@ -272,6 +272,19 @@ def test_a_conversation_is_kept_whose_next_image_cannot_be_encoded(
     assert again.usage.cached_tokens > 64 and again.usage.encoded_media == 0
 
 
+def test_the_next_turn_finds_room_in_the_cache(model: Model) -> None:
+    """A cache that has to grow is copied before anything else is done."""
+
+    def room() -> int:
+        return model._engine._worker.call(lambda r: r.prefix._kept[-1].cache[0].keys.shape[2])
+
+    first = about(1)
+    answer = model.generate(messages=first, max_tokens=4)
+    before = room()
+    again = model.generate(messages=gone_on(first, answer.text, "and " * 100), max_tokens=4)
+    assert again.usage.cached_tokens > 64 and room() == before
+
+
 @pytest.mark.parametrize("place", ["room", "tiles", "prefill"])
 def test_kept_caches_go_where_memory_runs_out(
     model: Model, monkeypatch: pytest.MonkeyPatch, place: str
