@@ -27,6 +27,7 @@ from mlx_onevision.engine.generation import Generation, Messages, Stream
 from mlx_onevision.engine.options import Options, batch_requests, check_names
 from mlx_onevision.engine.request import PromptRequest
 from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.media.decoder import Limits
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import ImageSource
 from mlx_onevision.media.video import VideoSource, no_check
@@ -122,7 +123,11 @@ class Model(AsyncCalls):
         sharded: bool = False,
         split: Split | None = None,
         adapter: Path | None = None,
+        decoding: Limits | None = None,
     ) -> None:
+        """decoding : what decoding one video may take; see
+        :class:`~mlx_onevision.media.decoder.Limits`.
+        """
         if visual_tokens is not None:
             check_range("visual_tokens", visual_tokens)
         self.path, self.adapter = folder, adapter
@@ -136,6 +141,7 @@ class Model(AsyncCalls):
         self._processor = Processor.from_folder(folder, self._engine.config)
         self._processor.visual_tokens = visual_tokens or 1.0
         self._processor.context = self._engine.context
+        self._processor.decoding = decoding
         if draft is not None and not self._processor.tokenizer.agrees_with(draft):
             raise RequestError(
                 f"{draft} has another vocabulary than {folder}, so it cannot be its draft model; "

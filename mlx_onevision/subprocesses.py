@@ -61,6 +61,11 @@ def import_path() -> list[str]:
     return [here, *map(os.path.abspath, filter(None, sys.path))]
 
 
+def environment() -> dict[str, str]:
+    """Of a process that reads untrusted data: nothing that could be a secret."""
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+
+
 class BoundedProcess:
     """A module of this package in a process of its own: its function ``answer`` takes a request and
     returns the answer, both plain values for JSON, one after another.
@@ -77,7 +82,7 @@ class BoundedProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            env=environment(),
             start_new_session=True,  # Ctrl-C is this process's business
         )
         self._seconds = seconds

@@ -94,6 +94,42 @@ def memory_options(command: Command) -> Command:
     return cast(Command, adapter(limit(bits(tokens(merged)))))
 
 
+def decoder_options(command: Command) -> Command:
+    """Give a command that serves others ``decoding``: arguments of ``MediaPolicy``."""
+
+    @wraps(command)
+    def merged(
+        *, decoders: int, decoder_memory: float, decoder_seconds: float, **others: Any
+    ) -> Any:
+        decoding = {"decoders": decoders, "memory": int(decoder_memory * 2**30)}
+        return command(decoding={**decoding, "seconds": decoder_seconds}, **others)
+
+    processes = click.option(
+        "--decoders",
+        default=2,
+        show_default=True,
+        type=click.IntRange(1, 64),
+        help="Processes at once that decode videos, and images of rare kinds.",
+    )
+    memory = click.option(
+        "--decoder-memory",
+        default=1.5,
+        show_default=True,
+        metavar="GB",
+        type=click.FloatRange(0.5, 1000),
+        help="Of each of them.",
+    )
+    seconds = click.option(
+        "--decoder-seconds",
+        default=20.0,
+        show_default=True,
+        metavar="S",
+        type=click.FloatRange(1, 24 * 3600),
+        help="Of each of them, and one more for every 50 MB of the file.",
+    )
+    return cast(Command, processes(memory(seconds(merged))))
+
+
 def speculation_options(command: Command) -> Command:
     """Give a command ``draft_model``, an argument of ``load``, and ``prompt_lookup`` and
     ``draft_tokens``, which are those of an answer.

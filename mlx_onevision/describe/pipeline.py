@@ -68,6 +68,7 @@ class Captioner:
         self._prepare, self._settings = prepare, settings
         self.size = processor.video_config.pixels.size
         """Pixels along a side of a tile."""
+        self.decoding = processor.decoding
 
     def ask(self, prompt: str, max_tokens: int, tiles: Tiles | None = None) -> Stream:
         """Starts an answer; about frames, where there are ``tiles`` of them (n, size, size, 3).

@@ -136,7 +136,9 @@ class DescriptionStream:
             journal = stack.enter_context(Journal(path, about, self._force))
             described = journal.description
             if described is None:
-                reader = stack.enter_context(VideoReader(file, name, check=self._check))
+                reader = stack.enter_context(
+                    VideoReader(file, name, self._captioner.decoding, self._check)
+                )
                 pool = stack.enter_context(ThreadPoolExecutor(1, "mlx-onevision-frames"))
                 stack.callback(self._cancelled.set)  # nothing is waited for that nobody wants
                 pipeline = DescribePipeline(

@@ -30,7 +30,7 @@ from mlx_onevision.errors import (
     RequestError,
 )
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
-from mlx_onevision.media.image import ImageSource, load_image
+from mlx_onevision.media.image import ImageSource, reading_image
 from mlx_onevision.media.resize import resize
 from mlx_onevision.media.sources import is_video
 from mlx_onevision.media.video import load_video, no_check
@@ -280,12 +280,19 @@ class Embedder:
         if kinds == ["video"]:
             pixels = self._processor.video_config.pixels
             shown = self._frames.over({k: v for k, v in blocks[0].items() if k in PART})
-            clip = load_video(blocks[0]["video"], pixels.size, shown, check=self._check)
+            clip = load_video(
+                blocks[0]["video"],
+                pixels.size,
+                shown,
+                limits=self._processor.decoding,
+                check=self._check,
+            )
             return name, Medium("video", clip.tiles, None, None, 0, pixels, clip)
         config = self._processor.image_config
-        pixels = load_image(blocks[0]["image"])
-        tile = resize(pixels, (config.size, config.size))[None]
-        size = (pixels.shape[0], pixels.shape[1])
+        with reading_image(blocks[0]["image"]) as pixels:
+            tile = resize(pixels, (config.size, config.size))[None]
+            size = (pixels.shape[0], pixels.shape[1])
+            del pixels
         return name, Medium("image", tile, size, None, 0, config)
 
     def _prompt(self, blocks: Sequence[dict[str, Any]]) -> Inputs:

@@ -1,5 +1,5 @@
-"""The client of the process that decodes videos (``decoder_process.py``): starts it, sends
-commands, checks the answers.
+"""The client of the process that decodes videos, and the rarer kinds of images
+(``decoder_process.py``): starts it, sends commands, checks the answers.
 """
 
 import fcntl
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -25,26 +25,30 @@ from mlx_onevision.errors import (
     TooLargeError,
 )
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
+from mlx_onevision.media.parallel import POLL_SECONDS, Budget, no_check
 from mlx_onevision.media.resize import Pixels
-from mlx_onevision.subprocesses import MISSING, find_interpreter, import_path
+from mlx_onevision.subprocesses import MISSING, environment, find_interpreter, import_path
 
-POLL_SECONDS = 0.1  # how often a cancellation is looked for
+READ_BYTES = 50 << 20  # of a file, for which a decoder has another second
 MAX_LINE = 16 << 20  # bytes of one message; that of a long video lists many times
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What decoding one video may take.
+    """What decoding one video or image may take.
 
     memory : bytes of the decoding process, the interpreter and its libraries included.
-    seconds : wall time; and as much processor time for each thread.
+    seconds : wall time, and another one for every ``READ_BYTES`` of the file; and as much processor
+        time for each thread.
     pixels : of one frame; 8K has 35 million.
+    processes : how many may be at work at once, of all with this same budget; None for any number.
     """
 
     memory: int = 3 << 30
     seconds: float = 300.0
     pixels: int = 8192 * 4352
     threads: int = 4
+    processes: Budget | None = None
 
 
 class TooManyFramesError(ContextOverflowError):
@@ -80,8 +84,15 @@ class FrameSelection:
     frames: Iterator[tuple[int, Pixels]]
 
 
-def no_check() -> None:
-    """No cancellation."""
+def decode_image(
+    file: BinaryIO, name: str, limits: Limits, check: Callable[[], None] = no_check
+) -> Pixels:
+    """The pixels of an image in a real file, uint8 RGB (H, W, 3), which another process decodes.
+
+    Raises MediaError, and TooLargeError beyond ``limits``.
+    """
+    with closing(_Process(file, name, limits, check, once=True, kind="image")) as process:
+        return process.pixels(process.message("frame"))
 
 
 class VideoReader:
@@ -106,9 +117,21 @@ class VideoReader:
         once: bool = False,
     ) -> None:
         self.name = name
-        self._start = lambda: _Process(file, name, limits or Limits(), check, once)
-        self._process = self._start()
-        self.info = self._process.info
+        self._start = lambda: _Process(file, name, limits or Limits(), check, once, "video")
+        self._process, self.info = self._opened()
+        self._process.rest()
+
+    def _opened(self) -> tuple["_Process", VideoInfo]:
+        process = self._start()
+        try:
+            values = process.message("video")
+            with process.parsing():
+                total, claimed = int(values["total"]), int(values["claimed"])
+                info = VideoInfo(total, float(values["length"]), claimed, str(values["codec"]))
+        except BaseException:
+            process.close()
+            raise
+        return process, info
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -164,9 +187,11 @@ class VideoReader:
     @contextmanager
     def _command(self, command: Mapping[str, Any]) -> Iterator["_Process"]:
         """The process as it answers; an answer that is not read to its end ends the process."""
-        if not self._process.idle:  # it broke off, or frames that were given up are still coming
+        if (
+            self._process.closed or not self._process.idle
+        ):  # it broke off, or frames that were given up are still coming
             self._process.close()
-            self._process = self._start()
+            self._process, _ = self._opened()
         process = self._process
         try:
             process.send(command)
@@ -174,25 +199,39 @@ class VideoReader:
         except BaseException:
             process.close()
             raise
-        process.idle = True
+        process.rest()
 
 
 class _Process:
     """A decoding process and its messages. Only waiting for it counts against its time, from the
-    beginning or the last :meth:`renew`. It reads an untrusted file: all it sends is checked.
+    beginning or the last :meth:`renew`. It reads an untrusted file: all it sends is checked. While
+    it works, it counts among ``limits.processes``.
     """
 
     def __init__(
-        self, file: BinaryIO, name: str, limits: Limits, check: Callable[[], None], once: bool
+        self,
+        file: BinaryIO,
+        name: str,
+        limits: Limits,
+        check: Callable[[], None],
+        once: bool,
+        kind: str,
     ) -> None:
         interpreter = find_interpreter()
         if interpreter is None:
-            raise MediaError(f"videos are decoded by {MISSING}")
+            raise MediaError(f"{kind}s are decoded by {MISSING}")
+        self._name, self._limits, self._check, self._once = name, limits, check, once
+        self._seconds = limits.seconds + os.fstat(file.fileno()).st_size / READ_BYTES
+        self._left = self._seconds
+        self._buffer = bytearray()
+        self.idle = True
+        self._work()
         inherited, self._commands = os.pipe()
         request = {
+            "kind": kind,
             "path": import_path(),
             "memory": limits.memory,
-            "seconds": limits.seconds,
+            "seconds": self._seconds,
             "max_pixels": limits.pixels,
             "threads": max(1, min(limits.threads, os.cpu_count() or 1)),
             "commands": inherited,
@@ -205,12 +244,13 @@ class _Process:
                 stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+                env={**environment(), "MALLOC_ARENA_MAX": "2"},
                 start_new_session=True,  # Ctrl-C is this process's business
                 pass_fds=(inherited,),
             )
         except BaseException:
             os.close(self._commands)
+            self.rest()
             raise
         finally:
             os.close(inherited)
@@ -221,30 +261,33 @@ class _Process:
         ):  # a frame is read in a call or two; there is a limit to a user's
             with suppress(OSError):
                 fcntl.fcntl(self._out.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
-        self._name, self._limits, self._check, self._once = name, limits, check, once
-        self._left = limits.seconds
-        self._buffer = bytearray()
+
+    def _work(self) -> None:
+        """Waits until it may."""
+        if self.idle and self._limits.processes is not None:
+            self._limits.processes.acquire(1, self._check)
         self.idle = False
-        try:
-            values = self.message("video")
-            with self.parsing():
-                total, claimed = int(values["total"]), int(values["claimed"])
-                self.info = VideoInfo(total, float(values["length"]), claimed, str(values["codec"]))
-        except BaseException:
-            self.close()
-            raise
+
+    def rest(self) -> None:
+        """Its answer was read to its end, or it ends."""
+        if not self.idle and self._limits.processes is not None:
+            self._limits.processes.release()
         self.idle = True
 
     def close(self) -> None:
-        self.idle = False
         self._process.kill()
         self._process.wait()
+        self.rest()
         if not self._out.closed:
             self._out.close()
             os.close(self._commands)
 
+    @property
+    def closed(self) -> bool:
+        return self._out.closed
+
     def send(self, command: Mapping[str, Any]) -> None:
-        self.idle = False
+        self._work()
         if not self._once:
             self.renew()
         try:
@@ -254,7 +297,7 @@ class _Process:
 
     def renew(self) -> None:
         """The process may take as long again."""
-        self._left = self._limits.seconds
+        self._left = self._seconds
 
     def message(self, kind: str, end: str | None = None) -> Any:
         """The next message's value; None for one of the kind ``end``."""
@@ -343,7 +386,7 @@ class _Process:
                 self._check()
                 if self._left < 0:
                     raise TooLargeError(
-                        f"{self._name} takes more than {self._limits.seconds:g} s to decode; "
+                        f"{self._name} takes more than {self._seconds:.1f} s to decode; "
                         "use fewer frames or a shorter part of it"
                     )
 

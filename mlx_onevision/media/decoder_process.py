@@ -1,9 +1,10 @@
-"""The process that decodes a video: started by :mod:`decoder`, never imported by the rest. What it
-does is in :mod:`libav`; here are its limits and its messages.
+"""The process that decodes a video, or an image of a rarer kind: started by :mod:`decoder`, never
+imported by the rest. What it does is in :mod:`libav` and :mod:`image`; here are its limits and its
+messages.
 
-Video decoders are large, written in C, and meet untrusted files, so they run in a process of their
-own, with limits on memory, processor time and open files. The file is standard input: libav gets
-neither a name nor a URL, and accepts a few containers only (no playlist, which names other files).
+Decoders are large, written in C, and meet untrusted files, so they run in a process of their own,
+with limits on memory, processor time and open files. The file is standard input: libav gets neither
+a name nor a URL, and accepts a few containers only (no playlist, which names other files).
 
 Commands (lines of JSON) are read from a descriptor. Standard output is lines of JSON, some followed
 by one frame's pixels:
@@ -11,7 +12,7 @@ by one frame's pixels:
     {"video": {…}}                     once: how many frames there are, and how long it is
     {"chosen": {…}}                    after the command "frames": which are coming
     {"frame": {…, "bytes": n}}         then n bytes: rows of RGB, each of "stride" bytes
-    {"end": {}}                        of an answer
+    {"end": {}}                        of an answer; of an image, its one frame is everything
     {"error": {"text": "…", "kind": "…"}}
 """
 
@@ -19,6 +20,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 FILES = 32  # open at once
@@ -37,16 +39,18 @@ def main() -> None:
         out.flush()
 
     try:
-        from mlx_onevision.media import libav  # before the limits: PyAV opens and maps many files
+        serve = _reader(request, send)  # before the limits: libraries open and map many files
+        from mlx_onevision.errors import MediaError, TooLargeError
         from mlx_onevision.subprocesses import confine
 
         gc.freeze()  # so that looking for cycles takes no time
         _limit_processor_time(request, 0.0)
         confine(request["memory"], files=FILES)
         try:
-            libav.serve(request, send, lambda length: _limit_processor_time(request, length))
-        except libav.Refusal as error:
-            send("error", {"text": str(error), "kind": error.kind})
+            serve()
+        except MediaError as error:
+            kind = "too_large" if isinstance(error, TooLargeError) else "media"
+            send("error", {"text": str(error), "kind": kind})
     except MemoryError:
         send("error", {"text": "it takes too much memory to decode", "kind": "too_large"})
     except BrokenPipeError:
@@ -54,6 +58,23 @@ def main() -> None:
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         send("error", {"text": text, "kind": "media"})
+
+
+def _reader(request: dict[str, Any], send: Callable[..., None]) -> Callable[[], None]:
+    """What reads the file and sends what is in it."""
+    if request["kind"] == "image":
+        from mlx_onevision.media.image import serve
+
+        return lambda: serve(request, send)
+    from mlx_onevision.media import libav
+
+    def read() -> None:
+        try:
+            libav.serve(request, send, lambda length: _limit_processor_time(request, length))
+        except libav.Refusal as error:
+            send("error", {"text": str(error), "kind": error.kind})
+
+    return read
 
 
 def _limit_processor_time(request: dict[str, Any], length: float) -> None:

@@ -13,18 +13,20 @@ Two routes, as in the reference (transformers with its torchvision backend):
 
 Of more than 8 bits the upper 8 are taken, as the depth of the file says. The reference differs:
 it takes 16-bit files as if they held 0..255, and clamps PIL images to 255.
+
+All threads together hold ``MEMORY`` bytes of images that are being decoded, or one image, whatever
+it takes: 7 bytes a pixel, more for some kinds (see :func:`_opened`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-import struct
 import warnings
-import zlib
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from importlib import import_module
 from io import BufferedReader, BytesIO, FileIO
@@ -41,28 +43,27 @@ from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS, sniff
 from mlx_onevision.media.anyres import fitted_size, select_best_resolution
 from mlx_onevision.media.cache import array_key
-from mlx_onevision.media.parallel import parallel_map
+from mlx_onevision.media.decoder import Limits, decode_image
+from mlx_onevision.media.image_parts import kind_of, orientation, reduced
+from mlx_onevision.media.parallel import Budget, no_check, parallel_map
 from mlx_onevision.media.resize import Pixels, resize_each, resize_on_square
 from mlx_onevision.media.sources import IMAGE_KINDS, is_file, open_source, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_OPENING = Lock()  # catch_warnings is one for all threads
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses a file as a decompression bomb
 MAX_READ = 64 << 20  # bytes of a file that are read before it is opened as an image
 _LARGE = 1 << 22  # pixels of an image that is taken from Pillow in strips
 MAX_SIDE = 200_000  # beyond, an image one pixel high would take gigabytes to resize
+MEMORY = 1 << 30  # bytes of images being decoded, of all threads
+_TRIMMED = 16 << 20  # bytes from which on freed memory is given back to the system
+
+_memory = Budget(MEMORY)
 
 # What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000", "QOI", "AVIF")
-_PNG = b"\x89PNG\r\n\x1a\n"
-_END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
-# Chunks of a PNG that its pixels need; where only another one is damaged, the image is sound.
-_CRITICAL, _USEFUL = (b"IHDR", b"PLTE", b"IDAT"), (b"tRNS", b"eXIf")
-# EXIF orientation to the PIL.Image.Transpose that undoes it, by name.
-_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-_UPRIGHT = dict(enumerate(_TURNS.split(), 2))
+_STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I": 16, "F": 16}  # bytes a pixel in Pillow; else 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +75,42 @@ class DecodedImage:
     pixels: Pixels
 
 
+class PixelCount:
+    """The pixels that the images of one request may have together, decoded for it."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, 0
+        self._lock = Lock()
+
+    def take(self, pixels: int) -> None:
+        """Raises TooLargeError beyond them."""
+        with self._lock:
+            self._taken += pixels
+            if self._taken > self._most:
+                together = f"{self._taken / 1e6:,.0f} megapixels together"
+                raise TooLargeError(
+                    f"the images of the request have more than {together}; at most "
+                    f"{self._most / 1e6:,.0f} are read"
+                )
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image's file, which is decoded only where its tiles are not known: its bytes, what errors
-    call it, and the most pixels that it may have.
+    """An image's file, which is decoded only where its tiles are not known.
+
+    data, name : its bytes, and what errors call it.
+    max_pixels : that it may have. together : that it may have with others.
+    limits : of the process that decodes it unless it is a PNG, JPEG, WebP, GIF or BMP; None for
+        none: every kind is decoded here.
+    check : called while it waits; ends the work by raising.
     """
 
     data: bytes
     name: str
     max_pixels: int
+    together: PixelCount | None = None
+    limits: Limits | None = None
+    check: Callable[[], None] = no_check
 
 
 _Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image"
@@ -99,37 +127,55 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Pixels:
         MediaError: whatever keeps it from being read, in one sentence that names it.
         TooLargeError: more than ``max_pixels`` (before decoding), or too large a download.
     """
+    with reading_image(source, max_pixels) as pixels:
+        return pixels
+
+
+@contextmanager
+def reading_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Iterator[Pixels]:
+    """:func:`load_image`, of which other threads know until the end that it holds memory."""
     from PIL.Image import Image
 
-    if isinstance(source, DecodedImage):
-        high, wide, _ = source.pixels.shape
-        _check_size("the decoded image", high, wide, max_pixels)
-        return source.pixels
-    if isinstance(source, EncodedImage):
-        return _decoded(source.data, source.name, min(max_pixels, source.max_pixels))
-    if isinstance(source, Image):
-        return _from_object(source, max_pixels)
-    if not is_file(source):
-        return _from_array(source, max_pixels)
-    return _decoded(*open_source(source, "image"), max_pixels)
+    with ExitStack() as held:
+        if isinstance(source, DecodedImage):
+            high, wide, _ = source.pixels.shape
+            _check_size("the decoded image", high, wide, max_pixels)
+            yield source.pixels
+        elif isinstance(source, EncodedImage):
+            most = min(max_pixels, source.max_pixels)
+            yield _decoded(source.data, replace(source, max_pixels=most), held)
+        elif isinstance(source, Image):
+            yield _from_object(source, max_pixels)
+        elif not is_file(source):
+            yield _from_array(source, max_pixels)
+        else:
+            data, name = open_source(source, "image")
+            if isinstance(data, FileIO):
+                held.enter_context(data)
+            yield _decoded(data, EncodedImage(b"", name, max_pixels), held)
 
 
-def identify_image(source: ImageSource) -> tuple[Hashable | None, Callable[[], Pixels]]:
+def identify_image(
+    source: ImageSource,
+) -> tuple[Hashable | None, Callable[[], AbstractContextManager[Pixels]]]:
     """What tells an image from all others, by the bytes of its file or by its pixels, and what
-    reads the pixels (:func:`load_image`, whose errors both raise). A file of more than
+    reads the pixels (:func:`reading_image`, whose errors both raise). A file of more than
     ``MAX_READ`` bytes is not looked into: None.
     """
     if isinstance(source, EncodedImage):
-        return ("file", sha256(source.data).digest()), lambda: load_image(source)
+        return ("file", sha256(source.data).digest()), partial(reading_image, source)
     if isinstance(source, DecodedImage) or not is_file(source):
         pixels = load_image(source)
-        return array_key(pixels), lambda: pixels
+        return array_key(pixels), partial(nullcontext, pixels)
     data, name = open_source(source, "image")
-    if isinstance(data, FileIO) and os.fstat(data.fileno()).st_size <= MAX_READ:
+    if isinstance(data, FileIO) and os.fstat(data.fileno()).st_size > MAX_READ:
+        data.close()
+        return None, partial(reading_image, source)
+    if isinstance(data, FileIO):
         with data, _media_errors(name, f"cannot read {name}"):
             data = data.readall()  # once, so that these are the bytes that are decoded
-    key = ("file", sha256(data).digest()) if isinstance(data, bytes) else None
-    return key, lambda: _decoded(data, name, MAX_PIXELS)
+    read = partial(reading_image, EncodedImage(data, name, MAX_PIXELS))
+    return ("file", sha256(data).digest()), read
 
 
 def tile_image(image: Pixels, config: ImageConfig) -> Pixels:
@@ -197,18 +243,43 @@ def _check_size(name: str, high: int, wide: int, max_pixels: int) -> None:
         raise TooLargeError(f"{name} is {wide}x{high} pixels; a side has at most {MAX_SIDE:,}")
 
 
-def _decoded(data: bytes | FileIO, name: str, max_pixels: int) -> Pixels:
-    with BytesIO(data) if isinstance(data, bytes) else BufferedReader(data) as file:
-        return _from_file(file, name, max_pixels)
+class _TooHeavyError(Exception):
+    """It takes more than ``MEMORY``, and another process may decode it."""
 
 
-def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
+def _decoded(data: bytes | FileIO, about: EncodedImage, held: ExitStack) -> Pixels:
+    """The pixels of a file, of which ``about`` has everything but the bytes. ``held`` gets what is
+    to be left once they are not needed any more.
+    """
+    name = about.name
     with _media_errors(name, f"cannot read {name}"):
-        head = file.read(1024)
-        file.seek(0)
-    if not head:
-        raise MediaError(f"{name} is empty (0 bytes)")
-    kinds = _KINDS
+        head = data[:1024] if isinstance(data, bytes) else os.pread(data.fileno(), 1024, 0)
+        if not head:
+            raise MediaError(f"{name} is empty (0 bytes)")
+        kind = kind_of(head)
+        if isinstance(data, FileIO) and kind:
+            data = data.readall()
+    if about.limits is None or kind:
+        try:
+            return _read(data, head, about, held)
+        except _TooHeavyError:
+            pass
+    assert isinstance(data, bytes) and about.limits is not None
+    with TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        limits = replace(about.limits, pixels=about.max_pixels)
+        pixels = decode_image(file, name, limits, about.check)
+    if about.together is not None:
+        about.together.take(pixels.shape[0] * pixels.shape[1])
+    held.enter_context(_holding(pixels.nbytes, about.check))
+    return pixels
+
+
+def _read(data: bytes | FileIO, head: bytes, about: EncodedImage, held: ExitStack) -> Pixels:
+    """As :func:`_decoded`, in this process."""
+    name, kind = about.name, kind_of(head)
+    kinds = (kind,) if kind else _KINDS
     brands = head[8 : int.from_bytes(head[:4], "big")]
     avif = any(brand in brands for brand in AVIF_BRANDS)  # beside a more general brand
     if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and not avif:
@@ -218,23 +289,24 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
         except ImportError:
             needs = "needs pillow-heif; pip install 'mlx-onevision[heic]'"
             raise MediaError(f"{name} is a HEIC image, which {needs}") from None
+    exif, extra = None, 12 if kind == "WEBP" else 0  # its frame, and two canvases
+    if isinstance(data, bytes):
+        data, exif, extra = reduced(data, name, extra)
+    file = BytesIO(data) if isinstance(data, bytes) else BufferedReader(data)
     try:
-        return _opened(file, name, kinds, max_pixels)
+        return _opened(file, about, kinds, exif, extra, held)
     except TooLargeError:
         raise
     except MediaError as error:
-        try:
-            if head.startswith(_PNG):
-                with _essential_png(file) as essential:
-                    return _opened(essential, name, kinds, max_pixels)
-            if avif:  # libavif refuses damaged EXIF; under another name, it is not parsed
-                file.seek(0)
-                data = file.read().replace(b"Exif", b"exif", 1)
-                return _opened(BytesIO(data), name, kinds, max_pixels)
-        except TooLargeError:
-            raise
-        except MediaError:
-            pass  # it was not the metadata
+        if avif:  # libavif refuses damaged EXIF; under another name, it is not parsed
+            file.seek(0)
+            renamed = BytesIO(file.read().replace(b"Exif", b"exif", 1))
+            try:
+                return _opened(renamed, about, kinds, exif, extra, held)
+            except TooLargeError:
+                raise
+            except MediaError:
+                pass  # it was not the metadata
         if sniff(head) == "video":
             raise MediaError(
                 f"{name} is a video, not an image; give it as a video (--video, videos=)"
@@ -242,38 +314,102 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> Pixels:
         raise
 
 
-def _opened(file: BinaryIO, name: str, kinds: tuple[str, ...], max_pixels: int) -> Pixels:
+def _opened(
+    file: BinaryIO,
+    about: EncodedImage,
+    kinds: tuple[str, ...],
+    exif: bytes | None,
+    extra: int,
+    held: ExitStack,
+) -> Pixels:
+    """exif : None where Pillow has to be asked for it. extra : bytes that decoding holds for each
+    pixel beside Pillow's own 1 to 4 and our 3.
+    """
     from PIL import Image, UnidentifiedImageError
 
+    name = about.name
     with _media_errors(name, f"cannot read {name}"):
         try:
-            with _OPENING, warnings.catch_warnings():
-                # Of metadata, and from half of Pillow's limit on; ours is checked before decoding.
-                warnings.simplefilter("ignore")
+            with _quiet:  # of metadata, and from half of Pillow's limit on; ours is checked below
                 image = Image.open(file, formats=kinds)
         except (UnidentifiedImageError, KeyError) as error:  # KeyError: Pillow built without a kind
             raise MediaError(
                 f"{name} is not an image of the kinds that are read ({IMAGE_KINDS})"
             ) from error
-    with image:
-        _check_size(name, image.height, image.width, max_pixels)
+    with image, ExitStack() as taken:
+        _check_size(name, image.height, image.width, about.max_pixels)
+        pixels = image.height * image.width
+        size = pixels * (_STORED.get(image.mode, 4) + 3 + extra)
+        if size > MEMORY and about.limits is not None:
+            raise _TooHeavyError
+        if about.together is not None:
+            about.together.take(pixels)
+        taken.enter_context(_holding(size, about.check))
         with _media_errors(name, f"{name} is damaged"):
             _drop_xmp(image)  # in a TIFF, by which loading turns
             image.load()
-            turn = _UPRIGHT.get(_orientation(image))
+            _check_size(name, image.height, image.width, about.max_pixels)  # an ICO's is known now
+            if exif is None and image.format == "WEBP":
+                exif = image.info.get("exif", b"")
+            turn = _orientation(image) if exif is None else orientation(exif)
             # Of no use once it is dropped, but Pillow would warn that it is.
             image.info.pop("transparency", None)
-            grey = _eight_bits(image, name)
-            rgb = grey if grey.mode == "RGB" else grey.convert("RGB")
-            return _pixels(rgb.transpose(Image.Transpose[turn]) if turn else rgb)
+            made = _pixels(_eight_bits(image, name), turn)
+        held.push(taken.pop_all())
+        return made
+
+
+@contextmanager
+def _holding(size: int, check: Callable[[], None]) -> Iterator[None]:
+    """Memory of images that are being decoded, which is given back to the system at the end."""
+    try:
+        with _memory.holding(size, check):
+            yield
+    finally:
+        if size >= _TRIMMED:
+            _trim()()
+
+
+@cache
+def _trim() -> Callable[[], object]:
+    """What has the C library give back memory that was freed. glibc would keep that of each thread;
+    macOS's has no such function, and needs none for blocks as large as Pillow's.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return no_check if trim is None else partial(trim, 0)
+
+
+class _Quiet:
+    """No warnings while any thread is in it: Python's own catch_warnings is one for all threads,
+    so that they would have to wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
 
 
 def _orientation(image: Image) -> int:
     """By EXIF alone: as in browsers and the reference, what XMP says of it does not count."""
     _drop_xmp(image)
     try:
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is damaged in it
+        with _quiet:  # of what is damaged in it
             return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged, in any way
         return 1
@@ -284,31 +420,15 @@ def _drop_xmp(image: Image) -> None:
         image.info.pop(name, None)
 
 
-def _essential_png(file: BinaryIO) -> BinaryIO:
-    """A PNG without the chunks that its pixels do not need, and with an end."""
-    essential = TemporaryFile()
-    essential.write(_PNG)
-    file.seek(len(_PNG))
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind in _CRITICAL:
-            essential.write(head)
-            left = length + 4
-            while left and (part := file.read(min(left, 1 << 20))):
-                essential.write(part)
-                left -= len(part)
-            if left:  # cut short: what is missing is not made up
-                break
-        elif kind in _USEFUL and length < 1 << 16:
-            data = file.read(length + 4)
-            if data[length:] == zlib.crc32(kind + data[:length]).to_bytes(4, "big"):
-                essential.write(head + data)
-        elif kind != b"IEND":
-            file.seek(length + 4, os.SEEK_CUR)
-    else:
-        essential.write(_END)
-    essential.seek(0)
-    return essential
+def serve(request: Mapping[str, Any], send: Callable[..., None]) -> None:
+    """In the decoding process: sends the image that is standard input. Raises MediaError."""
+    with open(0, "rb", closefd=False) as file:
+        file.seek(0)
+        image = EncodedImage(file.read(), "it", request["max_pixels"])
+    pixels = np.ascontiguousarray(load_image(image))
+    high, wide, _ = pixels.shape
+    about = {"high": high, "wide": wide, "stride": 3 * wide, "bytes": pixels.nbytes}
+    send("frame", {**about, "matrix": [1, 0, 0, 1]}, pixels.data)
 
 
 def _eight_bits(image: Image, name: str) -> Image:
@@ -368,21 +488,38 @@ def _from_object(image: Image, max_pixels: int) -> Pixels:
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = module.new("RGBA", image.size, (255, 255, 255, 255))
             image = module.alpha_composite(white, image.convert("RGBA"))
-        return _pixels(image if image.mode == "RGB" else image.convert("RGB"))
+        return _pixels(image)
 
 
-def _pixels(image: Image) -> Pixels:
-    """Of an RGB image. Of a large one Pillow would make two copies, neither of which a cache holds;
-    a strip takes part of the time.
+def _pixels(image: Image, turn: int = 1) -> Pixels:
+    """As RGB, upright by an EXIF orientation. A large image is taken in strips: Pillow would make
+    two copies and more of it, none of which a cache holds.
     """
     if image.height * image.width < _LARGE:
-        return np.asarray(image)
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    band = max(1, _LARGE // 16 // image.width)
-    for top in range(0, image.height, band):
-        box = (0, top, image.width, min(top + band, image.height))
-        pixels[top : top + band] = np.asarray(image.crop(box))
+        return np.ascontiguousarray(_turned(np.asarray(_rgb(image)), turn))
+    wide, high = image.size
+    pixels = np.empty((wide, high, 3) if 5 <= turn <= 8 else (high, wide, 3), np.uint8)
+    view = _turned(pixels, {6: 8, 8: 6}.get(turn, turn))
+    band = max(1, _LARGE // 16 // wide)
+    for top in range(0, high, band):
+        box = (0, top, wide, min(top + band, high))
+        view[top : top + band] = np.asarray(_rgb(image.crop(box)))
     return pixels
+
+
+def _rgb(image: Image) -> Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _turned(pixels: Pixels, turn: int) -> Pixels:
+    """A view of pixels (H, W, 3) that lie as an EXIF orientation says, upright. What it is not, 1
+    to 8, turns nothing. 6 and 8 undo each other, the others themselves.
+    """
+    if 5 <= turn <= 8:
+        pixels = pixels.swapaxes(0, 1)
+    down = -1 if turn in (3, 4, 7, 8) else 1
+    across = -1 if turn in (2, 3, 6, 7) else 1
+    return pixels[::down, ::across]
 
 
 def _from_array(source: object, max_pixels: int) -> Pixels:

@@ -37,6 +37,10 @@ MAX_FRAMES = 4_000_000  # of one file: 37 hours at 30 a second
 THREAD_BYTES = 128 << 20  # of frames that decoding threads hold at once, roughly
 THUMBNAIL = 64  # pixels, across and down at most
 ATTACHED_PICTURE = 0x400
+# Boxes of MP4 and MOV: what holds others, and where behind its head a number of frames stands.
+HOLDERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}
+MAX_BOXES = 20_000  # that are looked at
 SEQUENCES = (b"avis", b"msf1", b"hevc", b"hevx")  # major brands of animated AVIF and HEIF
 
 
@@ -140,6 +144,8 @@ def _matrix(frame: VideoFrame) -> list[int]:
 def _open_video(request: Json) -> tuple[InputContainer, VideoStream]:
     file = os.fdopen(os.dup(0), "rb", buffering=0)
     _refuse_image(os.pread(0, 32, 0))
+    if _claimed_frames() > MAX_FRAMES:
+        raise Refusal(f"it has more than {MAX_FRAMES:,} frames", "too_large")
     file.seek(0)
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
     try:
@@ -176,6 +182,32 @@ def _refuse_image(head: bytes) -> None:
             f"to have all of it, convert it to one of {VIDEO_KINDS}"
         )
     raise Refusal("it is an image, not a video; give it as an image (--image, images=)")
+
+
+def _claimed_frames() -> int:
+    """The frames that an MP4's tables promise, before libav makes an entry for each. A kilobyte
+    can promise millions.
+    """
+    size, claimed, seen = os.fstat(0).st_size, 0, 0
+    waiting = [(0, size)]
+    while waiting:
+        place, end = waiting.pop()
+        while place + 8 <= end and seen < MAX_BOXES:
+            seen += 1
+            head = os.pread(0, 20, place)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            begin = place + 8
+            if length == 1:  # a long one
+                length, begin = int.from_bytes(head[8:16], "big"), place + 16
+            stop = min(end, place + length) if length else end
+            if stop <= begin:
+                break
+            if kind in HOLDERS:
+                waiting.append((begin, stop))
+            elif kind in COUNTS:
+                claimed += int.from_bytes(os.pread(0, 4, begin + COUNTS[kind]), "big")
+            place = stop
+    return claimed
 
 
 def _check_size(wide: int, high: int, most: int) -> None:

@@ -1,14 +1,64 @@
-"""Work on several cores: numpy, Pillow and hashlib release the interpreter's lock."""
+"""Work on several cores: numpy, Pillow and hashlib release the interpreter's lock; and what may be
+held by all threads at once.
+"""
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
+from threading import Condition
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+POLL_SECONDS = 0.1  # how often a cancellation is looked for
+
+
+def no_check() -> None:
+    """No cancellation."""
+
+
+class Budget:
+    """What all threads together may hold of something: bytes, processes. First come, first served.
+    Who asks for more than ``total`` gets it while nobody else holds anything.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._held = total, 0
+        self._waiting: deque[object] = deque()
+        self._changed = Condition()
+
+    def acquire(self, size: int = 1, check: Callable[[], None] = no_check) -> None:
+        """Waits for room. check : called meanwhile; gives up by raising."""
+        me = object()
+        with self._changed:
+            self._waiting.append(me)
+            try:
+                while self._waiting[0] is not me or (
+                    self._held and self._held + size > self._total
+                ):
+                    self._changed.wait(POLL_SECONDS)
+                    check()
+                self._held += size
+            finally:
+                self._waiting.remove(me)
+                self._changed.notify_all()
+
+    def release(self, size: int = 1) -> None:
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()
+
+    @contextmanager
+    def holding(self, size: int = 1, check: Callable[[], None] = no_check) -> Iterator[None]:
+        self.acquire(size, check)
+        try:
+            yield
+        finally:
+            self.release(size)
 
 
 @cache
@@ -35,19 +85,29 @@ def parallel_map(
     if cores() == 1 or (isinstance(items, Sized) and len(items) < 2):
         return [function(item) for item in items]
     pool, results = _pool(), list[Result]()
-    running: deque[tuple[Future[Result], Item]] = deque()
+    running: deque[tuple[Future[Result], list[Callable[[], Result]]]] = deque()
 
     def finish() -> None:
-        future, item = running.popleft()
-        results.append(function(item) if future.cancel() else future.result())
+        future, task = running.popleft()
+        results.append(_run(task) if future.cancel() else future.result())
 
     try:
         for item in items:
-            running.append((pool.submit(function, item), item))
+            # A task that was taken back stays in the pool's queue for a while, emptied: what it is
+            # about may be large.
+            task = [partial(function, item)]
+            running.append((pool.submit(_run, task), task))
             if len(running) >= most:
                 finish()
         while running:
             finish()
     finally:
-        wait([future for future, _ in running if not future.cancel()])
+        for future, task in running:
+            if future.cancel():
+                task.clear()
+        wait([future for future, _ in running if not future.cancelled()])
     return results
+
+
+def _run(task: list[Callable[[], Result]]) -> Result:
+    return task.pop()()

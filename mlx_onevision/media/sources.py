@@ -33,7 +33,8 @@ Kind: TypeAlias = Literal["image", "video"]
 
 _ARTICLES = {"image": "an image", "video": "a video"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+_BLANKS = b" \t\n\r\f\v"  # that base64 may be broken by
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
 
 
 def is_file(source: object) -> bool:
@@ -175,8 +176,8 @@ def bare_base64(text: str) -> bytes | None:
 
 
 def _from_base64(text: str) -> bytes | None:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
+    try:  # as bytes: splitting at blanks would make an object of each piece
+        return base64.b64decode(text.encode("ascii").translate(None, _BLANKS), validate=True)
     except ValueError:
         return None
 

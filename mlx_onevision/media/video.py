@@ -30,10 +30,10 @@ from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.files import read_json
 from mlx_onevision.media.cache import TileCache, array_key, digest_of, file_key
-from mlx_onevision.media.decoder import Limits, TooManyFramesError, VideoReader, no_check
+from mlx_onevision.media.decoder import Limits, TooManyFramesError, VideoReader
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions, uniform_or_endpoints
 from mlx_onevision.media.image import load_image
-from mlx_onevision.media.parallel import parallel_map
+from mlx_onevision.media.parallel import no_check, parallel_map
 from mlx_onevision.media.resize import Pixels, resize
 from mlx_onevision.media.sources import file_name, is_file, open_source
 
@@ -42,6 +42,7 @@ VideoSource: TypeAlias = "_File | list[Any] | tuple[Any, ...] | NDArray[Any]"
 
 FILE = "video_preprocessor_config.json"
 IN_FLIGHT = 4  # decoded frames of a file that are held at once
+LARGE = 32 << 20  # bytes of a frame that is held alone: resizing it takes all cores as it is
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -209,7 +210,11 @@ def _from_file(
     def frames() -> Iterator[tuple[int, Pixels]]:
         for place, pixels in chosen.frames:
             places.append(place)
-            yield len(places) - 1, pixels
+            if pixels.nbytes < LARGE:
+                yield len(places) - 1, pixels
+            else:
+                work((len(places) - 1, pixels))
+            del pixels
 
     parallel_map(work, frames(), most=IN_FLIGHT)
     if not places:

@@ -8,6 +8,7 @@ otherwise of one image, and may have the times of a video's frames written behin
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from mlx_onevision.media.anyres import (
     thinned,
 )
 from mlx_onevision.media.cache import TileCache, digest_of
+from mlx_onevision.media.decoder import Limits
 from mlx_onevision.media.image import (
     identify_image,
     normalization_table,
@@ -37,7 +39,7 @@ from mlx_onevision.media.image import (
     tile_image,
 )
 from mlx_onevision.media.parallel import parallel_map
-from mlx_onevision.media.video import VideoConfig, VideoFrames
+from mlx_onevision.media.video import VideoConfig, VideoFrames, load_video
 from mlx_onevision.prompt.chat_template import ChatTemplate, Order, Segment
 from mlx_onevision.prompt.messages import Message, sources, video_blocks
 from mlx_onevision.prompt.tokenizer import Tokenizer
@@ -136,6 +138,7 @@ class Processor:
         self.cache = TileCache(cache_bytes)
         self.visual_tokens = 1.0  # where :meth:`prepare` is given none
         self.context = config.text_config.max_position_embeddings  # or fewer that memory holds
+        self.decoding: Limits | None = None  # of videos; None for the usual ones
         self._placeholders = {
             "<image>": config.image_token_index,
             "<video>": config.video_token_index,
@@ -250,7 +253,8 @@ class Processor:
             sentence=sentence,
         )
         size = self.video_config.pixels.size
-        frames = load_videos(videos, options, size, budget, check, self.cache)
+        load = partial(load_video, check=check, cache=self.cache, limits=self.decoding)
+        frames = load_videos(videos, options, size, budget, load)
         media["<video>"] = [self._video(video, budget.packing) for video in frames]
         if sentence:
             segments = with_times(segments, frames)
@@ -288,7 +292,9 @@ class Processor:
         key = None if key is None else (key, shape, share)
         medium = self.cache.get(key, Medium)
         if medium is None:
-            medium = self._tiled(read(), shape, share)
+            with read() as pixels:
+                medium = self._tiled(pixels, shape, share)
+                del pixels
             self.cache.put(key, medium)
         return medium
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from mlx_onevision.errors import ContextOverflowError
 from mlx_onevision.media.anyres import VideoPacking
-from mlx_onevision.media.cache import TileCache
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.media.sources import is_file
-from mlx_onevision.media.video import TooManyFramesError, VideoFrames, load_video
+from mlx_onevision.media.video import TooManyFramesError, VideoFrames
 from mlx_onevision.prompt.chat_template import Segment
 
 TIME_TOKENS = 10  # of a frame's time in a prompt, "99999.99s,", at the most
@@ -48,8 +47,7 @@ def load_videos(
     options: FrameOptions,
     size: int,
     budget: ContextBudget,
-    check: Callable[[], None],
-    cache: TileCache,
+    load: Callable[..., VideoFrames],
 ) -> list[VideoFrames]:
     """The videos of ``blocks``, as tiles of ``size`` pixels.
 
@@ -57,10 +55,10 @@ def load_videos(
     of which the usual number is taken, or fewer where they share what is left.
 
     options : what holds unless a block says otherwise.
+    load : :func:`~mlx_onevision.media.video.load_video`, whose errors are raised, too.
 
     Raises:
         ContextOverflowError: with how many tokens it would take, and how many there are.
-        MediaError, RequestError: see :func:`~mlx_onevision.media.video.load_video`.
     """
     names = FrameOptions.names()
     wanted = [options.over({k: block[k] for k in names if k in block}) for block in blocks]
@@ -70,13 +68,13 @@ def load_videos(
     found: dict[int, VideoFrames] = {}
     for place, source in enumerate(sources):
         if not is_open[place]:
-            found[place] = _load_fixed(source, wanted[place], size, budget, left, check, cache)
+            found[place] = _load_fixed(source, wanted[place], size, budget, left, load)
             left -= budget.tokens(len(found[place].tiles))
     left -= min(budget.answer, budget.limit // 4)
     for place, source in enumerate(sources):
         if is_open[place]:
             share = left // (len(sources) - len(found))
-            found[place] = _load_open(source, wanted[place], size, budget, share, check, cache)
+            found[place] = _load_open(source, wanted[place], size, budget, share, load)
             left -= budget.tokens(len(found[place].tiles))
     return [found[place] for place in range(len(sources))]
 
@@ -87,12 +85,11 @@ def _load_fixed(
     size: int,
     budget: ContextBudget,
     left: int,
-    check: Callable[[], None],
-    cache: TileCache,
+    load: Callable[..., VideoFrames],
 ) -> VideoFrames:
     most = budget.frames(left)
     try:
-        return load_video(source, size, options, most=most, check=check, cache=cache)
+        return load(source, size, options, most=most)
     except TooManyFramesError as error:
         raise ContextOverflowError(
             f"{error.wanted} frames of a video take {budget.tokens(error.wanted)} "
@@ -107,8 +104,7 @@ def _load_open(
     size: int,
     budget: ContextBudget,
     left: int,
-    check: Callable[[], None],
-    cache: TileCache,
+    load: Callable[..., VideoFrames],
 ) -> VideoFrames:
     number = min(DEFAULT_FRAMES, budget.frames(left))
     if number < 1:
@@ -117,7 +113,7 @@ def _load_open(
             f"context of {budget.limit} has {max(left, 0)} left for it; use fewer media or a "
             "shorter text"
         )
-    video = load_video(source, size, options, default=number, check=check, cache=cache)
+    video = load(source, size, options, default=number)
     if number == DEFAULT_FRAMES or len(video.tiles) < number or video.total == number:
         return video
     note = (

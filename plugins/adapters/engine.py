@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlx_onevision.embed.embeddings import Embeddings
     from mlx_onevision.engine.generation import Generation
     from mlx_onevision.engine.request import PromptRequest
+    from mlx_onevision.media.decoder import Limits as DecoderLimits
     from mlx_onevision.network.stages import Split
     from mlx_onevision.sampling import logprobs
 
@@ -85,7 +86,13 @@ def open_engine(
 
     def load() -> "_Engine":
         from mlx_onevision.api import Model
+        from mlx_onevision.media.decoder import Limits as DecoderLimits
+        from mlx_onevision.media.parallel import Budget
 
+        allowed = policy or MediaPolicy()
+        decoding = DecoderLimits(
+            allowed.memory, allowed.seconds, processes=Budget(allowed.decoders)
+        )
         loaded = Model(
             folder(),
             name=str(model),
@@ -96,8 +103,9 @@ def open_engine(
             sharded=sharded,
             split=split,
             adapter=adapter_folder(),
+            decoding=decoding,
         )
-        return _Engine(loaded, policy or MediaPolicy(), limits or Limits())
+        return _Engine(loaded, allowed, limits or Limits(), decoding)
 
     def describe() -> results.ModelInfo:
         if not found:
@@ -118,8 +126,10 @@ def import_engine() -> None:
 class _Engine:
     """A loaded model; see :class:`~mlx_onevision.plugins.service.service.LoadedModel`."""
 
-    def __init__(self, model: "Model", policy: MediaPolicy, limits: Limits) -> None:
-        self._model, self._policy = model, policy
+    def __init__(
+        self, model: "Model", policy: MediaPolicy, limits: Limits, decoding: "DecoderLimits"
+    ) -> None:
+        self._model, self._policy, self._decoding = model, policy, decoding
         self._default_max_tokens = limits.default_for(model.checkpoint_max_tokens)
         self._preparing = RequestQueue(PREPARING, sys.maxsize)
 
@@ -151,10 +161,8 @@ class _Engine:
         if request.max_tokens is None:
             given["max_tokens"] = self._default_max_tokens
         videos = any(medium.kind == "video" for medium in request.media)
-        with _MediaReader(self._policy, self._preparing, channel) as reader:
-            # A video is decoded by another process: who waits for it must not hold a slot. Images
-            # are decoded in one, here or with the request.
-            read = {id(medium): reader.of(medium, decode=videos) for medium in request.media}
+        with _MediaReader(self._policy, self._decoding, channel) as reader:
+            read = {id(medium): reader.of(medium) for medium in request.media}
             messages = [
                 {
                     "role": message.role,
@@ -167,6 +175,7 @@ class _Engine:
                 }
                 for message in request.messages
             ]
+            # A video is decoded by another process: who waits for it must not hold a slot.
             with nullcontext() if videos else self._preparing.slot(channel):
                 question = self._model.build_request(
                     messages, check=channel.check, stop=tuple(request.stop), **given
@@ -189,7 +198,7 @@ class _Engine:
 
     def _embedded(self, request: EmbedRequest, first: int, channel: Channel) -> "Embeddings":
         """A group of items; no more of them are ever held at once."""
-        with _MediaReader(self._policy, self._preparing, channel) as reader:
+        with _MediaReader(self._policy, self._decoding, channel) as reader:
             items = []
             for number, item in enumerate(request.items[first : first + GROUP], first + 1):
                 channel.check()
@@ -220,7 +229,7 @@ class _Engine:
 
         given = {name: getattr(request, name) for name in DESCRIBING}
         segments: list[results.Segment] = []
-        with _MediaReader(self._policy, self._preparing, channel) as reader:
+        with _MediaReader(self._policy, self._decoding, channel) as reader:
             channel.put(results.ProgressEvent("preparing"))
             video = reader.of(request.video)
             stream = reader.enter_context(self._model.stream_description(video, **given))
@@ -250,9 +259,13 @@ class _Engine:
 class _MediaReader(ExitStack):
     """Reads the media of one request, and closes their files at the end."""
 
-    def __init__(self, policy: MediaPolicy, preparing: RequestQueue, channel: Channel) -> None:
+    def __init__(self, policy: MediaPolicy, decoding: "DecoderLimits", channel: Channel) -> None:
+        from mlx_onevision.media.image import PixelCount
+
         super().__init__()
-        self._policy, self._preparing, self._channel = policy, preparing, channel
+        self._policy, self._channel = policy, channel
+        self._decoding = decoding if policy.isolated else None
+        self._together = PixelCount(4 * policy.pixels)
 
     def item(self, item: str | requests.Media | requests.Group) -> Any:
         """As :meth:`mlx_onevision.api.Model.embed` takes it; the errors are those of :meth:`of`."""
@@ -262,26 +275,29 @@ class _MediaReader(ExitStack):
             return {"type": item.kind, item.kind: self.of(item)}
         return [self.item(medium) for medium in item.media]
 
-    def of(self, medium: requests.Media, decode: bool = True) -> Any:
-        """Of an image its pixels, or its file where it is not to be decoded; of a video its bytes
-        or its open file. Raises PluginError: when the policy does not allow it, or the request has
-        ended; OneVisionError: when it cannot be read.
+    def of(self, medium: requests.Media) -> Any:
+        """Of an image its file, which is decoded when its turn comes; of a video its bytes or its
+        open file. Raises PluginError: when the policy does not allow it, or the request has ended;
+        OneVisionError: when it cannot be read.
         """
         self._channel.check()
         source = self._policy.open(medium)
         if medium.kind == "video":
             return source if isinstance(source, bytes) else self.enter_context(source)
-        from mlx_onevision.media.image import DecodedImage, EncodedImage, load_image
+        from mlx_onevision.media.image import EncodedImage
         from mlx_onevision.media.sources import open_source
 
         with nullcontext() if isinstance(source, bytes) else source:
             data, name = open_source(source, "image")
         assert isinstance(data, bytes)
-        encoded = EncodedImage(data, name, self._policy.pixels)
-        if not decode:
-            return encoded
-        with self._preparing.slot(self._channel):
-            return DecodedImage(load_image(encoded))
+        return EncodedImage(
+            data,
+            name,
+            self._policy.pixels,
+            together=self._together,
+            limits=self._decoding,
+            check=self._channel.check,
+        )
 
 
 def _token_logprob(token: "logprobs.TokenLogprob") -> results.TokenLogprob:

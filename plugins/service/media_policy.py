@@ -56,8 +56,13 @@ class MediaPolicy:
         somebody else controls could otherwise point at a service next door.
     images, videos : of one request, at most.
     size : bytes of an image's file, and of whatever comes with a request or from a host.
-    pixels : of an image; what has more is not decoded.
+    pixels : of an image; what has more is not decoded. Those of one request may have four times as
+        many together.
     frames : of one video.
+    decoders : processes that decode at once. memory : bytes of each. seconds : of each, and one
+        more for every 50 MB of its file.
+    isolated : whether such processes decode the rarer kinds of images, too; PNG, JPEG, WebP, GIF
+        and BMP are decoded in this one.
     hints : the way out of a refusal.
     """
 
@@ -69,6 +74,10 @@ class MediaPolicy:
     size: int = 32 << 20
     pixels: int = 40_000_000
     frames: int = 128
+    decoders: int = 2
+    memory: int = 1536 << 20
+    seconds: float = 20.0
+    isolated: bool = True
     hints: Hints = Hints()
 
     @classmethod
@@ -83,6 +92,10 @@ class MediaPolicy:
             size=256 << 20,
             pixels=178_956_970,
             frames=1 << 20,
+            decoders=8,
+            memory=3 << 30,
+            seconds=300.0,
+            isolated=False,
         )
 
     def __post_init__(self) -> None:

@@ -280,9 +280,9 @@ def test_an_image_that_comes_again_is_not_decoded_again(
     decoded: list[str] = []
     real = image_files._decoded
 
-    def counted(data: Any, name: str, most: int) -> Any:
-        decoded.append(name)
-        return real(data, name, most)
+    def counted(data: Any, about: Any, held: Any) -> Any:
+        decoded.append(about.name)
+        return real(data, about, held)
 
     monkeypatch.setattr(image_files, "_decoded", counted)
     data = SHAPES + b"of this test"  # nothing behind the image's end is looked at

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mlx_onevision.cli.options import (
+    decoder_options,
     dtype_option,
     memory_options,
     model_option,
@@ -120,6 +121,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
 @revision_option
 @dtype_option
 @memory_options
+@decoder_options
 @split_option
 def serve(
     model: str | None,
@@ -144,6 +146,7 @@ def serve(
     revision: str | None,
     dtype: str | None,
     memory: dict[str, Any],
+    decoding: dict[str, Any],
     split: str | tuple[float, ...] | None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients speak it.
@@ -200,6 +203,7 @@ def serve(
                     private=allow_private,
                     size=max_upload << 20,
                     pixels=int(max_pixels * 1e6),
+                    **decoding,
                     hints=Hints(
                         folders="start serve with --media-root FOLDER",
                         hosts="start serve with --allow-media-host NAME",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_onevision.cli.options import (
+    decoder_options,
     dtype_option,
     memory_options,
     model_option,
@@ -54,6 +55,7 @@ from mlx_onevision.plugins.hosts.mcp import pipes
 @revision_option
 @dtype_option
 @memory_options
+@decoder_options
 @split_option
 def mcp(
     model: str | None,
@@ -64,6 +66,7 @@ def mcp(
     revision: str | None,
     dtype: str | None,
     memory: dict[str, Any],
+    decoding: dict[str, Any],
     split: str | tuple[float, ...] | None,
 ) -> None:
     """Serve a model over MCP, to Claude Desktop and other hosts.
@@ -100,7 +103,8 @@ def mcp(
     from mlx_onevision.plugins.service.service import Limits
 
     try:
-        policy = MediaPolicy(folders=folders, pixels=PIXELS, hints=Hints(folders=OPTION))
+        hints = Hints(folders=OPTION)
+        policy = MediaPolicy(folders=folders, pixels=PIXELS, hints=hints, **decoding)
         backend = open_engine(
             model,
             **settings,

@@ -1,0 +1,172 @@
+"""The parts of an image's file that its pixels need, and the orientation that its EXIF states.
+
+A file may hold a million parts that Pillow would go through one by one, or a directory of metadata
+whose entries all name the same megabyte. PNG, JPEG and GIF are therefore cut down, in one quick and
+bounded pass, to what the pixels of the first frame need, and Pillow opens that.
+"""
+
+import re
+import struct
+import zlib
+from typing import NamedTuple
+
+from mlx_onevision.errors import MediaError
+
+MAX_PARTS = 50_000  # chunks, segments or blocks; libpng writes one for each 8 KB of pixels
+MAX_EXIF = 1 << 16  # bytes; a JPEG has no longer one
+MAX_SCANS = 100  # of a JPEG: each goes over all pixels; the usual progressive one has 10
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
+_CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
+_ORIENTATION = 0x0112
+_NUMBERS = {1: "B", 3: "H", 4: "I"}  # a TIFF's types of whole numbers: byte, short, long
+_MARKER = re.compile(rb"\xff([^\xff])", re.DOTALL)  # of a JPEG; what lies between is skipped
+_BLOCK = re.compile(rb"[!,;]")  # how a GIF's begin
+_SOS, _EOI = 0xDA, 0xD9
+
+
+class Parts(NamedTuple):
+    """data : a file of the same pixels. exif : the block of EXIF that was left out, empty where
+    there is none; None for a file that was not looked into. extra : bytes that decoding holds for
+    each pixel, beside the pixel itself.
+    """
+
+    data: bytes
+    exif: bytes | None
+    extra: int
+
+
+def kind_of(head: bytes) -> str:
+    """Pillow's name for the kind of a file that begins so; "" for all but the usual ones."""
+    if head.startswith(_PNG):
+        return "PNG"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    # Others are packed, and Pillow unpacks them in Python.
+    if head.startswith(b"BM") and head[30:34] in (b"\0\0\0\0", b"\3\0\0\0"):
+        return "BMP"
+    return ""
+
+
+def reduced(data: bytes, name: str, extra: int = 0) -> Parts:
+    """The parts of a PNG, JPEG or GIF; of any other file, all. What is damaged is left to Pillow.
+
+    extra : as for :class:`Parts`, of another kind.
+
+    Raises:
+        MediaError: for more than ``MAX_PARTS`` of them.
+    """
+    reduce = {"PNG": _png, "JPEG": _jpeg, "GIF": _gif}.get(kind_of(data[:64]))
+    return Parts(data, None, extra) if reduce is None else reduce(data, name)
+
+
+def _png(data: bytes, name: str) -> Parts:
+    """Critical chunks and the transparent colour; the end, where a PNG was cut in it."""
+    kept, exif = [_PNG], b""
+    count, place = 0, len(_PNG)
+    while place + 8 <= len(data):
+        count = _counted(count, name)
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        if kind in _CRITICAL:
+            kept.append(data[place:end])
+            if end > len(data):  # cut short: what is missing is not made up
+                break
+        elif kind in (b"tRNS", b"eXIf") and length < MAX_EXIF:
+            content = data[place + 8 : end - 4]
+            if data[end - 4 : end] == zlib.crc32(kind + content).to_bytes(4, "big"):
+                if kind == b"eXIf":
+                    exif = exif or content
+                else:
+                    kept.append(data[place:end])
+        place = end
+    else:
+        kept.append(_END)
+    return Parts(b"".join(kept), exif, 0)
+
+
+def _jpeg(data: bytes, name: str) -> Parts:
+    """All segments up to the first scan but comments and what applications put in, of which JFIF
+    and Adobe say what the colours are.
+
+    Raises:
+        MediaError: for more than ``MAX_SCANS`` scans, too.
+    """
+    kept, exif = [data[:2]], b""
+    count, place, rest, progressive = 0, 2, b"", False
+    while (found := _MARKER.search(data, place)) is not None:
+        count = _counted(count, name)
+        start, marker, place = found.end() - 2, found[1][0], found.end()
+        if marker in (_EOI, _SOS):  # the end, or the first scan and all that follows
+            rest = data[start:]
+            break
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # they stand alone
+            continue
+        length = int.from_bytes(data[place : place + 2], "big")
+        if length < 2:
+            raise MediaError(f"{name} is damaged: a segment has no length")
+        place += length
+        segment = data[start:place]
+        if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
+            exif = exif or segment[10:]
+        progressive = progressive or marker in (0xC2, 0xC6, 0xCA, 0xCE)
+        if marker in (0xE0, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(segment)
+    scans = rest.count(bytes((0xFF, _SOS)))
+    if scans > MAX_SCANS:
+        raise MediaError(f"{name} has {scans:,} scans, more than {MAX_SCANS}; save it anew")
+    # Where they are several, all coefficients are held until the last, 6 bytes a pixel; afterwards
+    # come the 3 bytes of what is returned.
+    extra = 3 if progressive or scans > 1 else 0
+    return Parts(b"".join((*kept, rest)), exif, extra)
+
+
+def _gif(data: bytes, name: str) -> Parts:
+    """The first frame and the one block that says which colour is clear; what comes behind the
+    frame is not read anyway.
+    """
+    place = 13 + (3 << (data[10] & 7) + 1 if data[10:11] and data[10] & 0x80 else 0)
+    kept, control, count = data[:place], b"", 0
+    while (found := _BLOCK.search(data, place)) is not None:
+        count = _counted(count, name)
+        start, place = found.start(), found.end()
+        if found[0] != b"!":  # an image, or the end
+            return Parts(kept + control + data[start:], b"", 0)
+        label, place = data[place : place + 1], place + 1
+        while size := (data[place : place + 1] or b"\0")[0]:
+            count = _counted(count, name)
+            place += 1 + size
+        place += 1
+        if label == b"\xf9":
+            control = data[start:place]
+    return Parts(kept + control, b"", 0)
+
+
+def _counted(count: int, name: str) -> int:
+    if count >= MAX_PARTS:
+        raise MediaError(f"{name} is in more than {MAX_PARTS:,} parts; save it anew")
+    return count + 1
+
+
+def orientation(exif: bytes) -> int:
+    """Which side is up, 1 to 8, by a block of EXIF; 1 where it does not say, or is damaged."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None or len(exif) < 8:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    try:
+        (entries,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind, count = struct.unpack_from(f"{order}HHI", exif, place)
+            if tag == _ORIENTATION:
+                number = _NUMBERS[kind]
+                return struct.unpack_from(order + number, exif, place + 8)[0] if count == 1 else 1
+    except (struct.error, KeyError):
+        pass
+    return 1
