@@ -10,10 +10,13 @@ from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.interface import ErrorEvent, EventStream, GenerateRequest
 from mlx_onevision.plugins.service.service import Service
+from mlx_onevision.prompt.processor import Processor
+from mlx_onevision.prompt.tokenizer import Tokenizer
 from mlx_onevision.sampling.detokenizer import Detokenizer
 from mlx_onevision.sampling.sampler import Sampling
 
 PLACES = ("step", "prefill", "sampler", "processor", "detokenizer")
+BEFORE = ("tokenizer", "preprocessing", "tower")  # of a request that has an image of its own
 
 
 @contextmanager
@@ -62,7 +65,13 @@ def fault(place: str, after: int) -> Iterator[None]:
         elif place == "processor":
             patch.setattr(Sampling, "logits_processors", chosen(Sampling.logits_processors))
         else:
-            patch.setattr(Detokenizer, "add", counted(Detokenizer.add))
+            kind, name = {
+                "detokenizer": (Detokenizer, "add"),
+                "tokenizer": (Tokenizer, "encode"),
+                "preprocessing": (Processor, "_images"),
+                "tower": (OneVision, "vision_features"),
+            }[place]
+            patch.setattr(kind, name, counted(getattr(kind, name)))
         yield
     assert left < 0, "it was never reached"
 
@@ -74,21 +83,30 @@ def error_of(stream: EventStream[Any]) -> PluginError:
 
 
 def survived(
-    engine: Service, requests: list[GenerateRequest], good: str, place: str, times: int
+    engine: Service,
+    ask: Callable[[int, int], GenerateRequest],
+    good: GenerateRequest,
+    place: str,
+    times: int,
 ) -> int:
-    """How often one of the requests was put an end to, alone and in company, and the first of them
+    """How often one of the requests was put an end to, alone and in company, and the good one
     answered as ever afterwards; out of ``times``.
+
+    ask : the request of a number, 0 to 2, of a round.
     """
-    well = 0
+    well, wanted = 0, engine.generate(good).result().text
     for number in range(times):
         company = number % 3
-        with fault(place, after=0 if place == "prefill" else number % 4):
-            streams = [engine.generate(request) for request in requests[: 1 + company]]
+        once = place in ("prefill", "preprocessing", "tower")
+        with fault(place, after=0 if once else number % 4):
+            streams = [engine.generate(ask(number, n)) for n in range(1 + company)]
             ends = [list(stream)[-1] for stream in streams]
         failed = [end.error for end in ends if isinstance(end, ErrorEvent)]
-        if place == "detokenizer":  # the text is each request's own
+        if place in ("detokenizer", "tokenizer", "preprocessing"):  # which are each request's own
             assert len(failed) == 1
-        assert failed and all(error.code == "internal" for error in failed)
+        # A group of tiles of several requests that fails is tried again for each.
+        assert failed or (place == "tower" and company)
+        assert all(error.code == "internal" for error in failed)
         assert not any("secret" in str(error) for error in failed)
-        well += engine.generate(requests[0]).result().text == good and engine.info().healthy
+        well += engine.generate(good).result().text == wanted and engine.info().healthy
     return well

@@ -134,8 +134,11 @@ def local_path(text: str) -> str:
     """
     if text[:7].lower() != "file://":
         return text
-    address = urlsplit(text)
-    if address.netloc not in ("", "localhost"):
+    try:
+        address = urlsplit(text)
+    except ValueError:  # a bracket that does not close
+        address = None
+    if address is None or address.netloc not in ("", "localhost"):
         raise RequestError(f"{text} is a file of another machine; give the path of one here")
     return unquote(address.path)
 

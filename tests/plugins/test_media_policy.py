@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile.addresses import hostile
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.contract.errors import PluginError
@@ -323,43 +324,6 @@ def test_an_allowed_host(server: Server) -> None:
     server.paths.clear()
     assert "network" in refused(replace(policy, private=False), get("/picture")).message
     assert server.paths == []
-
-
-def hostile(port: int) -> list[str]:
-    """Addresses that mean this machine, a file, or nothing, in every dress."""
-    hosts = [
-        "127.0.0.1", "localhost", "LOCALHOST", "127.1", "0", "0.0.0.0", "2130706433", "0x7f000001",
-        "0177.0.0.1", "127.0.0.1.", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]",
-        "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "169.254.169.254", "10.0.0.1", "192.168.0.1",
-        "172.16.0.1", "100.64.0.1", "[fe80::1]", "[fc00::1]", "224.0.0.1", "255.255.255.255",
-        "allowed.test@127.0.0.1", "127.0.0.1#@allowed.test", "allowed.test\\@127.0.0.1",
-        "allowed.test.127.0.0.1", "allowed.test:80@127.0.0.1", "%31%32%37.0.0.1", "１２７.0.0.1",
-    ]  # fmt: skip
-    addresses = [f"{scheme}://{host}:{port}/" for scheme in ("http", "https") for host in hosts]
-    addresses += [f"http://{host}/" for host in hosts]
-    return [
-        *addresses,
-        f"http:\\\\127.0.0.1:{port}/",
-        f"http:/127.0.0.1:{port}/",
-        f"//127.0.0.1:{port}/",
-        f"http://127.0.0.1:{port}\r\nHost: allowed.test/",
-        f"http://allowed.test/ 127.0.0.1:{port}",
-        f"ftp://127.0.0.1:{port}/",
-        f"gopher://127.0.0.1:{port}/",
-        f"concat:http://127.0.0.1:{port}/|a",
-        f"subfile,,start,0,end,9,,:http://127.0.0.1:{port}/",
-        "file:///etc/passwd",
-        "file:/etc/passwd",
-        "FILE:///etc/passwd",
-        "/etc/passwd",
-        "http://",
-        "http://:80/",
-        "http://[::1",
-        "http://allowed.test:99999/",
-        "javascript:alert(1)",
-        "\x00http://allowed.test/",
-        "http://allowed.test\x00.example/",
-    ]
 
 
 @pytest.mark.parametrize("hosts", [(), ("allowed.test",), None])

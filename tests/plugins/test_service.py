@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write
-from faults import PLACES, error_of, survived
+from faults import error_of
 
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CheckpointError, OutOfMemoryError
@@ -261,17 +261,6 @@ def test_a_fault_before_the_first_token_ends_its_request_only(
         assert error.code == "internal" and "device" not in str(error)
         assert engine.generate(asked()).result().text == good
     assert engine.info().healthy
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_fault_while_it_answers_ends_what_is_under_way_only(
-    engine: Service, place: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A hundred of them are put in by tests/hosts/test_faults.py."""
-    caplog.set_level(logging.CRITICAL)
-    requests = [asked(number, repetition_penalty=1.1) for number in range(3)]
-    good = engine.generate(requests[0]).result().text
-    assert survived(engine, requests, good, place, 3) == 3
 
 
 def test_an_image_that_comes_again_is_not_decoded_again(

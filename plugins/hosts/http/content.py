@@ -92,6 +92,9 @@ def _readable(url: str) -> str:
 Url = Annotated[str, AfterValidator(_readable), Field(json_schema_extra={"pattern": _URL})]
 
 
+HERE = ("", "localhost")
+
+
 class Place(Strict):
     """Where an image or a video is: a data URI, an address, or a path."""
 
@@ -101,8 +104,11 @@ class Place(Strict):
         """A path where it is one; whether it is read at all the media policy decides."""
         url = self.url
         if url[:5].lower() == "file:":
-            parts = urlsplit(url)
-            if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+            try:
+                parts = urlsplit(url)
+            except ValueError:  # a bracket that does not close
+                parts = None
+            if parts is None or parts.netloc not in HERE or parts.query or parts.fragment:
                 raise bad_request(f"the address of the {kind} is not one of this machine")
             return Media(kind, path=unquote(parts.path))
         return Media(kind, path=url) if url.startswith("/") else Media(kind, url=url)

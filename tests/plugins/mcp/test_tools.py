@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile.addresses import Watch, corpus
 from mcp import Client, MCPError
 from mcp_types import CallToolResult, TextContent
 
@@ -276,6 +277,26 @@ def test_nothing_else_is_read(album: Path, path: str, said: str) -> None:
     asked(backend_for(album), session)
     secret = os.path.realpath(album.parent / "secret.png")
     assert not [one for one in opened if one in ("/etc/passwd", "/dev/zero", secret)]
+
+
+def test_nothing_of_the_corpus_is_read_or_reached(album: Path) -> None:
+    watch = Watch()
+
+    async def session(client: Client) -> None:
+        await bad(client, "ask_image", path="a.png", question="What?")  # imports
+        for path in corpus(9, album):
+            with watch.watching() as events:
+                for tool in ("ask_image", "ask_video"):
+                    await bad(client, tool, path=path, question="What?")
+                await bad(client, "embed", paths=[path])
+                await bad(client, "describe_video_start", path=path)
+                await bad(client, "find_similar", path=path, folder=str(album))
+            # The folders on the way to a link may be opened, and what is refused there.
+            assert not [
+                event for event in events if not event.startswith(f"open {str(album)!r}"[:-1])
+            ]
+
+    asked(backend_for(album), session)
 
 
 _opened: list[list[str]] = []
