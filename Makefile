@@ -24,7 +24,7 @@ install = $(call pip,$(1))
 endif
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test hosts lint format parity clean
+.PHONY: demo test hosts soak lint format parity clean
 
 QUESTION := mlx-onevision generate --image examples/shapes.png --prompt "What is in the image?"
 
@@ -47,6 +47,16 @@ else
 	$(HOSTS) --numprocesses 2 --dist loadfile -m 'not measured' tests/hosts
 	$(HOSTS) -m measured tests/hosts
 endif
+
+# The tests that attack, with their larger numbers: hours. SOAK=0.1 takes a tenth of the numbers.
+# Files that are in `make test`, too, take as few there as are enough to see a mistake soon.
+SOAKED := tests/hostile tests/network/test_memory_budget.py tests/checkpoint/test_header.py \
+	tests/convert/test_safety.py tests/train/test_loop.py tests/plugins/http/test_hostile.py \
+	tests/plugins/mcp/test_pipes.py tests/hosts/test_disconnects.py tests/hosts/test_ending.py \
+	tests/hosts/test_mcp_ending.py tests/hosts/test_mcp_fuzz.py tests/hosts/test_raw_sockets.py \
+	tests/hosts/test_crowd.py tests/hosts/test_openapi.py
+soak: .venv/.hosts
+	SOAK=$(or $(SOAK),1) $(HOSTS) $(or $(ARGS),-rA $(SOAKED))
 
 lint: .venv/.dev
 	.venv/bin/ruff check

@@ -10,13 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hostile.sizes import cases
 from safetensors import SafetensorError, deserialize
 
 from mlx_onevision.checkpoint.plan import LazyTensorFiles
 from mlx_onevision.checkpoint.tensors import MAX_ITEMS, MAX_TENSORS, Tensor, read_header
 from mlx_onevision.errors import CheckpointError
 
-MUTANTS = 5000
+MUTANTS = cases(1000, 10_000)
 # Bits per value of every dtype that the format defines.
 BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,

@@ -106,8 +106,9 @@ def test_an_address_of_a_file_is_its_path(given: str, path: str) -> None:
 
 
 def test_a_file_of_another_machine_is_none_of_this_one() -> None:
-    with pytest.raises(RequestError, match="is a file of another machine; give the path"):
-        media_argument("file://nas/a.png")
+    for address in ("file://nas/a.png", "file://["):
+        with pytest.raises(RequestError, match="is a file of another machine; give the path"):
+            media_argument(address)
 
 
 def test_media_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:

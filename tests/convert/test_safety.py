@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import pytest
 from checkpoints import Sizes, write
+from hostile.sizes import cases
 from killing import Killer
 from loaded import edit
 
@@ -24,6 +25,7 @@ from mlx_onevision.convert.conversion import convert
 from mlx_onevision.errors import OneVisionError, RequestError, StorageError
 
 SIZES = Sizes(vision_layers=1, layers=1)
+KILLS = cases(10, 100)
 OLD, NEW = recipes.uniform(8), recipes.uniform(4)
 
 
@@ -114,7 +116,7 @@ class Place:
 def test_killed_at_random_moments(
     tmp_path: Path, killer: Killer, made: tuple[Path, Path, Path], older: bool
 ) -> None:
-    """25 times each; runs that ended before their moment are not counted."""
+    """Runs that ended before their moment are not counted."""
     place, rng = Place(tmp_path, made), random.Random(older)
     place.begin(older)
     begun = time.perf_counter()
@@ -122,7 +124,7 @@ def test_killed_at_random_moments(
     whole = time.perf_counter() - begun
     place.begin(older)
     killed = 0
-    while killed < 25:
+    while killed < KILLS:
         moment = rng.uniform(0, whole)
         said = killer.run(place.source, place.target, overwrite=True, after=moment)
         whole = whole if said["killed"] else moment  # it is faster than it was at first

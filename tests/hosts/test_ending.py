@@ -3,7 +3,6 @@ everything that it started; and it ends by itself when its model is dead.
 """
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 import pytest
 from crowding import CHAT, EMBED, clip, command, picture, spread, table, uri
 from endless import endless
+from hostile.processes import alive, descendants
+from hostile.sizes import cases
 from served import Client, image, text, video, wait_for
 
 pytestmark = pytest.mark.measured
 
 SECONDS = 5.0
-TIMES = 3  # of each stage
+TIMES = cases(3, 20)  # of each stage
 
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "streaming": (CHAT, {"messages": [{"role": "user", "content": "A story."}], "stream": True}),
@@ -52,21 +53,6 @@ def figures() -> Iterator[dict[str, list[float]]]:
     found: dict[str, list[float]] = {}
     yield found
     table("until the server is gone", {name: spread(times) for name, times in found.items()})
-
-
-def descendants(pid: int) -> set[int]:
-    """The processes that a process has started, and theirs."""
-    listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True).stdout
-    parents = {int(line.split()[0]): int(line.split()[1]) for line in listed.splitlines()}
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-def alive(pid: int) -> bool:
-    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return bool(status.stdout.strip()) and not status.stdout.strip().startswith("Z")
 
 
 def begun(client: Client, stage: str, server: int) -> bool:

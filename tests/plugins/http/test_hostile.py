@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from hostile.sizes import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import Client, image, serving, text, video
@@ -128,7 +129,7 @@ def test_as_they_stand_they_are_served(client: Client, path: str) -> None:
     assert client.ask("POST", path, REQUESTS[path]).status == 200
 
 
-@settings(max_examples=120)
+@settings(max_examples=cases(60, 1000))
 @given(data=st.data())
 @pytest.mark.parametrize("path", REQUESTS)
 def test_junk_anywhere(client: Client, path: str, data: st.DataObject) -> None:
@@ -145,7 +146,7 @@ def test_junk_anywhere(client: Client, path: str, data: st.DataObject) -> None:
     assert b"internal" not in reply.body
 
 
-@settings(max_examples=80)
+@settings(max_examples=cases(60, 1000))
 @given(data=st.binary(max_size=200))
 def test_bytes_that_are_no_request(client: Client, data: bytes) -> None:
     assert client.ask("POST", "/v1/embeddings", data or b"x").status == 400
