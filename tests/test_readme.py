@@ -24,6 +24,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+def test_what_security_names_is_there() -> None:
+    text = ROOT.joinpath("SECURITY.md").read_text(encoding="utf-8")
+    options = {
+        o for command in cli.commands.values() for param in command.params for o in param.opts
+    }
+    assert set(re.findall(r"`(--[a-z-]+)", text)) <= options
+    files = re.findall(r"`(tests/[^`]*)`", text)
+    assert files and all(ROOT.joinpath(file).exists() for file in files)
+
+
 def test_its_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
