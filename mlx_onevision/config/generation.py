@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_onevision.config.json_fields import Json, Reader
+from mlx_onevision.config.json_fields import Json, Reader, shown
 from mlx_onevision.errors import ConfigError
 
 logger = logging.getLogger("mlx_onevision")
@@ -91,12 +91,14 @@ def _number(read: Reader, key: str, default: float, most: float) -> float:
         return 0.0
     value = read.positive(key, default) if read.values.get(key) is not None else default
     if value > most:
-        raise ConfigError(f"{read.where}: {key} is {value!r}, which is more than {most:g}")
+        raise ConfigError(f"{read.where}: {key} is {shown(value)}, which is more than {most:g}")
     return value
 
 
 def _ids(given: Any, where: str) -> tuple[int, ...]:
     ids = () if given is None else given if isinstance(given, list) else (given,)
     if not all(type(n) is int and 0 <= n < 2**31 for n in ids):
-        raise ConfigError(f"{where}: eos_token_id is {given!r}, not a token id or a list of them")
+        raise ConfigError(
+            f"{where}: eos_token_id is {shown(given)}, not a token id or a list of them"
+        )
     return tuple(dict.fromkeys(ids))

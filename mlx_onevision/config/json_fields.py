@@ -5,7 +5,7 @@ is a model of another kind; an unknown key is logged by name.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlx_onevision.errors import ConfigError
 
@@ -47,6 +47,20 @@ INERT_GENERATION = frozenset(
 )
 
 
+def shown(value: Any) -> str:
+    """A value as errors show it: on one line, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:70]}…{text[-40:]}"
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold, neither infinite nor NaN."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 class Reader:
     """Reads one JSON object; ``where`` names it in errors. A null counts as absent."""
 
@@ -62,7 +76,7 @@ class Reader:
         value = self._get(key, default)
         if type(value) is not int or not least <= value <= most:
             raise ConfigError(
-                f"{self.where}: {key} is {value!r}, not a whole number from {least} to {most}"
+                f"{self.where}: {key} is {shown(value)}, not a whole number from {least} to {most}"
             )
         return value
 
@@ -75,22 +89,22 @@ class Reader:
     def positive(self, key: str, default: float) -> float:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self.where}: {key} is {value!r}, not a number")
-        if not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"{self.where}: {key} is {value!r}, not a positive number")
+            raise ConfigError(f"{self.where}: {key} is {shown(value)}, not a number")
+        if not is_number(value) or value <= 0:
+            raise ConfigError(f"{self.where}: {key} is {shown(value)}, not a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {key} is {value!r}, not true or false")
+            raise ConfigError(f"{self.where}: {key} is {shown(value)}, not true or false")
         return value
 
     def choice(self, key: str, default: str, choices: frozenset[str]) -> str:
         value = self._get(key, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise ConfigError(
-                f"{self.where}: {key} is {value!r}; supported are {', '.join(sorted(choices))}"
+                f"{self.where}: {key} is {shown(value)}; supported are {', '.join(sorted(choices))}"
             )
         return value
 
@@ -98,7 +112,7 @@ class Reader:
 def require_type(values: Json, where: str, expected: str) -> None:
     found = values.get("model_type", expected)
     if found != expected:
-        raise ConfigError(f"{where} has model_type {found!r}; only {expected!r} is supported")
+        raise ConfigError(f"{where} has model_type {shown(found)}; only {expected!r} is supported")
 
 
 def report_unknown(

@@ -9,12 +9,20 @@ checkpoints): a ``vision_config`` that is present but partial is completed with 
 one that is absent altogether is SigLIP-so400m.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_onevision.config import original_layout
-from mlx_onevision.config.json_fields import ACTIVATIONS, Json, Reader, report_unknown, require_type
+from mlx_onevision.config.json_fields import (
+    ACTIVATIONS,
+    Json,
+    Reader,
+    report_unknown,
+    require_type,
+    shown,
+)
 from mlx_onevision.config.quantization import Quantization
 from mlx_onevision.config.rope import RopeConfig
 from mlx_onevision.errors import ConfigError
@@ -133,11 +141,16 @@ class TextConfig:
             raise ConfigError(f"text_config.layer_types does not name {layers} layers")
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
-                raise ConfigError(f"text_config.layer_types names {kind!r}, which is not supported")
+                raise ConfigError(
+                    f"text_config.layer_types names {shown(kind)}, which is not supported"
+                )
             if kind == "sliding_attention" and window is None:
                 raise ConfigError(
                     "text_config.layer_types asks for sliding attention without a window"
                 )
+        rope = RopeConfig.from_dict(values)
+        context = read.integer("max_position_embeddings", cls.max_position_embeddings, MOST_POSITIONS)
+        rope.check(head_dim, context)
         return cls(
             vocab_size=read.integer("vocab_size", cls.vocab_size, 2_000_000),
             hidden_size=hidden,
@@ -147,11 +160,9 @@ class TextConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
-            max_position_embeddings=read.integer(
-                "max_position_embeddings", cls.max_position_embeddings, MOST_POSITIONS
-            ),
+            max_position_embeddings=context,
             rms_norm_eps=read.positive("rms_norm_eps", cls.rms_norm_eps),
-            rope=RopeConfig.from_dict(values),
+            rope=rope,
             layer_types=tuple(kinds),
             sliding_window=window,
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
@@ -279,16 +290,16 @@ class OneVisionConfig:
         strategy = values.get("vision_feature_select_strategy", "full")
         if strategy != "full":
             raise ConfigError(
-                f"vision_feature_select_strategy is {strategy!r}; it would drop a patch of every "
-                "tile (SigLIP has no class token), so only 'full' is supported"
+                f"vision_feature_select_strategy is {shown(strategy)}; it would drop a patch of "
+                "every tile (SigLIP has no class token), so only 'full' is supported"
             )
         aspect = values.get("vision_aspect_ratio", cls.vision_aspect_ratio)
         number = aspect.removeprefix("anyres_max_") if isinstance(aspect, str) else ""
-        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 1024) and not (
+        if not (re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= 1024) and not (
             own and aspect in ("anyres", "pad", "square")
         ):
             raise ConfigError(
-                f"vision_aspect_ratio is {aspect!r}; only 'anyres_max_N' is supported"
+                f"vision_aspect_ratio is {shown(aspect)}; only 'anyres_max_N' is supported"
             )
         config = cls(
             text_config=text,
@@ -326,9 +337,9 @@ def of_this_model(values: Json) -> Json:
         values = original_layout.to_hub(values, OWN_TYPE)
     kind = values.get("model_type", HUB_TYPE)
     if kind not in (HUB_TYPE, OWN_TYPE):
-        name = f" ({OTHERS[kind]})" if kind in OTHERS else ""
+        name = f" ({OTHERS[kind]})" if isinstance(kind, str) and kind in OTHERS else ""
         raise ConfigError(
-            f"config.json has model_type {kind!r}{name}; only {HUB_TYPE!r} is supported: "
+            f"config.json has model_type {shown(kind)}{name}; only {HUB_TYPE!r} is supported: "
             "0.5b, 7b, 72b, and what was trained from them"
         )
     for section, expected in (("text_config", "qwen2"), ("vision_config", "siglip_vision_model")):
@@ -371,7 +382,7 @@ def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], 
             or any(edge % tile for edge in pair)
         ):
             raise ConfigError(
-                f"{where}: image_grid_pinpoints entry {pair!r} is not a (height, width) pair "
+                f"{where}: image_grid_pinpoints entry {shown(pair)} is not a (height, width) pair "
                 f"of multiples of {tile}"
             )
         pairs.append((pair[0], pair[1]))
@@ -397,7 +408,7 @@ def _feature_layer(values: Json, layers: int) -> int | tuple[int, ...]:
     for layer in chosen:
         if type(layer) is not int or not -layers <= layer <= layers or layer == 0:
             raise ConfigError(
-                f"vision_feature_layer is {given!r}; it must name layers 1 to {layers}, "
+                f"vision_feature_layer is {shown(given)}; it must name layers 1 to {layers}, "
                 f"or -1 to -{layers}"
             )
     if not chosen:
@@ -412,7 +423,7 @@ def _dtype(values: Json) -> str | None:
                 name = str(section[key]).removeprefix("torch.")
                 if name not in DTYPES:
                     raise ConfigError(
-                        f"config.json: {key} is {name!r}; supported are {', '.join(DTYPES)}"
+                        f"config.json: {key} is {shown(name)}; supported are {', '.join(DTYPES)}"
                     )
                 return name
     return None

@@ -10,11 +10,13 @@ training alone, or is not read by the original code, is dropped.
 import ast
 import logging
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from mlx_onevision.config.json_fields import shown
 from mlx_onevision.errors import ConfigError
 from mlx_onevision.files import read_json
 
@@ -55,6 +57,7 @@ REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "mm_use_im_start_end": (False, None),
     "add_faster_video": (False, None),
 }
+LONGEST_LIST = 10_000  # letters of a list that is written as text; 128 pairs take 1,800
 ASPECT_RATIO = re.compile(r"square|pad|anyres|anyres_max_[0-9]+")
 
 # Without rope_scaling, which the original code resets when it loads a checkpoint.
@@ -74,8 +77,9 @@ TOP_KEYS = frozenset(
 
 def is_original(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is the original repository's."""
-    named = values.get("architectures") or []
-    return any(name in ARCHITECTURES for name in named) or "mm_vision_tower" in values
+    named = values.get("architectures")
+    listed = isinstance(named, list) and any(name in ARCHITECTURES for name in named)
+    return listed or "mm_vision_tower" in values
 
 
 def to_hub(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
@@ -86,12 +90,14 @@ def to_hub(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """
     for key, allowed in REQUIRED.items():
         if key in values and values[key] not in allowed:
-            raise ConfigError(f"config.json: {key} is {values[key]!r}; supported is {allowed[0]!r}")
+            raise ConfigError(
+                f"config.json: {key} is {shown(values[key])}; supported is {allowed[0]!r}"
+            )
     aspect = values.get("image_aspect_ratio") or "square"
     if not (isinstance(aspect, str) and ASPECT_RATIO.fullmatch(aspect)):
         raise ConfigError(
-            f"config.json: image_aspect_ratio is {aspect!r}; supported are square, pad, anyres and "
-            "anyres_max_N"
+            f"config.json: image_aspect_ratio is {shown(aspect)}; supported are square, pad, "
+            "anyres and anyres_max_N"
         )
     if values.get("mm_spatial_pool_stride") not in (None, 2):
         logger.warning(
@@ -104,11 +110,15 @@ def to_hub(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         name = values.get("mm_vision_tower")
         if not isinstance(name, str) or _is_other_tower(name):
             raise ConfigError(
-                f"config.json: mm_vision_tower is {name!r}; supported is "
+                f"config.json: mm_vision_tower is {shown(name)}; supported is "
                 "google/siglip-so400m-patch14-384, also as a local path"
             )
         vision = TOWER
+    if not isinstance(vision, Mapping):
+        raise ConfigError("config.json: vision_config is not an object")
     size = vision.get("image_size", 384)
+    if type(size) is not int:
+        raise ConfigError(f"config.json: image_size is {shown(size)}, not a whole number")
     pinpoints = [[size, size]]
     if aspect.startswith("anyres"):
         pinpoints = _pinpoints(values.get("image_grid_pinpoints"), size)
@@ -173,17 +183,22 @@ def _pinpoints(given: Any, size: int) -> Any:
     ranges of tiles, ``"(1x1),...,(6x6)"``, and lists as text.
     """
     if isinstance(given, str):
+        if len(given) > LONGEST_LIST:
+            raise ConfigError(f"config.json: image_grid_pinpoints is {shown(given)}, a long text")
         ends = [(int(w), int(h)) for w, h in re.findall(r"\((\d{1,3})x(\d{1,3})\)", given)]
         if ends:
             (low_w, low_h), (high_w, high_h) = ends[0], ends[-1]
             pairs = product(range(low_w, high_w + 1), range(low_h, high_h + 1))
-            given = [[size * w, size * h] for w, h in pairs]
+            # One more than are allowed, so that they are refused where all lists are looked at.
+            given = [[size * w, size * h] for w, h in islice(pairs, 129)]
         else:
             try:
-                given = ast.literal_eval(given)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # of what is nearly Python
+                    given = ast.literal_eval(given)
+            except (ValueError, TypeError, SyntaxError, Warning, MemoryError, RecursionError):
                 raise ConfigError(
-                    f"config.json: image_grid_pinpoints is {given!r}; expected pairs or "
+                    f"config.json: image_grid_pinpoints is {shown(given)}; expected pairs or "
                     "'(1x1),...,(6x6)'"
                 ) from None
     if not isinstance(given, Sequence) or not all(_is_pair(pair) for pair in given):

@@ -1,11 +1,10 @@
 """How images become tiles: the settings of preprocessor_config.json."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_onevision.config.json_fields import Json, Reader
+from mlx_onevision.config.json_fields import Json, Reader, is_number, shown
 from mlx_onevision.config.model import DEFAULT_PINPOINTS, OneVisionConfig, read_pinpoints
 from mlx_onevision.errors import ConfigError
 
@@ -42,13 +41,15 @@ class ImageConfig:
             raise ConfigError(f"{where} asks for do_center_crop, which is not supported")
         if values.get("resample", 3) != 3:
             raise ConfigError(
-                f"{where} asks for resample {values['resample']}; only 3 (bicubic) is supported"
+                f"{where} asks for resample {shown(values['resample'])}; only 3 (bicubic) is "
+                "supported"
             )
         given = values.get("size", size)
         edges = list(given.values()) if isinstance(given, Mapping) else [given]
         if any(edge != size for edge in edges):
             raise ConfigError(
-                f"{where} has tiles of {given}, config.json of {size} pixels; they must agree"
+                f"{where} has tiles of {shown(given)}, config.json of {size} pixels; they must "
+                "agree"
             )
         pinpoints = config.image_grid_pinpoints
         if values.get("image_grid_pinpoints") is not None:
@@ -69,8 +70,6 @@ class ImageConfig:
 
 def _three(given: Any, where: str, *, positive: bool) -> tuple[float, float, float]:
     numbers = given if isinstance(given, Sequence) and not isinstance(given, str) else [given] * 3
-    if len(numbers) != 3 or not all(
-        isinstance(n, int | float) and math.isfinite(n) and (n > 0 or not positive) for n in numbers
-    ):
-        raise ConfigError(f"{where} is {given!r}, not three numbers")
+    if len(numbers) != 3 or not all(is_number(n) and (n > 0 or not positive) for n in numbers):
+        raise ConfigError(f"{where} is {shown(given)}, not three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlx_onevision.config.json_fields import Json, Reader
+from mlx_onevision.config.json_fields import Json, Reader, shown
 from mlx_onevision.errors import ConfigError
 
 
@@ -43,11 +43,11 @@ class Quantization:
             ):
                 method = given.get("quant_method") if isinstance(given, Mapping) else given
                 raise ConfigError(
-                    f"config.json asks for quantization by {method!r}, which MLX cannot read; "
+                    f"config.json asks for quantization by {shown(method)}, which MLX cannot read; "
                     "use the unquantized checkpoint or one in an MLX layout"
                 )
         if not isinstance(given, Mapping):
-            raise ConfigError(f"config.json's quantization is {given!r}, not an object")
+            raise ConfigError(f"config.json's quantization is {shown(given)}, not an object")
         default = _module_quantization(given, "quantization")
         modules: dict[str, ModuleQuantization | None] = {}
         for path, entry in given.items():
@@ -63,7 +63,7 @@ class Quantization:
 def _module_quantization(entry: Json, where: str) -> ModuleQuantization:
     mode = entry.get("mode", "affine")
     if mode not in ("affine", "mxfp4", "nvfp4", "mxfp8"):
-        raise ConfigError(f"config.json's {where} names mode {mode!r}, which is not known")
+        raise ConfigError(f"config.json's {where} names mode {shown(mode)}, which is not known")
     read = Reader(entry, f"config.json's {where}")
     spec = ModuleQuantization(read.integer("group_size", 64, 128), read.integer("bits", 4, 8), mode)
     if spec.bits not in (2, 3, 4, 5, 6, 8) or spec.group_size not in (16, 32, 64, 128):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_onevision.config.json_fields import Json, Reader
+from mlx_onevision.config.json_fields import Json, Reader, is_number, shown
 from mlx_onevision.errors import ConfigError
 
 # The numbers that each kind reads.
@@ -41,13 +41,13 @@ class RopeConfig:
         """From ``rope_parameters``, or in older files ``rope_theta`` and ``rope_scaling``."""
         given = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(given, Mapping):
-            raise ConfigError(f"text_config's rope settings are {given!r}, not an object")
+            raise ConfigError(f"text_config's rope settings are {shown(given)}, not an object")
         rope = {"rope_type": given.get("type", "default"), **given}
         rope.pop("type", None)
         kind = rope.pop("rope_type")
-        if kind not in ROPE_PARAMETERS:
+        if not isinstance(kind, str) or kind not in ROPE_PARAMETERS:
             raise ConfigError(
-                f"text_config asks for rope_type {kind!r}; "
+                f"text_config asks for rope_type {shown(kind)}; "
                 f"supported are {', '.join(ROPE_PARAMETERS)}"
             )
         theta = Reader(
@@ -60,20 +60,38 @@ class RopeConfig:
         for key, value in rope.items():
             if value is None:
                 continue
-            if not isinstance(value, bool | int | float) or not math.isfinite(value):
-                raise ConfigError(f"text_config's rope setting {key} is {value!r}, not a number")
+            if not is_number(value):
+                raise ConfigError(
+                    f"text_config's rope setting {key} is {shown(value)}, not a number"
+                )
             if key in known:
                 parameters[key] = value
             elif kind != "default":
-                raise ConfigError(f"text_config's rope setting {key} is not known for {kind!r}")
+                raise ConfigError(
+                    f"text_config's rope setting {key} is not known for {shown(kind)}"
+                )
         if "factor" in known and parameters.get("factor", 0) <= 0:
-            raise ConfigError(f"rope_type {kind!r} needs a positive factor in text_config")
+            raise ConfigError(f"rope_type {shown(kind)} needs a positive factor in text_config")
         if kind == "llama3":
             for key in ("low_freq_factor", "high_freq_factor"):
                 if parameters.get(key, 0) <= 0:
                     raise ConfigError(f"rope_type 'llama3' needs a positive {key} in text_config")
         return cls(theta.positive("rope_theta", cls.rope_theta), kind, parameters)
 
+    def check(self, dims: int, max_position: int) -> None:
+        """Raises ConfigError where the numbers give no finite frequencies."""
+        try:
+            inverse, length = self.frequencies(dims, max_position)
+            finite = bool(np.isfinite(inverse).all()) and math.isfinite(length)
+        except (ArithmeticError, ValueError):
+            finite = False
+        if not finite:
+            asked = {"rope_theta": self.rope_theta, "rope_type": self.rope_type, **self.parameters}
+            raise ConfigError(
+                f"text_config's rope settings {shown(asked)} give no finite frequencies"
+            )
+
+    @np.errstate(all="ignore")
     def frequencies(self, dims: int, max_position: int) -> tuple[np.ndarray, float]:
         """Inverse frequencies, float32 (dims / 2,), in radians a position; and the factor by which
         ``yarn`` lengthens rotated queries and keys (1.0 elsewhere).
