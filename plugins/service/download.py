@@ -3,19 +3,27 @@
 Every address, the first and each that a redirect leads to, is judged by its host's name, and by
 what the name stands for: it is looked up once, and the very address that was judged is connected
 to. Environment variables that name a proxy are not heeded here.
+
+One deadline holds over all of it. Timeouts of sockets begin anew with every byte, so that a host
+which drips could hold a request for ever: at the deadline the connection is cut from outside.
 """
 
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
+import threading
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any, Self
 from urllib.parse import urljoin, urlsplit
 
 from mlx_onevision.media.sources import encoded_url
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.streams import background
 
 REDIRECTS = 3
 SILENCE = 10.0  # seconds without a sign of life
@@ -70,33 +78,96 @@ def download(
     Raises PluginError: what ``allowed`` raises; ``bad_request`` for a private address;
     ``unsupported_media`` when nothing comes; ``too_large``.
     """
-    deadline = monotonic() + DEADLINE
-    for _ in range(REDIRECTS + 1):
-        allowed(url)
-        where = split(url)
-        connection = _connection(where, _resolved(where, private, hint))
-        try:
-            connection.request("GET", where.target, headers={"User-Agent": "mlx-onevision"})
-            with connection.getresponse() as answer:
-                if answer.status in (301, 302, 303, 307, 308):
-                    url = urljoin(url, answer.getheader("Location") or "")
-                    continue
-                if answer.status != 200:
-                    raise _failed(where, f"it answers {answer.status}")
-                return _body(answer, where, most, deadline)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _failed(where, _reason(error)) from error
-        finally:
-            connection.close()
-    raise _failed(split(url), f"it redirects more than {REDIRECTS} times")
+    with _Deadline(DEADLINE) as deadline:
+        for _ in range(REDIRECTS + 1):
+            allowed(url)
+            where = split(url)
+            try:
+                connection = _connection(where, _resolved(where, private, hint, deadline), deadline)
+                with closing(connection):
+                    connection.request("GET", where.target, headers={"User-Agent": "mlx-onevision"})
+                    with connection.getresponse() as answer:
+                        if answer.status in (301, 302, 303, 307, 308):
+                            url = urljoin(url, answer.getheader("Location") or "")
+                            continue
+                        if answer.status != 200:
+                            raise _failed(where, f"it answers {answer.status}")
+                        body = _body(answer, where, most)
+                deadline.check()  # a connection that was cut looks like one that has ended
+                return body
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                late = f"it was not done after {DEADLINE:.0f} seconds"
+                why = late if deadline.expired else _reason(error)
+                raise _failed(where, why) from error
+        raise _failed(split(url), f"it redirects more than {REDIRECTS} times")
 
 
-def _resolved(where: Where, private: bool, hint: str) -> str:
+class _Deadline:
+    """Cuts the connections that were made within it when its time is up."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = monotonic() + seconds
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        background.start()
+        self._timer = background.call_later(seconds, self._cut)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            for spare in self._sockets:
+                spare.close()
+            self._sockets.clear()
+
+    @property
+    def left(self) -> float:
+        """Seconds. Raises TimeoutError where there are none."""
+        self.check()
+        return max(self._until - monotonic(), 0.001)
+
+    @property
+    def expired(self) -> bool:
+        return monotonic() >= self._until
+
+    def check(self) -> None:
+        if self.expired:
+            raise TimeoutError
+
+    def watch(self, connected: socket.socket) -> None:
+        """By a descriptor of its own: TLS takes the socket's."""
+        with self._lock:
+            self._sockets.append(connected.dup())
+
+    def _cut(self) -> None:
+        with self._lock:
+            for spare in self._sockets:
+                with suppress(OSError):
+                    spare.shutdown(socket.SHUT_RDWR)
+
+
+def _resolved(where: Where, private: bool, hint: str, deadline: _Deadline) -> str:
     """The one address that is connected to, judged."""
+    answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answers.put(error)
+
+    # On a thread of its own: nothing else can end it before its time.
+    threading.Thread(target=look_up, name="mlx-onevision-lookup", daemon=True).start()
     try:
-        found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise _failed(where, _reason(error)) from None
+        found = answers.get(timeout=min(SILENCE, deadline.left))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(found, UnicodeError):
+        raise _failed(where, _reason(found)) from None
+    if isinstance(found, Exception):
+        raise found
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
     if not private:
         for address in addresses:
@@ -118,20 +189,23 @@ def _is_global(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def _connection(where: Where, address: str) -> http.client.HTTPConnection:
+def _connection(where: Where, address: str, deadline: _Deadline) -> http.client.HTTPConnection:
     secure = where.scheme == "https"
     cls = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = cls(where.host, where.port, timeout=SILENCE)
 
     def connect(*_: object, **__: object) -> socket.socket:
-        return socket.create_connection((address, where.port), timeout=SILENCE)
+        soon = min(SILENCE, deadline.left)
+        connected = socket.create_connection((address, where.port), timeout=soon)
+        deadline.watch(connected)
+        return connected
 
     # The hook that http.client itself opens sockets by; names and certificates stay the host's.
     connection._create_connection = connect  # pyright: ignore
     return connection
 
 
-def _body(answer: http.client.HTTPResponse, where: Where, most: int, deadline: float) -> bytes:
+def _body(answer: http.client.HTTPResponse, where: Where, most: int) -> bytes:
     message = f"what {where.named[:80]!r} sends has more than {most / 2**20:,.1f} MB"
     too_large = PluginError("too_large", message, "send something smaller")
     promised = int(answer.getheader("Content-Length") or 0)
@@ -142,10 +216,8 @@ def _body(answer: http.client.HTTPResponse, where: Where, most: int, deadline: f
         body += chunk
         if len(body) > most:
             raise too_large
-        if monotonic() > deadline:
-            raise _failed(where, f"it was not done after {DEADLINE:.0f} seconds")
     if len(body) < promised:
-        raise _failed(where, "it broke off")
+        raise ConnectionError(0, "it broke off")
     return bytes(body)
 
 
