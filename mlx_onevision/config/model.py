@@ -149,7 +149,9 @@ class TextConfig:
                     "text_config.layer_types asks for sliding attention without a window"
                 )
         rope = RopeConfig.from_dict(values)
-        context = read.integer("max_position_embeddings", cls.max_position_embeddings, MOST_POSITIONS)
+        context = read.integer(
+            "max_position_embeddings", cls.max_position_embeddings, MOST_POSITIONS
+        )
         rope.check(head_dim, context)
         return cls(
             vocab_size=read.integer("vocab_size", cls.vocab_size, 2_000_000),
