@@ -155,6 +155,12 @@ class EventStream(Iterator[Event], AsyncIterator[Event], Generic[Wanted]):
         """Whether the last event is there, whether it was read or not."""
         return self._channel.ended
 
+    def at_end(self, function: Callable[[], object]) -> None:
+        """Has ``function`` called when the last event is there, on the thread that puts it in; or
+        now, if it is.
+        """
+        self._channel.at_end(function)
+
     def result(self) -> Wanted:
         """What the done event holds, waited for; the iteration goes on where it was. Raises
         PluginError: what ended the request instead.

@@ -1,5 +1,6 @@
 """The application: routes, what is around them, and the page for people."""
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
@@ -39,9 +40,10 @@ GONE = 499  # nginx's status for a client that closed the connection; nobody rea
 
 async def openapi_file(state: AppState, _: Request) -> Response:
     if state.openapi is None:
-        found = await state.blocking(lambda: openapi.document(OPERATIONS, state))
-        state.openapi = JSONResponse(found)
-    return state.openapi
+        # Whoever else asks meanwhile waits for the same: it takes a while to make.
+        make = state.blocking(lambda: JSONResponse(openapi.document(OPERATIONS, state)))
+        state.openapi = asyncio.create_task(make)
+    return await asyncio.shield(state.openapi)
 
 
 OPERATIONS: tuple[Operation, ...] = (

@@ -172,6 +172,7 @@ def serve(
     from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.http import server
     from mlx_onevision.plugins.hosts.http.app import create_app
+    from mlx_onevision.plugins.hosts.http.connections import raise_limit
     from mlx_onevision.plugins.hosts.http.server import ServerSettings, is_loopback
     from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
@@ -193,6 +194,7 @@ def serve(
             model=name,
             max_tokens=max_tokens,
         )
+        raise_limit()
         with server.listening(server_settings, port) as listening:
             backend = open_engine(
                 "demo" if model is None else model,

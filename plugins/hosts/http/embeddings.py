@@ -25,7 +25,9 @@ async def embeddings(state: AppState, request: Request) -> Response:
             why = f"vectors of the space {asked.space} have {dim} dimensions"
             message = f"{why} and cannot be shortened; leave dimensions out"
             raise HTTPError(400, message, param="dimensions")
-    found = await result(state.backend.stream_embed(wanted), request.receive)
+    stream = state.backend.stream_embed(wanted)
+    state.reader.release_after(request.scope, [stream])
+    found = await result(stream, request.receive)
     # Thousands of numbers take a while to write.
     return await state.blocking(lambda: JSONResponse(_body(found, asked, state.model)))
 

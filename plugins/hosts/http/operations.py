@@ -52,7 +52,7 @@ class AppState:
     reader: BodyReader
     jobs: Jobs
     metrics: Metrics
-    openapi: Response | None = None
+    openapi: asyncio.Task[Response] | None = None
     memory: ResponseMemory = field(default_factory=ResponseMemory)
 
     async def blocking(self, function: Callable[[], Done]) -> Done:
@@ -146,6 +146,7 @@ async def generate(state: AppState, request: Request, prepared: Prepared) -> Res
     await _check_capabilities(state, prepared)
     answer = prepared.answer
     streams = [state.backend.generate(one) for one in prepared.requests]
+    state.reader.release_after(request.scope, streams)
     if not prepared.streamed:
         found = await all_results(streams, request.receive)
         for one in found:

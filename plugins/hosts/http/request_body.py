@@ -6,9 +6,9 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Scope
 
+from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
@@ -29,9 +30,10 @@ Made = TypeVar("Made")
 _OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
 _KINDS = {**dict.fromkeys(_OBJECT_TYPES, "an object"), "list_type": "a list"}
 
-HELD = "mlx_onevision.held"  # in a request's scope: bytes that it holds of the budget
-SLOWEST = 64 << 10  # bytes a second of a body
+HELD = "mlx_onevision.held"  # in a request's scope: bytes of it that count
+STEP = 64 << 10  # bytes of a body that have to come in each span of ``header_timeout``
 SMALL, FEW = 64 << 10, 256  # bytes and JSON values that take no longer than a change of threads
+NEXT_SECONDS = 0.05  # between two requests that are let in once there is room
 EXACT = 2**53  # up to here a float holds every whole number
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -39,42 +41,60 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 class BodyBudget:
     """The bytes of all requests that are read or answered. Used from the event loop alone.
 
-    total : of these. most : requests that wait for room, first come first served.
+    What has come counts, not what was announced: a client that sends nothing keeps no room from
+    others. So more may have been let in than there is room for, and what comes beyond is refused.
+
+    total : of these bytes. beyond : that may be held besides, of requests that were let in before.
+    most : requests that wait to be let in, first come first served.
     """
 
-    def __init__(self, total: int, most: int) -> None:
-        self._free, self._most = total, most
+    def __init__(self, total: int, beyond: int, most: int) -> None:
+        self._free, self._beyond, self._most = total, beyond, most
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._next: asyncio.TimerHandle | None = None  # lets in the next one
 
-    async def take(self, size: int) -> None:
-        """Waits until there is room. Raises HTTPError: 429, where too many do."""
+    async def enter(self, size: int) -> None:
+        """Waits until there is room for so much. Raises HTTPError: 429, where too many do."""
         if not self._waiting and size <= self._free:
-            self._free -= size
             return
         if len(self._waiting) >= self._most:
-            why = "too much is being sent by all clients together; try again in a moment"
-            raise HTTPError(429, why, "rate_limit_exceeded")
+            raise _no_room()
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((size, future))
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.give_back(size)
-            raise
+        await future
+
+    def take(self, size: int) -> None:
+        """Counts bytes that have come. Raises HTTPError: 429, where there is no room."""
+        if size > self._free + self._beyond:
+            raise _no_room()
+        self._free -= size
 
     def give_back(self, size: int) -> None:
         self._free += size
-        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self._free):
-            size, future = self._waiting.popleft()
-            if not future.done():
-                self._free -= size
-                future.set_result(None)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """One after another: of what one sends, some has come before the next is looked at."""
+        while self._waiting and self._waiting[0][1].done():  # which was cancelled
+            self._waiting.popleft()
+        if self._next is None and self._waiting and self._waiting[0][0] <= self._free:
+            self._waiting.popleft()[1].set_result(None)
+            self._next = asyncio.get_running_loop().call_later(NEXT_SECONDS, self._go_on)
+
+    def _go_on(self) -> None:
+        self._next = None
+        self._let_in()
+
+
+def _no_room() -> HTTPError:
+    why = "too much is being sent by all clients together; try again in a moment"
+    return HTTPError(429, why, "rate_limit_exceeded")
 
 
 class BodyReader:
-    """Reads the bodies of a server's requests. Their bytes count until the request's end, which
-    :meth:`release` has to be told; those for which there is no room stay with their clients.
+    """Reads the bodies of a server's requests. Their bytes count until :meth:`release`; those for
+    which there is no room stay with their clients. Small ones do not count: who sends no more than
+    that never waits for others.
 
     backend : has to have room for a request before its body is parsed, where it can say so: parsing
         what is refused anyway would hold up everybody.
@@ -82,7 +102,8 @@ class BodyReader:
 
     def __init__(self, settings: ServerSettings, backend: Backend) -> None:
         self._settings = settings
-        self._budget = BodyBudget(max(settings.bodies, settings.body), settings.unread)
+        total = max(settings.bodies, settings.body)
+        self._budget = BodyBudget(total, settings.body, settings.unread)
         self._room = backend.reserved if isinstance(backend, StreamingBackend) else nullcontext
         # Megabytes of base64 take a while. Several threads would not parse them any faster.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
@@ -98,12 +119,9 @@ class BodyReader:
         size = _check_head(request, self._settings)
         with self._room():  # what is refused need not wait for its turn
             pass
-        await self._budget.take(size)
-        request.scope[HELD] = size
-        data = bytearray()
-        await self._fill(data, request)
-        request.scope[HELD] = len(data)
-        self._budget.give_back(size - len(data))
+        if size > SMALL:
+            await self._budget.enter(size - SMALL)
+        data = await self._bytes(request, size)
 
         def make() -> Made:
             return convert(_parsed(data, kind, self._settings))
@@ -114,25 +132,51 @@ class BodyReader:
             return await asyncio.get_running_loop().run_in_executor(self._thread, make)
 
     def release(self, scope: Scope) -> None:
-        """At the end of a request, whatever came of it."""
+        """Once nothing of a request is held any more; nothing where it has been said before."""
         self._budget.give_back(scope.pop(HELD, 0))
 
-    async def _fill(self, data: bytearray, request: Request) -> None:
-        still = self._settings.header_timeout
-        until = time.monotonic() + still + request.scope[HELD] / SLOWEST
+    def release_after(self, scope: Scope, streams: Sequence[EventStream[Any]]) -> None:
+        """As :meth:`release`, once all of these have ended, whether the client reads on or not."""
+        loop = asyncio.get_running_loop()
+        left = len(streams)
+
+        def ended() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self.release(scope)
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(ended)
+
+        for stream in streams:
+            stream.at_end(tell)
+
+    async def _bytes(self, request: Request, most: int) -> bytearray:
+        data, scope = bytearray(), request.scope
+        still, window = self._settings.header_timeout, 0  # bytes when the time began to run
+        until = time.monotonic() + still
         more = True
         while more:
-            left = max(0.0, min(still, until - time.monotonic()))
             try:
+                left = max(0.0, until - time.monotonic())
                 message = await asyncio.wait_for(request.receive(), left)
             except TimeoutError:
                 raise HTTPError(408, "the body did not come; send it again") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             data += message.get("body", b"")
-            if len(data) > request.scope[HELD]:
+            if len(data) > most:
                 raise _too_much(self._settings)
+            held = scope.get(HELD, 0)
+            if (new := len(data) - SMALL - held) > 0:
+                self._budget.take(new)
+                scope[HELD] = held + new
+            if len(data) >= window + STEP:
+                window, until = len(data), time.monotonic() + still
             more = message.get("more_body", False)
+        return data
 
 
 def _check_head(request: Request, settings: ServerSettings) -> int:

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_onevision.plugins.contract.errors import bad_request
-from mlx_onevision.plugins.hosts.http.errors import HTTPError
+from mlx_onevision.plugins.hosts.http.connections import ACCEPTED, Connections, most_connections
 from mlx_onevision.plugins.interface import Backend
 
 GRACE_SECONDS = 2  # that answers under way have, when the server is to stop
@@ -53,8 +51,11 @@ class ServerSettings:
     body, bodies : bytes of one request, and of all that are being read, wait or are answered;
         further ones are left unread until there is room.
     unread : requests that wait for that, at most.
+    connections : requests at once, but for those about the server's health; None for as many as the
+        limit of open files leaves room for.
     depth, values : how deep, and how many, a request's JSON may hold.
-    header_timeout : seconds that a request's head may take, and that its body may stand still.
+    header_timeout : seconds that a request's head may take, that its body may stand still, and that
+        a client may not take its answer.
     keep_alive_interval : seconds without an event after which a stream gets a comment.
     """
 
@@ -68,6 +69,7 @@ class ServerSettings:
     body: int = 32 << 20
     bodies: int = 256 << 20
     unread: int = 1024
+    connections: int | None = None
     depth: int = 64
     values: int = 500_000
     header_timeout: float = 15.0
@@ -124,14 +126,17 @@ class Server(uvicorn.Server):
         healthy: Callable[[], bool] = lambda: True,
         end: Callable[[], object] = lambda: None,
     ) -> None:
+        most = settings.connections or most_connections()
+        self._connections = Connections(most, settings.header_timeout)
         config = uvicorn.Config(
             app,
-            http=timeout_protocol(settings.header_timeout),
+            http=self._connections.protocol(),
             ws="none",
             loop="asyncio",
             lifespan="off",
             log_config=None,
-            log_level="warning",
+            log_level="error",  # not a line for each client that speaks no HTTP
+            backlog=ACCEPTED,
             access_log=False,
             proxy_headers=False,  # headers do not decide who a request is from
             server_header=False,
@@ -142,7 +147,15 @@ class Server(uvicorn.Server):
         self.failed = False  # whether it ended because it was not healthy
         self.signal: int | None = None  # that ended it
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._connections.failed)
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(BACKLOG)  # which asyncio has set to what it accepts at a time
+
     async def on_tick(self, counter: int) -> bool:
+        if counter % 5 == 0:
+            self._connections.sweep()
         if counter % 10 == 0 and not self._healthy():
             self.failed = True
             return True
@@ -170,65 +183,6 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.signal = sig
         super().handle_exit(sig, frame)
-
-
-def timeout_protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, with a time limit for a request's head: without it, whoever opens
-    connections and sends nothing keeps them.
-    """
-
-    class TimeoutProtocol(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            # Else a token waits 40 ms for the acknowledgement of the one before (asyncio sets it
-            # only where the listening socket was made with the protocol's number).
-            connection = transport.get_extra_info("socket")
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._timer = self.loop.call_later(seconds, self._time_out)
-
-        def data_received(self, data: bytes) -> None:
-            if self._timer is None and not self._in_request():
-                self._timer = self.loop.call_later(seconds, self._time_out)
-            super().data_received(data)
-            if self._in_request():
-                self._cancel_timer()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel_timer()
-            super().connection_lost(exc)
-
-        def send_400_response(self, msg: str) -> None:
-            """In the form that every error has, where an answer can still be sent."""
-            del msg
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                error = HTTPError(400, "this is not HTTP as it has to be")
-                answer = error.response({"Connection": "close"})
-                headers, data = answer.raw_headers, h11.Data(data=bytes(answer.body))
-                head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-                for event in (head, data, h11.EndOfMessage()):
-                    self.transport.write(self.conn.send(event) or b"")
-            if self._in_request():  # whoever waits for the rest of the body need not
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            self.transport.close()
-
-        def _in_request(self) -> bool:
-            """Whether a request is here, whose body and answer have their own limits."""
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _cancel_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _time_out(self) -> None:
-            self._timer = None
-            if not self._in_request():
-                self.transport.close()
-
-    return TimeoutProtocol
 
 
 def tune_interpreter() -> None:

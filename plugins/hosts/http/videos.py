@@ -35,6 +35,7 @@ _FIELDS = ("segments", "start", "end", "num_frames", "longest", "system", "timeo
 
 async def describe(state: AppState, request: Request) -> Response:
     stream = state.backend.describe_video(await _read(state, request))
+    state.reader.release_after(request.scope, [stream])
     return SentEvents([stream], _written, state.settings.keep_alive_interval)
 
 

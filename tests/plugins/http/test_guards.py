@@ -1,7 +1,6 @@
 """Who may speak to the server, and how much it reads of what they say."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,7 @@ from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.hosts.http import server as running
 from mlx_onevision.plugins.hosts.http.app import create_app
 from mlx_onevision.plugins.hosts.http.command import serve
-from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
-from mlx_onevision.plugins.hosts.http.request_body import BodyBudget
+from mlx_onevision.plugins.hosts.http.errors import redact_paths
 from mlx_onevision.plugins.hosts.http.server import ServerSettings, is_loopback
 from mlx_onevision.plugins.service.service import Limits
 
@@ -245,89 +242,6 @@ def test_a_body_is_bounded_as_it_is_read() -> None:
         slow = raw(client, f"{head}Content-Length: 50\r\n\r\n{{".encode())
         assert slow.startswith(b"HTTP/1.1 408") and time.monotonic() - began < 2
         assert client.chat().status == 200
-
-
-def test_bodies_are_bounded_together() -> None:
-    """Those for which there is no room are read when there is, in the order in which they came."""
-    with serving(FakeBackend(), ServerSettings(body=100_000, bodies=150_000)) as client:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        half = f"{head}Content-Length: 90000\r\n\r\n".encode() + b" " * 80_000
-        with socket.create_connection(("127.0.0.1", client.port), timeout=10) as first:
-            first.sendall(half)
-            time.sleep(0.1)  # until it is read
-            with socket.create_connection(("127.0.0.1", client.port), timeout=10) as second:
-                second.sendall(half + b" " * 10_000)
-                assert client.ask("GET", "/health").status == 200
-                second.settimeout(0.3)
-                with pytest.raises(TimeoutError):
-                    second.recv(1)
-                first.close()
-                second.settimeout(10)
-                assert second.recv(100).startswith(b"HTTP/1.1 400")
-        for _ in range(5):  # what was refused, or left, is not held any more
-            assert client.chat("x" * 90_000).status == 200
-
-
-def test_so_many_wait_for_room_and_no_more() -> None:
-    async def main() -> None:
-        budget = BodyBudget(10, most=2)
-        await budget.take(8)
-        waiting = [asyncio.ensure_future(budget.take(size)) for size in (5, 1)]
-        await asyncio.sleep(0)
-        with pytest.raises(HTTPError) as refused:
-            await budget.take(1)
-        assert refused.value.status == 429
-        assert not any(one.done() for one in waiting)  # the small one does not overtake
-        budget.give_back(2)
-        await asyncio.sleep(0)
-        assert not any(one.done() for one in waiting)
-        waiting[0].cancel()
-        budget.give_back(0)
-        await waiting[1]
-        budget.give_back(7)
-        await budget.take(10)
-
-    asyncio.run(main())
-
-
-def test_a_body_has_to_come_at_some_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many pieces it comes in: it keeps room from others meanwhile."""
-    monkeypatch.setattr("mlx_onevision.plugins.hosts.http.request_body.SLOWEST", 1 << 20)
-    with serving(FakeBackend(), ServerSettings(header_timeout=0.5)) as client:
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        with socket.create_connection(("127.0.0.1", client.port), timeout=10) as slow:
-            slow.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
-            began = time.monotonic()
-            with contextlib.suppress(OSError):
-                for _ in range(20):
-                    slow.sendall(b" ")
-                    time.sleep(0.1)
-            assert slow.recv(100).startswith(b"HTTP/1.1 408") and time.monotonic() - began < 5
-
-
-def test_connections_on_which_nothing_comes_are_closed() -> None:
-    with (
-        serving(FakeBackend(), ServerSettings(header_timeout=1.5)) as client,
-        ExitStack() as opened,
-    ):
-        began = time.monotonic()
-        idle = [
-            opened.enter_context(socket.create_connection(("127.0.0.1", client.port), 10))
-            for _ in range(30)
-        ]
-        for number, connection in enumerate(idle):
-            # Silent; half a head; and one that was used before.
-            if number % 3:
-                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-            if number % 3 == 2:
-                connection.sendall(b"\r\n")
-                assert connection.recv(12) == b"HTTP/1.1 200"
-                connection.sendall(b"GET /health HT")
-        assert client.ask("GET", "/health").status == 200
-        for connection in idle:
-            while connection.recv(65536):
-                pass
-        assert 1.4 < time.monotonic() - began < 8
 
 
 def test_a_token() -> None:

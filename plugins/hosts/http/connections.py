@@ -1,0 +1,288 @@
+"""Connections: how many there are, and how slow each may be.
+
+A client that sends its request or takes its answer too slowly is cut off after a while, and at once
+where its connection is needed: there are fewer of them than files that the process may have open,
+so that neither a connection nor a file of the model's is ever refused for want of a descriptor.
+"""
+
+import asyncio
+import errno
+import logging
+import math
+import resource
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, ClassVar
+
+import h11
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mlx_onevision.plugins.contract.errors import bad_request
+from mlx_onevision.plugins.hosts.http.errors import HTTPError
+
+ACCEPTED = 16  # connections that asyncio accepts at a time
+OTHERS = 64 + 4 * ACCEPTED  # descriptors for all else, and for what is accepted and not counted yet
+SPARE = 16  # connections beyond the others, for those who ask for the server's health
+LEAST, MOST = 16, 2048  # connections
+WANTED = 4096  # descriptors, where the system gives them
+SLOWEST = 4096  # bytes a second in which a client takes its answer, or sends its body
+BEGINNING = -0.5  # seconds that a client is ahead of that which has sent little more than its head
+LOG_SECONDS = 60.0  # between two lines about the same
+
+HEALTH = "/health"
+
+logger = logging.getLogger("mlx_onevision")
+
+
+def raise_limit() -> None:
+    """Lets this process have as many files open as it wants, where the system allows it: a shell on
+    a Mac allows 256 unless it is asked for more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_connections() -> int:
+    """As many as the files that the process may have open leave room for. Raises PluginError:
+    ``bad_request`` where these are too few.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST
+    most = soft - OTHERS - SPARE
+    if most < LEAST:
+        needed = LEAST + OTHERS + SPARE
+        message = f"{soft} files may be open at once, which is too few to serve"
+        raise bad_request(message, f"allow more with ulimit -n {max(needed, 256)}")
+    return min(most, MOST)
+
+
+class Rarely:
+    """Logs a warning, and after that no other one for a while."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def warn(self, message: str, *arguments: object) -> None:
+        now = monotonic()
+        if now >= self._next:
+            self._next = now + LOG_SECONDS
+            logger.warning(message, *arguments)
+
+
+class Connections:
+    """All of a server's. Used from the event loop alone.
+
+    most : requests at once, but for those about the server's health. There may be ``SPARE`` more
+        connections. Beyond either, the slowest clients' are closed.
+    still : seconds that a request's head may take, and that a client may not take its answer.
+    """
+
+    def __init__(self, most: int, still: float) -> None:
+        self._most, self._still = most, still
+        self._all: set[Connection] = set()
+        self._full, self._failed = Rarely(), Rarely()
+
+    def protocol(self) -> type["Connection"]:
+        """What uvicorn makes for each of them."""
+        return type("BoundConnection", (Connection,), {"among": self})
+
+    def opened(self, one: "Connection") -> None:
+        self._all.add(one)
+        if len(self._all) > self._most + SPARE and not self._drop_slowest(self._all - {one}):
+            self._drop(one)
+
+    def has_room(self, one: "Connection") -> bool:
+        """Whether a request that has just come can be answered."""
+        if len(self._all) <= self._most:
+            return True
+        busy = {other for other in self._all if other.in_request and other.scope["path"] != HEALTH}
+        return len(busy) <= self._most or self._drop_slowest(busy - {one})
+
+    def _drop_slowest(self, some: set["Connection"]) -> bool:
+        """Whether there was any that keeps others waiting."""
+        self._full.warn(
+            "%d connections are open, as many as the limit of open files leaves room for; "
+            "those on which nothing comes are closed",
+            len(self._all),
+        )
+        now = monotonic()
+        lags = sorted(((one.lag(now), id(one), one) for one in some), reverse=True)
+        slow = [(lag, one) for lag, _, one in lags if lag > BEGINNING]
+        for place, (lag, one) in enumerate(slow[: 1 + self._most // 16]):
+            if place == 0 or lag > 1:  # several, as looking for them takes time
+                self._drop(one)
+        return bool(slow)
+
+    def closed(self, one: "Connection") -> None:
+        self._all.discard(one)
+
+    def sweep(self) -> None:
+        """Closes those that have been slow for too long; to be called every now and then."""
+        now = monotonic()
+        for one in [one for one in self._all if one.overdue(now) > self._still]:
+            self._drop(one)
+
+    def _drop(self, one: "Connection") -> None:
+        self._all.discard(one)
+        one.outgoing.abort()
+
+    def failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """The event loop's exception handler: one line where there are no descriptors."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            self._failed.warn("too many files are open, so that connections have to wait")
+        else:
+            loop.default_exception_handler(context)
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol, which knows how slow its client is."""
+
+    among: ClassVar[Connections]
+
+    outgoing: "Outgoing"
+    _since = 0.0  # since when something is waited for from the client
+    _received = 0  # bytes, since then
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.outgoing = Outgoing(transport, self._is_sending)
+        self._application, self.app = self.app, self._answer
+        self._wait()
+        super().connection_made(self.outgoing)
+        # Else a token waits 40 ms for the acknowledgement of the one before (asyncio sets it
+        # only where the listening socket was made with the protocol's number).
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.among.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.outgoing.lingers:
+            return  # its request was refused before it was read
+        if not self._received and not self.in_request:
+            self._wait()
+        self._received += len(data)
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.among.closed(self)
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._wait()
+        super().on_response_complete()
+
+    def shutdown(self) -> None:
+        if self.outgoing.lingers:
+            self.outgoing.abort()
+        else:
+            super().shutdown()
+
+    def _wait(self) -> None:
+        self._since, self._received = monotonic(), 0
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == HEALTH or self.among.has_room(self):
+            await self._application(scope, receive, send)
+            return
+        message = "too many requests are under way; try again in a moment"
+        error = HTTPError(429, message, "rate_limit_exceeded")
+        await error.response({"Connection": "close"})(scope, receive, send)
+
+    @property
+    def in_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def overdue(self, now: float) -> float:
+        """Seconds for which the head of a request, or the end of an answer, is waited for."""
+        if behind := self.outgoing.lag(now):
+            self._since = now  # it takes the answer before it sends the next request
+            return behind
+        return 0.0 if self.in_request else now - self._since
+
+    def lag(self, now: float) -> float:
+        """Seconds that its client is behind one that is as slow as it may be where others need its
+        connection; minus infinity while it is not the client that is waited for.
+        """
+        behind = self.overdue(now)
+        if self.in_request and self.cycle.more_body:
+            behind = max(behind, now - self._since) - self._received / SLOWEST
+        return behind or -math.inf
+
+    def send_400_response(self, msg: str) -> None:
+        """In the form that every error has, where an answer can still be sent."""
+        del msg
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error = HTTPError(400, "this is not HTTP as it has to be")
+            answer = error.response({"Connection": "close"})
+            headers, data = answer.raw_headers, h11.Data(data=bytes(answer.body))
+            head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (head, data, h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.in_request:  # whoever waits for the rest of the body need not
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    def _is_sending(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+
+class Outgoing(asyncio.Transport):
+    """A connection's transport, which knows how slowly its client takes what is written.
+
+    is_sending : whether the client may be in the midst of its request. To close the connection then
+        would reset it, and take from the client what it was answered: it stays half open, and what
+        comes is not read, until the client closes it.
+    """
+
+    def __init__(self, inner: asyncio.Transport, is_sending: Callable[[], bool]) -> None:
+        super().__init__()
+        self._inner, self._is_sending = inner, is_sending
+        self.lingers = False
+        self._since = 0.0  # since when something lies here, or it was closed
+        self._kept = 0  # bytes, since then; not those that the system has taken at once
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        before = self._inner.get_write_buffer_size()
+        self._inner.write(data)
+        if not before:
+            self._since, self._kept = monotonic(), 0
+        self._kept += self._inner.get_write_buffer_size() - before
+
+    def lag(self, now: float) -> float:
+        """Seconds that the client is behind one that takes what is written as slowly as it may."""
+        if self.lingers:
+            return now - self._since
+        left = self._inner.get_write_buffer_size()
+        return now - self._since - (self._kept - left) / SLOWEST if left else 0.0
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if self._is_sending():
+            self.lingers, self._since = True, monotonic()
+            self._inner.write_eof()
+            self._inner.resume_reading()
+        else:
+            self._inner.close()
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._inner.is_closing()
+
+    def pause_reading(self) -> None:
+        if not self.is_closing():
+            self._inner.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._inner.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._inner.get_extra_info(name, default)
