@@ -25,7 +25,7 @@ def tile_vectors(
     check: Callable[[], None],
 ) -> NDArray[np.float32]:
     """As :func:`tower_means`, of the model that ``runner`` has."""
-    with wired():
+    with wired(), runner.interruptible(check):
         return tower_means(runner.model, tiles, normalization, check)
 
 
@@ -72,8 +72,7 @@ def last_hidden(
             continue
         # Padding comes after the last id, where a causal model cannot see it.
         padded = [[*ids, *[0] * (longest - len(ids))] for ids in group]
-        h = model.embed(mx.array(padded, mx.int32))
-        h = model.language_model(h, None, model.budget.interval_for(len(group) * longest))
+        h = model.hidden_states(model.embed(mx.array(padded, mx.int32)))
         last = mx.array([len(ids) - 1 for ids in group])
         states.append(np.array(h[mx.arange(len(group)), last].astype(mx.float32)))
     return np.concatenate(states)
@@ -100,7 +99,7 @@ def _prefill_in_chunks(model: OneVision, ids: Sequence[int], check: Callable[[],
     state = mx.zeros((1, model.config.text_config.hidden_size))
     for start in range(0, len(ids), chunk):
         h = model.embed(mx.array([ids[start : start + chunk]], mx.int32))
-        h = model.language_model(h, cache, model.budget.interval, last=1)
+        h = model.hidden_states(h, cache, last=1)
         state = h[:, -1].astype(mx.float32)
         mx.eval(state, [layer.state for layer in cache])
         check()
@@ -119,6 +118,7 @@ def prompt_vectors(
                 ids, keys = runner.virtual_ids(inputs)
                 in_use.enter_context(runner.model.bank.in_use(keys))
                 rows.append(ids)
+            in_use.enter_context(runner.interruptible(check))
             together = [(*pair, Counters()) for pair in zip(group, rows, strict=True)]
             for _ in runner.encode(together, check):
                 pass

@@ -130,9 +130,7 @@ class OneVision(nn.Module):
         would round neighbours together and change the greedy choice.
         """
         h = self.embed(inputs) if input_embeddings is None else input_embeddings
-        tokens = h.shape[0] * h.shape[1]
-        interval = 0 if h.shape[1] == 1 else self.budget.interval_for(tokens)
-        h = self.language_model(h, cache, interval, self._check, last)
+        h = self.hidden_states(h, cache, last)
         if self.stage is not None and not self.stage.ends:
             return mx.zeros((*h.shape[:2], self.config.text_config.vocab_size))
         head = (
@@ -219,7 +217,8 @@ class OneVision(nn.Module):
 
     def vision_features(self, pixels: mx.array) -> mx.array:
         """The tower's selected hidden states, shape = (tiles, patches, tower width * layers)."""
-        return self.vision_tower(pixels, self.config.feature_layers, self.budget.tower_interval)
+        layers, interval = self.config.feature_layers, self.budget.tower_interval
+        return self.vision_tower(pixels, layers, interval, self._check)
 
     def pack(self, packing: Packing | VideoPacking | None, features: mx.array) -> mx.array:
         """The embeddings (tokens, hidden_size) of a medium from its tiles', a video's pooled."""
@@ -286,6 +285,16 @@ class OneVision(nn.Module):
     def dtype(self) -> mx.Dtype:
         """The type that the language model computes in."""
         return self.language_model.norm.weight.dtype
+
+    def hidden_states(
+        self, h: mx.array, cache: Sequence[Any] | None = None, last: int | None = None
+    ) -> mx.array:
+        """The final hidden states, (B, L, hidden_size), of embeddings; see :class:`language.Qwen2`
+        for the rest.
+        """
+        tokens = h.shape[0] * h.shape[1]
+        interval = 0 if h.shape[1] == 1 else self.budget.interval_for(tokens)
+        return self.language_model(h, cache, interval, self._check, last)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Embeddings, shape = (B, L, hidden_size): the table's for text, the bank's for media.

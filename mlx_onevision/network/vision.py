@@ -4,7 +4,7 @@ Follows transformers' ``SiglipVisionModel`` up to the hidden states that LLaVA-O
 norm after the last layer and the pooling head are left out: their outputs are never used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,7 +97,11 @@ class VisionTower(nn.Module):
         return self.embeddings.patch_embedding.weight.dtype
 
     def __call__(
-        self, pixels: mx.array, feature_layers: Sequence[int], interval: int = 0
+        self,
+        pixels: mx.array,
+        feature_layers: Sequence[int],
+        interval: int = 0,
+        check: Callable[[], None] = lambda: None,
     ) -> mx.array:
         """Encodes tiles.
 
@@ -106,6 +110,7 @@ class VisionTower(nn.Module):
         feature_layers : the hidden states to return, joined along the last axis. 0 is what enters
             the first layer, k what leaves the k-th. Layers above the highest one are not run.
         interval : the most layers whose values are held at once; see :class:`layers.Pace`.
+        check : called at every evaluation point; what it raises ends the encoding.
 
         Returns an mx.array, shape = (tiles, patches, hidden_size * len(feature_layers)).
         """
@@ -115,6 +120,7 @@ class VisionTower(nn.Module):
             x = layer(x)
             if pace.is_due(number):
                 pace.evaluate(x)
+                check()
             if number in feature_layers:
                 states[number] = x
         return mx.concatenate([states[number] for number in feature_layers], axis=-1)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import write
 
 from mlx_onevision.checkpoint.load import load_checkpoint
+from mlx_onevision.engine import pooling
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest
 from mlx_onevision.engine.runner import Runner
@@ -52,7 +54,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     runner = Runner(load_checkpoint(write(tmp_path_factory.mktemp("checkpoint"), tied=False)))
     # Each prompt is one chunk, and every layer of it is evaluated by itself.
     runner.chunk = 8192
-    runner.model.budget = replace(runner.model.budget, chunk=8192, interval=1)
+    runner.model.budget = replace(runner.model.budget, chunk=8192, interval=1, tower_interval=1)
     return runner
 
 
@@ -101,3 +103,35 @@ def test_together(runner: Runner, prompts: list[Inputs]) -> None:
         assert kept.tokens == whole[1] and gone.tokens == whole[0][: len(gone.tokens)]
     after = answered(runner, prompts, [1 << 30] * 2)
     assert [request.tokens for request in after] == whole
+
+
+def test_vectors(runner: Runner, prompts: list[Inputs]) -> None:
+    """Between layers, of the prompts as well as of the tower."""
+    asked, most = 0, 1 << 30
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked > most:
+            raise CancelledError("the request was cancelled")
+
+    def tiles() -> np.ndarray:
+        size = runner.model.config.vision_config.image_size
+        pixels = np.arange(3 * size * size * 3, dtype=np.uint8).reshape(3, size, size, 3)
+        return pooling.tile_vectors(runner, pixels, np.zeros((256, 3), np.float32), check)
+
+    for compute, layers in (
+        (lambda: pooling.prompt_vectors(runner, prompts, check), len(runner.model.layers)),
+        (tiles, max(runner.model.config.feature_layers)),
+    ):
+        asked, most = 0, 1 << 30
+        whole = compute()
+        looks = asked
+        assert looks > layers >= 2, "it was not asked between layers"
+        for most in range(looks):
+            asked = 0
+            with pytest.raises(CancelledError):
+                compute()
+            assert asked == most + 1
+        asked, most = 0, 1 << 30
+        assert np.array_equal(compute(), whole)
