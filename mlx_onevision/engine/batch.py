@@ -71,6 +71,7 @@ class Batch:
                 self._first = self._waiting[0]
                 with wired(), self._runner.within_limit([self._first.size]):
                     while self.requests or self._others_waiting():
+                        self._runner.progress.step()
                         if self._newcomers or not self.requests:
                             self._runner.sync()  # else decode steps say where there is something
                         self._drop_cancelled()

@@ -3,18 +3,14 @@
 Requests begin in the order in which they are submitted; those that come while others are running
 join them, between two tokens. Everything else takes its turn.
 
-MLX arrays belong to the thread that made them. So a :class:`Worker` builds the :mod:`runner` on a
-thread of its own, runs every job on it there, one after another, and drops it there. Ids, texts,
-numpy arrays and plain numbers cross over.
+MLX arrays belong to the thread that made them. So a :class:`~mlx_onevision.engine.worker.Worker`
+builds the :mod:`runner` on a thread of its own, runs every job on it there, one after another, and
+drops it there. Ids, texts, numpy arrays and plain numbers cross over.
 """
 
-import logging
 import math
-import queue
 import sys
 import threading
-import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,9 +19,8 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeVar
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_onevision import distributed
@@ -44,10 +39,10 @@ from mlx_onevision.engine.request import (
     request_size,
 )
 from mlx_onevision.engine.runner import Runner
+from mlx_onevision.engine.worker import PATIENCE_SECONDS, Worker
 from mlx_onevision.errors import (
     CancelledError,
     ContextOverflowError,
-    DiedError,
     OneVisionError,
     RequestError,
 )
@@ -58,15 +53,7 @@ from mlx_onevision.network.stages import Split
 from mlx_onevision.prompt.processor import Inputs
 from mlx_onevision.sampling.detokenizer import TokenBytes
 
-Owned = TypeVar("Owned")
 Result = TypeVar("Result")
-
-# At interpreter exit, how long a job that does not notice its cancellation is waited for.
-PATIENCE_SECONDS = 10.0
-
-_Job: TypeAlias = tuple[Callable[[Owned], None], Callable[[DiedError], None]]
-
-logger = logging.getLogger("mlx_onevision")
 
 
 class Engine:
@@ -258,8 +245,10 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """False once its thread has died: it does not answer any more."""
-        return self._worker.alive and not self._lost
+        """False once its thread has died, or while it hangs: it does not answer any more. To be
+        asked every second or so; see :class:`~mlx_onevision.engine.worker.Watchdog`.
+        """
+        return self._worker.alive and not self._lost and not self._worker.hangs
 
     def save_prompt_cache(self, path: Path, about: Mapping[str, str]) -> None:
         """See :meth:`PrefixCache.save`."""
@@ -318,144 +307,3 @@ def _end(requests: Sequence[ActiveRequest], error: BaseException) -> None:
     for active in requests:
         with suppress(BaseException):  # its reader gets the error, whatever else goes wrong
             active.end(error)
-
-
-class Worker(Generic[Owned]):
-    """Builds an object with ``build`` on a new thread, raising what that raises, and keeps it until
-    :meth:`close`. Every method may be called from any thread.
-    """
-
-    def __init__(self, build: Callable[[], Owned]) -> None:
-        self._jobs: _Jobs[Owned] = _Jobs()
-        self.closing = threading.Event()  # a long job should end early once it is set
-        built: Future[None] = Future()
-        # The thread does not refer to the worker, so that a forgotten one is collected and closed.
-        self._thread = threading.Thread(
-            target=_work, args=(build, built, self._jobs), name="mlx-onevision", daemon=True
-        )
-        self._thread.start()
-        self._finalizer = weakref.finalize(self, _stop, self._thread, self._jobs, self.closing)
-        try:
-            built.result()
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def alive(self) -> bool:
-        """False once a job has killed the thread."""
-        return self._jobs.killer is None
-
-    def post(
-        self, job: Callable[[Owned], None], lost: Callable[[DiedError], None] = lambda _: None
-    ) -> None:
-        """Queues ``job``, which must not raise: that would kill the thread.
-
-        lost : called where the thread dies before the job's end.
-
-        Raises OneVisionError when the worker has been closed, DiedError when its thread has died.
-        """
-        if self.closing.is_set():
-            raise OneVisionError("the model has been closed; load it again")
-        self._jobs.put((job, lost))
-
-    def call(self, function: Callable[[Owned], Result]) -> Result:
-        """Runs ``function`` after the queued jobs, and returns or raises what it does."""
-        return self.submit(function).result()
-
-    def submit(self, function: Callable[[Owned], Result]) -> "Future[Result]":
-        """As :meth:`call`, but returns at once; not run if cancelled before it begins."""
-        future: Future[Result] = Future()
-
-        def run(owned: Owned) -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(owned))
-                except BaseException as error:
-                    future.set_exception(error)
-
-        def lost(error: DiedError) -> None:
-            if not future.done():
-                future.set_exception(error)
-
-        self.post(run, lost)
-        return future
-
-    def close(self, patience: float = PATIENCE_SECONDS) -> None:
-        """Ends the thread after the job under way; queued jobs still run, and see ``closing``.
-
-        patience : seconds that it is waited for.
-        """
-        if self._finalizer.detach():
-            _stop(self._thread, self._jobs, self.closing, patience)
-
-
-class _Jobs(Generic[Owned]):
-    def __init__(self) -> None:
-        self.waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
-        self._between = threading.Lock()  # a job is queued or refused, and never left lying
-        self.killer: str | None = None  # a sentence on what killed the thread
-
-    def put(self, job: _Job[Owned]) -> None:
-        with self._between:
-            if self.killer is not None:
-                raise DiedError(self.killer)
-            self.waiting.put(job)
-
-    def lose(self, error: BaseException, under_way: _Job[Owned] | None) -> None:
-        """The thread dies of ``error``, which everybody who waits for it gets."""
-        lost = [] if under_way is None else [under_way]
-        with self._between:
-            if isinstance(error, DiedError):
-                self.killer = str(error)
-            else:
-                kind = type(error).__name__
-                self.killer = f"what runs the model has died ({kind}); load it again"
-            while not self.waiting.empty():
-                job = self.waiting.get()
-                lost += [] if job is None else [job]
-        for _, end in lost:
-            with suppress(BaseException):
-                end(DiedError(self.killer))
-
-
-def _work(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -> None:
-    try:
-        _run(build, built, jobs)
-    finally:
-        # Here and now: a thread that ends with streams of its own aborts the process at its exit.
-        mx.clear_cache()
-        mx.clear_streams()
-
-
-def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -> None:
-    try:
-        owned = build()
-    except BaseException as error:
-        built.set_exception(error)
-        return
-    built.set_result(None)
-    del build, built
-    job: _Job[Owned] | None = None
-    try:
-        while (job := jobs.waiting.get()) is not None:
-            job[0](owned)
-            job = None
-    except BaseException as error:
-        if not isinstance(error, DiedError):
-            # As text: a log that kept the error would keep the arrays that its frames hold.
-            text = "".join(traceback.format_exception(error))
-            logger.critical("the model's thread has died:\n%s", text)
-        jobs.lose(error, job)
-
-
-def _stop(
-    thread: threading.Thread,
-    jobs: _Jobs[Owned],
-    closing: threading.Event,
-    patience: float = PATIENCE_SECONDS,
-) -> None:
-    closing.set()
-    jobs.waiting.put(None)
-    if thread is not threading.current_thread():
-        thread.join(timeout=patience)

@@ -124,7 +124,7 @@ class Ranks:
         idle_since = time.monotonic()
         try:
             while self._jobs or not self.closing.is_set():
-                self.sync()
+                runner.sync()
                 if self._jobs:
                     self._jobs.popleft()(runner)
                     idle_since = time.monotonic()

@@ -19,6 +19,7 @@ from mlx_onevision.distributed import least
 from mlx_onevision.engine.decode import clear_between_chunks, decode_steps, import_mlx_lm
 from mlx_onevision.engine.memory import among_stages, memory_model, wired, working_set
 from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
+from mlx_onevision.engine.progress import Progress
 from mlx_onevision.engine.request import (
     ActiveRequest,
     Counters,
@@ -54,6 +55,7 @@ class Runner:
     limit : bytes of memory that may be used at most; None: what the device should use.
     kv_bits : 8 or 4 keeps keys and values quantized.
     draft : a smaller model that proposes tokens to this one.
+    progress : counts the steps.
 
     Raises:
         OutOfMemoryError: where the model, and its draft, do not fit into the limit.
@@ -67,8 +69,10 @@ class Runner:
         limit: int | None = None,
         kv_bits: int | None = None,
         draft: Checkpoint | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.progress = progress or Progress()
         self.ranks: Ranks | None = None  # that compute together with this one
         self.model: OneVision = checkpoint.model
         self.limit = working_set() if limit is None else min(limit, working_set())
@@ -125,6 +129,7 @@ class Runner:
 
     def sync(self) -> None:
         """Applies what has happened meanwhile, at a place that all ranks come to."""
+        self.progress.step()
         if self.ranks is not None:
             self.ranks.sync()
 
@@ -134,7 +139,12 @@ class Runner:
         """
         apart = self.model.stage is not None
         waits = self.ranks is not None and mx.default_device().type == mx.gpu
-        return nullcontext() if apart or waits else self.model.interruptible(check)
+
+        def step() -> None:
+            self.progress.step()
+            check()
+
+        return nullcontext() if apart or waits else self.model.interruptible(step)
 
     def raise_if_alone(self, error: BaseException) -> None:
         """DiedError for what may have gone wrong on this one of several ranks alone."""
@@ -215,6 +225,7 @@ class Runner:
             ahead = 1 + active.request.proposed  # a step's tokens
             with closing(self._tokens(active, cache, check)) as tokens:
                 for token in tokens:
+                    self.progress.step()
                     active.accept(token)
                     if token in self.checkpoint.generation_defaults.eos_token_ids:
                         break
@@ -342,6 +353,7 @@ class Runner:
             found = np.empty((len(ids) - first, vocab_size), np.float32)
             reserve(self.model, cache, len(ids))
             while (start := cache[0].offset) < len(ids):
+                self.progress.step()
                 chunk = ids[start : start + self.prefill_chunk]
                 end, wanted = start + len(chunk) - first, start + len(chunk) - max(start, first)
                 logits = self.model(mx.array([chunk], mx.int32), cache, last=max(1, wanted))
@@ -397,6 +409,7 @@ class Runner:
             finally:
                 for counters in shares:
                     counters.encode_seconds += (time.perf_counter() - started) / len(shares)
+            self.progress.step()
             if packed is None:
                 return
             for embeddings, (medium, counters) in zip(packed, following, strict=False):

@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 
-from mlx_onevision.engine.engine import Worker
+from mlx_onevision.engine.progress import Progress
+from mlx_onevision.engine.worker import Worker
 from mlx_onevision.errors import DiedError, OneVisionError
 
 
@@ -124,3 +125,56 @@ def test_a_forgotten_worker_closes_itself() -> None:
     gc.collect()
     thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+def looked_at(worker: Worker[Progress], seconds: float) -> list[bool]:
+    """Whether it hangs, again and again."""
+    found: list[bool] = []
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found.append(worker.hangs)
+        time.sleep(0.01)
+    return found
+
+
+def test_a_job_that_does_not_move_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does one that moves, however long it takes, nor a thread without work."""
+    monkeypatch.setattr("mlx_onevision.engine.worker.HANG_SECONDS", 0.3)
+    progress, held, stuck = Progress(), threading.Event(), threading.Event()
+
+    def build() -> Progress:
+        time.sleep(0.6)  # loading is no hang
+        return progress
+
+    def moves(progress: Progress) -> None:
+        for _ in range(6):
+            time.sleep(0.15)
+            progress.step()
+
+    worker = Worker(build, progress)
+    assert not any(looked_at(worker, 0.6))
+    moving = worker.submit(moves)
+    assert not any(looked_at(worker, 0.6)) and moving.result(5) is None
+    hanging = worker.submit(lambda _: (stuck.set(), held.wait(20)))
+    assert stuck.wait(5) and not worker.hangs
+    assert looked_at(worker, 0.6)[-1]
+    assert worker.alive
+    held.set()
+    hanging.result(5)
+    assert not worker.hangs
+    worker.close()
+
+
+def test_a_process_that_was_stopped_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_onevision.engine.worker.HANG_SECONDS", 0.5)
+    monkeypatch.setattr("mlx_onevision.engine.worker.LONGEST_LOOK", 0.1)
+    progress, held = Progress(), threading.Event()
+    worker = Worker(lambda: progress, progress)
+    under_way = worker.submit(lambda _: held.wait(20))
+    for _ in range(3):
+        assert not worker.hangs
+        time.sleep(0.6)  # nobody looks
+    assert looked_at(worker, 1)[-1]
+    held.set()
+    under_way.result(5)
+    worker.close()

@@ -136,3 +136,26 @@ def test_a_model_that_is_dead_ends_the_server(tmp_path: Path) -> None:
         assert server.stderr is not None
         said = server.stderr.read()
         assert "error: the model cannot answer any more, so the server ends; start it again" in said
+
+
+def test_a_model_that_hangs_ends_the_server(tmp_path: Path) -> None:
+    """As in a step that never ends: who waits gets an error, and the process an exit code."""
+    program = tmp_path / "hangs.py"
+    program.write_text(
+        "import sys, time\n"
+        "from mlx_onevision.engine import worker\n"
+        "from mlx_onevision.engine.runner import Runner\n"
+        "worker.HANG_SECONDS = 2.0\n"
+        "Runner.fill_bank = lambda *_: time.sleep(600)\n"
+        "from mlx_onevision.__main__ import main\n"
+        "sys.argv[0] = 'mlx-onevision'\n"
+        "main()\n"
+    )
+    with command("--model", "demo", program=[str(program)]) as (server, client):
+        began = time.monotonic()
+        reply = client.chat("hello", max_tokens=2)
+        assert reply.status in (500, 503) and reply.json["error"]["message"]
+        server.wait(20)
+        assert server.returncode == 1 and time.monotonic() - began < 20
+        assert server.stderr is not None
+        assert "error: the model cannot answer any more" in server.stderr.read()
