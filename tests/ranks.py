@@ -1,5 +1,8 @@
 """What a rank, or one process alone, makes of a checkpoint; as a program, for every rank of
-``running``: ``python ranks.py TARGET FOLDER``.
+``running``: ``python ranks.py TARGET FOLDER ADAPTER OTHER``.
+
+Ranks that wait keep a core busy, so that each sum takes long where there are fewer cores: answers
+are short, and there are few layers.
 """
 
 import json
@@ -18,14 +21,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_onevision.api import load
-from mlx_onevision.cli.main import cli
+from mlx_onevision.cli.main import cli, main
 from mlx_onevision.distributed import TRAFFIC
 from mlx_onevision.engine.ranks import Ranks
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.network.stages import Split
 
 SECONDS = 60
-SPLITS: dict[str, Split | None] = {"tensor": None, "stages": (1, 3)}
+SPLITS: dict[str, Split | None] = {"tensor": None, "stages": (1, 2)}
+TOKENS = 8
 LANGUAGE = ("language_model", "lm_head")
 rng = np.random.default_rng(3)
 IMAGES = [rng.integers(0, 256, size, np.uint8) for size in ((70, 40, 3), (28, 28, 3), (30, 90, 3))]
@@ -38,32 +42,37 @@ PROMPTS: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {
 }
 
 
-def answers(folder: Path, quantize: int | None, split: Split | None = None) -> dict[str, Any]:
-    """The last logits and greedy tokens of every prompt, and vectors. On other ranks than 0 this
-    ends with SystemExit.
+def answers(
+    folder: Path, quantize: int | None, split: Split | None = None, adapter: Path | None = None
+) -> dict[str, Any]:
+    """The last logits and greedy tokens of every prompt, and vectors; with an adapter, of the first
+    two prompts alone. On other ranks than 0 this ends with SystemExit.
     """
-    model = load(folder, quantize=quantize, sharded=True, split=split)
+    model = load(folder, quantize=quantize, sharded=True, split=split, adapter=adapter)
     found: dict[str, Any] = {}
-    for name, (images, videos) in PROMPTS.items():
+    for name, (images, videos) in list(PROMPTS.items())[: None if adapter is None else 2]:
         blocks = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
         content = [*blocks, {"type": "text", "text": "hello"}]
         messages = [{"role": "user", "content": content}]
         inputs = model.prepare(messages, images=images, videos=videos)
         logits = model.logits(inputs, last=9)
         answer = model.generate(
-            messages=messages, images=images, videos=videos, max_tokens=12, temperature=0
+            messages=messages, images=images, videos=videos, max_tokens=TOKENS, temperature=0
         )
         found[name] = {"logits": logits.tolist(), "tokens": answer.tokens}
-    found["sampled"] = model.generate("hello", max_tokens=12, temperature=1.5).text  # any
-    for space in ("joint",) if split else ("vision", "joint"):
-        found[space] = model.embed([*IMAGES, VIDEO], space).vectors.tolist()
+    if adapter is not None:
+        model.close()
+        return found
+    found["sampled"] = model.generate("hello", max_tokens=TOKENS, temperature=1.5).text  # any
+    for space in ("vision", "joint"):
+        found[space] = model.embed([IMAGES[0], VIDEO], space).vectors.tolist()
 
     def sent(tokens: int) -> int:
         before = TRAFFIC.sent
         model.generate("hello", max_tokens=tokens, temperature=0)
         return TRAFFIC.sent - before
 
-    found["sent"] = (sent(12) - sent(4)) / 8  # bytes a token
+    found["sent"] = (sent(TOKENS) - sent(2)) / (TOKENS - 2)  # bytes a token
     model.close()
     return found
 
@@ -114,15 +123,22 @@ def running(*commands: list[str], folder: Path) -> Iterator[list[Popen[str]]]:
             process.communicate()
 
 
-def ended(started: list[Popen[str]], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
-    """Of every rank its exit code, stdout and stderr, once it has ended."""
+def ended(
+    started: list[Popen[str]], seconds: float = SECONDS, sent: str | None = None
+) -> list[tuple[int, str, str]]:
+    """Of every rank its exit code, stdout and stderr, once it has ended. ``sent`` : rank 0's
+    stdin.
+    """
     until = time.monotonic() + seconds
-    streams = [process.communicate(timeout=until - time.monotonic()) for process in started]
+    streams = [
+        process.communicate(None if rank else sent, timeout=until - time.monotonic())
+        for rank, process in enumerate(started)
+    ]
     return [(process.returncode, *pair) for process, pair in zip(started, streams, strict=True)]
 
 
 if __name__ == "__main__":
-    target, folder = map(Path, sys.argv[1:])
+    target, folder, adapter, other = map(Path, sys.argv[1:])
     run, before = Ranks.run, 0
     sized: dict[str, dict[str, int]] = {}
     made: dict[str, dict[str, Any]] = {}
@@ -133,11 +149,19 @@ if __name__ == "__main__":
 
     Ranks.run = measured
     for way, split in SPLITS.items():
-        for bits in (None, 4):
-            name, before = f"{way} {bits}", mx.get_active_memory()
+        for bits, given in ((None, None), (4, None), (None, adapter)):
+            name, before = f"{way} {'adapter' if given else bits}", mx.get_active_memory()
             with suppress(SystemExit):
-                made[name] = answers(folder, bits, split)
+                made[name] = answers(folder, bits, split, given)
     (target / f"{os.environ['MLX_RANK']}.json").write_text(json.dumps([sized, made]))
-    arguments = ["generate", "--model", str(folder), "--prompt", "hello", "--max-tokens", "4"]
-    arguments.append("--verbose")
-    cli(arguments, standalone_mode=False)
+    Ranks.run = run
+    # What is run as a command: two that end well, and one of ranks that do not fit together.
+    answer = ["--model", str(folder), "--max-tokens", "4", "--verbose"]
+    for command in (["generate", "--prompt", "hello", *answer], ["chat", *answer]):
+        with suppress(SystemExit):
+            cli(command, standalone_mode=False)
+        for stream in (sys.stdout, sys.stderr):
+            print("---", file=stream, flush=True)
+    own = other if os.environ["MLX_RANK"] == "1" else folder
+    sys.argv[1:] = ["generate", "--model", str(own), "--prompt", "hello"]
+    main()

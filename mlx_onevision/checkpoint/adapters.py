@@ -66,6 +66,7 @@ class LowRank:
     outputs), in the file with their axes as they are or ``transposed``.
 
     m : DoRA's lengths of the rows of the changed matrix, (outputs,).
+    summed : ``a`` is for a part of the inputs, and other ranks have the others.
     """
 
     a: Tensor
@@ -73,6 +74,7 @@ class LowRank:
     m: Tensor | None
     scale: float
     transposed: bool
+    summed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -259,7 +261,7 @@ def check_fit(adapter: Adapter, model: OneVision) -> None:
     modules = dict(model.named_modules())
     parameters = dict(tree_flatten(model.parameters()))
     tied = model.config.tie_word_embeddings and not adapter.ties
-    table = model.language_model.embed_tokens if tied else None
+    table = model.language_model.get("embed_tokens") if tied else None
     for name, term in adapter.low_rank.items():
         module = modules.get(name, table if name == HEAD else None)
         if not isinstance(module, (*LINEAR, *EMBEDDING)):
@@ -352,7 +354,8 @@ def apply_adapter(model: OneVision, adapter: Adapter) -> None:
         if isinstance(module, EMBEDDING):
             changed.append((name, AdaptedEmbedding(module, a, b)))
         else:
-            changed.append((name, AdaptedLinear(module, a, b, m)))
+            group = model.group if term.summed else None
+            changed.append((name, AdaptedLinear(module, a, b, m, group)))
     model.update_modules(tree_unflatten(changed))
 
 

@@ -31,10 +31,12 @@ from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.sharing import (
     EMBEDDING,
     HEAD,
+    adapter_of_stage,
     check_ranks,
     make_stage,
     plan_of_stage,
     share,
+    share_adapter,
 )
 from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
 from mlx_onevision.config import original_layout
@@ -137,7 +139,7 @@ def load_checkpoint(
         :mod:`sharing`.
     split : divides the layers among them instead of each layer: see :func:`stages.counts`. "auto"
         goes by their limits.
-    adapter : the folder of an adapter to apply; not for a group.
+    adapter : the folder of an adapter to apply; of a group, each rank reads its part.
     admit : called with the sizes of what will be loaded before any weight is read; refuses it by
         raising.
 
@@ -155,15 +157,19 @@ def load_checkpoint(
         logger.warning("An adapter lies in %s and is not used; --adapter %s does", folder, folder)
     opened = open_checkpoint(folder)
     plan = make_plan(opened.config, opened.tensors, opened.quantized, recipe=recipe, dtype=dtype)
-    described = plan.config
+    described, tied = plan.config, plan.config.tie_word_embeddings
     stage = None
+    if given is not None and group is not None:
+        adapters.check_fit(given, opened.network)
     if group is not None and split is not None:
         stage = make_stage(plan, group, split, limit or sys.maxsize)
         plan = plan_of_stage(plan, stage)
+        given = given and adapter_of_stage(given, tied, stage)
     elif group is not None:
         check_ranks(plan, group.size())
         config, tensors = share(opened.config, opened.tensors, group.rank(), group.size())
         plan = make_plan(config, tensors, opened.quantized, recipe=recipe, dtype=dtype)
+        given = given and share_adapter(given, tied, group.rank(), group.size())
     nbytes = plan.nbytes + (0 if given is None else given.nbytes)
     itemsize = 4 if plan.dtype == "float32" else 2
     sizes = MemoryModel(plan.config, nbytes, itemsize, backend=device_kind())

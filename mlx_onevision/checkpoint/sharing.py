@@ -13,9 +13,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 
 import mlx.core as mx
 
+from mlx_onevision.checkpoint.adapters import Adapter, LowRank
 from mlx_onevision.checkpoint.plan import ConversionPlan
 from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
@@ -46,24 +48,46 @@ def share(
         intermediate_size=text.intermediate_size // ranks,
     )
     tied = config.tie_word_embeddings
-    parts = {name: _part(tensor, tied, rank, ranks) for name, tensor in tensors.items()}
+    parts = {n: _part(tensor, _axis(n, tied), rank, ranks) for n, tensor in tensors.items()}
     return dataclasses.replace(config, text_config=own), parts
 
 
-def _part(tensor: Tensor, tied: bool, rank: int, ranks: int) -> Tensor:
-    """A rank's part of a tensor: of the outputs of the matrices that read the hidden states, of the
-    inputs of those that add to them, and of the rows of the embedding.
+def _axis(name: str, tied: bool) -> int | None:
+    """Along which ranks divide a tensor: that of the outputs of the matrices that read the hidden
+    states, of the inputs of those that add to them, and of the values of the embedding's rows.
     """
-    found = LAYER_MATRIX.fullmatch(tensor.name)
+    found = LAYER_MATRIX.fullmatch(name)
     if found is not None:
-        axis = 1 if found[1] in SUMMED else 0
-    elif tensor.name.rpartition(".")[0] == EMBEDDING and not tied:
-        axis = 1
-    else:
+        return 1 if found[1] in SUMMED else 0
+    return 1 if name.rpartition(".")[0] == EMBEDDING and not tied else None
+
+
+def _part(tensor: Tensor, axis: int | None, rank: int, ranks: int) -> Tensor:
+    if axis is None:
         return tensor
     shape = list(tensor.shape)
     shape[axis] //= ranks
     return dataclasses.replace(tensor, shape=tuple(shape), part=(axis, rank, ranks))
+
+
+def share_adapter(adapter: Adapter, tied: bool, rank: int, ranks: int) -> Adapter:
+    """A rank's part of an adapter that fits the whole model."""
+
+    def part(name: str, term: LowRank) -> LowRank:
+        axis = _axis(f"{name}.weight", tied)
+        if axis is None:
+            return term
+        if axis == 1 and name != EMBEDDING:
+            a = _part(term.a, 1 if term.transposed else 0, rank, ranks)
+            return dataclasses.replace(term, a=a, summed=True)
+        b = _part(term.b, 0 if term.transposed else 1, rank, ranks)
+        return dataclasses.replace(term, b=b, m=term.m and _part(term.m, 0, rank, ranks))
+
+    return dataclasses.replace(
+        adapter,
+        low_rank={name: part(name, term) for name, term in adapter.low_rank.items()},
+        whole={n: _part(t, _axis(n, tied), rank, ranks) for n, t in adapter.whole.items()},
+    )
 
 
 def check_ranks(plan: ConversionPlan, ranks: int) -> None:
@@ -134,19 +158,7 @@ def make_stage(
 
 def plan_of_stage(plan: ConversionPlan, stage: Stage) -> ConversionPlan:
     """A rank's part of a plan; its layers are counted from 0."""
-    tied = plan.config.tie_word_embeddings
-
-    def own_name(name: str) -> str | None:
-        if found := LAYER.match(name):
-            number = int(found[1])
-            own = f"{LAYERS}{number - stage.layers.start}.{name[found.end() :]}"
-            return own if number in stage.layers else None
-        if name.startswith(EMBEDDING):
-            return name if stage.begins or (tied and stage.ends) else None
-        if name.startswith(HEAD):
-            return name if stage.ends else None
-        return name if stage.begins or name.startswith(NORM) else None
-
+    own_name = partial(_own_name, stage, plan.config.tie_word_embeddings)
     transforms = []
     for one in plan.transforms:
         outputs = [
@@ -164,3 +176,26 @@ def plan_of_stage(plan: ConversionPlan, stage: Stage) -> ConversionPlan:
         transforms=tuple(transforms),
         specs=specs,
     )
+
+
+def adapter_of_stage(adapter: Adapter, tied: bool, stage: Stage) -> Adapter:
+    """A rank's part of an adapter that fits the whole model."""
+    own_name = partial(_own_name, stage, tied)
+    return dataclasses.replace(
+        adapter,
+        low_rank={own: t for name, t in adapter.low_rank.items() if (own := own_name(name))},
+        whole={own: t for name, t in adapter.whole.items() if (own := own_name(name))},
+    )
+
+
+def _own_name(stage: Stage, tied: bool, name: str) -> str | None:
+    """The name that a rank has for a module or a tensor; None for what it does not have."""
+    if found := LAYER.match(name):
+        number = int(found[1])
+        own = f"{LAYERS}{number - stage.layers.start}.{name[found.end() :]}"
+        return own if number in stage.layers else None
+    if name.startswith(EMBEDDING):
+        return name if stage.begins or (tied and stage.ends) else None
+    if name.startswith(HEAD):
+        return name if stage.ends else None
+    return name if stage.begins or name.startswith(NORM) else None

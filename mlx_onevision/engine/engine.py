@@ -89,11 +89,6 @@ class Engine:
             raise RequestError("split divides a model that ranks share; add sharded=True")
         if sharded and draft is not None and distributed.launched():
             raise RequestError("ranks of mlx.launch have no draft model; leave it out")
-        if sharded and adapter is not None and distributed.launched():
-            raise RequestError(
-                "ranks of mlx.launch that share a model take no adapter; fuse it with "
-                "mlx-onevision convert --adapter"
-            )
         limit = None if memory_limit is None else int(memory_limit * 1e9)
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
@@ -102,7 +97,7 @@ class Engine:
             group = distributed.group() if sharded else None
             if group is not None:
                 given = {"dtype": dtype, "quantize": recipe, "kv_bits": kv_bits, "split": split}
-                compare(group, settings(folder, given))
+                compare(group, settings(folder, given, adapter))
             sharing = ranks_here(group)
             usable = min(limit or sys.maxsize, working_set() // sharing)
             own = limit if sharing == 1 else usable
@@ -292,13 +287,16 @@ class Engine:
         self._worker.close(patience=0.0 if self._lost else PATIENCE_SECONDS)
 
 
-def settings(folder: Path, given: Mapping[str, object]) -> dict[str, str]:
+def settings(
+    folder: Path, given: Mapping[str, object], adapter: Path | None = None
+) -> dict[str, str]:
     """What ranks that share a model must have in common."""
-    name, revision = identify(folder)
+    name, revision = identify(folder, adapter)
+    revision = "+".join(part[:12] for part in revision.split("+"))
     return {
         "mlx-onevision": version("mlx-onevision"),
         "MLX": version("mlx"),
-        "the checkpoint": f"{name} ({revision[:12]})",
+        "the checkpoint": f"{name} ({revision})",
         **{f"--{name}": str(value) for name, value in given.items()},
     }
 

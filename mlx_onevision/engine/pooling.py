@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_onevision.distributed import all_sum
 from mlx_onevision.engine.memory import wired
 from mlx_onevision.engine.request import Counters, request_size
 from mlx_onevision.engine.runner import Runner
-from mlx_onevision.errors import RequestError
 from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
 from mlx_onevision.network.onevision import OneVision, normalize
 from mlx_onevision.prompt.processor import Inputs
@@ -42,13 +42,18 @@ def tower_means(
     normalization : float32 (256, 3), the pixel value of each level in each channel.
     check : called while the device works on a group of tiles; what it raises ends the work.
     """
-    if model.stage is not None:  # rank 0 has no tower, or others have none
-        raise RequestError("ranks that divide the layers have no vision vectors; leave split out")
-    size = model.budget.tile_group
+    size, stage, vision = model.budget.tile_group, model.stage, model.config.vision_config
     groups = []
     for start in range(0, len(tiles), size):
-        pixels = normalize(tiles[start : start + size], normalization)
-        means = model.vision_features(pixels).astype(mx.float32).mean(axis=1)
+        group = tiles[start : start + size]
+        if stage is None or stage.begins:
+            features = model.vision_features(normalize(group, normalization))
+            means = features.astype(mx.float32).mean(axis=1)
+        else:
+            width = vision.hidden_size * len(model.config.feature_layers)
+            means = mx.zeros((len(group), width))
+        if stage is not None:  # one rank has the tower
+            means = all_sum(means, stage.group)
         mx.async_eval(means)
         check()
         groups.append(np.array(means))

@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_onevision.distributed import all_sum
+
 Activation = Callable[[mx.array], mx.array]
 
 
@@ -228,15 +230,23 @@ class AdaptedLinear(nn.Module):
 
     a, b : float32 (inputs, rank) and (rank, outputs), the term's scale within ``b``.
     lengths : with DoRA, those of the rows of the changed matrix, (outputs,).
+    group : ranks that have the columns of the matrix, where this one has a part of them.
     """
 
     def __init__(
-        self, linear: Any, a: mx.array, b: mx.array, lengths: mx.array | None = None
+        self,
+        linear: Any,
+        a: mx.array,
+        b: mx.array,
+        lengths: mx.array | None = None,
+        group: mx.distributed.Group | None = None,
     ) -> None:
         super().__init__()
         self.linear, self.lora_a, self.lora_b = linear, a, b
         if lengths is not None:
             now = mx.linalg.norm(dense_weight(linear).astype(mx.float32) + (a @ b).T, axis=1)
+            if group is not None:
+                now = mx.sqrt(all_sum(mx.square(now), group))
             # Rows of zeros are padding, and stay zeros.
             self.ratio = mx.where(now == 0, 1.0, lengths / now)
             mx.eval(self.ratio)  # or the dense matrix would be held until the first use
