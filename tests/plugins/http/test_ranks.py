@@ -21,7 +21,7 @@ from served import FILM, Client, image, serving, text, video, wait_for
 from mlx_onevision.plugins.adapters.engine import open_engine
 
 SECONDS = 10  # within which all end where one is lost
-LONG = "tell me more " * 150
+LONG = "tell me more " * 40
 QUESTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "text": ("hello", {}),
     "image": ([image(), text("what is this?")], {}),
@@ -134,7 +134,7 @@ def status(client: Client) -> dict[str, Any]:
 @contextmanager
 def begun(client: Client, when: str) -> Iterator[None]:
     """A request that has come to its prefill, or to the decoding of a long answer."""
-    content = f"{client.port} {LONG * 5}" if when == "prefill" else "hello"
+    content = f"{client.port} {LONG * 20}" if when == "prefill" else "hello"
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 3000}
     sampled = {"temperature": 1.5, "stream": when == "decode"}
     connection = client.begin("POST", "/v1/chat/completions", {**body, **sampled})
