@@ -1,5 +1,5 @@
-"""Files: the JSON files of a checkpoint folder, how image and video files begin, and files that one
-of several processes has for itself.
+"""Files: the JSON files of a checkpoint folder, what the first bytes of image and video files say,
+and files that one of several processes has for itself.
 
 Standard library only: the plugins' contract imports it, too.
 """
@@ -18,6 +18,7 @@ from mlx_onevision.errors import CheckpointError
 
 # The list of a 72B model's tensors has 0.2 MB. Parsed, a byte may take 25.
 MAX_JSON_BYTES = 4_000_000
+MAX_BOXES = 1000  # of an MP4 file that are looked at
 LFS_POINTER = b"version https://git-lfs"
 
 # Major brands of ISO media files ("ftyp") that are images or image sequences; others are videos.
@@ -56,6 +57,33 @@ def _is_mpeg_ts(data: bytes) -> bool:
     an M2TS, four bytes of time come before it.
     """
     return data[:1] == b"G" and data[1] & 0xE0 == 0x40 and data[3] & 0xD0 == 0x10
+
+
+def seconds_of_mp4(file: BinaryIO) -> float | None:
+    """How long an MP4 or QuickTime file is by its header; None for another file, and where the
+    header does not say. A few bytes are read, and nothing is decoded.
+    """
+    end, boxes = file.seek(0, os.SEEK_END), 0
+    place = 0
+    while place + 8 <= end and boxes < MAX_BOXES:
+        boxes += 1
+        file.seek(place)
+        head = file.read(16)
+        size, kind, start = int.from_bytes(head[:4], "big"), head[4:8], place + 8
+        if size == 1:  # the size is behind the name
+            size, start = int.from_bytes(head[8:], "big"), place + 16
+        stop = place + size if size else end
+        if (place == 0 and kind != b"ftyp") or stop < start:
+            return None
+        if kind == b"mvhd":
+            file.seek(start)
+            about = file.read(32)
+            long = about[:1] == b"\1"  # which of two versions of its fields
+            ticks, first = (about[20:24], 24) if long else (about[12:16], 16)
+            length = int.from_bytes(about[first : first + (8 if long else 4)], "big")
+            return length / max(int.from_bytes(ticks, "big"), 1) or None
+        place = start if kind == b"moov" else stop
+    return None
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:

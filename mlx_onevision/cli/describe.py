@@ -34,7 +34,7 @@ from mlx_onevision.cli.options import (
 )
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError
-from mlx_onevision.files import Ranks, ranks, save
+from mlx_onevision.files import Ranks, ranks, save, seconds_of_mp4
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 
 SUFFIXES = {form: f".{form}" for form in FORMS} | {"text": ".txt"}
+BYTES_A_SECOND = 1_000_000  # of videos from telephones and cameras
 POLL_SECONDS = 0.5  # between two looks at what other ranks have under way
 DOING = {"probe": "looking for scenes", "text": "describing"}
 
@@ -126,7 +127,7 @@ def describe(
 
     What is done is kept in the user's cache folder, so that the same command goes on where it was
     stopped, and videos that are done are skipped. A file that somebody else may have written is
-    replaced with --force only. Under mlx.launch, the videos of a folder are shared out, the largest
+    replaced with --force only. Under mlx.launch, the videos of a folder are shared out, the longest
     first, and each rank loads the whole model.
     """
     options |= {
@@ -145,7 +146,7 @@ def describe(
                 "--force would start every video over on every rank; give --sidecar and --output "
                 "a new folder instead"
             )
-        tasks.sort(key=lambda task: bytes_of(task.video), reverse=True)
+        tasks.sort(key=lambda task: work_of(task.video), reverse=True)
     records = Path(sidecar) if sidecar else cache_folder()
     records.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not rank:
@@ -313,9 +314,18 @@ def sharing(given: Sequence[str], records: str | None) -> tuple[int, int]:
     return here.rank, here.size
 
 
-def bytes_of(file: object) -> int:
-    """How large a file is, as an estimate of the work on it; 0 for what is none."""
-    return os.path.getsize(file) if isinstance(file, str) and os.path.isfile(file) else 0
+def work_of(file: object) -> float:
+    """An estimate of the work on a file, in seconds of video: as long as an MP4 or QuickTime file
+    says that it is, and of others by their size; 0 for what is no file.
+    """
+    if not isinstance(file, str) or not os.path.isfile(file):
+        return 0.0
+    try:
+        with open(file, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            return seconds_of_mp4(opened) or size / BYTES_A_SECOND
+    except OSError:
+        return 0.0
 
 
 def _place(video: str, folder: Path | None) -> Path:

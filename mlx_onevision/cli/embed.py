@@ -23,10 +23,10 @@ import click
 
 from mlx_onevision.cli.describe import (
     POLL_SECONDS,
-    bytes_of,
     cache_folder,
     files_of,
     sharing,
+    work_of,
 )
 from mlx_onevision.cli.options import (
     dtype_option,
@@ -183,7 +183,7 @@ def in_batches(
 
 
 def portions(items: Sequence[Any]) -> list[list[int]]:
-    """Places of items, in parts that ranks take one after another, the largest files first. Each is
+    """Places of items, in parts that ranks take one after another, the most work first. Each is
     made of whole groups of the embedder, so that the vectors are those of one process to the last
     bit; of several where there are many, so that files are read while others are embedded. The
     parts do not depend on how many ranks there are.
@@ -193,7 +193,7 @@ def portions(items: Sequence[Any]) -> list[list[int]]:
     groups = [range(start, min(start + GROUP, len(items))) for start in range(0, len(items), GROUP)]
     # One that is not full comes last: behind it, the groups would begin elsewhere.
     groups.sort(
-        key=lambda group: (len(group) == GROUP, sum(bytes_of(items[place]) for place in group)),
+        key=lambda group: (len(group) == GROUP, sum(work_of(items[place]) for place in group)),
         reverse=True,
     )
     parts: list[list[int]] = []

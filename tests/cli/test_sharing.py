@@ -1,5 +1,6 @@
 """A folder under ``mlx.launch``: ranks share it out, one may be killed, no file is done twice."""
 
+import io
 import json
 import os
 import signal
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 from checkpoints import write
 from click.testing import CliRunner
-from films import counting, written
+from films import counting, film, written
 from PIL import Image
 
+from mlx_onevision.cli.describe import work_of
 from mlx_onevision.cli.embed import portions
 from mlx_onevision.cli.main import cli
 from mlx_onevision.embed.embeddings import Embeddings
-from mlx_onevision.files import Ranks, claim, ranks
+from mlx_onevision.files import Ranks, claim, ranks, seconds_of_mp4
 
 PROGRAM = [sys.executable, "-m", "mlx_onevision"]
 LAUNCHER = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--", *PROGRAM]
@@ -211,6 +213,39 @@ def test_a_killed_rank_of_an_embedded_folder_and_the_same_command_again(
     joined = Embeddings.load(tmp_path / "all.npz")
     assert joined.names == tuple(row["name"] for row in written_by_one)
     assert joined.vectors.tolist() == [row["vector"] for row in written_by_one]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv"])
+def test_the_work_on_a_video_goes_by_its_length(tmp_path: Path, kind: str) -> None:
+    """Where its header says that, and else by its size."""
+    noise = np.random.default_rng(0).integers(0, 255, (10, 96, 96, 3), np.uint8)
+    short = written(tmp_path / f"short.{kind}", film(list(noise), kind, rate=10))
+    long = written(tmp_path / f"long.{kind}", counting(120, kind, rate=10))
+    assert short.stat().st_size > long.stat().st_size
+    if kind == "mkv":
+        assert work_of(str(short)) > work_of(str(long)) > 0
+    else:
+        assert work_of(str(short)) == pytest.approx(1) and work_of(str(long)) == pytest.approx(12)
+    data = short.read_bytes()
+    for cut in (b"", data[:7], data[:50], data[: len(data) // 2], data.replace(b"mvhd", b"free")):
+        path = written(tmp_path / "cut", cut)
+        assert work_of(str(path)) == len(cut) / 1e6
+    assert work_of(str(tmp_path / "none")) == work_of("http://host/a.mp4") == work_of({}) == 0
+
+
+def test_headers_of_mp4_in_other_forms() -> None:
+    def box(kind: bytes, data: bytes, wide: bool = False) -> bytes:
+        size = (8 + 8 * wide + len(data)).to_bytes(8 if wide else 4, "big")
+        return b"\0\0\0\1" + kind + size + data if wide else size + kind + data
+
+    later = b"\1\0\0\0" + bytes(16) + (600).to_bytes(4, "big") + (1500).to_bytes(8, "big")
+    whole = box(b"ftyp", b"isom") + box(b"mdat", bytes(99), wide=True)
+    whole += box(b"moov", box(b"udta", b"?") + box(b"mvhd", later))
+    assert seconds_of_mp4(io.BytesIO(whole)) == 2.5
+    in_parts = whole.replace((1500).to_bytes(8, "big"), bytes(8))  # whose header knows no length
+    endless = box(b"ftyp", b"isom") + b"\0\0\0\1free" + bytes(8)
+    for data in (in_parts, endless, whole[16:], box(b"ftyp", b"") * 2000):
+        assert seconds_of_mp4(io.BytesIO(data)) is None
 
 
 def test_portions_begin_with_the_largest_and_hold_whole_groups(tmp_path: Path) -> None:
