@@ -10,6 +10,8 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +69,30 @@ def decode_steps(
         return token
 
     prompt = mx.array(ids, mx.int32)
+    # Where ranks divide the layers, each computes the chunk behind the one that the rank before it
+    # does, so that they compute at once. They check together all the same, and as often: each
+    # when it has received a chunk, and before it computes it.
+    behind = 0 if model.stage is None else model.stage.behind
+    chunks, checked = (len(prompt) - 1) // chunk, 0
+
+    def check_until(count: int) -> None:
+        nonlocal checked
+        while checked < min(count, chunks):
+            checked += 1
+            check()
+
     check()
-    while len(prompt) > chunk:
-        model(prompt[None, :chunk], cache, last=1)  # its logits are never computed
+    check_until(behind - 1)
+    for number in range(chunks):
+        arrived = partial(check_until, number + behind)
+        with model.interruptible(arrived) if behind else nullcontext():
+            model(prompt[None, :chunk], cache, last=1)  # its logits are never computed
         mx.eval([layer.state for layer in cache])
         if processors:
             seen = mx.concatenate([seen, prompt[:chunk]])
         prompt = prompt[chunk:]
-        check()
+        if not behind:
+            check_until(number + 1)
         clear_between_chunks()
 
     def value(token: mx.array) -> int:

@@ -170,6 +170,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def nothing() -> None:
+    """Of a step that has no common points."""
+
+
 class Qwen2(nn.Module):
     """group : ranks that share each layer. tied : the embedding is the head, too.
 
@@ -222,11 +226,16 @@ class Qwen2(nn.Module):
         interval : the most layers whose intermediate values are held at once (0: all); see
             :class:`layers.Pace`.
         check : called at every evaluation point; what it raises leaves the caches of the layers
-            behind as they were. Not where ranks divide the layers: they have no common points.
+            behind as they were. Where ranks divide the layers, they have no common points, and it
+            is called once, before the layers, when what they read has come.
         """
         stage = self._stage
         if stage is not None:
-            h, check = stage.enter(h), lambda: None
+            h = stage.enter(h)
+            if h.shape[1] > 1 and not stage.begins:
+                mx.eval(h)
+                check()
+            check = nothing
         caches: Sequence[Any | None] = cache if cache is not None else [None] * len(self.layers)
         masks = {
             window: self._mask(h, caches[self._windows.index(window)], window)

@@ -37,6 +37,11 @@ class Stage:
         return self.rank == len(self.counts) - 1
 
     @property
+    def behind(self) -> int:
+        """How many ranks have layers before its own."""
+        return len(self.counts) - 1 - self.rank
+
+    @property
     def ends(self) -> bool:
         """Whether it has the last layers and the head."""
         return self.rank == 0
