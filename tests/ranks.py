@@ -18,18 +18,24 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
-from mlx_onevision.api import load
+from mlx_onevision.api import Model, load
 from mlx_onevision.cli.main import cli, main
 from mlx_onevision.distributed import TRAFFIC
 from mlx_onevision.engine.ranks import Ranks
 from mlx_onevision.engine.runner import Runner
+from mlx_onevision.errors import CancelledError
+from mlx_onevision.network.language import DecoderLayer
 from mlx_onevision.network.stages import Split
 
 SECONDS = 60
 SPLITS: dict[str, Split | None] = {"tensor": None, "stages": (1, 2)}
 TOKENS = 8
+CHUNK = 256  # tokens of a prompt that are prefilled at once on a CPU
+LONG = "tell me more " * 100  # of five chunks
+LAYER_SECONDS = 0.03
 LANGUAGE = ("language_model", "lm_head")
 rng = np.random.default_rng(3)
 IMAGES = [rng.integers(0, 256, size, np.uint8) for size in ((70, 40, 3), (28, 28, 3), (30, 90, 3))]
@@ -72,9 +78,44 @@ def answers(
         model.generate("hello", max_tokens=tokens, temperature=0)
         return TRAFFIC.sent - before
 
+    if split is not None:
+        found["cancelled"] = answers_after_cancellations(model)
     found["sent"] = (sent(TOKENS) - sent(2)) / (TOKENS - 2)  # bytes a token
     model.close()
     return found
+
+
+def answers_after_cancellations(model: Model) -> list[str]:
+    """What follows a request that was cancelled while its long prompt was prefilled."""
+    found = []
+    for number in range(3):
+        stream = model.stream(f"{number} {LONG}", max_tokens=4)
+        time.sleep(number * LAYER_SECONDS)
+        stream.cancel()
+        with suppress(CancelledError):
+            stream.result()
+        found.append(model.generate("hello", max_tokens=4, temperature=0).text)
+    model.generate(LONG, max_tokens=1)
+    return found
+
+
+@contextmanager
+def slowed(spans: list[tuple[float, float]]) -> Iterator[None]:
+    """Layers take their time over chunks of a prompt, as large ones do. ``spans`` : is given when
+    each layer began and ended.
+    """
+    plain = DecoderLayer.before_attention
+
+    def slow(layer: DecoderLayer, x: mx.array, *others: Any) -> Any:
+        if x.shape[1] >= CHUNK:
+            began = time.monotonic()
+            time.sleep(LAYER_SECONDS)
+            spans.append((began, time.monotonic()))
+        return plain(layer, x, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecoderLayer, "before_attention", slow)
+        yield
 
 
 def sizes(runner: Runner, before: int) -> dict[str, int]:
@@ -142,6 +183,7 @@ if __name__ == "__main__":
     run, before = Ranks.run, 0
     sized: dict[str, dict[str, int]] = {}
     made: dict[str, dict[str, Any]] = {}
+    spans: dict[str, list[tuple[float, float]]] = {}
 
     def measured(self: Ranks, runner: Runner) -> None:
         sized[name] = sizes(runner, before)
@@ -151,9 +193,9 @@ if __name__ == "__main__":
     for way, split in SPLITS.items():
         for bits, given in ((None, None), (4, None), (None, adapter)):
             name, before = f"{way} {'adapter' if given else bits}", mx.get_active_memory()
-            with suppress(SystemExit):
+            with suppress(SystemExit), slowed(spans.setdefault(name, [])):
                 made[name] = answers(folder, bits, split, given)
-    (target / f"{os.environ['MLX_RANK']}.json").write_text(json.dumps([sized, made]))
+    (target / f"{os.environ['MLX_RANK']}.json").write_text(json.dumps([sized, made, spans]))
     Ranks.run = run
     # What is run as a command: two that end well, and one of ranks that do not fit together.
     answer = ["--model", str(folder), "--max-tokens", "4", "--verbose"]

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
+from itertools import starmap
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
@@ -145,9 +146,9 @@ class Ranks:
         words = np.zeros(-(-size // 4), np.uint32)  # a quarter of the values of a sum of bytes
         words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
         sent = self._summed(words).view(np.uint8)[:size]
-        if not self._leads:
-            events = [self._received(*event) for event in parcel.unpack(sent.data)]
-        for event in events:
+        # One after another: a request may have come together with its cancellation.
+        received = events if self._leads else starmap(self._received, parcel.unpack(sent.data))
+        for event in received:
             self._apply(*event)
 
     def share(self, tokens: mx.array) -> mx.array:

@@ -98,7 +98,7 @@ def made(
 def test_two_ranks_answer_as_one_process_and_hold_a_share_each(
     folder: Path, made: tuple[list[Any], Any], bits: int | None
 ) -> None:
-    (leading, answers), (following, nothing) = made[0]
+    (leading, answers, _), (following, nothing, _) = made[0]
     assert nothing == {}
     alone = ranks.answers(folder, bits)
     for way in ranks.SPLITS:
@@ -132,7 +132,7 @@ def test_two_ranks_answer_as_one_process_and_hold_a_share_each(
 def test_ranks_with_an_adapter_answer_as_one_process(
     folder: Path, adapter: Path, made: tuple[list[Any], Any]
 ) -> None:
-    (leading, answers), (following, _) = made[0]
+    (leading, answers, _), (following, _, _) = made[0]
     alone = ranks.answers(folder, None, adapter=adapter)
     for way in ranks.SPLITS:
         found, plain = answers[f"{way} adapter"], answers[f"{way} None"]
@@ -180,13 +180,31 @@ def test_a_rank_reads_its_part_of_an_adapter(tmp_path: Path, transposed: bool) -
 @pytest.mark.parametrize("bits", [None, 4])
 def test_what_a_token_costs_on_the_wire(made: tuple[list[Any], Any], bits: int | None) -> None:
     """As docs/several-macs.md has it. Of two ranks, each sends as many bytes as a sum has."""
-    (_, answers), _ = made[0]
+    (_, answers, _), _ = made[0]
     assert len(answers[f"tensor {bits}"]["text"]["tokens"]) == ranks.TOKENS  # none has ended early
     values = 4 * SIZES.hidden  # bytes of a token's
     in_layers, embedding = 2 * SIZES.layers * values, values // 2
     # And the chosen token, and a few bytes whenever ranks ask for events.
     assert 0 < answers[f"tensor {bits}"]["sent"] - in_layers - embedding <= 64
     assert 0 < answers[f"stages {bits}"]["sent"] <= 64
+
+
+def test_stages_prefill_at_once(made: tuple[list[Any], Any]) -> None:
+    """The first begins a chunk while the last computes the one before."""
+    last, first = (spans["stages None"] for *_, spans in made[0])
+    ended = [end for _, end in last[-4:]]  # of the four chunks before the last one
+    begun = [began for began, _ in first[-8::2]]  # of two layers
+    assert len(ended) == len(begun) == 4
+    assert any(one < other for one, other in zip(begun[1:], ended, strict=False))
+    assert all(one < other for one, other in zip(begun, ended, strict=True))
+
+
+def test_stages_go_on_after_requests_that_were_cancelled_in_prefill(
+    folder: Path, made: tuple[list[Any], Any]
+) -> None:
+    (_, answers, _), _ = made[0]
+    wanted = load(folder).generate("hello", max_tokens=4, temperature=0).text
+    assert answers["stages None"]["cancelled"] == [wanted] * 3
 
 
 def test_rank_0_prints_the_answer_and_the_other_nothing(
