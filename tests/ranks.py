@@ -78,7 +78,7 @@ def answers(
         model.generate("hello", max_tokens=tokens, temperature=0)
         return TRAFFIC.sent - before
 
-    if split is not None:
+    if split is not None and quantize is None:
         found["cancelled"] = answers_after_cancellations(model)
     found["sent"] = (sent(TOKENS) - sent(2)) / (TOKENS - 2)  # bytes a token
     model.close()
