@@ -52,6 +52,8 @@ class FakeHub:
 
     cuts : for each file name, at which byte of the file to drop each coming connection.
     failures : for each part of a path, the statuses to answer first.
+    etags : for each file name, what stands in the place of its hash.
+    commit : what every look-up calls the commit, instead of its hash.
     storage : another hub's ``url``, to which GETs of files are redirected, as to a CDN.
 
     What clients did is in ``requests``, and in ``created`` and ``commits`` what they asked for when
@@ -64,6 +66,8 @@ class FakeHub:
         self.cuts: dict[str, list[int]] = {}
         self.failures: dict[str, list[int]] = {}
         self.storage: str | None = None
+        self.etags: dict[str, str] = {}
+        self.commit: str | None = None
         self.created: list[dict[str, Any]] = []
         self.commits: list[dict[str, Any]] = []
         hub = self
@@ -177,12 +181,17 @@ class FakeHub:
                     "type": "file",
                     "path": file,
                     "size": len(repository.files.get(file, b"evil")),
-                    "oid": hashlib.sha1(file.encode()).hexdigest(),
+                    "oid": self.etags.get(file, hashlib.sha1(file.encode()).hexdigest()),
                 }
                 for file in names
             ]
         else:
-            answer = {"_id": name, "id": name, "sha": repository.commit, "siblings": []}
+            answer = {
+                "_id": name,
+                "id": name,
+                "sha": self.commit or repository.commit,
+                "siblings": [],
+            }
         self._send(handler, 200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _serve(self, handler: BaseHTTPRequestHandler, repository: Repository, file: str) -> None:
@@ -191,9 +200,11 @@ class FakeHub:
             return self._send(handler, 404, b"", {"X-Error-Code": "EntryNotFound"})
         first, _, last = (handler.headers.get("range") or "bytes=0-")[6:].partition("-")
         start, end = int(first), min(int(last or len(content)) + 1, len(content))
+        large = file.endswith(".safetensors")  # which the Hub keeps by their SHA-256
+        digest = (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
         headers = {
-            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
-            "X-Repo-Commit": repository.commit,
+            "ETag": f'"{self.etags.get(file, digest)}"',
+            "X-Repo-Commit": self.commit or repository.commit,
             "Accept-Ranges": "bytes",
         }
         if self.storage and file.endswith(".safetensors"):

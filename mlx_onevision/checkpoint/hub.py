@@ -3,12 +3,13 @@ name and revision that identify it.
 
 Downloads go through huggingface_hub into its own cache, where a broken connection is taken up again
 and a complete model works offline (``HF_HUB_OFFLINE=1``). Only the files that a model is made of
-are ever asked for: no code, no pickles, no sub-folders. The hub itself (``HF_ENDPOINT``) is
-trusted, as its client trusts it; the repositories on it are not.
+are ever asked for: no code, no pickles, no sub-folders. The names that a hub (``HF_ENDPOINT``)
+gives files are checked before the client makes paths of them, and weights by its SHA-256.
 """
 
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from mlx_onevision.checkpoint.hub_names import COMMIT, check_bytes, checked_names
 from mlx_onevision.errors import (
     CheckpointError,
     ConfigError,
@@ -66,6 +68,7 @@ NOT_FILES = ("*/*", "*\\*", "*:*", "*\0*", ".*")
 # What the Hub takes as an id.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+PASSWORD = re.compile(r"://[^/\s]*@")
 CONFIG_TIMEOUT = 10.0  # seconds
 TAKES = "a folder, a Hugging Face id (org/name), 0.5b, 7b, 72b or demo"
 
@@ -174,7 +177,8 @@ def _existing(name: str | Path) -> Path | None:
 def _download(
     repository: str, revision: str | None, cache_dir: Path | None, endpoint: str | None
 ) -> Path:
-    with answers(repository, revision, endpoint), _progress(repository) as bar:
+    since = time.time()
+    with answers(repository, revision, endpoint), _progress(repository) as bar, checked_names():
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(
@@ -186,6 +190,7 @@ def _download(
             ignore_patterns=list(NOT_FILES),
             tqdm_class=bar,
         )
+        check_bytes(repository, Path(folder), since)
     return Path(folder)
 
 
@@ -248,7 +253,8 @@ def answers(
     import httpx2
     from huggingface_hub import constants, errors
 
-    host = (endpoint or constants.ENDPOINT).split("://")[-1]
+    # Without a password, which an address may have in it.
+    host = (endpoint or constants.ENDPOINT).split("://")[-1].rpartition("@")[2]
     named = repository if revision is None else f"{repository} at revision {revision}"
     try:
         yield
@@ -280,7 +286,7 @@ def answers(
         ) from None
     except Exception as error:  # the client's own, a full disk, a proxy: whatever it is
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0][:200].rstrip(".")
+        reason = PASSWORD.sub("://", lines[0])[:200].rstrip(".")
         raise ModelNotFoundError(f"{named} could not be downloaded: {reason}") from error
 
 
@@ -333,7 +339,6 @@ def _unreached(named: str, host: str, error: Exception) -> str:
     return f"{named} {state}, and {problem}, or pass the folder of a model"
 
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 SAMPLE = 1 << 16  # bytes
 
 

@@ -268,6 +268,57 @@ def test_hostile_names_write_nothing_outside(
     assert hub.fetched() == {"config.json"}
 
 
+EVIL = ("../../../../evil", "/tmp/evil", "..", "a/b", "a\\b", "", "C:evil", ".hidden", "x" * 300)
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_names_that_a_hub_gives_become_no_paths(hub: FakeHub, tmp_path: Path, name: str) -> None:
+    """ETags, by which the client names files, and commits, by which it names folders."""
+    cache = tmp_path / "deep" / "er" / "cache"
+    cache.mkdir(parents=True)
+    hub.add(NAME, {"config.json": b"{}", "model.safetensors": WEIGHTS})
+    hub.etags["model.safetensors"] = name
+    assert "which is no such name; check HF_ENDPOINT" in refusal(
+        NAME, cache_dir=cache, endpoint=hub.url
+    )
+    hub.etags.clear()
+    if name:
+        hub.commit = name
+        assert "which is no such name; check HF_ENDPOINT" in refusal(
+            NAME, cache_dir=cache, endpoint=hub.url
+        )
+    assert all(path.is_relative_to(cache) for path in tmp_path.rglob("*") if path.is_file())
+    hub.commit = None
+    assert files(resolve(NAME, cache_dir=cache, endpoint=hub.url))["model.safetensors"] == WEIGHTS
+
+
+def test_weights_are_what_the_hub_says(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add(NAME, {"config.json": b"{}", "model.safetensors": WEIGHTS})
+    wrong = hashlib.sha256(b"other").hexdigest()
+    hub.etags["model.safetensors"] = wrong
+    message = refusal(NAME, cache_dir=tmp_path, endpoint=hub.url)
+    assert "model.safetensors of org/name did not arrive as the Hub has it" in message
+    assert not [path for path in tmp_path.rglob("*") if path.name == wrong]
+    hub.etags.clear()
+    folder = resolve(NAME, cache_dir=tmp_path, endpoint=hub.url)
+    kept = (folder / "model.safetensors").resolve()
+    # What was there before is not read again: it has been used since.
+    kept.write_bytes(b"changed")
+    os.utime(kept, (1, 1))
+    assert resolve(NAME, cache_dir=tmp_path, endpoint=hub.url) == folder
+
+
+def test_a_password_in_the_address_is_not_shown(hub: FakeHub, tmp_path: Path) -> None:
+    address = hub.url.replace("://", "://user:secret@")
+    for name in ("org/other", NAME):
+        assert "secret" not in refusal(name, cache_dir=tmp_path, endpoint=address)
+    hub.__exit__()
+    for name in ("org/other", NAME):
+        assert "secret" not in refusal(name, cache_dir=tmp_path, endpoint=address)
+    bad = "ftp://user:secret@127.0.0.1:9"
+    assert "secret" not in refusal(NAME, cache_dir=tmp_path, endpoint=bad)
+
+
 def test_a_cached_model_needs_no_network(hub: FakeHub, tmp_path: Path) -> None:
     hub.add(NAME, {"config.json": b"{}"})
     folder = resolve(NAME, cache_dir=tmp_path, endpoint=hub.url)
