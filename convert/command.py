@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.options import revision_option
+from mlx_onevision.cli.loading import progress_bar
+from mlx_onevision.cli.options import Number, option
 from mlx_onevision.convert import options
+from mlx_onevision.sampling.ranges import Range
 
 if TYPE_CHECKING:
     from mlx_onevision.checkpoint.recipes import Recipe
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command(short_help="Write a model in MLX's layout, smaller if you like.")
+@click.command()
 @click.argument("model", required=False)
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--hf-path", "--model", "hf_path", metavar="MODEL", help="MODEL, as an option.")
 @click.option(
     "--mlx-path", "--output", "mlx_path", type=click.Path(path_type=Path), help="FOLDER, likewise."
 )
-@revision_option
+@option("revision")
 @click.option("-q", "--quantize", is_flag=True, help="Quantize the weights; to 4 bits by default.")
 @click.option("--q-bits", type=click.Choice(options.BITS), help="Bits of the language model.")
 @click.option("--q-group-size", type=click.Choice(["32", "64", "128"]), help="Values a scale.")
@@ -59,7 +60,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--context",
-    type=click.IntRange(1, 10**7),
+    type=Number(Range(ge=1, le=10**7, whole=True)),
     metavar="N",
     help="For fit: tokens of the longest prompt. Default: those of one 10-tile image.",
 )
@@ -70,11 +71,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="Calibrate the language model's quantization on drawn images, by mlx-lm. Holds the "
     "whole unquantized model in memory, and takes long.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="The type of what is not quantized. Default: the source's.",
-)
+@option("dtype", help="The type of what is not quantized. Default: the source's.")
 @click.option("-d", "--dequantize", is_flag=True, help="Dequantize what is quantized.")
 @click.option(
     "--shard-size",
@@ -88,29 +85,25 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     default=None,
     help="Measure what was lost against the source. Default: where the source fits into memory.",
 )
-@click.option(
-    "--plot",
-    type=FILE,
-    metavar="FILE",
-    help="Draw the loss per layer; of --compare, quality over size. Needs the extra 'plot'.",
+@option(
+    "plot", help="Draw the loss per layer; of --compare, quality over size. Needs the extra plot."
 )
 @click.option(
     "--compare",
     metavar="LIST",
     help="Measure recipes beside each other (2,3,4,6,8 or names); no model is kept.",
 )
-@click.option(
-    "--adapter",
-    metavar="ADAPTER",
-    help="Fuse an adapter: a folder or a Hub id. The loss is what "
-    "the rest of the conversion costs.",
+@option(
+    "adapter",
+    help="Fuse an adapter: a folder or a Hub id. The loss is what the rest of the conversion "
+    "costs.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model that is in FOLDER.")
-@click.option("--dry-run", is_flag=True, help="Say what would be downloaded and written; do not.")
+@option("dry_run", help="Say what would be downloaded and written; do not.")
 @click.option("--upload-repo", metavar="REPO", help="Upload the result to this repository.")
 @click.option("--private", is_flag=True, help="Make a new repository a private one.")
 @click.option("--create-pr", is_flag=True, help="Upload as a pull request.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("as_json")
 def convert(
     model: str | None,
     folder: Path | None,
@@ -157,8 +150,6 @@ def convert(
     from mlx_onevision.convert.staging import require_target
 
     # Whatever can be refused is, before anything is downloaded.
-    if plot:
-        plots.require_plot(plot)
     if compare:
         group_size, vision = quantization["q_group_size"], quantization["quantize_vision"]
         compared = options.compared_recipes(compare, group_size, vision)
@@ -230,9 +221,9 @@ def _write(
     source, name = planned.source.folder, planned.target.name
     refused = verification.too_large(source) if verify is None else None
     if verify is False or refused:
-        with _progress(name) as progress:
+        with progress_bar(name) as progress:
             return conversion.write(planned, overwrite, progress, None, command), None, refused
-    with _progress(name) as progress, _progress(f"measuring {name}", "steps") as steps:
+    with progress_bar(name) as progress, progress_bar(f"measuring {name}", "steps") as steps:
         unchanged = verification.is_unchanged(planned.opened, planned.summary)
         measure = verification.Verification(planned.summary, unchanged, steps, adapter)
         summary = conversion.write(planned, overwrite, progress, measure, command)
@@ -246,7 +237,7 @@ def _compare(
     from mlx_onevision.convert.report import comparison
     from mlx_onevision.convert.verify import compare
 
-    with _progress("comparing", "steps") as progress:
+    with progress_bar("comparing", "steps") as progress:
         losses = compare(source, asked, dtype, progress)
     if plot:
         plot_compare(losses, plot)
@@ -276,17 +267,3 @@ def report(summary: ConversionSummary, planned: bool = False) -> str:
         skipped = f"{len(summary.skipped)} matrices not quantized"
         rows.append(("", f"{skipped}, whose width has no whole groups"))
     return "\n".join(f"{name:<10} {text}".rstrip() for name, text in rows if text)
-
-
-@contextmanager
-def _progress(name: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
-    from tqdm import tqdm
-
-    scale = unit == "B"
-    with tqdm(desc=name, unit=unit, unit_scale=scale, disable=None, delay=0.5) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show

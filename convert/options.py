@@ -104,6 +104,8 @@ def _refusals(given: SimpleNamespace) -> Iterator[str]:
         yield "A recipe has bits and modes of its own; drop --q-bits and --q-mode"
     if rules and given.q_group_size:
         yield "The rules name group sizes themselves; drop --q-group-size"
+    if given.quantize and given.folder is not None and str(given.folder) in BITS:
+        yield f"--quantize takes no number here; give --q-bits {given.folder}"
     if fit != (given.memory is not None):
         yield "--recipe fit and --memory belong together"
     if given.context and not fit:

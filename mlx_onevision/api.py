@@ -51,6 +51,7 @@ def load(
     sharded: bool = False,
     split: Split | None = None,
     adapter: str | Path | None = None,
+    progress: Callable[[int, int], object] = lambda *_: None,
 ) -> "Model":
     """Opens a LLaVA-OneVision checkpoint. Weights are mapped, and read when they are first used.
 
@@ -79,6 +80,8 @@ def load(
         each one's memory is as full as the others', or a share for each rank, as ``(30, 50)``. Then
         rank 0 has the logits.
     adapter : a folder or a Hub id: what fine-tuning with mlx-onevision, mlx-lm or PEFT has changed.
+    progress : called on the model's thread with the bytes that have been quantized, and all that
+        will be, where ``quantize`` is given.
 
     Raises:
         OneVisionError: saying in one sentence what is missing or not supported.
@@ -100,6 +103,7 @@ def load(
         sharded=sharded,
         split=split,
         adapter=None if adapter is None else hub.resolve_adapter(adapter),
+        progress=progress,
     )
 
 
@@ -124,6 +128,7 @@ class Model(AsyncCalls):
         split: Split | None = None,
         adapter: Path | None = None,
         decoding: Limits | None = None,
+        progress: Callable[[int, int], object] = lambda *_: None,
     ) -> None:
         """decoding : what decoding one video may take; see
         :class:`~mlx_onevision.media.decoder.Limits`.
@@ -136,7 +141,7 @@ class Model(AsyncCalls):
         self._made += [] if visual_tokens in (None, 1) else [f"visual_tokens {visual_tokens}"]
         self._cached_as = {"dtype": str(dtype), "quantize": str(recipe), "kv_bits": str(kv_bits)}
         self._engine = Engine(
-            folder, dtype, recipe, memory_limit, kv_bits, draft, sharded, split, adapter
+            folder, dtype, recipe, memory_limit, kv_bits, draft, sharded, split, adapter, progress
         )
         self._processor = Processor.from_folder(folder, self._engine.config)
         self._processor.visual_tokens = visual_tokens or 1.0

@@ -7,11 +7,15 @@ that takes keyword arguments and returns a :class:`~mlx_onevision.plugins.interf
     mine = "my_package.backend:MyBackend"
 """
 
+from __future__ import annotations
+
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.interface import Backend
+
+if TYPE_CHECKING:
+    from mlx_onevision.plugins.interface import Backend
 
 GROUP = "mlx_onevision.backends"
 
@@ -40,6 +44,8 @@ def open_backend(name: str = "engine", **settings: Any) -> Backend:
     nobody has brought, for one that cannot be imported, for settings that do not exist; and what
     opening it raises.
     """
+    from mlx_onevision.plugins.interface import Backend  # every --help imports this module
+
     found = _found()
     if name not in found:
         raise bad_request(f"there is no backend {name!r}", f"there are {', '.join(sorted(found))}")

@@ -366,6 +366,18 @@ def test_without_max_tokens_the_checkpoint_s_own_limit_holds(
         backend.close()
 
 
+def test_quantizing_while_loading_says_how_far_it_is(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    folder = write(tmp_path, tied=False)
+    with load(folder, progress=lambda *far: seen.append(far)):
+        assert seen == []  # nothing is read yet
+    with load(folder, quantize=8, progress=lambda *far: seen.append(far)):
+        pass
+    done, totals = zip(*seen, strict=True)
+    assert len(seen) > 10 and list(done) == sorted(set(done))
+    assert {done[-1]} == {*totals} and 0 < done[0] < done[-1]
+
+
 def test_without_any_limit_an_answer_has_256_tokens(model: Model) -> None:
     assert model.checkpoint_max_tokens is None
     assert model.build_request([{"role": "user", "content": "hello"}]).max_tokens == 256

@@ -129,15 +129,6 @@ def _label(axes: Any, name: str, point: tuple[float, float], across: int, up: in
     return axes.annotate(name, point, **offset, **sides, fontsize=9)
 
 
-def require_plot(path: Path) -> None:
-    """Raises RequestError for a plot that could not be drawn, before anything is measured: without
-    matplotlib, for another kind of file, or where there is no folder for it.
-    """
-    _figure(path, "light")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"there is no folder {path.absolute().parent} to write {path.name} into")
-
-
 def _figure(path: Path, theme: Theme) -> tuple[Any, Any]:
     if path.suffix.lower() not in SUFFIXES:
         raise RequestError(f"{path.name} is no name for a plot; it ends in .png, .svg or .pdf")

@@ -154,14 +154,6 @@ def _spread(value: dict[str, float] | None) -> str:
     return f"{middle} ({least}..{most})"
 
 
-def require_plot(path: Path) -> None:
-    """RequestError for a plot that could not be written, before anything is measured."""
-    if path.suffix.lower() != ".png":
-        raise RequestError(f"{path.name} is no name for a plot; it ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"there is no folder for {path.name}; make it first")
-
-
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bars of the first token's seconds and of tokens a second, with the limit of each as a line.
 

@@ -125,6 +125,7 @@ def load_checkpoint(
     split: Split | None = None,
     adapter: Path | None = None,
     admit: Callable[[MemoryModel], None] = lambda _: None,
+    progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
@@ -142,6 +143,7 @@ def load_checkpoint(
     adapter : the folder of an adapter to apply; of a group, each rank reads its part.
     admit : called with the sizes of what will be loaded before any weight is read; refuses it by
         raising.
+    progress : called with the bytes that have been quantized, and all that will be.
 
     Raises:
         ModelNotFoundError: if there is no such folder.
@@ -180,7 +182,7 @@ def load_checkpoint(
     model = opened.network if whole else _network(plan.config, plan.specs, group, stage)
     if given is not None:
         adapters.check_fit(given, model)
-    model.load_weights(_weights(plan))
+    model.load_weights(_weights(plan, progress))
     _unpack_positions(model)
     if given is not None:
         adapters.apply_adapter(model, given)
@@ -191,15 +193,22 @@ def load_checkpoint(
     return Checkpoint(model, described, opened.generation_defaults, folder)
 
 
-def _weights(plan: ConversionPlan) -> list[tuple[str, mx.array]]:
+def _weights(
+    plan: ConversionPlan, progress: Callable[[int, int], object]
+) -> list[tuple[str, mx.array]]:
     """The planned weights; those that the plan quantizes are read now, the others when used."""
     files = LazyTensorFiles()
     weights: list[tuple[str, mx.array]] = []
+    quantized = [one for one in plan.transforms if one.spec is not None]
+    total = sum(tensor.stop - tensor.start for one in quantized for tensor in one.sources)
+    done = 0
     for transform in plan.transforms:
         arrays = transform.run(files.take)
         if transform.spec is not None:
             mx.eval([array for _, array in arrays])
             mx.clear_cache()
+            done += sum(tensor.stop - tensor.start for tensor in transform.sources)
+            progress(done, total)
         weights += arrays
     return weights
 

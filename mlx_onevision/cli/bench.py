@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.options import dtype_option, memory_options
+from mlx_onevision.cli.options import LOADING, Number, Output, gathered, option
 from mlx_onevision.errors import RequestError
+from mlx_onevision.sampling.ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ ROWS = ("text", "image", "images", "video", "second", "batch")
 PEERS = ("mlx-vlm", "transformers")
 
 
-def listed(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
+def some_of(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
     """The value of an option that takes some of ``known``, separated by commas."""
 
     def read(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -31,51 +32,54 @@ def listed(known: Sequence[str]) -> Callable[..., tuple[str, ...]]:
     return read
 
 
-@click.command(short_help="Measure speed and memory.")
-@click.option("--model", metavar="MODEL", help="A folder, a Hugging Face id or demo.")
+@click.command()
+@option("model", help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo.")
 @click.option(
     "--size",
     type=click.Choice(["0.5b", "7b", "72b"]),
     help="Instead of a model: random weights of this size.",
 )
-@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantize the weights first.")
-@dtype_option
 @click.option(
-    "--layers", type=click.IntRange(1, 80), metavar="N", help="With --size, N layers of text."
+    "--layers",
+    type=Number(Range(ge=1, le=80, whole=True)),
+    metavar="N",
+    help="With --size, N layers of text.",
 )
 @click.option(
-    "--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of every row."
+    "--runs",
+    type=Number(Range(ge=1, le=1000, whole=True)),
+    default=5,
+    show_default=True,
+    help="Of every row.",
 )
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(2, 4096),
+@option(
+    "max_tokens",
+    type=Number(Range(ge=2, le=4096, whole=True)),
     default=128,
     show_default=True,
     help="The length of every answer.",
 )
 @click.option(
     "--rows",
-    callback=listed(ROWS),
+    callback=some_of(ROWS),
     default=",".join(ROWS),
     metavar="LIST",
     help=f"Some of {','.join(ROWS)}. Default: all.",
 )
 @click.option(
     "--versus",
-    callback=listed(PEERS),
+    callback=some_of(PEERS),
     metavar="LIST",
     help="Measure mlx-vlm, transformers or both on the same folder, in turn.",
 )
 @click.option(
-    "--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="Write all numbers."
+    "--json", "as_json", type=Output(".json"), metavar="FILE.json", help="Write all numbers."
 )
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw bars.")
-@memory_options
+@option("plot", type=Output(".png"), help="Draw bars.")
+@gathered("loading", *LOADING)
 def bench(
     model: str | None,
     size: str | None,
-    bits: str | None,
-    dtype: str | None,
     layers: int | None,
     runs: int,
     max_tokens: int,
@@ -83,7 +87,7 @@ def bench(
     versus: tuple[str, ...],
     as_json: Path | None,
     plot: Path | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
     """Measure how fast a model answers, and how near that is to the machine's limits.
 
@@ -98,12 +102,11 @@ def bench(
         raise click.UsageError("--layers cuts a --size; a --model has the layers that it has")
     if not rows:
         raise click.UsageError(f"--rows names no row; there are {', '.join(ROWS)}")
+    revision, dtype, bits = (loading.pop(name) for name in ("revision", "dtype", "quantize"))
     if bits and "transformers" in versus:
         raise click.UsageError(
-            "transformers cannot load MLX's quantized weights; drop --bits, or it from --versus"
+            "transformers cannot load MLX's quantized weights; drop --quantize, or it from --versus"
         )
-    if as_json and not as_json.absolute().parent.is_dir():
-        raise click.UsageError(f"There is no folder for {as_json.name}; make it first")
 
     import shutil
     import signal
@@ -114,8 +117,6 @@ def bench(
     from mlx_onevision.checkpoint import hub
 
     measure.require(versus)
-    if plot:
-        report.require_plot(plot)
 
     def say(text: str) -> None:
         click.echo(f"bench: {text}", err=True)
@@ -133,18 +134,18 @@ def bench(
             )
         else:
             assert model is not None
-            folder = hub.resolve(model)
+            folder = hub.resolve(model, revision)
             name = folder.name if Path(model).is_dir() else model
         if bits or (dtype and not size):
             say("converting")
             folder = checkpoint.converted(
-                place / "converted", folder, int(bits) if bits else None, None if size else dtype
+                place / "converted", folder, bits, None if size else dtype
             )
             name += f", {bits} bits" if bits else ""
             shutil.rmtree(place / "random", ignore_errors=True)  # as large as the model itself
         folder = checkpoint.without_end(place / "model", folder)
         numbers = measure.measure(
-            folder, rows, versus, runs=runs, tokens=max_tokens, say=say, memory=memory
+            folder, rows, versus, runs=runs, tokens=max_tokens, say=say, memory=loading
         )
     numbers = {"model": name, **numbers}
     if as_json:

@@ -7,41 +7,29 @@ from typing import Any
 
 import click
 
+from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo, share
 from mlx_onevision.cli.options import (
-    dtype_option,
-    memory_options,
-    model_option,
-    model_or_demo,
-    prompt_cache_option,
-    revision_option,
-    seed_option,
-    share,
-    speculation_options,
-    split_option,
-    system_option,
-    temperature_option,
-    top_p_option,
-    video_options,
+    FRAMES,
+    LOADING,
+    SAMPLING,
+    SPECULATION,
+    TakesFiles,
+    gathered,
+    option,
+    options,
 )
 
 
-@click.command(short_help="Talk with a model.")
-@model_option
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Shown with the first line.")
-@click.option("--video", "videos", multiple=True, metavar="FILE", help="Shown with the first line.")
-@video_options
-@system_option
-@click.option("--max-tokens", default=1024, show_default=True, help="The longest answer.")
-@temperature_option
-@top_p_option
-@seed_option
-@speculation_options
-@prompt_cache_option
-@click.option("--verbose", is_flag=True, help="After each answer: tokens, cached tokens, seconds.")
-@revision_option
-@dtype_option
-@memory_options
-@split_option
+@click.command(cls=TakesFiles)
+@option("model")
+@option("images", help="Images, shown with the first line: files or URLs; several may follow.")
+@option("videos", help="Videos, likewise.")
+@options(*FRAMES, "tiling", "system")
+@option("max_tokens", default=1024, show_default=True)
+@options(*SAMPLING, "stop", *SPECULATION, "prompt_cache")
+@option("verbose", help="After each answer: tokens, cached tokens, seconds.")
+@gathered("loading", *LOADING)
+@option("split")
 @click.pass_context
 def chat(
     ctx: click.Context,
@@ -49,9 +37,7 @@ def chat(
     images: tuple[str, ...],
     videos: tuple[str, ...],
     verbose: bool,
-    revision: str | None,
-    dtype: str | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
     split: str | tuple[float, ...] | None,
     draft_model: str | None,
     prompt_cache: Path | None,
@@ -62,29 +48,30 @@ def chat(
     Each line is a message. Ctrl-C cancels an answer, Ctrl-D ends. With --prompt-cache, the
     conversation in FILE goes on, and is written again at the end.
     """
-    settings = {"revision": revision, "dtype": dtype, **memory}
+    if "-" in (*images, *videos):
+        raise click.UsageError("The lines on stdin are messages; give an image or a video by name")
+    options["draft_tokens"] = draft_tokens(draft_model, options["draft_tokens"])
     refused = {
         "--prompt-cache": prompt_cache,
         "--draft-model": draft_model,
         "--prompt-lookup": options["prompt_lookup"],
     }
-    share(model, settings, refused, split)
+    share(model, loading, refused, split)
     model = model_or_demo(model)
 
-    from mlx_onevision.api import load
     from mlx_onevision.cli.conversation import Conversation, Terminal
-    from mlx_onevision.cli.terminal import line_reader
+    from mlx_onevision.cli.terminal import line_reader, local_path
 
-    loaded = load(model, draft_model=draft_model, **settings)
+    loaded = load(model, draft_model=draft_model, **loading)
     try:
         talk = Conversation(loaded, **options)
         resumed = prompt_cache if prompt_cache and prompt_cache.exists() else None
         if resumed is not None:
             talk.resume(resumed)
         for image in images:
-            talk.attach("image", image)
+            talk.attach("image", local_path(image))
         for video in videos:
-            talk.attach("video", video)
+            talk.attach("video", local_path(video))
         read, interactive = line_reader()
         terminal = Terminal(
             talk,

@@ -24,13 +24,17 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
+from mlx_onevision.cli.loading import load, model_or_demo, share
 from mlx_onevision.cli.options import (
-    dtype_option,
-    memory_options,
-    model_option,
-    model_or_demo,
-    revision_option,
-    share,
+    LOADING,
+    SAMPLING,
+    SECONDS,
+    Number,
+    gathered,
+    in_options,
+    listed,
+    option,
+    options,
 )
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError
@@ -43,13 +47,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = {form: f".{form}" for form in FORMS} | {"text": ".txt"}
 BYTES_A_SECOND = 1_000_000  # of videos from telephones and cameras
+FORM_OF = {suffix: form for form, suffix in SUFFIXES.items()}
 POLL_SECONDS = 0.5  # between two looks at what other ranks have under way
 DOING = {"probe": "looking for scenes", "text": "describing"}
 
 
-@click.command(short_help="Say what happens in videos.")
-@click.argument("videos", nargs=-1, required=True, metavar="VIDEO|FOLDER...")
-@model_option
+@click.command()
+@click.argument("videos", nargs=-1, required=True, type=click.Path(), metavar="VIDEO|FOLDER...")
+@option("model")
 @click.option(
     "--format",
     "form",
@@ -58,6 +63,7 @@ DOING = {"probe": "looking for scenes", "text": "describing"}
 )
 @click.option(
     "--output",
+    type=click.Path(),
     metavar="FILE|FOLDER",
     help="Default: stdout for one video; for several, a file beside each of them.",
 )
@@ -68,12 +74,11 @@ DOING = {"probe": "looking for scenes", "text": "describing"}
     metavar="scenes|SECONDS",
     help="Cut where a scene ends, or into parts of equal length.",
 )
-@click.option("--frames", type=int, default=8, show_default=True, help="Of each segment.")
-@click.option("--start", type=float, metavar="S", help="Begin S seconds into the video.")
-@click.option("--end", type=float, metavar="S", help="End S seconds into the video.")
+@option("num_frames", default=8, show_default=True, help="Of each segment.")
+@options("start", "end")
 @click.option(
     "--longest",
-    type=float,
+    type=Number(SECONDS),
     default=60.0,
     show_default=True,
     metavar="SECONDS",
@@ -86,19 +91,11 @@ DOING = {"probe": "looking for scenes", "text": "describing"}
     show_default=True,
     help="How cuts are found; pyscenedetect needs the extra scenes.",
 )
-@click.option(
-    "--max-tokens", type=int, default=128, show_default=True, help="Of each segment's text."
-)
-@click.option(
-    "--sidecar",
-    metavar="FOLDER",
-    help="Where what is done is kept, a file a video. Default: the user's cache folder. For ranks "
-    "on several machines: on a disk that all share, at one path, with file locks (NFS, SMB).",
-)
+@option("system")
+@option("max_tokens", default=128, show_default=True, help="Of each segment's text.")
+@options(*SAMPLING, "sidecar")
 @click.option("--force", is_flag=True, help="Start over, and replace files that are there.")
-@revision_option
-@dtype_option
-@memory_options
+@gathered("loading", *LOADING)
 @click.pass_context
 def describe(
     ctx: click.Context,
@@ -107,13 +104,10 @@ def describe(
     form: str | None,
     output: str | None,
     segments: str,
-    frames: int,
     longest: float,
     sidecar: str | None,
     force: bool,
-    revision: str | None,
-    dtype: str | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
     **options: Any,
 ) -> None:
     """Say what happens in videos: scene by scene, with times, chapters and a summary. Only the
@@ -133,12 +127,10 @@ def describe(
     options |= {
         "segments": segments if segments == "scenes" else _seconds(segments),
         "longest": longest or None,
-        "num_frames": frames,
     }
     rank, size = sharing(videos, sidecar)
-    settings = {"revision": revision, "dtype": dtype, **memory}
     if size == 1:
-        share(model, settings)
+        share(model, loading)
     tasks = tasks_for(videos, output, form)
     if size > 1:
         if force:
@@ -153,11 +145,10 @@ def describe(
         model = model_or_demo(model)
         click.echo(SILENT, err=True)
 
-    from mlx_onevision.api import load
     from mlx_onevision.describe.journal import BusyError
 
     failed = 0
-    loaded = load(model or "demo", **settings)
+    loaded = load(model or "demo", **loading)
     try:
         waiting = tasks
         while waiting:
@@ -263,12 +254,16 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
         if target is None or not (target.is_dir() or str(output).endswith(os.sep)):
             if target is not None and not target.absolute().parent.is_dir():
                 raise click.UsageError(f"There is no folder {target.parent} for --output")
-            known = {suffix: name for name, suffix in SUFFIXES.items()}
-            suffix = "" if target is None else target.suffix.lower()
-            return [DescribeTask(videos[0], form or known.get(suffix, "text"), target, named=True)]
+            suffix = ".txt" if target is None else target.suffix.lower()
+            if form is None and suffix not in FORM_OF:
+                raise click.UsageError(
+                    f"--output {target} does not end in {listed([*FORM_OF])}; name it so, say "
+                    "--format, or end a folder's name with a slash"
+                )
+            return [DescribeTask(videos[0], form or FORM_OF[suffix], target, named=True)]
     folder = None if output is None else Path(output)
     if folder is not None:
-        if folder.exists() and not folder.is_dir():
+        if not folder.is_dir() and (folder.exists() or folder.suffix.lower() in FORM_OF):
             raise click.UsageError(f"--output {folder} is a file; several videos need a folder")
         folder.mkdir(parents=True, exist_ok=True)
     form = form or "text"
@@ -383,5 +378,5 @@ def _sentence(video: str, error: OneVisionError | OSError) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    line = " ".join(text.split())
+    line = in_options(" ".join(text.split()), "describe")
     return line if video in line else f"{video}: {line}"

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import click
 
 from mlx_onevision.bench.selftest import ANSWERS, HIDDEN, PROMPT, reason, run_part
+from mlx_onevision.cli.options import option
 from mlx_onevision.distributed import RANKS
 
 PACKAGE = "mlx-onevision"
@@ -46,8 +47,8 @@ class Finding(NamedTuple):
     advice: Sequence[str] = ()
 
 
-@click.command(short_help="Say what a bug report needs to know about this machine.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object.")
+@click.command()
+@option("as_json")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what a bug report needs to know about this machine, test it, and give advice.

@@ -28,15 +28,8 @@ from mlx_onevision.cli.describe import (
     sharing,
     work_of,
 )
-from mlx_onevision.cli.options import (
-    dtype_option,
-    memory_options,
-    model_option,
-    model_or_demo,
-    revision_option,
-    share,
-    video_options,
-)
+from mlx_onevision.cli.loading import load, model_or_demo, share
+from mlx_onevision.cli.options import FRAMES, LOADING, Output, gathered, in_options, option, options
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.files import claim
 
@@ -48,9 +41,9 @@ BATCH = 100  # items whose vectors are held until they are printed or joined
 MOST_GROUPS = 4  # of the embedder, in a portion that a rank takes
 
 
-@click.command(short_help="Turn images, videos or texts into vectors.")
-@click.argument("files", nargs=-1, metavar="FILE|FOLDER...")
-@model_option
+@click.command()
+@click.argument("files", nargs=-1, type=click.Path(), metavar="FILE|FOLDER...")
+@option("model")
 @click.option(
     "--space",
     type=click.Choice(["vision", "joint"]),
@@ -61,26 +54,17 @@ MOST_GROUPS = 4  # of the embedder, in a portion that a rank takes
 @click.option(
     "--text", "texts", multiple=True, metavar="TEXT", help="A text to embed, after the files."
 )
-@click.option("--output", metavar="FILE.npz", help="Write all vectors into one npz file.")
 @click.option(
-    "--sidecar",
-    metavar="FOLDER",
-    help="Where ranks of mlx.launch keep what is done. Default: the user's cache folder. For ranks "
-    "on several machines: on a disk that all share, at one path, with file locks (NFS, SMB).",
+    "--output", type=Output(".npz"), metavar="FILE.npz", help="Write all vectors into one npz file."
 )
+@option("sidecar")
 @click.option("--jsonl", is_flag=True, help="Print one JSON object a vector, as they come.")
 @click.option("--no-normalize", is_flag=True, help="Leave the vectors' lengths as they are.")
-@click.option(
-    "--tiling",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="How the joint space sees images; never is a tenth of the work for a large one.",
+@option(
+    "tiling", help="How the joint space sees images; never is a tenth of the work for a large one."
 )
-@video_options
-@revision_option
-@dtype_option
-@memory_options
+@options(*FRAMES)
+@gathered("loading", *LOADING)
 @click.pass_context
 def embed(
     ctx: click.Context,
@@ -88,13 +72,11 @@ def embed(
     model: str | None,
     space: str,
     texts: tuple[str, ...],
-    output: str | None,
+    output: Path | None,
     sidecar: str | None,
     jsonl: bool,
     no_normalize: bool,
-    revision: str | None,
-    dtype: str | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
     **options: Any,
 ) -> None:
     """Turn images, videos or texts into vectors: one for each.
@@ -109,14 +91,12 @@ def embed(
     mlx.launch -n 2 mlx-onevision embed photos/ --output vectors.npz
     mlx-onevision embed --space joint a.jpg --text "a red circle" --jsonl
     """
-    if bool(output) == jsonl:
+    if (output is not None) == jsonl:
         raise click.UsageError("Give either --output FILE.npz or --jsonl")
     if not files and not texts:
         raise click.UsageError("Give files, or --text with --space joint")
     if texts and space != "joint":
         raise click.UsageError("--text needs --space joint; the vision space knows no text")
-    if output and not Path(output).absolute().parent.is_dir():
-        raise click.UsageError(f"There is no folder {Path(output).parent} for --output")
 
     from mlx_onevision.media.sources import IMAGES, VIDEOS
 
@@ -125,26 +105,24 @@ def embed(
     rank, size = sharing(files, sidecar)
     if sidecar and size == 1:
         raise click.UsageError("--sidecar is for a FOLDER under mlx.launch; leave it out")
-    settings = {"revision": revision, "dtype": dtype, **memory}
+    about = {name: value for name, value in loading.items() if name != "revision"}
     if size == 1:
-        share(model, settings)
+        share(model, loading)
     if not rank:
         model = model_or_demo(model)
 
-    from mlx_onevision.api import load
     from mlx_onevision.embed.embeddings import Embeddings
 
     items = [*found, *({"type": "text", "text": text} for text in texts)]
     options |= {"space": space, "normalize": not no_normalize}
     failed: list[str] = []
-    loaded = load(model or "demo", **settings)
+    loaded = load(model or "demo", **loading)
     parts = []
     try:
         if size > 1:
             records = Path(sidecar) if sidecar else cache_folder("vectors")
             records.mkdir(mode=0o700, parents=True, exist_ok=True)
-            about = [dtype, memory, options]
-            joined = shared(loaded, items, options, about, records, rank, failed)
+            joined = shared(loaded, items, options, [about, options], records, rank, failed)
         else:
             joined = in_batches(loaded, items, options, failed)
         for part in joined:
@@ -275,7 +253,7 @@ def _state(item: Any) -> Any:
 
 def sentence(item: Any, error: OneVisionError) -> str:
     """What is wrong with which item; the number in the message counts within a batch."""
-    line = " ".join(str(error).partition(": ")[2].split())
+    line = in_options(" ".join(str(error).partition(": ")[2].split()), "embed")
     name = item if isinstance(item, str) else repr(item["text"][:40])
     return line if name in line else f"{name}: {line}"
 

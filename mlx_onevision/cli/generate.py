@@ -9,89 +9,51 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo, share, unused
 from mlx_onevision.cli.options import (
-    dtype_option,
-    memory_options,
-    model_option,
-    model_or_demo,
-    prompt_cache_option,
-    revision_option,
-    seed_option,
-    share,
-    speculation_options,
-    split_option,
-    system_option,
-    temperature_option,
-    top_p_option,
-    unused,
-    video_options,
+    FRAMES,
+    LOADING,
+    SAMPLING,
+    SPECULATION,
+    TABLE,
+    Number,
+    TakesFiles,
+    gathered,
+    option,
+    options,
 )
 from mlx_onevision.distributed import TRAFFIC, launched
 from mlx_onevision.errors import RequestError
+from mlx_onevision.sampling.ranges import RANGES
 
 if TYPE_CHECKING:
     from mlx_onevision.engine.generation import Usage
 
 
-@click.command(short_help="Answer one prompt.")
-@model_option
-@click.option(
-    *("--image", "images"),
-    multiple=True,
-    metavar="FILE",
-    help="An image: a file, a URL, or - for stdin.",
-)
-@click.option(
-    *("--video", "videos"),
-    multiple=True,
-    metavar="FILE",
-    help="A video: a file, a URL, or - for stdin.",
-)
-@video_options
-@click.option(
-    "--tiling",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    help="Cut images into tiles. Default: an image that is alone.",
-)
-@click.option(
-    "--prompt", required=True, metavar="TEXT", help="The question; - reads it from stdin."
-)
-@system_option
-@click.option(
-    "--max-tokens",
-    type=int,
-    help="The longest answer, in tokens. Default: the model's own, or 256.",
-)
-@temperature_option
-@top_p_option
-@click.option("--top-k", type=int, help="Sample from this many likeliest tokens.")
-@click.option("--min-p", type=float, help="Drop tokens below this part of the likeliest's chance.")
-@click.option("--repetition-penalty", type=float, help="Above 1 makes repeated tokens less likely.")
-@seed_option
-@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT.")
+@click.command(cls=TakesFiles)
+@options("model", "images", "videos", *FRAMES, "tiling")
+@option("prompt", required=True)
+@option("system")
+@option("max_tokens", help="The longest answer, in tokens. Default: the model's own, or 256.")
+@options(*SAMPLING, "stop")
 @click.option(
     "--json-schema",
     metavar="FILE",
     help="Answer with a document of this JSON Schema: a file, or the schema itself.",
 )
 @click.option(
-    "--logprobs", type=int, metavar="N", help="With --json, the N likeliest tokens of each step."
+    "--logprobs",
+    type=Number(RANGES["logprobs"]),
+    metavar="N",
+    help="With --json, the N likeliest tokens of each step.",
 )
-@speculation_options
-@prompt_cache_option
+@options(*SPECULATION, "prompt_cache")
 @click.option(
     "--stream/--no-stream", default=None, help="Print as it comes. Default: on a terminal."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--verbose", is_flag=True, help="Print counts, seconds and peak memory to stderr.")
-@revision_option
-@dtype_option
-@memory_options
-@split_option
-@click.option(
-    "--quantize", type=click.Choice(["4", "8"]), help="Quantize the weights while they are loaded."
-)
+@options("as_json", "verbose")
+@gathered("loading", *LOADING)
+@option("split")
 def generate(
     model: str | None,
     prompt: str,
@@ -99,11 +61,8 @@ def generate(
     stream: bool | None,
     as_json: bool,
     verbose: bool,
-    revision: str | None,
-    dtype: str | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
     split: str | tuple[float, ...] | None,
-    quantize: str | None,
     draft_model: str | None,
     prompt_cache: Path | None,
     **options: Any,
@@ -122,22 +81,22 @@ def generate(
         )
     if options["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs are printed by --json; add it")
+    if not options["videos"]:
+        for name in FRAMES:
+            if options[name] is not None:
+                flag = TABLE[name].names[0]
+                raise click.UsageError(f"{flag} is about videos; add --video FILE, or drop it")
     from_stdin = [prompt, *options["images"], *options["videos"]]
     if from_stdin.count("-") > 1:
         raise click.UsageError("stdin is one thing only; give '-' once")
-    settings = {
-        "revision": revision,
-        "dtype": dtype,
-        "quantize": int(quantize) if quantize else None,
-        **memory,
-    }
+    options["draft_tokens"] = draft_tokens(draft_model, options["draft_tokens"])
     refused = {
         "--prompt-cache": prompt_cache,
         "'-'": "-" in from_stdin,  # mlx.launch never ends stdin
         "--draft-model": draft_model,
         "--prompt-lookup": options["prompt_lookup"],
     }
-    share(model, settings, refused, split)
+    share(model, loading, refused, split)
     question = read_prompt(prompt)
     from mlx_onevision.cli.terminal import media_argument
 
@@ -147,9 +106,7 @@ def generate(
     model = model_or_demo(model)
     live = not as_json and (sys.stdout.isatty() if stream is None else stream)
 
-    from mlx_onevision.api import load
-
-    loaded = load(model, draft_model=draft_model, **settings)
+    loaded = load(model, draft_model=draft_model, **loading)
     try:
         held = prompt_cache if prompt_cache and prompt_cache.exists() else None
         if held is not None:

@@ -3,7 +3,8 @@
 Results go to stdout and nothing else does; notices, progress and errors go to stderr. An error is
 one sentence, never a traceback. Exit codes: 0, 1 (not done), 2 (wrong usage), 130 (Ctrl-C).
 
-``--help`` and ``--version`` load click and nothing heavier: commands import the library.
+The modules of commands are imported when they are called: ``--help`` loads click and nothing more,
+and a command what it needs.
 """
 
 from __future__ import annotations
@@ -11,27 +12,55 @@ from __future__ import annotations
 import io
 import sys
 import traceback
+from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
-from mlx_onevision.cli.bench import bench
-from mlx_onevision.cli.chat import chat
-from mlx_onevision.cli.describe import describe
-from mlx_onevision.cli.doctor import doctor
-from mlx_onevision.cli.embed import embed
-from mlx_onevision.cli.generate import generate
-from mlx_onevision.cli.models import models
-from mlx_onevision.cli.options import DEBUG, debug_option
-from mlx_onevision.cli.train import train
+from mlx_onevision.cli.options import DEBUG, could_be_file, debug_option, in_options
 from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import sentence
 
 INTERRUPTED = 130
 
 
-class ErrorsAsSentences(click.Group):
+class Commands(click.Group):
     """A group whose commands end in one line on stderr and an exit code, whatever they raise."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._modules: dict[str, str] = {}  # of commands that are not imported yet
+
+    def announce(self, name: str, module: str, text: str) -> None:
+        """Adds the command of that name in ``module``; ``text`` is its line in ``--help``."""
+        self._modules[name] = module
+        self.add_command(click.Command(name, short_help=text))
+
+    def load(self, name: str) -> click.Command:
+        """The command itself."""
+        if (module := self._modules.pop(name, None)) is not None:
+            command: click.Command = getattr(import_module(module), name)
+            command.short_help = self.commands[name].short_help
+            self.add_command(debug_option(command))
+        return self.commands[name]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Raises click.UsageError, for what is no command, with what to type."""
+        name = args[0]
+        if name in self.commands:
+            return name, self.load(name), args[1:]
+        if not ctx.resilient_parsing and not name.startswith("-"):
+            raise click.UsageError(f"There is no command {name!r}; {self._way(name)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def _way(self, name: str) -> str:
+        if name in ("help", "version"):
+            return f"type mlx-onevision --{name}"
+        if could_be_file(name):
+            return f"to ask about a file, type mlx-onevision generate --image {name} --prompt TEXT"
+        return f"the commands are {', '.join(sorted(self.commands))}"
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what it raises into ``error: ...`` and an exit code."""
@@ -51,11 +80,12 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     if ctx.meta.get(DEBUG):
         traceback.print_exception(error)
     line = " ".join(sentence(error).split()).removesuffix(".")
+    line = in_options(line, ctx.invoked_subcommand)
     click.echo(f"error: {prefix()}{line}", err=True)
     ctx.exit(1)
 
 
-@click.group(cls=ErrorsAsSentences, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mlx-onevision", message="%(prog)s %(version)s")
 def cli() -> None:
     """LLaVA-OneVision in MLX: ask a model about images and videos."""
@@ -64,9 +94,17 @@ def cli() -> None:
             stream.reconfigure(errors="backslashreplace")  # an answer may not fit the locale
 
 
-for command in (generate, chat, describe, embed, train, models, bench, doctor):
-    debug_option(command)
-    cli.add_command(command)
+for name, text in (
+    ("generate", "Answer one prompt."),
+    ("chat", "Talk with a model."),
+    ("describe", "Say what happens in videos."),
+    ("embed", "Turn images, videos or texts into vectors."),
+    ("train", "Fine-tune a model on your own images, videos and answers."),
+    ("models", "List, download and remove models."),
+    ("bench", "Measure speed and memory."),
+    ("doctor", "Say what a bug report needs to know about this machine."),
+):
+    cli.announce(name, f"mlx_onevision.cli.{name}", text)
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.options import revision_option
+from mlx_onevision.cli.options import Number, option
 from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.sampling.ranges import Range
 
 if TYPE_CHECKING:
     from mlx_onevision.checkpoint.load import OpenedCheckpoint
@@ -53,14 +54,14 @@ class CachedModel:
         return (*name, f"{self.weights}, {self.layout} layout; {fits}")
 
 
-@click.group(short_help="List, download and remove models.", invoke_without_command=True)
+@click.group(invoke_without_command=True)
 @click.option(
     "--memory",
-    type=click.IntRange(1),
+    type=Number(Range(ge=1, whole=True)),
     metavar="GB",
     help="Say what fits a Mac of so much memory. Default: this machine.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a model, as a list.")
+@option("as_json", help="Print one JSON object a model, as a list.")
 @click.pass_context
 def models(ctx: click.Context, memory: int | None, as_json: bool) -> None:
     """List the LLaVA-OneVision models in the Hub's cache: their revision, size on disk, bits and
@@ -94,7 +95,7 @@ def models(ctx: click.Context, memory: int | None, as_json: bool) -> None:
 
 @models.command(short_help="Download a model, or what is missing of it.")
 @click.argument("model", metavar="MODEL")
-@revision_option
+@option("revision")
 def pull(model: str, revision: str | None) -> None:
     """Download MODEL (a Hugging Face id, 0.5b, 7b or 72b), or what is missing of it, and print its
     folder. What a broken download has fetched is kept.
@@ -110,7 +111,7 @@ def pull(model: str, revision: str | None) -> None:
 
 @models.command(short_help="Remove a model from the cache.")
 @click.argument("model", metavar="MODEL")
-@click.option("--revision", metavar="REV", help="Only this branch, tag or commit of it.")
+@option("revision", help="Only this branch, tag or commit of it.")
 @click.option("--yes", is_flag=True, help="Do not ask first.")
 def rm(model: str, revision: str | None, yes: bool) -> None:
     """Remove MODEL (a Hugging Face id, 0.5b, 7b or 72b) from the cache, with all its revisions."""

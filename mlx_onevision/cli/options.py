@@ -1,172 +1,108 @@
-"""The options that several commands share, and what they mean."""
+"""The options that several commands take, each of them once: its names, values and meaning.
+
+A command picks from ``TABLE`` by the names of its parameters, which are those of the library. What
+it says otherwise, a default or a help text, it gives to :func:`option`. ``convert`` and the plugins
+pick from it, too. An option of one command alone is declared there.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
-from mlx_onevision.distributed import launched, rank
+from mlx_onevision.distributed import launched
+from mlx_onevision.sampling.ranges import RANGES, Range
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+MODELS = ("demo", "0.5b", "7b", "72b")
 DRAFT_TOKENS = 8
 DEBUG = "mlx_onevision.debug"
-
-model_option = click.option(
-    "--model",
-    metavar="MODEL",
-    help="A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
-)
-revision_option = click.option(
-    "--revision", metavar="REV", help="A branch, tag or commit of a Hugging Face model."
-)
-dtype_option = click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Compute in this type. Default: the checkpoint's.",
-)
-system_option = click.option("--system", metavar="TEXT", help="The system message.")
-temperature_option = click.option(
-    "--temperature", type=float, help="0 is greedy. Default: the model's own."
-)
-top_p_option = click.option(
-    "--top-p", type=float, help="Sample from the likeliest tokens of this total mass."
-)
-seed_option = click.option("--seed", type=int, help="Makes sampling repeatable.")
+SECONDS = Range(ge=0)
+SOME_SECONDS = Range(gt=0, le=7 * 24 * 3600)
 
 
-def video_options(command: Command) -> Command:
-    """Give a command the options that say which frames of a video are shown."""
-    options = (
-        ("--frames", "num_frames", int, "N", "N frames of a video, evenly spread. Default: 32."),
-        ("--fps", "fps", float, "F", "F frames of each second of a video instead."),
-        ("--start", "start", float, "S", "Begin S seconds into a video."),
-        ("--end", "end", float, "S", "End S seconds into a video."),
-    )
-    for flag, name, kind, metavar, text in reversed(options):
-        command = click.option(flag, name, type=kind, metavar=metavar, help=text)(command)
-    return command
+class Number(click.ParamType):
+    """A number within a range, refused in the words that the library has for it.
 
-
-def memory_options(command: Command) -> Command:
-    """Give a command that loads a model ``memory``: arguments of ``load``, with the adapter."""
-
-    @wraps(command)
-    def merged(
-        *,
-        memory_limit: float | None,
-        kv_bits: str | None,
-        visual_tokens: float | None,
-        adapter: str | None,
-        **others: Any,
-    ) -> Any:
-        bits = None if kv_bits is None else int(kv_bits)
-        memory = {"memory_limit": memory_limit, "kv_bits": bits, "visual_tokens": visual_tokens}
-        return command(memory={**memory, "adapter": adapter}, **others)
-
-    limit = click.option(
-        "--memory-limit",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="GB",
-        help="Use at most so much memory, weights included. Default: what the device should use.",
-    )
-    bits = click.option(
-        "--kv-bits",
-        type=click.Choice(["8", "4"]),
-        help="Keep keys and values quantized: less memory a token, no batches.",
-    )
-    tokens = click.option(
-        "--visual-tokens",
-        type=click.FloatRange(0, 1, min_open=True),
-        metavar="SHARE",
-        help="Keep this share of the tokens of an image's tiles and of video frames. Default: 1.",
-    )
-    adapter = click.option(
-        "--adapter",
-        metavar="ADAPTER",
-        help="Apply an adapter, of mlx-onevision train, mlx-lm or PEFT: a folder or a Hub id.",
-    )
-    return cast(Command, adapter(limit(bits(tokens(merged)))))
-
-
-def decoder_options(command: Command) -> Command:
-    """Give a command that serves others ``decoding``: arguments of ``MediaPolicy``."""
-
-    @wraps(command)
-    def merged(
-        *, decoders: int, decoder_memory: float, decoder_seconds: float, **others: Any
-    ) -> Any:
-        decoding = {"decoders": decoders, "memory": int(decoder_memory * 2**30)}
-        return command(decoding={**decoding, "seconds": decoder_seconds}, **others)
-
-    processes = click.option(
-        "--decoders",
-        default=2,
-        show_default=True,
-        type=click.IntRange(1, 64),
-        help="Processes at once that decode videos, and images of rare kinds.",
-    )
-    memory = click.option(
-        "--decoder-memory",
-        default=1.5,
-        show_default=True,
-        metavar="GB",
-        type=click.FloatRange(0.5, 1000),
-        help="Of each of them.",
-    )
-    seconds = click.option(
-        "--decoder-seconds",
-        default=20.0,
-        show_default=True,
-        metavar="S",
-        type=click.FloatRange(1, 24 * 3600),
-        help="Of each of them, and one more for every 50 MB of the file.",
-    )
-    return cast(Command, processes(memory(seconds(merged))))
-
-
-def speculation_options(command: Command) -> Command:
-    """Give a command ``draft_model``, an argument of ``load``, and ``prompt_lookup`` and
-    ``draft_tokens``, which are those of an answer.
+    otherwise : added where it is no number at all.
     """
 
-    @wraps(command)
-    def merged(*, draft_model: str | None, draft_tokens: int | None, **others: Any) -> Any:
-        if draft_tokens is not None and draft_model is None:
-            raise click.UsageError("--draft-tokens needs --draft-model; add it")
-        if draft_tokens is None:
-            draft_tokens = 0 if draft_model is None else DRAFT_TOKENS
-        return command(draft_model=draft_model, draft_tokens=draft_tokens, **others)
+    name = "number"
 
-    options = (
-        click.option(
-            "--prompt-lookup",
-            type=int,
-            default=0,
-            metavar="N",
-            help="Try N tokens at once where the answer repeats a passage; the answer is the same.",
-        ),
-        click.option(
-            "--draft-model",
-            metavar="MODEL",
-            help="A smaller model that proposes tokens, which come faster; the answer is the same.",
-        ),
-        click.option(
-            "--draft-tokens",
-            type=int,
-            metavar="N",
-            help=f"It proposes N tokens at once, at most. Default: {DRAFT_TOKENS}.",
-        ),
-    )
-    wrapped: Any = merged
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return cast(Command, wrapped)
+    def __init__(self, allowed: Range, otherwise: str = "") -> None:
+        self._allowed, self._otherwise = allowed, otherwise
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        way = ""
+        try:
+            number = int(value) if self._allowed.whole else float(value)
+        except ValueError:
+            number, way = None, self._otherwise
+        if number is None or not self._allowed.holds(number):
+            kind = "whole number" if self._allowed.whole else "number"
+            self.fail(f"it must be a {kind}, {self._allowed}, not {value!r}{way}", param, ctx)
+        return number
+
+
+class Model(click.ParamType):
+    """A model's name. A shell completes the short ones, and folders."""
+
+    name = "model"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        names = [CompletionItem(name) for name in MODELS if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="dir")]
+
+
+class Output(click.Path):
+    """A file to be written, in a folder that exists. Its name says its form: it ends in one of
+    ``endings``, where there are some.
+    """
+
+    def __init__(self, *endings: str) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
+        if self.endings and path.suffix.lower() not in self.endings:
+            self.fail(f"{path.name} does not end in {listed(self.endings)}", param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"there is no folder {path.parent}; make it first", param, ctx)
+        return path
+
+
+class Plot(Output):
+    """A drawing of matplotlib's, which is there."""
+
+    def __init__(self) -> None:
+        super().__init__(".png", ".svg", ".pdf")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = super().convert(value, param, ctx)
+        if find_spec("matplotlib") is None:
+            self.fail("it needs the extra plot; pip install 'mlx-onevision[plot]'", param, ctx)
+        return path
+
+
+def listed(words: Sequence[str]) -> str:
+    """``.png, .svg or .pdf``."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 def parse_split(
@@ -187,23 +123,310 @@ def parse_split(
     return shares
 
 
-split_option = click.option(
-    "--split",
-    callback=parse_split,
-    metavar="auto|N,N,…",
-    help="Under mlx.launch, divide the layers: by each machine's memory, or in these shares.",
+@dataclass(frozen=True)
+class Option:
+    """An option, as :class:`click.Option` takes it.
+
+    names : as they are typed, the usual one first. files : several values may stand behind it.
+    """
+
+    names: tuple[str, ...]
+    help: str
+    type: click.ParamType | type | None = None
+    metavar: str | None = None
+    default: Any = None
+    show_default: bool = False
+    required: bool = False
+    is_flag: bool | None = None
+    multiple: bool = False
+    files: bool = False
+    callback: Callable[[click.Context, click.Parameter, Any], Any] | None = None
+
+
+def _number(name: str, flag: str, metavar: str, text: str, allowed: Range | None = None) -> Option:
+    return Option((flag,), text, Number(allowed or RANGES[name]), metavar)
+
+
+TABLE: Mapping[str, Option] = {
+    # What is asked.
+    "images": Option(
+        ("--image",),
+        "Images: files, URLs, or - for stdin; several may follow.",
+        click.Path(),
+        "FILE...",
+        files=True,
+    ),
+    "videos": Option(
+        ("--video",),
+        "Videos: files, URLs, or - for stdin; several may follow.",
+        click.Path(),
+        "FILE...",
+        files=True,
+    ),
+    "prompt": Option(("--prompt", "-p"), "The question; - reads it from stdin.", str, "TEXT"),
+    "system": Option(("--system",), "The system message.", str, "TEXT"),
+    "num_frames": _number(
+        "num_frames",
+        "--frames",
+        "N",
+        "N frames of a video, evenly spread. Default: 32.",
+        Range(ge=1, whole=True),
+    ),
+    "fps": _number("fps", "--fps", "F", "F frames of each second of a video instead.", Range(gt=0)),
+    "start": _number("start", "--start", "S", "Begin S seconds into a video.", SECONDS),
+    "end": _number("end", "--end", "S", "End S seconds into a video.", Range(gt=0)),
+    "tiling": Option(
+        ("--tiling",),
+        "Cut images into tiles; auto: an image that is alone.",
+        click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+    ),
+    # How it is answered.
+    "max_tokens": Option(
+        ("--max-tokens", "-m"),
+        "The longest answer, in tokens.",
+        Number(RANGES["max_tokens"], "; -m is --max-tokens, and a model is named by --model"),
+        "N",
+    ),
+    "temperature": Option(
+        ("--temperature", "--temp"),
+        "0 is greedy. Default: the model's own.",
+        Number(RANGES["temperature"]),
+        "T",
+    ),
+    "top_p": _number(
+        "top_p", "--top-p", "P", "Sample from the likeliest tokens of this total probability."
+    ),
+    "top_k": _number(
+        "top_k", "--top-k", "K", "Sample from this many of the likeliest tokens; 0 for all."
+    ),
+    "min_p": _number(
+        "min_p", "--min-p", "P", "Drop tokens below this part of the likeliest one's probability."
+    ),
+    "repetition_penalty": _number(
+        "repetition_penalty",
+        "--repetition-penalty",
+        "R",
+        "Above 1 makes repeated tokens less likely.",
+    ),
+    "presence_penalty": _number(
+        "presence_penalty",
+        "--presence-penalty",
+        "A",
+        "Above 0 makes tokens less likely that the answer holds.",
+    ),
+    "frequency_penalty": _number(
+        "frequency_penalty",
+        "--frequency-penalty",
+        "A",
+        "The same, for each time that the answer holds them.",
+    ),
+    "seed": _number("seed", "--seed", "N", "Makes sampling repeatable."),
+    "stop": Option(
+        ("--stop",), "End the answer before TEXT; may be given again.", str, "TEXT", multiple=True
+    ),
+    "prompt_lookup": replace(
+        _number(
+            "prompt_lookup",
+            "--prompt-lookup",
+            "N",
+            "Try N tokens at once where the answer repeats a passage; the answer is the same.",
+        ),
+        default=0,
+    ),
+    "draft_model": Option(
+        ("--draft-model",),
+        "A smaller model that proposes tokens, which come faster; the answer is the same.",
+        Model(),
+        "MODEL",
+    ),
+    "draft_tokens": _number(
+        "draft_tokens",
+        "--draft-tokens",
+        "N",
+        f"It proposes N tokens at once, at most. Default: {DRAFT_TOKENS}.",
+    ),
+    "prompt_cache": Option(
+        ("--prompt-cache",),
+        "Begin with the KV cache in FILE, where there is one, and write it again at the end.",
+        Output(),
+        "FILE",
+    ),
+    # Which model, and how it is loaded.
+    "model": Option(
+        ("--model",),
+        "A folder, a Hugging Face id, 0.5b, 7b, 72b or demo. Default: the embedded demo model.",
+        Model(),
+        "MODEL",
+    ),
+    "revision": Option(
+        ("--revision",), "A branch, tag or commit of a Hugging Face model.", str, "REV"
+    ),
+    "dtype": Option(
+        ("--dtype",),
+        "Compute in this type. Default: the checkpoint's.",
+        click.Choice(["float32", "float16", "bfloat16"]),
+    ),
+    "quantize": Option(
+        ("--quantize",),
+        "Quantize the weights to so many bits while they are loaded.",
+        click.Choice([4, 8]),
+    ),
+    "memory_limit": _number(
+        "memory_limit",
+        "--memory-limit",
+        "GB",
+        "Use at most so much memory, weights included. Default: what the device should use.",
+        Range(gt=0),
+    ),
+    "kv_bits": Option(
+        ("--kv-bits",),
+        "Keep keys and values quantized: less memory a token, no batches.",
+        click.Choice([8, 4]),
+    ),
+    "visual_tokens": _number(
+        "visual_tokens",
+        "--visual-tokens",
+        "SHARE",
+        "Keep this share of the tokens of an image's tiles and of video frames. Default: 1.",
+    ),
+    "adapter": Option(
+        ("--adapter",),
+        "Apply an adapter, of mlx-onevision train, mlx-lm or PEFT: a folder or a Hub id.",
+        click.Path(),
+        "ADAPTER",
+    ),
+    "split": Option(
+        ("--split",),
+        "Under mlx.launch, divide the layers: by each machine's memory, or in these shares.",
+        metavar="auto|N,N,…",
+        callback=parse_split,
+    ),
+    # Of a server.
+    "name": Option(("--name",), "What clients call the model. Default: its own name.", str, "NAME"),
+    "timeout": _number("timeout", "--timeout", "S", "Seconds for one request.", SOME_SECONDS),
+    "keep_alive": _number(
+        "keep_alive",
+        "--keep-alive",
+        "S",
+        "Free the model after S seconds without requests. Default: never.",
+        SECONDS,
+    ),
+    "decoders": Option(
+        ("--decoders",),
+        "Processes at once that decode videos, and images of rare kinds.",
+        Number(Range(ge=1, le=64, whole=True)),
+        "N",
+        default=2,
+        show_default=True,
+    ),
+    "decoder_memory": Option(
+        ("--decoder-memory",),
+        "Of each of them.",
+        Number(Range(ge=0.5, le=1000)),
+        "GB",
+        default=1.5,
+        show_default=True,
+    ),
+    "decoder_seconds": Option(
+        ("--decoder-seconds",),
+        "Of each of them, and one more for every 50 MB of the file.",
+        Number(Range(ge=1, le=24 * 3600)),
+        "S",
+        default=20,
+        show_default=True,
+    ),
+    # What is written.
+    "as_json": Option(("--json",), "Print one JSON object.", is_flag=True),
+    "verbose": Option(
+        ("--verbose",), "Print counts, seconds and peak memory to stderr.", is_flag=True
+    ),
+    "dry_run": Option(("--dry-run",), "Show what would be done; do nothing.", is_flag=True),
+    "plot": Option(("--plot",), "Draw it.", Plot(), "FILE.png"),
+    "sidecar": Option(
+        ("--sidecar",),
+        "Where what is done is kept. Default: the user's cache folder. For ranks of mlx.launch "
+        "on several machines: on a disk that all share, at one path, with file locks (NFS, SMB).",
+        click.Path(file_okay=False),
+        "FOLDER",
+    ),
+}
+FRAMES = ("num_frames", "fps", "start", "end")
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
 )
-prompt_cache_option = click.option(
-    "--prompt-cache",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Begin with the KV cache in FILE, where there is one, and write it again at the end.",
+SPECULATION = ("prompt_lookup", "draft_model", "draft_tokens")
+LOADING = (
+    *("revision", "dtype", "quantize", "memory_limit", "kv_bits", "visual_tokens", "adapter"),
 )
 
 
-def unused(prompt_cache: Path) -> str:
-    """What to say where a prompt had nothing of the cache that was read."""
-    return f"{prompt_cache} was not used: the prompt does not begin with the conversation in it"
+_LIBRARY = re.compile(
+    rf"(?<![\w./'-])({'|'.join(name for name in TABLE if '_' in name or name == 'fps')})(?![\w./'])"
+)
+
+
+def in_options(text: str, command: str | None) -> str:
+    """A sentence of the library's with the options of ``command`` in place of its arguments."""
+    text = _LIBRARY.sub(lambda found: TABLE[found[1]].names[0], text)
+    elsewhere = "" if command in ("generate", "chat", None) else "generate "
+    for name in ("image", "video"):
+        text = text.replace(f"(--{name}, {name}s=)", f"({elsewhere}--{name})")
+    return text
+
+
+def option(name: str, **changes: Any) -> Callable[[Command], Command]:
+    """Gives a command the option of ``TABLE`` for its parameter ``name``, with the fields of
+    :class:`Option` that it says otherwise.
+    """
+    found = replace(TABLE[name], **changes)
+    given = {key: value for key, value in vars(found).items() if value is not None}
+    several = given.pop("files")
+    names = given.pop("names")
+    if several:
+        given |= {"multiple": True, "cls": Files}
+    return click.option(*names, name, **given)
+
+
+def options(*names: str) -> Callable[[Command], Command]:
+    """Gives a command these options as they stand in ``TABLE``."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names):
+            command = option(name)(command)
+        return command
+
+    return add
+
+
+def gathered(argument: str, *names: str) -> Callable[[Command], Command]:
+    """The same, handed over together: the command's parameter ``argument`` is a dictionary of what
+    was given for them, None included.
+    """
+
+    def add(command: Command) -> Command:
+        @wraps(command)
+        def gather(**given: Any) -> Any:
+            return command(**{argument: {name: given.pop(name) for name in names}}, **given)
+
+        return cast(Command, options(*names)(gather))
+
+    return add
+
+
+def decoding_options(command: Command) -> Command:
+    """Give a command that serves others ``decoding``: arguments of ``MediaPolicy``."""
+
+    @wraps(command)
+    def named(*, decoding: dict[str, Any], **given: Any) -> Any:
+        decoders, memory, seconds = decoding.values()
+        policy = {"decoders": decoders, "memory": int(memory * 2**30), "seconds": seconds}
+        return command(decoding=policy, **given)
+
+    names = ("decoders", "decoder_memory", "decoder_seconds")
+    return cast(Command, gathered("decoding", *names)(named))
 
 
 def debug_option(command: Command) -> Command:
@@ -212,51 +435,73 @@ def debug_option(command: Command) -> Command:
     def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.meta[DEBUG] = value
 
-    option = click.option(
+    return click.option(
         "--debug",
         is_flag=True,
         is_eager=True,
         expose_value=False,
         callback=remember,
         help="Show the traceback of an error.",
-    )
-    return option(command)
+    )(command)
 
 
-def model_or_demo(model: str | None) -> str:
-    """The model that ``--model`` names, or the demo model, with a notice on stderr."""
-    if model is not None:
-        return model
-    click.echo(
-        "No --model: the embedded demo model answers; it knows coloured shapes only.", err=True
-    )
-    return "demo"
+class Files(click.Option):
+    """An option behind which several files may stand; see :class:`TakesFiles`."""
 
 
-def share(
-    model: str | None,
-    settings: dict[str, Any],
-    refused: Mapping[str, object] | None = None,
-    split: str | tuple[float, ...] | None = None,
-) -> None:
-    """Has the ranks of mlx.launch, where it has started this process, share the model: adds that to
-    ``settings``, which ``load`` is given. The others compute what rank 0 does from here on, print
-    nothing, and end when it has closed the model.
-
-    refused : options that do not go with ranks, and what was given for them.
-
-    Raises:
-        click.UsageError: for one that was given.
+class TakesFiles(click.Command):
+    """A command without arguments of its own: files behind the first one of ``--image`` belong to
+    it, too. A word that no option takes is refused, and taken for a file only if it can be one: it
+    might be the question.
     """
-    if not launched():
-        return
-    for name, given in (refused or {}).items():
-        if given not in (None, False, 0):
-            raise click.UsageError(f"mlx.launch does not go with {name}; leave it out")
-    settings |= {"sharded": True, "split": split}
-    if rank():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and rank 0 decides
 
-        from mlx_onevision.api import load
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(self._with_option_each(ctx, args))
+        if not ctx.resilient_parsing and not {*words} & {*ctx.help_option_names}:
+            # Before anything that is missing: it may be this.
+            _, rest, _ = self.make_parser(ctx).parse_args(list(words))
+            if rest:
+                ways = "files come behind --image or --video"
+                if any(param.name == "prompt" for param in self.params):
+                    ways += ", the question behind --prompt"
+                raise click.UsageError(f"No option takes {rest[0]!r}; {ways}", ctx)
+        return super().parse_args(ctx, words)
 
-        load(model or "demo", **settings)
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return super().shell_complete(ctx, incomplete) or [CompletionItem(incomplete, type="file")]
+
+    def _with_option_each(self, ctx: click.Context, args: Sequence[str]) -> Iterator[str]:
+        """The arguments with the option before each of its files."""
+        flags = {flag for param in self.params if isinstance(param, Files) for flag in param.opts}
+        flag: str | None = None  # whose files may come
+        words = iter(args)
+        for word in words:
+            if flag is not None and could_be_file(word):
+                yield from (flag, word)
+                continue
+            yield word
+            if word == "--":
+                break
+            name, given, _ = word.partition("=")
+            flag = name if name in flags else None
+            if flag is not None and not given:
+                value = next(words, "--")
+                if value.startswith("--"):
+                    raise click.UsageError(f"{flag} needs a FILE behind it", ctx)
+                yield value
+        yield from words
+
+
+def could_be_file(word: str) -> bool:
+    """Whether a word that stands behind a file is rather another one than something else."""
+    from mlx_onevision.media.sources import IMAGES, VIDEOS, is_url, similar_path
+
+    if word.startswith("-"):
+        return word == "-"
+    return (
+        is_url(word)
+        or word[:7].lower() == "file://"
+        or word.lower().endswith(IMAGES + VIDEOS)
+        or os.path.exists(os.path.expanduser(word))
+        or similar_path(word) is not None
+    )

@@ -147,10 +147,13 @@ def media_argument(text: str) -> str | bytes:
     """An image or a video as a command line names it: all of stdin for ``-``.
 
     Raises:
-        RequestError: for nothing on stdin.
+        RequestError: for a folder, and for nothing on stdin.
     """
     if text != "-":
-        return local_path(text)
+        path = local_path(text)
+        if os.path.isdir(os.path.expanduser(path)):
+            raise RequestError(f"{text} is a folder; give files of it, as {path.rstrip('/')}/*.jpg")
+        return path
     data = sys.stdin.buffer.read()
     if not data:
         raise RequestError("stdin is empty; pipe an image or a video into it")

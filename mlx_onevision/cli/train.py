@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from mlx_onevision.cli.describe import cache_folder
-from mlx_onevision.cli.options import dtype_option, revision_option, video_options
+from mlx_onevision.cli.options import FRAMES, Plot, option, options
 
 FILE = click.Path(path_type=Path)
 
 
-@click.command(short_help="Fine-tune a model on your own images, videos and answers.")
-@click.option("--model", required=True, metavar="MODEL", help="As for generate.")
+@click.command()
+@option("model", required=True, help="As for generate.")
 @click.option(
     "--data",
     required=True,
@@ -72,7 +72,7 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="0: no gradient."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@option("seed", default=0, show_default=True, help="Of the order of rows and of new weights.")
 @click.option("--valid-every", type=click.IntRange(1), default=50, show_default=True, help="Steps.")
 @click.option(
     "--patience",
@@ -87,32 +87,14 @@ FILE = click.Path(path_type=Path)
     show_default=True,
     help="Steps after which a run that is stopped goes on; the same command does.",
 )
-@click.option("--report", type=FILE, metavar="FILE.png", help="Draw the loss.")
-@click.option("--dry-run", is_flag=True, help="Show three rows as the model sees them, and end.")
+@click.option("--report", type=Plot(), metavar="FILE.png", help="Draw the loss.")
+@option("dry_run", help="Show three rows as the model sees them, and end.")
 @click.option("--max-length", type=click.IntRange(1), metavar="N", help="Tokens of a row, at most.")
-@click.option(
-    "--tiling",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    help="Cut images into tiles; auto: an image that is alone.",
-)
-@video_options
-@click.option(
-    "--visual-tokens",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="SHARE",
-    help="Keep this share of the tokens of an image's tiles and of video frames.",
-)
+@options("tiling", *FRAMES, "visual_tokens")
 @click.option(
     "--cache", type=FILE, metavar="FOLDER", help="For encoded media. Default: the user's cache."
 )
-@revision_option
-@dtype_option
-@click.option(
-    "--quantize", type=click.Choice(["4", "8"]), help="Quantize the weights while they are loaded."
-)
-@click.option("--memory-limit", type=click.FloatRange(0, min_open=True), metavar="GB")
+@options("revision", "dtype", "quantize", "memory_limit")
 def train(
     model: str,
     data: Path,
@@ -132,7 +114,7 @@ def train(
     cache: Path | None,
     revision: str | None,
     dtype: str | None,
-    quantize: str | None,
+    quantize: int | None,
     memory_limit: float | None,
     **others: Any,
 ) -> None:
@@ -153,8 +135,6 @@ def train(
     from mlx_onevision.train.train import Task, prepare
     from mlx_onevision.train.train import train as run
 
-    if report is not None:
-        curve.check_plots()
     media = {name: others.pop(name) for name in ("tiling", "num_frames", "fps", "start", "end")}
     media["visual_tokens"] = others.pop("visual_tokens")
 
@@ -172,7 +152,7 @@ def train(
             valid=valid,
             revision=revision,
             dtype=dtype,
-            quantize=None if quantize is None else int(quantize),
+            quantize=quantize,
             memory_limit=memory_limit,
             media=media,
             longest=max_length,

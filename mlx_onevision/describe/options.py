@@ -23,7 +23,8 @@ class DescribeOptions(TypedDict, total=False):
     finder : how cuts are found: "histogram" (the default), or "pyscenedetect", which needs the
         extra ``scenes``.
     max_tokens : of a segment's caption, at most; 128 by default.
-    system, temperature, top_p, top_k, min_p, repetition_penalty, seed : as in
+    system, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
+        frequency_penalty, seed : as in
         :class:`~mlx_onevision.engine.options.Options`, for every text that is generated.
     """
 
@@ -40,6 +41,8 @@ class DescribeOptions(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     seed: int | None
 
 
@@ -76,7 +79,7 @@ class DescribeSettings:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> tuple["DescribeSettings", dict[str, Any]]:
-        """These, and the rest of the options: settings of generating text.
+        """These, and the rest of the options: settings of generating text that were given.
 
         Raises:
             RequestError: for an option that does not exist.
@@ -87,7 +90,7 @@ class DescribeSettings:
         own = {field.name for field in fields(cls)}
         return (
             cls(**{name: value for name, value in given.items() if name in own}),
-            {name: value for name, value in given.items() if name not in own},
+            {n: value for n, value in given.items() if n not in own and value is not None},
         )
 
     def part(self, length: float) -> Span:

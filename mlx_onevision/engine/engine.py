@@ -63,6 +63,7 @@ class Engine:
     recipe : quantize the weights while they are read; None leaves them as they are.
     memory_limit, kv_bits : see :func:`mlx_onevision.api.load`. draft : a draft model's folder.
     adapter : an adapter's folder.
+    progress : see :func:`mlx_onevision.api.load`.
     sharded : share the model among the ranks of ``mlx.launch``, where it has started this process.
     split : divide its layers among them; see :func:`mlx_onevision.network.stages.counts`.
         On other ranks than 0 this does not return: they compute what rank 0 does, and end with
@@ -80,6 +81,7 @@ class Engine:
         sharded: bool = False,
         split: Split | None = None,
         adapter: Path | None = None,
+        progress: Callable[[int, int], object] = lambda *_: None,
     ) -> None:
         if memory_limit is not None and not (
             isinstance(memory_limit, int | float) and 0 < memory_limit < math.inf
@@ -121,6 +123,7 @@ class Engine:
                 split=split,
                 adapter=adapter,
                 admit=admit,
+                progress=progress,
             )
             return Runner(checkpoint, own, kv_bits, small)
 

@@ -2,22 +2,13 @@
 
 import json
 import math
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_onevision.errors import RequestError
-
 LOG = "log.jsonl"
 ROWS, WIDTH = 12, 30  # of the table; characters of its longest bar
-
-
-def check_plots() -> None:
-    """RequestError where there is nothing that draws curves."""
-    if find_spec("matplotlib") is None:
-        raise RequestError("--report needs the extra plot; pip install 'mlx-onevision[plot]'")
 
 
 def draw_curve(log: Path, image: Path) -> None:

@@ -6,6 +6,7 @@ requests are batched.
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -49,20 +50,23 @@ def open_engine(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    quantize: int | None = None,
     memory_limit: float | None = None,
     kv_bits: int | None = None,
     visual_tokens: float | None = None,
     sharded: bool = False,
     split: "Split | None" = None,
     adapter: str | Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
     policy: MediaPolicy | None = None,
     limits: Limits | None = None,
 ) -> Service:
     """A backend that runs a model in this process; loaded when it is first asked.
 
-    model, revision, dtype, memory_limit, kv_bits, visual_tokens, sharded, split, adapter : as
-        :func:`mlx_onevision.load` takes them. A model that ranks share is not loaded again once it
-        was freed.
+    model, revision, dtype, quantize, memory_limit, kv_bits, visual_tokens, sharded, split,
+        adapter : as :func:`mlx_onevision.load` takes them. A model that ranks share is not loaded
+        again once it was freed.
+    defaults : settings of sampling, by their names in a request, for requests that leave them out.
     policy : which files and addresses requests may name. By default none: media come as bytes.
         A program that asks for itself alone takes ``MediaPolicy.trusting()``.
     limits : how much is taken on at once, and for how long.
@@ -86,6 +90,7 @@ def open_engine(
 
     def load() -> "_Engine":
         from mlx_onevision.api import Model
+        from mlx_onevision.checkpoint.recipes import while_loading
         from mlx_onevision.media.decoder import Limits as DecoderLimits
         from mlx_onevision.media.parallel import Budget
 
@@ -97,6 +102,7 @@ def open_engine(
             folder(),
             name=str(model),
             dtype=dtype,
+            recipe=while_loading(quantize),
             memory_limit=memory_limit,
             kv_bits=kv_bits,
             visual_tokens=visual_tokens,
@@ -105,7 +111,7 @@ def open_engine(
             adapter=adapter_folder(),
             decoding=decoding,
         )
-        return _Engine(loaded, allowed, limits or Limits(), decoding)
+        return _Engine(loaded, allowed, limits or Limits(), decoding, defaults or {})
 
     def describe() -> results.ModelInfo:
         if not found:
@@ -127,9 +133,15 @@ class _Engine:
     """A loaded model; see :class:`~mlx_onevision.plugins.service.service.LoadedModel`."""
 
     def __init__(
-        self, model: "Model", policy: MediaPolicy, limits: Limits, decoding: "DecoderLimits"
+        self,
+        model: "Model",
+        policy: MediaPolicy,
+        limits: Limits,
+        decoding: "DecoderLimits",
+        defaults: Mapping[str, Any],
     ) -> None:
         self._model, self._policy, self._decoding = model, policy, decoding
+        self._defaults = {name: value for name, value in defaults.items() if value is not None}
         self._default_max_tokens = limits.default_for(model.checkpoint_max_tokens)
         self._preparing = RequestQueue(PREPARING, sys.maxsize)
 
@@ -155,7 +167,7 @@ class _Engine:
         return _result(stream.result(), None if request.logprobs is None else tuple(logprobs))
 
     def _question(self, request: GenerateRequest, channel: Channel) -> "PromptRequest":
-        given = {name: getattr(request, name) for name in SETTINGS}
+        given = self._settings(request, SETTINGS)
         if request.logit_bias is not None:
             given["logit_bias"] = {one.token: one.bias for one in request.logit_bias}
         if request.max_tokens is None:
@@ -184,6 +196,14 @@ class _Engine:
             if medium.video is not None:
                 self._policy.check_frames(len(medium.tiles))
         return question
+
+    def _settings(
+        self, request: GenerateRequest | DescribeRequest, names: Sequence[str]
+    ) -> dict[str, Any]:
+        """What the request says of them, else the backend's default."""
+        given = {name: getattr(request, name) for name in names}
+        silent = (name for name in self._defaults if given.get(name) is None)
+        return given | {name: self._defaults[name] for name in silent}
 
     def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
         total = len(request.items)
@@ -227,7 +247,7 @@ class _Engine:
         from mlx_onevision.describe.formats import Segment as LibrarySegment
         from mlx_onevision.describe.pipeline import Progress
 
-        given = {name: getattr(request, name) for name in DESCRIBING}
+        given = self._settings(request, DESCRIBING)
         segments: list[results.Segment] = []
         with _MediaReader(self._policy, self._decoding, channel) as reader:
             channel.put(results.ProgressEvent("preparing"))

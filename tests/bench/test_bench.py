@@ -132,9 +132,9 @@ def test_what_is_printed(
         (("--model", "demo", "--rows", ","), "--rows names no row; there are text, image"),
         (("--model", "demo", "--rows", "text,film"), "'film' is none of text, image, images"),
         (("--size", "7b", "--versus", "vllm"), "'vllm' is none of mlx-vlm, transformers"),
-        (("--size", "7b", "--bits", 4, "--versus", "transformers"), "drop --bits, or it from"),
-        (("--size", "7b", "--json", "no/where.json"), "There is no folder for where.json"),
-        (("--size", "7b", "--plot", "bars.gif"), "bars.gif is no name for a plot; it ends in .png"),
+        (("--size", "7b", "--quantize", 4, "--versus", "transformers"), "drop --quantize, or it"),
+        (("--size", "7b", "--json", "no/where.json"), "there is no folder no; make it first"),
+        (("--size", "7b", "--plot", "bars.gif"), "bars.gif does not end in .png"),
         (("--model", "no/such"), "no/such"),
     ],
 )

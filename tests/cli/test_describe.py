@@ -162,7 +162,7 @@ def test_where_it_is_kept(folder: Path, clip: Path, home: Path, tmp_path: Path) 
         ([], 2, "VIDEO|FOLDER"),
         (["no/such.mp4"], 1, "error: 'no/such.mp4' does not exist"),
         (["{clip}", "--start", "9"], 1, "start is 9 s"),
-        (["{clip}", "--frames", "0"], 1, "num_frames is 0"),
+        (["{clip}", "--frames", "0"], 2, "it must be a whole number, 1 or more, not '0'"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -420,7 +420,7 @@ def test_control_groups_limit_what_may_be_used(tmp_path: Path) -> None:
 
 
 def test_every_command_that_loads_a_model_has_the_options() -> None:
-    own = [cli.commands[name] for name in ("generate", "chat", "describe", "embed", "bench")]
+    own = [cli.load(name) for name in ("generate", "chat", "describe", "embed", "bench")]
     for command in (*own, serve_command, mcp):
         options = {option for param in command.params for option in param.opts}
         assert {"--memory-limit", "--kv-bits", "--visual-tokens"} <= options

@@ -239,6 +239,14 @@ def asked(number: int = 0, **settings: Any) -> GenerateRequest:
     return GenerateRequest.ask(f"what is {number}", picture, max_tokens=6, **settings)
 
 
+def test_defaults_are_for_requests_that_leave_them_out(tmp_path: Path) -> None:
+    defaults: dict[str, Any] = {"temperature": 3.0, "seed": 3, "top_p": None}
+    given: list[dict[str, Any]] = [{}, defaults, {"temperature": 0.0}, {"seed": 4}]
+    with open_engine(write(tmp_path, tied=False), defaults=defaults) as backend:
+        found = [backend.generate(asked(**settings)).result().text for settings in given]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 @pytest.mark.parametrize("place", ["begin", "fill_bank", "virtual_ids"])
 def test_a_fault_before_the_first_token_ends_its_request_only(
     engine: Service, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -10,29 +10,42 @@ from typing import Any
 
 import click
 
+from mlx_onevision.cli.loading import model_or_demo, share
 from mlx_onevision.cli.options import (
-    decoder_options,
-    dtype_option,
-    memory_options,
-    model_option,
-    revision_option,
-    share,
-    split_option,
+    LOADING,
+    SAMPLING,
+    SOME_SECONDS,
+    Number,
+    decoding_options,
+    gathered,
+    option,
+    options,
 )
 from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import RequestError
+from mlx_onevision.sampling.ranges import Range
 
 API_KEY = "MLX_ONEVISION_API_KEY"
 DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without max_tokens
 
 
-@click.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")
-@model_option
-@click.option("--name", metavar="NAME", help="What clients call the model. Default: its own name.")
+@click.command()
+@options("model", "name")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Where to listen; others need a token."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="HOST",
+    help="Where to listen; others need a token.",
 )
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=Number(Range(ge=0, le=65535, whole=True)),
+    metavar="N",
+    help="Its port; 0 for any that is free.",
+)
 @click.option(
     "--allow-host", "names", multiple=True, metavar="NAME", help="A further name of this server."
 )
@@ -71,7 +84,12 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     help="The hosts of --allow-media-host may be of this machine or its network.",
 )
 @click.option(
-    "--concurrent", default=8, show_default=True, type=click.IntRange(1), help="Requests at once."
+    "--concurrent",
+    default=8,
+    show_default=True,
+    type=Number(Range(ge=1, whole=True)),
+    metavar="N",
+    help="Requests at once.",
 )
 @click.option(
     "--queue",
@@ -79,7 +97,8 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     "waiting",
     default=512,
     show_default=True,
-    type=click.IntRange(0),
+    type=Number(Range(ge=0, whole=True)),
+    metavar="N",
     help="Requests in line; more are told when to try again.",
 )
 @click.option(
@@ -87,7 +106,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     default=32,
     show_default=True,
     metavar="MB",
-    type=click.IntRange(1, 4096),
+    type=Number(Range(ge=1, le=4096, whole=True)),
     help="Of one request, its media as base64 included, and of what comes from a host.",
 )
 @click.option(
@@ -95,34 +114,24 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     default=120.0,
     show_default=True,
     metavar="M",
-    type=click.FloatRange(0.01, 1000),
+    type=Number(Range(ge=0.01, le=1000)),
     help="Millions of pixels of an image; each takes 7 bytes while it is read.",
 )
-@click.option(
-    "--max-tokens",
-    default=4096,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Of one answer, at most.",
-)
-@click.option(
-    "--timeout", default=300.0, show_default=True, metavar="S", help="Seconds for one request."
-)
+@option("max_tokens", default=4096, show_default=True, help="Of one answer, at most.")
+@gathered("sampling", *SAMPLING)
+@option("timeout", default=300, show_default=True)
 @click.option(
     "--film-timeout",
-    default=6 * 3600.0,
+    default=6 * 3600,
     show_default=True,
+    type=Number(SOME_SECONDS),
     metavar="S",
     help="Seconds for a video that is described.",
 )
-@click.option(
-    "--keep-alive", type=float, metavar="S", help="Free the model after S seconds without requests."
-)
-@revision_option
-@dtype_option
-@memory_options
-@decoder_options
-@split_option
+@option("keep_alive")
+@gathered("loading", *LOADING)
+@decoding_options
+@option("split")
 def serve(
     model: str | None,
     name: str | None,
@@ -140,33 +149,30 @@ def serve(
     max_upload: int,
     max_pixels: float,
     max_tokens: int,
+    sampling: dict[str, Any],
     timeout: float,
     film_timeout: float,
     keep_alive: float | None,
-    revision: str | None,
-    dtype: str | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
     decoding: dict[str, Any],
     split: str | tuple[float, ...] | None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients speak it.
 
     Only programs on this machine reach it, images come with the requests, and no web page can
-    speak to it. Ctrl-C ends it.
+    speak to it. Sampling options are for requests that do not say otherwise. Ctrl-C ends it.
 
     \b
     mlx-onevision serve --model 7b
     mlx-onevision serve --model 7b --media-root ~/Pictures --port 8080
+    mlx-onevision serve --model 7b --quantize 4 --temp 0.5
     MLX_ONEVISION_API_KEY=… mlx-onevision serve --host 0.0.0.0
     """
     if any(find_spec(module) is None for module in ("starlette", "uvicorn", "pydantic")):
         needed = "serve needs what comes with the extra server"
         raise RequestError(f"{needed}; pip install 'mlx-onevision[server]'")
-    settings = {"revision": revision, "dtype": dtype, **memory}
-    share(model, settings, {"--keep-alive": keep_alive}, split)
-    if model is None:
-        notice = "No --model: the embedded demo model answers; it knows coloured shapes only."
-        click.echo(notice, err=True)
+    share(model, loading, {"--keep-alive": keep_alive}, split)
+    model = model_or_demo(model)
 
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
@@ -197,8 +203,9 @@ def serve(
         raise_limit()
         with server.listening(server_settings, port) as listening:
             backend = open_engine(
-                "demo" if model is None else model,
-                **settings,
+                model,
+                **loading,
+                defaults=sampling,
                 policy=MediaPolicy(
                     folders=folders,
                     hosts=None if "*" in media_hosts else media_hosts,
@@ -223,7 +230,7 @@ def serve(
                 ),
             )
             with backend:
-                if "sharded" in settings:
+                if "sharded" in loading:
                     backend.load()  # the other ranks wait for it
                 app = create_app(backend, server_settings)
                 if made and token is not None:

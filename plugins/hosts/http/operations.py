@@ -129,6 +129,7 @@ class Prepared:
     """A request for text as the backend takes it: the answers that are made together.
 
     logprobs, json_schema : the names that the route's fields for these have.
+    start : called with each of them instead of the backend's ``generate``.
     """
 
     requests: Sequence[GenerateRequest]
@@ -136,6 +137,7 @@ class Prepared:
     streamed: bool
     logprobs: str
     json_schema: str
+    start: Callable[[GenerateRequest], EventStream[results.GenerateResult]] | None = None
 
 
 async def generate(state: AppState, request: Request, prepared: Prepared) -> Response:
@@ -145,7 +147,7 @@ async def generate(state: AppState, request: Request, prepared: Prepared) -> Res
     """
     await _check_capabilities(state, prepared)
     answer = prepared.answer
-    streams = [state.backend.generate(one) for one in prepared.requests]
+    streams = [(prepared.start or state.backend.generate)(one) for one in prepared.requests]
     state.reader.release_after(request.scope, streams)
     if not prepared.streamed:
         found = await all_results(streams, request.receive)

@@ -277,7 +277,7 @@ class ResponseObject(TypedDict):
     tools: list[Any]
     top_logprobs: int
     top_p: float | None
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     notes: NotRequired[list[str]]
 

@@ -38,6 +38,7 @@ from mlx_onevision.plugins.hosts.http.schemas import (
     options,
 )
 from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedCall, forced_call
+from mlx_onevision.plugins.hosts.http.truncation import generate_shortened
 
 
 async def respond(state: AppState, request: Request) -> Response:
@@ -62,12 +63,14 @@ def _prepare(state: AppState, asked: ResponsesRequest) -> Prepared:
         **options(asked),
     )
     keep = None if asked.store is False else said.keep
+    shortens = asked.truncation == "auto"
     return Prepared(
         requests=[wanted],
         answer=Answer(asked, state.model, notes, call, keep),
         streamed=bool(asked.stream),
         logprobs="include" if asked.top_logprobs is None else "top_logprobs",
         json_schema="tool_choice" if call else "text",
+        start=partial(generate_shortened, state.backend, notes=notes) if shortens else None,
     )
 
 
@@ -189,7 +192,7 @@ class Answer:
             "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": asked.top_p,
-            "truncation": "disabled",
+            "truncation": asked.truncation or "disabled",
             "usage": None,
         }
 

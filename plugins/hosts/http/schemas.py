@@ -313,6 +313,7 @@ class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
     metadata: Pairs | None = None
     store: bool | None = None
     previous_response_id: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
         **GUIDED,
@@ -320,7 +321,6 @@ class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
         "conversation": (),
         "background": (False,),
         "prompt": (),
-        "truncation": ("disabled",),
         "context_management": ([],),
         "moderation": (),
     }

@@ -1,6 +1,7 @@
 """The server itself: its settings, socket and connections, its token, its end."""
 
 import asyncio
+import errno
 import gc
 import ipaddress
 import os
@@ -109,7 +110,18 @@ def listening(settings: ServerSettings, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         message = f"cannot listen on {settings.host} port {port} ({why})"
-        raise bad_request(message, "choose another with --port") from None
+        hint = "choose another with --port"
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
+            message = f"another program, maybe another serve, listens on port {port} already"
+            hint = f"end it, or choose another port: --port {port + 1 if port < 65535 else 0}"
+        elif number == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+            message = f"{settings.host} is no address of this machine"
+            hint = "leave --host out, or give 0.0.0.0 for all of its addresses"
+        elif number == errno.EACCES:
+            message = f"port {port} is the system's own"
+            hint = "choose one from 1024 on: --port 8000"
+        raise bad_request(message, hint) from None
 
 
 class Server(uvicorn.Server):

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import llm
 
-from mlx_onevision.cli.options import memory_options, revision_option
+from mlx_onevision.cli.options import LOADING, gathered, option
 from mlx_onevision.plugins.hosts.llm import registry
 from mlx_onevision.plugins.hosts.llm.models import SPACES
 from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, added, as_refusal
@@ -23,15 +23,13 @@ def onevision() -> None:
 @click.option(
     "--alias", "aliases", multiple=True, metavar="NAME", help="A shorter name; may be given again."
 )
-@click.option("--name", metavar="NAME", help="What llm calls it. Default: its own name.")
-@revision_option
-@memory_options
+@option("name", help="What llm calls it. Default: its own name.")
+@gathered("loading", *LOADING)
 def add(
     model: str,
     aliases: tuple[str, ...],
     name: str | None,
-    revision: str | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
     """Make a Hugging Face model or a folder known to llm.
 
@@ -45,27 +43,27 @@ def add(
     from mlx_onevision.checkpoint.hub import repository_of
 
     known = next((entry for entry in BUILT_IN if entry.model == model.lower()), None)
-    adapter = memory["adapter"]
+    adapter = loading["adapter"]
     if adapter is not None and Path(adapter).expanduser().is_dir():  # llm runs in any folder
-        memory["adapter"] = str(Path(adapter).expanduser().resolve())
-    changed = revision is not None or any(value is not None for value in memory.values())
+        loading["adapter"] = str(Path(adapter).expanduser().resolve())
+    changed = any(value is not None for value in loading.values())
     if known is not None and not changed:
         raise Refusal(f"{model} is there already; ask {known.id}")
     if known is not None or repository_of(model) is not None:
-        entry = Entry(model if name is None else name, model, revision, aliases, **memory)
+        entry = Entry(model if name is None else name, model, aliases=aliases, **loading)
     else:
         with as_refusal():  # a folder that holds no such model is refused now rather than later
-            registry.open_backend(Entry("", model, revision)).info()
+            registry.open_backend(Entry("", model, loading["revision"])).info()
         folder = Path(model).expanduser().resolve()
         own = f"onevision-{folder.name}" if name is None else name
-        entry = Entry(own, str(folder), None, aliases, **memory)
+        entry = Entry(own, str(folder), aliases=aliases, **loading)
     _check_names(entry)
     registry.save([*added(), entry])
     click.echo(f"llm -m {entry.names[-1]} asks {entry.model}")
 
 
 @onevision.command(name="list")
-@click.option("--json", "as_json", is_flag=True, help="One object a model, as a list.")
+@option("as_json", help="Print one JSON object a model, as a list.")
 def list_models(as_json: bool) -> None:
     """Show the models, what they are, and their other names."""
     entries = [*BUILT_IN, *added()]

@@ -14,6 +14,7 @@ from llm.models import AsyncConversation, AsyncResponse, EmbeddingModel
 from llm.parts import AttachmentPart, ReasoningPart, TextPart
 from pydantic import Field
 
+from mlx_onevision.cli.options import TABLE
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import (
     RANGES,
@@ -44,10 +45,10 @@ TYPES = frozenset(
 )
 
 
-def _option(name: str, description: str) -> Any:
-    """A setting, with its range in the table that contract and hosts share where it has one."""
+def _option(name: str, description: str = "") -> Any:
+    """A setting, with the range and the words that it has elsewhere."""
     bounds = RANGES[name].bounds if name in RANGES else {}
-    return Field(default=None, description=description, **bounds)
+    return Field(default=None, description=description or TABLE[name].help, **bounds)
 
 
 class OneVisionOptions(llm.Model.Options):
@@ -56,46 +57,28 @@ class OneVisionOptions(llm.Model.Options):
     """
 
     max_tokens: int | None = _option(
-        "max_tokens", "The longest answer, in tokens; by default the model's own limit, or 256"
+        "max_tokens", "The longest answer, in tokens. Default: the model's own, or 256."
     )
-    temperature: float | None = _option(
-        "temperature", "0 always takes the likeliest token; more varies the answer"
-    )
-    top_p: float | None = _option(
-        "top_p", "Choose among the likeliest tokens that make up this much probability"
-    )
-    top_k: int | None = _option("top_k", "Choose among so many of the likeliest tokens; 0 for all")
-    min_p: float | None = _option(
-        "min_p", "Choose among tokens at least this likely, relative to the likeliest one"
-    )
-    repetition_penalty: float | None = _option(
-        "repetition_penalty", "Above 1 makes repeated tokens less likely"
-    )
-    presence_penalty: float | None = _option(
-        "presence_penalty", "Above 0 makes tokens less likely that the answer holds"
-    )
-    frequency_penalty: float | None = _option(
-        "frequency_penalty", "The same, for each time that the answer holds them"
-    )
-    seed: int | None = _option("seed", "Makes a varied answer repeatable")
+    temperature: float | None = _option("temperature")
+    top_p: float | None = _option("top_p")
+    top_k: int | None = _option("top_k")
+    min_p: float | None = _option("min_p")
+    repetition_penalty: float | None = _option("repetition_penalty")
+    presence_penalty: float | None = _option("presence_penalty")
+    frequency_penalty: float | None = _option("frequency_penalty")
+    seed: int | None = _option("seed")
     stop: str | list[str] | None = _option(
-        "stop", "A text, or a list of texts, before which the answer ends"
+        "stop", "A text, or a list of texts, before which the answer ends."
     )
-    num_frames: int | None = _option(
-        "num_frames", "So many frames of each video, evenly spread; 32 by default"
-    )
-    fps: float | None = _option("fps", "So many frames of each second of a video instead")
-    start: float | None = _option("start", "Only what comes after these seconds of a video")
-    end: float | None = _option("end", "Only what comes before these seconds of a video")
-    tiling: Literal["auto", "always", "never"] | None = _option(
-        "tiling",
-        "auto cuts an image into tiles that is alone in the conversation; always and never say so "
-        "for every one",
-    )
+    num_frames: int | None = _option("num_frames")
+    fps: float | None = _option("fps")
+    start: float | None = _option("start")
+    end: float | None = _option("end")
+    tiling: Literal["auto", "always", "never"] | None = _option("tiling")
     order: Literal["template", "given"] | None = _option(
         "order",
         "template shows images before the words of their message; given leaves them where they "
-        "stand",
+        "stand.",
     )
 
 

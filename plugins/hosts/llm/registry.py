@@ -5,7 +5,7 @@ Added models are kept in ``onevision.json`` in llm's own folder, by their names 
 
     {"my-org/my-model": {"model": "my-org/my-model", "revision": null, "aliases": ["mine"]}}
 
-and "memory_limit" (GB), "kv_bits", "visual_tokens" and "adapter" where the person gave them.
+and what else the person has said of how they are loaded, as :func:`mlx_onevision.load` takes it.
 """
 
 import atexit
@@ -27,8 +27,8 @@ from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 FILE = "onevision.json"
-MEMORY = ("memory_limit", "kv_bits", "visual_tokens", "adapter")
-KEYS = {"model", "revision", "aliases", *MEMORY}
+LOADING = ("dtype", "quantize", "memory_limit", "kv_bits", "visual_tokens", "adapter")
+KEYS = {"model", "revision", "aliases", *LOADING}
 
 # It is the person's own command, or program: whatever that may read, this may.
 POLICY = MediaPolicy.trusting()
@@ -53,23 +53,23 @@ def as_refusal() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """id : the name for llm. model, revision, memory_limit, kv_bits,
-    visual_tokens, adapter : as :func:`mlx_onevision.load` takes them.
-    """
+    """id : the name for llm. The rest but ``aliases`` : as :func:`mlx_onevision.load` takes it."""
 
     id: str
     model: str
     revision: str | None = None
     aliases: tuple[str, ...] = ()
+    dtype: str | None = None
+    quantize: int | None = None
     memory_limit: float | None = None
     kv_bits: int | None = None
     visual_tokens: float | None = None
     adapter: str | None = None
 
     @property
-    def memory(self) -> dict[str, Any]:
-        """What was given of the last four."""
-        values = {name: getattr(self, name) for name in MEMORY}
+    def loading(self) -> dict[str, Any]:
+        """What was given of ``LOADING``."""
+        values = {name: getattr(self, name) for name in LOADING}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -78,7 +78,7 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         values = {"model": self.model, "revision": self.revision, "aliases": list(self.aliases)}
-        return values | self.memory
+        return values | self.loading
 
 
 # Nothing is downloaded before one of them is asked something.
@@ -116,14 +116,14 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     aliases = given.get("aliases", [])
     good = name and isinstance(model, str) and model and not given.keys() - KEYS
     good = good and isinstance(revision, str | None) and isinstance(aliases, list)
-    memory = {name: given.get(name) for name in MEMORY}
-    numbers = memory["memory_limit"], memory["visual_tokens"]
+    loading = {name: given.get(name) for name in LOADING}
+    numbers = loading["memory_limit"], loading["visual_tokens"]
     good = good and all(type(number) in (int, float, type(None)) for number in numbers)
-    good = good and memory["kv_bits"] in (None, 4, 8)
-    good = good and isinstance(memory["adapter"], str | None)
+    good = good and all(loading[name] in (None, 4, 8) for name in ("kv_bits", "quantize"))
+    good = good and all(isinstance(loading[name], str | None) for name in ("dtype", "adapter"))
     if not good or not all(isinstance(alias, str) and alias for alias in aliases):
         raise _damaged(path, f"the entry of {name!r} is no model")
-    return Entry(name, str(model), revision, tuple(aliases), **memory)
+    return Entry(name, str(model), revision, tuple(aliases), **loading)
 
 
 def _damaged(path: Path, why: str) -> Refusal:
@@ -141,7 +141,7 @@ def open_backend(entry: Entry) -> Backend:
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.service.service import Limits
 
-    key = entry.model, entry.revision, *entry.memory.items()
+    key = entry.model, entry.revision, *entry.loading.items()
     with _lock:
         if key not in _backends:
             # No other clients need protection, and the first question may wait for a download.
@@ -151,7 +151,7 @@ def open_backend(entry: Entry) -> Backend:
                 revision=entry.revision,
                 policy=POLICY,
                 limits=limits,
-                **entry.memory,
+                **entry.loading,
             )
             atexit.register(_close, backend)
             _backends[key] = backend

@@ -8,22 +8,15 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.options import (
-    decoder_options,
-    dtype_option,
-    memory_options,
-    model_option,
-    model_or_demo,
-    revision_option,
-    share,
-    split_option,
-)
+from mlx_onevision.cli.loading import model_or_demo, share
+from mlx_onevision.cli.options import LOADING, SAMPLING, Number, decoding_options, gathered, option
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.mcp import pipes
+from mlx_onevision.sampling.ranges import Range
 
 
-@click.command(short_help="Serve a model over MCP, to Claude Desktop and other hosts.")
-@model_option
+@click.command()
+@option("model")
 @click.option(
     "--allow-dir",
     "folders",
@@ -31,41 +24,27 @@ from mlx_onevision.plugins.hosts.mcp import pipes
     metavar="FOLDER",
     help="Files below it may be read; can be given several times. Default: none.",
 )
-@click.option(
-    "--max-tokens",
-    default=4096,
+@option("max_tokens", default=4096, show_default=True, help="Of one answer, at most.")
+@gathered("sampling", *SAMPLING)
+@option(
+    "timeout",
+    default=50,
     show_default=True,
-    type=click.IntRange(1),
-    help="Of one answer, at most.",
-)
-@click.option(
-    "--timeout",
-    default=50.0,
-    show_default=True,
-    type=click.FloatRange(1, 24 * 3600),
-    metavar="S",
+    type=Number(Range(ge=1, le=24 * 3600)),
     help="Seconds after which a call is answered with what there is; many hosts wait for 60.",
 )
-@click.option(
-    "--keep-alive",
-    type=click.FloatRange(0),
-    metavar="S",
-    help="Free the model after S seconds without calls. Default: never.",
-)
-@revision_option
-@dtype_option
-@memory_options
-@decoder_options
-@split_option
+@option("keep_alive", help="Free the model after S seconds without calls. Default: never.")
+@gathered("loading", *LOADING)
+@decoding_options
+@option("split")
 def mcp(
     model: str | None,
     folders: tuple[str, ...],
     max_tokens: int,
+    sampling: dict[str, Any],
     timeout: float,
     keep_alive: float | None,
-    revision: str | None,
-    dtype: str | None,
-    memory: dict[str, Any],
+    loading: dict[str, Any],
     decoding: dict[str, Any],
     split: str | tuple[float, ...] | None,
 ) -> None:
@@ -82,8 +61,7 @@ def mcp(
     for folder in folders:
         if not os.path.isdir(os.path.expanduser(folder)):
             raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
-    settings = {"revision": revision, "dtype": dtype, **memory}
-    share(model, settings, {"--keep-alive": keep_alive}, split)
+    share(model, loading, {"--keep-alive": keep_alive}, split)
     try:  # before anything is imported that could print
         at_terminal = os.isatty(0)
         taken = pipes.take_stdio()
@@ -107,14 +85,15 @@ def mcp(
         policy = MediaPolicy(folders=folders, pixels=PIXELS, hints=hints, **decoding)
         backend = open_engine(
             model,
-            **settings,
+            **loading,
+            defaults=sampling,
             policy=policy,
             # Calls have their own time, and descriptions take as long as they take.
             limits=Limits(
                 timeout=None, film_timeout=None, max_tokens=max_tokens, keep_alive=keep_alive
             ),
         )
-        if "sharded" in settings:
+        if "sharded" in loading:
             backend.load()  # the other ranks wait for it
         serve(backend, taken, McpSettings(policy, timeout, max_tokens))
     except PluginError as error:

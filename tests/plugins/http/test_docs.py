@@ -42,6 +42,6 @@ def test_every_status_and_code() -> None:
 
 def test_every_option_and_no_other() -> None:
     table = DOCS.partition("## `mlx-onevision serve`")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`(--[a-z-]+)`", table))
-    options = {option for param in cli.commands["serve"].params for option in param.opts}
-    assert named == {option for option in options if option.startswith("--")}
+    named = set(re.findall(r"`(--?[a-z-]+)`", table))
+    options = {option for param in cli.load("serve").params for option in param.opts}
+    assert named == {option for option in options if option.startswith("-")}

@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from checkpoints import write
 from served import FILM, PICTURE, Client, serving, wait_for
 from telling import WORDS, Telling
 
+from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.requests import Message
+from mlx_onevision.plugins.hosts.http.truncation import without_oldest
 from mlx_onevision.plugins.service.service import Limits
 
 RESPONSES = "/v1/responses"
@@ -133,7 +137,7 @@ def test_the_form_of_an_answer() -> None:
         ({"conversation": "conv_1"}, "there are no conversations here"),
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "no tool 'web_search' here; send functions"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "oldest"}, "truncation"),
         ({"response_format": {"type": "json_object"}}, "; send it in text, as format"),
         ({"input": []}, "input"),
         ({"input": [{"type": "reasoning", "id": "x"}]}, "item 0 is 'reasoning'"),
@@ -174,6 +178,63 @@ def test_what_clients_send_besides_is_tolerated(fake: Client) -> None:
         new=1,
     )
     assert reply.status == 200
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A model with a context of 300 tokens."""
+    folder = write(tmp_path_factory.mktemp("checkpoint") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 300
+    (folder / "config.json").write_text(json.dumps(config))
+    with serving(open_engine(folder)) as client:
+        yield client
+
+
+def turns(number: int, words: int = 20) -> list[dict[str, str]]:
+    said = [("user", "hello " * words), ("assistant", "yes " * words)] * number
+    return [{"role": role, "content": text} for role, text in [*said, ("user", "and now?")]]
+
+
+def test_a_conversation_that_is_too_long_begins_later(short: Client) -> None:
+    asked = {"instructions": "be kind", "max_output_tokens": 4}
+    assert "context" in respond(short, turns(9), **asked).json["error"]["message"]
+    fits = respond(short, turns(1), **asked, truncation="auto").json
+    assert fits["truncation"] == "auto" and "notes" not in fits
+    body = respond(short, turns(9), **asked, truncation="auto").json
+    (note,) = body["notes"]
+    left = int(note.split()[1])
+    assert note == (
+        f"the {left} oldest messages were left out, for the conversation is longer than the context"
+    )
+    # No more than had to be, and the rest as it would be by itself.
+    assert 0 < left < 18 and left % 2 == 0
+    rest = respond(short, turns(9)[left:], **asked).json
+    assert (
+        said(rest) == said(body)
+        and rest["usage"]["input_tokens"] == (body["usage"]["input_tokens"])
+    )
+    assert respond(short, turns(9)[left - 2 :], **asked).status == 400
+    last = respond(short, turns(9), **asked, truncation="auto", stream=True).events[-1]
+    assert last["response"]["notes"] == [note] and said(last["response"]) == said(body)
+
+
+def test_a_turn_that_is_too_long_by_itself_is_refused(short: Client) -> None:
+    for stream in (True, False):
+        long = [{"role": "user", "content": "hello " * 900}]
+        reply = respond(short, turns(2) + long, truncation="auto", stream=stream)
+        assert reply.status == 400
+        assert reply.json["error"]["code"] == "context_length_exceeded"
+
+
+def test_of_many_turns_a_part_is_left_out_at_once() -> None:
+    messages = [Message("system", "s"), *[Message("user", "x" * 10) for _ in range(320)]]
+    steps = 0
+    while (shorter := without_oldest(messages)) is not None:
+        assert shorter[0].role == "system" and shorter[-1] is messages[-1]
+        assert len(shorter) < len(messages)
+        messages, steps = shorter, steps + 1
+    assert len(messages) == 2 and steps < 80
 
 
 @pytest.mark.parametrize(
