@@ -4,6 +4,7 @@ The descriptors 0 and 1 are moved before any library is imported: from then on 0
 C code or a child process prints to 1 goes to stderr. Standard library only.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 CHUNK = 1 << 16  # bytes read at once; a pipe holds no more
 
-# The id of a message that is too long to be read whole, as the official clients begin it.
+# The id of a message that is not read whole, as the official clients begin it.
 _ID = re.compile(
     rb'\s*\{\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*(-?\d{1,15}|"[^"\\]{0,99}")\s*,'
 )
@@ -33,9 +34,9 @@ class Pipes:
 
 @dataclass(frozen=True)
 class TooLong:
-    """A line that was not read. ``id`` : the JSON of the message's id, where it could be found."""
+    """A line that was not read. ``id`` : the message's, where it could be found."""
 
-    id: bytes | None
+    id: int | str | None
 
 
 def take_stdio() -> Pipes:
@@ -74,5 +75,10 @@ def lines(source: int, limit: int) -> Iterator[bytes | TooLong]:
 
 
 def _too_long(held: bytearray) -> TooLong:
-    found = _ID.match(held[:300])
-    return TooLong(found[1] if found else None)
+    return TooLong(known_id(held))
+
+
+def known_id(line: bytes | bytearray) -> int | str | None:
+    """The id of a message that is not read, where it begins as the official clients write it."""
+    found = _ID.match(line[:300])
+    return None if found is None else json.loads(found[1].decode("utf-8", "replace"))

@@ -22,7 +22,7 @@ from pydantic_core import PydanticSerializationError
 
 from mlx_onevision.plugins.contract.errors import PluginError, to_plugin_error
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
-from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, lines
+from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, known_id, lines
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -96,21 +96,29 @@ def _parse(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage
     if isinstance(line, TooLong):
         limit = f"{settings.message_bytes >> 20} MB are read at most"
         error = PluginError("too_large", "the message is too long", limit)
-        return _error(line.id and json.loads(line.id), types.INVALID_REQUEST, error)
+        return _error(line.id, types.INVALID_REQUEST, error)
     # Before it is parsed: every value costs far more memory than its characters.
     if sum(line.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
         error = PluginError("too_large", "the message holds too many values", "send fewer")
-        return _error(None, types.INVALID_REQUEST, error)
+        return _error(known_id(line), types.INVALID_REQUEST, error)
     try:
         message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
     except ValidationError as invalid:
-        if any(found["type"] == "json_invalid" for found in invalid.errors(include_input=False)):
-            error = PluginError("bad_request", "this is not valid JSON", "send one message a line")
-            return _error(None, types.PARSE_ERROR, error)
         values = _object(line)
         id = values.get("id") if "method" in values else None
+        if any(found["type"] == "json_invalid" for found in invalid.errors(include_input=False)):
+            error = PluginError("bad_request", "this is not valid JSON", "send one message a line")
+            if values:  # but it is, to many
+                broken = "the message holds half of a surrogate pair, which is no text"
+                error = PluginError("bad_request", broken, "send it whole")
+            return _error(id, types.PARSE_ERROR, error)
         error = PluginError("bad_request", "this is no message of JSON-RPC 2.0")
         return _error(id, types.INVALID_REQUEST, error)
+    if isinstance(message, types.JSONRPCResponse | types.JSONRPCError):
+        values = _object(line)
+        if "method" in values:  # both a request and an answer
+            error = PluginError("bad_request", "this is no message of JSON-RPC 2.0")
+            return _error(values.get("id"), types.INVALID_REQUEST, error)
     if isinstance(message, types.JSONRPCNotification) and "id" in _object(line):
         error = PluginError("bad_request", "a request's id has to be a text or a whole number")
         return _error(None, types.INVALID_REQUEST, error)
@@ -128,9 +136,14 @@ def serialize(message: types.JSONRPCMessage) -> bytes:
 
 
 def _error(id: Any, code: int, error: PluginError) -> types.JSONRPCError:
-    known = id if type(id) in (int, str) else None
+    known = id if type(id) is int or (type(id) is str and is_text(id)) else None
     data = types.ErrorData(code=code, message=str(error), data=error.to_dict())
     return types.JSONRPCError(jsonrpc="2.0", id=known, error=data)
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written: half of a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _object(line: bytes) -> dict[str, Any]:

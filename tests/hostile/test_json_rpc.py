@@ -2,17 +2,21 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile.sizes import cases
 from piped import Piped, fake
 
 from mlx_onevision.plugins.conformance.subject import png
+from mlx_onevision.plugins.hosts.mcp.transport import is_text
 
 SHAPES = Path(__file__).parents[2] / "examples/shapes.png"
-LINES = 300
+LINES = cases(1000, 10_000) // 2
 
 METHODS = (
     *("initialize", "tools/call", "tools/list", "ping", "resources/read", "prompts/get"),
@@ -35,6 +39,7 @@ def value(dice: random.Random, depth: int = 0) -> Any:
     """Something that JSON can say."""
     plain = (
         *(None, True, 0, -1, 1e308, 2**63, 0.5, "", "x", "/etc/passwd", "\0", "🙂", "a" * 5000),
+        *("\ud800", "a\udfffb", float("nan"), 10**30),
         *("../..", "~", "http://127.0.0.1:9/", {}, [], "describe", 1, 5),
     )
     if depth > 3 or dice.random() < 0.7:
@@ -89,16 +94,42 @@ def check(server: Piped) -> None:
     assert b"Traceback" not in text and b"root:x:0" not in text
 
 
+def request_id(sent: bytes) -> int | str | None:
+    """Of a line that is a request, whatever else is wrong with it, and whose id is text."""
+    try:
+        message = json.loads(sent)
+    except ValueError:
+        return None
+    if not isinstance(message, dict) or "method" not in message:
+        return None
+    id = message.get("id")
+    return id if type(id) in (int, str) and is_text(str(id)) else None
+
+
 @pytest.mark.parametrize("begun", [True, False])
 def test_fuzzed_lines(begun: bool, server: Piped) -> None:
+    """Every request is answered, under its id, unless it is cancelled."""
     if begun:
         server.begin()
     dice = random.Random(5)
+    asked: Counter[int | str] = Counter()
+    cancelled: list[Any] = []
     for _ in range(LINES):
-        server.send(line(dice))
+        sent = line(dice)
+        id = request_id(sent)
+        if id is not None:
+            asked[id] += 1
+        if b"notifications/cancelled" in sent:
+            with suppress(ValueError, TypeError, LookupError):
+                cancelled.append(json.loads(sent)["params"]["requestId"])
+        server.send(sent)
     if not begun:
         server.hello()
     check(server)
+    answered = Counter(json.loads(said).get("id") for said in list(server.said))
+    assert asked.total() > LINES / 3
+    unanswered = {id: n for id, n in asked.items() if answered[id] < n and id not in cancelled}
+    assert unanswered == {}
     assert "Traceback" not in server.stderr.read_text()
 
 
