@@ -10,6 +10,7 @@ This file is also the script that such a process runs (see :class:`BoundedProces
 import this package: standard library only.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -21,7 +22,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 POLL_SECONDS = 0.05  # between two looks at a cancellation
 WATCH_SECONDS = 0.1  # between two looks at the memory, and at the parent
@@ -66,6 +67,40 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
+class _Usage(ctypes.Structure):
+    """Apple's ``struct rusage_info_v0`` of ``<sys/resource.h>``; times in ticks, sizes in bytes."""
+
+    _fields_: ClassVar = [
+        ("ri_uuid", ctypes.c_uint8 * 16),
+        *(
+            (f"ri_{name}", ctypes.c_uint64)
+            for name in (
+                "user_time system_time pkg_idle_wkups interrupt_wkups pageins wired_size "
+                "resident_size phys_footprint proc_start_abstime proc_exit_abstime"
+            ).split()
+        ),
+    ]
+
+
+def footprint(process: int, library: Any = None) -> int:
+    """Bytes that a child holds, as macOS counts them (``proc_pid_rusage`` of ``<libproc.h>``); 0
+    where that is not known, and on other systems, whose kernel enforces the limit.
+
+    It is asked from outside: in the child, a decoder that holds the interpreter's lock would keep
+    a watch from running. A kernel of macOS that enforces ``RLIMIT_AS`` counts the region of shared
+    libraries, which is larger than the limit, and refuses to set it.
+
+    library : the C library.
+    """
+    if library is None:
+        if sys.platform != "darwin":
+            return 0
+        library = ctypes.CDLL(None)
+    usage = _Usage()
+    failed = library.proc_pid_rusage(process, 0, ctypes.byref(usage))  # RUSAGE_INFO_V0
+    return 0 if failed else int(usage.ri_phys_footprint)
+
+
 class BoundedProcess:
     """A module of this package in a process of its own: its function ``answer`` takes a request and
     returns the answer, both plain values for JSON, one after another.
@@ -76,6 +111,7 @@ class BoundedProcess:
     """
 
     def __init__(self, interpreter: str, module: str, *, memory: int, seconds: float) -> None:
+        self._memory = memory
         settings = {"path": import_path(), "module": module, "memory": memory, "seconds": seconds}
         self._process = process = subprocess.Popen(
             [interpreter, "-I", __file__, json.dumps(settings)],
@@ -126,6 +162,8 @@ class BoundedProcess:
             selector.register(source, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
                 check()
+                if footprint(self._process.pid) > self._memory:
+                    raise EOFError
                 left = late - time.monotonic()
                 if left < 0:
                     raise TimeoutError

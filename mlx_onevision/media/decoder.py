@@ -27,7 +27,13 @@ from mlx_onevision.errors import (
 from mlx_onevision.media.frame_sampling import DEFAULT_FRAMES, FrameOptions
 from mlx_onevision.media.parallel import POLL_SECONDS, Budget, no_check
 from mlx_onevision.media.resize import Pixels
-from mlx_onevision.subprocesses import MISSING, environment, find_interpreter, import_path
+from mlx_onevision.subprocesses import (
+    MISSING,
+    environment,
+    find_interpreter,
+    footprint,
+    import_path,
+)
 
 READ_BYTES = 50 << 20  # of a file, for which a decoder has another second
 MAX_LINE = 16 << 20  # bytes of one message; that of a long video lists many times
@@ -384,6 +390,9 @@ class _Process:
                 ready = bool(selector.select(POLL_SECONDS))
                 self._left -= time.monotonic() - began
                 self._check()
+                if footprint(self._process.pid) > self._limits.memory:
+                    why = "it takes too much memory to decode"
+                    raise TooLargeError(f"cannot read {self._name}: {why}")
                 if self._left < 0:
                     raise TooLargeError(
                         f"{self._name} takes more than {self._seconds:.1f} s to decode; "
