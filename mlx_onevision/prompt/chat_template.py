@@ -22,12 +22,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mlx_onevision.errors import CheckpointError, RequestError
+from mlx_onevision.errors import CheckpointError, ContextOverflowError, RequestError
 from mlx_onevision.files import read_json, refuse_lfs_pointer
 from mlx_onevision.prompt.messages import Message, sources
 from mlx_onevision.subprocesses import MISSING, BoundedProcess, find_interpreter
 
 Order = Literal["template", "given"]
+
+LONG_TEXT = 1 << 19  # characters; half of what a template may write
 
 # The prompt of the original checkpoints, which come without a template of their own: conversation
 # "qwen_1_5" of the original repository, with its system message.
@@ -146,18 +148,27 @@ class ChatTemplate:
 
         Raises:
             RequestError: when the template refuses the conversation.
+            ContextOverflowError: when it exceeds a limit because of a very long text.
             CheckpointError: when it is not a template, fails, or exceeds a limit.
         """
         render = self._renderer = self._renderer or _renderer(self.source, self.name)
-        return render(
-            {
-                **self._variables,
-                "messages": [_visible(message) for message in messages],
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        variables = {
+            **self._variables,
+            "messages": [_visible(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return render(variables)
+        except CheckpointError:
+            length = sum(map(len, sources(messages, "text")))
+            if length < LONG_TEXT:
+                raise
+            raise ContextOverflowError(
+                f"the text has {length:,} characters, more than a prompt can have; "
+                "use a shorter text"
+            ) from None
 
     def close(self) -> None:
         """Ends the process of an untrusted template; another prompt starts another one."""

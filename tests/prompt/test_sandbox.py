@@ -11,7 +11,12 @@ import pytest
 from processor_files import TEMPLATES
 
 from mlx_onevision.checkpoint.hub import EMBEDDED
-from mlx_onevision.errors import CheckpointError, OneVisionError, RequestError
+from mlx_onevision.errors import (
+    CheckpointError,
+    ContextOverflowError,
+    OneVisionError,
+    RequestError,
+)
 from mlx_onevision.prompt import chat_template
 from mlx_onevision.prompt.chat_template import ORIGINAL, ChatTemplate
 from mlx_onevision.prompt.sandbox import MAX_SOURCE, MAX_TEXT, SandboxedTemplate
@@ -274,6 +279,15 @@ def test_errors_name_the_template_and_the_line() -> None:
         ChatTemplate("a" * (MAX_SOURCE + 1), "T").render([])
     with pytest.raises(CheckpointError, match=f"exceeds {MAX_TEXT:,} characters"):
         ChatTemplate("{{ 'a' * 1048577 }}", "T").render([])
+
+
+@pytest.mark.parametrize(
+    "source", [ORIGINAL, "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"]
+)
+def test_a_text_that_is_too_long_is_no_fault_of_the_model(source: str) -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "x" * (MAX_TEXT + 1)}]}
+    with pytest.raises(ContextOverflowError, match=f"the text has {MAX_TEXT + 1:,} characters"):
+        ChatTemplate(source, "T").render([message])
 
 
 def test_a_long_conversation_is_well_within_the_limits() -> None:
