@@ -64,6 +64,11 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     help=f"Required of every request; better given as {API_KEY}. With --host one is made up.",
 )
 @click.option(
+    "--require-token",
+    is_flag=True,
+    help="Make up a token on this machine's own address, too, where every user could ask.",
+)
+@click.option(
     "--media-root",
     "folders",
     multiple=True,
@@ -141,6 +146,7 @@ def serve(
     origins: tuple[str, ...],
     ollama: bool,
     api_key: str | None,
+    require_token: bool,
     folders: tuple[str, ...],
     media_hosts: tuple[str, ...],
     allow_private: bool,
@@ -188,7 +194,7 @@ def serve(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
         raise click.UsageError("--api-key has to be printable ASCII")
     try:
-        made = api_key is None and not is_loopback(host)
+        made = api_key is None and (require_token or not is_loopback(host))
         token = server.new_token() if made else api_key
         server_settings = ServerSettings(
             host=host,

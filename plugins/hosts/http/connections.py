@@ -219,7 +219,8 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             error = HTTPError(400, "this is not HTTP as it has to be")
             answer = error.response({"Connection": "close"})
-            headers, data = answer.raw_headers, h11.Data(data=bytes(answer.body))
+            headers = [*self.server_state.default_headers, *answer.raw_headers]
+            data = h11.Data(data=bytes(answer.body))
             head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
             for event in (head, data, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")

@@ -30,6 +30,9 @@ SWITCH_SECONDS = 0.0005  # that a thread has the interpreter, when others want i
 BACKLOG = 256
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
+# No browser takes an answer for something else than what it says it is.
+NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
+
 LOOPBACK = "127.0.0.1"
 # As browsers send it, without a path; or a scheme.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*:(//[^\s/?#@*]+)?", re.IGNORECASE)
@@ -152,6 +155,7 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,  # headers do not decide who a request is from
             server_header=False,
+            headers=[NO_SNIFFING],
             timeout_graceful_shutdown=GRACE_SECONDS + 1,  # for who has not even asked yet
         )
         super().__init__(config)

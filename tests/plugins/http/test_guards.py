@@ -255,6 +255,33 @@ def test_a_token() -> None:
             assert client.ask("GET", "/health", headers={"Authorization": good}).status == 200
 
 
+def test_when_a_token_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[str | None] = []
+
+    def seen(*, token: str | None, **_: object) -> None:
+        needed.append(token)
+        raise PluginError("internal", "seen")
+
+    monkeypatch.setattr(running, "ServerSettings", seen)
+    for arguments in (
+        *([], ["--require-token"], ["--host", "0.0.0.0"]),
+        ["--require-token", "--api-key", "mine"],
+    ):
+        CliRunner().invoke(serve, ["--port", "0", *arguments])
+    none, required, reachable, own = needed
+    assert none is None and required and reachable and required != reachable and own == "mine"
+
+
+def test_no_answer_is_taken_for_something_else(client: Client) -> None:
+    for method, path, body in (
+        *(("GET", "/health", None), ("GET", "/", None), ("GET", "/nothing", None)),
+        *(("POST", CHAT, b"{"), ("POST", CHAT, b'{"messages":[{"role":"user","content":"x"}]}')),
+    ):
+        reply = client.ask(method, path, body)
+        assert reply.headers["x-content-type-options"] == "nosniff", path
+    assert b"nosniff" in raw(client, b"junk\r\n\r\n")
+
+
 def test_names_of_an_open_server() -> None:
     async def status(settings: ServerSettings, host: str) -> int:
         with FakeBackend() as backend:
