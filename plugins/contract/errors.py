@@ -1,6 +1,8 @@
 """Why a request was not served, as one exception with a code; standard library only."""
 
+import errno
 import logging
+import traceback
 from typing import Any, Literal, cast, get_args
 
 from mlx_onevision.errors import OneVisionError
@@ -35,6 +37,8 @@ _HINTS: dict[Code, str] = {
     "busy": "try again in a moment",
     "internal": "the log of the backend says more",
 }
+
+PLACES = 8  # of a traceback, in the log
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -92,8 +96,9 @@ def clipped(text: str) -> str:
 def to_plugin_error(error: BaseException) -> PluginError:
     """Whatever went wrong, as the one exception that a host sees.
 
-    An error that this package does not raise itself is logged, and passed on without its text: that
-    may hold paths, addresses, or somebody's data.
+    An error that this package does not raise itself is logged by its kind and place, and passed on
+    without its text: that may hold paths, addresses, or somebody's data. The log has it, and the
+    whole traceback, from the level DEBUG on.
     """
     if isinstance(error, PluginError):
         return error
@@ -104,6 +109,21 @@ def to_plugin_error(error: BaseException) -> PluginError:
         return PluginError(code, message, hint or _HINTS.get(code, ""))
     if isinstance(error, MemoryError):
         return PluginError("out_of_memory", "there is too little memory", _HINTS["out_of_memory"])
-    logger.error("a request failed", exc_info=error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = "the disk, or the folder for temporary files, is full"
+        return PluginError("out_of_memory", message, "make room, or set TMPDIR to another folder")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return PluginError("busy", "too many files are open", _HINTS["busy"])
+    shown = error if logger.isEnabledFor(logging.DEBUG) else None
+    logger.error("a request failed: %s at %s", type(error).__name__, _place(error), exc_info=shown)
     message = f"the request failed inside the backend ({type(error).__name__})"
     return PluginError("internal", message, _HINTS["internal"])
+
+
+def _place(error: BaseException) -> str:
+    """The functions that it came through, outermost first, by module and line."""
+    frames = [
+        (frame.f_globals.get("__name__", "?"), line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    return " > ".join(f"{module}:{line}" for module, line in frames[-PLACES:]) or "no known place"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import click
 
 from mlx_onevision.cli.loading import model_or_demo, share
 from mlx_onevision.cli.options import (
+    DEBUG,
     LOADING,
     SAMPLING,
     SOME_SECONDS,
@@ -133,6 +135,11 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     metavar="S",
     help="Seconds for a video that is described.",
 )
+@click.option(
+    "--log-requests",
+    is_flag=True,
+    help="A line of JSON for each request: id, route, status, seconds; nothing of what it says.",
+)
 @option("keep_alive")
 @gathered("loading", *LOADING)
 @decoding_options
@@ -158,6 +165,7 @@ def serve(
     sampling: dict[str, Any],
     timeout: float,
     film_timeout: float,
+    log_requests: bool,
     keep_alive: float | None,
     loading: dict[str, Any],
     decoding: dict[str, Any],
@@ -185,6 +193,7 @@ def serve(
     from mlx_onevision.plugins.hosts.http import server
     from mlx_onevision.plugins.hosts.http.app import create_app
     from mlx_onevision.plugins.hosts.http.connections import raise_limit
+    from mlx_onevision.plugins.hosts.http.middleware import log_to_stderr
     from mlx_onevision.plugins.hosts.http.server import ServerSettings, is_loopback
     from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
@@ -207,6 +216,10 @@ def serve(
             max_tokens=max_tokens,
         )
         raise_limit()
+        if log_requests:
+            log_to_stderr()
+        if click.get_current_context().meta.get(DEBUG):
+            logging.getLogger("mlx_onevision").setLevel(logging.DEBUG)  # faults with what they say
         with server.listening(server_settings, port) as listening:
             backend = open_engine(
                 model,

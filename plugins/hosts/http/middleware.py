@@ -9,10 +9,14 @@ before anything of a body is read.
 import asyncio
 import hmac
 import ipaddress
+import json
+import logging
 import re
+import secrets
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from time import monotonic
 
 from starlette.responses import Response
@@ -21,6 +25,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_onevision.plugins.contract.results import ModelInfo, Usage
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.server import WILDCARDS, ServerSettings
+
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+
+logger = logging.getLogger("mlx_onevision.requests")
 
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 
@@ -175,6 +183,10 @@ class Middleware:
     routes : the path of each endpoint; others are not named in the metrics, as they could fill the
         memory.
     release : called at the end of each request.
+
+    Each request has an id, which is made here, and which its answer has as ``X-Request-Id``. At its
+    end the logger ``mlx_onevision.requests`` gets a line of JSON: the id, the time, the method, the
+    route (not the address itself), status and seconds. Nothing that a client has written is in it.
     """
 
     def __init__(
@@ -193,11 +205,13 @@ class Middleware:
         if scope["type"] != "http":
             return  # no lifespan, no web sockets
         status, began, origin = 0, monotonic(), None
+        id = f"req_{secrets.token_hex(8)}"
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", id.encode())]
                 if origin is not None:
                     message["headers"] = [*message["headers"], *_readable_by(origin)]
             await send(message)
@@ -223,3 +237,29 @@ class Middleware:
             path = scope["path"]
             route = path if path in self._paths else self._routes.get(scope.get("endpoint"))
             self._metrics.add_request(route or "other", status, monotonic() - began)
+            if logger.isEnabledFor(logging.INFO):
+                logger.info(
+                    "%s", _log_line(id, scope["method"], route, status, monotonic() - began)
+                )
+
+
+def log_to_stderr() -> None:
+    """Writes the lines about requests, by themselves, to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+
+
+def _log_line(id: str, method: str, route: str | None, status: int, seconds: float) -> str:
+    """status : 0 where the client left before there was one."""
+    values = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "id": id,
+        "method": method if method in METHODS else "other",
+        "route": route or "other",
+        "status": status,
+        "seconds": round(seconds, 4),
+    }
+    return json.dumps(values)
