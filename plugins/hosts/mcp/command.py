@@ -76,7 +76,6 @@ def mcp(
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.mcp.allowed_files import OPTION, PIXELS, McpSettings
-    from mlx_onevision.plugins.hosts.mcp.server import serve
     from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 
@@ -94,7 +93,10 @@ def mcp(
             ),
         )
         if "sharded" in loading:
-            backend.load()  # the other ranks wait for it
+            backend.load()  # on other ranks, all that is done
+
+        from mlx_onevision.plugins.hosts.mcp.server import serve
+
         serve(backend, taken, McpSettings(policy, timeout, max_tokens))
     except PluginError as error:
         raise RequestError(str(error)) from error
