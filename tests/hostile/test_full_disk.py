@@ -12,6 +12,7 @@ from hostile.disk import contents, full, offsets, refusal
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.files import save
+from mlx_onevision.plugins.hosts.llm import registry
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
 FILM = Path(__file__).parents[2] / "examples/circle.mp4"
@@ -47,6 +48,17 @@ def test_what_was_there_stays(model: Model, tmp_path: Path, kind: str, older: bo
         assert contents(tmp_path) == before
     write(model, path)
     assert path.stat().st_size == size
+
+
+def test_the_models_of_llm_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    registry.save([registry.Entry("one", "demo")])
+    before = contents(tmp_path)
+    for offset in offsets(len(next(iter(before.values())))):
+        with full(offset), pytest.raises(OSError) as raised:
+            registry.save([registry.Entry(name, "demo") for name in ("one", "two")])
+        refusal(raised.value)
+        assert contents(tmp_path) == before
 
 
 def test_a_description_goes_on_where_the_disk_was_full(model: Model, tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ and what else the person has said of how they are loaded, as :func:`mlx_onevisio
 
 import atexit
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import Any
 import click
 import llm
 
+from mlx_onevision import files
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
@@ -101,13 +100,8 @@ def added() -> list[Entry]:
 
 def save(entries: list[Entry]) -> None:
     """Writes what has been added, whole or not at all."""
-    path = llm.user_dir() / FILE
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{FILE}.", delete=False
-    ) as file:
-        json.dump({entry.id: entry.to_dict() for entry in entries}, file, indent=2)
-        file.write("\n")
-    os.replace(file.name, path)
+    text = json.dumps({entry.id: entry.to_dict() for entry in entries}, indent=2)
+    files.save(llm.user_dir() / FILE, text + "\n")
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:
