@@ -57,6 +57,10 @@ SOAKED := tests/hostile tests/network/test_memory_budget.py tests/checkpoint/tes
 	tests/hosts/test_crowd.py tests/hosts/test_openapi.py
 soak: .venv/.hosts
 	SOAK=$(or $(SOAK),1) $(HOSTS) $(or $(ARGS),-rA $(SOAKED))
+ifeq ($(shell uname -sm),Linux x86_64)
+	for target in header config request image; do \
+		.venv/bin/python tests/hostile/fuzz.py $$target $$(.venv/bin/python -c 'print(round(450 * $(or $(SOAK),1)))') || exit 1; done
+endif
 
 lint: .venv/.dev
 	.venv/bin/ruff check

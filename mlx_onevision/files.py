@@ -56,7 +56,7 @@ def _is_mpeg_ts(data: bytes) -> bool:
     """A packet of an MPEG transport stream that begins a unit, with a payload, not scrambled; in
     an M2TS, four bytes of time come before it.
     """
-    return data[:1] == b"G" and data[1] & 0xE0 == 0x40 and data[3] & 0xD0 == 0x10
+    return len(data) > 3 and data[:1] == b"G" and data[1] & 0xE0 == 0x40 and data[3] & 0xD0 == 0x10
 
 
 def seconds_of_mp4(file: BinaryIO) -> float | None:

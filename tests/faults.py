@@ -98,7 +98,7 @@ def survived(
     for number in range(times):
         company = number % 3
         once = place in ("prefill", "preprocessing", "tower")
-        with fault(place, after=0 if once else number % 4):
+        with fault(place, after=0 if once else number % 3):
             streams = [engine.generate(ask(number, n)) for n in range(1 + company)]
             ends = [list(stream)[-1] for stream in streams]
         failed = [end.error for end in ends if isinstance(end, ErrorEvent)]

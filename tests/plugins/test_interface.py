@@ -277,6 +277,7 @@ def test_bytes_are_looked_at(tmp_path: Path) -> None:
         Image.new("RGB", (20, 20)).save(file, kind)
         assert sniff(file.getvalue()[:32]) == "image", kind
     assert sniff(b"\0\0\0\x18ftypheic\0\0\0\0") == "image"
+    assert not any(sniff(b"B\xfaP\0G]\n"[:size]) for size in range(8))  # cut short
     film = Path(__file__).parents[2].joinpath("examples/circle.mp4").read_bytes()
     assert sniff(film[:32]) == "video"
     assert sniff(b"\x1aE\xdf\xa3 matroska") == "video"
