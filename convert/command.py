@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_onevision.cli.loading import progress_bar
-from mlx_onevision.cli.options import Number, option
+from mlx_onevision.cli.options import option
+from mlx_onevision.cli.values import Number
 from mlx_onevision.convert import options
 from mlx_onevision.sampling.ranges import Range
 

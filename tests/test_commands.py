@@ -97,9 +97,10 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "ALIASES", {})  # the sizes are folders here
 
 
-def parse(group: click.Group, words: list[str]) -> None:
+def parse(program: str, words: list[str]) -> None:
     """Raises what a shell would be told of wrong usage."""
-    context = group.make_context("", list(words))
+    group: Any = cli if program == "mlx-onevision" else llm.cli.cli
+    context: click.Context = group.make_context(program, list(words))
     while isinstance(context.command, click.Group) and (
         rest := [*context._protected_args, *context.args]
     ):
@@ -119,9 +120,8 @@ def test_its_options_are_there(line: str, monkeypatch: pytest.MonkeyPatch) -> No
     one = SHOWN[line]
     if one.launched:
         monkeypatch.setenv("MLX_RANK", "0")
-    group: Any = cli if one.program == "mlx-onevision" else llm.cli.cli
     with suppress(click.exceptions.Exit):  # --version
-        parse(group, one.words)
+        parse(one.program, one.words)
 
 
 @pytest.mark.parametrize("line", APPLYING_LAST)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.options import LOADING, Number, Output, gathered, option
+from mlx_onevision.cli.options import LOADING, gathered, option
+from mlx_onevision.cli.values import Number, Output
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.ranges import Range
 

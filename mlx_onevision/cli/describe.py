@@ -29,13 +29,12 @@ from mlx_onevision.cli.options import (
     LOADING,
     SAMPLING,
     SECONDS,
-    Number,
     gathered,
     in_options,
-    listed,
     option,
     options,
 )
+from mlx_onevision.cli.values import Number, listed
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.files import Ranks, ranks, save, seconds_of_mp4

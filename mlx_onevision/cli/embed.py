@@ -29,7 +29,8 @@ from mlx_onevision.cli.describe import (
     work_of,
 )
 from mlx_onevision.cli.loading import load, model_or_demo, share
-from mlx_onevision.cli.options import FRAMES, LOADING, Output, gathered, in_options, option, options
+from mlx_onevision.cli.options import FRAMES, LOADING, gathered, in_options, option, options
+from mlx_onevision.cli.values import Output
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.files import claim
 

@@ -16,12 +16,12 @@ from mlx_onevision.cli.options import (
     SAMPLING,
     SPECULATION,
     TABLE,
-    Number,
     TakesFiles,
     gathered,
     option,
     options,
 )
+from mlx_onevision.cli.values import Number
 from mlx_onevision.distributed import TRAFFIC, launched
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.ranges import RANGES

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import click
 
-from mlx_onevision.cli.options import DEBUG, could_be_file, debug_option, in_options
+from mlx_onevision.cli.options import DEBUG, debug_option, in_options
+from mlx_onevision.cli.values import could_be_file
 from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import sentence
 

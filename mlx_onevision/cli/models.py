@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.options import Number, option
+from mlx_onevision.cli.options import option
+from mlx_onevision.cli.values import Number
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.sampling.ranges import Range
 

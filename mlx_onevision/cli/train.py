@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from mlx_onevision.cli.describe import cache_folder
-from mlx_onevision.cli.options import FRAMES, Plot, option, options
+from mlx_onevision.cli.options import FRAMES, option, options
+from mlx_onevision.cli.values import Plot
 
 FILE = click.Path(path_type=Path)
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from mlx_onevision import api
 from mlx_onevision.__main__ import cli
-from mlx_onevision.cli.options import LOADING, SAMPLING, TABLE, Number, Output
+from mlx_onevision.cli.options import LOADING, SAMPLING, TABLE
+from mlx_onevision.cli.values import Number, Output
 from mlx_onevision.embed.embeddings import Embeddings
 from mlx_onevision.plugins.hosts.llm.commands import onevision
 

@@ -17,12 +17,12 @@ from mlx_onevision.cli.options import (
     LOADING,
     SAMPLING,
     SOME_SECONDS,
-    Number,
     decoding_options,
     gathered,
     option,
     options,
 )
+from mlx_onevision.cli.values import Number
 from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.ranges import Range

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from mlx_onevision.cli.loading import model_or_demo, share
-from mlx_onevision.cli.options import LOADING, SAMPLING, Number, decoding_options, gathered, option
+from mlx_onevision.cli.options import LOADING, SAMPLING, decoding_options, gathered, option
+from mlx_onevision.cli.values import Number
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.mcp import pipes
 from mlx_onevision.sampling.ranges import Range
