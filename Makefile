@@ -53,8 +53,7 @@ endif
 SOAKED := tests/hostile tests/network/test_memory_budget.py tests/checkpoint/test_header.py \
 	tests/convert/test_safety.py tests/train/test_loop.py tests/plugins/http/test_hostile.py \
 	tests/plugins/mcp/test_pipes.py tests/hosts/test_disconnects.py tests/hosts/test_ending.py \
-	tests/hosts/test_mcp_ending.py tests/hosts/test_mcp_fuzz.py tests/hosts/test_raw_sockets.py \
-	tests/hosts/test_crowd.py tests/hosts/test_openapi.py
+	tests/hosts/test_mcp_ending.py tests/hosts/test_crowd.py tests/hosts/test_openapi.py
 soak: .venv/.hosts
 	SOAK=$(or $(SOAK),1) $(HOSTS) $(or $(ARGS),-rA $(SOAKED))
 ifeq ($(shell uname -sm),Linux x86_64)

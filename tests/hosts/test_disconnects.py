@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from crowding import CHAT, EMBED, RESPONSES, percentile, picture, spread, table, uri
 from endless import endless
+from hostile.sizes import cases
 from served import Client, serving, wait_for
 
 from mlx_onevision.engine import pooling
@@ -25,7 +26,7 @@ from mlx_onevision.plugins.service.service import Limits
 
 pytestmark = pytest.mark.measured
 
-TIMES = 50
+TIMES = cases(50, 200)
 SECONDS, TOKENS = 1.0, 2  # until the model stops, one or the other
 SERVED_SECONDS = 2.0
 

@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
+from hostile.sizes import cases
 from served import Client, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.service import Limits
 
-CASES = 320
+CASES = cases(500, 8000)
 PATIENCE = 1.0  # seconds, of the server
 MOST_SECONDS = 10.0  # that any connection may stay open after its last byte
 REFUSED = re.compile(rb"HTTP/1\.1 4\d\d .*?\r\n\r\n(.*?)(?=HTTP/1\.1|$)", re.S)
@@ -149,7 +150,7 @@ KINDS: list[Callable[[random.Random], Steps]] = [
 ]
 
 
-def cases() -> Iterator[Case]:
+def made() -> Iterator[Case]:
     rng = random.Random(20)
     for number in range(CASES):
         kind = KINDS[number % len(KINDS)]
@@ -184,7 +185,7 @@ def test_whatever_comes_is_answered_in_words_or_closed(caplog: pytest.LogCapture
         serving(backend, ServerSettings(header_timeout=PATIENCE)) as client,
     ):
         with ThreadPoolExecutor(32) as pool:
-            played = list(pool.map(lambda case: play(client, case), cases()))
+            played = list(pool.map(lambda case: play(client, case), made()))
         assert client.ask("GET", "/health").json["active"] == 0
         assert client.chat("still here").status == 200
     faults = [record for record in caplog.records if record.levelno >= logging.ERROR]
