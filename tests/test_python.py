@@ -143,14 +143,17 @@ def test_an_answer_and_vectors_show_well(model: Model) -> None:
     assert "2 vectors of 64 values" in vectors._repr_html_()
 
 
-def test_the_page_s_programs_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_page_s_program_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """All blocks, one after another, with the demo model."""
     monkeypatch.chdir(ROOT)
-    programs = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(programs) == 2
-    for program in programs:
-        exec(compile(program, "python.md", "exec"), {"__name__": "__main__"})
+    program = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(program) == 9
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in program:
+        exec(compile(block, "python.md", "exec"), names)
     printed = capsys.readouterr().out
+    assert "The circle moves" in printed
     assert "unsupported_media" in printed and "missing.png" in printed
     assert "A red circle, a blue star and an orange triangle." in printed

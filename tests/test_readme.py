@@ -1,4 +1,6 @@
-"""The README holds: its Python runs, its first answer is the demo model's, its options exist."""
+"""The README and the pages with options: their Python runs, the first answer is the demo model's,
+and the options exist.
+"""
 
 import importlib
 import re
@@ -16,12 +18,15 @@ from mlx_onevision.checkpoint import hub
 from mlx_onevision.plugins.discovery import GROUP
 
 ROOT = Path(__file__).parents[1]
-README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+README, COMMANDS, PYTHON, CONVERTING = (
+    ROOT.joinpath(name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/command-line.md", "docs/python.md", "docs/converting.md")
+)
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    """A page's code blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def test_what_security_names_is_there() -> None:
@@ -40,8 +45,8 @@ def test_its_python_runs(
     """All blocks as one program, with a random model in the demo model's place."""
     monkeypatch.setattr(hub, "EMBEDDED", write(tmp_path / "demo"))
     monkeypatch.chdir(ROOT)
-    program = blocks("python")
-    assert len(program) == 8
+    program = blocks(README, "python")
+    assert len(program) == 2
     names: dict[str, object] = {}
     for block in program:
         exec(compile(block, "README.md", "exec"), names)
@@ -49,7 +54,7 @@ def test_its_python_runs(
 
 
 def test_its_first_answer_is_the_demo_models() -> None:
-    command, answer = blocks("console")[0].splitlines()
+    command, answer = blocks(README, "console")[0].splitlines()
     words = shlex.split(command.removeprefix("$ "))
     assert words[0] == "mlx-onevision"
     done = subprocess.run(
@@ -67,7 +72,7 @@ def test_its_first_answer_is_the_demo_models() -> None:
 def test_it_names_every_option_and_no_other() -> None:
     command = cli.load("generate")
     options = {o for param in command.params for o in (*param.opts, *param.secondary_opts)}
-    table = README.partition("| option |")[2].partition("\n\n")[0]
+    table = COMMANDS.partition("| option |")[2].partition("\n\n")[0]
     named = {word for cell in re.findall(r"`(--?[a-z].*?)`", table) for word in cell.split()[:1]}
     assert named == options - {"--help", "-h"}
 
@@ -75,7 +80,7 @@ def test_it_names_every_option_and_no_other() -> None:
 @pytest.mark.parametrize("name", ["embed", "describe"])
 def test_it_names_every_option_of_a_command_and_no_other(name: str) -> None:
     options = {option for param in cli.load(name).params for option in param.opts}
-    table = README.partition(f"| `{name}` |")[2].partition("\n\n")[0]
+    table = COMMANDS.partition(f"| `{name}` |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(--?[a-z-]+)", table))
     assert named == {option for option in options if option.startswith("-")}
 
@@ -83,7 +88,7 @@ def test_it_names_every_option_of_a_command_and_no_other(name: str) -> None:
 def test_it_names_every_option_of_convert_and_no_other() -> None:
     params = cli.load("convert").params
     options = {option for param in params for option in (*param.opts, *param.secondary_opts)}
-    table = README.partition("| `convert MODEL [FOLDER]` |")[2].partition("\n\n")[0]
+    table = CONVERTING.partition("| `convert MODEL [FOLDER]` |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(--?[a-z-]+)", table))
     assert named == {option for option in options if option.startswith("-")}
 
@@ -94,12 +99,12 @@ def test_it_names_every_alias() -> None:
 
 
 def test_what_it_names_of_the_package_is_there() -> None:
-    named = set(re.findall(r"`(mlx_onevision(?:\.\w+)+)`", README)) - {GROUP}
+    named = set(re.findall(r"`(mlx_onevision(?:\.\w+)+)`", PYTHON)) - {GROUP}
     assert len(named) > 5
     for name in named:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
-    table = README.partition("| transformers | here |")[2].partition("\n\n")[0]
+    table = PYTHON.partition("| transformers | here |")[2].partition("\n\n")[0]
     for name in re.findall(r"`(?:model|processor)\.(\w+)", table.replace("\n", "")):
         assert hasattr(Model, name) or name in ("config", "apply_chat_template", "batch_decode"), (
             name

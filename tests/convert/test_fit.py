@@ -16,7 +16,13 @@ from mlx_onevision.checkpoint.tensors import Tensor
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.convert.fit import Fit, best, candidates, choose
 from mlx_onevision.errors import RequestError
-from mlx_onevision.network.footprint import ANSWER_TOKENS, footprint, image_size, usable_bytes
+from mlx_onevision.network.footprint import (
+    ANSWER_TOKENS,
+    footprint,
+    image_size,
+    longest_context,
+    usable_bytes,
+)
 
 # Width, MLP, layers, heads, heads of keys, vocabulary, tied; as in the published files.
 PUBLISHED = {
@@ -177,6 +183,30 @@ def test_the_tables_of_the_page() -> None:
         found = chosen(size, gigabytes)
         name = found.recipe.name if found.recipe else "16-bit"
         assert cell(size, gigabytes, 1) == f"{name}, {found.footprint.weights / 1e9:.1f} GB"
+
+
+def test_the_table_of_the_readme() -> None:
+    """The recipe that fits, and the longest context beside its weights."""
+    table = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    table = table.partition("| memory | `0.5b` | `7b` | `72b` |")[2].partition("\n\n")[0]
+    rows = [int(row) for row in re.findall(r"^\| (\d+) GB \|", table, re.MULTILINE)]
+    assert rows == [8, 16, 24, 32, 64, 128]
+    for gigabytes in rows:
+        cells: list[str] = []
+        for size in PUBLISHED:
+            if cell(size, gigabytes, 1) == "none":
+                cells.append("none")
+                continue
+            found, usable = chosen(size, gigabytes), usable_bytes(gigabytes << 30)
+            longest = longest_context(
+                published(size)[0],
+                found.footprint.weights,
+                usable,
+                itemsize=2,
+                quantized=found.recipe is not None,
+            )
+            cells.append(f"{found.recipe.name if found.recipe else '16-bit'}, {longest:,}")
+        assert f"| {gigabytes} GB | {' | '.join(cells)} |" in table
 
 
 def test_more_memory_and_shorter_prompts_never_cost_quality() -> None:
