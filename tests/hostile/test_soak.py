@@ -21,7 +21,7 @@ from hostile.sizes import cases
 from served import Client, wait_for
 
 REQUESTS = cases(300, 10_000)
-WARM = max(100, min(500, REQUESTS // 3))
+WARM = max(200, min(500, REQUESTS // 3))
 WORKERS = 8
 MEGABYTES = 10  # that memory may rise by after the first requests
 
