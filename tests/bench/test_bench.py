@@ -182,7 +182,7 @@ def test_the_memory_options_are_those_of_the_model_that_is_measured(folder: Path
     refused = run("--model", folder, "--rows", "batch", "--memory-limit", "0.0001")
     assert refused.exit_code == 1 and "the limit is 0.10 MB" in refused.output
     refused = run("--model", folder, "--rows", "batch", "--kv-bits", "8")
-    assert refused.exit_code == 1 and "leave kv_bits out" in refused.output
+    assert refused.exit_code == 1 and "leave --kv-bits out" in refused.output
 
 
 def test_random_weights_load_and_never_end(tmp_path: Path) -> None:
