@@ -31,6 +31,7 @@ A_PLACE = re.compile(r"(?i)data:|https?://|file:/|/")
 # it holds together makes no sense, or the model cannot do it. Nothing of it is said by one field.
 CODES = ("unsupported_media", "too_large", "context_length_exceeded")
 REASONS = (
+    r"(messages|input): there are [0-9,]+ messages and parts; ",  # parts are counted, too
     "the conversation is empty",
     r"items\[\d+\] is (an empty text|a text|a group)",
     r"item \d+: an item holds image and video",

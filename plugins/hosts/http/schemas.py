@@ -21,6 +21,8 @@ from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.plugins.hosts.http.tools import FlatTools, ToolChoice, Tools
 from mlx_onevision.sampling.ranges import MOST_BIAS, RANGES
 
+COUNTED = f"{content.MOST_PARTS:,} at most, their parts counted, too."
+
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
@@ -173,7 +175,13 @@ class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
     hint: ClassVar[str] = f"messages hold everything, and {content.HINT}"
     messages: Annotated[
         list[content.AnyTurn],
-        Field(min_length=1, max_length=content.MOST_PARTS, fail_fast=True, examples=[_EXAMPLE]),
+        Field(
+            min_length=1,
+            max_length=content.MOST_PARTS,
+            fail_fast=True,
+            description=COUNTED,
+            examples=[_EXAMPLE],
+        ),
         BeforeValidator(content.count_parts),
     ]
     model: str | None = None
@@ -261,7 +269,10 @@ Item = Annotated[
     | Annotated[ReferenceItem, Tag("item_reference")],
     Discriminator(lambda item: item.get("type") or "message" if isinstance(item, dict) else None),
 ]
-Items = Annotated[list[Item], Field(min_length=1, max_length=content.MOST_PARTS, fail_fast=True)]
+Items = Annotated[
+    list[Item],
+    Field(min_length=1, max_length=content.MOST_PARTS, fail_fast=True, description=COUNTED),
+]
 ITEM_TYPES = ("message", "function_call", "function_call_output", "item_reference")
 
 
