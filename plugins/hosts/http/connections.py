@@ -30,6 +30,7 @@ WANTED = 4096  # descriptors, where the system gives them
 SLOWEST = 4096  # bytes a second in which a client takes its answer, or sends its body
 BEGINNING = -0.5  # seconds that a client is ahead of that which has sent little more than its head
 LOG_SECONDS = 60.0  # between two lines about the same
+PATIENCE = 1.0  # seconds that a request waits for others to show whether they are slow
 
 HEALTH = "/health"
 
@@ -96,12 +97,29 @@ class Connections:
         if len(self._all) > self._most + SPARE and not self._drop_slowest(self._all - {one}):
             self._drop(one)
 
-    def has_room(self, one: "Connection") -> bool:
-        """Whether a request that has just come can be answered."""
+    async def has_room(self, one: "Connection") -> bool:
+        """Whether a request that has just come can be answered. Of many that came with it none is
+        slow yet, and all are answered or slow a moment later. False, too, where a connection that
+        is opened meanwhile needs the place.
+        """
+        one.queued = started = monotonic()
+        try:
+            while not self._has_room():
+                if one not in self._all or monotonic() - started > PATIENCE:
+                    return False
+                await asyncio.sleep(PATIENCE / 50)
+            return True
+        finally:
+            one.queued = None
+            if not one.outgoing.is_closing():
+                self._all.add(one)  # until it has taken its answer
+
+    def _has_room(self) -> bool:
+        """For one more request than those that are answered now."""
         if len(self._all) <= self._most:
             return True
-        busy = {other for other in self._all if other.in_request and other.scope["path"] != HEALTH}
-        return len(busy) <= self._most or self._drop_slowest(busy - {one})
+        busy = {other for other in self._all if other.is_busy}
+        return len(busy) < self._most or self._drop_slowest(busy)
 
     def _drop_slowest(self, some: set["Connection"]) -> bool:
         """Whether there was any that keeps others waiting."""
@@ -129,7 +147,8 @@ class Connections:
 
     def _drop(self, one: "Connection") -> None:
         self._all.discard(one)
-        one.outgoing.abort()
+        if one.queued is None:
+            one.outgoing.abort()  # else it is answered that there is no room
 
     def failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """The event loop's exception handler: one line where there are no descriptors."""
@@ -146,6 +165,8 @@ class Connection(H11Protocol):
     among: ClassVar[Connections]
 
     outgoing: "Outgoing"
+    queued: float | None = None
+    """Since when its request waits until there is room for it."""
     _since = 0.0  # since when something is waited for from the client
     _received = 0  # bytes, since then
 
@@ -186,7 +207,7 @@ class Connection(H11Protocol):
         self._since, self._received = monotonic(), 0
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == HEALTH or self.among.has_room(self):
+        if scope["path"] == HEALTH or await self.among.has_room(self):
             await self._application(scope, receive, send)
             return
         message = "too many requests are under way; try again in a moment"
@@ -197,6 +218,11 @@ class Connection(H11Protocol):
     def in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request of its is answered, unless it is about the server's health."""
+        return self.in_request and self.queued is None and self.scope["path"] != HEALTH
+
     def overdue(self, now: float) -> float:
         """Seconds for which the head of a request, or the end of an answer, is waited for."""
         if behind := self.outgoing.lag(now):
@@ -206,8 +232,11 @@ class Connection(H11Protocol):
 
     def lag(self, now: float) -> float:
         """Seconds that its client is behind one that is as slow as it may be where others need its
-        connection; minus infinity while it is not the client that is waited for.
+        connection; minus infinity while it is not the client that is waited for. Of a request that
+        is queued, how long it has been.
         """
+        if self.queued is not None:
+            return now - self.queued
         behind = self.overdue(now)
         if self.in_request and self.cycle.more_body:
             behind = max(behind, now - self._since) - self._received / SLOWEST

@@ -106,10 +106,10 @@ def test_a_video_is_described(client: Client) -> None:
 
 def test_what_never_fits_into_memory_is_not_worth_another_try() -> None:
     """OpenAI's clients try a 503 again."""
-    backend = open_backend("engine", model="demo", memory_limit=0.007, kv_bits=8)
+    backend = open_backend("engine", model="demo", memory_limit=0.0072, kv_bits=8)
     with serving(backend) as client:
         reply = client.chat("hello", max_tokens=4000)
         assert (reply.status, reply.json["error"]["code"]) == (413, "too_large")
-        assert "the limit is 7.00 MB" in reply.json["error"]["message"]
+        assert "the limit is 7.20 MB" in reply.json["error"]["message"]
         assert reply.json["error"]["type"] == "invalid_request_error"
         assert client.chat("hello", max_tokens=2).status == 200
