@@ -1,4 +1,4 @@
-"""Bytes of strangers, driven by what code they reach (atheris, which there is for Linux):
+"""Untrusted bytes, driven by what code they reach (atheris, which there is for Linux):
 ``python fuzz.py TARGET SECONDS``. Ends with another code than 0 at the first error that is none of
 this package's, and prints where it has left the bytes.
 """

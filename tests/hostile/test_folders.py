@@ -1,4 +1,4 @@
-"""Model folders of a stranger, and shared folders that somebody else writes to."""
+"""Untrusted model folders, and shared folders that somebody else writes to."""
 
 import json
 import os
@@ -154,7 +154,7 @@ def test_names_without_end_in_the_other_files_are_refused(folder: Path) -> None:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A folder in which a stranger has prepared links under names that were used before."""
+    """A shared folder with somebody else's links under names that were used before."""
     place = tmp_path / "shared"
     place.mkdir()
     victim = tmp_path / "victim"
