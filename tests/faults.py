@@ -89,23 +89,23 @@ def survived(
     place: str,
     times: int,
 ) -> int:
-    """How often one of the requests was put an end to, alone and in company, and the good one
+    """How often one of the requests was put an end to, alone and beside others, and the good one
     answered as ever afterwards; out of ``times``.
 
     ask : the request of a number, 0 to 2, of a round.
     """
     well, wanted = 0, engine.generate(good).result().text
     for number in range(times):
-        company = number % 3
+        others = number % 3
         once = place in ("prefill", "preprocessing", "tower")
         with fault(place, after=0 if once else number % 3):
-            streams = [engine.generate(ask(number, n)) for n in range(1 + company)]
+            streams = [engine.generate(ask(number, n)) for n in range(1 + others)]
             ends = [list(stream)[-1] for stream in streams]
         failed = [end.error for end in ends if isinstance(end, ErrorEvent)]
         if place in ("detokenizer", "tokenizer", "preprocessing"):  # which are each request's own
             assert len(failed) == 1
         # A group of tiles of several requests that fails is tried again for each.
-        assert failed or (place == "tower" and company)
+        assert failed or (place == "tower" and others)
         assert all(error.code == "internal" for error in failed)
         assert not any("secret" in str(error) for error in failed)
         well += engine.generate(good).result().text == wanted and engine.info().healthy

@@ -98,7 +98,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parse(program: str, words: list[str]) -> None:
-    """Raises what a shell would be told of wrong usage."""
+    """Raises what a command reports of wrong usage."""
     group: Any = cli if program == "mlx-onevision" else llm.cli.cli
     context: click.Context = group.make_context(program, list(words))
     while isinstance(context.command, click.Group) and (

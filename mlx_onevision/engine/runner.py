@@ -19,7 +19,6 @@ from mlx_onevision.distributed import least
 from mlx_onevision.engine.decode import clear_between_chunks, decode_steps, import_mlx_lm
 from mlx_onevision.engine.memory import among_stages, memory_model, wired, working_set
 from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
-from mlx_onevision.engine.progress import Progress
 from mlx_onevision.engine.request import (
     ActiveRequest,
     Counters,
@@ -32,6 +31,7 @@ from mlx_onevision.engine.speculation import (
     PromptLookup,
     speculative_steps,
 )
+from mlx_onevision.engine.worker import Progress
 from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.memory_sizes import CACHE_STEP, FOLLOW_UP, RequestSize

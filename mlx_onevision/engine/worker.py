@@ -13,7 +13,6 @@ from typing import Generic, TypeAlias, TypeVar
 
 import mlx.core as mx
 
-from mlx_onevision.engine.progress import Progress
 from mlx_onevision.errors import DiedError, OneVisionError
 
 Owned = TypeVar("Owned")
@@ -30,6 +29,20 @@ LONGEST_LOOK = 2.0  # seconds between two looks that count
 _Job: TypeAlias = tuple[Callable[[Owned], None], Callable[[DiedError], None]]
 
 logger = logging.getLogger("mlx_onevision")
+
+
+class Progress:
+    """How far the thread has come.
+
+    steps : layer groups, groups of tiles, chunks and tokens so far; written by one thread, read by
+        any.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
 
 
 class Worker(Generic[Owned]):

@@ -7,8 +7,7 @@ import weakref
 
 import pytest
 
-from mlx_onevision.engine.progress import Progress
-from mlx_onevision.engine.worker import Worker
+from mlx_onevision.engine.worker import Progress, Worker
 from mlx_onevision.errors import DiedError, OneVisionError
 
 

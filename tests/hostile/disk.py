@@ -28,7 +28,7 @@ def offsets(size: int) -> Sequence[int]:
 
 
 def refusal(error: Exception) -> str:
-    """What a person is told, which must be of a disk and no defect."""
+    """The error that is reported, which must be of a disk and no defect."""
     text = sentence(error)
     assert "File too large" in text and "\n" not in text and len(text) < 400, repr(error)
     return text
