@@ -46,7 +46,7 @@ Task = ActiveRequest | Job
 LONGEST_PAUSE = 0.05
 WATCH_SECONDS = 0.5  # between two looks at the connections to other ranks
 # That a process has to say what happened, and to answer its clients, before it is ended.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.0
 
 LOST = "another rank has ended or cannot be reached any more"
 RESTART = "so all ranks end; start them again"
