@@ -7,8 +7,11 @@ step all stand in one chain: each needs what came of the one before.
 
 import json
 import os
+import select
 import socket
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -129,11 +132,11 @@ class Links:
 
     def __init__(self) -> None:
         ports = set(_ports())
-        self._sockets = [found for fd in _descriptors() if (found := _connection(fd, ports))]
+        self.sockets = [found for fd in _descriptors() if (found := _connection(fd, ports))]
 
     def lost(self) -> bool:
         """Whether a rank at another end has ended."""
-        return any(map(_closed, self._sockets))
+        return any(map(_closed, self.sockets))
 
 
 def _ports() -> Iterator[int]:
@@ -169,12 +172,16 @@ def _connection(descriptor: int, ports: set[int]) -> socket.socket | None:
 
 
 def _closed(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    """Whether the other end has closed. A read would not say so while there is data that MLX has
+    not taken yet, and where it waits for something else it never takes it.
+    """
+    if sys.platform == "linux":
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
+    with closing(select.kqueue()) as queue:
+        readable = select.kevent(connection, select.KQ_FILTER_READ, select.KQ_EV_ADD)
+        return any(one.flags & select.KQ_EV_EOF for one in queue.control([readable], 1, 0))
 
 
 def gather_texts(text: str, ranks: "mx.distributed.Group") -> list[str]:
