@@ -1,8 +1,10 @@
-"""The processes that ``mlx.launch`` started together, where it did; the only place that initialises
-MLX's communication. A process that was started by itself neither imports nor initialises anything.
+# pyright: reportUnknownMemberType=false
+"""The processes that ``mlx.launch`` started together: which of them this is, what they send each
+other, and whether the others are still there. The only place that initialises MLX's communication;
+a process that was started by itself neither imports nor initialises anything.
 
 Ranks that compute together must begin the same sums and gathers in the same order. So those of a
-step all stand in one chain: each needs what came of the one before.
+step form one chain: each depends on the result of the one before.
 """
 
 import json
@@ -14,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_onevision.errors import OneVisionError
 
@@ -24,8 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Traffic:
-    """What a rank has sent, counted when a sum or gather is begun, as a ring sends it: each rank
-    sends a sum's values on twice, but for a share each time, and a gather's parts all but one.
+    """What this rank has sent in all, counted when an operation begins, by what MLX's ring sends:
+    for a sum of ``n`` bytes over ``r`` ranks 2 (r - 1) n / r, for a gather of parts of ``n`` bytes
+    (r - 1) n.
     """
 
     sent: int = 0  # bytes
@@ -36,6 +40,7 @@ RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # of ring, JACCL and NCCL; of MPI
 
 
 def launched() -> bool:
+    """Whether ``mlx.launch`` has started this process."""
     return any(name in os.environ for name in RANKS)
 
 
@@ -47,6 +52,34 @@ def rank() -> int:
 def prefix() -> str:
     """What an error of this process begins with: among ranks, whose it is."""
     return f"rank {rank()}: " if launched() else ""
+
+
+class World(NamedTuple):
+    """This process among those that were started together.
+
+    local : whether all of them run on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: bool = True
+
+
+def world() -> World:
+    """Which of how many processes this is, by the environment that ``mlx.launch`` sets; nothing is
+    initialised.
+    """
+    get = os.environ.get
+    if number := get("OMPI_COMM_WORLD_RANK"):
+        size = int(get("OMPI_COMM_WORLD_SIZE", 1))
+        return World(int(number), size, int(get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) == size)
+    if size := get("MLX_WORLD_SIZE"):  # NCCL
+        return World(rank(), int(size), get("NCCL_HOST_IP", "").startswith("127."))
+    path = get("MLX_HOSTFILE") or get("MLX_IBV_DEVICES")  # ring, JACCL
+    text = Path(path).read_text(encoding="utf-8") if path else ""
+    hosts = json.loads(text) if text.strip() else [["127.0.0.1"]]
+    local = all(str(address).startswith("127.") for host in hosts for address in host)
+    return World(rank(), len(hosts), local)
 
 
 @cache
@@ -73,7 +106,7 @@ def group() -> "mx.distributed.Group | None":
 
 
 def all_sum(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
-    """The sum over the ranks; ``x`` itself for one alone."""
+    """The sum of the ranks' arrays, of the shape of each; ``x`` itself for one process alone."""
     if ranks is None:
         return x
     import mlx.core as mx
@@ -83,7 +116,7 @@ def all_sum(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
 
 
 def all_gather(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
-    """What all ranks have, along the first axis; ``x`` itself for one alone."""
+    """The arrays of all ranks (n, ...) as one, (ranks * n, ...); ``x`` itself for one alone."""
     if ranks is None:
         return x
     import mlx.core as mx
@@ -93,7 +126,7 @@ def all_gather(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array
 
 
 def join(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
-    """What all ranks have, along the last axis."""
+    """The arrays of all ranks (..., n) as one, (..., ranks * n); ``x`` itself for one alone."""
     if ranks is None:
         return x
     gathered = all_gather(x[None], ranks)
@@ -101,7 +134,7 @@ def join(x: "mx.array", ranks: "mx.distributed.Group | None") -> "mx.array":
 
 
 def send(x: "mx.array", to: int, ranks: "mx.distributed.Group") -> "mx.array":
-    """``x``, sent to another rank once it is evaluated."""
+    """``x``, which is sent to another rank when what this returns is evaluated."""
     import mlx.core as mx
 
     TRAFFIC.sent += x.nbytes
@@ -116,18 +149,40 @@ def receive(like: "mx.array", source: int, ranks: "mx.distributed.Group") -> "mx
 
 
 def gather_integers(values: Sequence[int], ranks: "mx.distributed.Group") -> list[list[int]]:
-    """Those of each rank, for all of them."""
+    """The integers of every rank, in their order, for all of them; each rank gives as many."""
     import mlx.core as mx
 
     gathered: Any = all_gather(mx.array([list(values)], mx.int64), ranks).tolist()
     return gathered
 
 
-class Links:
-    """The connections to other ranks: TCP, of the backends ring and JACCL. They are looked at, and
-    never read from; on other backends there are none.
+def gather_texts(text: str, ranks: "mx.distributed.Group") -> list[str]:
+    """The text of every rank, in their order, for all of them."""
+    import mlx.core as mx
+    import numpy as np
 
-    For in MLX 0.32.4 a sum that begins just after another rank has ended may wait for ever.
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.array(all_gather(mx.array([len(data)]), ranks), np.int64)  # (ranks,)
+    padded = np.pad(data, (0, sizes.max() - len(data)))[None]
+    gathered = np.array(all_gather(mx.array(padded), ranks), np.uint8)  # uint8 (ranks, longest)
+    return [row[:size].tobytes().decode() for row, size in zip(gathered, sizes, strict=True)]
+
+
+def least(values: Sequence[float], ranks: "mx.distributed.Group | None") -> list[float]:
+    """The smallest of each value over all ranks, rounded to float32; every rank gets the same."""
+    if ranks is None:
+        return list(values)
+    import mlx.core as mx
+
+    gathered = all_gather(mx.array([list(values)], mx.float32), ranks)  # (ranks, values)
+    found: Any = gathered.min(axis=0).tolist()
+    return found
+
+
+class Links:
+    """The TCP connections to other ranks, of the backends ring and JACCL; on other backends there
+    are none. They are polled for an end, and never read from: MLX 0.32.4 may wait for ever in a sum
+    that begins just after another rank has ended.
     """
 
     def __init__(self) -> None:
@@ -140,7 +195,7 @@ class Links:
 
 
 def _ports() -> Iterator[int]:
-    """On which ranks listen for each other."""
+    """The ports on which ranks listen for each other."""
     addresses = [os.environ.get("MLX_JACCL_COORDINATOR", "")]
     if file := os.environ.get("MLX_HOSTFILE"):
         with open(file, encoding="utf-8") as hosts:
@@ -156,7 +211,7 @@ def _descriptors() -> list[int]:
 
 
 def _connection(descriptor: int, ports: set[int]) -> socket.socket | None:
-    """The connection that it is, where one of its ends has one of the ports."""
+    """A duplicate of a descriptor's connection, where one of its ends has one of ``ports``."""
     try:
         found = socket.socket(fileno=os.dup(descriptor))
     except OSError:  # it is something else, or closed by now
@@ -182,26 +237,3 @@ def _closed(connection: socket.socket) -> bool:
     with closing(select.kqueue()) as queue:
         readable = select.kevent(connection, select.KQ_FILTER_READ, select.KQ_EV_ADD)
         return any(one.flags & select.KQ_EV_EOF for one in queue.control([readable], 1, 0))
-
-
-def gather_texts(text: str, ranks: "mx.distributed.Group") -> list[str]:
-    """A text of each rank, for all of them."""
-    import mlx.core as mx
-    import numpy as np
-
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.array(all_gather(mx.array([len(data)]), ranks))
-    gathered = np.array(
-        all_gather(mx.array(np.pad(data, (0, sizes.max() - len(data)))[None]), ranks)
-    )
-    return [row[:size].tobytes().decode() for row, size in zip(gathered, sizes, strict=True)]
-
-
-def least(values: Sequence[float], ranks: "mx.distributed.Group | None") -> list[float]:
-    """The least of each value over all ranks, in float32: every rank gets the same."""
-    if ranks is None:
-        return list(values)
-    import mlx.core as mx
-
-    gathered = all_gather(mx.array([list(values)], mx.float32), ranks)
-    return [float(value) for value in gathered.min(axis=0).tolist()]  # pyright: ignore

@@ -1,5 +1,5 @@
-"""Files: the JSON files of a checkpoint folder, what the first bytes of image and video files say,
-and files that one of several processes has for itself.
+"""Files: what their first bytes say of images and videos, JSON objects from untrusted folders,
+files that are replaced as a whole, and files that one of several processes has for itself.
 
 Standard library only: the plugins' contract imports it, too.
 """
@@ -9,10 +9,10 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
+from typing import Any, BinaryIO, Literal, NoReturn, cast
 
 from mlx_onevision.errors import CheckpointError
 
@@ -29,7 +29,9 @@ AVIF_BRANDS = (b"avif", b"avis")
 def sniff(data: bytes) -> Literal["image", "video"] | None:
     """Whether a file begins as an image or as a video; None where it begins as neither.
 
-    The first 32 bytes are enough. An animation that the image reader takes (GIF, AVIF or HEIF
+    data : its first 32 bytes, or more.
+
+    An animation that the image reader takes (GIF, AVIF or HEIF
     sequences) is an image. Types that are guessed from a name are often wrong: HEIC images are
     widely taken for videos.
     """
@@ -53,15 +55,15 @@ def sniff(data: bytes) -> Literal["image", "video"] | None:
 
 
 def _is_mpeg_ts(data: bytes) -> bool:
-    """A packet of an MPEG transport stream that begins a unit, with a payload, not scrambled; in
-    an M2TS, four bytes of time come before it.
+    """Whether it begins with a packet of an MPEG transport stream (ISO 13818-1) that starts a unit,
+    has a payload and is not scrambled. In an M2TS, four bytes of time stand before each packet.
     """
     return len(data) > 3 and data[:1] == b"G" and data[1] & 0xE0 == 0x40 and data[3] & 0xD0 == 0x10
 
 
 def seconds_of_mp4(file: BinaryIO) -> float | None:
-    """How long an MP4 or QuickTime file is by its header; None for another file, and where the
-    header does not say. A few bytes are read, and nothing is decoded.
+    """How many seconds an MP4 or QuickTime file lasts by its header (ISO 14496-12, ``mvhd``); None
+    for another file, and where the header does not say. A few bytes are read, nothing is decoded.
     """
     end, boxes = file.seek(0, os.SEEK_END), 0
     place = 0
@@ -70,18 +72,18 @@ def seconds_of_mp4(file: BinaryIO) -> float | None:
         file.seek(place)
         head = file.read(16)
         size, kind, start = int.from_bytes(head[:4], "big"), head[4:8], place + 8
-        if size == 1:  # the size is behind the name
+        if size == 1:  # 64 bits of size follow the kind
             size, start = int.from_bytes(head[8:], "big"), place + 16
         stop = place + size if size else end
         if (place == 0 and kind != b"ftyp") or stop < start:
             return None
         if kind == b"mvhd":
             file.seek(start)
-            about = file.read(32)
-            long = about[:1] == b"\1"  # which of two versions of its fields
-            ticks, first = (about[20:24], 24) if long else (about[12:16], 16)
-            length = int.from_bytes(about[first : first + (8 if long else 4)], "big")
-            return length / max(int.from_bytes(ticks, "big"), 1) or None
+            header = file.read(32)
+            is_64_bit = header[:1] == b"\1"  # version 1 has 64-bit times and durations
+            timescale, first = (header[20:24], 24) if is_64_bit else (header[12:16], 16)
+            duration = int.from_bytes(header[first : first + (8 if is_64_bit else 4)], "big")
+            return duration / max(int.from_bytes(timescale, "big"), 1) or None
         place = start if kind == b"moov" else stop
     return None
 
@@ -98,12 +100,12 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
         raise ValueError(name)
 
     try:
-        about = path.stat()
-        if about.st_size > most:
+        status = path.stat()
+        if status.st_size > most:
             raise CheckpointError(f"{path.name} is larger than {most} bytes")
-        if stat.S_ISFIFO(about.st_mode) or stat.S_ISCHR(about.st_mode):
+        if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
             raise CheckpointError(f"{path.name} is not a regular file")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+        value: object = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -113,7 +115,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
         raise CheckpointError(f"{path.name} is not valid JSON") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} is not a JSON object")
-    return value
+    return cast(dict[str, Any], value)  # JSON's keys are strings
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -130,9 +132,9 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def claim(path: Path) -> BinaryIO | None:
-    """Opens a file for this process alone; None while another has it. One that is not there is
-    made, for its owner to read alone; a link is not followed. The file is let go when it is closed,
-    and when the process ends, however it ends.
+    """Opens and locks a file for this process alone; None while another holds the lock. A file that
+    is not there is created, readable by its owner only; a link is not followed. The lock ends when
+    the file is closed, and when the process ends, however it ends.
 
     Raises:
         OSError: where it cannot be opened, and on a disk without locks.
@@ -152,40 +154,16 @@ def claim(path: Path) -> BinaryIO | None:
         except BaseException:
             file.close()
             raise
-        file.close()  # whoever had it has removed or replaced it meanwhile
-
-
-class Ranks(NamedTuple):
-    rank: int = 0
-    size: int = 1
-    local: bool = True
-    """Whether all of them run on this machine."""
-
-
-def ranks() -> Ranks:
-    """Which of how many processes this is, as ``mlx.launch`` has set it in the environment; one of
-    one where it has not.
-    """
-    get = os.environ.get
-    if rank := get("OMPI_COMM_WORLD_RANK"):
-        size = int(get("OMPI_COMM_WORLD_SIZE", 1))
-        return Ranks(int(rank), size, int(get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) == size)
-    rank = int(get("MLX_RANK", 0))
-    if size := get("MLX_WORLD_SIZE"):  # NCCL
-        return Ranks(rank, int(size), get("NCCL_HOST_IP", "").startswith("127."))
-    path = get("MLX_HOSTFILE") or get("MLX_IBV_DEVICES")  # ring, JACCL
-    text = Path(path).read_text(encoding="utf-8") if path else ""
-    hosts = json.loads(text) if text.strip() else [["127.0.0.1"]]
-    local = all(str(address).startswith("127.") for host in hosts for address in host)
-    return Ranks(rank, len(hosts), local)
+        file.close()  # the holder before has removed or replaced it meanwhile
 
 
 @contextmanager
-def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` at the end, whole and on the disk, or leaves what
-    was there as it is. Until then it has a name beside it that nobody can guess and prepare.
+def replacing(path: Path, private: bool = False) -> Generator[BinaryIO]:
+    """A file to write, which replaces ``path`` at the end, complete and flushed to the disk. Where
+    an error ends the block, what was there stays as it is. Until then the file has a random name in
+    the same folder, which nobody can guess and prepare.
 
-    private : only its owner may read it.
+    private : whether only its owner may read it.
 
     Raises:
         OSError: where it cannot be written.

@@ -1,8 +1,8 @@
-"""Python processes with bounds, for work on untrusted data that has to be able to die: decoding a
-video, compiling a JSON schema, rendering a chat template.
+"""Python processes with limits on memory and time, for work on untrusted data, which may crash
+them: decoding a video, compiling a JSON schema, rendering a chat template.
 
-The interpreter is usually the one that runs this program. A host application that embeds Python has
-none under ``sys.executable``: one is then looked for where this Python is installed, and
+The interpreter is usually the one that runs this program. In a host application that embeds Python
+``sys.executable`` is none: one is then looked for where this Python is installed, and
 ``MLX_ONEVISION_PYTHON`` names it outright. It must be the same version of Python, since it imports
 libraries from the same places.
 
@@ -37,11 +37,11 @@ INTERPRETER = "MLX_ONEVISION_PYTHON"
 _VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 
 MISSING = f"a separate {_VERSION}, and none was found; set {INTERPRETER} to its path"
-"""How the error ends that says so."""
+"""The end of an error's sentence where :func:`find_interpreter` returns None."""
 
 
 def find_interpreter() -> str | None:
-    """A Python of this version that is no host application."""
+    """The path of a Python interpreter of this version; None where there is none."""
     named = os.environ.get(INTERPRETER)
     if named:
         return named
@@ -57,13 +57,15 @@ def find_interpreter() -> str | None:
 
 
 def import_path() -> list[str]:
-    """Where such an interpreter finds what this one has, this package first."""
+    """``sys.path`` for another interpreter: this one's in absolute paths, behind the folder that
+    holds this package.
+    """
     here = str(Path(__file__).parents[1])
     return [here, *map(os.path.abspath, filter(None, sys.path))]
 
 
 def environment() -> dict[str, str]:
-    """Of a process that reads untrusted data: nothing that could be a secret."""
+    """The environment of a process that reads untrusted data: nothing that could be a secret."""
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
@@ -83,14 +85,15 @@ class _Usage(ctypes.Structure):
 
 
 def footprint(process: int, library: Any = None) -> int:
-    """Bytes that a child holds, as macOS counts them (``proc_pid_rusage`` of ``<libproc.h>``); 0
-    where that is not known, and on other systems, whose kernel enforces the limit.
+    """Bytes that a child process holds, as macOS counts them (``proc_pid_rusage`` of
+    ``<libproc.h>``); 0 where that is not known, and on other systems, whose kernel enforces the
+    limit.
 
     It is asked from outside: in the child, a decoder that holds the interpreter's lock would keep
-    a watch from running. A kernel of macOS that enforces ``RLIMIT_AS`` counts the region of shared
-    libraries, which is larger than the limit, and refuses to set it.
+    a watching thread from running. On macOS ``RLIMIT_AS`` is no substitute: where the kernel
+    enforces it, it counts the region of shared libraries, which is larger than the limit.
 
-    library : the C library.
+    library : the C library, for tests on other systems.
     """
     if library is None:
         if sys.platform != "darwin":
@@ -102,18 +105,20 @@ def footprint(process: int, library: Any = None) -> int:
 
 
 class BoundedProcess:
-    """A module of this package in a process of its own: its function ``answer`` takes a request and
-    returns the answer, both plain values for JSON, one after another.
+    """A process that answers requests with a module of this package, one after another: the
+    module's function ``answer`` takes a request and returns the answer, both plain values for JSON.
 
-    It ends with :meth:`close`, when it is forgotten, and with this process. One thread at a time.
+    It ends with :meth:`close`, when this object is collected, and with this process. To be used by
+    one thread at a time.
 
-    memory : bytes. seconds : for each answer.
+    interpreter : as :func:`find_interpreter` returns it. module : its full name.
+    memory : bytes that the process may hold. seconds : that each answer may take.
     """
 
     def __init__(self, interpreter: str, module: str, *, memory: int, seconds: float) -> None:
         self._memory = memory
         settings = {"path": import_path(), "module": module, "memory": memory, "seconds": seconds}
-        self._process = process = subprocess.Popen(
+        self._process = process = subprocess.Popen(  # noqa: S603 (an interpreter, and this file)
             [interpreter, "-I", __file__, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -124,28 +129,28 @@ class BoundedProcess:
         self._seconds = seconds
         self._ready = False
         self.close = weakref.finalize(self, _end, process)
-        """Ends it, whatever it does."""
+        """Kills the process, if it is still there."""
 
     def ask(self, request: Any, check: Callable[[], None] = lambda: None) -> Any:
-        """The answer to a request. Whatever this raises has ended the process.
+        """The answer to a request. Where this raises, the process has ended.
 
-        check : called meanwhile; gives up by raising.
+        check : called every ``POLL_SECONDS`` while this waits; gives up by raising.
 
         Raises:
             TimeoutError: after ``seconds``.
-            EOFError: when the process died, as it does for want of memory.
+            EOFError: when the process has died, as it does beyond ``memory``.
         """
         assert self._process.stdin is not None
         try:
             if not self._ready:
-                self._line(START_SECONDS, check)
+                self._read_line(START_SECONDS, check)
                 self._ready = True
             try:
                 self._process.stdin.write(json.dumps(request).encode() + b"\n")
                 self._process.stdin.flush()
             except OSError:
                 raise EOFError from None
-            line = self._line(self._seconds, check)
+            line = self._read_line(self._seconds, check)
             try:
                 return json.loads(line)
             except ValueError:
@@ -154,17 +159,17 @@ class BoundedProcess:
             self.close()
             raise
 
-    def _line(self, seconds: float, check: Callable[[], None]) -> bytes:
+    def _read_line(self, seconds: float, check: Callable[[], None]) -> bytes:
         assert self._process.stdout is not None
         source, line = self._process.stdout.fileno(), bytearray()
-        late = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(source, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
                 check()
                 if footprint(self._process.pid) > self._memory:
                     raise EOFError
-                left = late - time.monotonic()
+                left = deadline - time.monotonic()
                 if left < 0:
                     raise TimeoutError
                 if selector.select(min(POLL_SECONDS, left)):
@@ -183,14 +188,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             if pipe is not None:
                 pipe.close()
         except OSError:
-            pass  # a request that it did not take
+            pass  # a buffered request that the process has not read
 
 
 def confine(memory: int, *, files: int | None = None) -> None:
-    """Bounds this process for good: what the system enforces, and a watch where it does not
-    (macOS). It writes no file, leaves no core, and ends with the process that started it.
+    """Limits this process for good: by what the system enforces, and by a thread that watches the
+    memory where it does not (macOS). It writes no file, dumps no core, and ends with its parent.
 
-    memory : bytes. files : that are open at once.
+    memory : bytes. files : the most that are open at once; None for the system's own limit.
     """
     import resource
 
@@ -205,7 +210,7 @@ def confine(memory: int, *, files: int | None = None) -> None:
             if value is not None:
                 resource.setrlimit(limit, (value, value))
         except (OSError, ValueError):
-            pass  # a stricter one is in force, or the system has none
+            pass  # a stricter limit is in force, or the system has none
     parent = os.getppid()
     unit = 1 if sys.platform == "darwin" else 1024
 
@@ -226,7 +231,9 @@ def confine(memory: int, *, files: int | None = None) -> None:
 
 
 def allow_seconds(seconds: float) -> None:
-    """Bounds the processor time of this process from now on, where its parent does not end it."""
+    """Limits the processor time that this process takes from now on. Its parent ends it by the
+    clock; this ends it where the parent does not run.
+    """
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -237,7 +244,7 @@ def allow_seconds(seconds: float) -> None:
             soft = min(soft, hard)
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
     except (OSError, ValueError):
-        pass  # the system has none
+        pass  # the system has no such limit
 
 
 def _serve() -> None:

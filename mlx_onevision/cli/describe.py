@@ -36,8 +36,9 @@ from mlx_onevision.cli.options import (
 )
 from mlx_onevision.cli.values import Number, listed
 from mlx_onevision.describe.formats import FORMS, SILENT, write
+from mlx_onevision.distributed import World, world
 from mlx_onevision.errors import OneVisionError, RequestError
-from mlx_onevision.files import Ranks, ranks, save, seconds_of_mp4
+from mlx_onevision.files import save, seconds_of_mp4
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -300,7 +301,7 @@ def sharing(given: Sequence[str], records: str | None) -> tuple[int, int]:
     Raises:
         click.UsageError: where their records would not be in one place.
     """
-    here = ranks() if any(map(os.path.isdir, given)) else Ranks()
+    here = world() if any(map(os.path.isdir, given)) else World()
     if records is None and not here.local:
         raise click.UsageError(
             "The ranks are on several machines; give --sidecar FOLDER, on a disk they all share"

@@ -21,8 +21,9 @@ from PIL import Image
 from mlx_onevision.cli.describe import work_of
 from mlx_onevision.cli.embed import portions
 from mlx_onevision.cli.main import cli
+from mlx_onevision.distributed import World, world
 from mlx_onevision.embed.embeddings import Embeddings
-from mlx_onevision.files import Ranks, claim, ranks, seconds_of_mp4
+from mlx_onevision.files import claim, seconds_of_mp4
 
 PROGRAM = [sys.executable, "-m", "mlx_onevision"]
 LAUNCHER = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--", *PROGRAM]
@@ -263,32 +264,32 @@ def test_portions_begin_with_the_largest_and_hold_whole_groups(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("environment", "hosts", "expected"),
     [
-        ({}, None, Ranks()),
+        ({}, None, World()),
         (
             {f"OMPI_COMM_WORLD_{name}": "2" for name in ("RANK", "LOCAL_SIZE")}
             | {"OMPI_COMM_WORLD_SIZE": "4"},
             None,
-            Ranks(2, 4, False),
+            World(2, 4, False),
         ),
-        ({"MLX_RANK": "0"}, "", Ranks()),  # mlx.launch -n 1
-        ({"MLX_RANK": "1"}, [["127.0.0.1:1"], ["127.0.0.1:2"]], Ranks(1, 2, True)),
-        ({"MLX_RANK": "1"}, [["10.0.0.1:1", "10.0.1.1:2"], ["10.0.0.2:1"]], Ranks(1, 2, False)),
+        ({"MLX_RANK": "0"}, "", World()),  # mlx.launch -n 1
+        ({"MLX_RANK": "1"}, [["127.0.0.1:1"], ["127.0.0.1:2"]], World(1, 2, True)),
+        ({"MLX_RANK": "1"}, [["10.0.0.1:1", "10.0.1.1:2"], ["10.0.0.2:1"]], World(1, 2, False)),
         (
             {"MLX_RANK": "3", "MLX_WORLD_SIZE": "4", "NCCL_HOST_IP": "127.0.0.1"},
             None,
-            Ranks(3, 4, True),
+            World(3, 4, True),
         ),
         (
             {"MLX_RANK": "3", "MLX_WORLD_SIZE": "4", "NCCL_HOST_IP": "10.1.1.1"},
             None,
-            Ranks(3, 4, False),
+            World(3, 4, False),
         ),
     ],
 )
 def test_what_the_launcher_says(
     environment: dict[str, str],
     hosts: object,
-    expected: Ranks,
+    expected: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -299,7 +300,7 @@ def test_what_the_launcher_says(
     if hosts is not None:
         text = json.dumps(hosts) if hosts else "\n"
         monkeypatch.setenv("MLX_HOSTFILE", str(written(tmp_path / "hosts", text.encode())))
-    assert ranks() == expected
+    assert world() == expected
 
 
 def test_what_ranks_cannot_do_is_said(
