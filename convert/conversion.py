@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_onevision.checkpoint import adapters, manifest
+from mlx_onevision.checkpoint.apply_adapter import changes, check_fit
 from mlx_onevision.checkpoint.hub import resolve_adapter
 from mlx_onevision.checkpoint.load import OpenedCheckpoint, open_checkpoint
 from mlx_onevision.checkpoint.plan import (
@@ -25,7 +26,7 @@ from mlx_onevision.checkpoint.plan import (
     make_plan,
 )
 from mlx_onevision.checkpoint.recipes import Recipe
-from mlx_onevision.checkpoint.tensors import INDEX, NORM, Tensor, written_name
+from mlx_onevision.checkpoint.tensors import INDEX, POST_LAYERNORM, Tensor, written_name
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.convert.card import card
 from mlx_onevision.convert.config_files import config_json, processor_files
@@ -136,8 +137,8 @@ def _changes(opened: OpenedCheckpoint, adapter: Path | None) -> Mapping[str, Cha
     if adapter is None:
         return {}
     found = adapters.read_adapter(adapter)
-    adapters.check_fit(found, opened.network)
-    return adapters.changes(found, opened.network)
+    check_fit(found, opened.network)
+    return changes(found, opened.network)
 
 
 def write(
@@ -216,7 +217,7 @@ def _parts(opened: OpenedCheckpoint, plan: ConversionPlan) -> list[Part]:
         array = fill((width,)) if tensor is None else files.take(tensor)
         return [array.astype(getattr(mx, plan.dtype))]
 
-    for name, fill in zip(NORM, (mx.ones, mx.zeros), strict=True):
+    for name, fill in zip(POST_LAYERNORM, (mx.ones, mx.zeros), strict=True):
         # Never used, but other programs will not load a tower without it.
         tensor = opened.unused.get(name)
         if tensor is not None and tensor.shape != (width,):
@@ -246,7 +247,7 @@ def _summary(
     width = plan.config.vision_config.intermediate_size
     padded = None if width == opened.config.vision_config.intermediate_size else width
     nbytes = sum(shard.data_bytes for shard in shards)
-    values = plan.values + len(NORM) * opened.config.vision_config.hidden_size
+    values = plan.values + len(POST_LAYERNORM) * opened.config.vision_config.hidden_size
     name = recipe.name if recipe is not None else "as the source" if plan.specs else plan.dtype
     return ConversionSummary(
         source=source.base or source.name,

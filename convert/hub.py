@@ -60,7 +60,7 @@ def outline(model: str | Path, revision: str | None = None) -> Iterator[Source]:
         yield find(model, revision)
         return
     with TemporaryDirectory(prefix="mlx-onevision-") as scratch:
-        with hub.answers(repository, revision):
+        with hub.translated_errors(repository, revision):
             source = _outline(repository, revision, Path(scratch))
         yield source if source is not None else find(model, revision)
 

@@ -1,0 +1,1 @@
+"""Checkpoints: finding and downloading them, checking their files, loading, adapting, planning."""

@@ -1,40 +1,32 @@
 """Adapters: what fine-tuning has changed of a model, as mlx-lm and PEFT write it.
 
-An adapter is a folder with ``adapter_config.json`` and one weight file: low-rank terms (LoRA, DoRA)
-that are added to matrices, and whole tensors that take the place of the model's. Names follow any
-layout that checkpoints have. They are checked against the model from the file's header, before
-anything is read.
+An adapter is a folder with ``adapter_config.json`` and one weight file: low-rank terms (LoRA,
+arXiv 2106.09685, and DoRA, arXiv 2402.09353) that are added to matrices, and whole tensors that
+take the place of the model's. Names follow any layout that checkpoints have. Only the file's header
+is read here; see :mod:`~mlx_onevision.checkpoint.apply_adapter` for the rest.
 """
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from typing import Any, cast
 
 from mlx_onevision.checkpoint.hub import check_files
-from mlx_onevision.checkpoint.plan import FLOATS, LazyTensorFiles
+from mlx_onevision.checkpoint.plan import FLOATS
 from mlx_onevision.checkpoint.tensors import ADAPTERS, Tensor, canonical_name, read_header
-from mlx_onevision.errors import CheckpointError, RequestError, short
+from mlx_onevision.config.json_fields import Json, is_number, shown
+from mlx_onevision.errors import CheckpointError, short
 from mlx_onevision.files import read_json
-from mlx_onevision.network.layers import AdaptedEmbedding, AdaptedLinear
-from mlx_onevision.network.onevision import OneVision
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, MLX_WEIGHTS = ADAPTERS
 PEFT_PREFIX = "base_model.model."
-HEAD, TABLE = "lm_head", "language_model.embed_tokens"
 
-# The parts of a low-rank term by how the names of PEFT's and mlx-lm's tensors end. PEFT stores the
-# transposes of mlx-lm's matrices.
-PEFT_PARTS = {
+# Fields of LowRank by how the names of PEFT's and mlx-lm's tensors end. PEFT stores the transposes
+# of mlx-lm's matrices.
+PEFT_PARTS: Mapping[str, str] = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_embedding_A": "a",
@@ -42,31 +34,29 @@ PEFT_PARTS = {
     "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
 }
-MLX_PARTS = {"lora_a": "a", "lora_b": "b", "m": "m"}
+MLX_PARTS: Mapping[str, str] = {"lora_a": "a", "lora_b": "b", "m": "m"}
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 
 # Settings of PEFT that change what is computed in ways that are not supported.
-REFUSED = (
+UNSUPPORTED = (
     "layer_replication",
     "alora_invocation_tokens",
     "use_qalora",
     "lora_bias",
     "ensure_weight_tying",
 )
-# Initial values that PEFT takes out of the base model, whose weights are then others.
+# Initialisations by which PEFT takes the terms out of the base model's weights and changes these.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-LINEAR = (nn.Linear, nn.QuantizedLinear)
-EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The low-rank term of a module, ``scale * a @ b``: ``a`` (inputs, rank), ``b`` (rank,
-    outputs), in the file with their axes as they are or ``transposed``.
+    """The low-rank term of a module, ``scale * a @ b``.
 
-    m : DoRA's lengths of the rows of the changed matrix, (outputs,).
-    summed : ``a`` is for a part of the inputs, and other ranks have the others.
+    a : (inputs, rank), or (rank, inputs) where the file has it ``transposed``.
+    b : (rank, outputs), or (outputs, rank).
+    m : DoRA's magnitudes, the lengths of the rows of the changed matrix, (outputs,); None for LoRA.
+    summed : ``a`` holds a part of the inputs, and other ranks have the other parts.
     """
 
     a: Tensor
@@ -78,7 +68,7 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Inputs and outputs."""
+        """(inputs, outputs)."""
         first = 1 if self.transposed else 0
         return self.a.shape[first], self.b.shape[1 - first]
 
@@ -89,8 +79,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's folder holds, not yet read, by canonical names of modules and tensors.
+    """What an adapter's folder holds, not yet read.
 
+    low_rank : low-rank terms by the canonical names of their modules.
+    whole : tensors that take the place of the model's, by canonical name.
     ties : where the embedding is the head too, what changes it changes both, as in mlx-lm; in PEFT
         it changes one of them.
     """
@@ -102,7 +94,7 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        """Of what is added to a model's weights; low-rank terms are computed in float32."""
+        """Bytes that the low-rank terms add to a model's weights; they are kept in float32."""
         added = [t for term in self.low_rank.values() for t in (term.a, term.b, term.m) if t]
         return sum(4 * math.prod(tensor.shape) for tensor in added)
 
@@ -112,26 +104,20 @@ def is_adapter(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG, *ADAPTERS))
 
 
-def describe(folder: Path) -> str:
-    """ " of " and the model that an adapter names as its base, or nothing."""
-    try:
-        values = read_json(folder / CONFIG) or {}
-    except CheckpointError:
-        return ""
-    base = values.get("base_model_name_or_path") or values.get("model")
-    return f" of {short(base)}" if isinstance(base, str) and base else ""
+def about(folder: Path) -> dict[str, str | int | float]:
+    """An adapter's name and those of its settings that are numbers or words.
 
-
-def about(folder: Path) -> dict[str, Any]:
-    """An adapter's name and those of its settings that are numbers or words."""
+    Raises:
+        CheckpointError: for a configuration that is not JSON.
+    """
     values = read_json(folder / CONFIG) or {}
-    given = {**values, **(values.get("lora_parameters") or {})}
+    given: dict[str, Any] = {**values, **_object(values, "lora_parameters")}
     plain = {key: v for key, v in given.items() if isinstance(v, str | int | float)}
     return {"adapter": folder.resolve().name, **plain}
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in a folder.
+    """The adapter in a folder, from its configuration and the header of its weight file.
 
     Raises:
         CheckpointError: if something in it is missing, damaged or not supported.
@@ -153,21 +139,7 @@ def read_adapter(folder: Path) -> Adapter:
             "modules_to_save"
         )
     (_check_peft if peft else _check_mlx)(values)
-    header = read_header(file)
-    parts = PEFT_PARTS if peft else MLX_PARTS
-    terms: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    for source, tensor in header.items():
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(f"{short(source)} in {file.name} is {tensor.dtype}")
-        plain = source.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-        ending = next((end for end in parts if plain.endswith(f".{end}")), None)
-        if ending is None:
-            name = canonical_name(plain)
-            if name is not None:
-                whole[name] = tensor
-        else:
-            terms.setdefault(plain.removesuffix(f".{ending}"), {})[parts[ending]] = tensor
+    terms, whole = _sorted_tensors(file, PEFT_PARTS if peft else MLX_PARTS)
     low_rank: dict[str, LowRank] = {}
     dora = bool(values.get("use_dora")) or values.get("fine_tune_type") == "dora"
     for path, found in terms.items():
@@ -175,19 +147,42 @@ def read_adapter(folder: Path) -> Adapter:
         name = canonical_name(path)
         if name is None or canonical_name(f"{path}.weight") is None:
             continue  # of what is never computed, such as SigLIP's pooling head
-        scale = _peft_scale(path, values) if peft else _number(values["lora_parameters"], "scale")
+        scale = _peft_scale(path, values) if peft else _mlx_scale(values)
         low_rank[name] = LowRank(found["a"], found["b"], found.get("m"), scale, peft)
     if not low_rank and not whole:
         raise CheckpointError(f"{file} holds nothing that the model computes with")
     return Adapter(folder, low_rank, whole, ties=not peft)
 
 
-def _check_peft(values: Mapping[str, Any]) -> None:
+def _sorted_tensors(
+    file: Path, parts: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The parts of each low-rank term, by the file's name for its module, and the whole tensors by
+    canonical name.
+    """
+    terms: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for source, tensor in read_header(file).items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{short(source)} in {file.name} is {tensor.dtype}; "
+                f"it must be {' or '.join(FLOATS)}"
+            )
+        plain = source.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        ending = next((end for end in parts if plain.endswith(f".{end}")), None)
+        if ending is not None:
+            terms.setdefault(plain.removesuffix(f".{ending}"), {})[parts[ending]] = tensor
+        elif (name := canonical_name(plain)) is not None:
+            whole[name] = tensor
+    return terms, whole
+
+
+def _check_peft(values: Json) -> None:
     if values["peft_type"] != "LORA":
         raise CheckpointError(
             f"{CONFIG}: peft_type is {values['peft_type']!r}; supported is 'LORA', with DoRA"
         )
-    for key in REFUSED:
+    for key in UNSUPPORTED:
         if values.get(key):
             raise CheckpointError(f"{CONFIG}: {key} is not supported; train the adapter without it")
     initial = values.get("init_lora_weights")
@@ -198,7 +193,7 @@ def _check_peft(values: Mapping[str, Any]) -> None:
         )
 
 
-def _check_mlx(values: Mapping[str, Any]) -> None:
+def _check_mlx(values: Json) -> None:
     kind = values.get("fine_tune_type", "lora")
     if kind not in FINE_TUNE_TYPES:
         raise CheckpointError(
@@ -227,18 +222,33 @@ def _check_term(path: str, found: Mapping[str, Tensor], dora: bool, file: Path) 
         )
 
 
-def _number(values: Mapping[str, Any], key: str) -> float:
+def _number(values: Json, key: str) -> float:
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{CONFIG}: {key} must be a number, not {value!r}")
+    if isinstance(value, bool) or not is_number(value):
+        raise CheckpointError(f"{CONFIG}: {key} must be a number, not {shown(value)}")
     return float(value)
 
 
-def _peft_scale(path: str, values: Mapping[str, Any]) -> float:
-    """alpha / rank, or with rsLoRA its square root, of a module by PEFT's name for it."""
+def _object(values: Json, key: str) -> Json:
+    """The object under ``key``, empty where there is none."""
+    value = values.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{CONFIG}: {key} must be an object, not {shown(value)}")
+    return cast(Json, value or {})
 
-    def pattern(patterns: Any, default: str) -> float:
-        for key in patterns or {}:
+
+def _mlx_scale(values: Json) -> float:
+    return _number(_object(values, "lora_parameters"), "scale")
+
+
+def _peft_scale(path: str, values: Json) -> float:
+    """The scale of a module's term: alpha / rank, or with rsLoRA (arXiv 2312.03732) alpha /
+    sqrt(rank). ``path`` : PEFT's name for the module.
+    """
+
+    def number(patterns: Json, default: str) -> float:
+        """The number of the first pattern that the module's name ends with, as PEFT has it."""
+        for key in patterns:
             try:
                 if re.match(rf"(.*\.)?({key})$", path):
                     return _number(patterns, key)
@@ -246,208 +256,10 @@ def _peft_scale(path: str, values: Mapping[str, Any]) -> float:
                 raise CheckpointError(f"{CONFIG}: {key!r} is no regular expression") from None
         return _number(values, default)
 
-    rank = pattern(values.get("rank_pattern"), "r")
-    alpha = pattern(values.get("alpha_pattern"), "lora_alpha")
+    rank = number(_object(values, "rank_pattern"), "r")
+    alpha = number(_object(values, "alpha_pattern"), "lora_alpha")
     if rank < 1:
-        raise CheckpointError(f"{CONFIG}: the rank of {short(path)} is {rank:g}")
-    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-
-
-def check_fit(adapter: Adapter, model: OneVision) -> None:
-    """CheckpointError, with the first tensor for which the model has no place, or of another shape.
-
-    model : whose matrices are not joined.
-    """
-    modules = dict(model.named_modules())
-    parameters = dict(tree_flatten(model.parameters()))
-    tied = model.config.tie_word_embeddings and not adapter.ties
-    table = model.language_model.get("embed_tokens") if tied else None
-    for name, term in adapter.low_rank.items():
-        module = modules.get(name, table if name == HEAD else None)
-        if not isinstance(module, (*LINEAR, *EMBEDDING)):
-            raise _misfit(adapter, term.a, "the model has no such layer")
-        shape = _dims(name, module)
-        if _padded(name, term.shape, shape) is None:
-            raise _misfit(
-                adapter, term.a, f"it is for a layer of {_sizes(term.shape)}, not {_sizes(shape)}"
-            )
-        if term.rank != term.b.shape[1 if term.transposed else 0]:
-            raise _misfit(adapter, term.b, f"its rank is not that of {short(term.a.source)}")
-        if term.m is not None and isinstance(module, EMBEDDING):
-            raise _misfit(adapter, term.m, "DoRA of an embedding is not supported")
-        if term.m is not None and term.m.shape != (term.shape[1],):
-            raise _misfit(adapter, term.m, f"its shape is {list(term.m.shape)}")
-    for name, tensor in adapter.whole.items():
-        path, _, leaf = name.rpartition(".")
-        module = modules.get(path)
-        if path == HEAD and module is None:
-            module = table
-        if isinstance(module, (*LINEAR, *EMBEDDING)) and leaf == "weight":
-            inputs, outputs = _dims(path, module)
-            wanted = (inputs, outputs) if isinstance(module, EMBEDDING) else (outputs, inputs)
-            if path == HEAD:
-                wanted = tuple(sorted(wanted, reverse=True))
-        elif name in parameters:
-            wanted = parameters[name].shape
-        else:
-            raise _misfit(adapter, tensor, "the model has no such tensor")
-        if tensor.shape not in (wanted, _torch_order(wanted)):
-            raise _misfit(
-                adapter, tensor, f"its shape is {list(tensor.shape)}, the model's {list(wanted)}"
-            )
-
-
-def _torch_order(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """PyTorch's shape of a convolution, whose channels are last in MLX."""
-    return (shape[0], shape[3], *shape[1:3]) if len(shape) == 4 else shape
-
-
-def _misfit(adapter: Adapter, tensor: Tensor, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"The adapter {adapter.folder} does not fit the model: {short(tensor.source)}: {why}; "
-        "give the model that it was trained on"
-    )
-
-
-def _sizes(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} inputs and {shape[1]} outputs"
-
-
-def _dims(name: str, module: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer; of an embedding, its rows and their width. The head
-    has a linear layer's even where it is the embedding.
-    """
-    rows, columns = module.weight.shape
-    if "scales" in module:
-        columns = columns * 32 // module.bits
-    return (rows, columns) if isinstance(module, EMBEDDING) and name != HEAD else (columns, rows)
-
-
-def _padded(name: str, shape: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int] | None:
-    """The zeros to add to the inputs and outputs of a term; None where it does not fit. The tower's
-    MLPs are padded where that lets them be quantized.
-    """
-    more = (wanted[0] - shape[0], wanted[1] - shape[1])
-    grows = (name.endswith(".mlp.fc2"), name.endswith(".mlp.fc1"))
-    in_tower = name.startswith("vision_tower.")
-    fits = all(
-        n == 0 or (in_tower and can and 0 < n < 128) for n, can in zip(more, grows, strict=True)
-    )
-    return more if fits else None
-
-
-def apply_adapter(model: OneVision, adapter: Adapter) -> None:
-    """Changes a model that the adapter fits, before its matrices are joined; nothing is read yet.
-    A head that is the embedding becomes one of its own where only one of them is changed.
-    """
-    files = LazyTensorFiles()
-    changed_names = {name.removesuffix(".weight") for name in (*adapter.low_rank, *adapter.whole)}
-    if model.config.tie_word_embeddings and not adapter.ties and changed_names & {HEAD, TABLE}:
-        _untie(model)
-    for name, tensor in adapter.whole.items():
-        _replace(model, name, files.take(tensor))
-    modules = dict(model.named_modules())
-    changed: list[tuple[str, nn.Module]] = []
-    for name, term in adapter.low_rank.items():
-        module: Any = modules[name]
-        a, b, m = _factors(files, name, term, _dims(name, module))
-        if isinstance(module, EMBEDDING):
-            changed.append((name, AdaptedEmbedding(module, a, b)))
-        else:
-            group = model.group if term.summed else None
-            changed.append((name, AdaptedLinear(module, a, b, m, group)))
-    model.update_modules(tree_unflatten(changed))
-
-
-def _factors(
-    files: LazyTensorFiles, name: str, term: LowRank, dims: tuple[int, int]
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """``a``, ``b`` with the scale, and DoRA's lengths, for a module of so many inputs and outputs,
-    padded as it is.
-    """
-    a, b = (files.take(tensor).astype(mx.float32) for tensor in (term.a, term.b))
-    if term.transposed:
-        a, b = a.T, b.T
-    more = _padded(name, term.shape, dims)
-    assert more is not None  # the adapter fits
-    a = mx.pad(a, [(0, more[0]), (0, 0)])
-    b = mx.pad(b * term.scale, [(0, 0), (0, more[1])])
-    if term.m is None:
-        return a, b, None
-    return a, b, mx.pad(files.take(term.m).astype(mx.float32), [(0, more[1])])
-
-
-def changes(adapter: Adapter, model: OneVision) -> dict[str, Callable[[mx.array], mx.array]]:
-    """What makes each weight of a model that the adapter fits the one that computes the same as
-    both, in float32: by the name of a module for its matrix, and of any other tensor.
-
-    Raises RequestError where the embedding is the head and only one of them is changed.
-    """
-    touched = {name.removesuffix(".weight") for name in (*adapter.low_rank, *adapter.whole)}
-    if model.config.tie_word_embeddings and not adapter.ties and touched & {HEAD, TABLE}:
-        raise RequestError(
-            f"the adapter {adapter.folder} changes only one of the embedding and the head, which "
-            "are one matrix in this model; use it unfused, with --adapter"
+        raise CheckpointError(
+            f"{CONFIG}: the rank of {short(path)} is {rank:g}; it must be 1 or more"
         )
-    modules = dict(model.named_modules())
-    made: dict[str, Callable[[mx.array], mx.array]] = {}
-    for name, tensor in adapter.whole.items():
-        path, _, leaf = name.rpartition(".")
-        is_matrix = leaf == "weight" and isinstance(modules.get(path), (*LINEAR, *EMBEDDING))
-        made[name] = partial(_instead, tensor)
-        if is_matrix:  # which a plan has under either name
-            made[path] = made[name]
-    for name, term in adapter.low_rank.items():
-        table = isinstance(modules[name], EMBEDDING)
-        made[name] = partial(_merged, name, term, table, made.get(name))
-    return made
-
-
-def _instead(tensor: Tensor, _: mx.array) -> mx.array:
-    return LazyTensorFiles().take(tensor).astype(mx.float32)
-
-
-def _merged(
-    name: str,
-    term: LowRank,
-    table: bool,
-    first: Callable[[mx.array], mx.array] | None,
-    weight: mx.array,
-) -> mx.array:
-    weight = weight if first is None else first(weight)
-    rows, columns = weight.shape
-    dims = (rows, columns) if table else (columns, rows)
-    a, b, m = _factors(LazyTensorFiles(), name, term, dims)
-    layer: Any = nn.Embedding(1, 1) if table else nn.Linear(1, 1, bias=False)
-    layer.weight = weight
-    return (AdaptedEmbedding(layer, a, b) if table else AdaptedLinear(layer, a, b, m)).merged()
-
-
-def _untie(model: OneVision) -> None:
-    """Gives a model whose embedding is its head a head of its own, with the same arrays."""
-    table: Any = model.language_model.embed_tokens
-    head: Any
-    if isinstance(table, nn.QuantizedEmbedding):
-        head = nn.QuantizedLinear(64, 1, bias=False, bits=table.bits, mode=table.mode)
-        head.group_size = table.group_size
-    else:
-        head = nn.Linear(1, 1, bias=False)
-    head.update(table.parameters())
-    model.lm_head = head
-    model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
-
-
-def _replace(model: OneVision, name: str, array: mx.array) -> None:
-    """Puts a tensor in a parameter's place. A quantized module becomes one that is not."""
-    path, _, leaf = name.rpartition(".")
-    module: Any = dict(model.named_modules())[path]
-    if array.ndim == 4 and array.shape != module[leaf].shape:
-        array = array.transpose(0, 2, 3, 1)
-    array = array.astype(model.dtype)
-    if leaf == "weight" and "scales" in module:
-        plain: Any = nn.Embedding(1, 1) if isinstance(module, EMBEDDING) else nn.Linear(1, 1, False)
-        if "bias" in module:
-            plain.bias = module.bias
-        model.update_modules(tree_unflatten([(path, plain)]))
-        module = plain
-    module[leaf] = array
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """From a model's name to the folder that holds it, downloaded if need be; and from a folder to the
 name and revision that identify it.
 
@@ -10,7 +11,7 @@ gives files are checked before the client makes paths of them, and weights by it
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -96,7 +97,7 @@ def resolve(
     name = str(model)
     repository = repository_of(model)
     if repository is not None:
-        with answers(repository, revision, endpoint):
+        with translated_errors(repository, revision, endpoint):
             _check_config(repository, revision, cache_dir, endpoint)
         return _download(repository, revision, cache_dir, endpoint)
     folder = _existing(EMBEDDED if model == DEMO else name)
@@ -130,6 +131,16 @@ def check_files(folder: Path) -> None:
                 f"{path.name} is a link that leads out of the model's folder; put the file itself "
                 "there"
             )
+
+
+def not_a_model(name: str | Path, config: Mapping[str, Any]) -> str:
+    """What to say of an adapter where a model was wanted; ``config`` : its adapter_config.json."""
+    base = config.get("base_model_name_or_path") or config.get("model")
+    of = f" of {short(base)}" if isinstance(base, str) and base else ""
+    return (
+        f"{name} is an adapter{of}, not a model; give the model with --model and the adapter with "
+        "--adapter"
+    )
 
 
 def resolve_adapter(adapter: str | Path) -> Path:
@@ -178,10 +189,14 @@ def _download(
     repository: str, revision: str | None, cache_dir: Path | None, endpoint: str | None
 ) -> Path:
     since = time.time()
-    with answers(repository, revision, endpoint), _progress(repository) as bar, checked_names():
-        from huggingface_hub import snapshot_download
+    with (
+        translated_errors(repository, revision, endpoint),
+        _progress(repository) as bar,
+        checked_names(),
+    ):
+        import huggingface_hub
 
-        folder = snapshot_download(
+        folder = huggingface_hub.snapshot_download(
             repository,
             revision=revision,
             cache_dir=cache_dir,
@@ -205,16 +220,17 @@ def _check_config(
         ModelNotFoundError: for an adapter, which has none.
     """
     import httpx2
-    from huggingface_hub import constants, errors, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub import constants, errors, hf_hub_url, try_to_load_from_cache, utils
 
     from mlx_onevision.config.model import of_this_model
 
     def fetch(name: str) -> dict[str, Any]:
         # Not the client's own download: it waits long for a network that is not there.
         url = hf_hub_url(repository, name, revision=revision, endpoint=endpoint)
-        response = get_session().get(url, headers=build_hf_headers(), timeout=CONFIG_TIMEOUT)
-        hf_raise_for_status(response)
+        response = utils.get_session().get(
+            url, headers=utils.build_hf_headers(), timeout=CONFIG_TIMEOUT
+        )
+        utils.hf_raise_for_status(response)
         return dict(json.loads(response.content))
 
     cached = try_to_load_from_cache(repository, "config.json", cache_dir, revision)
@@ -224,12 +240,8 @@ def _check_config(
         try:
             values = fetch("config.json")
         except errors.RemoteEntryNotFoundError:
-            base = fetch("adapter_config.json").get("base_model_name_or_path")
-            of = f" of {short(base)}" if isinstance(base, str) and base else ""
-            raise ModelNotFoundError(
-                f"{repository} is an adapter{of}, not a model; give the model with --model and the "
-                "adapter with --adapter"
-            ) from None
+            config = fetch("adapter_config.json")
+            raise ModelNotFoundError(not_a_model(repository, config)) from None
     except (errors.HfHubHTTPError, httpx2.HTTPError, ValueError, TypeError):
         return  # the download of the whole model says what it is
     try:
@@ -239,9 +251,9 @@ def _check_config(
 
 
 @contextmanager
-def answers(
+def translated_errors(
     repository: str, revision: str | None = None, endpoint: str | None = None
-) -> Iterator[None]:
+) -> Generator[None]:
     """Translates the errors of huggingface_hub into one sentence each.
 
     Raises:
@@ -291,16 +303,17 @@ def answers(
 
 
 @contextmanager
-def _progress(repository: str) -> Iterator[Any]:
+def _progress(repository: str) -> Generator[Any]:
     """A tqdm class for snapshot_download, which makes several bars: of them, the first that counts
     bytes is shown, on a terminal and once it takes longer than a moment.
     """
     from huggingface_hub import constants
     from tqdm import tqdm
 
-    bars = []
+    bars: list[Any] = []
+    base: Any = tqdm  # which takes type arguments in its stubs alone
 
-    class Bar(tqdm):
+    class Bar(base):
         def __init__(self, *args: Any, **settings: Any) -> None:
             if settings.get("unit") == "B" and not bars:
                 bars.append(self)

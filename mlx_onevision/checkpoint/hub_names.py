@@ -5,11 +5,11 @@ a server that is not the real one (``HF_ENDPOINT``, a proxy) could have it write
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_onevision.errors import ModelNotFoundError, short
 
@@ -23,8 +23,12 @@ _HEADERS = {"x-repo-commit": COMMIT, "x-xet-hash": _NAME}
 
 
 @contextmanager
-def checked_names() -> Iterator[None]:
-    """Within it, ModelNotFoundError for an answer of a hub with a name that is none."""
+def checked_names() -> Generator[None]:
+    """Checks every answer of a hub meanwhile.
+
+    Raises:
+        ModelNotFoundError: for an answer with a name of a file or a commit that is none.
+    """
     from huggingface_hub.utils import get_session
 
     hooks = get_session().event_hooks["response"]
@@ -57,10 +61,12 @@ def _check(response: Any) -> None:
 
 
 def _names(value: Any) -> Iterator[tuple[re.Pattern[str], Any]]:
-    for entry in value if isinstance(value, list) else [value]:
+    """The names in the JSON of an answer, each with the pattern that it must have."""
+    for entry in cast(list[Any], value) if isinstance(value, list) else [value]:
         if isinstance(entry, dict):
-            yield from ((_KEYS[key], entry[key]) for key in _KEYS & entry.keys() if entry[key])
-            yield from _names(entry.get("lfs"))
+            fields = cast(dict[str, Any], entry)
+            yield from ((_KEYS[key], fields[key]) for key in _KEYS & fields.keys() if fields[key])
+            yield from _names(fields.get("lfs"))
 
 
 def check_bytes(repository: str, folder: Path, since: float) -> None:

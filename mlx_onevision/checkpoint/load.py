@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """From a folder to a model: every layout, quantized or not, its weights mapped and not yet read.
 
 Names, shapes and dtypes are checked from the files' headers, against the model that config.json
@@ -9,16 +10,17 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint import adapters, manifest
-from mlx_onevision.checkpoint.hub import check_files
+from mlx_onevision.checkpoint.apply_adapter import apply_adapter, check_fit
+from mlx_onevision.checkpoint.hub import check_files, not_a_model
 from mlx_onevision.checkpoint.plan import (
     FLOATS,
     PARTS,
@@ -29,8 +31,6 @@ from mlx_onevision.checkpoint.plan import (
 )
 from mlx_onevision.checkpoint.recipes import Recipe
 from mlx_onevision.checkpoint.sharing import (
-    EMBEDDING,
-    HEAD,
     adapter_of_stage,
     check_ranks,
     make_stage,
@@ -38,14 +38,22 @@ from mlx_onevision.checkpoint.sharing import (
     share,
     share_adapter,
 )
-from mlx_onevision.checkpoint.tensors import NORM, Tensor, canonical_name, read_weights, same_bytes
+from mlx_onevision.checkpoint.tensors import (
+    EMBEDDING,
+    HEAD,
+    POST_LAYERNORM,
+    Tensor,
+    canonical_name,
+    read_weights,
+    same_bytes,
+)
 from mlx_onevision.config import original_layout
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.config.model import DTYPES, OneVisionConfig
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import CheckpointError, ModelNotFoundError, RequestError, short
 from mlx_onevision.files import read_json
-from mlx_onevision.network.layers import device_kind, fuse
+from mlx_onevision.network.layers import arrays_of, device_kind, fuse
 from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.memory_sizes import DENSE_ROWS
 from mlx_onevision.network.onevision import OneVision
@@ -73,7 +81,7 @@ class OpenedCheckpoint:
     """A folder whose files have been checked against its configuration, and not yet read.
 
     values : config.json as it stands.
-    tensors : by canonical name. ``unused`` are those of :data:`NORM` that the folder has.
+    tensors : by canonical name. ``unused`` are those of :data:`POST_LAYERNORM` that the folder has.
     quantized : how each quantized module is quantized, by canonical name.
     network : the model that they fit, with weights of no meaning.
     """
@@ -102,8 +110,8 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
     values = read_config(folder)
     config = OneVisionConfig.from_dict(original_layout.with_placeholders(values, folder))
     defaults = GenerationDefaults.from_dict(read_json(folder / "generation_config.json"), values)
-    tensors = read_weights(folder, also=NORM)
-    unused = {name: tensors.pop(name) for name in NORM if name in tensors}
+    tensors = read_weights(folder, also=POST_LAYERNORM)
+    unused = {name: tensors.pop(name) for name in POST_LAYERNORM if name in tensors}
     if not config.has_newline:
         tensors.pop("image_newline", None)  # left over from the checkpoint that was fine-tuned
     tied = _settle_head(tensors, config.tie_word_embeddings)
@@ -125,7 +133,7 @@ def load_checkpoint(
     split: Split | None = None,
     adapter: Path | None = None,
     admit: Callable[[MemoryModel], None] = lambda _: None,
-    progress: Callable[[int, int], object] = lambda *_: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Checkpoint:
     """The model of a folder in any of the published layouts.
 
@@ -162,7 +170,7 @@ def load_checkpoint(
     described, tied = plan.config, plan.config.tie_word_embeddings
     stage = None
     if given is not None and group is not None:
-        adapters.check_fit(given, opened.network)
+        check_fit(given, opened.network)
     if group is not None and split is not None:
         stage = make_stage(plan, group, split, limit or sys.maxsize)
         plan = plan_of_stage(plan, stage)
@@ -181,11 +189,11 @@ def load_checkpoint(
     whole = recipe is None and group is None
     model = opened.network if whole else _network(plan.config, plan.specs, group, stage)
     if given is not None:
-        adapters.check_fit(given, model)
+        check_fit(given, model)
     model.load_weights(_weights(plan, progress))
     _unpack_positions(model)
     if given is not None:
-        adapters.apply_adapter(model, given)
+        apply_adapter(model, given)
         described = replace(described, tie_word_embeddings=model.config.tie_word_embeddings)
     if fused:
         fuse(model)
@@ -221,11 +229,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     values = read_json(folder / "config.json")
     if values is None and adapters.is_adapter(folder):
-        about = adapters.describe(folder)
-        raise CheckpointError(
-            f"{folder} is an adapter{about}, not a model; give the model with --model and the "
-            "adapter with --adapter"
-        )
+        config = None
+        with suppress(CheckpointError):
+            config = read_json(folder / adapters.CONFIG)
+        raise CheckpointError(not_a_model(folder, config or {}))
     if values is None:
         raise CheckpointError(f"{folder} has no config.json, so it is not a model's folder")
     return values
@@ -279,7 +286,7 @@ def _network(
     """A model whose modules of ``specs`` are MLX's quantized ones."""
     model = OneVision(config, group, stage)
 
-    def parameters(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def parameters(path: str, module: Any) -> bool | dict[str, Any]:
         if path not in specs:
             return False
         width, group_size = module["weight"].shape[-1], specs[path].group_size
@@ -301,13 +308,13 @@ def _checked(model: OneVision, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     """The tensors of the model, their names, shapes and dtypes held against it. Others are left
     out, as in the reference, but for those of its modules: they would change what these compute.
     """
-    wanted: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    wanted = arrays_of(model.parameters())
     lacking = [name for name in wanted if name not in tensors]
     extra = [tensor for name, tensor in tensors.items() if name not in wanted]
     modules = {name.rpartition(".")[0] for name in wanted} - {""}
     second = [t.source for t in extra if any(part in modules for part in _above(t.name))]
     if lacking or second:
-        parts = []
+        parts: list[str] = []
         if lacking:
             parts.append(f"lack {_count(lacking)}")
         if second or extra:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_onevision.errors import CheckpointError, short
 from mlx_onevision.files import read_json
@@ -18,8 +18,8 @@ NAME = "mlx_onevision_manifest.json"
 FORMAT = 1
 CHUNK = 1 << 24  # bytes
 
-# People edit a model's page, and the network does not depend on it.
-FREE = ("README.md",)
+# May be edited: people write on a model's card, and the network does not depend on it.
+EDITABLE = ("README.md",)
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def text(files: Mapping[str, File]) -> str:
 def check(
     folder: Path, hashes: bool = False, progress: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Holds a folder against its manifest; one that has none is not this converter's, and passes.
+    """Compares a folder with its manifest. A folder without one is not the converter's, and passes.
 
-    hashes : read the files and compare these as well.
+    hashes : read the files and compare their SHA-256 as well.
     progress : called with how many bytes have just been read.
 
     Raises:
@@ -55,7 +55,7 @@ def check(
         return
     for name, file in files.items():
         path = folder / name
-        if name in FREE and not hashes:
+        if name in EDITABLE and not hashes:
             continue
         try:
             size = path.stat().st_size
@@ -87,11 +87,12 @@ def _read(folder: Path) -> dict[str, File] | None:
     listed = values.get("files")
     if values.get("format") != FORMAT or not isinstance(listed, dict):
         raise CheckpointError(f"{NAME} is of another format; update mlx-onevision")
-    files = {}
-    for name, entry in listed.items():
-        if Path(name).name != name or "\\" in name or "\0" in name or not _is_file(entry):
-            raise CheckpointError(f"{NAME} has no valid entry for {short(name)}")
-        files[name] = File(entry["size"], entry["sha256"])
+    files: dict[str, File] = {}
+    for name, entry in cast(dict[str, Any], listed).items():
+        file = _file(entry)
+        if Path(name).name != name or "\\" in name or "\0" in name or file is None:
+            raise CheckpointError(f"{NAME} has no valid entry for {short(name)}; delete it")
+        files[name] = file
     return files
 
 
@@ -105,9 +106,9 @@ def _digest(path: Path, progress: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-def _is_file(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and type(entry.get("size")) is int
-        and isinstance(entry.get("sha256"), str)
-    )
+def _file(entry: Any) -> File | None:
+    """An entry of the manifest; None where it is none."""
+    if not isinstance(entry, dict):
+        return None
+    size, digest = (cast(dict[str, Any], entry).get(key) for key in ("size", "sha256"))
+    return File(size, digest) if type(size) is int and isinstance(digest, str) else None

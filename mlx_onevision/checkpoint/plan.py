@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """What will be made of a checkpoint, before a byte of it is read.
 
 A plan knows the name, dtype and shape of every tensor, so sizes are known and headers can be

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import RequestError
@@ -127,7 +127,9 @@ def mixed(
 
 
 def from_file(path: Path) -> Recipe:
-    """A recipe of one's own, from a JSON file::
+    """A recipe from a JSON file, such as this one.
+
+    ::
 
         {"language": {"bits": 4}, "vision": {"bits": 8},
          "rules": [{"modules": "*.lm_head", "bits": 6}, {"modules": "*.layers.0.*", "bits": 16}]}
@@ -148,15 +150,10 @@ def from_file(path: Path) -> Recipe:
     rules = values.get("rules", [])
     if not isinstance(rules, list):
         raise RequestError(f"the rules of {path.name} are not a list")
-    made = []
-    for number, rule in enumerate(rules, 1):
-        where = f"rule {number} of {path.name}"
-        if not isinstance(rule, dict) or not isinstance(rule.get("modules"), str):
-            raise RequestError(f"{where} does not say which modules it is about")
-        given = {key: value for key, value in rule.items() if key != "modules"}
-        if not given:
-            raise RequestError(f"{where} does not say how; give bits, or 16 to leave them")
-        made.append(Rule(rule["modules"], _entry(given, where)))
+    made = [
+        _rule(rule, f"rule {number} of {path.name}")
+        for number, rule in enumerate(cast(list[Any], rules), 1)
+    ]
     language = _entry(values.get("language", {}), f"language of {path.name}")
     vision = _entry(values.get("vision", {"bits": VISION_BITS}), f"vision of {path.name}")
     return Recipe(path.stem, language, vision, rules=tuple(made))
@@ -191,16 +188,27 @@ def vision_spec(bits: int | None) -> ModuleQuantization | None:
     return None if bits is None else quantization_spec(bits)
 
 
+def _rule(given: Any, where: str) -> Rule:
+    entry = cast(dict[str, Any], given).copy() if isinstance(given, dict) else {}
+    pattern = entry.pop("modules", None)
+    if not isinstance(pattern, str):
+        raise RequestError(f"{where} does not say which modules it is about; give modules")
+    if not entry:
+        raise RequestError(f"{where} does not say how; give bits, or 16 to leave them")
+    return Rule(pattern, _entry(entry, where))
+
+
 def _entry(given: Any, where: str) -> ModuleQuantization | None:
     if given is False or given == {"bits": 16}:
         return None
     if not isinstance(given, dict) or given.keys() - {"bits", "group_size", "mode"}:
         raise RequestError(f"{where} is not false or an object with bits, group_size and mode")
-    numbers = [given.get(key) for key in ("bits", "group_size")]
-    if not all(number is None or type(number) is int for number in numbers):
+    entry = cast(dict[str, Any], given)
+    bits, group_size = entry.get("bits"), entry.get("group_size")
+    if not all(number is None or type(number) is int for number in (bits, group_size)):
         raise RequestError(f"{where} has bits or a group_size that is no whole number")
     try:
-        return quantization_spec(numbers[0], numbers[1], str(given.get("mode", "affine")))
+        return quantization_spec(bits, group_size, str(entry.get("mode", "affine")))
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
 

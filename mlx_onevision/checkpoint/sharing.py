@@ -18,16 +18,14 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_onevision.checkpoint.adapters import Adapter, LowRank
-from mlx_onevision.checkpoint.plan import ConversionPlan
-from mlx_onevision.checkpoint.tensors import Tensor
+from mlx_onevision.checkpoint.plan import ConversionPlan, TensorTransform
+from mlx_onevision.checkpoint.tensors import EMBEDDING, HEAD, Tensor
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import gather_integers
 from mlx_onevision.errors import RequestError
 from mlx_onevision.network.layers import on_cuda
 from mlx_onevision.network.stages import Split, Stage, counts, of_layers
 
-EMBEDDING = "language_model.embed_tokens"
-HEAD = "lm_head"
 NORM = "language_model.norm"
 LAST = (HEAD, NORM)  # what the rank with the last layers has
 LAYERS = "language_model.layers."
@@ -159,7 +157,7 @@ def make_stage(
 def plan_of_stage(plan: ConversionPlan, stage: Stage) -> ConversionPlan:
     """A rank's part of a plan; its layers are counted from 0."""
     own_name = partial(_own_name, stage, plan.config.tie_word_embeddings)
-    transforms = []
+    transforms: list[TensorTransform] = []
     for one in plan.transforms:
         outputs = [
             dataclasses.replace(output, name=own)

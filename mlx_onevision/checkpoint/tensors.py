@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -38,12 +39,15 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors")  # these may lie beside a model
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+EMBEDDING = "language_model.embed_tokens"  # modules of the network
+HEAD = "lm_head"
+
 # In the files, never used: the tower's features are taken before post_layernorm and the head.
 UNUSED = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|position_ids)|vision_tower\.(head|post_layernorm)\..*"
 )
 # Of these, what other programs ask for all the same.
-NORM = ("vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias")
+POST_LAYERNORM = ("vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias")
 RENAMED = (
     ("model.", ""),
     ("vision_tower.vision_tower.", "vision_tower."),
@@ -93,7 +97,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     try:
         stop = _check_header_size(path)
-        with safe_open(path, framework="numpy") as file:
+        opened: Any = safe_open(path, framework="numpy")
+        with opened as file:
             for source in file.offset_keys():
                 entry = file.get_slice(source)
                 dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
@@ -221,7 +226,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     index = values.get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{INDEX} has no weight_map")
-    for source, name in index.items():
+    files = cast(dict[str, Any], index)
+    for source, name in files.items():
         # A shard is a file of this folder: an index must not point anywhere else.
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{INDEX} names a file outside its folder for {short(source)}")
@@ -229,7 +235,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
             raise CheckpointError(
                 f"{INDEX} names {short(name)}, but only .safetensors files are opened"
             )
-    return index
+    return files
 
 
 def _require_named(name: str, index: Mapping[str, str], header: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_onevision.distributed import all_sum
 
@@ -299,3 +300,13 @@ def dense_weight(layer: Any) -> mx.array:
         bits=layer.bits,
         mode=layer.mode,
     )
+
+
+def modules_of(model: nn.Module) -> dict[str, Any]:
+    """The modules of a network by their paths, of any class: MLX does not declare them."""
+    return dict(model.named_modules())
+
+
+def arrays_of(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree, such as a module's parameters, by their paths with dots."""
+    return dict(tree_flatten(tree))

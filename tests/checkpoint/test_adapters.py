@@ -203,12 +203,24 @@ def test_what_does_not_fit_names_the_first_tensor(tmp_path: Path) -> None:
         ({"lora_alpha": "8"}, "lora_alpha must be a number, not '8'"),
         ({"alpha_pattern": {"(": 3}}, "'(' is no regular expression"),
         ({"use_dora": True}, "no magnitude"),
+        ({"rank_pattern": 5}, "rank_pattern must be an object, not 5"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused(
     tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     assert said in refusal(write(tmp_path / "m"), peft(tmp_path / "a", **settings))
+
+
+@pytest.mark.parametrize("given", [None, {"scale": None}])
+def test_a_low_rank_term_without_its_scale_is_refused(
+    tmp_path: Path, given: dict[str, Any] | None
+) -> None:
+    """Also among the whole tensors of a full fine-tune, whose settings have none."""
+    kind = "full" if given is None else "lora"
+    found = mlx_lm(tmp_path / "a", fine_tune_type=kind, lora_parameters=given)
+    assert "scale must be a number, not None" in refusal(write(tmp_path / "m"), found)
 
 
 def test_folders_that_are_no_adapters(tmp_path: Path) -> None:

@@ -23,14 +23,13 @@ from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import LazyTensorFiles, make_plan
 from mlx_onevision.checkpoint.recipes import Recipe, uniform
 from mlx_onevision.checkpoint.sharing import (
-    EMBEDDING,
     check_ranks,
     make_stage,
     plan_of_stage,
     share,
     share_adapter,
 )
-from mlx_onevision.checkpoint.tensors import Tensor, canonical_name, read_header
+from mlx_onevision.checkpoint.tensors import EMBEDDING, Tensor, canonical_name, read_header
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.distributed import group, launched, rank
 from mlx_onevision.engine import engine
