@@ -5,6 +5,10 @@ It has no full stop, so that an entry point (the command, a server), which print
 nothing else, can go on after it.
 """
 
+import traceback
+
+LOGGED_FRAMES = 8  # of a traceback, the innermost
+
 
 class OneVisionError(Exception):
     """Anything this package refuses to do. ``code`` is stable, for programs; the message is for
@@ -92,6 +96,18 @@ def sentence(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     detail = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"a defect ({detail}); please report it with what the same command prints with --debug"
+
+
+def place_of(error: BaseException) -> str:
+    """Where ``error`` was raised: modules and lines, outermost first.
+
+    For logs: an error's own text may hold a prompt, a path or an address.
+    """
+    frames = [
+        f"{frame.f_globals.get('__name__', '?')}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    return " > ".join(frames[-LOGGED_FRAMES:]) or "no known place"
 
 
 def short(name: str, most: int = 100) -> str:

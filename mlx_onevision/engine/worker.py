@@ -13,7 +13,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 import mlx.core as mx
 
-from mlx_onevision.errors import DiedError, OneVisionError
+from mlx_onevision.errors import DiedError, OneVisionError, place_of
 
 Owned = TypeVar("Owned")
 Result = TypeVar("Result")
@@ -203,9 +203,12 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
             job = None
     except BaseException as error:
         if not isinstance(error, DiedError):
-            # As text: a log that kept the error would keep the arrays that its frames hold.
-            text = "".join(traceback.format_exception(error))
-            logger.critical("the model's thread has died:\n%s", text)
+            name, place = type(error).__name__, place_of(error)
+            logger.critical("the model's thread has died: %s at %s", name, place)
+            # As text: a log that kept the error would keep the arrays that its frames hold. Only
+            # for who asks for it: the error's words may hold a prompt or a path.
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("%s", "".join(traceback.format_exception(error)))
         jobs.lose(error, job)
 
 

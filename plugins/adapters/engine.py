@@ -39,10 +39,10 @@ PREPARING = max(2, (os.cpu_count() or 1) // 2)
 GROUP = 10  # items that are read and embedded together
 
 # Settings have the library's own names.
-SETTINGS = [
+GENERATE_SETTINGS = [
     f.name for f in fields(GenerateRequest) if f.name not in ("messages", "stop", "timeout")
 ]
-DESCRIBING = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
+DESCRIBE_SETTINGS = [f.name for f in fields(DescribeRequest) if f.name not in ("video", "timeout")]
 
 
 def open_engine(
@@ -71,7 +71,6 @@ def open_engine(
         A program that asks for itself alone takes ``MediaPolicy.trusting()``.
     limits : how much is taken on at once, and for how long.
     """
-
     folders: list[Path] = []
     found: list[results.ModelInfo] = []
 
@@ -123,7 +122,7 @@ def open_engine(
 
 def import_engine() -> None:
     """Imports everything that running a model takes, which otherwise the first request does."""
-    import mlx_onevision.api  # noqa: F401
+    import mlx_onevision.api  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from mlx_onevision.engine.decode import import_mlx_lm
 
     import_mlx_lm()
@@ -167,7 +166,7 @@ class _Engine:
         return _result(stream.result(), None if request.logprobs is None else tuple(logprobs))
 
     def _question(self, request: GenerateRequest, channel: Channel) -> "PromptRequest":
-        given = self._settings(request, SETTINGS)
+        given = self._settings(request, GENERATE_SETTINGS)
         if request.logit_bias is not None:
             given["logit_bias"] = {one.token: one.bias for one in request.logit_bias}
         if request.max_tokens is None:
@@ -207,19 +206,20 @@ class _Engine:
 
     def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
         total = len(request.items)
-        parts = []
+        parts: list[Embeddings] = []
         for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
             channel.check()
             channel.put(results.ProgressEvent("embedding", first, total))
             parts.append(self._embedded(request, first, channel))
-        vectors = tuple(tuple(vector) for part in parts for vector in part.vectors.tolist())
+        vectors: list[list[float]] = [v for part in parts for v in part.vectors.tolist()]
         names = [field.name for field in fields(EmbedResult) if field.name != "vectors"]
-        return EmbedResult(vectors=vectors, **{name: getattr(parts[0], name) for name in names})
+        same = {name: getattr(parts[0], name) for name in names}
+        return EmbedResult(vectors=tuple(map(tuple, vectors)), **same)
 
     def _embedded(self, request: EmbedRequest, first: int, channel: Channel) -> "Embeddings":
         """A group of items; no more of them are ever held at once."""
         with _MediaReader(self._policy, self._decoding, channel) as reader:
-            items = []
+            items: list[Any] = []
             for number, item in enumerate(request.items[first : first + GROUP], first + 1):
                 channel.check()
                 try:
@@ -247,7 +247,7 @@ class _Engine:
         from mlx_onevision.describe.formats import Segment as LibrarySegment
         from mlx_onevision.describe.pipeline import Progress
 
-        given = self._settings(request, DESCRIBING)
+        given = self._settings(request, DESCRIBE_SETTINGS)
         segments: list[results.Segment] = []
         with _MediaReader(self._policy, self._decoding, channel) as reader:
             channel.put(results.ProgressEvent("preparing"))

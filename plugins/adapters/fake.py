@@ -43,7 +43,9 @@ INFO = results.ModelInfo(
 
 
 class FakeBackend(Service):
-    """pieces : what every answer consists of; without them it repeats the question and counts what
+    """A backend that is set to what it answers, and to how it fails.
+
+    pieces : what every answer consists of; without them it repeats the question and counts what
         came with it. Where a schema is asked for, it is a document of that instead.
     delay : seconds before each piece, each item that is embedded, each segment.
     load_seconds : how long loading takes.
@@ -159,7 +161,8 @@ class FakeBackend(Service):
 
         def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
             requests.require_capability(request, self._owner._claimed)
-            vectors, policy = [], self._owner.policy
+            policy = self._owner.policy
+            vectors: list[tuple[float, ...]] = []
             for place, item in enumerate(request.items):
                 channel.put(results.ProgressEvent("embedding", place, len(request.items)))
                 self._owner._step(place, channel)
@@ -285,8 +288,13 @@ def _logprob(piece: str, count: int) -> results.TokenLogprob:
 # Fake documents: what a JSON Schema allows. The usual keywords are known, others are refused.
 
 _NOTES = set("$defs $id $schema default definitions description examples title x-guidance".split())
-_BOUNDS = {"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")}
-_BOUNDS |= {"integer": ("minimum", "maximum"), "number": ("minimum", "maximum")}
+_BOUNDS = {
+    "array": ("minItems", "maxItems"),
+    "string": ("minLength", "maxLength"),
+    "integer": ("minimum", "maximum"),
+    "number": ("minimum", "maximum"),
+}
+_EITHER = ({"anyOf"}, {"oneOf"})
 _KNOWN = {"additionalProperties", "const", "enum", "items", "properties", "required", "type"}
 
 
@@ -304,17 +312,17 @@ def _part(schema: Any, name: str) -> Any:
     return schema[int(name) if isinstance(schema, list) else name]
 
 
-def _document(schema: Any, whole: Any, depth: int) -> Any:
+def _document(schema: Any, whole: dict[str, Any], depth: int) -> Any:
     if schema is True:
         return None
     if schema is False or depth > 16:
         raise LookupError("nothing is allowed")
     get, given, kind = schema.get, schema.keys() - _NOTES, schema.get("type", "null")
-    options = get("anyOf", get("oneOf")) if given in ({"anyOf"}, {"oneOf"}) else None
+    options: list[Any] | None = get("anyOf", get("oneOf")) if given in _EITHER else None
     if given == {"$ref"}:
         path = [key.replace("~1", "/") for key in get("$ref").split("/")[1:]]
         options = [reduce(_part, path, whole)]
-    elif isinstance(kind, list):
+    elif isinstance(schema.get("type"), list):
         options = [{**schema, "type": one} for one in kind]
     elif options is None and (unknown := given - _KNOWN.union(*_BOUNDS.values())):
         raise bad_request(f"the JSON schema has {min(unknown)!r}, which is not supported here")

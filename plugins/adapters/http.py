@@ -12,7 +12,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -275,7 +275,7 @@ class _Completion:
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def _reading() -> Generator[None]:
     """Whatever cannot be read is the server's fault, not the request's."""
     try:
         yield
@@ -307,7 +307,8 @@ def _usage(body: Mapping[str, Any]) -> results.Usage:
 
 
 def _logprobs(choice: Mapping[str, Any]) -> tuple[results.TokenLogprob, ...]:
-    content = (choice.get("logprobs") or {}).get("content") or ()
+    logprobs: Mapping[str, Any] = choice.get("logprobs") or {}
+    content: Sequence[Mapping[str, Any]] = logprobs.get("content") or ()
     return tuple(
         results.TokenLogprob(
             *_token(one), top=tuple(results.TopLogprob(*_token(o)) for o in one["top_logprobs"])

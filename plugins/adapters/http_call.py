@@ -8,7 +8,7 @@ redirects are not followed.
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import httpx2
 
 from mlx_onevision.plugins.contract.errors import CODES, Code, PluginError, bad_request, cancelled
-from mlx_onevision.plugins.service.download import split
+from mlx_onevision.plugins.contract.wire import is_object
+from mlx_onevision.plugins.service.download import parse_url
 
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte; in a stream the server sends one every few seconds
@@ -37,7 +38,7 @@ class Server:
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        where = split(url)
+        where = parse_url(url)
         if token is not None and not (token.isascii() and token.isprintable()):
             raise bad_request("the token is not printable ASCII")
         self.name = f"{where.scheme}://{where.named}"
@@ -95,7 +96,7 @@ class Call:
                 yield event.data
 
     @contextmanager
-    def _sent(self, method: str, route: str, body: Any) -> Iterator[httpx2.Response]:
+    def _sent(self, method: str, route: str, body: Any) -> Generator[httpx2.Response]:
         """A good answer, of which the head has come."""
         try:
             with self._server.client.stream(
@@ -162,11 +163,12 @@ def refusal(status: int, body: bytes) -> PluginError:
 
 def error_of(body: Any, status: int = 500) -> PluginError:
     """The error that a body of OpenAI's form holds. Raises ValueError: for one of another form."""
-    error = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+    error = body.get("error") if is_object(body) else None
+    whole = error.get("message") if is_object(error) else None
+    if not is_object(error) or not isinstance(whole, str):
         raise ValueError("no error in it")
     usual: Code = "bad_request" if status < 500 else "internal"
-    message, _, hint = error["message"].partition("; ")
+    message, _, hint = whole.partition("; ")
     return PluginError(_CODES.get(str(error.get("code")), usual), message, hint)
 
 

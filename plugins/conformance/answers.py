@@ -30,6 +30,8 @@ NO_VIDEO = Media("video", data=b"\0" * 64)
 
 
 class Answers(Subject):
+    """Answers in text: the whole and its parts, settings, media, and what is refused."""
+
     def test_info_says_what_it_is(self, backend: Backend) -> None:
         info = backend.info()
         assert isinstance(backend, Backend)
@@ -146,7 +148,7 @@ class Answers(Subject):
                 self.raises("bad_request", lambda read=read, changed=changed: read(changed))
 
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "colour": {"enum": ["red", "grün", "blue"]},
@@ -160,6 +162,8 @@ SCHEMA = {
 
 
 class LogprobsAndSchemas(Subject):
+    """Log probabilities of tokens, and answers that follow a JSON Schema."""
+
     @pytest.mark.parametrize("count", [0, 3])
     def test_logprobs_of_every_token(self, backend: Backend, count: int) -> None:
         request = replace(self.question(backend), logprobs=count)
@@ -226,12 +230,15 @@ class LogprobsAndSchemas(Subject):
         assert len(found["sides"]) <= 2 and set(found["sides"]) <= {3, 4}
 
     def test_a_schema_that_nothing_fits_is_refused(self, backend: Backend) -> None:
-        nothing = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+        properties: dict[str, Any] = {"a": {"enum": []}}
+        nothing = {"type": "object", "properties": properties, "required": ["a"]}
         request = GenerateRequest.ask("What is it?", json_schema=json.dumps(nothing))
         assert self.refused(backend.generate(request)).code == "bad_request"
 
 
 class Embeddings(Subject):
+    """Vectors of every space that the backend has."""
+
     def images(self, count: int) -> EmbedRequest:
         return EmbedRequest([self.image(number) for number in range(count)])
 
@@ -311,6 +318,8 @@ class Embeddings(Subject):
 
 
 class Videos(Subject):
+    """Questions about a video, and descriptions of one."""
+
     def test_a_question_about_a_video(self, backend: Backend) -> None:
         claimed = self.claims(backend, "videos")
         medium = self.whole_video() if claimed else NO_VIDEO

@@ -1,11 +1,13 @@
 """Concurrency and ends: many hosts at once; cancelled before, while and after; out of time;
-unloaded; closed."""
+unloaded; closed.
+"""
 
 import asyncio
 import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -17,11 +19,13 @@ THREADS = 6
 
 
 class Concurrency(Subject):
+    """Many requests at once, from threads and from asyncio."""
+
     def test_every_thread_gets_its_own_answer(self, backend: Backend) -> None:
         requests = [self.question(backend, number) for number in range(THREADS)]
         alone = [self.answered(backend, request).text for request in requests]
         with ThreadPoolExecutor(THREADS) as pool:
-            together = list(pool.map(lambda request: self.answered(backend, request), requests))
+            together = list(pool.map(partial(self.answered, backend), requests))
         assert [result.text for result in together] == alone
 
     def test_one_that_fails_does_not_disturb_the_others(self, backend: Backend) -> None:
@@ -139,6 +143,8 @@ class Concurrency(Subject):
 
 
 class Cancellation(Subject):
+    """Requests that end early, and the end of the backend."""
+
     def test_cancelled_at_once(self, backend: Backend) -> None:
         stream = backend.generate(self.long_request())
         since = time.monotonic()

@@ -1,5 +1,4 @@
-"""A plugin of pytest that runs the suite on any backend that can be opened by its name, with no
-file written:
+"""A plugin of pytest that runs the suite on any backend that can be opened by its name.
 
     pytest -p mlx_onevision.plugins.conformance.plugin \
         --pyargs mlx_onevision.plugins.conformance.plugin \
@@ -23,6 +22,7 @@ from mlx_onevision.plugins.interface import Backend, GenerateRequest, Message
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options that name the backend and say what it needs."""
     group = parser.getgroup("mlx-onevision", "conformance of a backend of mlx-onevision")
     group.addoption("--backend", metavar="NAME", help="the backend that is tested")
     group.addoption(
@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` as a name and its value, which is JSON or else a text."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise pytest.UsageError(f"--setting takes KEY=VALUE, not {text!r}")
@@ -73,6 +74,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 class TestBackend(BackendConformance):
+    """The suite, on the backend that ``--backend`` names."""
+
     option: ClassVar[Namespace]
 
     @pytest.fixture(scope="class", autouse=True)

@@ -12,14 +12,15 @@ from typing import Any, ClassVar, TypeVar
 import pytest
 
 from mlx_onevision.plugins import interface
+from mlx_onevision.plugins.contract.wire import Record
 from mlx_onevision.plugins.interface import Backend, GenerateRequest, GenerateResult, PluginError
 
 Finished = TypeVar("Finished")
 
 
-def through_json(record: Any, read: Callable[[Any], Any] | None = None) -> Any:
+def through_json(record: Record, read: Callable[[Any], Record] | None = None) -> Any:
     """The record, written as JSON and read again, by its class unless ``read`` is given."""
-    return (read or type(record).from_dict)(json.loads(json.dumps(record.to_dict())))
+    return (read or record.from_dict)(json.loads(json.dumps(record.to_dict())))
 
 
 def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:

@@ -1,0 +1,1 @@
+"""Requests, results, errors and streams of the plugin contract; hosts import ``interface``."""

@@ -2,10 +2,9 @@
 
 import errno
 import logging
-import traceback
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-from mlx_onevision.errors import OneVisionError
+from mlx_onevision.errors import OneVisionError, place_of
 
 Code = Literal[
     "model_not_found",
@@ -23,7 +22,7 @@ backend's own: nothing that the host could have asked in another way."""
 
 CODES: tuple[Code, ...] = get_args(Code)
 
-LONGEST = 300  # characters of a message or a hint; more would be somebody's data
+MAX_LENGTH = 300  # characters of a message or a hint; more would be somebody's data
 
 # The engine's codes that are not the contract's own.
 _CODES = {"bad_model": "model_not_found"}
@@ -37,8 +36,6 @@ _HINTS: dict[Code, str] = {
     "busy": "try again in a moment",
     "internal": "the log of the backend says more",
 }
-
-PLACES = 8  # of a traceback, in the log
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -71,7 +68,7 @@ class PluginError(Exception):
         return PluginError(self.code, f"{name}: {self.message}", self.hint)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON: code, message and hint."""
         return {"code": self.code, "message": self.message, "hint": self.hint}
 
 
@@ -88,9 +85,9 @@ def cancelled(message: str = "the request was cancelled") -> PluginError:
 def clipped(text: str) -> str:
     """``text`` on one line, its middle left out where it is long."""
     text = " ".join(text.split())
-    if len(text) <= LONGEST:
+    if len(text) <= MAX_LENGTH:
         return text
-    return f"{text[: LONGEST - 100]} … {text[-97:]}"
+    return f"{text[: MAX_LENGTH - 100]} … {text[-97:]}"
 
 
 def to_plugin_error(error: BaseException) -> PluginError:
@@ -104,7 +101,7 @@ def to_plugin_error(error: BaseException) -> PluginError:
         return error
     if isinstance(error, OneVisionError):
         named = _CODES.get(error.code, error.code)
-        code = cast(Code, named if named in CODES else "bad_request")
+        code: Code = named if named in CODES else "bad_request"
         message, _, hint = str(error).partition("; ")
         return PluginError(code, message, hint or _HINTS.get(code, ""))
     if isinstance(error, MemoryError):
@@ -115,15 +112,8 @@ def to_plugin_error(error: BaseException) -> PluginError:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return PluginError("busy", "too many files are open", _HINTS["busy"])
     shown = error if logger.isEnabledFor(logging.DEBUG) else None
-    logger.error("a request failed: %s at %s", type(error).__name__, _place(error), exc_info=shown)
+    logger.error(
+        "a request failed: %s at %s", type(error).__name__, place_of(error), exc_info=shown
+    )
     message = f"the request failed inside the backend ({type(error).__name__})"
     return PluginError("internal", message, _HINTS["internal"])
-
-
-def _place(error: BaseException) -> str:
-    """The functions that it came through, outermost first, by module and line."""
-    frames = [
-        (frame.f_globals.get("__name__", "?"), line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-    ]
-    return " > ".join(f"{module}:{line}" for module, line in frames[-PLACES:]) or "no known place"

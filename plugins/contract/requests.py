@@ -1,7 +1,7 @@
 """What a host may ask; standard library only.
 
-Settings have the names, meanings and defaults of ``Options``. A number
-that is left out, or None, is the checkpoint's own.
+Settings have the names, meanings and defaults of :class:`mlx_onevision.engine.options.Options`. A
+number that is left out, or None, is the checkpoint's own.
 """
 
 import json
@@ -60,7 +60,7 @@ class Message(Part):
 
     @property
     def parts(self) -> tuple[str | Media, ...]:
-        """The content, one after another."""
+        """Texts and media in their order."""
         return (self.content,) if isinstance(self.content, str) else tuple(self.content)
 
     @property
@@ -77,9 +77,11 @@ class TokenBias(Part):
 
     def check(self) -> None:
         if self.token < 0:
-            raise bad_request(f"the token {self.token} is no id")
+            raise bad_request(f"the token id {self.token} is negative")
         if not -MOST_BIAS <= self.bias <= MOST_BIAS:
-            raise bad_request(f"the bias of token {self.token} is {self.bias:g}; -100 to 100 it is")
+            raise bad_request(
+                f"the bias of token {self.token} is {self.bias:g}", "give -100 to 100"
+            )
 
 
 Tiling = Literal["auto", "always", "never"]
@@ -101,7 +103,7 @@ RANGES = {
 
 
 class _Request(Record):
-    """What every request has."""
+    """A record whose numbers are checked against ``RANGES``."""
 
     def check(self) -> None:
         for name, allowed in RANGES.items():

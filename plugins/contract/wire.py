@@ -14,13 +14,25 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeGuard,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 
 API_VERSION = 1
 """Of the whole contract: requests, events, results. It rises when an older side would not
 understand a newer one."""
+
+Json = Mapping[str, Any]
 
 _LISTS = (tuple, Sequence)  # what fields are annotated with; they always hold tuples
 
@@ -75,9 +87,14 @@ class Record(Part):
         return _read(cls, without_version(values, cls.__name__), "")
 
 
+def is_object(value: Any) -> TypeGuard[Json]:
+    """Whether a value that was read from JSON is an object, whose keys are texts."""
+    return isinstance(value, Mapping)
+
+
 def without_version(values: Any, name: str) -> dict[str, Any]:
     """A record's JSON object without its version, which is checked."""
-    if not isinstance(values, Mapping):
+    if not is_object(values):
         raise bad_request(f"{name} is {_kind_of(values)}; it must be an object")
     if "api_version" not in values:
         raise bad_request(f"{name} has no api_version", f"this side speaks {API_VERSION}")
@@ -96,7 +113,7 @@ def _hints(cls: type[Part]) -> dict[str, Any]:
 
 def _read(cls: type[Any], values: Any, where: str) -> Any:
     name = where or cls.__name__
-    if not isinstance(values, Mapping):
+    if not is_object(values):
         raise bad_request(f"{name} is {_kind_of(values)}; it must be an object")
     given = dict(values)
     if cls.discriminator is not None:
@@ -135,8 +152,9 @@ def _fitted(value: Any, hint: Any, where: str, json: bool) -> Any:
         fitting = next(option for option in options if _looks_like(value, option, json))
         return _fitted(value, fitting, where, json)
     if origin in _LISTS:
+        items: Sequence[Any] = value
         return tuple(
-            _fitted(item, options[0], f"{where}[{place}]", json) for place, item in enumerate(value)
+            _fitted(item, options[0], f"{where}[{place}]", json) for place, item in enumerate(items)
         )
     if hint is str:
         try:
@@ -172,9 +190,9 @@ def _looks_like(value: Any, hint: Any, json: bool) -> bool:
     if json and hint is bytes:
         return isinstance(value, str)
     if json and issubclass(hint, Part):
-        if not isinstance(value, Mapping):
-            return False
-        return hint.discriminator is None or value.get("kind") == hint.discriminator
+        return is_object(value) and (
+            hint.discriminator is None or value.get("kind") == hint.discriminator
+        )
     return isinstance(value, hint)
 
 
@@ -188,7 +206,7 @@ def _finite(value: float, where: str) -> float:
     return number
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Part | tuple[Any, ...] | bytes | str | float | None) -> Any:
     if isinstance(value, Part):
         # A record inside another needs no version of its own.
         return Part.to_dict(value)

@@ -1,0 +1,1 @@
+"""What backends share: queue, loading and freeing of a model, media policy, jobs."""

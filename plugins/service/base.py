@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -28,8 +28,8 @@ Request = GenerateRequest | EmbedRequest | DescribeRequest
 
 CLOSED = bad_request("the backend has been closed", "open it again")
 
-LATEST = 0.2  # the weight of the last request in how long they take
-LONGEST_RETRY = 60  # seconds
+LAST_REQUEST_WEIGHT = 0.2  # in the moving average of how long requests take
+MAX_RETRY_AFTER = 60  # seconds
 
 CLOSE_TIMEOUT = 5.0  # seconds that close() waits for requests that it has cancelled
 
@@ -73,7 +73,7 @@ class RequestQueue:
         begin()
 
     @contextmanager
-    def reserved(self) -> Iterator[None]:
+    def reserved(self) -> Generator[None]:
         """Keeps room for one request that has not entered yet. Raises PluginError ``busy``."""
         with self._changed:
             self._check_room()
@@ -105,14 +105,16 @@ class RequestQueue:
             if slot in self._active:
                 self._active.discard(slot)
                 took = time.monotonic() - slot.since
-                self._seconds += (took - self._seconds) * (LATEST if self._seconds else 1)
+                self._seconds += (took - self._seconds) * (
+                    LAST_REQUEST_WEIGHT if self._seconds else 1
+                )
             promoted = self._promote()
             self._changed.notify_all()
         for one in promoted:
             _begin(one)
 
     @contextmanager
-    def slot(self, channel: Channel) -> Iterator[None]:
+    def slot(self, channel: Channel) -> Generator[None]:
         """Waits for a slot and holds it. Raises PluginError ``cancelled`` when the request ends."""
         slot = self.enter()
         channel.at_end(lambda: self.give_up(slot))
@@ -136,7 +138,7 @@ class RequestQueue:
         if active + waiting + self._reserved >= self._most:
             message = f"{active} requests are under way and {waiting + self._reserved} wait"
             # One of those under way ends, and makes room for one, after this time.
-            after = min(max(1, math.ceil(self._seconds / max(active, 1))), LONGEST_RETRY)
+            after = min(max(1, math.ceil(self._seconds / max(active, 1))), MAX_RETRY_AFTER)
             raise PluginError("busy", message, "try again in a moment", retry_after=after)
 
     def _promote(self) -> list[Slot]:
@@ -190,7 +192,7 @@ class StreamingBackend(ABC):
         return self._start(request, GenerateRequest)
 
     def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Raises PluginError."""
+        """Vectors, waited for. Raises PluginError: for the first item that cannot be embedded."""
         with self.stream_embed(request) as stream:  # Ctrl-C ends the work, too
             return stream.result()
 

@@ -25,15 +25,15 @@ from mlx_onevision.media.sources import encoded_url
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.streams import background
 
-REDIRECTS = 3
-SILENCE = 10.0  # seconds without a sign of life
+MAX_REDIRECTS = 3
+READ_TIMEOUT = 10.0  # seconds without a byte
 DEADLINE = 60.0  # seconds for all of it
-USUAL = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
-class Where:
-    """An address, taken apart."""
+class Address:
+    """The parts of an http(s) address that a request is made of."""
 
     scheme: str
     host: str
@@ -44,10 +44,10 @@ class Where:
     def named(self) -> str:
         """The host, with its port where it is not the usual one."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == USUAL[self.scheme] else f"{host}:{self.port}"
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
-def split(url: str) -> Where:
+def parse_url(url: str) -> Address:
     """``url`` in its parts. Raises PluginError: ``bad_request``, for what is not a plain http or
     https address.
     """
@@ -61,10 +61,12 @@ def split(url: str) -> Where:
         port = parts.port
     except ValueError:
         raise bad from None
-    if parts.scheme not in USUAL or not parts.hostname or "@" in parts.netloc:
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or "@" in parts.netloc:
         raise bad
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Where(parts.scheme, parts.hostname.rstrip("."), port or USUAL[parts.scheme], target)
+    return Address(
+        parts.scheme, parts.hostname.rstrip("."), port or DEFAULT_PORTS[parts.scheme], target
+    )
 
 
 def download(
@@ -79,9 +81,9 @@ def download(
     ``unsupported_media`` when nothing comes; ``too_large``.
     """
     with _Deadline(DEADLINE) as deadline:
-        for _ in range(REDIRECTS + 1):
+        for _ in range(MAX_REDIRECTS + 1):
             allowed(url)
-            where = split(url)
+            where = parse_url(url)
             try:
                 connection = _connection(where, _resolved(where, private, hint, deadline), deadline)
                 with closing(connection):
@@ -99,7 +101,7 @@ def download(
                 late = f"it was not done after {DEADLINE:.0f} seconds"
                 why = late if deadline.expired else _reason(error)
                 raise _failed(where, why) from error
-        raise _failed(split(url), f"it redirects more than {REDIRECTS} times")
+        raise _failed(parse_url(url), f"it redirects more than {MAX_REDIRECTS} times")
 
 
 class _Deadline:
@@ -148,7 +150,7 @@ class _Deadline:
                     spare.shutdown(socket.SHUT_RDWR)
 
 
-def _resolved(where: Where, private: bool, hint: str, deadline: _Deadline) -> str:
+def _resolved(where: Address, private: bool, hint: str, deadline: _Deadline) -> str:
     """The one address that is connected to, judged."""
     answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
 
@@ -161,7 +163,7 @@ def _resolved(where: Where, private: bool, hint: str, deadline: _Deadline) -> st
     # On a thread of its own: nothing else can end it before its time.
     threading.Thread(target=look_up, name="mlx-onevision-lookup", daemon=True).start()
     try:
-        found = answers.get(timeout=min(SILENCE, deadline.left))
+        found = answers.get(timeout=min(READ_TIMEOUT, deadline.left))
     except queue.Empty:
         raise TimeoutError from None
     if isinstance(found, UnicodeError):
@@ -189,13 +191,13 @@ def _is_global(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def _connection(where: Where, address: str, deadline: _Deadline) -> http.client.HTTPConnection:
+def _connection(where: Address, address: str, deadline: _Deadline) -> http.client.HTTPConnection:
     secure = where.scheme == "https"
     cls = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    connection = cls(where.host, where.port, timeout=SILENCE)
+    connection = cls(where.host, where.port, timeout=READ_TIMEOUT)
 
     def connect(*_: object, **__: object) -> socket.socket:
-        soon = min(SILENCE, deadline.left)
+        soon = min(READ_TIMEOUT, deadline.left)
         connected = socket.create_connection((address, where.port), timeout=soon)
         deadline.watch(connected)
         return connected
@@ -205,7 +207,7 @@ def _connection(where: Where, address: str, deadline: _Deadline) -> http.client.
     return connection
 
 
-def _body(answer: http.client.HTTPResponse, where: Where, most: int) -> bytes:
+def _body(answer: http.client.HTTPResponse, where: Address, most: int) -> bytes:
     message = f"what {where.named[:80]!r} sends has more than {most / 2**20:,.1f} MB"
     too_large = PluginError("too_large", message, "send something smaller")
     promised = int(answer.getheader("Content-Length") or 0)
@@ -221,7 +223,7 @@ def _body(answer: http.client.HTTPResponse, where: Where, most: int) -> bytes:
     return bytes(body)
 
 
-def _failed(where: Where, why: str) -> PluginError:
+def _failed(where: Address, why: str) -> PluginError:
     return PluginError("unsupported_media", f"cannot read from {where.named[:80]!r}: {why}")
 
 

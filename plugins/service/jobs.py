@@ -80,7 +80,7 @@ class _JobState:
     began: float = field(default_factory=monotonic)
     ended: float | None = None
     asked_to_end: bool = False
-    segments: list[Segment] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list[Segment])
     result_size: int = 0
 
     @property
@@ -116,7 +116,9 @@ def _size_of(part: Part) -> int:
 
 
 class Jobs:
-    """backend : stays its owner's to close, after this.
+    """Descriptions that are under way or have ended not long ago.
+
+    backend : stays its owner's to close, after this.
     most : jobs that are known at once. under_way : of these, not ended; more are refused as busy,
         so that a part of the backend's places is left for requests that are waited for.
     size : bytes of all together, videos that came with their requests included.

@@ -17,7 +17,7 @@ read.
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from mlx_onevision.errors import OneVisionError
 from mlx_onevision.media.sources import data_uri
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_plugin_error
 from mlx_onevision.plugins.contract.requests import Media
-from mlx_onevision.plugins.service.download import download, split
+from mlx_onevision.plugins.service.download import download, parse_url
 
 _REASONS = {
     errno.ENOENT: "there is no such file",
@@ -153,7 +153,7 @@ class MediaPolicy:
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
             descriptor = self._descriptor(medium.path, flags)
             os.set_blocking(descriptor, True)
-            file = open(medium.path, "rb", buffering=0, opener=lambda *_: descriptor)
+            file = open(medium.path, "rb", buffering=0, opener=lambda _path, _flags: descriptor)
         try:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -196,7 +196,7 @@ class MediaPolicy:
         raise refused
 
     def _check_host(self, url: str) -> None:
-        where = split(url)
+        where = parse_url(url)
         if self.hosts is not None and where.named not in self.hosts:
             message = f"addresses at {where.named[:80]!r} are not allowed"
             raise bad_request(message, self.hints.hosts)
@@ -227,7 +227,7 @@ class MediaPolicy:
 
 
 @contextmanager
-def _translate_errors(path: str) -> Iterator[None]:
+def _translate_errors(path: str) -> Generator[None]:
     """OSErrors of a path as PluginErrors."""
     try:
         yield

@@ -98,8 +98,8 @@ class ModelKeeper:
 
         check : raises when it is not wanted any more; see :meth:`wake`.
 
-        Raises What loading raises, to everyone who waited for it; the next one tries again;
-        PluginError: when the keeper has been closed.
+        Raises what loading raises, to everyone who waited for it; the next one tries again.
+        Raises PluginError: when the keeper has been closed.
         """
         with self._changed:
             # Who waits for it counts already: it must not be freed before they have it.

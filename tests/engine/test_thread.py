@@ -101,6 +101,7 @@ def test_a_job_that_kills_the_thread_is_told_to_all(
     gc.collect()
     assert gone() is None, "its object was kept, by the log or by an error"
     assert "has died" in caplog.text and killer.__name__ in caplog.text
+    assert "secret" not in caplog.text and "test_thread:" in caplog.text
 
 
 def test_what_is_not_wanted_any_more_is_not_begun() -> None:

@@ -96,7 +96,7 @@ def fetch(port: int, scheme: str = "http") -> str:
 def test_the_deadline_holds_over_everything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DEADLINE", 1.0)
     if name == "redirects":
-        monkeypatch.setattr(module, "REDIRECTS", 100)
+        monkeypatch.setattr(module, "MAX_REDIRECTS", 100)
     with host(NEVER_DONE[name]) as (port, connections):
         began = time.monotonic()
         message = fetch(port)

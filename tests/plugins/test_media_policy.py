@@ -371,9 +371,9 @@ def test_a_name_is_looked_up_once(server: Server, monkeypatch: Any) -> None:
 
 
 def test_addresses_in_their_parts() -> None:
-    where = remote.split("https://Example.ORG:8443/a%20b?c=d#e")
+    where = remote.parse_url("https://Example.ORG:8443/a%20b?c=d#e")
     assert (where.named, where.target) == ("example.org:8443", "/a%20b?c=d")
-    assert remote.split("http://example.org:80").named == "example.org"
+    assert remote.parse_url("http://example.org:80").named == "example.org"
 
 
 # What comes of it in a backend.
