@@ -24,7 +24,7 @@ install = $(call pip,$(1))
 endif
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test hosts soak lint format parity clean
+.PHONY: demo test hosts soak lint format parity docs dist clean
 
 QUESTION := mlx-onevision generate --image examples/shapes.png --prompt "What is in the image?"
 
@@ -67,14 +67,30 @@ lint: .venv/.dev
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/lint-imports
 	.venv/bin/vulture
+	.venv/bin/zizmor --offline --no-progress --quiet .github
 
 format: .venv/.dev
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-# Live, stage by stage, against transformers; the only target that installs torch.
-parity: .venv-parity/.parity
-	$(FAST) .venv-parity/bin/python -m pytest $(or $(ARGS),tests/parity)
+# Live, stage by stage, against transformers; the only target that installs torch. TRANSFORMERS=...
+# takes another release than the one that pyproject.toml names, in an environment of its own.
+PARITY := .venv-parity$(addprefix -,$(TRANSFORMERS))
+parity: $(PARITY)/.parity
+	$(FAST) $(PARITY)/bin/python -m pytest $(or $(ARGS),tests/parity)
+
+# The sdist and the wheel that is made from it, both checked, and the demo's answer from that wheel
+# alone. Everything is made anew.
+dist:
+	@rm -rf dist .venv-dist .venv-wheel
+	@$(call venv,.venv-dist)
+	@$(call install,.venv-dist) --group dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+	@$(call venv,.venv-wheel,--seed)
+	@$(call install,.venv-wheel) "$$(echo dist/*.whl)$(PACKAGE:.%=%)"
+	.venv-wheel/bin/python -m pip check
+	.venv-wheel/bin/$(QUESTION)
 
 .venv/.package: pyproject.toml
 	@echo 'Making .venv'
@@ -99,12 +115,13 @@ parity: .venv-parity/.parity
 # pip, not uv, so that a CPU build of torch that pip is set up to find is taken. torchvision comes
 # without its dependencies: beside that torch its own pins do not hold. So do mlx-vlm, most of whose
 # dependencies only its server and its audio need, and lmms-eval, which pins an av below 16.
-.venv-parity/.parity: pyproject.toml
-	@echo 'Making .venv-parity with torch and transformers'
-	@$(call venv,.venv-parity,--seed)
-	@$(call pip,.venv-parity) --editable '$(PACKAGE)' --group parity
-	@$(call pip,.venv-parity) --no-deps torchvision==0.28.0 mlx-vlm==0.7.10 lmms-eval==0.7.3
+$(PARITY)/.parity: pyproject.toml
+	@echo 'Making $(PARITY) with torch and transformers'
+	@$(call venv,$(PARITY),--seed)
+	@$(call pip,$(PARITY)) --editable '$(PACKAGE)' --group parity
+	@$(call pip,$(PARITY)) --no-deps torchvision==0.28.0 mlx-vlm==0.7.10 lmms-eval==0.7.3
+	@$(if $(TRANSFORMERS),$(call pip,$(PARITY)) transformers==$(TRANSFORMERS))
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-parity build dist *.egg-info
+	rm -rf .venv .venv-* build dist site *.egg-info

@@ -3,14 +3,19 @@
 import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mlx_onevision
 
@@ -95,57 +100,157 @@ def test_the_links_are_relative() -> None:
         assert link.resolve() == ROOT / name
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], str]:
-    """The names in a wheel built from a copy of what git would hold, and what was printed on stderr
-    by that build and by an editable one.
+Archive = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The files of a wheel made from a copy of the checkout, of an sdist, and of the wheel that is
+    made from that sdist; the first wheel's size in bytes; and what was printed by all builds of the
+    checkout, an editable one among them.
     """
-    copy = tmp_path_factory.mktemp("wheel") / "tree"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
-    program = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_editable('e')"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=copy, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    (path,) = (copy / "dist").glob("*.whl")
+
+    wheel: Archive
+    sdist: Archive
+    wheel_of_sdist: Archive
+    size: int
+    printed: str
+
+
+def read_wheel(folder: Path) -> Archive:
+    (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
-        return set(archive.namelist()), done.stdout + done.stderr
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
-@pytest.fixture
-def wheel(build: tuple[set[str], str]) -> set[str]:
-    return build[0]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    place = tmp_path_factory.mktemp("wheel")
+    copy = place / "tree"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "node")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+    def run(program: str, folder: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", f"from setuptools import build_meta as b; {program}"],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    printed = run("b.build_sdist('s'); b.build_wheel('w'); b.build_editable('e')", copy)
+    (path,) = (copy / "s").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        sdist = {
+            member.name.partition("/")[2]: file.read()
+            for member in archive.getmembers()
+            if (file := archive.extractfile(member)) is not None
+        }
+        archive.extractall(place, filter="data")
+    unpacked = place / path.name.removesuffix(".tar.gz")
+    run("b.build_wheel('w')", unpacked)
+    (wheel,) = (copy / "w").glob("*.whl")
+    of_sdist = read_wheel(unpacked / "w")
+    return Built(read_wheel(copy / "w"), sdist, of_sdist, wheel.stat().st_size, printed)
 
 
-def test_builds_warn_of_nothing(build: tuple[set[str], str]) -> None:
-    """Neither an ordinary nor an editable one, of package data or of folders of the same name."""
-    assert "warn" not in build[1].lower()
-    assert "!!" not in build[1]  # between which setuptools puts whatever it wants to be read
+def held() -> set[str]:
+    """The files of the package in the checkout, convert and plugins included."""
+    places = (PACKAGE, ROOT / "convert", ROOT / "plugins")
+    names = {
+        path.relative_to(ROOT).as_posix()
+        for place in places
+        for path in place.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    return {
+        name if name.startswith("mlx_onevision/") else f"mlx_onevision/{name}" for name in names
+    }
 
 
-def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel: set[str]) -> None:
-    tops = {name.partition("/")[0] for name in wheel}
-    version = mlx_onevision.__version__
-    assert tops == {"mlx_onevision", f"mlx_onevision-{version}.dist-info"}
-    modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    for folder in ("convert", "plugins"):
-        paths = (ROOT / folder).rglob("*.py")
-        modules |= {f"mlx_onevision/{path.relative_to(ROOT).as_posix()}" for path in paths}
-    assert {name for name in wheel if name.endswith(".py")} == modules
-    assert {"mlx_onevision/convert/__init__.py", "mlx_onevision/py.typed"} <= wheel
-    assert f"mlx_onevision-{version}.dist-info/licenses/LICENSE" in wheel
+def test_builds_warn_of_nothing(built: Built) -> None:
+    """Neither of an sdist or a wheel nor an editable one, of package data or of folders of the same
+    name.
+    """
+    assert "warn" not in built.printed.lower()
+    assert "!!" not in built.printed  # between which setuptools puts whatever it wants to be read
 
 
-def test_a_wheel_holds_the_whole_page(wheel: set[str]) -> None:
-    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("plugins/hosts/http/static/*")}
-    assert "plugins/hosts/http/static/index.html" in files
-    assert {f"mlx_onevision/{file}" for file in files} <= wheel
+def test_a_wheel_holds_the_package_and_nothing_beside_it(built: Built) -> None:
+    """All of the page and of the demo model, py.typed, and no tests."""
+    info = f"mlx_onevision-{mlx_onevision.__version__}.dist-info"
+    described = {name.removeprefix(f"{info}/") for name in built.wheel if name.startswith(info)}
+    assert described == {
+        "METADATA",
+        "RECORD",
+        "WHEEL",
+        "entry_points.txt",
+        "top_level.txt",
+        "licenses/LICENSE",
+        "licenses/NOTICE",
+        "licenses/plugins/hosts/http/static/marked.LICENSE.txt",
+    }
+    files = {name for name in built.wheel if not name.startswith(info)}
+    assert files == held()
+    assert built.wheel[f"{info}/top_level.txt"] == b"mlx_onevision\n"
+    assert files > {
+        "mlx_onevision/py.typed",
+        "mlx_onevision/demo/config.json",
+        "mlx_onevision/demo/model.safetensors",
+        "mlx_onevision/convert/__init__.py",
+        "mlx_onevision/plugins/hosts/http/static/index.html",
+    }
 
 
-def test_a_wheel_holds_the_whole_demo_model(wheel: set[str]) -> None:
-    demo = PACKAGE / "demo"
-    files = {f"mlx_onevision/demo/{path.relative_to(demo).as_posix()}" for path in demo.rglob("*")}
-    assert {"mlx_onevision/demo/config.json", "mlx_onevision/demo/model.safetensors"} <= files
-    assert files <= wheel
+def test_a_wheel_is_the_demo_model_and_little_else(built: Built) -> None:
+    """4.9 MB, of which the weights are 4.2: what is beside them may grow by a quarter."""
+    weights = len(zlib.compress(built.wheel["mlx_onevision/demo/model.safetensors"]))
+    assert built.size - weights < 900_000
+
+
+def test_an_sdist_makes_the_same_wheel(built: Built) -> None:
+    records = {name for name in built.wheel if name.endswith("/RECORD")}
+    assert built.wheel_of_sdist.keys() == built.wheel.keys()
+    changed = {name for name in built.wheel if built.wheel[name] != built.wheel_of_sdist[name]}
+    assert changed <= records
+
+
+def test_an_sdist_holds_no_tests(built: Built) -> None:
+    assert {"pyproject.toml", "setup.py", "LICENSE", "NOTICE", "CITATION.cff"} <= built.sdist.keys()
+    assert not [name for name in built.sdist if name.startswith("tests")]
+
+
+def test_the_citation_has_the_version() -> None:
+    citation = yaml.safe_load(ROOT.joinpath("CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == mlx_onevision.__version__
+
+
+def test_parts_of_others_are_named_with_their_licence(built: Built) -> None:
+    """Each has its text in the wheel, stands in NOTICE, and is in the expression of licences."""
+    notice = ROOT.joinpath("NOTICE").read_text(encoding="utf-8")
+    texts = [path for place in ("plugins", "convert") for path in (ROOT / place).rglob("*LICENSE*")]
+    assert [path.name for path in texts] == ["marked.LICENSE.txt"]
+    for path in texts:
+        part = path.with_name(path.name.replace(".LICENSE.txt", ".js"))
+        first = part.read_text(encoding="utf-8").splitlines()[1]  # " * marked v18.2.1 - ..."
+        assert part.relative_to(ROOT).as_posix() in notice
+        assert " ".join(first.split()[1:3]).replace(" v", " ") in notice
+    (metadata,) = (text for name, text in built.wheel.items() if name.endswith("/METADATA"))
+    assert b"\nLicense-Expression: Apache-2.0 AND MIT AND BSD-3-Clause\n" in metadata
+
+
+def test_workflows_pin_actions_to_commits() -> None:
+    """With the release behind them, and one commit for one action."""
+    pins: dict[str, set[str]] = {}
+    for path in ROOT.glob(".github/workflows/*.yml"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if "uses: " in line and "uses: $/" not in line:
+                found = re.search(r"uses: ([\w/-]+)@([0-9a-f]{40}) # (v\d+\.\d+\.\d+)$", line)
+                assert found, line
+                pins.setdefault(found[1], set()).add(f"{found[2]} {found[3]}")
+    assert len(pins) == 5
+    assert all(len(pin) == 1 for pin in pins.values())
