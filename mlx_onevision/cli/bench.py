@@ -94,7 +94,7 @@ def bench(
 
     \b
     mlx-onevision bench --size 0.5b
-    mlx-onevision bench --size 7b --bits 4 --rows image,video --json numbers.json
+    mlx-onevision bench --size 7b --quantize 4 --rows image,video --json numbers.json
     mlx-onevision bench --model 7b --versus mlx-vlm,transformers --plot bars.png
     """
     if (model is None) == (size is None):

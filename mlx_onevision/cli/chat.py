@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo, share
+from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo
 from mlx_onevision.cli.options import (
     FRAMES,
     LOADING,
@@ -18,6 +18,8 @@ from mlx_onevision.cli.options import (
     option,
     options,
 )
+from mlx_onevision.cli.paths import local_path
+from mlx_onevision.cli.ranks import share_model
 
 
 @click.command(cls=TakesFiles)
@@ -56,11 +58,11 @@ def chat(
         "--draft-model": draft_model,
         "--prompt-lookup": options["prompt_lookup"],
     }
-    share(model, loading, refused, split)
+    share_model(model, loading, refused, split)
     model = model_or_demo(model)
 
     from mlx_onevision.cli.conversation import Conversation, Terminal
-    from mlx_onevision.cli.terminal import line_reader, local_path
+    from mlx_onevision.cli.terminal import line_reader
 
     loaded = load(model, draft_model=draft_model, **loading)
     try:

@@ -12,8 +12,9 @@ from typing import Any, Unpack
 
 from mlx_onevision.api import Model
 from mlx_onevision.cli.loading import unused
-from mlx_onevision.cli.options import in_options
-from mlx_onevision.cli.terminal import Interrupts, parse_path
+from mlx_onevision.cli.options import error_line
+from mlx_onevision.cli.paths import parse_path
+from mlx_onevision.cli.terminal import Interrupts
 from mlx_onevision.engine.generation import Generation, Stream, Usage
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import OneVisionError, RequestError, sentence
@@ -224,7 +225,7 @@ class Terminal:
                 raise  # nobody reads the answers any more
             except (OneVisionError, OSError, MemoryError) as error:
                 failed += 1
-                self._note(f"error: {in_options(' '.join(sentence(error).split()), 'chat')}")
+                self._note(f"error: {error_line(sentence(error), 'chat')}")
 
     def _take(self, line: str) -> None:
         if not line.strip():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +24,22 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
-from mlx_onevision.cli.loading import load, model_or_demo, share
+from mlx_onevision.cli.loading import load, model_or_demo
 from mlx_onevision.cli.options import (
     LOADING,
     SAMPLING,
     SECONDS,
+    error_line,
     gathered,
-    in_options,
     option,
     options,
 )
+from mlx_onevision.cli.paths import cache_folder, files_of
+from mlx_onevision.cli.ranks import POLL_SECONDS, share_files, share_model, work_of
 from mlx_onevision.cli.values import Number, listed
 from mlx_onevision.describe.formats import FORMS, SILENT, write
-from mlx_onevision.distributed import World, world
-from mlx_onevision.errors import OneVisionError, RequestError
-from mlx_onevision.files import save, seconds_of_mp4
+from mlx_onevision.errors import OneVisionError, RequestError, sentence
+from mlx_onevision.files import save
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -46,9 +47,7 @@ if TYPE_CHECKING:
 
 
 SUFFIXES = {form: f".{form}" for form in FORMS} | {"text": ".txt"}
-BYTES_A_SECOND = 1_000_000  # of videos from telephones and cameras
 FORM_OF = {suffix: form for form, suffix in SUFFIXES.items()}
-POLL_SECONDS = 0.5  # between two looks at what other ranks have under way
 DOING = {"probe": "looking for scenes", "text": "describing"}
 
 
@@ -128,9 +127,9 @@ def describe(
         "segments": segments if segments == "scenes" else _seconds(segments),
         "longest": longest or None,
     }
-    rank, size = sharing(videos, sidecar)
+    rank, size, _ = share_files(videos, sidecar)
     if size == 1:
-        share(model, loading)
+        share_model(model, loading)
     tasks = tasks_for(videos, output, form)
     if size > 1:
         if force:
@@ -139,7 +138,7 @@ def describe(
                 "a new folder instead"
             )
         tasks.sort(key=lambda task: work_of(task.video), reverse=True)
-    records = Path(sidecar) if sidecar else cache_folder()
+    records = Path(sidecar) if sidecar else cache_folder("descriptions")
     records.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not rank:
         model = model_or_demo(model)
@@ -161,12 +160,18 @@ def describe(
                         busy.append(task)
                     elif rank:
                         left = f"rank {rank} leaves this to rank 0"
-                        click.echo(f"{left}: {_sentence(task.video, error)}", err=True)
+                        click.echo(
+                            f"{left}: {error_line(sentence(error), 'describe', task.video)}",
+                            err=True,
+                        )
                     elif len(tasks) == 1:
                         raise
                     else:
                         failed += 1
-                        click.echo(f"error: {_sentence(task.video, error)}", err=True)
+                        click.echo(
+                            f"error: {error_line(sentence(error), 'describe', task.video)}",
+                            err=True,
+                        )
             waiting = [] if rank else busy
             if waiting:
                 time.sleep(POLL_SECONDS)
@@ -277,52 +282,6 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
     return tasks
 
 
-def files_of(given: str, suffixes: tuple[str, ...], kind: str = "video") -> list[str]:
-    """The file itself, or those right in a folder whose names end so, by name."""
-    from mlx_onevision.cli.terminal import local_path
-
-    given = local_path(given)
-    if not os.path.isdir(given):
-        return [given]
-    found = sorted(
-        os.path.join(given, name)
-        for name in os.listdir(given)
-        if name.lower().endswith(suffixes) and not name.startswith(".")
-    )
-    if not found:
-        raise click.UsageError(f"There is no {kind} in the folder {given}")
-    return found
-
-
-def sharing(given: Sequence[str], records: str | None) -> tuple[int, int]:
-    """Rank and number of the processes that share out the files; 0 and 1 where it is this one
-    alone, or no folder is given. Those that do load the whole model each.
-
-    Raises:
-        click.UsageError: where their records would not be in one place.
-    """
-    here = world() if any(map(os.path.isdir, given)) else World()
-    if records is None and not here.local:
-        raise click.UsageError(
-            "The ranks are on several machines; give --sidecar FOLDER, on a disk they all share"
-        )
-    return here.rank, here.size
-
-
-def work_of(file: object) -> float:
-    """An estimate of the work on a file, in seconds of video: as long as an MP4 or QuickTime file
-    says that it is, and of others by their size; 0 for what is no file.
-    """
-    if not isinstance(file, str) or not os.path.isfile(file):
-        return 0.0
-    try:
-        with open(file, "rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            return seconds_of_mp4(opened) or size / BYTES_A_SECOND
-    except OSError:
-        return 0.0
-
-
 def _place(video: str, folder: Path | None) -> Path:
     """Where the video lies, or would in ``folder``; what is on the network has no place of its
     own.
@@ -335,15 +294,8 @@ def _place(video: str, folder: Path | None) -> Path:
     return Path(video) if folder is None else folder / Path(video).name
 
 
-def cache_folder(kind: str = "descriptions") -> Path:
-    """Where records are kept: ``mlx-onevision/descriptions`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return home / "mlx-onevision" / kind
-
-
 @contextmanager
-def _bar(name: str) -> Iterator[Callable[[Progress], None]]:
+def _bar(name: str) -> Generator[Callable[[Progress], None]]:
     """A bar on stderr, where that is a terminal."""
     from tqdm import tqdm
 
@@ -371,12 +323,3 @@ def _seconds(text: str) -> float:
         raise click.UsageError(
             f"--segments {text} is neither scenes nor a number of seconds"
         ) from None
-
-
-def _sentence(video: str, error: OneVisionError | OSError) -> str:
-    """What is wrong with which video."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    line = in_options(" ".join(text.split()), "describe")
-    return line if video in line else f"{video}: {line}"

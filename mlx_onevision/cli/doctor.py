@@ -101,13 +101,14 @@ def attempt(check: Callable[[], Finding]) -> Finding:
 
 
 def check_platform() -> Finding:
+    """System, machine and Python, and whether Rosetta translates it."""
     mac = platform.mac_ver()[0]
     # A kernel's release may be named by whoever built it; its number is enough.
     system = f"macOS {mac}" if mac else f"{platform.system()} {_number(platform.release())}"
     python, machine = _number(platform.python_version()), platform.machine()
     translated = _sysctl("sysctl.proc_translated") == "1"
     facts = {"system": system, "machine": machine, "python": python, "rosetta": translated}
-    advice = []
+    advice: list[str] = []
     if translated:
         advice.append(
             "This Python is built for Intel and runs under Rosetta, where there is no MLX; install "
@@ -120,6 +121,7 @@ def check_platform() -> Finding:
 
 
 def check_chip() -> Finding:
+    """The processor's name, and its cores."""
     name = _sysctl("machdep.cpu.brand_string")
     if name is None:
         about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -130,6 +132,7 @@ def check_chip() -> Finding:
 
 
 def check_memory(device: dict[str, Any]) -> Finding:
+    """Bytes of memory, and how many of them MLX should use."""
     stated = _sysctl("hw.memsize")
     nbytes = int(stated) if stated else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usable = device.get("usable_bytes")
@@ -139,13 +142,14 @@ def check_memory(device: dict[str, Any]) -> Finding:
 
 
 def check_mlx(device: dict[str, Any]) -> Finding:
+    """MLX's version, backend and device, or why it does not start."""
     version = _installed("mlx")
     facts = {"version": version, **device}
     if "problem" in device:
         name = "mlx" if platform.system() == "Darwin" else "'mlx[cpu]'"
-        advice = f"MLX does not start; type: pip install --force-reinstall {name}."
-        return Finding(f"{version}, does not start: {device['problem']}", facts, [advice])
-    advice = []
+        way = f"MLX does not start; type: pip install --force-reinstall {name}."
+        return Finding(f"{version}, does not start: {device['problem']}", facts, [way])
+    advice: list[str] = []
     if device["backend"] == "CPU":
         way = "with an NVIDIA GPU, type: pip install 'mlx[cuda13]'"
         if platform.system() == "Darwin":
@@ -155,12 +159,14 @@ def check_mlx(device: dict[str, Any]) -> Finding:
 
 
 def check_versions() -> Finding:
+    """Versions of what is required, of installed extras, and of the backends of MLX."""
     from importlib import metadata
 
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    versions, advice = {PACKAGE: _installed(PACKAGE)}, []
+    versions: dict[str, str | None] = {PACKAGE: _installed(PACKAGE)}
+    advice: list[str] = []
     for text in metadata.requires(PACKAGE) or []:
         wanted = Requirement(text)
         applies = {extra for extra in ("", *EXTRAS) if _holds(wanted, extra)}
@@ -180,6 +186,7 @@ def check_versions() -> Finding:
 
 
 def check_ranks(link: dict[str, Any] | None) -> Finding:
+    """How many processes mlx.launch has started, and how fast they exchange arrays."""
     if link is None:
         return Finding("one; mlx.launch did not start it", {"count": 1})
     backend = next((name for key, name in MEETING.items() if key in os.environ), "mpi")
@@ -196,11 +203,12 @@ def check_ranks(link: dict[str, Any] | None) -> Finding:
 
 
 def check_disk() -> Finding:
+    """Free bytes where the Hub's cache is, or will be."""
     place = _hub_cache().absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    advice = []
+    advice: list[str] = []
     if free < ROOM:
         advice.append(
             f"The disk of the Hub's cache has {_gb(free)} left, and 7b takes 16 GB; make room, or "
@@ -210,6 +218,7 @@ def check_disk() -> Finding:
 
 
 def check_cache() -> Finding:
+    """Models and incomplete downloads in the Hub's cache, in bytes."""
     models = list(_hub_cache().glob("models--*"))
     blobs = [(b.suffix, b.lstat().st_size) for model in models for b in model.glob("blobs/*")]
     partial = [size for suffix, size in blobs if suffix == ".incomplete"]
@@ -219,7 +228,7 @@ def check_cache() -> Finding:
         "incomplete": len(partial),
         "incomplete_bytes": sum(partial),
     }
-    advice = []
+    advice: list[str] = []
     if partial:
         advice.append(
             f"The Hub's cache has {len(partial)} incomplete downloads of {_gb(sum(partial))}; "
@@ -230,6 +239,7 @@ def check_cache() -> Finding:
 
 
 def check_limits() -> Finding:
+    """Limits of open files, and of memory that macOS lets a GPU wire."""
     import resource
 
     soft, hard = (
@@ -241,7 +251,7 @@ def check_limits() -> Finding:
     line = f"{'any number of' if soft is None else soft} open files"
     if wired:
         line += f", wired memory: {'the default' if wired == '0' else f'{wired} MB'}"
-    advice = []
+    advice: list[str] = []
     if soft is not None and soft < FILES:
         most = 4096 if hard is None else min(hard, 4096)
         advice.append(f"{soft} open files at once are few for a server; type: ulimit -n {most}.")
@@ -249,6 +259,7 @@ def check_limits() -> Finding:
 
 
 def check_selftest() -> Finding:
+    """Whether the demo model answers as it should, and how fast."""
     from mlx_onevision.checkpoint import hub
 
     facts, expected = run_part("answer", SELFTEST_SECONDS), list(ANSWERS.values())
@@ -265,7 +276,8 @@ def _sysctl(name: str) -> str | None:
     """A value of macOS's kernel; None where it has none of that name, and on other systems."""
     if platform.system() != "Darwin":
         return None
-    done = subprocess.run([SYSCTL, "-n", name], capture_output=True, text=True, timeout=10)
+    command = [SYSCTL, "-n", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10)  # noqa: S603 (ours)
     return (done.stdout.strip() or None) if done.returncode == 0 else None
 
 

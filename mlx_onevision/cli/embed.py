@@ -21,15 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.describe import (
-    POLL_SECONDS,
-    cache_folder,
-    files_of,
-    sharing,
-    work_of,
-)
-from mlx_onevision.cli.loading import load, model_or_demo, share
-from mlx_onevision.cli.options import FRAMES, LOADING, gathered, in_options, option, options
+from mlx_onevision.cli.loading import load, model_or_demo
+from mlx_onevision.cli.options import FRAMES, LOADING, error_line, gathered, option, options
+from mlx_onevision.cli.paths import cache_folder, files_of
+from mlx_onevision.cli.ranks import POLL_SECONDS, share_files, share_model, work_of
 from mlx_onevision.cli.values import Output
 from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.files import claim
@@ -103,12 +98,12 @@ def embed(
 
     kinds = IMAGES + VIDEOS
     found = [name for file in files for name in files_of(file, kinds, "image or video")]
-    rank, size = sharing(files, sidecar)
+    rank, size, _ = share_files(files, sidecar)
     if sidecar and size == 1:
         raise click.UsageError("--sidecar is for a FOLDER under mlx.launch; leave it out")
     about = {name: value for name, value in loading.items() if name != "revision"}
     if size == 1:
-        share(model, loading)
+        share_model(model, loading)
     if not rank:
         model = model_or_demo(model)
 
@@ -118,7 +113,7 @@ def embed(
     options |= {"space": space, "normalize": not no_normalize}
     failed: list[str] = []
     loaded = load(model or "demo", **loading)
-    parts = []
+    parts: list[Embeddings] = []
     try:
         if size > 1:
             records = Path(sidecar) if sidecar else cache_folder("vectors")
@@ -151,7 +146,10 @@ def in_batches(
             batch = items[start : start + BATCH]
 
             def report(index: int, error: OneVisionError, batch: Sequence[Any] = batch) -> None:
-                failed.append(sentence(batch[index], error))
+                item = batch[index]
+                name = item if isinstance(item, str) else repr(item["text"][:40])
+                reason = str(error).partition(": ")[2]  # the number before it counts in the batch
+                failed.append(error_line(reason, "embed", name))
                 with bar.external_write_mode(file=sys.stderr):
                     click.echo(f"error: {failed[-1]}", err=True)
 
@@ -199,6 +197,9 @@ def shared(
     """
     from mlx_onevision.embed.embeddings import Embeddings
 
+    def ignore(_: int, __: OneVisionError) -> None:
+        """Rank 0 reports it."""
+
     mark = [model.embed([], **options).provenance, about]
     known: dict[int, Embeddings] = {}
     waiting = portions(items)
@@ -219,7 +220,7 @@ def shared(
                 try:
                     vectors = Embeddings.load(path)
                 except RequestError:  # nothing is in it yet
-                    vectors = model.embed(part, **options, on_error=lambda *_: None)
+                    vectors = model.embed(part, **options, on_error=ignore)
                     vectors.save(path, private=True)
             rows = iter(range(0 if rank else len(vectors)))
             row = next(rows, None)
@@ -250,13 +251,6 @@ def _state(item: Any) -> Any:
         return item
     stat = os.stat(item)
     return item, stat.st_size, stat.st_mtime_ns
-
-
-def sentence(item: Any, error: OneVisionError) -> str:
-    """What is wrong with which item; the number in the message counts within a batch."""
-    line = in_options(" ".join(str(error).partition(": ")[2].split()), "embed")
-    name = item if isinstance(item, str) else repr(item["text"][:40])
-    return line if name in line else f"{name}: {line}"
 
 
 def print_lines(part: Embeddings) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo, share, unused
+from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo, unused
 from mlx_onevision.cli.options import (
     FRAMES,
     LOADING,
@@ -21,6 +21,8 @@ from mlx_onevision.cli.options import (
     option,
     options,
 )
+from mlx_onevision.cli.paths import media_argument
+from mlx_onevision.cli.ranks import share_model
 from mlx_onevision.cli.values import Number
 from mlx_onevision.distributed import TRAFFIC, launched
 from mlx_onevision.errors import RequestError
@@ -96,10 +98,8 @@ def generate(
         "--draft-model": draft_model,
         "--prompt-lookup": options["prompt_lookup"],
     }
-    share(model, loading, refused, split)
+    share_model(model, loading, refused, split)
     question = read_prompt(prompt)
-    from mlx_onevision.cli.terminal import media_argument
-
     for kind in ("images", "videos"):
         options[kind] = tuple(map(media_argument, options[kind]))
     options["json_schema"] = None if json_schema is None else read_schema(json_schema)

@@ -1,9 +1,10 @@
-"""What commands do until there is a model: its name, the ranks that share it, a bar meanwhile."""
+"""What commands do until there is a model: its name, a bar while it is loaded, and what else is
+said of its settings.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_onevision.cli.options import DRAFT_TOKENS
-from mlx_onevision.distributed import launched, rank
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -38,7 +38,7 @@ def load(model: str, **settings: Any) -> Model:
 
 
 @contextmanager
-def progress_bar(name: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
+def progress_bar(name: str, unit: str = "B") -> Generator[Callable[[int, int], None]]:
     """A function for what is done and all there is, which a bar shows on stderr if that is a
     terminal.
     """
@@ -63,33 +63,6 @@ def draft_tokens(draft_model: str | None, given: int | None) -> int:
     if given is not None and draft_model is None:
         raise click.UsageError("--draft-tokens needs --draft-model; add it")
     return (0 if draft_model is None else DRAFT_TOKENS) if given is None else given
-
-
-def share(
-    model: str | None,
-    settings: dict[str, Any],
-    refused: Mapping[str, object] | None = None,
-    split: str | tuple[float, ...] | None = None,
-) -> None:
-    """Has the ranks of mlx.launch, where it has started this process, share the model: adds that to
-    ``settings``, which ``load`` is given. The others compute what rank 0 does from here on, print
-    nothing, and end when it has closed the model.
-
-    refused : options that do not go with ranks, and what was given for them.
-
-    Raises:
-        click.UsageError: for one that was given.
-    """
-    if not launched():
-        return
-    for name, given in (refused or {}).items():
-        if given not in (None, False, 0):
-            raise click.UsageError(f"mlx.launch does not go with {name}; leave it out")
-    settings |= {"sharded": True, "split": split}
-    if rank():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and rank 0 decides
-
-        load(model or "demo", **settings)
 
 
 def unused(prompt_cache: Path) -> str:

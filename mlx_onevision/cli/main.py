@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import click
 
-from mlx_onevision.cli.options import DEBUG, debug_option, in_options
-from mlx_onevision.cli.values import could_be_file
+from mlx_onevision.cli.options import DEBUG, debug_option, error_line
+from mlx_onevision.cli.paths import could_be_file
 from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import sentence
 
@@ -80,8 +80,7 @@ def fail(ctx: click.Context, error: Exception) -> NoReturn:
     """Print ``error`` as one sentence (after its traceback with ``--debug``) and exit with 1."""
     if ctx.meta.get(DEBUG):
         traceback.print_exception(error)
-    line = " ".join(sentence(error).split()).removesuffix(".")
-    line = in_options(line, ctx.invoked_subcommand)
+    line = error_line(sentence(error), ctx.invoked_subcommand).removesuffix(".")
     click.echo(f"error: {prefix()}{line}", err=True)
     ctx.exit(1)
 

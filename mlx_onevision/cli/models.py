@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """``mlx-onevision models``: the models in the Hub's cache, downloaded and removed."""
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def list_models(usable_bytes: int) -> tuple[list[CachedModel], int]:
 
 def _revisions(repo: Any, usable_bytes: int) -> Iterator[CachedModel]:
     """Those of one repository in the cache, as huggingface_hub describes it."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import IncompleteSnapshotError
 
     from mlx_onevision.checkpoint.hub import FILES, NOT_FILES
@@ -179,7 +180,7 @@ def _revisions(repo: Any, usable_bytes: int) -> Iterator[CachedModel]:
         refs = tuple(sorted(found.refs))
         place = (repo.repo_id, found.commit_hash, refs, found.size_on_disk, str(folder))
         try:
-            snapshot_download(
+            huggingface_hub.snapshot_download(
                 repo.repo_id,
                 revision=found.commit_hash,
                 cache_dir=_cache_folder(),

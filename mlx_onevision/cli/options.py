@@ -16,13 +16,15 @@ from typing import Any, TypeVar, cast
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_onevision.cli.values import Model, Number, Output, Plot, could_be_file, parse_split
+from mlx_onevision.cli.paths import could_be_file
+from mlx_onevision.cli.values import Model, Number, Output, Plot, parse_split
 from mlx_onevision.sampling.ranges import RANGES, Range
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DRAFT_TOKENS = 8
 DEBUG = "mlx_onevision.debug"
+COUNT = Range(ge=1, whole=True)
 SECONDS = Range(ge=0)
 SOME_SECONDS = Range(gt=0, le=7 * 24 * 3600)
 
@@ -36,7 +38,7 @@ class Option:
 
     names: tuple[str, ...]
     help: str
-    type: click.ParamType | type | None = None
+    type: click.ParamType[Any, Any] | type | None = None
     metavar: str | None = None
     default: Any = None
     show_default: bool = False
@@ -74,7 +76,7 @@ TABLE: Mapping[str, Option] = {
         "--frames",
         "N",
         "N frames of a video, evenly spread. Default: 32.",
-        Range(ge=1, whole=True),
+        COUNT,
     ),
     "fps": _number("fps", "--fps", "F", "F frames of each second of a video instead.", Range(gt=0)),
     "start": _number("start", "--start", "S", "Begin S seconds into a video.", SECONDS),
@@ -272,13 +274,16 @@ _LIBRARY = re.compile(
 )
 
 
-def in_options(text: str, command: str | None) -> str:
-    """A sentence of the library's with the options of ``command`` in place of its arguments."""
+def error_line(text: str, command: str | None, about: str = "") -> str:
+    """What the library says is wrong, on one line, with the options of ``command`` in place of the
+    library's arguments. It begins with what it is ``about`` unless it says that anyway.
+    """
+    text = " ".join(text.split())
     text = _LIBRARY.sub(lambda found: TABLE[found[1]].names[0], text)
     elsewhere = "" if command in ("generate", "chat", None) else "generate "
     for name in ("image", "video"):
         text = text.replace(f"(--{name}, {name}s=)", f"({elsewhere}--{name})")
-    return text
+    return text if about in text else f"{about}: {text}"
 
 
 def option(name: str, **changes: Any) -> Callable[[Command], Command]:

@@ -1,22 +1,19 @@
-"""Input of a terminal or a pipe: lines, their history, paths in them, and Ctrl-C.
+"""Input of a terminal or a pipe: lines, their history, and Ctrl-C.
 
 The history is kept in ``~/.local/state/mlx-onevision/history`` (or under ``$XDG_STATE_HOME``),
 readable by its owner only. ``MLX_ONEVISION_HISTORY`` names another file; empty, none is kept.
 """
 
 import os
-import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from os.path import expanduser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.media.sources import is_url
 
 HISTORY = "MLX_ONEVISION_HISTORY"
 MAX_LINES = 1000
@@ -110,56 +107,6 @@ def _typed_line() -> str:
         raise RequestError("the line is not text in the terminal's encoding") from None
 
 
-def parse_path(argument: str) -> str:
-    """The URL or path that the rest of a line means: a path as it is, or as a shell or a dropped
-    file writes it, with quotes or backslashes.
-    """
-    argument = local_path(argument)
-    if is_url(argument):
-        return argument
-    if Path(expanduser(argument)).exists():
-        return expanduser(argument)
-    try:
-        words = shlex.split(argument)
-    except ValueError:  # an apostrophe in a name
-        words = []
-    return expanduser(words[0] if len(words) == 1 else argument)
-
-
-def local_path(text: str) -> str:
-    """The path in a ``file://`` address; any other text as it is.
-
-    Raises:
-        RequestError: for a file of another machine.
-    """
-    if text[:7].lower() != "file://":
-        return text
-    try:
-        address = urlsplit(text)
-    except ValueError:  # a bracket that does not close
-        address = None
-    if address is None or address.netloc not in ("", "localhost"):
-        raise RequestError(f"{text} is a file of another machine; give the path of one here")
-    return unquote(address.path)
-
-
-def media_argument(text: str) -> str | bytes:
-    """An image or a video as a command line names it: all of stdin for ``-``.
-
-    Raises:
-        RequestError: for a folder, and for nothing on stdin.
-    """
-    if text != "-":
-        path = local_path(text)
-        if os.path.isdir(os.path.expanduser(path)):
-            raise RequestError(f"{text} is a folder; give files of it, as {path.rstrip('/')}/*.jpg")
-        return path
-    data = sys.stdin.buffer.read()
-    if not data:
-        raise RequestError("stdin is empty; pipe an image or a video into it")
-    return data
-
-
 class Interrupts:
     """What Ctrl-C does at the moment, once; nothing where no action is set.
 
@@ -171,7 +118,7 @@ class Interrupts:
         self._action: Callable[[], object] | None = None
 
     @contextmanager
-    def handled(self) -> Iterator[None]:
+    def handled(self) -> Generator[None]:
         """Ctrl-C is handled by this object meanwhile; without effect outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -183,7 +130,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
-    def calling(self, action: Callable[[], object]) -> Iterator[None]:
+    def calling(self, action: Callable[[], object]) -> Generator[None]:
         """Ctrl-C calls ``action`` meanwhile, at most once."""
         self._action = action
         try:

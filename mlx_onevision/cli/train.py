@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.describe import cache_folder
-from mlx_onevision.cli.options import FRAMES, option, options
-from mlx_onevision.cli.values import Plot
+from mlx_onevision.cli.options import COUNT, FRAMES, option, options
+from mlx_onevision.cli.paths import cache_folder
+from mlx_onevision.cli.values import Number, Plot
+from mlx_onevision.sampling.ranges import Range
+
+if TYPE_CHECKING:
+    from mlx_onevision.train.parts import Method, Part
 
 FILE = click.Path(path_type=Path)
 
@@ -42,8 +46,14 @@ FILE = click.Path(path_type=Path)
     multiple=True,
     help="What to train; may be given again. Default: the language model.",
 )
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, metavar="N")
-@click.option("--scale", type=float, default=2.0, show_default=True, help="Of the low-rank terms.")
+@click.option("--rank", type=Number(COUNT), default=16, show_default=True, metavar="N")
+@click.option(
+    "--scale",
+    type=Number(Range(gt=0)),
+    default=2.0,
+    show_default=True,
+    help="Of the low-rank terms.",
+)
 @click.option(
     "--dropout",
     type=click.FloatRange(0, 1, max_open=True),
@@ -52,15 +62,15 @@ FILE = click.Path(path_type=Path)
     help="The share of a low-rank term's inputs that is left out at random.",
 )
 @click.option(
-    "--layers", type=click.IntRange(1), metavar="N", help="The last N of the language model alone."
+    "--layers", type=Number(COUNT), metavar="N", help="The last N of the language model alone."
 )
-@click.option("--steps", type=click.IntRange(1), metavar="N", help="Default: what --epochs takes.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
+@click.option("--steps", type=Number(COUNT), metavar="N", help="Default: what --epochs takes.")
+@click.option("--epochs", type=Number(Range(gt=0)), default=1.0, show_default=True)
+@click.option("--batch", type=Number(COUNT), default=1, show_default=True, help="Rows.")
 @click.option(
-    "--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches a step."
+    "--accumulate", type=Number(COUNT), default=1, show_default=True, help="Batches a step."
 )
-@click.option("--learning-rate", type=click.FloatRange(0), default=1e-4, show_default=True)
+@click.option("--learning-rate", type=Number(Range(ge=0)), default=1e-4, show_default=True)
 @click.option(
     "--schedule",
     type=click.Choice(["constant", "linear", "cosine"]),
@@ -68,29 +78,31 @@ FILE = click.Path(path_type=Path)
     show_default=True,
     help="Of the learning rate, after --warmup steps.",
 )
-@click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="Steps.")
-@click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option(
-    "--clip", type=click.FloatRange(0), default=1.0, show_default=True, help="0: no gradient."
+    "--warmup", type=Number(Range(ge=0, whole=True)), default=0, show_default=True, help="Steps."
+)
+@click.option("--weight-decay", type=Number(Range(ge=0)), default=0.0, show_default=True)
+@click.option(
+    "--clip", type=Number(Range(ge=0)), default=1.0, show_default=True, help="0: no gradient."
 )
 @option("seed", default=0, show_default=True, help="Of the order of rows and of new weights.")
-@click.option("--valid-every", type=click.IntRange(1), default=50, show_default=True, help="Steps.")
+@click.option("--valid-every", type=Number(COUNT), default=50, show_default=True, help="Steps.")
 @click.option(
     "--patience",
-    type=click.IntRange(1),
+    type=Number(COUNT),
     metavar="N",
     help="End after N measurements of --valid without a lower loss.",
 )
 @click.option(
     "--save-every",
-    type=click.IntRange(1),
+    type=Number(COUNT),
     default=50,
     show_default=True,
     help="Steps after which a run that is stopped goes on; the same command does.",
 )
 @click.option("--report", type=Plot(), metavar="FILE.png", help="Draw the loss.")
 @option("dry_run", help="Show three rows as the model sees them, and end.")
-@click.option("--max-length", type=click.IntRange(1), metavar="N", help="Tokens of a row, at most.")
+@click.option("--max-length", type=Number(COUNT), metavar="N", help="Tokens of a row, at most.")
 @options("tiling", *FRAMES, "visual_tokens")
 @click.option(
     "--cache", type=FILE, metavar="FOLDER", help="For encoded media. Default: the user's cache."
@@ -101,8 +113,8 @@ def train(
     data: Path,
     valid: Path | None,
     output: Path,
-    method: Any,
-    parts: tuple[Any, ...],
+    method: Method,
+    parts: tuple[Part, ...],
     rank: int,
     scale: float,
     dropout: float,

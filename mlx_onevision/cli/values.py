@@ -1,3 +1,5 @@
+# pyright: reportMissingTypeArgument=false
+# (click.ParamType takes type arguments in newer versions of click only)
 """The kinds of values that options have, and how a wrong one is refused."""
 
 from __future__ import annotations
@@ -94,6 +96,11 @@ def listed(words: Sequence[str]) -> str:
 def parse_split(
     _ctx: click.Context, _param: click.Parameter, value: str | None
 ) -> str | tuple[float, ...] | None:
+    """The value of ``--split``: "auto", or the ranks' shares of the layers.
+
+    Raises:
+        click.BadParameter: for anything else, and where mlx.launch has not started this process.
+    """
     if value is None:
         return None
     if not launched():
@@ -107,18 +114,3 @@ def parse_split(
     if not shares or not all(0 < share < float("inf") for share in shares):
         raise click.BadParameter(f"{value!r} is neither auto nor numbers above 0, as in 30,50")
     return shares
-
-
-def could_be_file(word: str) -> bool:
-    """Whether a word that stands behind a file is rather another one than something else."""
-    from mlx_onevision.media.sources import IMAGES, VIDEOS, is_url, similar_path
-
-    if word.startswith("-"):
-        return word == "-"
-    return (
-        is_url(word)
-        or word[:7].lower() == "file://"
-        or word.lower().endswith(IMAGES + VIDEOS)
-        or os.path.exists(os.path.expanduser(word))
-        or similar_path(word) is not None
-    )

@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from films import counting, film, written
 from PIL import Image
 
-from mlx_onevision.cli.describe import work_of
 from mlx_onevision.cli.embed import portions
 from mlx_onevision.cli.main import cli
+from mlx_onevision.cli.ranks import work_of
 from mlx_onevision.distributed import World, world
 from mlx_onevision.embed.embeddings import Embeddings
 from mlx_onevision.files import claim, seconds_of_mp4

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from mlx_onevision.cli import terminal as lines
+from mlx_onevision.cli.paths import media_argument, parse_path
 from mlx_onevision.cli.terminal import (
     HISTORY,
     MAX_LINES,
     History,
     history_path,
-    media_argument,
-    parse_path,
 )
 from mlx_onevision.errors import RequestError
 

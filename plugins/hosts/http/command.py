@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.loading import model_or_demo, share
+from mlx_onevision.cli.loading import model_or_demo
 from mlx_onevision.cli.options import (
     DEBUG,
     LOADING,
@@ -22,6 +22,7 @@ from mlx_onevision.cli.options import (
     option,
     options,
 )
+from mlx_onevision.cli.ranks import share_model
 from mlx_onevision.cli.values import Number
 from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import RequestError
@@ -185,7 +186,7 @@ def serve(
     if any(find_spec(module) is None for module in ("starlette", "uvicorn", "pydantic")):
         needed = "serve needs what comes with the extra server"
         raise RequestError(f"{needed}; pip install 'mlx-onevision[server]'")
-    share(model, loading, {"--keep-alive": keep_alive}, split)
+    share_model(model, loading, {"--keep-alive": keep_alive}, split)
     model = model_or_demo(model)
 
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine

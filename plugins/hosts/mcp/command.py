@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.loading import model_or_demo, share
+from mlx_onevision.cli.loading import model_or_demo
 from mlx_onevision.cli.options import LOADING, SAMPLING, decoding_options, gathered, option
+from mlx_onevision.cli.ranks import share_model
 from mlx_onevision.cli.values import Number
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.mcp import pipes
@@ -62,7 +63,7 @@ def mcp(
     for folder in folders:
         if not os.path.isdir(os.path.expanduser(folder)):
             raise RequestError(f"--allow-dir {folder!r} is no folder; name one that exists")
-    share(model, loading, {"--keep-alive": keep_alive}, split)
+    share_model(model, loading, {"--keep-alive": keep_alive}, split)
     try:  # before anything is imported that could print
         at_terminal = os.isatty(0)
         taken = pipes.take_stdio()
