@@ -306,6 +306,11 @@ class Model(AsyncCalls):
         """The checkpoint's max_new_tokens, for answers without a limit; None where it has none."""
         return self._engine.defaults.max_new_tokens
 
+    @property
+    def samples(self) -> bool:
+        """Whether the checkpoint asks for sampled answers where no temperature is given."""
+        return self._engine.defaults.do_sample
+
     def build_request(self, messages: Messages, **given: Unpack[Options]) -> PromptRequest:
         """A conversation for :meth:`submit_all`; settings and errors as in :meth:`stream`."""
         return self._builder.build_request(messages=messages, **given)

@@ -110,8 +110,6 @@ def bench(
         )
 
     import shutil
-    import signal
-    import sys
     import tempfile
 
     from mlx_onevision.bench import checkpoint, measure, report
@@ -122,8 +120,6 @@ def bench(
     def say(text: str) -> None:
         click.echo(f"bench: {text}", err=True)
 
-    # As an exit, which removes the folder and ends the programs.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mlx-onevision-bench-") as scratch:
         place = Path(scratch)
         if size:

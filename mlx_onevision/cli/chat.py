@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo
+from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo, report_unused_filters
 from mlx_onevision.cli.options import (
     FRAMES,
     LOADING,
@@ -66,6 +66,7 @@ def chat(
 
     loaded = load(model, draft_model=draft_model, **loading)
     try:
+        report_unused_filters(options, loaded)
         talk = Conversation(loaded, **options)
         resumed = prompt_cache if prompt_cache and prompt_cache.exists() else None
         if resumed is not None:

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
-from mlx_onevision.cli.loading import load, model_or_demo
+from mlx_onevision.cli.loading import load, model_or_demo, report_unused_filters
 from mlx_onevision.cli.options import (
     LOADING,
     SAMPLING,
@@ -149,6 +149,8 @@ def describe(
     failed = 0
     loaded = load(model or "demo", **loading)
     try:
+        if not rank:
+            report_unused_filters(options, loaded)
         waiting = tasks
         while waiting:
             busy: list[DescribeTask] = []

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_onevision.cli.loading import draft_tokens, load, model_or_demo, unused
+from mlx_onevision.cli.loading import (
+    draft_tokens,
+    load,
+    model_or_demo,
+    report_unused_filters,
+    unused,
+)
 from mlx_onevision.cli.options import (
     FRAMES,
     LOADING,
@@ -108,6 +114,7 @@ def generate(
 
     loaded = load(model, draft_model=draft_model, **loading)
     try:
+        report_unused_filters(options, loaded)
         held = prompt_cache if prompt_cache and prompt_cache.exists() else None
         if held is not None:
             loaded.load_prompt_cache(held)

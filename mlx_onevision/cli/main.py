@@ -1,7 +1,8 @@
 """The ``mlx-onevision`` command.
 
 Results go to stdout and nothing else does; notices, progress and errors go to stderr. An error is
-one sentence, never a traceback. Exit codes: 0, 1 (not done), 2 (wrong usage), 130 (Ctrl-C).
+one sentence, never a traceback. Exit codes: 0, 1 (not done), 2 (wrong usage), 130 (Ctrl-C), 143
+(SIGTERM).
 
 The modules of commands are imported when they are called: ``--help`` loads click and nothing more,
 and a command what it needs.
@@ -10,8 +11,12 @@ and a command what it needs.
 from __future__ import annotations
 
 import io
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -19,7 +24,7 @@ import click
 
 from mlx_onevision.cli.options import DEBUG, debug_option, error_line
 from mlx_onevision.cli.paths import could_be_file
-from mlx_onevision.distributed import prefix
+from mlx_onevision.distributed import launched, prefix
 from mlx_onevision.errors import sentence
 
 INTERRUPTED = 130
@@ -66,7 +71,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what it raises into ``error: ...`` and an exit code."""
         try:
-            return super().invoke(ctx)
+            with _exit_on_sigterm():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own: usage (2), --help (0), a reader that closed the pipe (1, silent)
         except KeyboardInterrupt:
@@ -74,6 +80,28 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
         except Exception as error:
             fail(ctx, error)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Generator[None]:
+    """SIGTERM ends the command as Ctrl-C does meanwhile: temporary files are removed, processes
+    ended. A second one ends it at once. A rank is always ended at once: it may wait for others
+    inside MLX, where no handler runs.
+    """
+    outside = threading.current_thread() is not threading.main_thread() or launched()
+    if outside or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fail(ctx: click.Context, error: Exception) -> NoReturn:

@@ -88,9 +88,9 @@ class Plot(Output):
         return path
 
 
-def listed(words: Sequence[str]) -> str:
-    """``.png, .svg or .pdf``."""
-    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+def listed(words: Sequence[str], last: str = "or") -> str:
+    """``.png, .svg or .pdf``, or with another word before the ``last`` one."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 def parse_split(

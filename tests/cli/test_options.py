@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import pytest
+from checkpoints import write
 from click.testing import CliRunner, Result
 from films import counting, written
 from PIL import Image
@@ -18,6 +19,7 @@ from mlx_onevision.__main__ import cli
 from mlx_onevision.cli.options import LOADING, SAMPLING, TABLE
 from mlx_onevision.cli.values import Number, Output
 from mlx_onevision.embed.embeddings import Embeddings
+from mlx_onevision.plugins.adapters import engine
 from mlx_onevision.plugins.hosts.llm.commands import onevision
 
 COMMANDS = {name: cli.load(name) for name in cli.commands}
@@ -130,6 +132,64 @@ def test_a_value_out_of_range_is_said(option: str, value: str, said: str) -> Non
     done = run("generate", "--prompt", "x", option, value)
     assert done.exit_code == 2 and done.stdout == ""
     assert said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--top-p 0.5", "--top-p: no effect on a greedy answer; add --temperature 0.7\n"),
+        ("--top-k 3 --min-p 0.1 --temp 0", "--top-k and --min-p: no effect on a greedy "),
+        ("--top-p 0.5 --temp 0.7", ""),
+        ("--top-p 1 --top-k 0 --min-p 0", ""),  # all tokens, as without them
+        ("", ""),
+    ],
+)
+def test_filters_without_a_temperature_are_said_to_have_no_effect(
+    words: str, said: str, tmp_path: Path
+) -> None:
+    sampling = ["--model", "demo", "-m", "2", *words.split()]
+    film = written(tmp_path / "a.mp4", counting(9))
+    for command in (
+        ["generate", "-p", "x"],
+        ["chat"],
+        ["describe", str(film), "--force", "--sidecar", str(tmp_path), "--segments", "10"],
+    ):
+        done = CliRunner().invoke(cli, [*command, *sampling], input="x\n" * 2)
+        assert done.exit_code == 0, done.output
+        assert ("no effect" in done.stderr) == bool(said) and done.stderr.count(
+            said[:40] or "~"
+        ) < 2
+        assert said in done.stderr
+
+
+def test_filters_of_a_checkpoint_that_samples_by_itself_have_an_effect(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"do_sample": true}')
+    done = run("generate", "-p", "x", "--model", folder, "-m", "2", "--top-p", "0.5")
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_filters_of_a_server_are_said_to_need_a_temperature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its model is not loaded yet, and may sample by itself."""
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise Asked
+
+    monkeypatch.setattr(engine, "open_engine", asked)
+    said = "--top-p: of effect on sampled answers only; add --temperature 0.7\n"
+    arguments = ("serve", "--model", "demo", "--port", "0", "--top-p", "0.5")
+    assert run(*arguments).stderr.startswith(said)
+    assert said not in run(*arguments, "--temp", "1").stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_onevision", "mcp", "--model", "demo", "--top-p", "0.5"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
 
 
 # Several files.

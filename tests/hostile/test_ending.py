@@ -15,15 +15,18 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write
+from endless import endless
 from hostile.processes import alive, descendants
 from hostile.sizes import cases
 from PIL import Image
 
 from mlx_onevision.api import load
+from mlx_onevision.embed.embeddings import Embeddings
 
 TIMES = cases(1, 20)
 SECONDS = 5.0
-FILM = Path(__file__).parents[2] / "examples/circle.mp4"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILM, SHAPES = EXAMPLES / "circle.mp4", EXAMPLES / "shapes.png"
 
 
 def converted(place: Path) -> tuple[list[str], Callable[[], None]]:
@@ -64,14 +67,50 @@ def described(place: Path) -> tuple[list[str], Callable[[], None]]:
     return ["describe", *options, "--output", str(out), "--force", str(FILM)], whole
 
 
-COMMANDS = {"convert": converted, "train": trained, "describe": described}
+def embedded(place: Path) -> tuple[list[str], Callable[[], None]]:
+    folder, out = place / "images", place / "vectors.npz"
+    folder.mkdir()
+    for number in range(60):
+        Image.new("RGB", (300, 200 + number), (4 * number, 0, 0)).save(folder / f"{number}.png")
+
+    def whole() -> None:
+        assert len(Embeddings.load(out)) == 60
+        assert {path.name for path in place.iterdir()} <= {"images", "vectors.npz", "user"}
+
+    return ["embed", str(folder), "--model", "demo", "--output", str(out)], whole
 
 
-def started(place: Path, arguments: list[str]) -> "subprocess.Popen[str]":
+def answered(place: Path) -> tuple[list[str], Callable[[], None]]:
+    """The file of the KV cache is written at the end, and replaced by the next run."""
+    cache = place / "cache.safetensors"
+    options = ["--image", str(SHAPES), "-p", "What?", "--stream", "--temp", "3", "-m", "150"]
+
+    def whole() -> None:
+        model = load("demo")
+        assert model.load_prompt_cache(cache)[0] > 150
+        model.close()
+        assert {path.name for path in place.iterdir()} <= {cache.name, "user"}
+
+    return ["generate", *options, "--prompt-cache", str(cache)], whole
+
+
+COMMANDS = {
+    "convert": converted,
+    "train": trained,
+    "describe": described,
+    "embed": embedded,
+    "generate": answered,
+}
+
+
+def started(
+    place: Path, arguments: list[str], stdout: int = subprocess.DEVNULL
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "mlx_onevision", *arguments],
         env={**os.environ, "XDG_CACHE_HOME": str(place / "user")},
-        stdout=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -107,3 +146,71 @@ def test_asked_to_end(tmp_path: Path, name: str) -> None:
     _, log = process.communicate(timeout=120)
     assert process.returncode == 0, log
     whole()
+
+
+# In the middle of what each has begun to print.
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    """What it still prints, asked to end; held to the time, the exit code and no traceback."""
+    with process:
+        process.terminate()
+        began = time.monotonic()
+        assert process.stdout is not None and process.stderr is not None
+        rest, log = process.stdout.read(), process.stderr.read()
+        process.wait(30)
+        assert time.monotonic() - began <= SECONDS
+    assert process.returncode == 143 and "Traceback" not in log and "error" not in log, log
+    return rest
+
+
+def test_generate_in_the_middle_of_an_answer(tmp_path: Path) -> None:
+    model, cache = endless(tmp_path / "model"), tmp_path / "cache"
+    arguments = ["generate", "--model", str(model), "-p", "x", "--prompt-cache", str(cache)]
+    whole = started(tmp_path, [*arguments, "-m", "4"])
+    whole.communicate(timeout=60)
+    before, files = cache.read_bytes(), sorted(tmp_path.iterdir())
+    process = started(tmp_path, [*arguments, "-m", "9000", "--stream"], subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.read(9)
+    ended(process)
+    assert cache.read_bytes() == before and sorted(tmp_path.iterdir()) == files
+
+
+def test_chat_in_the_middle_of_an_answer(tmp_path: Path) -> None:
+    """What was saved is whole, the conversation's own file is as it was."""
+    model, cache, saved = endless(tmp_path / "model"), tmp_path / "cache", tmp_path / "saved.json"
+    arguments = ["chat", "--model", str(model), "--prompt-cache", str(cache)]
+    whole = started(tmp_path, [*arguments, "-m", "4"])
+    whole.communicate("One?\n", timeout=60)
+    before, files = cache.read_bytes(), sorted([*tmp_path.iterdir(), saved])
+    process = started(tmp_path, [*arguments, "-m", "900"], subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"/save {saved}\nTwo?\n")
+    process.stdin.flush()
+    assert process.stdout.read(9)
+    ended(process)
+    assert [turn["role"] for turn in json.loads(saved.read_text())] == ["user", "assistant"]
+    assert cache.read_bytes() == before and sorted(tmp_path.iterdir()) == files
+
+
+def test_chat_while_it_waits_for_a_line(tmp_path: Path) -> None:
+    process = started(tmp_path, ["chat", "--model", "demo"], subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("What?\n")
+    process.stdin.flush()
+    assert process.stdout.readline()
+    time.sleep(0.2)
+    ended(process)
+
+
+def test_embed_between_two_vectors(tmp_path: Path) -> None:
+    """The lines are whole."""
+    arguments, _ = embedded(tmp_path)
+    arguments[arguments.index("--output") :] = ["--jsonl", *[arguments[1]] * 40]
+    process = started(tmp_path, arguments, subprocess.PIPE)
+    assert process.stdout is not None
+    lines = [process.stdout.readline(), *ended(process).splitlines()]
+    assert 1 <= len(lines) < 41 * 60
+    assert {len(json.loads(line)["vector"]) for line in lines} == {
+        len(json.loads(lines[0])["vector"])
+    }

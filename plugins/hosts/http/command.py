@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.loading import model_or_demo
+from mlx_onevision.cli.loading import model_or_demo, report_unused_filters
 from mlx_onevision.cli.options import (
     DEBUG,
     LOADING,
@@ -188,6 +188,7 @@ def serve(
         raise RequestError(f"{needed}; pip install 'mlx-onevision[server]'")
     share_model(model, loading, {"--keep-alive": keep_alive}, split)
     model = model_or_demo(model)
+    report_unused_filters(sampling)
 
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
     from mlx_onevision.plugins.contract.errors import PluginError

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlx_onevision.cli.loading import model_or_demo
+from mlx_onevision.cli.loading import model_or_demo, report_unused_filters
 from mlx_onevision.cli.options import LOADING, SAMPLING, decoding_options, gathered, option
 from mlx_onevision.cli.ranks import share_model
 from mlx_onevision.cli.values import Number
@@ -74,6 +74,7 @@ def mcp(
             "This speaks MCP on stdin and stdout: let a host start it. Ctrl-C ends.", err=True
         )
     model = model_or_demo(model)
+    report_unused_filters(sampling)
 
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
