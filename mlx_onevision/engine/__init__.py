@@ -1,0 +1,1 @@
+"""The inference thread: requests from any thread, answered in batches, and embeddings."""

@@ -1,20 +1,22 @@
-"""Several requests at once on the inference thread: continuous batching. Requests are admitted as
-memory allows; each ends, fails and is cancelled by itself.
+# pyright: reportUnknownMemberType=false
+"""Continuous batching: several requests at once on the inference thread, admitted as memory allows.
+Each ends, fails and is cancelled by itself.
 
 A lone request runs outside of a batch, where one sequence decodes faster (:mod:`runner`). A running
 request is moved into the batch when another arrives.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_onevision.engine.decode import import_mlx_lm
+from mlx_onevision.engine.kv_cache import first_positions
 from mlx_onevision.engine.memory import wired
-from mlx_onevision.engine.prefix_cache import LEAST_MATCH, common, first
+from mlx_onevision.engine.prefix_cache import LEAST_MATCH, common_prefix
 from mlx_onevision.engine.request import ActiveRequest, Counters
 from mlx_onevision.engine.rows import Rows
 from mlx_onevision.engine.runner import Runner
@@ -25,7 +27,9 @@ from mlx_onevision.prompt.processor import Inputs
 
 
 def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
-    """Answers everything in ``waiting``, and what comes to it meanwhile. Must not raise."""
+    """Answers everything in ``waiting``, and what is added to it meanwhile. Errors end requests; it
+    raises where the thread cannot go on.
+    """
     while waiting:
         active = waiting.popleft()
         try:
@@ -44,17 +48,17 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
 class Batch:
     """Answers requests in the order of ``waiting``, to which any thread may add meanwhile.
 
-    Requests are admitted while all together stay within ``runner.limit``; one always is. Up to
-    ``memory.MAX_PREFILL_BATCH_SIZE`` begin together, to hold few media.
+    Requests are admitted while all together stay within ``runner.limit`` bytes; one always is. Up
+    to ``memory.MAX_PREFILL_BATCH_SIZE`` begin together, to hold few media.
     """
 
     def __init__(self, runner: Runner, waiting: deque[ActiveRequest]) -> None:
         self._runner = runner
         self._waiting = waiting
         self._rows = Rows(runner)
-        self._newcomers: list[ActiveRequest] = []  # are encoded and prefilled
-        self._beginning: Iterator[None] | None = None  # which goes on between decode steps
-        self._first: ActiveRequest | None = None  # for which the steps have been chosen
+        self._newcomers: list[ActiveRequest] = []  # being encoded and prefilled
+        self._beginning: Iterator[None] | None = None  # their prefill, between decode steps
+        self._first: ActiveRequest | None = None  # whose size the steps were chosen for
 
     @property
     def requests(self) -> list[ActiveRequest]:
@@ -129,7 +133,8 @@ class Batch:
                 next(self._beginning, None)
         if not self._rows.requests:
             return
-        eos, ended = self._runner.checkpoint.generation_defaults.eos_token_ids, []
+        eos = self._runner.checkpoint.generation_defaults.eos_token_ids
+        ended: list[ActiveRequest] = []
         for active, token in self._rows.step():
             active.accept(token)
             last = active.produced >= active.max_tokens
@@ -196,7 +201,8 @@ class Batch:
         before: tuple[list[int], list[Any]] = ([], [])
         ordered = sorted(newcomers, key=lambda active: active.ids)
         for active, following in zip(ordered, [*ordered[1:], None], strict=True):
-            cache, held, goal = [], 0, 0
+            cache: list[Any] = []
+            held = goal = 0
             with self._ending(active):
                 active.begin(None)
                 cache, held = self._source(active.ids, *before)
@@ -206,7 +212,7 @@ class Batch:
                     yield
             if active not in newcomers:
                 continue  # it failed, or was cancelled
-            goes_on = 0 < held <= common(active.ids, before[0])
+            goes_on = 0 < held <= common_prefix(active.ids, before[0])
             before = ([], [])
             if goal > held and ready and not goes_on:
                 self._join(ready)  # and need not wait for what they have nothing of
@@ -242,6 +248,7 @@ class Batch:
     def _unread(
         self, active: ActiveRequest, held: int | None = None
     ) -> tuple[Inputs, list[int], Counters]:
+        """What :meth:`Runner.encode` takes; ``held`` : ids that a KV cache will hold."""
         ids = active.ids
         if held is None:
             held = max(self._runner.prefix.match(ids), self._rows.match(ids)[1])
@@ -252,13 +259,13 @@ class Batch:
         kept one, or a copy of a running one.
         """
         last = len(ids) - 1
-        alike, kept = min(common(before, ids), last), self._runner.prefix.match(ids)
+        alike, kept = min(common_prefix(before, ids), last), self._runner.prefix.match(ids)
         running, there = self._rows.match(ids)
         there = min(there, last)
         if max(alike, there, kept) < LEAST_MATCH or kept > max(alike, there):
             return self._runner.prefix.take(ids)
         if running is None or alike >= there:
-            return first(cache, alike), alike
+            return first_positions(cache, alike), alike
         copied = self._rows.cache_of(running, there)
         mx.eval([layer.state[:2] for layer in copied])
         return copied, there
@@ -270,7 +277,7 @@ class Batch:
         last = len(ids) - 1
         if last - held > memory.tail(self._runner.prefill_chunk):
             return last
-        shared = 0 if following is None else min(common(ids, following.ids), last)
+        shared = 0 if following is None else min(common_prefix(ids, following.ids), last)
         return shared if shared - held >= LEAST_MATCH else held
 
     def _join(self, ready: Sequence[tuple[ActiveRequest, list[Any]]]) -> None:
@@ -282,7 +289,7 @@ class Batch:
             active.cache = None
 
     @contextmanager
-    def _ending(self, active: ActiveRequest) -> Iterator[None]:
+    def _ending(self, active: ActiveRequest) -> Generator[None]:
         """Ends the one request with what goes wrong."""
         try:
             yield

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Prefill and decode of a request that runs alone, and the parts of mlx-lm that it needs.
 
 The steps are those of mlx-lm's ``generate_step``: prefill in chunks, and each token's step sent to
@@ -41,8 +42,7 @@ def decode_steps(
     check: Callable[[], None],
     ranks: "Ranks | None" = None,
 ) -> Iterator[int]:
-    """The tokens of an answer, without end; each but the first is in the cache before it is given
-    out.
+    """The tokens of an answer, without end. Each but the first is in the cache when it is yielded.
 
     ids : of the prompt, behind what the cache holds; one at least.
     sampler : from log-probabilities (1, vocab_size) to an id (1,); from logits where not
@@ -142,7 +142,7 @@ class _Package(ModuleType):
             with _initialising:
                 if not known.get("__initialising__"):
                     known["__initialising__"] = True
-                    self.__spec__.loader.exec_module(self)  # pyright: ignore
+                    self.__spec__.loader.exec_module(self)  # pyright: ignore[reportOptionalMemberAccess]
                     object.__setattr__(self, "__class__", ModuleType)
         return ModuleType.__getattribute__(self, name)
 

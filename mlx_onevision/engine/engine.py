@@ -8,7 +8,6 @@ builds the :mod:`runner` on a thread of its own, runs every job on it there, one
 drops it there. Ids, texts, numpy arrays and plain numbers cross over.
 """
 
-import math
 import sys
 import threading
 from collections import deque
@@ -27,6 +26,7 @@ from mlx_onevision import distributed
 from mlx_onevision.checkpoint.hub import identify
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import Recipe
+from mlx_onevision.config.json_fields import is_number
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.jobs import Job
@@ -39,7 +39,7 @@ from mlx_onevision.engine.request import (
     request_size,
 )
 from mlx_onevision.engine.runner import Runner
-from mlx_onevision.engine.worker import PATIENCE_SECONDS, Worker
+from mlx_onevision.engine.worker import PATIENCE_SECONDS, Progress, Worker
 from mlx_onevision.errors import (
     CancelledError,
     ContextOverflowError,
@@ -81,11 +81,9 @@ class Engine:
         sharded: bool = False,
         split: Split | None = None,
         adapter: Path | None = None,
-        progress: Callable[[int, int], object] = lambda *_: None,
+        progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> None:
-        if memory_limit is not None and not (
-            isinstance(memory_limit, int | float) and 0 < memory_limit < math.inf
-        ):
+        if memory_limit is not None and not (is_number(memory_limit) and memory_limit > 0):
             raise RequestError(f"memory_limit must be a number of GB above 0, not {memory_limit!r}")
         if split is not None and not sharded:
             raise RequestError("split divides a model that ranks share; add sharded=True")
@@ -94,6 +92,7 @@ class Engine:
         limit = None if memory_limit is None else int(memory_limit * 1e9)
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
+        steps = Progress()
 
         def build() -> Runner:
             group = distributed.group() if sharded else None
@@ -125,9 +124,9 @@ class Engine:
                 admit=admit,
                 progress=progress,
             )
-            return Runner(checkpoint, own, kv_bits, small)
+            return Runner(checkpoint, own, kv_bits, small, steps)
 
-        self._worker = Worker(build)
+        self._worker = Worker(build, steps)
         group = self._worker.call(lambda runner: runner.model.group)
         self._ranks = None if group is None else Ranks(group, self._worker.closing)
         # Plain data, anyone's to read.

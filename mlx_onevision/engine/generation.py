@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 from mlx_onevision.config.generation import GenerationDefaults
 from mlx_onevision.engine.engine import Engine
@@ -52,7 +52,7 @@ class Usage:
 
     @classmethod
     def of(cls, active: ActiveRequest | None, tokens: int) -> "Usage":
-        """tokens : of the answer. None is a request that never began."""
+        """From a request's counters; None is one that never began. ``tokens`` : of the answer."""
         counters = vars(Counters() if active is None else active.counters)
         counters = {**counters, "completion_tokens": tokens}
         media = active.request.inputs.media if active else ()
@@ -299,9 +299,7 @@ class RequestBuilder:
         """One conversation, read and tokenized; the settings are those of ``Options``."""
         if draft_tokens and not self._has_draft:
             raise RequestError("draft_tokens needs a draft model; load the model with draft_model")
-        if not isinstance(stop, str | Sequence | None):
-            raise RequestError(f"stop is a {type(stop).__name__}; give a text, or a list of texts")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        stops = (stop,) if isinstance(stop, str) else _listed(stop)
         if not callable(check):
             raise RequestError(f"check is a {type(check).__name__}; give a function")
         open_ended = max_tokens is None
@@ -346,3 +344,10 @@ class RequestBuilder:
             draft_tokens,
             open_ended,
         )
+
+
+def _listed(stop: Any) -> Sequence[str]:
+    """The stop strings; a caller may have given anything."""
+    if stop is not None and not isinstance(stop, Sequence):
+        raise RequestError(f"stop is a {type(stop).__name__}; give a text, or a list of texts")
+    return tuple(cast(Sequence[str], stop or ()))

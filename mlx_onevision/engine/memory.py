@@ -1,15 +1,14 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """The memory of this device: what of it a model may use, and the sizes of a loaded one."""
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.load import Checkpoint
 from mlx_onevision.distributed import gather_integers, gather_texts, least
@@ -17,8 +16,10 @@ from mlx_onevision.network.layers import (
     ARRAYS,
     JOINED,
     LongStepLinear,
+    arrays_of,
     device_kind,
     fewest_dense_rows,
+    modules_of,
 )
 from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.memory_sizes import CHUNKS, NEVER
@@ -41,8 +42,8 @@ def working_set() -> int:
 
 
 def ranks_here(group: mx.distributed.Group | None) -> int:
-    """How many processes of a group share this one's device: all on a machine, for GPUs other than
-    Metal's are a rank's own.
+    """How many processes of a group share this one's device: those of its machine, or on CUDA,
+    where each rank has a GPU of its own, this one alone.
     """
     if group is None or device_kind() == "cuda":
         return 1
@@ -51,7 +52,7 @@ def ranks_here(group: mx.distributed.Group | None) -> int:
 
 
 def machine() -> str:
-    """What tells this machine from others."""
+    """An identifier of this machine: the boot's on Linux, else the network interface's."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:  # not Linux
@@ -91,9 +92,7 @@ def cgroup_limits(groups: str, root: Path) -> Iterator[int]:
 def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> MemoryModel:
     """The sizes of a model on this device."""
     model, on_cpu = checkpoint.model, device_kind() == "cpu"
-    leaves = dict(tree_flatten(model.parameters())).values()
-    # Any: the classes of a network's modules are not declared.
-    modules: dict[str, Any] = dict(model.named_modules())
+    modules = modules_of(model)
     joined = [m[name] for m in modules.values() for name in JOINED if name in m]
     dense_rows = {
         name: fewest_dense_rows(module, model.dtype)
@@ -106,7 +105,7 @@ def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> MemoryModel:
     lowest, tower = least([min(language, default=NEVER), min(vision, default=NEVER)], model.group)
     return MemoryModel(
         model.config,  # of this rank's share
-        sum(leaf.nbytes for leaf in leaves),
+        sum(array.nbytes for array in arrays_of(model.parameters()).values()),
         itemsize=model.dtype.size,
         backend=device_kind(),
         kv_bits=kv_bits,
@@ -120,7 +119,9 @@ def memory_model(checkpoint: Checkpoint, kv_bits: int | None) -> MemoryModel:
 
 
 def among_stages(own: MemoryModel, limit: int, stage: Stage) -> MemoryModel:
-    """``own`` with those of the other ranks, which all ranks go by."""
+    """``own`` with the sizes of the other ranks, by which all ranks plan. ``limit`` : bytes that
+    this rank may use.
+    """
     others: list[tuple[MemoryModel, int]] = []
     found = gather_integers([own.weights, own.joined, own.has_tower, limit], stage.group)
     for rank, (weights, joined, has_tower, most) in enumerate(found):
@@ -133,7 +134,7 @@ def among_stages(own: MemoryModel, limit: int, stage: Stage) -> MemoryModel:
 
 
 @contextmanager
-def wired() -> Iterator[None]:
+def wired() -> Generator[None]:
     """On a Mac, keeps the memory in use resident while a request runs, and only then."""
     limit = mx.device_info().get("max_recommended_working_set_size")
     if limit is None:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from mlx_onevision.errors import RequestError
 
@@ -81,31 +81,36 @@ def check_names(given: Iterable[str]) -> None:
             raise RequestError(f"generate and stream have no argument {name!r}; {way}")
 
 
-def batch_requests(
-    batch: Sequence[Any], options: Sequence[Options] | None
-) -> Iterator[tuple[dict[str, Any], Options]]:
+def batch_requests(batch: Any, options: Any) -> Iterator[tuple[dict[str, Any], Options]]:
     """Each request of a batch as ``prompt`` or ``messages``, with the settings that are its own.
+
+    batch : a sequence of texts and conversations. options : None, or a sequence of
+        :class:`Options`, one for each. Both come from callers, whose types nobody has checked.
 
     Raises:
         RequestError: for a batch or options that are no lists of one length; an unknown setting.
     """
-    if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence):
-        raise RequestError(f"the batch is a {type(batch).__name__}; it must be a list")
-    if batch and all(isinstance(item, Mapping) for item in batch):
+    items = _sequence(batch, f"the batch is a {type(batch).__name__}; it must be a list")
+    if items and all(isinstance(item, Mapping) for item in items):
         raise RequestError("the batch is one conversation; give a list of conversations")
-    if options is None:
-        options = [Options() for _ in batch]
-    if isinstance(options, str | Mapping) or not isinstance(options, Sequence):
-        raise RequestError("options must be a list, with the settings of each request of the batch")
-    if len(options) != len(batch):
-        raise RequestError(f"the batch has {len(batch)} requests, but {len(options)} have options")
-    for number, own in enumerate(options, 1):
+    refusal = "options must be a list, with the settings of each request of the batch"
+    settings = [Options()] * len(items) if options is None else _sequence(options, refusal)
+    if len(settings) != len(items):
+        raise RequestError(f"the batch has {len(items)} requests, but {len(settings)} have options")
+    for number, own in enumerate(settings, 1):
         if not isinstance(own, Mapping):
             raise RequestError(f"the options of request {number} are a {type(own).__name__}")
-        unknown = sorted(map(str, own.keys() - Options.__annotations__.keys()))
+        names = cast(Mapping[Any, Any], own).keys()
+        unknown = sorted(map(str, names - Options.__annotations__.keys()))
         if unknown:
             raise RequestError(f"the options of request {number} have {unknown[0]!r}; see Options")
     return (
         ({"prompt": item} if isinstance(item, str) else {"messages": item}, own)
-        for item, own in zip(batch, options, strict=True)
+        for item, own in zip(items, settings, strict=True)
     )
+
+
+def _sequence(given: Any, refusal: str) -> Sequence[Any]:
+    if isinstance(given, str | Mapping) or not isinstance(given, Sequence):
+        raise RequestError(refusal)
+    return cast(Sequence[Any], given)

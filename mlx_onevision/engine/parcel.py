@@ -1,13 +1,15 @@
-"""What rank 0 tells other ranks, as bytes: JSON, and behind it the arrays as they are. Not pickled:
-whoever reaches the port of a rank could run any program by that.
+"""What rank 0 sends to other ranks, as bytes: the length of the JSON, the JSON, and the arrays as
+they are. Not pickled: whoever reaches the port of a rank could run any program by that.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.media.anyres import Packing, VideoPacking
@@ -18,17 +20,22 @@ HEAD = 8  # bytes that hold the length of the JSON
 
 
 def pack(value: Any) -> bytes:
-    """Of plain values, arrays and :class:`Inputs`, in lists."""
+    """The bytes of plain values, arrays and :class:`Inputs`, in lists.
+
+    Raises:
+        TypeError: for any other object.
+    """
     arrays: list[bytes] = []
     size = 0
 
     def plain(value: Any) -> Any:
         nonlocal size
         if isinstance(value, np.ndarray):
-            data = value.tobytes()
+            array = cast(NDArray[Any], value)
+            data = array.tobytes()
             arrays.append(data)
             size += len(data)
-            return {"array": [value.dtype.str, value.shape, size - len(data)]}
+            return {"array": [array.dtype.str, array.shape, size - len(data)]}
         if isinstance(value, Inputs):
             return {"inputs": [value.input_ids, value.media]}
         if isinstance(value, Medium):
@@ -46,13 +53,13 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: memoryview) -> Any:
+    """What :func:`pack` was given, its arrays without a copy; tuples come back as lists."""
     start = HEAD + int.from_bytes(data[:HEAD], "little")
 
     def made(value: dict[str, Any]) -> Any:
         if "array" in value:
             dtype, shape, at = value["array"]
-            count = int(np.prod(shape))
-            return np.frombuffer(data, dtype, count, start + at).reshape(shape)
+            return np.frombuffer(data, dtype, math.prod(shape), start + at).reshape(shape)
         if "inputs" in value:
             ids, media = value["inputs"]
             return Inputs(ids, tuple(media), "")
@@ -73,7 +80,11 @@ def unpack(data: memoryview) -> Any:
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    """JSON has lists where the fields of a packing are tuples."""
+    return {
+        key: tuple(cast(list[Any], value)) if isinstance(value, list) else value
+        for key, value in values.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)

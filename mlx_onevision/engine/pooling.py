@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """Embeddings on the inference thread: mean vision-tower features and last hidden states. Sums and
 means are taken in float32, whatever type the model computes in.
 """
@@ -43,7 +44,7 @@ def tower_means(
     check : called while the device works on a group of tiles; what it raises ends the work.
     """
     size, stage, vision = model.budget.tile_group, model.stage, model.config.vision_config
-    groups = []
+    groups: list[NDArray[np.float32]] = []
     for start in range(0, len(tiles), size):
         group = tiles[start : start + size]
         if stage is None or stage.begins:
@@ -56,7 +57,7 @@ def tower_means(
             means = all_sum(means, stage.group)
         mx.async_eval(means)
         check()
-        groups.append(np.array(means))
+        groups.append(np.array(means, np.float32))
     return np.concatenate(groups)
 
 
@@ -73,13 +74,13 @@ def last_hidden(
         check()
         longest = max(map(len, group))
         if longest > model.budget.chunk:  # then it is alone
-            states.append(np.array(_prefill_in_chunks(model, group[0], check)))
+            states.append(np.array(_prefill_in_chunks(model, group[0], check), np.float32))
             continue
         # Padding comes after the last id, where a causal model cannot see it.
-        padded = [[*ids, *[0] * (longest - len(ids))] for ids in group]
+        padded = [[*ids, *([0] * (longest - len(ids)))] for ids in group]
         h = model.hidden_states(model.embed(mx.array(padded, mx.int32)))
         last = mx.array([len(ids) - 1 for ids in group])
-        states.append(np.array(h[mx.arange(len(group)), last].astype(mx.float32)))
+        states.append(np.array(h[mx.arange(len(group)), last].astype(mx.float32), np.float32))
     return np.concatenate(states)
 
 
@@ -115,7 +116,7 @@ def prompt_vectors(
     runner: Runner, prompts: Sequence[Inputs], check: Callable[..., None]
 ) -> NDArray[np.float32]:
     """The last hidden state of each prompt, float32 (prompts, hidden_size)."""
-    vectors = []
+    vectors: list[NDArray[np.float32]] = []
     for group in _groups(runner, prompts):
         rows: list[list[int]] = []
         with wired(), runner.within_limit([_joint_size(group)]), ExitStack() as in_use:

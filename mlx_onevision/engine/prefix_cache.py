@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """The key-value caches of the last conversations, so that the next turn of each prefills only what
 is new.
 
@@ -13,21 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx import utils
 
 from mlx_onevision.checkpoint.tensors import read_header
+from mlx_onevision.engine.kv_cache import first_positions
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.files import replacing
-from mlx_onevision.network.layers import on_cuda
-from mlx_onevision.network.memory_sizes import CACHE_STEP
 from mlx_onevision.network.onevision import OneVision
 
 # Every prompt shares its first few template tokens: not worth trimming a cache for.
-LEAST_MATCH = 64
-MOST_KEPT = 32  # all are looked at with every request
-# On CUDA, MLX attends to a cache of a whole number of steps through cuDNN, whose launch takes
-# longer than that of its own kernel: it pays where a layer holds more than this.
-LONG_LAYER_BYTES = 1 << 23
+LEAST_MATCH = 64  # tokens
+MOST_KEPT = 32  # conversations; all are looked at with every request
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +38,7 @@ class Kept:
 
     def common(self, ids: list[int]) -> int:
         """How many of the first ``ids`` it holds."""
-        return common(self.ids, ids)
+        return common_prefix(self.ids, ids)
 
 
 class PrefixCache:
@@ -80,7 +77,7 @@ class PrefixCache:
             # Another conversation that began alike: its own rest is worth more than a copy.
             self._kept.append(kept)
             self._evict(self.capacity)
-            return first(kept.cache, matched), matched
+            return first_positions(kept.cache, matched), matched
         self._model.bank.release(kept.keys)
         self._evict(self.capacity)
         trim_prompt_cache(kept.cache, kept.cache[0].offset - matched)
@@ -129,8 +126,8 @@ class PrefixCache:
             raise RequestError(f"there is no conversation to write to {path}; ask something first")
         kept = self._kept[-1]
         count = min(len(kept.ids), kept.cache[0].offset)
-        layers = [_first(layer, count) for layer in kept.cache]
-        states: Any = tree_flatten([layer.state for layer in layers])
+        layers = first_positions(kept.cache, count)
+        states: Any = utils.tree_flatten([layer.state for layer in layers])
         media = [(key, self._model.bank.ids_of(key)) for key in dict.fromkeys(kept.keys)]
         own = {
             "ids": json.dumps(kept.ids[:count]),
@@ -138,7 +135,7 @@ class PrefixCache:
             **about,
         }
         scalars = ["", *([name, "scalar"] for name, value in states if isinstance(value, int))]
-        header = tree_flatten([own, [type(layer).__name__ for layer in layers], scalars])
+        header = utils.tree_flatten([own, [type(layer).__name__ for layer in layers], scalars])
         with replacing(path, private=True) as file:
             arrays = {name: mx.array(value) for name, value in states}
             mx.save_safetensors(file, arrays, dict(header))
@@ -160,7 +157,7 @@ class PrefixCache:
             try:
                 read_header(path)  # MLX takes files that are cut off
                 loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
-                arrays, header = (tree_unflatten(list(part.items())) for part in loaded)
+                arrays, header = (utils.tree_unflatten(list(part.items())) for part in loaded)
                 about = header[0]
                 ids: list[int] = json.loads(about.pop("ids"))
                 media = json.loads(about.pop("media"))
@@ -172,7 +169,7 @@ class PrefixCache:
                 ) from error
             admit(len(ids), about)
             cache = self._empty()
-            if tree_map(_kind, states) != [self._kinds(len(ids))] * len(cache):
+            if utils.tree_map(_kind, states) != [self._kinds(len(ids))] * len(cache):
                 raise RequestError(f"{path} has keys and values of other shapes; delete it")
             for layer, state in zip(cache, states, strict=True):
                 layer.state = (*state, len(ids), *layer.state[3:])
@@ -193,7 +190,7 @@ class PrefixCache:
         if self._quantized is not None:
             group_size, bits = self._quantized
             values = list(mx.quantize(values, group_size=group_size, bits=bits))
-        return tree_map(_kind, (values, values))
+        return utils.tree_map(_kind, (values, values))
 
     def _empty(self) -> list[Any]:
         from mlx_lm.models.cache import KVCache, QuantizedKVCache
@@ -234,7 +231,7 @@ class PrefixCache:
         self._model.bank.release(kept.keys)
 
 
-def common(ids: list[int], others: list[int]) -> int:
+def common_prefix(ids: list[int], others: list[int]) -> int:
     """How many ids both begin with."""
     least, most = 0, min(len(ids), len(others))
     while least < most:  # by halves: lists are compared much faster than their items
@@ -246,69 +243,9 @@ def common(ids: list[int], others: list[int]) -> int:
     return least
 
 
-def first(cache: Sequence[Any], count: int) -> list[Any]:
-    """A KV cache of the first positions only; they are copied once one of both is written to."""
-    return [_first(layer, count) for layer in cache]
-
-
 def _size(cache: list[Any]) -> int:
     return sum(layer.nbytes for layer in cache)
 
 
 def _kind(values: mx.array) -> str:
     return f"{values.dtype} {values.shape}"
-
-
-def _first(layer: Any, count: int) -> Any:
-    """A layer's cache, of the first positions only."""
-    keys, values, _, *settings = layer.state
-    copy = type(layer)()
-    copy.state = (
-        *tree_map(lambda held: held[..., :count, :], (keys, values)),
-        count,
-        *settings,
-    )
-    return copy
-
-
-def reserve(model: OneVision, cache: Sequence[Any], positions: int, spare: int = 0) -> None:
-    """Makes room for so many positions now, one layer after another: grown within a step, the keys
-    and values of all layers would be copied at once.
-
-    spare : so many more, where the cache has to grow.
-    """
-    text = model.config.text_config
-    keys = cache[0].keys
-    if keys is not None and (keys[0] if hasattr(cache[0], "bits") else keys).shape[2] >= positions:
-        return
-    rows = cache[0].offset.size if isinstance(cache[0].offset, mx.array) else 1
-    room = -(-(positions + spare) // CACHE_STEP) * CACHE_STEP
-    position = 2 * rows * text.num_key_value_heads * text.head_dim * model.dtype.size
-    if on_cuda() and room * position < LONG_LAYER_BYTES:
-        room += 16  # no whole number of steps
-
-    for layer in cache:
-        held = layer.size() if isinstance(layer.offset, mx.array) else layer.offset
-
-        def enlarged(values: mx.array, held: int = held) -> mx.array:
-            more = mx.zeros((*values.shape[:2], room - held, values.shape[3]), values.dtype)
-            return mx.concatenate([values[..., :held, :], more], axis=2)
-
-        new: Any
-        if layer.keys is None:
-            shape = (rows, text.num_key_value_heads, room, text.head_dim)
-            new = [mx.zeros(shape, model.dtype) for _ in range(2)]
-            if hasattr(layer, "bits"):
-                new = [mx.quantize(x, group_size=layer.group_size, bits=layer.bits) for x in new]
-        else:
-            new = tree_map(enlarged, (layer.keys, layer.values))
-        fresh, (layer.keys, layer.values) = layer.keys is None, new
-        # What is not a copy need not be waited for before the next.
-        (mx.async_eval if fresh else mx.eval)(layer.keys, layer.values)
-
-
-def trim_to_shortest_layer(cache: Sequence[Any]) -> None:
-    """Takes back the positions that only some layers have computed."""
-    shortest = min(layer.offset for layer in cache)
-    for layer in cache:
-        layer.trim(layer.offset - shortest)

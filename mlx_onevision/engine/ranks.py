@@ -29,6 +29,7 @@ from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_onevision.distributed import Links, all_sum, gather_texts, prefix
 from mlx_onevision.engine import parcel
@@ -69,10 +70,10 @@ def compare(group: mx.distributed.Group, settings: Mapping[str, str]) -> None:
 
 
 class Ranks:
-    """What a rank's inference thread runs, and on rank 0 what hands it its work.
+    """What a rank's inference thread runs, and on rank 0 the queue of its work.
 
-    closing : set on rank 0 when the model is to be closed. ``self.closing`` is set on every rank,
-        when all know of it.
+    group : the ranks. closing : set on rank 0 when the model is to be closed.
+        ``self.closing`` is set on every rank, when all know of it.
     """
 
     def __init__(self, group: mx.distributed.Group, closing: threading.Event) -> None:
@@ -193,9 +194,9 @@ class Ranks:
                 events.append((CLOSE, []))
         return events
 
-    def _summed(self, values: np.ndarray) -> np.ndarray:
+    def _summed(self, values: NDArray[Any]) -> NDArray[Any]:
         """Rank 0's values, which those of the others, all 0, are added to."""
-        return np.array(all_sum(mx.array(values), self._group))
+        return np.array(all_sum(mx.array(values), self._group), values.dtype)
 
     def _apply(self, kind: str, tasks: list[Task]) -> None:
         if kind == CLOSE:

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """Requests that decode together: a row each of one KV cache a layer.
 
 The caches are mlx-lm's, padded on the left to the longest row; the loop is not. mlx-lm's computes
@@ -14,15 +15,18 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_onevision.engine.decode import CLEAR_EVERY
-from mlx_onevision.engine.prefix_cache import common, reserve
+from mlx_onevision.engine.kv_cache import reserve
+from mlx_onevision.engine.prefix_cache import common_prefix
 from mlx_onevision.engine.request import ActiveRequest
 from mlx_onevision.engine.runner import Runner
 
 
 @dataclass(eq=False)
 class Row:
-    """A request's. ``context`` : ids for its logits processors, where it has any. ``fresh`` : the
-    next step's input is the last id of its prompt, and not a token of its answer.
+    """A request and what samples its tokens.
+
+    context : mlx-lm's buffer of the ids so far, for its logits processors; None without any.
+    fresh : the next step's input is the last id of its prompt, and not a token of its answer.
     """
 
     active: ActiveRequest
@@ -38,7 +42,7 @@ class Row:
 
     @property
     def is_plain(self) -> bool:
-        """The likeliest token is all that is wanted."""
+        """Whether the likeliest token is all that is wanted."""
         return not self.processors and not self.active.sampler.needs_logprobs
 
 
@@ -61,7 +65,7 @@ class Rows:
 
     def join(self, newcomers: Sequence[tuple[ActiveRequest, list[Any]]]) -> None:
         """Adds requests, each with a KV cache that holds the first of its ids, and which is emptied
-        here. The others, up to the last one, go through the model now, all in one step.
+        here. The other ids, up to the last one, go through the model now, all in one step.
         """
         from mlx_lm.models.cache import TokenBuffer
 
@@ -103,6 +107,7 @@ class Rows:
         return [(active, token) for active, token, first in found if not first]
 
     def remove(self, requests: Sequence[ActiveRequest]) -> None:
+        """Takes requests out of the batch, and their rows out of the KV cache."""
         keep = [n for n, row in enumerate(self._rows) if row.active not in requests]
         if len(keep) == len(self._rows):
             return
@@ -117,7 +122,9 @@ class Rows:
 
     def match(self, ids: list[int]) -> tuple[ActiveRequest | None, int]:
         """The request whose KV cache holds the most of the first ``ids``, and how many it holds."""
-        matches = [(min(common(row.active.ids, ids), row.held), row.active) for row in self._rows]
+        matches = [
+            (min(common_prefix(row.active.ids, ids), row.held), row.active) for row in self._rows
+        ]
         most, active = max(matches, key=lambda match: match[0], default=(0, None))
         return active, most
 
@@ -126,7 +133,7 @@ class Rows:
         from mlx_lm.models.cache import KVCache
 
         number = self.requests.index(active)
-        copies = []
+        copies: list[Any] = []
         for layer in self._cache:
             first = layer.size() - self._rows[number].held
             part = (slice(number, number + 1), slice(None), slice(first, first + count))
@@ -143,7 +150,7 @@ class Rows:
 
         merged: list[Any] = []
         for number in range(len(self._model.layers)):
-            layer = BatchKVCache.merge([cache[number] for cache in caches])
+            layer: Any = BatchKVCache.merge([cache[number] for cache in caches])
             for cache in caches:
                 cache[number] = None
             reserve(self._model, [layer], layer.size() + more + 1)
@@ -152,6 +159,7 @@ class Rows:
         return merged
 
     def _prefill(self, cache: list[Any], tails: Sequence[list[int]]) -> None:
+        """Computes what of each prompt its row does not hold, padded on the right, in one step."""
         longest = max(map(len, tails))
         if not longest:
             return
@@ -180,7 +188,7 @@ class Rows:
         likeliest = mx.argmax(logits, axis=-1)
         if all(row.is_plain for row in self._rows):
             return likeliest
-        chosen = []
+        chosen: list[mx.array] = []
         for number, row in enumerate(self._rows):
             one = slice(number, number + 1)
             if row.is_plain:

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """Requests on the inference thread: encode media, prefill, decode, keep the KV cache.
 
 What is used of mlx-lm is imported only when a request needs it.
@@ -12,27 +13,27 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_onevision.checkpoint.load import Checkpoint
 from mlx_onevision.distributed import least
 from mlx_onevision.engine.decode import clear_between_chunks, decode_steps, import_mlx_lm
+from mlx_onevision.engine.kv_cache import reserve, trim_to_shortest_layer
 from mlx_onevision.engine.memory import among_stages, memory_model, wired, working_set
-from mlx_onevision.engine.prefix_cache import PrefixCache, reserve, trim_to_shortest_layer
+from mlx_onevision.engine.prefix_cache import PrefixCache
 from mlx_onevision.engine.request import (
     ActiveRequest,
     Counters,
     as_package_error,
-    request_size,
 )
 from mlx_onevision.engine.speculation import (
     Draft,
     ModelDraft,
     PromptLookup,
+    check_draft,
     speculative_steps,
 )
 from mlx_onevision.engine.worker import Progress
-from mlx_onevision.errors import CancelledError, OutOfMemoryError, RequestError
+from mlx_onevision.errors import CancelledError, OutOfMemoryError
 from mlx_onevision.network import memory_budget as memory
 from mlx_onevision.network.memory_sizes import CACHE_STEP, FOLLOW_UP, RequestSize
 from mlx_onevision.network.onevision import OneVision
@@ -55,12 +56,12 @@ class Runner:
     limit : bytes of memory that may be used at most; None: what the device should use.
     kv_bits : 8 or 4 keeps keys and values quantized.
     draft : a smaller model that proposes tokens to this one.
-    progress : counts the steps.
+    progress : counts the steps, of the draft model as well.
 
     Raises:
         OutOfMemoryError: where the model, and its draft, do not fit into the limit.
-        RequestError: for other kv_bits, and for a model whose keys cannot be quantized.
-        RequestError: for a draft whose tiles are others.
+        RequestError: for other kv_bits, for a model whose keys cannot be quantized, and for a draft
+            whose tiles are others.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Runner:
         self.draft: Runner | None = None
         if draft is not None:
             check_draft(checkpoint, draft)
-            self.draft = Runner(draft)
+            self.draft = Runner(draft, progress=self.progress)
             # Of the draft's, only what is in use is kept, and the last conversation.
             self.draft.model.bank.capacity = self.draft.prefix.capacity = 0
             self.memory = self.memory.with_draft(self.draft.memory)
@@ -117,7 +118,7 @@ class Runner:
         self.prefix.shrink(room)
 
     @contextmanager
-    def within_limit(self, sizes: Sequence[RequestSize]) -> Iterator[None]:
+    def within_limit(self, sizes: Sequence[RequestSize]) -> Generator[None]:
         """Meanwhile, steps are as small as each of these requests needs them to be."""
         budget = self.model.budget
         self.model.budget = self.memory.fitted(sizes, budget, self.limit)
@@ -265,7 +266,7 @@ class Runner:
             yield from islice(steps, active.max_tokens - active.produced)
 
     @contextmanager
-    def _draft(self, active: ActiveRequest) -> Iterator[Draft]:
+    def _draft(self, active: ActiveRequest) -> Generator[Draft]:
         """What proposes tokens, given the prompt. A draft model has a prefix cache and a feature
         bank of its own, and encodes the media with its own tower.
         """
@@ -311,7 +312,7 @@ class Runner:
             yield
 
     def processors(self, active: ActiveRequest) -> list[Any]:
-        """Logits processors."""
+        """What changes the logits of a request before a token is sampled."""
         vocab_size = self.model.config.text_config.vocab_size
         prompt = active.request.inputs.input_ids
         # A vocabulary that was cut may have no row for a placeholder.
@@ -338,32 +339,8 @@ class Runner:
             pass
         counters.import_seconds += _import_mlx_lm()
 
-    def logits(self, inputs: Inputs, last: int | None) -> np.ndarray:
-        """In chunks: where attention is not fused, it takes memory with the square of its step."""
-        _import_mlx_lm()
-        from mlx_lm.models.cache import KVCache
-
-        ids, keys = self.virtual_ids(inputs)
-        first = 0 if last is None else max(0, len(ids) - last)  # position whose logits are wanted
-        with self.model.bank.in_use(keys), self.within_limit([request_size(inputs, 0)]):
-            for _ in self.encode([(inputs, ids, Counters())]):
-                pass
-            cache = [KVCache() for _ in self.model.layers]
-            vocab_size = self.model.config.text_config.vocab_size
-            found = np.empty((len(ids) - first, vocab_size), np.float32)
-            reserve(self.model, cache, len(ids))
-            while (start := cache[0].offset) < len(ids):
-                self.progress.step()
-                chunk = ids[start : start + self.prefill_chunk]
-                end, wanted = start + len(chunk) - first, start + len(chunk) - max(start, first)
-                logits = self.model(mx.array([chunk], mx.int32), cache, last=max(1, wanted))
-                mx.eval([layer.state for layer in cache])
-                if wanted > 0:
-                    found[end - wanted : end] = logits[0]
-                clear_between_chunks()
-            return found
-
     def forget(self, keys: Sequence[str]) -> None:
+        """Drops the features of these media, and the conversations about them."""
         self.prefix.forget(keys)
         self.model.bank.forget(keys)
         if self.draft is not None:
@@ -418,21 +395,8 @@ class Runner:
             yield
 
 
-def check_draft(checkpoint: Checkpoint, draft: Checkpoint) -> None:
-    """RequestError where the one's media become other tiles or embeddings than the other's."""
-    kinds = {
-        (config.vision_config.image_size, config.tokens_per_tile, config.has_newline)
-        for config in (checkpoint.config, draft.config)
-    }
-    if len(kinds) > 1:
-        raise RequestError(
-            f"{draft.path} cuts images into other tiles than {checkpoint.path}, or has no newlines "
-            "where that has, so it cannot be its draft model; use a smaller one of the same family"
-        )
-
-
 def _import_mlx_lm() -> float:
-    """Returns the seconds that it took."""
+    """See :func:`import_mlx_lm`; returns the seconds that it took."""
     started = time.perf_counter()
     import_mlx_lm()
     return time.perf_counter() - started

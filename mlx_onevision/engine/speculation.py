@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """Speculative decoding: tokens that something cheap proposes go through the model in one step, and
 are taken as far as they are what the model would have chosen.
 """
@@ -9,7 +10,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_onevision.checkpoint.load import Checkpoint
 from mlx_onevision.engine.decode import CLEAR_EVERY, clear_between_chunks
+from mlx_onevision.errors import RequestError
 from mlx_onevision.network.onevision import OneVision
 
 
@@ -114,7 +117,8 @@ class ModelDraft:
         return True
 
     def propose(self, most: int) -> list[int]:
-        inputs, found = mx.array(self._pending, mx.int32), []
+        inputs = mx.array(self._pending, mx.int32)
+        found: list[mx.array] = []
         with self._model.decoding():
             for _ in range(most):
                 logits = self._model(inputs[None], self._cache, last=1)[:, -1]
@@ -199,6 +203,23 @@ def speculative_steps(
             produced += 1
             if produced % CLEAR_EVERY == 0:
                 mx.clear_cache()
+
+
+def check_draft(checkpoint: Checkpoint, draft: Checkpoint) -> None:
+    """Checks that two models make the same tiles and numbers of embeddings of a medium.
+
+    Raises:
+        RequestError: where they do not.
+    """
+    kinds = {
+        (config.vision_config.image_size, config.tokens_per_tile, config.has_newline)
+        for config in (checkpoint.config, draft.config)
+    }
+    if len(kinds) > 1:
+        raise RequestError(
+            f"{draft.path} cuts images into other tiles than {checkpoint.path}, or has no newlines "
+            "where that has, so it cannot be its draft model; use a smaller one of the same family"
+        )
 
 
 def _agreed(proposed: Sequence[int], chosen: Sequence[int]) -> int:

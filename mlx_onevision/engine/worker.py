@@ -48,10 +48,11 @@ class Progress:
 class Worker(Generic[Owned]):
     """Builds an object with ``build`` on a new thread, raising what that raises, and keeps it until
     :meth:`close`. Every method may be called from any thread.
+
+    progress : counts the steps of long jobs, as the object makes them.
     """
 
     def __init__(self, build: Callable[[], Owned], progress: Progress | None = None) -> None:
-        """progress : counts the steps of long jobs, as the object makes them."""
         self._jobs: _Jobs[Owned] = _Jobs(progress or Progress())
         self._watchdog = Watchdog(self._jobs.progress, lambda: self._jobs.under_way)
         self.closing = threading.Event()  # a long job should end early once it is set
@@ -85,7 +86,9 @@ class Worker(Generic[Owned]):
 
         lost : called where the thread dies before the job's end.
 
-        Raises OneVisionError when the worker has been closed, DiedError when its thread has died.
+        Raises:
+            OneVisionError: when the worker has been closed.
+            DiedError: when its thread has died.
         """
         if self.closing.is_set():
             raise OneVisionError("the model has been closed; load it again")

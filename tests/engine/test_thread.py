@@ -4,9 +4,13 @@ import gc
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
+from checkpoints import write
 
+from mlx_onevision.api import load
+from mlx_onevision.engine.request import ActiveRequest
 from mlx_onevision.engine.worker import Progress, Worker
 from mlx_onevision.errors import DiedError, OneVisionError
 
@@ -178,3 +182,27 @@ def test_a_process_that_was_stopped_does_not_hang(monkeypatch: pytest.MonkeyPatc
     held.set()
     under_way.result(5)
     worker.close()
+
+
+def test_answers_that_take_long_do_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under load they are one job without an end; each token is a step of it."""
+    monkeypatch.setattr("mlx_onevision.engine.worker.HANG_SECONDS", 2.0)
+    accept = ActiveRequest.accept
+
+    def slowly(active: ActiveRequest, token: int) -> None:
+        time.sleep(0.1)
+        accept(active, token)
+
+    with load(write(tmp_path, tied=False)) as model:
+        model.generate("warm", max_tokens=2)
+        monkeypatch.setattr(ActiveRequest, "accept", slowly)
+        stream = model.stream("a long story", max_tokens=40)
+        healthy: list[bool] = []
+        answered = threading.Thread(target=stream.result)
+        answered.start()
+        while answered.is_alive():
+            healthy.append(model.healthy)
+            time.sleep(0.05)
+        assert len(stream.result().tokens) == 40 and all(healthy)
