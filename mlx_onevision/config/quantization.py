@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mlx_onevision.config.json_fields import Json, Reader, shown
-from mlx_onevision.errors import ConfigError
+from mlx_onevision.errors import ConfigError, short
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Quantization:
         modules: dict[str, ModuleQuantization | None] = {}
         for path, entry in given.items():
             if isinstance(entry, Mapping):
-                modules[path] = _module_quantization(entry, f"quantization of {path}")
+                modules[path] = _module_quantization(entry, f"quantization of {short(path)}")
             elif entry is False:
                 modules[path] = None
             elif entry is True:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_onevision.config.json_fields import Json, Reader, is_number, shown
-from mlx_onevision.errors import ConfigError
+from mlx_onevision.errors import ConfigError, short
 
 # The numbers that each kind reads.
 ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -62,13 +62,13 @@ class RopeConfig:
                 continue
             if not is_number(value):
                 raise ConfigError(
-                    f"text_config's rope setting {key} is {shown(value)}, not a number"
+                    f"text_config's rope setting {short(key)} is {shown(value)}, not a number"
                 )
             if key in known:
                 parameters[key] = value
             elif kind != "default":
                 raise ConfigError(
-                    f"text_config's rope setting {key} is not known for {shown(kind)}"
+                    f"text_config's rope setting {short(key)} is not known for {shown(kind)}"
                 )
         if "factor" in known and parameters.get("factor", 0) <= 0:
             raise ConfigError(f"rope_type {shown(kind)} needs a positive factor in text_config")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import base64
 import os
 import re
+import socket
 import stat
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import sniff
+from mlx_onevision.media.deadline import Deadline
+
+if TYPE_CHECKING:
+    from urllib.request import OpenerDirector
 
 IMAGES = (
     *(".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".qoi"),
@@ -187,21 +192,15 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
     and TooLargeError beyond ``most`` bytes.
     """
     from http.client import HTTPException
-    from time import monotonic
-    from urllib import request
     from urllib.error import HTTPError
+    from urllib.request import Request
 
-    # urllib's own opener would follow a redirect to ftp as well.
-    opener = request.OpenerDirector()
-    for name in ("Proxy", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError"):
-        opener.add_handler(getattr(request, f"{name}Handler")())
-    opener.add_handler(request.HTTPErrorProcessor())
     too_large = f"{quoted(url)} is larger than {most >> 20:,} MB, the most that is downloaded"
-    deadline = monotonic() + DEADLINE
     body = bytearray()
+    deadline = Deadline(DEADLINE)
     try:
-        get = request.Request(encoded_url(url), headers={"User-Agent": "mlx-onevision"})
-        with opener.open(get, timeout=TIMEOUT) as response:
+        get = Request(encoded_url(url), headers={"User-Agent": "mlx-onevision"})
+        with deadline, _opener(deadline).open(get, timeout=TIMEOUT) as response:
             promised = int(response.headers.get("Content-Length") or 0)
             if promised > most:
                 raise TooLargeError(too_large)
@@ -209,17 +208,58 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
                 body += chunk
                 if len(body) > most:
                     raise TooLargeError(too_large)
-                if monotonic() > deadline:
-                    raise TimeoutError(f"not done after {DEADLINE:.0f} seconds")
+            deadline.check()
             if len(body) < promised:
                 raise ConnectionError(f"it broke off after {len(body):,} of {promised:,} bytes")
-    except HTTPError as error:
-        error.close()
-        raise MediaError(f"cannot read {quoted(url)}: the server answers {error.code}") from error
     except (OSError, HTTPException, ValueError) as error:
         why = reason(getattr(error, "reason", None) or error)
+        if isinstance(error, HTTPError):
+            error.close()
+            why = f"the server answers {error.code}"
+        if deadline.expired:
+            why = f"not done after {DEADLINE:.0f} seconds"
         raise MediaError(f"cannot read {quoted(url)}: {why}") from error
     return bytes(body)
+
+
+def _opener(deadline: Deadline) -> OpenerDirector:
+    """What opens URLs, within a deadline. urllib's own would follow a redirect to ftp as well."""
+    from http import client
+    from urllib import request
+
+    def within(cls: type[client.HTTPConnection]) -> Callable[..., client.HTTPConnection]:
+        def connect(address: tuple[str, int], *_: object) -> socket.socket:
+            error: OSError = OSError("it has no address")
+            for found in deadline.addresses(*address, TIMEOUT):
+                try:
+                    return deadline.connect(found, address[1], TIMEOUT)
+                except OSError as failed:
+                    error = failed
+            raise error
+
+        def make(*arguments: Any, **options: Any) -> client.HTTPConnection:
+            connection = cls(*arguments, **options)
+            # The hook that http.client itself opens sockets by.
+            connection._create_connection = connect  # pyright: ignore
+            return connection
+
+        return make
+
+    class Plain(request.HTTPHandler):
+        def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+            return super().do_open(within(http_class), req, **options)
+
+    class Secure(request.HTTPSHandler):
+        def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+            return super().do_open(within(http_class), req, **options)
+
+    opener = request.OpenerDirector()
+    for handler in (Plain, Secure):
+        opener.add_handler(handler())
+    for name in ("Proxy", "HTTPRedirect", "HTTPDefaultError"):
+        opener.add_handler(getattr(request, f"{name}Handler")())
+    opener.add_handler(request.HTTPErrorProcessor())
+    return opener
 
 
 def encoded_url(url: str) -> str:

@@ -4,26 +4,21 @@ Every address, the first and each that a redirect leads to, is judged by its hos
 what the name stands for: it is looked up once, and the very address that was judged is connected
 to. Environment variables that name a proxy are not heeded here.
 
-One deadline holds over all of it. Timeouts of sockets begin anew with every byte, so that a host
-which drips could hold a request for ever: at the deadline the connection is cut from outside.
+One deadline holds over all of it.
 """
 
 import http.client
 import ipaddress
-import queue
 import socket
 import ssl
-import threading
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
-from time import monotonic
-from typing import Any, Self
 from urllib.parse import urljoin, urlsplit
 
+from mlx_onevision.media.deadline import Deadline
 from mlx_onevision.media.sources import encoded_url
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.contract.streams import background
 
 MAX_REDIRECTS = 3
 READ_TIMEOUT = 10.0  # seconds without a byte
@@ -80,7 +75,7 @@ def download(
     Raises PluginError: what ``allowed`` raises; ``bad_request`` for a private address;
     ``unsupported_media`` when nothing comes; ``too_large``.
     """
-    with _Deadline(DEADLINE) as deadline:
+    with Deadline(DEADLINE) as deadline:
         for _ in range(MAX_REDIRECTS + 1):
             allowed(url)
             where = parse_url(url)
@@ -104,73 +99,13 @@ def download(
         raise _failed(parse_url(url), f"it redirects more than {MAX_REDIRECTS} times")
 
 
-class _Deadline:
-    """Cuts the connections that were made within it when its time is up."""
-
-    def __init__(self, seconds: float) -> None:
-        self._until = monotonic() + seconds
-        self._lock = threading.Lock()
-        self._sockets: list[socket.socket] = []
-        background.start()
-        self._timer = background.call_later(seconds, self._cut)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            for spare in self._sockets:
-                spare.close()
-            self._sockets.clear()
-
-    @property
-    def left(self) -> float:
-        """Seconds. Raises TimeoutError where there are none."""
-        self.check()
-        return max(self._until - monotonic(), 0.001)
-
-    @property
-    def expired(self) -> bool:
-        return monotonic() >= self._until
-
-    def check(self) -> None:
-        if self.expired:
-            raise TimeoutError
-
-    def watch(self, connected: socket.socket) -> None:
-        """By a descriptor of its own: TLS takes the socket's."""
-        with self._lock:
-            self._sockets.append(connected.dup())
-
-    def _cut(self) -> None:
-        with self._lock:
-            for spare in self._sockets:
-                with suppress(OSError):
-                    spare.shutdown(socket.SHUT_RDWR)
-
-
-def _resolved(where: Address, private: bool, hint: str, deadline: _Deadline) -> str:
+def _resolved(where: Address, private: bool, hint: str, deadline: Deadline) -> str:
     """The one address that is connected to, judged."""
-    answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
-
-    def look_up() -> None:
-        try:
-            answers.put(socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM))
-        except Exception as error:
-            answers.put(error)
-
-    # On a thread of its own: nothing else can end it before its time.
-    threading.Thread(target=look_up, name="mlx-onevision-lookup", daemon=True).start()
     try:
-        found = answers.get(timeout=min(READ_TIMEOUT, deadline.left))
-    except queue.Empty:
-        raise TimeoutError from None
-    if isinstance(found, UnicodeError):
-        raise _failed(where, _reason(found)) from None
-    if isinstance(found, Exception):
-        raise found
-    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
+        found = deadline.addresses(where.host, where.port, READ_TIMEOUT)
+    except UnicodeError as error:
+        raise _failed(where, _reason(error)) from None
+    addresses = [address.partition("%")[0] for address in found]
     if not private:
         for address in addresses:
             if not _is_global(address):
@@ -191,16 +126,13 @@ def _is_global(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def _connection(where: Address, address: str, deadline: _Deadline) -> http.client.HTTPConnection:
+def _connection(where: Address, address: str, deadline: Deadline) -> http.client.HTTPConnection:
     secure = where.scheme == "https"
     cls = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = cls(where.host, where.port, timeout=READ_TIMEOUT)
 
     def connect(*_: object, **__: object) -> socket.socket:
-        soon = min(READ_TIMEOUT, deadline.left)
-        connected = socket.create_connection((address, where.port), timeout=soon)
-        deadline.watch(connected)
-        return connected
+        return deadline.connect(address, where.port, READ_TIMEOUT)
 
     # The hook that http.client itself opens sockets by; names and certificates stay the host's.
     connection._create_connection = connect  # pyright: ignore
