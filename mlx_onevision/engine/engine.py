@@ -10,6 +10,7 @@ drops it there. Ids, texts, numpy arrays and plain numbers cross over.
 
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,7 +31,7 @@ from mlx_onevision.config.json_fields import is_number
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.jobs import Job
-from mlx_onevision.engine.memory import memory_model, ranks_here, working_set
+from mlx_onevision.engine.memory import Share, memory_model, ranks_here, shares, working_set
 from mlx_onevision.engine.ranks import Ranks, compare
 from mlx_onevision.engine.request import (
     ActiveRequest,
@@ -93,6 +94,8 @@ class Engine:
         self._waiting: deque[ActiveRequest] = deque()  # requests that may run together
         self._order = threading.Lock()
         steps = Progress()
+        # Among ranks each process has one model, and all plan for the same limit.
+        self._share = share = Share(0, 0, partial(_planned_anew, weakref.ref(self)))
 
         def build() -> Runner:
             group = distributed.group() if sharded else None
@@ -106,12 +109,16 @@ class Engine:
                 usable = own = int(distributed.least([usable], group)[0])
             # The draft first: none of its weights are read yet, and the model's may be.
             small = None if draft is None else load_checkpoint(draft, dtype=dtype)
+            share.most = usable
+
+            def fit(planned: MemoryModel) -> None:
+                share.weights = planned.weights
+                with shares.counted(share):
+                    planned.admit_model(usable if group is not None else shares.limit(share))
 
             def admit(planned: MemoryModel) -> None:
                 planned = replace(planned, kv_bits=kv_bits)
-                if small is not None:
-                    planned = planned.with_draft(memory_model(small, None))
-                planned.admit_model(usable)
+                fit(planned if small is None else planned.with_draft(memory_model(small, None)))
 
             checkpoint = load_checkpoint(
                 folder,
@@ -124,16 +131,23 @@ class Engine:
                 admit=admit,
                 progress=progress,
             )
-            return Runner(checkpoint, own, kv_bits, small, steps)
+            runner = Runner(checkpoint, own, kv_bits, small, steps)
+            share.most = runner.limit
+            if group is None:
+                fit(runner.memory)
+                shares.join(share)
+                runner.plan(shares.limit(share))
+            return runner
 
         self._worker = Worker(build, steps)
+        weakref.finalize(self, shares.leave, share)
         group = self._worker.call(lambda runner: runner.model.group)
         self._ranks = None if group is None else Ranks(group, self._worker.closing)
         # Plain data, anyone's to read.
         self.config = self._worker.call(lambda runner: runner.checkpoint.config)
         self.defaults = self._worker.call(lambda runner: runner.checkpoint.generation_defaults)
         self.memory = self._worker.call(lambda runner: runner.memory)
-        self.memory_limit = self._worker.call(lambda runner: runner.limit)
+        self._planned = self._worker.call(lambda runner: runner.limit)
         # Tokens of the longest prompt: the configuration's word for it is no more than that.
         most = self.config.text_config.max_position_embeddings
         self.context = self.memory.longest(most, self.memory_limit)
@@ -149,6 +163,17 @@ class Engine:
             raise SystemExit
 
     @property
+    def memory_limit(self) -> int:
+        """Bytes that it may use now, beside the other models of this process."""
+        return self._share.most if self._ranks is not None else shares.limit(self._share)
+
+    def plan(self) -> None:
+        """Has its thread plan for the limit of now, after what waits there."""
+        if (limit := self.memory_limit) != self._planned:
+            self._planned = limit
+            self._worker.post(lambda runner: runner.plan(limit))
+
+    @property
     def _lost(self) -> bool:
         """Whether it cannot go on for want of other ranks."""
         ended = None if self._ranks is None else self._ranks.ended
@@ -158,7 +183,8 @@ class Engine:
         """OutOfMemoryError where a prompt and its answer cannot stay within the memory limit.
         ``every`` : the logits of every position are wanted.
         """
-        self.memory.admit(request_size(inputs, answer), self.memory_limit, every)
+        with shares.counted(self._share):
+            self.memory.admit(request_size(inputs, answer), self.memory_limit, every)
 
     def admit(self, request: PromptRequest, tokenizer: TokenBytes) -> ActiveRequest:
         """ContextOverflowError when the prompt leaves no room for an answer, OutOfMemoryError when
@@ -180,7 +206,9 @@ class Engine:
         if request.open_ended:
             size = request.size(max_tokens)
             max_tokens = max(1, self.memory.answer(size, self.memory_limit) - request.proposed)
-        self.memory.admit(request.size(max_tokens), self.memory_limit)
+        with shares.counted(self._share):
+            self.memory.admit(request.size(max_tokens), self.memory_limit)
+        self.plan()
         eos = self.defaults.eos_token_ids
         closing = self._worker.closing if self._ranks is None else self._ranks.closing
         return ActiveRequest(request, tokenizer, max_tokens, eos, closing)
@@ -286,6 +314,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancels what is under way and frees the model, on its thread."""
+        shares.leave(self._share)
         self._worker.close(patience=0.0 if self._lost else PATIENCE_SECONDS)
 
 
@@ -301,6 +330,13 @@ def settings(
         "the checkpoint": f"{name} ({revision})",
         **{f"--{name}": str(value) for name, value in given.items()},
     }
+
+
+def _planned_anew(reference: "weakref.ref[Engine]") -> None:
+    engine = reference()
+    if engine is not None:
+        with suppress(OneVisionError):  # closed, or dead
+            engine.plan()
 
 
 def _end(requests: Sequence[ActiveRequest], error: BaseException) -> None:

@@ -2,16 +2,18 @@
 """The memory of this device: what of it a model may use, and the sizes of a loaded one."""
 
 import os
+import threading
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_onevision.checkpoint.load import Checkpoint
 from mlx_onevision.distributed import gather_integers, gather_texts, least
+from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.network.layers import (
     ARRAYS,
     JOINED,
@@ -133,6 +135,71 @@ def among_stages(own: MemoryModel, limit: int, stage: Stage) -> MemoryModel:
     return replace(own, others=tuple(others))
 
 
+@dataclass(eq=False)
+class Share:
+    """What one of this process's models may use: its weights, and a part of what those of all
+    leave free of the device.
+
+    weights : bytes of them. most : bytes that it may use by its own limit. smaller : called, on
+        another thread, when the part has become smaller.
+    """
+
+    weights: int
+    most: int
+    smaller: Callable[[], None]
+
+
+class Shares:
+    """Divides what the device should use among the models of this process. What the weights leave
+    free is divided in equal parts, and what one may not use by its own limit goes to the others.
+    So each plans for itself, and all of them together never for more than there is.
+    """
+
+    def __init__(self, total: Callable[[], int]) -> None:
+        self._total = total
+        self._lock = threading.RLock()  # a model may be collected within it
+        self._shares: list[Share] = []
+
+    def join(self, share: Share) -> None:
+        with self._lock:
+            others = self._shares.copy()
+            self._shares.append(share)
+        for other in others:
+            other.smaller()
+
+    def leave(self, share: Share) -> None:
+        with self._lock, suppress(ValueError):  # it has left before
+            self._shares.remove(share)
+
+    def limit(self, share: Share) -> int:
+        """Bytes that it may use, one that has not joined yet, too."""
+        with self._lock:
+            shares = [share, *(other for other in self._shares if other is not share)]
+        free = self._total() - sum(each.weights for each in shares)
+        if free < 0:
+            return share.weights + free
+        wanted = sorted((max(0, each.most - each.weights), each is not share) for each in shares)
+        for place, (most, other) in enumerate(wanted):
+            part = min(most, free // (len(wanted) - place))
+            if not other:
+                return share.weights + part
+            free -= part
+        raise AssertionError("it is among them")
+
+    @contextmanager
+    def counted(self, share: Share) -> Generator[None]:
+        """OutOfMemoryErrors say what the other models hold."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            with self._lock:
+                others = sum(other.weights for other in self._shares if other is not share)
+            if not others:
+                raise
+            text = f"{error}, or close another: those of this process hold {others / 1e9:.2f} GB"
+            raise type(error)(text) from None
+
+
 @contextmanager
 def wired() -> Generator[None]:
     """On a Mac, keeps the memory in use resident while a request runs, and only then."""
@@ -146,3 +213,7 @@ def wired() -> Generator[None]:
     finally:
         mx.synchronize()
         mx.set_wired_limit(before)
+
+
+shares = Shares(lambda: working_set())
+"""Of this process."""

@@ -92,6 +92,14 @@ class Runner:
         if self.model.stage is not None:  # other layers may take more, and fewer be kept of them
             self.prefix.agreed = lambda count: int(least([count], self.model.group)[0])
         self.memory.admit_model(self.limit)
+        self.plan(self.limit)
+        if limit is not None:
+            # MLX's own limit, one a process: it makes its cache of freed buffers count, too.
+            weakref.finalize(self, mx.set_memory_limit, mx.set_memory_limit(self.limit))
+
+    def plan(self, limit: int) -> None:
+        """Divides the bytes that may be used, which are others where models come and go."""
+        self.limit = limit
         # The same on all ranks; where these have the same shares, that is what each has.
         limits = [(limit, sizes.weights) for sizes, limit in self.memory.of_ranks(self.limit)]
         scratch = min(memory.scratch_bytes(*own) for own in limits)
@@ -103,9 +111,8 @@ class Runner:
         self.model.bank.capacity = max(0, most)
         free = max(0, room - self.model.bank.capacity)
         self.prefix.capacity = min(free // PREFIX_SHARE, MOST_PREFIX_BYTES)
-        if limit is not None:
-            # MLX's own limit, one a process: it makes its cache of freed buffers count, too.
-            weakref.finalize(self, mx.set_memory_limit, mx.set_memory_limit(self.limit))
+        self.model.bank.shrink(self.model.bank.capacity)
+        self.prefix.shrink(self.prefix.capacity)
 
     def make_room(self, sizes: Sequence[RequestSize]) -> None:
         """Lets go of kept features and conversations, so that these requests can run together."""

@@ -44,7 +44,7 @@ from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS, sniff
 from mlx_onevision.media.anyres import fitted_size, select_best_resolution
 from mlx_onevision.media.cache import array_key
 from mlx_onevision.media.decoder import Limits, decode_image
-from mlx_onevision.media.image_parts import kind_of, orientation, reduced
+from mlx_onevision.media.image_parts import ICON, icon_sizes, kind_of, orientation, reduced
 from mlx_onevision.media.parallel import Budget, no_check, parallel_map
 from mlx_onevision.media.resize import Pixels, resize_each, resize_on_square
 from mlx_onevision.media.sources import IMAGE_KINDS, is_file, open_source, reason
@@ -329,6 +329,10 @@ def _opened(
 
     name = about.name
     with _media_errors(name, f"cannot read {name}"):
+        if file.read(4) == ICON:
+            for high, wide in icon_sizes(file):
+                _check_size(name, high, wide, about.max_pixels)
+        file.seek(0)
         try:
             with _quiet:  # of metadata, and from half of Pillow's limit on; ours is checked below
                 image = Image.open(file, formats=kinds)
@@ -348,7 +352,7 @@ def _opened(
         with _media_errors(name, f"{name} is damaged"):
             _drop_xmp(image)  # in a TIFF, by which loading turns
             image.load()
-            _check_size(name, image.height, image.width, about.max_pixels)  # an ICO's is known now
+            _check_size(name, image.height, image.width, about.max_pixels)  # as it was decoded
             if exif is None and image.format == "WEBP":
                 exif = image.info.get("exif", b"")
             turn = _orientation(image) if exif is None else orientation(exif)

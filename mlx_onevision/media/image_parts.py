@@ -8,7 +8,9 @@ bounded pass, to what the pixels of the first frame need, and Pillow opens that.
 import re
 import struct
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import partial
+from typing import BinaryIO, NamedTuple
 
 from mlx_onevision.errors import MediaError
 
@@ -16,6 +18,7 @@ MAX_PARTS = 50_000  # chunks, segments or blocks; libpng writes one for each 8 K
 MAX_EXIF = 1 << 16  # bytes; a JPEG has no longer one
 MAX_SCANS = 100  # of a JPEG: each goes over all pixels; the usual progressive one has 10
 
+ICON = b"\0\0\1\0"  # how an ICO begins
 _PNG = b"\x89PNG\r\n\x1a\n"
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
@@ -145,6 +148,27 @@ def _gif(data: bytes, name: str) -> Parts:
         if label == b"\xf9":
             control = data[start:place]
     return Parts(kept + control, b"", 0)
+
+
+def icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Height and width of each image in an ICO, by their own headers: its directory cannot say more
+    than 256. Pillow decodes one as it opens the file.
+    """
+    file.seek(4)
+    count = int.from_bytes(file.read(2), "little")
+    places = [entry[12:16] for entry in iter(partial(file.read, 16), b"")][:count]
+    for place in places:
+        file.seek(int.from_bytes(place, "little"))
+        head = file.read(24)
+        if head.startswith(_PNG) and len(head) == 24:
+            wide, high = struct.unpack_from(">II", head, 16)
+            yield high, wide
+        elif head[:4] == b"\x0c\0\0\0" and len(head) == 24:
+            wide, high = struct.unpack_from("<HH", head, 4)
+            yield high // 2, wide  # with its mask
+        elif len(head) == 24:
+            wide, high = struct.unpack_from("<ii", head, 4)
+            yield abs(high) // 2, abs(wide)
 
 
 def _counted(count: int, name: str) -> int:

@@ -1,0 +1,122 @@
+"""Several models in one process: what each may use of the device's memory."""
+
+import gc
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write
+from hostile.sizes import cases
+
+from mlx_onevision.api import Model, load
+from mlx_onevision.engine import engine, memory, runner
+from mlx_onevision.engine.memory import Share, Shares, shares
+from mlx_onevision.errors import OutOfMemoryError
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Shares:
+    """No models that other tests have left."""
+    gc.collect()
+    monkeypatch.setattr(shares, "_shares", [])
+    return shares
+
+
+def device(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    for module in (memory, engine, runner):
+        monkeypatch.setattr(module, "working_set", lambda: nbytes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
+
+
+def test_all_together_never_plan_for_more_than_there_is() -> None:
+    rng = random.Random(1)
+    for _ in range(cases(200, 2000)):
+        total, found = rng.randint(1, 1000), list[Share]()
+        divided = Shares(lambda total=total: total)
+        while len(found) < 6:
+            weights = rng.randint(0, total // 4)
+            most = rng.choice([total, rng.randint(weights, total)])
+            share = Share(weights, most, lambda: None)
+            if divided.limit(share) < weights:
+                break
+            divided.join(share)
+            found.append(share)
+        limits = {share: divided.limit(share) for share in found}
+        free = total - sum(limits.values())
+        assert free >= 0
+        for share, limit in limits.items():
+            assert share.weights <= limit <= share.most
+            # What is left over, beyond rounding, nobody may use.
+            assert free < len(found) or limit == share.most
+        for share in found[1:]:
+            divided.leave(share)
+        assert not found or divided.limit(found[0]) == found[0].most
+
+
+def test_a_model_has_what_others_leave(
+    folder: Path, alone: Shares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(folder) as first:
+        weights = first._engine.memory.weights
+        least = first._engine.memory.shortest.total
+    total = 2 * weights + 29 * (least - weights) // 10
+    device(monkeypatch, total)
+    photo = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
+
+    def planned(model: Model) -> int:
+        return model._engine._worker.call(lambda runner: runner.limit)
+
+    with load(folder) as first:
+        assert planned(first) == first._engine.memory_limit == total
+        answer = first.generate("what is this", images=[photo], max_tokens=4).tokens
+        with load(folder) as second:
+            for model in (first, second):
+                assert planned(model) == model._engine.memory_limit == total // 2
+            kept = first._engine._worker.call(lambda r: r.prefix.nbytes + r.model.bank.nbytes)
+            assert kept <= total // 2 - weights
+            assert second.generate("what is this", images=[photo], max_tokens=4).tokens == answer
+            words = "or close another: those of this process hold"
+            with pytest.raises(OutOfMemoryError, match=f"the model needs .* limit is .*{words}"):
+                load(folder)
+            assert len(alone._shares) == 2
+            # Two tokens a word, and the template's.
+            text = "one " * (first._engine.memory.longest(30_000, total // 2) // 2 + 20)
+            with pytest.raises(OutOfMemoryError, match=f"but the limit is .*{words}"):
+                first.generate(text, max_tokens=1)
+        assert first._engine.memory_limit == total
+        assert first.generate(text, max_tokens=1).finish_reason == "length"
+        assert planned(first) == total
+        # One that nobody has closed, and nobody refers to any more.
+        second = load(folder)
+        assert first._engine.memory_limit == total // 2
+        del second, model
+        gc.collect()
+        assert first._engine.memory_limit == total
+
+
+def test_a_limit_of_its_own_leaves_the_rest_to_the_others(
+    folder: Path, alone: Shares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(folder) as first:
+        weights, least = first._engine.memory.weights, first._engine.memory.shortest.total
+    device(monkeypatch, total := 10 * least)
+    with load(folder, memory_limit=1.2 * least / 1e9) as small, load(folder) as large:
+        assert small._engine.memory_limit == int(1.2 * least)
+        assert large._engine.memory_limit == total - int(1.2 * least)
+        done = threading.Barrier(3)
+
+        def ask(model: Model) -> None:
+            for _ in range(3):
+                model.generate("hello", max_tokens=4)
+            done.wait(60)
+
+        for model in (small, large):
+            threading.Thread(target=ask, args=[model], daemon=True).start()
+        done.wait(60)
+    assert weights < least
