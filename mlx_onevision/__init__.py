@@ -1,18 +1,39 @@
-"""LLaVA-OneVision on Apple Silicon, in MLX: images and text in, the reference's exact tokens out.
+"""LLaVA-OneVision (arXiv 2408.03326) on Apple Silicon, in MLX: questions about images and videos,
+answered with the tokens of transformers' implementation.
 
     from mlx_onevision import load
 
-    model = load("demo")
-    print(model.generate("What is in this image?", images=["shapes.png"]).text)
+    model = load("demo")                 # or "0.5b", "7b", "72b", a folder, an id of the Hub
+    answer = model.generate("What is in this image?", images=["shapes.png"], max_tokens=64)
+    print(answer.text, answer.finish_reason, answer.usage.tokens_per_second)
+    for piece in model.stream("And what moves?", videos=["clip.mp4"], num_frames=16):
+        print(piece, end="", flush=True)
+    for segment in model.describe_video("clip.mp4").segments:
+        print(segment.start, segment.end, segment.text)
+    vectors = model.embed(["a.png", "b.png"]).vectors       # float32 (2, dim), of length 1
 
-Importing this loads nothing else; the names below are looked up when they are first used.
+``load`` returns a ``Model``, and help() of both says what they take:
+
+- ``Options``: the settings of an answer, by name; ``Generation``: an answer, with its ``Usage``;
+  ``Stream``: one on its way.
+- ``DescribeOptions``, ``DescriptionStream``, ``VideoDescription``: the same of a described video.
+- ``Embeddings``: vectors, with what makes them comparable.
+- ``Inputs``: a prompt's token ids and pixels, as ``Model.prepare`` makes them.
+
+Times are seconds, sizes of memory bytes, but ``memory_limit``, which is GB (1e9 bytes). Every
+refusal is a ``OneVisionError`` with one sentence that says what to do, and a ``code`` for programs:
+``RequestError``, ``ModelNotFoundError``, ``CheckpointError`` (of it ``ConfigError``),
+``StorageError``, ``MediaError`` (of it ``TooLargeError``), ``ContextOverflowError``,
+``OutOfMemoryError`` (of it ``MemoryLimitError``), ``CancelledError``, ``DiedError``.
+
+Importing the package loads nothing else; the names are looked up when they are first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_onevision.api import Model, load
+    from mlx_onevision.api import load
     from mlx_onevision.describe.formats import VideoDescription
     from mlx_onevision.describe.options import DescribeOptions
     from mlx_onevision.describe.stream import DescriptionStream
@@ -34,6 +55,7 @@ if TYPE_CHECKING:
         StorageError,
         TooLargeError,
     )
+    from mlx_onevision.model import Model
     from mlx_onevision.prompt.processor import Inputs
 
     __version__: str
@@ -66,20 +88,21 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {
+# Where each name is defined.
+_MODULES = {
     "DescribeOptions": "describe.options",
     "DescriptionStream": "describe.stream",
     "Embeddings": "embed.embeddings",
     "Generation": "engine.generation",
     "Inputs": "prompt.processor",
-    "Model": "api",
+    "Model": "model",
     "Options": "engine.options",
     "Stream": "engine.generation",
     "Usage": "engine.generation",
     "VideoDescription": "describe.formats",
     "load": "api",
+    **{name: "errors" for name in __all__ if name.endswith("Error")},
 }
-_HOMES |= {name: "errors" for name in __all__ if name.endswith("Error")}
 
 
 def __getattr__(name: str) -> Any:
@@ -87,8 +110,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("mlx-onevision")
-    if name in _HOMES:
-        return getattr(import_module(f"mlx_onevision.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"mlx_onevision.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'mlx_onevision' has no attribute {name!r}")
 
 

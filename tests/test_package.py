@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import os
 import re
 import shutil
@@ -9,8 +10,11 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import textwrap
+import typing
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +75,67 @@ def test_all_is_what_the_package_holds() -> None:
         assert getattr(mlx_onevision, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = mlx_onevision.nonsense
+
+
+def functions() -> Iterator[tuple[str, Callable[..., typing.Any], str]]:
+    """Everything that can be called or read of what the package exports: its name, its function,
+    and its docstring. Of a class, that of its constructor is the class's own.
+    """
+    for name in mlx_onevision.__all__:
+        value = getattr(mlx_onevision, name)
+        if inspect.isfunction(value):
+            yield name, value, value.__doc__ or ""
+        if not inspect.isclass(value) or issubclass(value, Exception):
+            continue
+        if not typing.is_typeddict(value):
+            yield name, value.__init__, inspect.getdoc(value) or ""
+        for own, member in inspect.getmembers_static(value):
+            if own.startswith("_"):
+                continue
+            if isinstance(member, property):
+                member = member.fget
+            elif isinstance(member, classmethod | staticmethod):
+                member = member.__func__
+            if inspect.isfunction(member):
+                yield f"{name}.{own}", member, member.__doc__ or ""
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def test_public_docstrings_name_parameters_and_errors() -> None:
+    """help() is enough to use the library: no parameter and no error of a function is left out."""
+    checked = 0
+    for name, function, text in functions():
+        assert text.strip(), f"{name} has no docstring"
+        parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+        assert not parameters - words(text), f"{name}: {sorted(parameters - words(text))}"
+        if "/mlx_onevision/" not in inspect.getfile(inspect.unwrap(function)):
+            continue  # what dataclass has written
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        raised = {
+            node.exc.func.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Raise)
+            and isinstance(node.exc, ast.Call)
+            and isinstance(node.exc.func, ast.Name)
+            and node.exc.func.id in mlx_onevision.__all__
+        }
+        assert not raised - words(text), f"{name}: {sorted(raised - words(text))}"
+        checked += 1
+    assert checked > 30
+    for name in mlx_onevision.__all__:
+        value = getattr(mlx_onevision, name)
+        if typing.is_typeddict(value):
+            settings = set(typing.get_type_hints(value))
+            assert not settings - words(value.__doc__ or ""), name
+        elif name != "__version__":
+            assert inspect.getdoc(value), name
+
+
+def test_help_of_the_package_names_what_it_exports() -> None:
+    assert not set(mlx_onevision.__all__) - words(mlx_onevision.__doc__ or "") - {"__version__"}
 
 
 def test_the_version_is_the_metadatas() -> None:

@@ -23,13 +23,20 @@ EMPTY = "(not described)"  # the subtitle of a segment without text, else it wou
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a video, and its caption."""
+    """A part of a video, and its caption.
+
+    start, end : seconds from the beginning of the video.
+    text : the caption; empty where the segment is not described.
+    frames : the times of the frames that the model saw, in seconds.
+
+    Raises:
+        RequestError: for an end that is not behind the start.
+    """
 
     start: float
     end: float
     text: str
     frames: tuple[float, ...] = ()
-    """The times of the frames that the model saw."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end < float("inf"):
@@ -57,7 +64,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Chapter:
-    """Where a chapter begins, and its title. It ends where the next one begins."""
+    """Where a chapter begins, in seconds, and its title. It ends where the next one begins."""
 
     start: float
     title: str
@@ -65,18 +72,25 @@ class Chapter:
 
 @dataclass(frozen=True)
 class VideoDescription:
-    """A whole video, described."""
+    """A whole video, described.
+
+    source : the video's path or address.
+    duration : its length in seconds.
+    model : the name of the model.
+    segments : its parts in order, each with ``start``, ``end`` (seconds), ``text`` and ``frames``
+        (the times of the frames that the model saw).
+    summary : one to three sentences; empty where there is none.
+    chapters : up to twelve, each with ``start`` (seconds) and ``title``.
+    warnings : what was left out, or could not be read, a sentence each.
+    """
 
     source: str
-    """The video's path or address."""
     duration: float
-    """Seconds."""
     model: str
     segments: tuple[Segment, ...]
     summary: str = ""
     chapters: tuple[Chapter, ...] = ()
     warnings: tuple[str, ...] = ()
-    """What was left out, or could not be read."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -94,7 +108,7 @@ class VideoDescription:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VideoDescription":
-        """The description that :meth:`to_dict` made.
+        """The description of which :meth:`to_dict` made ``values``.
 
         Raises:
             RequestError: for a mapping that is no description, or a later version's.

@@ -33,12 +33,14 @@ class DescriptionStream:
     An abandoned stream cancels itself; as a context manager it does so at once. What is done by
     then is in the sidecar.
 
-    model : its name.
+    video : a path, a URL or bytes.
+    captioner : prompts the loaded model. model : its name.
+    settings : which segments, how many frames of each; see :class:`DescribeOptions`.
     about : what a description depends on besides the video, plain values.
-    sidecar, force : the file of a ``Journal``; in a folder, it has a name of its own for each
-        video, model and settings.
+    sidecar, force : the file of a ``Journal``, and whether to start it over; in a folder, the file
+        has a name of its own for each video, model and settings.
 
-    Raises, and then as it is iterated:
+    Raises, the last two as it is iterated:
         RequestError: for frames without a clock, settings out of range, and another's sidecar.
         MediaError: for a video that cannot be read, or none of whose segments can.
         ContextOverflowError: for more frames than the model's context holds.
@@ -96,6 +98,7 @@ class DescriptionStream:
 
         Raises:
             CancelledError: when it was cancelled.
+            RequestError: where an error of another kind has ended its iteration before.
             OneVisionError: what ended it otherwise.
         """
         for _ in self._events:

@@ -71,7 +71,7 @@ _Outcome: TypeAlias = tuple[int, str, Vector | OneVisionError]
 class Embedder:
     """Turns items into vectors of one space.
 
-    space, normalize, tiling, frames, check : see :meth:`mlx_onevision.api.Model.embed`.
+    space, normalize, tiling, frames, check : see :meth:`mlx_onevision.model.Model.embed`.
     model, revision : as :func:`~mlx_onevision.checkpoint.hub.identify` returns them.
     """
 
@@ -130,7 +130,7 @@ class Embedder:
         progress: Callable[[int, int], None] | None = None,
         on_error: Callable[[int, OneVisionError], None] | None = None,
     ) -> Embeddings:
-        """The vectors of ``items``, in order; see :meth:`mlx_onevision.api.Model.embed`."""
+        """The vectors of ``items``, in order; see :meth:`mlx_onevision.model.Model.embed`."""
         if isinstance(items, str | bytes | Mapping | os.PathLike) or hasattr(items, "shape"):
             raise RequestError(f"items is one {type(items).__name__}; give a list of items")
         items = list(items)

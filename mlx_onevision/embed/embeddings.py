@@ -41,23 +41,25 @@ class Embeddings:
     """Vectors of one space, and where they come from.
 
     Those of another space, model, quantization or method cannot be joined or compared.
+
+    vectors : float32 (n, dim), a row for each item.
+    space : ``vision`` or ``joint``; see :attr:`note`.
+    model : the repository's id or the folder's name.
+    revision : the repository's commit, or a hash of the folder's weights.
+    quantization : how the checkpoint's weights are quantized, in words; None where they are not.
+    method : what was pooled, in words.
+    normalized : whether every vector has length 1.
+    names : what each vector is of: a path, a URL, a text, or "item 3".
     """
 
     vectors: NDArray[np.float32]
-    """(n, dim)."""
     space: Space
     model: str
-    """A repository's id or a folder's name."""
     revision: str
-    """The repository's commit, or a hash of the folder's weights."""
     quantization: str | None
-    """How the checkpoint's weights are quantized; None where they are not."""
     method: str
-    """What was pooled, in words; part of what makes vectors comparable."""
     normalized: bool
-    """Whether every vector has length 1."""
     names: tuple[str, ...]
-    """What each vector is of: a path, a URL, a text, or "item 3"."""
 
     def __repr__(self) -> str:
         of = ", ".join(map(repr, self.names[:3])) + (", …" if len(self) > 3 else "")
@@ -80,6 +82,7 @@ class Embeddings:
 
     @property
     def dim(self) -> int:
+        """The number of values of a vector."""
         return self.vectors.shape[1]
 
     @property
@@ -102,7 +105,7 @@ class Embeddings:
         return len(self.vectors)
 
     def similarity(self, other: "Embeddings") -> NDArray[np.float32]:
-        """Cosines, float32 (len(self), len(other)).
+        """The cosines of these vectors with those of ``other``, float32 (len(self), len(other)).
 
         Raises:
             RequestError: where the two are not of one space, model and method.
@@ -111,7 +114,11 @@ class Embeddings:
         return _unit(self.vectors) @ _unit(other.vectors).T
 
     def require_comparable(self, other: "Embeddings") -> None:
-        """Raises RequestError where the two are not of one space, model and method."""
+        """Checks that these vectors can be compared with those of ``other``.
+
+        Raises:
+            RequestError: where the two are not of one space, model and method.
+        """
         for name, hint in _MUST_AGREE.items():
             one, two = getattr(self, name), getattr(other, name)
             if one != two:
@@ -148,6 +155,7 @@ class Embeddings:
     def save(self, path: str | os.PathLike[str], *, private: bool = False) -> None:
         """Writes an npz file: ``vectors``, ``names`` and ``provenance`` (JSON text).
 
+        path : the file; one that is there is replaced.
         private : only its owner may read it.
 
         Raises:
@@ -163,10 +171,10 @@ class Embeddings:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Embeddings":
-        """From a file that :meth:`save` wrote.
+        """The embeddings in a file, ``path``, that :meth:`save` wrote.
 
         Raises:
-            RequestError: for a file that is no such file.
+            RequestError: for a file of another kind.
             OSError: where it cannot be read.
         """
         try:
@@ -174,15 +182,14 @@ class Embeddings:
                 vectors = np.ascontiguousarray(kept["vectors"], np.float32)
                 names = tuple(map(str, kept["names"]))
                 provenance = json.loads(str(kept["provenance"]))
-            if vectors.shape != (len(names), provenance.pop("dim")):
-                raise ValueError("shape")
+            fits = vectors.shape == (len(names), provenance.pop("dim"))
             loaded = cls(vectors=vectors, names=names, **provenance)
-            if loaded.space not in SPACES:
-                raise ValueError("space")
         except OSError:
             raise
         except Exception as error:  # a zip, a pickle, another program's arrays: whatever it is
             raise RequestError(f"{os.fspath(path)} does not hold embeddings") from error
+        if not fits or loaded.space not in SPACES:
+            raise RequestError(f"{os.fspath(path)} does not hold embeddings")
         return loaded
 
 

@@ -32,6 +32,7 @@ from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.jobs import Job
 from mlx_onevision.engine.memory import Share, memory_model, ranks_here, shares, working_set
+from mlx_onevision.engine.prefix_cache import check_settings
 from mlx_onevision.engine.ranks import Ranks, compare
 from mlx_onevision.engine.request import (
     ActiveRequest,
@@ -279,16 +280,15 @@ class Engine:
         """See :meth:`PrefixCache.save`."""
         self._with_prompt_cache(lambda runner: runner.prefix.save(path, about))
 
-    def load_prompt_cache(
-        self, path: Path, accept: Callable[[Mapping[str, str]], None]
-    ) -> tuple[int, dict[str, str]]:
-        """See :meth:`PrefixCache.load`. ``accept`` : called with what else was written.
+    def load_prompt_cache(self, path: Path, own: Mapping[str, str]) -> tuple[int, dict[str, str]]:
+        """See :meth:`PrefixCache.load`. ``own`` : what the file must have been written with; see
+        :func:`~mlx_onevision.engine.prefix_cache.check_settings`.
 
         Raises also OutOfMemoryError, where it cannot stay within the memory limit.
         """
 
         def admit(tokens: int, about: Mapping[str, str]) -> None:
-            accept(about)
+            check_settings(path, about, own)
             self.memory.admit(RequestSize(tokens, 1), self.memory_limit)
 
         def load(runner: Runner) -> tuple[int, dict[str, str]]:

@@ -31,11 +31,19 @@ DEFAULT_MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer took.
+    """What an answer took. Seconds are wall time.
 
-    cached_tokens, media_tokens : of the prompt, those in the cache already, and those of media.
-    Seconds of wall time: images to tiles to ids, loading mlx-lm (once a process, while tiles are
-    encoded), tiles to features beyond that, prefill up to the first token, and the tokens after it.
+    prompt_tokens : of the prompt, media included.
+    cached_tokens : those of them whose keys and values were there from an earlier request.
+    media_tokens : those of them that images and videos became.
+    encoded_media : images and videos that went through the tower; the others' features were kept.
+    completion_tokens : of the answer, the end-of-text token included.
+    prepare_seconds : from images and texts to tiles and ids.
+    import_seconds : loading mlx-lm, once a process, while tiles are encoded.
+    encode_seconds : from tiles to features, beyond that.
+    prefill_seconds : from there to the first token.
+    decode_seconds : from the first token to the last.
+    peak_memory_bytes : MLX's peak while it ran, of all that ran at the time.
     """
 
     prompt_tokens: int
@@ -52,7 +60,11 @@ class Usage:
 
     @classmethod
     def of(cls, active: ActiveRequest | None, tokens: int) -> "Usage":
-        """From a request's counters; None is one that never began. ``tokens`` : of the answer."""
+        """From the counters of a request.
+
+        active : the request; None where it never began.
+        tokens : how many its answer has.
+        """
         counters = vars(Counters() if active is None else active.counters)
         counters = {**counters, "completion_tokens": tokens}
         media = active.request.inputs.media if active else ()
@@ -77,9 +89,11 @@ class Usage:
 class Generation:
     """An answer.
 
+    text : of the answer, without special tokens and without the stop string.
     tokens : the generated ids, with the end-of-text token where there is one, as in the reference.
     finish_reason : ``stop`` (the model ended, or a stop string came), ``length`` (max_tokens or the
         context was used up), ``cancelled``, or, in a batch, ``error``.
+    usage : tokens, seconds and memory; see :class:`Usage`.
     notes : what of the videos was not used as it was asked for, a sentence each.
     error : what went wrong with this answer of a batch; ``text`` is what had come until then.
     logprobs : where asked for; see :class:`~mlx_onevision.sampling.logprobs.LogprobStream`.
@@ -131,9 +145,10 @@ def _rate(count: int, seconds: float) -> float:
 
 class Stream:
     """An answer on its way: an iterator of pieces of text, joined :attr:`Generation.text`.
-    An abandoned stream cancels itself.
+    What goes wrong is raised while it is iterated. An abandoned stream cancels itself.
 
-    source : an error, where the request could not be prepared.
+    source : the request, or the error for which it could not be started.
+    tokenizer : for the texts of the tokens in ``logprobs``.
     """
 
     def __init__(self, source: ActiveRequest | OneVisionError, tokenizer: Tokenizer) -> None:
@@ -163,7 +178,12 @@ class Stream:
             self._active.cancel()
 
     def result(self) -> Generation:
-        """The whole answer, waited for. Raises what ended it, if something did."""
+        """The whole answer, waited for.
+
+        Raises:
+            OneVisionError: what ended it, if something did.
+            RequestError: where an error of another kind has ended its iteration before.
+        """
         for _ in self._text:
             pass
         if self._error is not None:
@@ -173,7 +193,7 @@ class Stream:
         return self._result
 
     def outcome(self) -> Generation:
-        """As :meth:`result`, but with an OneVisionError in ``error`` of what it returns."""
+        """As :meth:`result`, but a OneVisionError is in ``error`` of what it returns."""
         try:
             return self.result()
         except OneVisionError as error:

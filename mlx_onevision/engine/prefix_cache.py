@@ -231,6 +231,28 @@ class PrefixCache:
         self._model.bank.release(kept.keys)
 
 
+def check_settings(path: Path, found: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Checks that a saved KV cache was made by a model like this one.
+
+    found, own : of the file and of the model: its name, its revision, and the settings that it was
+        loaded with, such as its dtype.
+
+    Raises:
+        RequestError: naming what differs.
+    """
+    if found.get("revision") != own["revision"]:
+        raise RequestError(
+            f"{path} belongs to another model, {found.get('name')}, and not to {own['name']}; "
+            "name another file, or delete it"
+        )
+    for setting, value in own.items():
+        if setting != "name" and found.get(setting) != value:
+            raise RequestError(
+                f"{path} was written with {setting} {found.get(setting)}, and the model is loaded "
+                f"with {setting} {value}; load it as it was, or name another file"
+            )
+
+
 def common_prefix(ids: list[int], others: list[int]) -> int:
     """How many ids both begin with."""
     least, most = 0, min(len(ids), len(others))

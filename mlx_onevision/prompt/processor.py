@@ -97,16 +97,19 @@ class Medium:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A prompt, ready for the model."""
+    """A prompt, ready for the model.
+
+    input_ids : int32 (L,), a placeholder id for each embedding of each medium, text ids between.
+    media : images and videos in the order of their placeholders: uint8 ``tiles`` (n, S, S, 3),
+        float32 ``pixel_values`` (n, 3, S, S), and the number of their ``tokens``.
+    prompt : the text that the chat template made, each medium one placeholder.
+    learned : bool (L,), of a prompt in given segments, the ids that carry loss; else empty.
+    """
 
     input_ids: NDArray[np.int32]
-    """(L,): one placeholder id for each row of each medium, text ids between them."""
     media: tuple[Medium, ...]
-    """In the order of their placeholders."""
     prompt: str
-    """The text that the chat template made, each medium one placeholder."""
     learned: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    """(L,): of a prompt in given segments, the ids that carry loss."""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -288,7 +288,7 @@ class _MediaReader(ExitStack):
         self._together = PixelCount(4 * policy.pixels)
 
     def item(self, item: str | requests.Media | requests.Group) -> Any:
-        """As :meth:`mlx_onevision.api.Model.embed` takes it; the errors are those of :meth:`of`."""
+        """What :meth:`mlx_onevision.model.Model.embed` takes; errors are those of :meth:`of`."""
         if isinstance(item, str):
             return {"type": "text", "text": item}
         if isinstance(item, requests.Media):
