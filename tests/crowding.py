@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from films import film
 from PIL import Image, ImageDraw
 from served import Client
+from videos import film
 
 CHAT, RESPONSES, EMBED = "/v1/chat/completions", "/v1/responses", "/v1/embeddings"
 

@@ -243,3 +243,73 @@ class FakeHub:
         handler.end_headers()
         if handler.command != "HEAD":
             handler.wfile.write(body if cut is None else body[: max(cut, 0)])
+
+
+# Names of files in repositories: what a model is made of, what it is not, and hostile ones.
+
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "README.md",
+    "LICENSE",
+)
+UNWANTED = (
+    "modeling_evil.py",
+    "pytorch_model.bin",
+    "model.pt",
+    "model.onnx",
+    "model.gguf",
+    "training_args.bin",
+    "onnx/model.safetensors",
+    "onnx/decoder_model.onnx",
+    "video_processor/preprocessor_config.json",
+    ".gitattributes",
+    ".config.json",
+    "archive.zip",
+)
+HOSTILE = (
+    "../config.json",
+    "../../config.json",
+    "a/../../config.json",
+    "..",
+    ".",
+    "../model.safetensors",
+    "/tmp/model.safetensors",
+    "/etc/config.json",
+    "//host/share/config.json",
+    "\\\\host\\share\\config.json",
+    "..\\config.json",
+    "..\\..\\model.safetensors",
+    "C:\\config.json",
+    "C:config.json",
+    "C:/model.safetensors",
+    "D:model.safetensors",
+    "config.json\0.safetensors",
+    "a\0b.safetensors",
+    "~/config.json",
+    "./config.json",
+    "config.json/",
+    "config.json/..",
+    "%2e%2e/config.json",
+    "..%2fmodel.safetensors/x",
+    "blobs/../../../model.safetensors",
+    "refs/main",
+    "snapshots/main/config.json",
+    "model.safetensors/config.json",
+    "n" * 300 + "/config.json",
+    "\u202econfig.json/x",
+)

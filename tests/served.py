@@ -1,16 +1,29 @@
-"""A server of the tests: the real one, on a free port of this machine, in a thread."""
+"""A server of the tests: the real one, on a free port of this machine, in a thread; and a backend
+for it that has every capability and keeps what it was asked.
+"""
 
 import base64
 import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.contract.requests import GenerateRequest
+from mlx_onevision.plugins.contract.results import (
+    GenerateResult,
+    ModelInfo,
+    TextEvent,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from mlx_onevision.plugins.contract.streams import Channel, EventStream
 from mlx_onevision.plugins.hosts.http import server as running
 from mlx_onevision.plugins.hosts.http.app import create_app
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
@@ -115,3 +128,55 @@ def wait_for(condition: Any, seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not come to hold"
         time.sleep(0.005)
+
+
+# A backend that has every capability.
+
+
+WORDS = ("a ", "é", " b")
+
+
+class Telling(FakeBackend):
+    """words : the answer, a token each."""
+
+    def __init__(self, words: Sequence[str] = WORDS) -> None:
+        self.asked: list[GenerateRequest] = []
+        self.words = tuple(words)
+        super().__init__()
+
+    def info(self) -> ModelInfo:
+        known = super().info()
+        able = dict.fromkeys((*known.capabilities, "logprobs", "json_schema"))
+        return replace(known, capabilities=tuple(able))
+
+    def generate(self, request: GenerateRequest) -> EventStream[GenerateResult]:
+        self.asked.append(request)
+        return super().generate(request)
+
+    def _load(self) -> "Telling._Told":
+        return Telling._Told(self)
+
+    class _Told(FakeBackend._Model):
+        def __init__(self, owner: "Telling") -> None:
+            super().__init__(owner)
+            self._words = owner.words
+
+        def generate(self, request: GenerateRequest, channel: Channel) -> GenerateResult:
+            said = self._words[: request.max_tokens]
+            told = [_token(word, request.logprobs) for word in said]
+            for word, token in zip(said, told, strict=True):
+                channel.put(TextEvent(word, logprobs=(token,) if token else ()))
+            tokens = tuple(token for token in told if token)
+            return GenerateResult(
+                "".join(said),
+                "stop" if said == self._words else "length",
+                Usage(prompt_tokens=7, completion_tokens=len(said)),
+                logprobs=None if request.logprobs is None else tokens,
+            )
+
+
+def _token(word: str, top: int | None) -> TokenLogprob | None:
+    if top is None:
+        return None
+    others = [TopLogprob(f"{word}{n}", f"{word}{n}".encode(), -1.0 - n) for n in range(top)]
+    return TokenLogprob(word, word.encode(), -0.25, tuple(others))

@@ -16,8 +16,8 @@ import click
 import llm.cli
 import pytest
 from click.testing import CliRunner
-from films import counting, written
 from PIL import Image
+from videos import counting, written
 
 from mlx_onevision.__main__ import cli
 from mlx_onevision.checkpoint import hub

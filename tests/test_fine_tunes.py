@@ -12,10 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import Sizes, arrays, layout_name, write, write_weights
-from films import counting, number_of
-from loaded import edit
-from processor_files import dump
+from changed_checkpoints import edit
+from checkpoints import Sizes, arrays, dump, layout_name, write, write_weights
+from videos import counting, number_of
 
 from mlx_onevision import load
 from mlx_onevision.config.model import OneVisionConfig

@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from changed_checkpoints import features, logits
 from checkpoints import Sizes, arrays, layout_name, write, write_weights
-from loaded import features, logits
 
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.hub import identify, resolve_adapter

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write
-from fakehub import FakeHub
-from hub_names import FILES, HOSTILE, UNWANTED
+from fakehub import FILES, HOSTILE, UNWANTED, FakeHub
 from huggingface_hub import constants
 
 from mlx_onevision.api import load

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from changed_checkpoints import dtypes, edit, features, logits, refusal
 from checkpoints import LAYOUTS, Sizes, arrays, layout_name, write, write_weights
-from loaded import dtypes, edit, features, logits, refusal
 from mlx.utils import tree_flatten
 
 from mlx_onevision.api import load

@@ -8,9 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from changed_checkpoints import IDS, dequantized, edit, features, logits, quantize, refusal
 from checkpoints import Sizes, arrays, write
-from loaded import IDS, edit, features, logits, refusal
-from packing import dequantized, quantize
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.errors import ConfigError

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from checkpoints import write
 from click.testing import CliRunner, Result
-from films import counting, written
 from PIL import Image
+from videos import counting, written
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.cli.conversation import HELP, Conversation, Terminal

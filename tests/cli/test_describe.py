@@ -13,7 +13,7 @@ import pysubs2
 import pytest
 from checkpoints import write
 from click.testing import CliRunner, Result
-from films import counting, written
+from videos import counting, written
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.cli.main import cli

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from checkpoints import write
 from click.testing import CliRunner, Result
-from films import counting
 from PIL import Image
+from videos import counting
 
 from mlx_onevision import api
 from mlx_onevision.api import Model, load

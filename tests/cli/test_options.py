@@ -11,8 +11,8 @@ import click
 import pytest
 from checkpoints import write
 from click.testing import CliRunner, Result
-from films import counting, written
 from PIL import Image
+from videos import counting, written
 
 from mlx_onevision import api
 from mlx_onevision.__main__ import cli

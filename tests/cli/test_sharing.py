@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from checkpoints import write
 from click.testing import CliRunner
-from films import counting, film, written
 from PIL import Image
+from videos import counting, film, written
 
 from mlx_onevision.cli.embed import portions
 from mlx_onevision.cli.main import cli

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_checkpoints import refusal
 from checkpoints import write
-from loaded import refusal
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.generation import GenerationDefaults

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from changed_checkpoints import features, logits
 from checkpoints import arrays, layout_name, write, write_weights
 from click.testing import CliRunner
-from loaded import features, logits
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import uniform

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from changed_checkpoints import edit, quantize, write_hollow
 from checkpoints import Sizes, write
 from click.testing import CliRunner, Result
-from hollow import write_hollow
-from loaded import edit
-from on_terminal import on_terminal
-from packing import quantize
+from commands import on_terminal
 
 from mlx_onevision import api
 from mlx_onevision.__main__ import cli

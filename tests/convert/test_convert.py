@@ -7,9 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from changed_checkpoints import dequantized, edit, features, logits, quantize
 from checkpoints import LAYOUTS, Sizes, arrays, write
-from loaded import edit, features, logits
-from packing import dequantized, quantize
 
 from mlx_onevision import api
 from mlx_onevision.checkpoint import manifest, recipes

@@ -5,8 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from changed_checkpoints import quantize
 from checkpoints import Sizes, write
-from packing import quantize
 
 from mlx_onevision.checkpoint import sharing
 from mlx_onevision.checkpoint.load import open_checkpoint

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from changed_checkpoints import logits
 from checkpoints import write
 from click.testing import CliRunner, Result
 from fakehub import FakeHub
 from huggingface_hub import constants
-from loaded import logits
 
 from mlx_onevision.__main__ import cli
 from mlx_onevision.checkpoint import manifest, recipes

@@ -13,9 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import arrays, write
-from packing import quantize
-from processor_files import dump
+from changed_checkpoints import quantize
+from checkpoints import arrays, dump, write
 
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.checkpoint.load import load_checkpoint

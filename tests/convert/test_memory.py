@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_checkpoints import write_hollow
 from checkpoints import Sizes
-from hollow import write_hollow
 
 SHARDS = 40
 # One layer a shard: 5.2 million values of bfloat16.

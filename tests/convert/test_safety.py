@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from changed_checkpoints import edit
 from checkpoints import Sizes, write
+from commands import Killer
 from hostile.sizes import cases
-from killing import Killer
-from loaded import edit
 
 from mlx_onevision.checkpoint import recipes
 from mlx_onevision.checkpoint.load import load_checkpoint

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import arrays, write
 from click.testing import CliRunner, Result
-from on_terminal import on_terminal
+from commands import on_terminal
 from PIL import Image
 
 from mlx_onevision.__main__ import cli

@@ -5,7 +5,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from films import film
+from videos import film
 
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.narrating import caption_text, scene_caption

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from films import written
+from videos import written
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.journal import SAMPLE, SAMPLES, Journal, fingerprint

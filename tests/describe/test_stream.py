@@ -18,7 +18,7 @@ import numpy as np
 import pysubs2
 import pytest
 from checkpoints import write
-from films import film, numbered, written
+from videos import film, numbered, written
 
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.scenes import sample_video

@@ -10,12 +10,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from changed_checkpoints import quantize
 from checkpoints import arrays, write
 from click.testing import CliRunner
-from films import counting, film, numbered, written
-from packing import quantize
-from pictures import smooth
+from images import smooth
 from PIL import Image
+from videos import counting, film, numbered, written
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.checkpoint.load import load_checkpoint

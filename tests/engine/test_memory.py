@@ -18,10 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from changed_checkpoints import edit, write_hollow
 from checkpoints import Sizes, write
 from click.testing import CliRunner
-from hollow import write_hollow
-from loaded import edit
 from mlx.utils import tree_map
 
 from examples.demo_model.cases import make_cases

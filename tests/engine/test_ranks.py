@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import ranks
 from checkpoints import Sizes, arrays, config, layout_name, write, write_weights
+from mcp_clients import VERSION
 from PIL import Image
-from piped import VERSION
 
 from mlx_onevision.api import load
 from mlx_onevision.bench import checkpoint as published

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pillow_heif
 import pytest
-from films import counting, film, numbered
 from hostile.sizes import cases
 from PIL import Image, ImageFile
+from videos import counting, film, numbered
 
 from mlx_onevision.errors import CancelledError, MediaError, TooLargeError
 from mlx_onevision.media import image as module

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from changed_checkpoints import edit
 from checkpoints import write
-from loaded import edit
 
 import mlx_onevision
 from mlx_onevision.api import Model, load

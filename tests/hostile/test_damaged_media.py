@@ -14,10 +14,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from films import counting
 from hostile.sizes import cases
-from pictures import smooth
+from images import smooth
 from PIL import Image
+from videos import counting
 
 from mlx_onevision.errors import MediaError
 from mlx_onevision.media.decoder import Limits

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from changed_checkpoints import endless
 from checkpoints import write
-from endless import endless
 from hostile.processes import alive, descendants
 from hostile.sizes import cases
 from PIL import Image

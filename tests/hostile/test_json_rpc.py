@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hostile.sizes import cases
-from piped import Piped, fake
+from mcp_clients import Piped, fake
 
 from mlx_onevision.plugins.conformance.subject import png
 from mlx_onevision.plugins.hosts.mcp.transport import is_text

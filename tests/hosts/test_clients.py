@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import EXAMPLES, serving
-from telling import Telling
+from served import EXAMPLES, Telling, serving
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.contract.results import ModelInfo

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
-from endless import endless
+from changed_checkpoints import endless
 from served import EXAMPLES, Client, serving
 
 from mlx_onevision.plugins import open_backend

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from changed_checkpoints import endless
 from crowding import CHAT, EMBED, RESPONSES, percentile, picture, spread, table, uri
-from endless import endless
 from hostile.sizes import cases
 from served import Client, serving, wait_for
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_checkpoints import endless
 from crowding import CHAT, EMBED, clip, command, picture, spread, table, uri
-from endless import endless
 from hostile.processes import alive, descendants
 from hostile.sizes import cases
 from served import Client, image, text, video, wait_for

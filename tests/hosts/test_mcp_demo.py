@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from films import film
 from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp_types import TextContent
 from PIL import Image, ImageDraw
+from videos import film
 
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.plugins.adapters.engine import open_engine

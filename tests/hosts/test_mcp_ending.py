@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from films import film, numbered
-from piped import SERVER, Piped, decoders, fake, processes
+from mcp_clients import SERVER, Piped, decoders, fake, processes
+from videos import film, numbered
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = str(EXAMPLES / "shapes.png")

@@ -12,8 +12,7 @@ import openai
 import pytest
 from openai.types.responses import ResponseCompletedEvent, ResponseTextDeltaEvent
 from pydantic import BaseModel
-from served import FILM, PICTURE, Client, image, serving, text, wait_for
-from telling import WORDS, Telling
+from served import FILM, PICTURE, WORDS, Client, Telling, image, serving, text, wait_for
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend

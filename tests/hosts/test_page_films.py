@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pysubs2
 import pytest
-from films import film as film_of
 from hosts.browser import Tab, launched, opened
 from playwright.sync_api import Browser, expect
 from served import EXAMPLES, Client, serving, wait_for
+from videos import film as film_of
 
 from mlx_onevision.describe.formats import Chapter, Segment, VideoDescription, write
 from mlx_onevision.media.video import load_video

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from documents import HEAVY, SCHEMAS, valid, walk
+from schemas import HEAVY, SCHEMAS, valid, walk
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine.options import Options

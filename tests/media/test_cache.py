@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import noise
+from images import noise
 
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.media import cache as module

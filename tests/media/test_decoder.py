@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from films import HIGH, KINDS, counting, film, number_of, turned, written
+from videos import HIGH, KINDS, counting, film, number_of, turned, written
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError, TooLargeError
 from mlx_onevision.media.decoder import Limits, VideoReader

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from checkpoints import write
 from click.testing import CliRunner
-from films import HIGH, KINDS, WIDE, counting, film, number_of, written
 from PIL import Image
+from videos import HIGH, KINDS, WIDE, counting, film, number_of, written
 
 from mlx_onevision.cli.main import cli
 from mlx_onevision.errors import MediaError, RequestError, TooLargeError

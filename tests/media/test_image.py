@@ -17,12 +17,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from films import counting
+from images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    DEEP,
+    TILED_SIZES,
+    arrays,
+    digest,
+    names,
+    noise,
+    objects,
+    recorded,
+    smooth,
+)
 from numpy.typing import NDArray
-from pictures import CLIP_MEAN, CLIP_STD, DEEP, TILED_SIZES, arrays, digest, noise, objects, smooth
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from recorded_pixels import names, recorded
+from videos import counting
 
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError, TooLargeError

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import noise, smooth
-from recorded_pixels import names, recorded
+from images import names, noise, recorded, smooth
 
 from mlx_onevision.media import resize as resample
 from mlx_onevision.media.resize import resize, resize_each, resize_on_square

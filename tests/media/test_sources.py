@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from films import counting, written
+from images import recorded
 from PIL import Image
-from recorded_pixels import recorded
+from videos import counting, written
 
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.media import sources

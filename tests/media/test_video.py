@@ -15,9 +15,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from films import BITS, KINDS, counting, film, number_of, numbered, trimmed, turned, written
-from pictures import noise
+from images import noise
 from PIL import Image
+from videos import BITS, KINDS, counting, film, number_of, numbered, trimmed, turned, written
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError
 from mlx_onevision.media.decoder import Limits, VideoReader

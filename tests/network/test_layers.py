@@ -7,11 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from changed_checkpoints import features, logits, quantize
 from checkpoints import Sizes, write
-from loaded import features, logits
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
-from packing import quantize
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.network import layers

@@ -10,7 +10,7 @@ from parity.checkpoints import Tiny
 from parity.compare import assert_same, assert_same_stages, assert_same_tokens
 from parity.pairs import Checkpoints
 from parity.tiny_tokenizer import SPECIAL_TOKENS
-from tricks import tricky
+from prompts import tricky
 
 KINDS = [Tiny(template=template) for template in ("space", "newline")]
 MIXED = [(337, 511), (1, 37), (900, 30), (61, 241), (56, 56), (480, 640), (13, 17), (997, 331)]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from images import CLIP_MEAN, CLIP_STD, DEEP, arrays, noise, objects, smooth
 from parity import torchvision_ops  # noqa: F401  before transformers
-from pictures import CLIP_MEAN, CLIP_STD, DEEP, arrays, noise, objects, smooth
 from PIL import Image
 
 from mlx_onevision.config.preprocessor import ImageConfig

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from films import film
 from parity.cases import Size, footage, picture, said
 from parity.checkpoints import Tiny
 from parity.compare import assert_same, assert_same_media, assert_same_tokens
@@ -19,6 +18,7 @@ from parity.oracle import Oracle
 from parity.ours import Ours
 from parity.pairs import Checkpoints
 from transformers.video_utils import load_video
+from videos import film
 
 KINDS = [Tiny(template=template) for template in ("space", "newline")]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endless import endless
+from changed_checkpoints import endless
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.conformance import BackendConformance

@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 import pytest
-from documents import SCHEMAS, valid
 from faults import error_of
+from schemas import SCHEMAS, valid
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend, document
 from mlx_onevision.plugins.contract.errors import PluginError

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_prompts import SPECIALS, cases, recorded
-from tricks import tricky
+from prompts import SPECIALS, cases, recorded, tricky
 
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.chat_template import PLACEHOLDER_CHARS, ChatTemplate

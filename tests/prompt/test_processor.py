@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recorded_prompts import TILE, cases, checkpoint, config
-from tricks import tricky
+from prompts import TILE, cases, checkpoint, config, tricky
 
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from films import counting, film, numbered
-from pictures import noise
+from images import noise
 from PIL import Image, ImageFile
-from recorded_prompts import checkpoint, config
+from prompts import checkpoint, config
+from videos import counting, film, numbered
 
 from mlx_onevision.errors import ContextOverflowError, MediaError
 from mlx_onevision.media import image as images

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from films import counting, number_of, numbered
-from recorded_prompts import TILE, checkpoint, config
+from prompts import TILE, checkpoint, config
+from videos import counting, number_of, numbered
 
 from mlx_onevision.errors import ConfigError, ContextOverflowError, RequestError
 from mlx_onevision.media.resize import resize

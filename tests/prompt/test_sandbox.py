@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from processor_files import TEMPLATES
+from checkpoints import TEMPLATES
 
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.errors import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded_prompts import REFERENCE, SPECIALS, checkpoint, recorded, vocabulary
+from prompts import REFERENCE, SPECIALS, checkpoint, recorded, vocabulary
 
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ compiler (see :func:`load_decoders`). tests/test_resample.py and tests/test_imag
     tiles, squares       (n, 16): digests of the pixel_values of TILED_SIZES, alone and in pairs
     torch/H,W>h,w        resized noise, by torch; seed 3
     pillow/H,W>h,w       the same by Pillow 13
-    object/*, array/*    (H, W, 3): what becomes of pictures.objects() and pictures.arrays()
+    object/*, array/*    (H, W, 3): what becomes of images.objects() and images.arrays()
     file/*               bytes of a file
     decoded/*            (H, W, 3): what torchvision decodes it to
 """
@@ -27,8 +27,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import images
 import numpy as np
-import pictures
 import PIL
 import torch
 import transformers
@@ -80,8 +80,8 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def files() -> dict[str, bytes]:
     """Files of every kind that torchvision decodes to 8 bits."""
-    objects = pictures.objects()
-    rgb = Image.fromarray(pictures.smooth(*pictures.SMALL))
+    objects = images.objects()
+    rgb = Image.fromarray(images.smooth(*images.SMALL))
     exif = Image.Exif()
     made = {f"png {mode}": encoded(objects[mode], "PNG") for mode in ("1", "L", "LA", "P", "RGBA")}
     made["png P, one clear index"] = encoded(objects["P"], "PNG", transparency=3)
@@ -125,7 +125,7 @@ def main() -> None:
     load_decoders()
     half = LlavaOnevisionImageProcessor(image_mean=HALVES, image_std=HALVES)
     clip = LlavaOnevisionImageProcessor(
-        image_mean=list(pictures.CLIP_MEAN), image_std=list(pictures.CLIP_STD)
+        image_mean=list(images.CLIP_MEAN), image_std=list(images.CLIP_STD)
     )
     arrays: dict[str, np.ndarray] = {}
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
@@ -145,15 +145,15 @@ def main() -> None:
         arrays[f"table/{name}"] = pair["pixel_values"][0, 0, :, :, 0].T.copy()
 
     tiles, squares = [], []
-    for high, wide in pictures.TILED_SIZES:
-        image = planes(pictures.noise(high, wide, 3, seed=high + wide))
-        tiles.append(pictures.digest(half([[image]], return_tensors="np")["pixel_values"][0]))
+    for high, wide in images.TILED_SIZES:
+        image = planes(images.noise(high, wide, 3, seed=high + wide))
+        tiles.append(images.digest(half([[image]], return_tensors="np")["pixel_values"][0]))
         pair = clip([[image, image]], return_tensors="np")["pixel_values"]
-        squares.append(pictures.digest(pair[0]))
+        squares.append(images.digest(pair[0]))
     arrays["tiles"], arrays["squares"] = np.stack(tiles), np.stack(squares)
 
     for size, to_size in RESIZES:
-        image = pictures.noise(*size, 3, seed=3)
+        image = images.noise(*size, 3, seed=3)
         name = f"{size[0]},{size[1]}>{to_size[0]},{to_size[1]}"
         by_torch = torch.nn.functional.interpolate(
             planes(image)[None], to_size, mode="bicubic", antialias=True
@@ -164,10 +164,10 @@ def main() -> None:
         )
         arrays[f"pillow/{name}"] = np.asarray(by_pillow)
 
-    for name, picture in pictures.objects().items():
+    for name, picture in images.objects().items():
         tensor = half.process_image(picture, do_convert_rgb=True)
         arrays[f"object/{name}"] = tensor.permute(1, 2, 0).contiguous().numpy()
-    for name, array in pictures.arrays().items():
+    for name, array in images.arrays().items():
         tensor = half.process_image(array, do_convert_rgb=True)
         arrays[f"array/{name}"] = tensor.permute(1, 2, 0).contiguous().numpy()
     for name, data in files().items():

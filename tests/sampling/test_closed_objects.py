@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from documents import valid
+from schemas import valid
 
 from mlx_onevision.sampling.closed_objects import close_objects
 

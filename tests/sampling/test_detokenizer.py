@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded_prompts import checkpoint
+from prompts import checkpoint
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.prompt.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write
-from documents import HEAVY, PERSON, SCHEMAS, valid, walk
+from schemas import HEAVY, PERSON, SCHEMAS, valid, walk
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine.options import Options

@@ -11,8 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import EXAMPLES, FILM, JSON, PICTURE, Client, image, serving, text, video, wait_for
-from telling import WORDS, Telling
+from served import (
+    EXAMPLES,
+    FILM,
+    JSON,
+    PICTURE,
+    WORDS,
+    Client,
+    Telling,
+    image,
+    serving,
+    text,
+    video,
+    wait_for,
+)
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError

@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-from served import PICTURE, Client, serving
-from telling import WORDS, Telling
+from served import PICTURE, WORDS, Client, Telling, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.requests import Media, Message

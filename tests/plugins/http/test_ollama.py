@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import PICTURE, Client, Reply, serving
-from telling import Telling
+from served import PICTURE, Client, Reply, Telling, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write
-from served import FILM, PICTURE, Client, serving, wait_for
-from telling import WORDS, Telling
+from served import FILM, PICTURE, WORDS, Client, Telling, serving, wait_for
 
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.adapters.fake import FakeBackend

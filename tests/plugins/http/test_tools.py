@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import Client, serving, text
-from telling import Telling
+from served import Client, Telling, serving, text
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 

@@ -1,19 +1,48 @@
-"""Conversions in processes of their own, which are killed: at a moment, or at a step.
-
-    with Killer() as killer:
-        killer.at_moment(source, target, 0.05)
-
-A server process has imported the converter and used none of MLX, so that forking it is safe and
-each trial costs a few hundredths of a second. Steps are what the system is asked to do: files
-opened for writing, flushed and removed, folders made, renamed, locked, swapped. Python's own audit
-events and a wrapper around ``os.fsync`` count them; nothing in the converter knows of it.
+"""Commands in processes of their own: on a terminal, and conversions that are killed at a moment or
+at a step.
 """
 
+import fcntl
 import json
+import os
+import pty
+import signal
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
+
+
+@contextmanager
+def on_terminal(*arguments: object) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """``mlx-onevision`` and the descriptor of its terminal, which is its stderr.
+
+    However a test ends, the process ends with it.
+    """
+    terminal, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_onevision", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        # Where tests run in the background SIGINT is ignored, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    os.close(theirs)
+    try:
+        yield process, terminal
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+# Conversions that are killed.
+
 
 SERVER = """
 import json, os, resource, signal, sys, time

@@ -1,4 +1,4 @@
-"""Pictures for tests and for the scripts that record what the reference makes of them.
+"""Images for tests and for the scripts that record what the reference makes of them.
 
 Made by integer arithmetic of our own, so that they are the same on every machine and under every
 release of numpy and Pillow.
@@ -7,6 +7,8 @@ release of numpy and Pillow.
 from __future__ import annotations
 
 import hashlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,3 +116,21 @@ def _palette(**info: Any) -> Image.Image:
     image.putpalette(noise(120, seed=2).tobytes())
     image.info.update(info)
     return image
+
+
+# What the reference made of them, recorded by reference/record_pixels.py.
+
+
+RECORD = Path(__file__).parent / "reference" / "pixels.npz"
+
+
+@cache
+def recorded() -> dict[str, NDArray[Any]]:
+    """Every array of the record by its name."""
+    with np.load(RECORD) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def names(kind: str) -> list[str]:
+    """The names of all arrays ``kind/…``, without the kind."""
+    return [name.partition("/")[2] for name in recorded() if name.startswith(kind + "/")]
