@@ -1,5 +1,5 @@
-"""Commands in processes of their own: on a terminal, and conversions that are killed at a moment or
-at a step.
+"""The command as tests run it: in this process, in one of its own, on a terminal; and conversions
+that are killed at a moment or at a step.
 """
 
 import fcntl
@@ -15,6 +15,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
+
+from click.testing import CliRunner, Result
+
+from mlx_onevision.cli.main import cli
+
+COMMAND = (sys.executable, "-m", "mlx_onevision")
+
+
+def run(*arguments: str | Path, stdin: str | None = None) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(cli, [*map(str, arguments)], input=stdin)
+
+
+def run_alone(*arguments: str | Path, stdin: bytes = b"", **environment: str) -> Result:
+    """The command in a process of its own, as a person's shell runs it."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    runner = CliRunner(charset="utf-8")
+    return Result(runner, done.stdout, done.stderr, b"", None, done.returncode, None)
+
+
+def default_sigint() -> None:
+    """A process that is started in the background ignores Ctrl-C, and hands that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Bad input, as a person meets it.
+
+
+def one_sentence(done: Result, *parts: str) -> None:
+    """Exit code 1, nothing on stdout, one line that names what is wrong."""
+    assert done.exit_code == 1, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert "Traceback" not in lines[0] and "defect" not in lines[0]
+    for part in parts:
+        assert part in lines[0], lines[0]
 
 
 @contextmanager

@@ -5,8 +5,15 @@ Set before any library is imported, because huggingface_hub reads its environmen
 
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from mlx_onevision.api import Model
 
 _home = tempfile.TemporaryDirectory(prefix="mlx-onevision-tests-")
 for _name in [name for name in os.environ if name.startswith("HF_")]:
@@ -19,3 +26,21 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 # The same examples every time, and no deadline: a shared machine has slow moments.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint; it is only read."""
+    from checkpoints import write
+
+    return write(tmp_path_factory.mktemp("checkpoint") / "tiny", tied=False)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> "Iterator[Model]":
+    """The checkpoint, loaded for the tests of one file."""
+    from mlx_onevision.api import load
+
+    model = load(folder)
+    yield model
+    model.close()

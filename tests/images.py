@@ -7,7 +7,10 @@ release of numpy and Pillow.
 from __future__ import annotations
 
 import hashlib
+import struct
+import zlib
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,16 @@ def noise(*shape: int, seed: int = 0) -> Pixels:
     return (x >> np.uint64(56)).astype(np.uint8).reshape(shape)
 
 
+def picture(seed: int, height: int = 150, width: int = 200) -> Pixels:
+    """Noise as an image, (height, width, 3)."""
+    return noise(height, width, 3, seed=seed)
+
+
+def picture_file(path: Path, seed: int) -> Path:
+    Image.fromarray(picture(seed)).save(path)
+    return path
+
+
 def smooth(high: int, wide: int) -> Pixels:
     """Colour ramps with hard edges, (high, wide, 3): what lossy formats keep well."""
     down, across = np.indices((high, wide))
@@ -54,6 +67,31 @@ def digest(array: NDArray[Any]) -> Pixels:
     state = hashlib.blake2b(repr((array.shape, array.dtype.str)).encode(), digest_size=16)
     state.update(np.ascontiguousarray(array).tobytes())
     return np.frombuffer(state.digest(), np.uint8)
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def png_of(high: int, wide: int, depth: int = 8, colour: int = 2, rows: bytes = b"") -> bytes:
+    """A PNG written by hand: any size in the header, any depth, whatever rows."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", wide, high, depth, colour, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 DEEP = ("I;16", "I", "F")  # objects of more than 8 bits, which the reference clamps to 255

@@ -1,14 +1,72 @@
-"""The MCP server of the tests as a host sees it: a process, spoken to in raw lines."""
+"""The MCP server of the tests as a host sees it: by the official client in this process, and as a
+process that is spoken to in raw lines.
+"""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Self
+
+from mcp import Client
+from mcp_types import CallToolResult, TextContent
+
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
+from mlx_onevision.plugins.hosts.mcp.server import make_server
+from mlx_onevision.plugins.service.jobs import Jobs
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
+from mlx_onevision.plugins.service.service import Limits
+
+BOTH = ("auto", "legacy")  # the newest protocol, and that of older hosts
+
+Session = Callable[[Client], Coroutine[Any, Any, None]]
+
+
+def backend_for(album: Path | None, **fake: Any) -> FakeBackend:
+    policy = MediaPolicy(folders=[] if album is None else [album])
+    return FakeBackend(policy=policy, limits=Limits(timeout=None), **fake)
+
+
+def asked(
+    backend: FakeBackend, session: Session, modes: Sequence[Any] = ("auto",), **settings: Any
+) -> None:
+    """Runs a session with the official client."""
+
+    async def main(mode: Any) -> None:
+        with Jobs(backend) as jobs:
+            server = make_server(backend, jobs, McpSettings(backend.policy, **settings))
+            async with Client(server, mode=mode) as client:
+                await session(client)
+
+    for mode in modes:
+        asyncio.run(main(mode))
+
+
+async def good(client: Client, name: str, **arguments: Any) -> dict[str, Any]:
+    """The structure of an answer, which the client has held against the tool's schema."""
+    result = await client.call_tool(name, arguments)
+    assert not result.is_error and isinstance(result.structured_content, dict), result
+    return result.structured_content
+
+
+async def bad(client: Client, name: str, **arguments: Any) -> str:
+    return refusal(await client.call_tool(name, arguments))
+
+
+def refusal(result: CallToolResult) -> str:
+    """What a refused call is answered: one sentence, with the way out."""
+    assert result.is_error and result.structured_content is None
+    (block,) = result.content
+    assert isinstance(block, TextContent) and "\n" not in block.text and len(block.text) < 700
+    assert "Traceback" not in block.text and not block.text.endswith(".")
+    return block.text
+
 
 SERVER = [sys.executable, "-m", "mlx_onevision", "mcp"]
 PROGRAM = [sys.executable, str(Path(__file__).parent / "hosts/mcp_server.py")]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import write
+from images import picture
 
 import mlx_onevision
 from mlx_onevision.api import Model, load
@@ -28,27 +29,11 @@ from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.service.service import Limits
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[Model]:
-    model = load(folder)
-    yield model
-    model.close()
-
-
 @pytest.fixture
 def cold(folder: Path) -> Iterator[Model]:
     model = load(folder)
     yield model
     model.close()
-
-
-def picture(seed: int, height: int = 150, width: int = 200) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def video(seed: int, frames: int = 6) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The terminal conversation: what it remembers, what it computes again, and how it ends."""
+"""``mlx-onevision chat``: lines, commands, Ctrl-C, and how it ends; in a pipe and at a terminal."""
 
 import json
 import os
@@ -7,28 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import write
 from click.testing import CliRunner, Result
-from PIL import Image
-from videos import counting, written
+from images import picture_file
 
-from mlx_onevision.api import Model, load
+from mlx_onevision.api import Model
 from mlx_onevision.cli.conversation import HELP, Conversation, Terminal
 from mlx_onevision.cli.main import cli
-from mlx_onevision.engine.generation import Generation
-from mlx_onevision.engine.options import Options
-from mlx_onevision.errors import MediaError, RequestError
 
-COMMAND = (sys.executable, "-m", "mlx_onevision", "chat")
 LONG = "one two three four five six seven eight nine ten " * 4
+COMMAND = (sys.executable, "-m", "mlx_onevision", "chat")
 
 
 @pytest.fixture(autouse=True)
@@ -37,136 +32,6 @@ def default_handler() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("checkpoint") / "model", tied=False)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[Model]:
-    model = load(folder)
-    yield model
-    model.close()
-
-
-def noise(path: Path, seed: int) -> Path:
-    pixels = np.random.default_rng(seed).integers(0, 256, (150, 200, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two of the same size."""
-    folder = tmp_path_factory.mktemp("pictures")
-    return noise(folder / "one.png", 1), noise(folder / "the other's.png", 2)
-
-
-def quiet(_: str) -> None: ...
-
-
-# The conversation.
-
-
-def shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two prompts begin with in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((n for n, (one, other) in pairs if one != other), len(first))
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_second_turn_reads_only_what_is_new(folder: Path, tmp_path: Path, kind: str) -> None:
-    model = load(folder)
-    talk = Conversation(model, max_tokens=8, num_frames=6)
-    gone = tmp_path / "gone"
-    noise(gone.with_suffix(".png"), 3).rename(gone)
-    if kind == "video":
-        gone.write_bytes(counting(24))
-    talk.attach(kind, str(gone))
-    gone.unlink()  # it has been read
-    read: list[list[int]] = []
-    for words in (LONG, "and now", "and then"):
-        usage = talk.say(words, quiet).usage
-        prompt = model.prepare(talk.messages[:-1]).input_ids.tolist()
-        known = max((shared(ids, prompt) for ids in read), default=0)
-        assert usage.prompt_tokens == len(prompt) and usage.cached_tokens == known
-        assert usage.encoded_media == (not read)
-        assert (
-            not read or known >= len(read[-1]) - 5
-        )  # the template ends an answered turn otherwise
-        read.append(prompt)
-    model.close()
-
-
-def test_another_picture_of_the_same_size_gets_the_cold_answer(
-    folder: Path, model: Model, pictures: tuple[Path, Path]
-) -> None:
-    talk = Conversation(model, max_tokens=12)
-    answers: list[Generation] = []
-    for picture in pictures:
-        talk.reset()
-        talk.attach("image", str(picture))
-        answers.append(talk.say("what is in this image", quiet))
-    assert answers[1].usage.encoded_media == 1
-    for picture, answer in zip(pictures, answers, strict=True):
-        cold = load(folder)
-        expected = cold.generate("what is in this image", images=[picture], max_tokens=12)
-        cold.close()
-        assert answer.tokens == expected.tokens
-        assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
-
-
-def test_what_was_said_is_what_the_library_is_asked(
-    model: Model, pictures: tuple[Path, Path], tmp_path: Path
-) -> None:
-    options: Options = {"max_tokens": 6, "system": "be brief", "temperature": 1.5, "seed": 4}
-    talk = Conversation(model, **options)
-    talk.attach("image", str(pictures[0]))
-    talk.say("what is it", quiet)
-    talk.attach("image", str(pictures[1]))
-    talk.say("and this", quiet)
-    talk.save(tmp_path / "talk.json")
-    messages = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
-    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
-    assert messages[2]["content"][0] == {"type": "image", "path": str(pictures[1])}
-    asked = model.generate(messages=messages[:3], **options)
-    assert asked.text == messages[3]["content"][0]["text"]
-
-
-def test_a_video_is_read_once_as_it_was_asked_for(model: Model, tmp_path: Path) -> None:
-    film = written(tmp_path / "film.mp4", counting(50))  # two seconds
-    talk = Conversation(model, max_tokens=6, fps=4, start=0.5)
-    assert talk.attach("video", str(film)) == f"6 frames of {film}, from 0.5 to 1.7 s"
-    film.rename(tmp_path / "moved.mp4")
-    answer = talk.say("what moves", quiet)
-    (tmp_path / "moved.mp4").rename(film)
-    assert answer.usage.media_tokens == 6 * 1 + 1 and answer.usage.encoded_media == 1
-    asked = model.generate("what moves", videos=[film], max_tokens=6, fps=4, start=0.5)
-    assert asked.tokens == answer.tokens
-    # What is saved says which frames it was.
-    talk = Conversation(model, max_tokens=6)
-    assert talk.attach("video", str(film)).startswith("32 frames of ")
-    answer = talk.say("what moves", quiet)
-    block = talk.record[0]["content"][0]
-    assert block == {"type": "video", "path": str(film), "num_frames": 32}
-    assert model.generate(messages=talk.record[:1], max_tokens=6).tokens == answer.tokens
-    with pytest.raises(RequestError, match="not both"):
-        Conversation(model, num_frames=3, fps=1)
-
-
-def test_a_failure_leaves_the_conversation_as_it_was(
-    model: Model, pictures: tuple[Path, Path]
-) -> None:
-    talk = Conversation(model, max_tokens=4)
-    with pytest.raises(MediaError):
-        talk.attach("image", "no/such/file.png")
-    talk.attach("image", str(pictures[0]))
-    with pytest.raises(RequestError):
-        talk.say("\ud800", quiet)
-    assert talk.messages == talk.record == []
-    assert talk.say("what is it", quiet).usage.media_tokens > 0  # it is still attached
 
 
 # The terminal.
@@ -214,7 +79,7 @@ class Silent:
 
 
 def test_answers_are_shown_and_the_rest_is_noted(model: Model, tmp_path: Path) -> None:
-    picture = noise(tmp_path / "new.png", 5)
+    picture = picture_file(tmp_path / "new.png", 5)
     typist = Typist(model, max_tokens=5)
     file = tmp_path / "a talk.json"
     failed = typist.type(
@@ -334,7 +199,7 @@ def test_a_reader_that_leaves_ends_it(model: Model) -> None:
     def gone(_: str) -> None:
         raise BrokenPipeError
 
-    terminal = Terminal(typist._talk, lambda: "hello", gone, quiet)
+    terminal = Terminal(typist._talk, lambda: "hello", gone, lambda _: None)
     with pytest.raises(BrokenPipeError):
         terminal.run()
 

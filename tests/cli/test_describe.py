@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pysubs2
@@ -15,7 +14,7 @@ from checkpoints import write
 from click.testing import CliRunner, Result
 from videos import counting, written
 
-from mlx_onevision.api import Model, load
+from mlx_onevision.api import Model
 from mlx_onevision.cli.main import cli
 from mlx_onevision.describe.formats import FORMS
 from mlx_onevision.describe.formats import write as to_text
@@ -35,13 +34,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("checkpoint") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[Model]:
-    model = load(folder)
-    yield model
-    model.close()
 
 
 @pytest.fixture

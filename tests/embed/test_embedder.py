@@ -1,44 +1,27 @@
-"""Vectors: what they are made of, that company does not change them, and that spaces do not mix."""
+"""Vectors: what they are made of, and that others in their batch do not change them."""
 
 import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from changed_checkpoints import quantize
-from checkpoints import arrays, write
-from click.testing import CliRunner
-from images import smooth
+from checkpoints import write
+from images import noise, smooth
 from PIL import Image
 from videos import counting, film, numbered, written
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.cli.main import cli
 from mlx_onevision.embed.embedder import GROUP, item_blocks
-from mlx_onevision.embed.embeddings import Embeddings
-from mlx_onevision.errors import ContextOverflowError, MediaError, OneVisionError, RequestError
+from mlx_onevision.errors import ContextOverflowError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.video import load_video
 from mlx_onevision.network.onevision import OneVision, normalize
 from mlx_onevision.prompt.processor import Medium
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("checkpoint") / "tiny", tied=False)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[Model]:
-    model = load(folder)
-    yield model
-    model.close()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +30,7 @@ def network(folder: Path) -> OneVision:
 
 
 def picture(seed: int, height: int = 60, width: int = 90) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return noise(height, width, 3, seed=seed)
 
 
 def text(words: str) -> dict[str, str]:
@@ -74,9 +57,6 @@ def asked(model: Model, network: OneVision, *content: Any) -> np.ndarray:
 
 def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.sqrt((vector * vector).sum())
-
-
-# What a vector is.
 
 
 def test_vision_is_the_mean_of_the_base_views_tower_features(
@@ -282,283 +262,3 @@ def test_half_precision_is_close_and_sums_in_float32(folder: Path, model: Model)
         assert np.linalg.norm(other.vectors) == pytest.approx(1, abs=1e-6)
         assert one.similarity(other)[0, 0] > 0.999
     half.close()
-
-
-# Provenance.
-
-
-def test_what_is_kept_with_every_vector(model: Model) -> None:
-    vision, joint = model.embed([picture(0)]), model.embed([text("a star")], "joint")
-    assert not vision.experimental and joint.experimental
-    assert "cannot be compared with any text" in vision.note
-    assert "Experimental" in joint.note
-    assert vision.provenance == {
-        "space": "vision",
-        "dim": 64,
-        "normalized": True,
-        "model": "tiny",
-        "revision": vision.revision,
-        "quantization": None,
-        "method": "mean of tower features [2] over the 28x28 base view, 32 frames a video",
-    }
-    assert len(vision.revision) == 40
-    assert json.loads(json.dumps(vision.to_dict()))["vectors"][0] == vision.vectors[0].tolist()
-
-
-def test_another_model_has_another_revision(folder: Path, model: Model, tmp_path: Path) -> None:
-    """The same network elsewhere has the same; one that was trained on has not."""
-    copy = load(write(tmp_path / "copy", tied=False))
-    other = load(write(tmp_path / "other", tied=False, seed=1))
-    ours, theirs = model.embed([picture(0)]), other.embed([picture(0)])
-    assert copy.embed([picture(0)]).similarity(ours)[0, 0] == pytest.approx(1, abs=1e-6)
-    with pytest.raises(RequestError, match=r"revision .tiny at .* and other at"):
-        ours.similarity(theirs)
-    with pytest.raises(RequestError, match="revision"):
-        Embeddings.concatenate([ours, theirs])
-    copy.close()
-    other.close()
-
-
-def test_a_model_of_the_hub_is_its_repository_and_commit(tmp_path: Path) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    folder = tmp_path / "models--llava-hf--llava-onevision" / "snapshots" / commit
-    hub = load(write(folder))
-    embeddings = hub.embed([])
-    hub.close()
-    assert (embeddings.model, embeddings.revision) == ("llava-hf/llava-onevision", commit)
-    assert embeddings.vectors.shape == (0, 64) and len(embeddings) == 0
-
-
-def test_quantization_is_said_and_leaves_an_unpacked_tower_alone(tmp_path: Path) -> None:
-    plain = load(write(tmp_path / "plain", "mlx-vlm"))
-    packed = load(quantize(tmp_path / "plain", tmp_path / "packed", bits=4, group_size=64))
-    one, other = plain.embed([picture(0)]), packed.embed([picture(0)])
-    assert one.quantization is None
-    assert other.quantization == "4 bits in groups of 64 (affine)"
-    np.testing.assert_array_equal(one.vectors, other.vectors)
-    with pytest.raises(RequestError, match="embed both with one model"):
-        one.similarity(other)
-    plain.close()
-    packed.close()
-
-
-def test_spaces_do_not_mix(model: Model) -> None:
-    vision, joint = model.embed([picture(0)]), model.embed([picture(0)], "joint")
-    for mix in (lambda: vision.similarity(joint), lambda: Embeddings.concatenate([vision, joint])):
-        with pytest.raises(RequestError) as refused:
-            mix()
-        assert str(refused.value) == (
-            "these embeddings have different space (vision and joint) and cannot be compared; "
-            "embed both in one space"
-        )
-    raw = model.embed([picture(0)], normalize=False)
-    assert vision.similarity(raw)[0, 0] == pytest.approx(1, abs=1e-6)
-    with pytest.raises(RequestError, match="normalized"):
-        Embeddings.concatenate([vision, raw])
-    with pytest.raises(RequestError):
-        Embeddings.concatenate([])
-
-
-def test_they_join_and_survive_a_file(model: Model, tmp_path: Path) -> None:
-    parts = [model.embed([picture(0), picture(1)]), model.embed([picture(2)])]
-    whole = Embeddings.concatenate(parts)
-    assert len(whole) == 3 and whole.names == ("item 1", "item 2", "item 1")
-    whole.save(tmp_path / "vectors.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["vectors.npz"]
-    again = Embeddings.load(tmp_path / "vectors.npz")
-    np.testing.assert_array_equal(again.vectors, whole.vectors)
-    assert again.provenance == whole.provenance and again.names == whole.names
-    for content in (b"", b"PK", b"\x80\x04N."):
-        (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(RequestError, match="does not hold embeddings"):
-            Embeddings.load(tmp_path / "bad.npz")
-    np.savez(tmp_path / "other.npz", vectors=whole.vectors)
-    with pytest.raises(RequestError, match="does not hold embeddings"):
-        Embeddings.load(tmp_path / "other.npz")
-    with pytest.raises(FileNotFoundError):
-        Embeddings.load(tmp_path / "none.npz")
-
-
-# The cache, progress and errors.
-
-
-def test_a_cache_is_asked_by_content(model: Model) -> None:
-    cache: dict[str, np.ndarray] = {}
-    first = model.embed([picture(0), picture(1), picture(0)], cache=cache)
-    assert len(cache) == 2
-    np.testing.assert_array_equal(first.vectors[0], first.vectors[2])
-    cache[next(iter(cache))] = np.eye(64, dtype=np.float32)[3]
-    again = model.embed([picture(0), picture(2)], cache=cache)
-    assert again.vectors[0].argmax() == 3 and len(cache) == 3
-    model.embed([picture(0), text("a star")], "joint", cache=cache)
-    assert len(cache) == 5
-    model.embed([picture(0)], "joint", tiling="never", cache=cache)
-    assert len(cache) == 6
-
-
-def test_progress_counts_items(model: Model) -> None:
-    seen: list[tuple[int, int]] = []
-    model.embed([picture(0)] * (GROUP + 2), progress=lambda *counts: seen.append(counts))
-    assert seen == [(GROUP, GROUP + 2), (GROUP + 2, GROUP + 2)]
-
-
-def test_errors_name_the_item(model: Model, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"not a picture")
-    with pytest.raises(MediaError, match=r"^item 2: .*bad\.png"):
-        model.embed([picture(0), bad])
-    failed: dict[int, str] = {}
-    rest = model.embed(
-        [bad, picture(0), "nope.png", picture(1)],
-        on_error=lambda index, error: failed.update({index: str(error)}),
-    )
-    assert rest.names == ("item 2", "item 4") and len(rest) == 2
-    assert sorted(failed) == [0, 2] and failed[2].startswith("item 3: 'nope.png'")
-
-
-@pytest.mark.parametrize(
-    ("items", "space", "said"),
-    [
-        ([text("a star")], "vision", "no place for text"),
-        ([[picture(0), picture(1)]], "vision", "one image or video an item, not 2"),
-        ([[picture(0), text("a star")]], "joint", "one kind"),
-        ([[]], "joint", "item 1: it is an empty list"),
-        ([text(" ")], "joint", "item 1"),
-        ([None], "vision", "item 1"),
-        ([{"type": "sound"}], "joint", "item 1: .*sound"),
-        ([picture(0)], "words", "vision or joint"),
-        ("a.png", "vision", "items is one str"),
-        (picture(0), "vision", "items is one ndarray"),
-    ],
-)
-def test_what_cannot_be_embedded(model: Model, items: Any, space: str, said: str) -> None:
-    with pytest.raises(OneVisionError, match=said) as refused:
-        model.embed(items, space)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_text_beyond_the_context(model: Model) -> None:
-    with pytest.raises(ContextOverflowError, match="item 2: it takes"):
-        model.embed([text("a star"), text("a b " * 40_000)], "joint")
-
-
-def test_a_closed_model_says_so(folder: Path) -> None:
-    closed = load(folder)
-    closed.close()
-    with pytest.raises(OneVisionError, match="closed"):
-        closed.embed([picture(0)])
-
-
-def test_an_answer_after_an_embedding_is_the_same(folder: Path, model: Model) -> None:
-    def answer(of: Model) -> tuple[int, ...]:
-        return of.generate("what is it", images=[picture(0)], max_tokens=6).tokens
-
-    fresh = load(folder)
-    assert answer(fresh) == answer(model)
-    fresh.close()
-
-
-# The command.
-
-
-def embed(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(cli, ["embed", *map(str, arguments)])
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
-    paths = [tmp_path / f"{name}.png" for name in "abc"]
-    for number, path in enumerate(paths):
-        Image.fromarray(picture(number)).save(path)
-    return paths
-
-
-def test_the_command_writes_npz(
-    model: Model, folder: Path, files: list[Path], tmp_path: Path
-) -> None:
-    done = embed(*files, "--model", folder, "--output", tmp_path / "out.npz")
-    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
-    loaded = Embeddings.load(tmp_path / "out.npz")
-    expected = model.embed(files)
-    np.testing.assert_array_equal(loaded.vectors, expected.vectors)
-    assert loaded.names == tuple(map(str, files)) and loaded.provenance == expected.provenance
-
-
-def test_the_command_prints_lines(model: Model, folder: Path, files: list[Path]) -> None:
-    options = ("--space", "joint", "--tiling", "never", "--no-normalize")
-    done = embed(files[0], "--model", folder, "--text", "a star", "--jsonl", *options)
-    assert (done.exit_code, done.stderr) == (0, "")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = model.embed([files[0], text("a star")], "joint", tiling="never", normalize=False)
-    assert [row["name"] for row in rows] == [str(files[0]), "a star"]
-    for row, vector in zip(rows, expected.vectors, strict=True):
-        np.testing.assert_allclose(row.pop("vector"), vector, atol=1e-5)
-        assert {**row, "name": None} == {"name": None, **expected.provenance}
-
-
-def test_the_command_takes_videos(
-    model: Model, folder: Path, files: list[Path], tmp_path: Path
-) -> None:
-    clip = written(tmp_path / "film", counting(40))
-    bad = tmp_path / "bad.mp4"
-    bad.write_text("not a film")
-    options = ("--frames", "4", "--start", "0.4", "--jsonl", "--model", folder)
-    done = embed(clip, files[0], bad, *options)
-    assert done.exit_code == 1
-    assert done.stderr.splitlines()[-1] == "1 of 3 could not be embedded."
-    assert f"error: cannot read '{bad}'" in done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = model.embed([clip, files[0]], num_frames=4, start=0.4)
-    assert [row["name"] for row in rows] == [str(clip), str(files[0])]
-    for row, vector in zip(rows, expected.vectors, strict=True):
-        np.testing.assert_allclose(row["vector"], vector, atol=1e-6)
-        assert row["method"].endswith("4 frames a video")
-
-
-def test_the_command_skips_what_is_broken(folder: Path, files: list[Path], tmp_path: Path) -> None:
-    files[1].write_bytes(b"")
-    done = embed(*files, "--model", folder, "--output", tmp_path / "out.npz")
-    assert done.exit_code == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == [
-        f"error: '{files[1]}' is empty (0 bytes)",
-        "1 of 3 could not be embedded.",
-    ]
-    assert Embeddings.load(tmp_path / "out.npz").names == (str(files[0]), str(files[2]))
-    done = embed(files[1], "--model", folder, "--output", tmp_path / "none.npz")
-    assert done.exit_code == 1 and not (tmp_path / "none.npz").exists()
-
-
-def test_the_command_names_a_text_that_is_too_long(folder: Path, files: list[Path]) -> None:
-    words = "a b " * 40_000
-    options = ("--model", folder, "--space", "joint", "--tiling", "never", "--jsonl")
-    done = embed(files[0], "--text", words, *options)
-    assert done.exit_code == 1 and len(done.stdout.splitlines()) == 1
-    assert done.stderr.startswith(f"error: {words[:40]!r}: it takes ")
-
-
-def test_features_that_are_not_finite(tmp_path: Path) -> None:
-    weights = arrays()
-    weights["vision_tower.encoder.layers.1.mlp.fc2.bias"][3] = np.inf
-    broken = load(write(tmp_path / "broken", weights=weights))
-    with pytest.raises(OneVisionError, match=r"item 1: .*not finite"):
-        broken.embed([picture(0)])
-    failed = []
-    assert len(broken.embed([picture(0)], on_error=lambda *error: failed.append(error))) == 0
-    assert len(failed) == 1
-    broken.close()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("a.png",),
-        ("a.png", "--jsonl", "--output", "x.npz"),
-        ("--jsonl",),
-        ("--jsonl", "--text", "a star"),
-        ("a.png", "--jsonl", "--space", "words"),
-        ("a.png", "--output", "no/such/folder/x.npz"),
-    ],
-)
-def test_the_commands_usage(arguments: tuple[str, ...]) -> None:
-    done = embed(*arguments)
-    assert done.exit_code == 2 and done.stdout == "" and "Usage: " in done.stderr

@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from checkpoints import write
 
 from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
@@ -34,11 +33,6 @@ assert callable(mlx_lm.generate) and mlx_lm.__version__ and mlx_lm.models.cache 
 assert "transformers" in sys.modules
 assert len(model.generate(batch=["hello", "there"], max_tokens=3)) == 2
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
 
 
 @pytest.fixture(scope="module")

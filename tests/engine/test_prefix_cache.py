@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from checkpoints import write
+from images import picture
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine import runner as runner_module
@@ -23,10 +22,6 @@ MANY = 5
 Conversation = list[dict[str, Any]]
 
 
-def picture(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (150, 200, 3), dtype=np.uint8)
-
-
 def about(seed: int, text: str = "what is in this picture, and where") -> Conversation:
     content = [{"type": "image", "image": picture(seed)}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
@@ -35,11 +30,6 @@ def about(seed: int, text: str = "what is in this picture, and where") -> Conver
 def gone_on(conversation: Conversation, answer: str, text: str = "and then") -> Conversation:
     said = [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
     return [*conversation, *said]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("checkpoint"), tied=False)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import base64
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,12 +19,6 @@ from mlx_onevision.plugins.contract.results import (
 from mlx_onevision.plugins.service.service import Limits
 
 EMBED, DESCRIBE = "/v1/embeddings", "/v1/video/describe"
-
-
-@pytest.fixture(scope="module")
-def fake() -> Iterator[Client]:
-    with serving(FakeBackend()) as client:
-        yield client
 
 
 def test_vectors(fake: Client) -> None:

@@ -23,12 +23,6 @@ def respond(client: Client, asked: Any = "hi", **fields: Any) -> Any:
     return client.ask("POST", RESPONSES, {"input": asked, **fields})
 
 
-@pytest.fixture(scope="module")
-def fake() -> Iterator[Client]:
-    with serving(FakeBackend()) as client:
-        yield client
-
-
 def said(body: Any) -> str:
     (message,) = body["output"]
     (part,) = message["content"]

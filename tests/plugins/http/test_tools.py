@@ -1,7 +1,6 @@
 """Tools over HTTP: a call that is forced is made, one that is not is answered in text."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,12 +25,6 @@ def tool(name: str, parameters: Any = SHAPE, **fields: Any) -> dict[str, Any]:
 
 def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
-
-
-@pytest.fixture(scope="module")
-def fake() -> Iterator[Client]:
-    with serving(FakeBackend()) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

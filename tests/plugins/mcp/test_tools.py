@@ -4,87 +4,17 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hostile.addresses import Watch, corpus
 from mcp import Client, MCPError
-from mcp_types import CallToolResult, TextContent
+from mcp_clients import BOTH, asked, backend_for, bad, good
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.conformance.subject import png
 from mlx_onevision.plugins.contract.errors import PluginError
-from mlx_onevision.plugins.hosts.mcp.allowed_files import AllowedFiles, McpSettings
-from mlx_onevision.plugins.hosts.mcp.server import make_server
 from mlx_onevision.plugins.interface import Channel, EmbedRequest, EmbedResult, EventStream
-from mlx_onevision.plugins.service.jobs import Jobs
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
-from mlx_onevision.plugins.service.service import Limits
-
-FILM = Path(__file__).parents[3] / "examples/circle.mp4"
-
-BOTH = ("auto", "legacy")  # the newest protocol, and that of older hosts
-
-Session = Callable[[Client], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def album(tmp_path: Path) -> Path:
-    """Images and a video that may be read, beside one that may not."""
-    album = tmp_path / "album"
-    (album / "inner").mkdir(parents=True)
-    for number, name in enumerate(("a.png", "b.png", "inner/c.png", ".hidden.png")):
-        (album / name).write_bytes(png(8, 8, (number, 2, 3)))
-    shutil.copy(album / "a.png", album / "twin.png")
-    shutil.copy(FILM, album / "film.mp4")
-    (album / "words.txt").write_text("no picture")
-    (tmp_path / "secret.png").write_bytes(png(8, 8, (9, 9, 9)))
-    (album / "link.png").symlink_to(tmp_path / "secret.png")
-    (album / "away").symlink_to(tmp_path)
-    os.mkfifo(album / "pipe.png")
-    return album
-
-
-def backend_for(album: Path | None, **fake: Any) -> FakeBackend:
-    policy = MediaPolicy(folders=[] if album is None else [album])
-    return FakeBackend(policy=policy, limits=Limits(timeout=None), **fake)
-
-
-def asked(
-    backend: FakeBackend, session: Session, modes: Sequence[Any] = ("auto",), **settings: Any
-) -> None:
-    """Runs a session with the official client."""
-
-    async def main(mode: Any) -> None:
-        with Jobs(backend) as jobs:
-            server = make_server(backend, jobs, McpSettings(backend.policy, **settings))
-            async with Client(server, mode=mode) as client:
-                await session(client)
-
-    for mode in modes:
-        asyncio.run(main(mode))
-
-
-async def good(client: Client, name: str, **arguments: Any) -> dict[str, Any]:
-    """The structure of an answer, which the client has held against the tool's schema."""
-    result = await client.call_tool(name, arguments)
-    assert not result.is_error and isinstance(result.structured_content, dict), result
-    return result.structured_content
-
-
-async def bad(client: Client, name: str, **arguments: Any) -> str:
-    return refusal(await client.call_tool(name, arguments))
-
-
-def refusal(result: CallToolResult) -> str:
-    """What a refused call is answered: one sentence, with the way out."""
-    assert result.is_error and result.structured_content is None
-    (block,) = result.content
-    assert isinstance(block, TextContent) and "\n" not in block.text and len(block.text) < 700
-    assert "Traceback" not in block.text and not block.text.endswith(".")
-    return block.text
 
 
 def test_what_is_offered(album: Path) -> None:
@@ -231,130 +161,6 @@ def test_files_that_cannot_be_embedded_are_counted(album: Path) -> None:
     asked(Picky(policy=MediaPolicy(folders=[album])), session)
 
 
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [
-        ("{out}/secret.png", "--allow-dir"),
-        ("{in}/../secret.png", "--allow-dir"),
-        ("{in}-2/a.png", "--allow-dir"),
-        ("/etc/passwd", "--allow-dir"),
-        ("/dev/zero", "--allow-dir"),
-        ("/dev/stdin", "--allow-dir"),
-        ("//etc/passwd", "--allow-dir"),
-        ("{in}", "is a folder"),
-        ("{in}/", "is a folder"),
-        ("{in}/inner", "directory"),
-        ("{in}/link.png", "link"),
-        ("{in}/away/secret.png", "link"),
-        ("{in}/pipe.png", "no ordinary file"),
-        ("{in}/nothing.png", "no such file"),
-        ("{in}/\0.png", "NUL"),
-        ("a.png", "absolute"),
-        ("../album/a.png", "absolute"),
-        ("file://{in}/a.png", "address"),
-        ("http://127.0.0.1:9/a.png", "address"),
-        ("concat:{in}/a.png", "address"),
-        ("data:image/png;base64,AAAA", "address"),
-        ("~/a.png", "--allow-dir"),
-        ("~root/a.png", "absolute"),
-        ("-", "absolute"),
-    ],
-)
-def test_nothing_else_is_read(album: Path, path: str, said: str) -> None:
-    path = path.replace("{in}", str(album)).replace("{out}", str(album.parent))
-    opened = watched()
-
-    async def session(client: Client) -> None:
-        for name in ("ask_image", "ask_video"):
-            assert said in await bad(client, name, path=path, question="What?")
-        good_one = str(album / "a.png")
-        both = {"paths": [good_one, path], "question": "Which?"}
-        assert said in await bad(client, "compare_images", **both)
-        assert said in await bad(client, "embed", paths=[path])
-        assert said in await bad(client, "describe_video_start", path=path)
-        assert await bad(client, "find_similar", path=path, folder=str(album))
-
-    asked(backend_for(album), session)
-    secret = os.path.realpath(album.parent / "secret.png")
-    assert not [one for one in opened if one in ("/etc/passwd", "/dev/zero", secret)]
-
-
-def test_nothing_of_the_corpus_is_read_or_reached(album: Path) -> None:
-    watch = Watch()
-
-    async def session(client: Client) -> None:
-        await bad(client, "ask_image", path="a.png", question="What?")  # imports
-        for path in corpus(9, album):
-            with watch.watching() as events:
-                for tool in ("ask_image", "ask_video"):
-                    await bad(client, tool, path=path, question="What?")
-                await bad(client, "embed", paths=[path])
-                await bad(client, "describe_video_start", path=path)
-                await bad(client, "find_similar", path=path, folder=str(album))
-            # The folders on the way to a link may be opened, and what is refused there.
-            assert not [
-                event for event in events if not event.startswith(f"open {str(album)!r}"[:-1])
-            ]
-
-    asked(backend_for(album), session)
-
-
-_opened: list[list[str]] = []
-
-
-def watched() -> list[str]:
-    """Every path that this process opens from now on."""
-    if not _opened:
-        sys.addaudithook(
-            lambda event, a: _opened[-1].append(str(a[0])) if event == "open" else None
-        )
-    _opened.append([])
-    return _opened[-1]
-
-
-def test_without_a_folder_the_option_is_named(album: Path) -> None:
-    async def session(client: Client) -> None:
-        path = str(album / "a.png")
-        for name, more in (
-            ("ask_image", {"question": "What?"}),
-            ("describe_video_start", {}),
-            ("find_similar", {"folder": str(album)}),
-        ):
-            assert "no folder is open" in await bad(client, name, path=path, **more)
-            assert "--allow-dir" in await bad(client, name, path=path, **more)
-        assert client.instructions and "--allow-dir" in client.instructions
-
-    asked(backend_for(None), session)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "said"),
-    [
-        ("ask_image", {}, "path"),
-        ("ask_image", {"path": "/x", "question": ""}, "question"),
-        ("ask_image", {"path": 5, "question": "What?"}, "path"),
-        ("ask_image", {"path": "/x", "question": "What?", "max_tokens": 0}, "max_tokens"),
-        ("ask_image", {"path": "/x", "question": "What?", "tokens": 5}, "'tokens'"),
-        ("compare_images", {"paths": ["/x"], "question": "What?"}, "paths"),
-        ("compare_images", {"paths": ["/x"] * 17, "question": "What?"}, "paths"),
-        ("compare_images", {"paths": ["/x", None], "question": "What?"}, "paths[1]"),
-        ("ask_video", {"path": "/x", "question": "What?", "start": -1}, "start"),
-        ("ask_video", {"path": "/x", "question": "What?", "end": "later"}, "end"),
-        ("describe_video_start", {"path": "/x", "segments": 0}, "segments"),
-        ("describe_video_start", {"path": "/x", "segments": "words"}, "segments"),
-        ("describe_video_status", {"job_id": "x", "wait": 100}, "wait"),
-        ("find_similar", {"path": "/x", "folder": "/y", "k": 1000}, "k"),
-        ("embed", {"texts": ["a"], "space": "sound"}, "space"),
-    ],
-)
-def test_wrong_arguments_are_named(name: str, arguments: dict[str, Any], said: str) -> None:
-    async def session(client: Client) -> None:
-        text = await bad(client, name, **arguments)
-        assert text.startswith(said) or f"argument {said}" in text
-
-    asked(backend_for(None), session)
-
-
 def test_the_wrong_tool_for_a_file(album: Path) -> None:
     async def session(client: Client) -> None:
         film, one = str(album / "film.mp4"), str(album / "a.png")
@@ -441,15 +247,3 @@ def test_what_fails_inside_is_said_in_a_sentence(album: Path, error: Exception) 
         assert "secret" not in text
 
     asked(backend_for(album, fail_at=0, error=error), session)
-
-
-def test_a_name_that_looks_the_same_is_found_below_the_allowed_folders_only(tmp_path: Path) -> None:
-    allowed, other = tmp_path / "allowed", tmp_path / "other"
-    for folder in (allowed, other):
-        folder.mkdir()
-        (folder / "Shot 3.07\u202fPM.png").write_bytes(png(8, 8, (1, 2, 3)))
-    files = AllowedFiles(MediaPolicy(folders=(allowed,)))
-    assert files.path(f"{allowed}/Shot 3.07 PM.png") == f"{allowed}/Shot 3.07\u202fPM.png"
-    assert files.medium(f"{allowed}/Shot 3.07 PM.png").path == f"{allowed}/Shot 3.07\u202fPM.png"
-    with pytest.raises(PluginError, match="is not below a folder that is open"):
-        files.path(f"{other}/Shot 3.07 PM.png")
