@@ -79,6 +79,11 @@ PARITY := .venv-parity$(addprefix -,$(TRANSFORMERS))
 parity: $(PARITY)/.parity
 	$(FAST) $(PARITY)/bin/python -m pytest $(or $(ARGS),tests/parity)
 
+# The documentation as pages, in site/: docs/, the docstrings and the command line. A warning fails.
+docs: .venv/.docs
+	.venv/bin/python -m sphinx -q -W --keep-going -E -b html -d .cache/docs docs site
+	@echo 'site/index.html'
+
 # The sdist and the wheel that is made from it, both checked, and the demo's answer from that wheel
 # alone. Everything is made anew.
 dist:
@@ -102,6 +107,12 @@ dist:
 	@echo 'Making .venv with the development tools'
 	@$(call venv,.venv)
 	@$(call install,.venv) --editable '$(PACKAGE)' --group dev
+	@touch .venv/.package $@
+
+.venv/.docs: pyproject.toml
+	@echo 'Making .venv with what makes the documentation'
+	@$(call venv,.venv)
+	@$(call install,.venv) --editable '$(PACKAGE)' --group docs
 	@touch .venv/.package $@
 
 .venv/.hosts: pyproject.toml tests/hosts/node/package.json

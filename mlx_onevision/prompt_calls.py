@@ -124,8 +124,10 @@ class PromptCalls:
 
         Returns a :class:`Stream`; for a batch a list of them, in order.
 
-        Raises, for a batch in each stream, else before this returns (``check`` can stop the reading
-        of media, which happens here):
+        Media are read before this returns; ``check`` can stop that. Of a batch, an error is raised
+        by the stream of its request, else before this returns.
+
+        Raises:
             RequestError: for an empty prompt, an unknown setting or a number out of range.
             MediaError: for an image or a video that cannot be read; TooLargeError for one beyond
                 the limits of size.

@@ -111,6 +111,25 @@ def test_what_it_names_of_the_package_is_there() -> None:
         )
 
 
+def test_the_files_of_the_architecture_are_there() -> None:
+    """Those that the page names, among which are all of its drawing."""
+    named, drawn = (
+        set(
+            re.findall(r"[a-z_/]+\.py\b", ROOT.joinpath(f"docs/{file}").read_text(encoding="utf-8"))
+        )
+        for file in ("architecture.md", "architecture.svg")
+    )
+    assert drawn < named and len(drawn) == 22
+    assert not [name for name in named if not ROOT.joinpath("mlx_onevision", name).is_file()]
+
+
+def test_every_page_is_in_the_index() -> None:
+    docs = ROOT / "docs"
+    index = docs.joinpath("index.md").read_text(encoding="utf-8").split()
+    pages = {path.relative_to(docs).with_suffix("").as_posix() for path in docs.rglob("*.md")}
+    assert pages - {"index"} == pages & {*index}
+
+
 def test_its_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README):
         path = target[0] or target[1]
