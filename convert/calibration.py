@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """Calibrated quantization of the language model: mlx-lm's own AWQ and GPTQ, on prompts with images.
 
 Their code expects a language model of mlx-lm's; here are the few differences. Each method quantizes
@@ -11,13 +12,14 @@ calibrated one holds the whole model in memory.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from importlib import import_module
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx import utils
 
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.quantization import ModuleQuantization
@@ -68,7 +70,7 @@ def calibrated(
         raise RequestError(f"{method} needs an unquantized model; leave --method out")
     runner = Runner(load_checkpoint(conversion.source.folder, dtype=plan.dtype, fused=False))
     processor = Processor.from_folder(conversion.source.folder, runner.model.config)
-    prompts = []
+    prompts: list[Sequence[int]] = []
     with ExitStack() as held:
         for probe in calibration_set() if given is None else given:
             inputs = processor.prepare(normalise_messages(messages=probe.messages), **probe.options)
@@ -77,7 +79,7 @@ def calibrated(
             runner.fill_bank(inputs, ids, 0, Counters(), lambda *_: None)
             prompts.append(ids)
         calibrate(method, runner.model, prompts, spec)
-    made: dict[str, mx.array] = dict(tree_flatten(runner.model.parameters()))
+    made: dict[str, mx.array] = dict(utils.tree_flatten(runner.model.parameters()))
     shards = [
         dataclasses.replace(shard, parts=tuple(_replaced(part, made) for part in shard.parts))
         for shard in conversion.shards
@@ -167,11 +169,13 @@ class _Layers(nn.Module):
 
 
 def _gptq(model: OneVision, prompts: Sequence[Sequence[int]], spec: ModuleQuantization) -> None:
-    from mlx_lm.quant.gptq import gptq_quantize
+    from mlx_lm.quant import gptq
 
     data = [_embeddings(model, ids) for ids in prompts]
     sizes = (spec.bits, spec.group_size)
-    gptq_quantize(_Layers(model), data, *sizes, *sizes, batch_size=1)  # the second: of the tables
+    gptq.gptq_quantize(
+        _Layers(model), data, *sizes, *sizes, batch_size=1
+    )  # the second: of the tables
     _quantize_tables(model, spec)
 
 
@@ -200,13 +204,16 @@ class _MaskedAttention(Attention):
 
 
 class _MaskedLayer(DecoderLayer):
+    """A layer that takes a mask alone, likewise."""
+
     def __call__(self, x: mx.array, mask: Any = None) -> mx.array:  # type: ignore[override]
-        x = x + self.self_attn(self.input_layernorm(x), mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        layer: Any = self
+        x = x + layer.self_attn(layer.input_layernorm(x), mask)
+        return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 @contextmanager
-def _masked(model: OneVision) -> Iterator[None]:
+def _masked(model: OneVision) -> Generator[None]:
     """The layers as AWQ calls them: the real ones, because it replaces their parts."""
     language: Any = model.language_model
     for layer in language.layers:
@@ -221,9 +228,8 @@ def _masked(model: OneVision) -> Iterator[None]:
 
 
 def _awq(model: OneVision, prompts: Sequence[Sequence[int]], spec: ModuleQuantization) -> None:
-    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
-
-    if any(window is not None for window in model.language_model._windows):
+    awq: Any = import_module("mlx_lm.quant.awq")
+    if "sliding_attention" in model.config.text_config.layer_types:
         raise RequestError("awq cannot calibrate layers that see a window; leave --method out")
     shortest = min(map(len, prompts))
     rows = [_embeddings(model, ids[:shortest]) for ids in prompts]
@@ -233,4 +239,4 @@ def _awq(model: OneVision, prompts: Sequence[Sequence[int]], spec: ModuleQuantiz
     decoder.model.embed_tokens = _Table(lambda: _quantize_tables(model, spec))
     sizes = {"group_size": spec.group_size, "bits": spec.bits}
     with _masked(model):
-        awq_quantize(decoder, inputs, AWQ_MODEL_CONFIGS["qwen2"], **sizes)
+        awq.awq_quantize(decoder, inputs, awq.AWQ_MODEL_CONFIGS["qwen2"], **sizes)

@@ -4,11 +4,11 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_onevision.config.model import HUB_TYPE
 from mlx_onevision.convert.hub import Source
-from mlx_onevision.convert.report import ConversionSummary, size
+from mlx_onevision.convert.report import ConversionSummary
 
 logger = logging.getLogger("mlx_onevision")
 # What of a source's own card holds for the converted model too.
@@ -46,8 +46,6 @@ The mean loss of a token, over the steps since the row before.
 {curve}
 
 """
-
-
 ELSEWHERE = """\
 or with [mlx-vlm](https://github.com/Blaizzy/mlx-vlm):
 
@@ -94,8 +92,8 @@ def card(
 
 def _metadata(source: Source, summary: ConversionSummary) -> dict[str, Any]:
     theirs = read_metadata(source.folder)
-    tags = theirs.get("tags")
-    tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    given = theirs.get("tags")
+    tags = [tag for tag in _items(given) if isinstance(tag, str)]
     base = source.base or theirs.get("base_model")
     relation = "finetune" if summary.adapter else "quantized" if summary.quantized else None
     found: dict[str, Any] = {
@@ -125,13 +123,20 @@ def read_metadata(folder: Path) -> Mapping[str, Any]:
     except (yaml.YAMLError, RecursionError):
         logger.warning("The README.md of %s has metadata that is not YAML.", folder.name)
         return {}
-    return values if isinstance(values, dict) else {}
+    return cast(Mapping[str, Any], values) if isinstance(values, dict) else {}
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(item, str) for item in value)
-    return isinstance(value, str) and bool(value)
+def _items(value: object) -> list[object]:
+    """The items of a list; none of anything else."""
+    return cast(list[object], value) if isinstance(value, list) else []
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a text, or a list of texts, and not empty."""
+    if isinstance(value, str):
+        return bool(value)
+    items = _items(value)
+    return bool(items) and all(isinstance(item, str) for item in items)
 
 
 def _origin(source: Source, summary: ConversionSummary) -> str:
@@ -145,9 +150,8 @@ def _origin(source: Source, summary: ConversionSummary) -> str:
 
 
 def _table(summary: ConversionSummary) -> str:
-    files = "1 file" if summary.shards == 1 else f"{summary.shards} files"
     rows: list[tuple[str, str]] = [
-        ("weights", f"{size(summary.nbytes)} in {files}"),
+        ("weights", summary.weights),
         ("bits per weight", f"{summary.bits_per_weight:.2f}"),
         ("recipe", summary.recipe),
         ("type of what is not quantized", summary.dtype),

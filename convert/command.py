@@ -147,6 +147,7 @@ def convert(
 
     from mlx_onevision.checkpoint.hub import resolve_adapter
     from mlx_onevision.convert import conversion, fit, hub
+    from mlx_onevision.convert import report as reports
     from mlx_onevision.convert.loss import plot as plots
     from mlx_onevision.convert.staging import require_target
 
@@ -196,15 +197,22 @@ def convert(
     if upload_repo and not dry_run:
         uploaded = hub.upload(summary.target, upload_repo, private=private, create_pr=create_pr)
     if as_json:
-        extra = {"dry_run": dry_run, "uploaded": uploaded, "why": why, "warning": warning}
-        extra["loss"] = loss.to_dict() if loss else None
-        click.echo(json.dumps({**summary.to_dict(), **extra}))
+        click.echo(
+            json.dumps(
+                {
+                    **summary.to_dict(),
+                    "dry_run": dry_run,
+                    "uploaded": uploaded,
+                    "why": why,
+                    "warning": warning,
+                    "loss": loss.to_dict() if loss else None,
+                }
+            )
+        )
     else:
-        click.echo(report(summary, dry_run))
+        click.echo(reports.overview(summary, dry_run))
         if loss:
-            from mlx_onevision.convert.report import table
-
-            click.echo("\n" + table(loss, layers=False), nl=False)
+            click.echo("\n" + reports.table(loss, layers=False), nl=False)
         if uploaded:
             click.echo(f"uploaded   {uploaded}")
 
@@ -216,6 +224,12 @@ def _write(
     command: str,
     adapter: Path | None,
 ) -> tuple[ConversionSummary, Loss | None, str | None]:
+    """Writes what is planned, and measures its loss.
+
+    verify : None measures where the source fits into memory.
+
+    Returns the summary, the loss, and a warning: of a loss that is too high, or was not measured.
+    """
     from mlx_onevision.convert import conversion
     from mlx_onevision.convert import verify as verification
 
@@ -247,24 +261,3 @@ def _compare(
         click.echo(json.dumps({"source": source.base or source.name, "compared": found}))
     else:
         click.echo(comparison(losses), nl=False)
-
-
-def report(summary: ConversionSummary, planned: bool = False) -> str:
-    from mlx_onevision.convert.report import size
-
-    count = "1 file" if summary.shards == 1 else f"{summary.shards} files"
-    weights = f"{size(summary.nbytes)} in {count}"
-    rows = [
-        ("source", summary.source + (f" at {summary.revision}" if summary.revision else "")),
-        ("download", size(summary.download)) if planned else ("", ""),
-        ("to write" if planned else "folder", str(summary.target)),
-        ("weights", f"{weights}, {summary.bits_per_weight:.2f} bits a weight"),
-        ("recipe", summary.recipe + (f", the rest {summary.dtype}" if summary.quantized else "")),
-        *(("", f"{number} matrices with {spec}") for spec, number in summary.quantized.items()),
-    ]
-    if summary.padded:
-        rows.append(("", f"the tower's MLPs padded with zeros to a width of {summary.padded}"))
-    if summary.skipped:
-        skipped = f"{len(summary.skipped)} matrices not quantized"
-        rows.append(("", f"{skipped}, whose width has no whole groups"))
-    return "\n".join(f"{name:<10} {text}".rstrip() for name, text in rows if text)

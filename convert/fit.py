@@ -21,6 +21,8 @@ from mlx_onevision.network.memory_sizes import Footprint
 
 @dataclass(frozen=True)
 class Fit:
+    """The best recipe (None: no quantizing), the memory it takes, and why, in lines of text."""
+
     recipe: Recipe | None
     footprint: Footprint
     why: str
@@ -54,7 +56,7 @@ def best(
     """
     usable = usable_bytes(memory)
     tokens = None if context is None else context + ANSWER_TOKENS
-    tried: list[tuple[str, int]] = []
+    tried: list[tuple[str, int]] = []  # recipes, and bytes of the weights
     recipe, found = None, None
     for recipe in candidates():
         plan = make_plan(config, tensors, quantized, recipe=recipe, dtype=dtype)

@@ -1,13 +1,14 @@
+# pyright: reportUnknownMemberType=false
 """The Hub's side of a conversion: finding a model, its outline before a download, the upload."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.hub import COMMIT, FILES, HUB_ID, NOT_FILES, identify, resolve
@@ -41,8 +42,9 @@ def find(model: str | Path, revision: str | None = None) -> Source:
     name, commit = identify(folder)
     if folder.parent.name == "snapshots" and COMMIT.fullmatch(commit):
         return Source(folder, name, name, commit)
-    origin = (read_json(folder / "config.json") or {}).get("mlx_onevision")
-    if isinstance(origin, dict):  # a folder that this converter wrote
+    written = (read_json(folder / "config.json") or {}).get("mlx_onevision")
+    if isinstance(written, dict):  # a folder that this converter wrote
+        origin = cast(dict[str, Any], written)
         base, commit = origin.get("base_model"), origin.get("revision")
         if isinstance(base, str) and HUB_ID.fullmatch(base):
             known = isinstance(commit, str) and COMMIT.fullmatch(commit)
@@ -51,7 +53,7 @@ def find(model: str | Path, revision: str | None = None) -> Source:
 
 
 @contextmanager
-def outline(model: str | Path, revision: str | None = None) -> Iterator[Source]:
+def outline(model: str | Path, revision: str | None = None) -> Generator[Source]:
     """A model without downloading it: weight files that are not here yet are headers and holes.
     Raises ModelNotFoundError if there is none, or it cannot be reached.
     """
@@ -67,7 +69,8 @@ def outline(model: str | Path, revision: str | None = None) -> Iterator[Source]:
 
 def _outline(repository: str, revision: str | None, folder: Path) -> Source | None:
     """None when nothing of the model needs downloading, or nothing can be."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    import huggingface_hub
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     if constants.HF_HUB_OFFLINE:
@@ -75,7 +78,7 @@ def _outline(repository: str, revision: str | None, folder: Path) -> Source | No
     commit = HfApi().model_info(repository, revision=revision).sha
     disable_progress_bars()
     try:
-        files = snapshot_download(
+        files = huggingface_hub.snapshot_download(
             repository,
             revision=commit,
             allow_patterns=list(FILES),
@@ -84,7 +87,7 @@ def _outline(repository: str, revision: str | None, folder: Path) -> Source | No
         )
         if not any(file.will_download for file in files):
             return None
-        snapshot_download(
+        huggingface_hub.snapshot_download(
             repository,
             revision=commit,
             local_dir=folder,
@@ -148,5 +151,6 @@ def upload(folder: Path, repository: str, *, private: bool = False, create_pr: b
 
 
 def is_model_file(path: Path) -> bool:
+    """Whether a file's name is one of those that a model's folder has."""
     named = any(fnmatchcase(path.name, pattern) for pattern in FILES)
     return named and not path.name.startswith(".")

@@ -1,3 +1,5 @@
+# pyright: reportMissingTypeArgument=false
+# (click.ParamType takes type arguments in newer versions of click only)
 """The options of ``mlx-onevision convert``: which recipe they mean, which exclude each other."""
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,12 +21,17 @@ from mlx_onevision.errors import RequestError
 if TYPE_CHECKING:
     from mlx_onevision.checkpoint.recipes import Recipe
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+DECIMAL = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # What --compare decides by itself, or has no use for.
-WRITING = ("quantize", "q_bits", "q_mode", "recipe", "rules", "method", "dequantize")
-WRITING += ("overwrite", "dry_run", "upload_repo", "adapter")
+WRITING = (
+    *("quantize", "q_bits", "q_mode", "recipe", "rules", "method", "dequantize"),
+    *("overwrite", "dry_run", "upload_repo", "adapter"),
+)
 BITS = ("2", "3", "4", "5", "6", "8")
+
+
+Given = TypeVar("Given")
 
 
 class Bytes(click.ParamType):
@@ -33,17 +40,17 @@ class Bytes(click.ParamType):
     name = "size"
 
     def __init__(self, binary: bool = False) -> None:
-        self._binary = binary
+        # GB means GiB then.
+        memory = {name.replace("I", ""): size for name, size in BINARY.items()} if binary else {}
+        self._units = {**DECIMAL, **BINARY, **memory}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-        if found is None or found[2].upper() not in UNITS:
+        if found is None or found[2].upper() not in self._units:
             self.fail(f"'{value}' is not a size such as 8GB", param, ctx)
-        unit = found[2].upper()
-        unit = unit.replace("B", "iB").upper() if self._binary and len(unit) == 2 else unit
-        number = int(float(found[1]) * UNITS[unit])
+        number = int(float(found[1]) * self._units[found[2].upper()])
         if not 0 < number < 2**60:
             self.fail(f"'{value}' is not a possible size", param, ctx)
         return number
@@ -60,6 +67,11 @@ def recipe_of(
     method: str | None = None,
     **_: Any,
 ) -> Recipe | None:
+    """The recipe that the options of these names ask for; None where they quantize nothing.
+
+    Raises:
+        RequestError: for a recipe that there is not, and bits that a method does not have.
+    """
     from mlx_onevision.checkpoint import recipes
 
     vision = None if quantize_vision in (None, "none") else int(quantize_vision or 0)
@@ -131,13 +143,19 @@ def _refusals(given: SimpleNamespace) -> Iterator[str]:
         yield "--plot draws the measured loss; drop --no-verify or --dry-run"
 
 
-def either(given: Any, option: Any, name: str, flag: str) -> Any:
+def either(given: Given | None, option: Given | None, name: str, flag: str) -> Given | None:
+    """What was given as an argument, or as the option that means the same.
+
+    Raises:
+        click.UsageError: where both were.
+    """
     if given is not None and option is not None:
         raise click.UsageError(f"Give {name} or {flag}, not both")
     return option if given is None else given
 
 
 def default_target(model: str, recipe: Recipe | None, dequantize: bool, dtype: str | None) -> Path:
+    """The folder where none is named, in the current one: ``llava-onevision-...-4bit``."""
     from mlx_onevision.checkpoint.hub import repository_of
 
     name = repository_of(model) or Path(model).expanduser().resolve().name
@@ -159,12 +177,14 @@ def compared_recipes(names: str, group_size: str | None, vision: str | None) -> 
     """The recipes of ``--compare``: bits of the language model, or names, between commas."""
     from mlx_onevision.checkpoint.recipes import MIXED
 
-    found = {}
+    found: dict[str, Recipe] = {}
     for name in (word.strip() for word in names.split(",")):
         bits = name if name in BITS else None
         if not bits and name not in MIXED:
             known = ", ".join((*BITS, *MIXED))
             raise RequestError(f"there is no recipe '{name}' to compare; there are {known}")
         recipe = None if bits else name
-        found[name] = recipe_of(False, bits, group_size, None, vision, recipe, None)
+        made = recipe_of(False, bits, group_size, None, vision, recipe, None)
+        assert made is not None  # bits, or a recipe
+        found[name] = made
     return list(found.values())

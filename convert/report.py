@@ -49,11 +49,15 @@ class ConversionSummary:
     adapter: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, under the names that ``convert --json`` has."""
+        """JSON-safe."""
         values = dataclasses.asdict(self)
-        for name, key in (("quantized", "packed"), ("specs", "ways"), ("skipped", "left")):
-            values[key] = values.pop(name)
-        return values | {"target": str(self.target), "left": list(self.skipped)}
+        return values | {"target": str(self.target), "skipped": list(self.skipped)}
+
+    @property
+    def weights(self) -> str:
+        """Size and files of the weights, in words."""
+        count = "1 file" if self.shards == 1 else f"{self.shards} files"
+        return f"{size(self.nbytes)} in {count}"
 
 
 def size(nbytes: float) -> str:
@@ -62,6 +66,25 @@ def size(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:,.{1 if factor < 1e9 else 2}f} {unit}"
     return f"{nbytes:,.0f} bytes"
+
+
+def overview(summary: ConversionSummary, planned: bool = False) -> str:
+    """Lines of what was converted, or would be where it is only ``planned``."""
+    weights = summary.weights
+    rows = [
+        ("source", summary.source + (f" at {summary.revision}" if summary.revision else "")),
+        ("download", size(summary.download)) if planned else ("", ""),
+        ("to write" if planned else "folder", str(summary.target)),
+        ("weights", f"{weights}, {summary.bits_per_weight:.2f} bits a weight"),
+        ("recipe", summary.recipe + (f", the rest {summary.dtype}" if summary.quantized else "")),
+        *(("", f"{number} matrices with {spec}") for spec, number in summary.quantized.items()),
+    ]
+    if summary.padded:
+        rows.append(("", f"the tower's MLPs padded with zeros to a width of {summary.padded}"))
+    if summary.skipped:
+        skipped = f"{len(summary.skipped)} matrices not quantized"
+        rows.append(("", f"{skipped}, whose width has no whole groups"))
+    return "\n".join(f"{name:<10} {text}".rstrip() for name, text in rows if text)
 
 
 def table(loss: "Loss", layers: bool = True) -> str:
@@ -91,7 +114,7 @@ def table(loss: "Loss", layers: bool = True) -> str:
 def comparison(losses: Sequence[tuple[str, "Loss"]]) -> str:
     """Several recipes beside each other, by their names."""
     head = ("recipe", "bits a weight", "weights", "KL mean", "KL 99 %", "same top token", "memory")
-    rows = []
+    rows: list[Row] = []
     for name, loss in losses:
         bits, weights = f"{loss.bits_per_weight:.2f}", size(loss.weights_bytes)
         _, _, mean, p99, _, same = _stats_row(loss.all)
@@ -131,7 +154,7 @@ def _summary(loss: "Loss") -> list[Row]:
 def _aligned(rows: Sequence[Row], right: bool = True) -> str:
     """Columns two spaces apart; the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
+    lines: list[str] = []
     for first, *others in rows:
         padded = zip(others, widths[1:], strict=True)
         cells = [cell.rjust(width) if right else cell for cell, width in padded]

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -199,7 +199,8 @@ def _beside(target: Path, kind: str = "") -> Path:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[bool]:
+def _held(folder: Path) -> Generator[bool]:
+    """Whether this process has locked a folder meanwhile."""
     descriptor = _open(folder)
     try:
         yield _try_lock(descriptor, folder) is True

@@ -145,7 +145,7 @@ def compare(
     def step(_: int, __: int) -> None:
         progress(next(steps), total)
 
-    losses = []
+    losses: list[tuple[str, Loss]] = []
     with TemporaryDirectory(prefix="mlx-onevision-") as room:
         for recipe in recipes:
             conversion = prepare(source, Path(room) / recipe.name, recipe, dtype)

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """safetensors files, written front to back and flushed: one module's tensors are in memory."""
 
 import fcntl
@@ -43,6 +44,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Shard:
+    """A safetensors file to be written: its name, and what it is made of."""
+
     name: str
     parts: tuple[Part, ...]
 
@@ -126,6 +129,7 @@ def _raw(array: mx.array, piece: OutputTensor) -> memoryview:
 
 
 def open_new(path: Path) -> BinaryIO:
+    """Creates a file. Raises OSError, for one that is there as well."""
     return path.open("xb", buffering=0)
 
 
@@ -185,6 +189,7 @@ def flush(descriptor: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk itself. Raises StorageError."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -196,5 +201,6 @@ def flush_folder(folder: Path) -> None:
 
 
 def failure(path: Path, error: OSError) -> StorageError:
+    """The error for a file or folder that the system did not write."""
     reason = error.strerror or str(error)
     return StorageError(f"{path} cannot be written: {reason}; nothing was changed")

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """The measured loss: how far a converted model's answers are from those of its source.
 
 First the source goes through the probes and answers them, then the result reads the same tokens,
@@ -19,7 +20,13 @@ from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.tensors import read_weights
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.convert.loss import metrics
-from mlx_onevision.convert.loss.metrics import Divergence, DivergenceStats, LayerLoss, Loss
+from mlx_onevision.convert.loss.metrics import (
+    PARTS,
+    Divergence,
+    DivergenceStats,
+    LayerLoss,
+    Loss,
+)
 from mlx_onevision.convert.loss.probes import VERSION, Probe, probes
 from mlx_onevision.convert.loss.recording import Prompt, Recording, compared_positions, record
 from mlx_onevision.errors import CheckpointError, RequestError
@@ -116,7 +123,7 @@ class Reference:
             for name in [name for name in before.layers if name.startswith("language")]:
                 del after.layers[name]
         mx.clear_cache()
-        divergences = []
+        divergences: list[Divergence] = []
         for number, prompt in enumerate(self._prompts):
             divergences.append(_compare(prompt, config, before, after, number))
             done()
@@ -176,11 +183,13 @@ def _compare(
     positions = compared_positions(prompt.ids, placeholders)
     following = prompt.ids[positions + 1]
     rows = max(1, LOGITS // config.text_config.vocab_size)
-    pieces = []
+    pieces: list[Divergence] = []
     for start in range(0, len(positions), rows):
         chosen = slice(start, start + rows)
-        source = np.array(before.head(before.hidden[number][chosen]).astype(mx.float32))
-        result = np.array(after.head(after.hidden[number][chosen]).astype(mx.float32))
+        source, result = (
+            np.array(model.head(model.hidden[number][chosen]).astype(mx.float32), np.float32)
+            for model in (before, after)
+        )
         pieces.append(metrics.diverge(source, result, following[chosen]))
     names = [field.name for field in dataclasses.fields(Divergence)]
     return Divergence(*(np.concatenate([getattr(p, name) for p in pieces]) for name in names))
@@ -241,7 +250,7 @@ def _perplexity(losses: Sequence[metrics.Numbers]) -> float | None:
 
 def _cosines(before: Recording, after: Recording) -> metrics.Numbers:
     """One for each patch of each tile; exactly 1 where the features are equal."""
-    found = []
+    found: list[metrics.Numbers] = []
     for one, other in zip(before.features, after.features, strict=True):
         a, b = (np.array(rows.astype(mx.float32)).astype(np.float64) for rows in (one, other))
         cosine = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
@@ -250,16 +259,16 @@ def _cosines(before: Recording, after: Recording) -> metrics.Numbers:
 
 
 def _layers(before: Recording, after: Recording) -> tuple[LayerLoss, ...]:
-    layers = []
+    layers: list[LayerLoss] = []
     for place in after.layers:
-        errors = []
+        errors: list[metrics.Numbers] = []
         for one, other in zip(before.layers[place], after.layers[place], strict=True):
             source, result = one.astype(np.float64), other.astype(np.float64)
             size = np.linalg.norm(source, axis=-1)
             errors.append(np.linalg.norm(result - source, axis=-1) / np.maximum(size, 1e-30))
-        part, _, number = place.partition(".")
+        named, _, number = place.partition(".")
+        part = PARTS[PARTS.index(named)]
         error = float(np.concatenate(errors).mean()) if errors else 0.0
-        layers.append((part, int(number or 0), error))
-    order = ("tower", "projector", "language")
-    layers.sort(key=lambda layer: (order.index(layer[0]), layer[1]))
-    return tuple(LayerLoss(*layer) for layer in layers)
+        layers.append(LayerLoss(part, int(number or 0), error))
+    layers.sort(key=lambda layer: (PARTS.index(layer.part), layer.number))
+    return tuple(layers)

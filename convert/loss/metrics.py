@@ -43,6 +43,7 @@ def _log_softmax(logits: Logits) -> Numbers:
 
 
 Part = Literal["tower", "projector", "language"]
+PARTS: tuple[Part, ...] = ("tower", "projector", "language")
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """Plots of losses: over the layers of one model, and over the sizes of several.
 
 matplotlib is an extra. Nothing of its global state is touched: no window, no current figure.
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_onevision.convert.loss.metrics import Loss
+from mlx_onevision.convert.loss.metrics import PARTS, Loss
 from mlx_onevision.errors import RequestError
 
 Theme = Literal["light", "dark"]
@@ -32,9 +33,11 @@ def plot(loss: Loss, path: Path, theme: Theme = "light") -> None:
         RequestError: when matplotlib is not installed, or for another kind of file.
     """
     figure, axes = _figure(path, theme)
-    position, ticks, names, count = 0, [], [], len(loss.layers)
+    position, count = 0, len(loss.layers)
+    ticks: list[int] = []
+    names: list[str] = []
     step = next(n for n in (1, 2, 5, 10, 20, 50, count) if n * 14 >= count)
-    for part in ("tower", "projector", "language"):
+    for part in PARTS:
         layers = [layer for layer in loss.layers if layer.part == part]
         if not layers:
             continue
@@ -77,10 +80,12 @@ def plot_compare(losses: Sequence[tuple[str, Loss]], path: Path, theme: Theme = 
     sizes = [loss.weights_bytes / scale for _, loss in ordered]
     # A loss of nothing at all has no place on a logarithmic axis; it is left to the table.
     found = [loss.all.kl_mean or float("nan") for _, loss in ordered]
-    best, least = [], float("inf")
+    best: list[int] = []
+    least = float("inf")
     for number, kl in enumerate(found):
         if kl < least:
-            best, least = [*best, number], kl
+            best.append(number)
+            least = kl
     others = [number for number in range(len(found)) if number not in best]
     worse = "a smaller one is better"
     for numbers, style, label in (
@@ -106,7 +111,7 @@ PLACES = ((7, 7), (-7, -7), (7, -7), (-7, 7), (14, 20), (-14, -20), (14, 34), (-
 def _name(figure: Any, axes: Any, names: Sequence[str], at: Sequence[tuple[float, float]]) -> None:
     """Names beside their points, where no other name or point is, within the axes."""
     figure.draw_without_rendering()  # which says where everything is
-    taken = []
+    taken: list[Any] = []
     marks = [axes.transData.transform(point) for point in at]
     for name, point in zip(names, at, strict=True):
         if point[1] != point[1]:
@@ -162,7 +167,11 @@ def _logarithmic(axes: Any) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=20))
     axis.set_minor_formatter(NullFormatter())
     if low >= 1e-3 and high < 1e4:
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_major_formatter(_plain)
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:g}"
 
 
 def _finish(figure: Any, axes: Any, path: Path, theme: Theme) -> None:

@@ -26,7 +26,7 @@ class Probe:
     name: str
     messages: tuple[dict[str, Any], ...] = ()
     text: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @cache
@@ -115,7 +115,7 @@ def moving_disc(frames: int, height: int, width: int) -> NDArray[np.uint8]:
     """A yellow disc that crosses a slowly changing ground, left to right: (frames, H, W, 3)."""
     ground = gradient(height, width) // 2
     y, x = _grid(height, width)
-    images = []
+    images: list[Image] = []
     for number in range(frames):
         centre = 0.15 + 0.7 * number / max(frames - 1, 1)
         image = ground.copy()
@@ -154,7 +154,7 @@ def _rough(height: int, width: int, seed: int) -> Field:
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width))
     for octave in range(7):
-        cells = 3 * 2**octave
+        cells = 3 << octave
         coarse = rng.random((cells + 1, cells + 1))
         rows = np.linspace(0, cells - 1e-9, height)
         cols = np.linspace(0, cells - 1e-9, width)

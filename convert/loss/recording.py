@@ -1,10 +1,11 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """One pass of a folder's model over the probes.
 
 Kept of it are final hidden states, from which the head computes the logits again, the tower's
 features, and a sample of every layer's output: little enough to leave the next model the memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ class Prompt:
     name: str
     inputs: Inputs
     is_text: bool
-    answer: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list[int])
 
     @property
     def ids(self) -> NDArray[np.int32]:
@@ -57,9 +58,9 @@ class Recording:
     head: Callable[[mx.array], mx.array]
     budget: Budget
     values: int
-    hidden: list[mx.array] = field(default_factory=list)
-    features: list[mx.array] = field(default_factory=list)
-    layers: dict[str, list[Rows]] = field(default_factory=dict)
+    hidden: list[mx.array] = field(default_factory=list[mx.array])
+    features: list[mx.array] = field(default_factory=list[mx.array])
+    layers: dict[str, list[Rows]] = field(default_factory=dict[str, list[Rows]])
 
 
 def record(
@@ -81,7 +82,8 @@ def record(
         model.budget = budget
     # The head alone: holding it holds none of the other weights.
     tied = model.config.tie_word_embeddings
-    head = model.language_model.embed_tokens.as_linear if tied else model.lm_head
+    embedding: Any = model.language_model.embed_tokens
+    head = embedding.as_linear if tied else model.lm_head
     recording = Recording(head, model.budget, count_values(model))
     for prompt in prompts:
         recording.hidden.append(_read(runner, prompt, recording, answering))
@@ -99,13 +101,16 @@ def compared_positions(ids: NDArray[np.int32], placeholders: Sequence[int]) -> N
 def count_values(model: OneVision) -> int:
     """How many numbers the weights stand for, quantized or not."""
     total = 0
-    for _, module in model.named_modules():
+    network: Any = model
+    for _, module in network.named_modules():
         quantized = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
         for name, value in module.items():
             if not isinstance(value, mx.array) or (quantized and name in ("scales", "biases")):
                 continue
-            is_quantized = quantized and name == "weight"
-            total += value.size * 32 // module.bits if is_quantized else value.size
+            if quantized and name == "weight":  # in words of 32 bits, which hold several each
+                total += value.size * 32 // int(module.bits)
+            else:
+                total += value.size
     return total
 
 
@@ -143,7 +148,7 @@ def _read(runner: Runner, prompt: Prompt, recording: Recording, answering: bool)
 
 def _forward(model: OneVision, ids: Sequence[int], cache: list[Any]) -> mx.array:
     """Final hidden states (len(ids), D), read in chunks."""
-    states = []
+    states: list[mx.array] = []
     for start in range(0, len(ids), model.budget.chunk):
         h = model.embed(mx.array([ids[start : start + model.budget.chunk]], mx.int32))
         states.append(model.language_model(h, cache, model.budget.interval)[0])
@@ -157,7 +162,8 @@ def _answer(checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any]) -> lis
 
     model = checkpoint.model
     trim_prompt_cache(cache, 1)
-    token, answer = ids[-1], []
+    token = ids[-1]
+    answer: list[int] = []
     with model.decoding():
         while len(answer) < ANSWER:
             # The prompt's last id may stand for a medium, but a chat template never ends so.
@@ -169,7 +175,9 @@ def _answer(checkpoint: Checkpoint, ids: Sequence[int], cache: list[Any]) -> lis
 
 
 class _Tap(nn.Module):
-    def __init__(self, layer: nn.Module, keep: Callable[[mx.array, mx.array], None]) -> None:
+    """A layer whose inputs and outputs (tensors of any shape) ``keep`` is given."""
+
+    def __init__(self, layer: Any, keep: Callable[[mx.array, mx.array], None]) -> None:
         super().__init__()
         self._layer, self._keep = layer, keep
 
@@ -180,7 +188,8 @@ class _Tap(nn.Module):
 
 
 @contextmanager
-def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
+def _tapped(model: OneVision, recording: Recording) -> Generator[None]:
+    """The model keeps features, and samples of its layers' outputs, in ``recording`` meanwhile."""
     # Any: a tap stands where the network declares its layers' own classes.
     network: Any = model
     tower, language = network.vision_tower.encoder, network.language_model
@@ -192,7 +201,8 @@ def _tapped(model: OneVision, recording: Recording) -> Iterator[None]:
         def keep(_: mx.array, given: mx.array) -> None:
             step = max(1, given.shape[1] // most)
             chosen = given[:, step // 2 :: step][:, :most]
-            rows.append(np.array(chosen.astype(mx.float32)).reshape(-1, given.shape[-1]))
+            values = np.array(chosen.astype(mx.float32), np.float32)
+            rows.append(values.reshape(-1, given.shape[-1]))
 
         return keep
 

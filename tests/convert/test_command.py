@@ -67,10 +67,10 @@ def test_what_is_printed(source: Path, tmp_path: Path) -> None:
 def test_json(source: Path, tmp_path: Path) -> None:
     result = run(source, tmp_path / "made", "--quantize-vision", "6", "--json")
     values = json.loads(result.stdout)
-    assert values["packed"] == {"6 bits, groups of 64": 14}
+    assert values["quantized"] == {"6 bits, groups of 64": 14}
     assert values["files"]["config.json"] == (tmp_path / "made/config.json").stat().st_size
     assert values["seconds"] > 0 and values["dry_run"] is False
-    assert {w["bits"] for w in values["ways"].values()} == {6}
+    assert {w["bits"] for w in values["specs"].values()} == {6}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_options_of_packing(
     values = json.loads(result.stdout)
     assert list(tmp_path.iterdir()) == []
     summary = convert(source, tmp_path / "made", recipe=same)
-    for key in ("recipe", "nbytes", "packed", "ways"):
+    for key in ("recipe", "nbytes", "quantized", "specs"):
         assert values[key] == summary.to_dict()[key]
     assert ("fits" in result.stderr) == ("fit" in options)
 
