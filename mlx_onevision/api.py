@@ -35,7 +35,7 @@ def load(
         as ``mlx-onevision convert -q --q-bits 4`` does; the answers are those of what that writes.
     memory_limit : GB (1e9 bytes) of memory to use at most, weights included. Requests that cannot
         stay within it are refused, others are computed in smaller steps where they must. None: what
-        the device should use. Of several models in a process, each keeps to its own limit.
+        the device should use; models of one process divide what their weights leave free of it.
     kv_bits : 8 or 4 keeps keys and values quantized, which takes about a half or a quarter of the
         memory a token. Answers may differ; requests run one after another instead of in a batch.
     visual_tokens : the share to keep of the tokens of an image's tiles and of video frames, above 0

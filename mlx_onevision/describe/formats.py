@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -271,7 +271,7 @@ def _number(value: Any) -> float:
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def _reading(what: str) -> Generator[None]:
     """Turns what a wrong mapping raises into one sentence."""
     try:
         yield

@@ -1,9 +1,9 @@
 """The finished parts of a description, kept in a file, so that the rest can be done later.
 
-A line of JSON each: first what it all depends on (the video, the model, the settings), then where
-the scenes are, each segment, each answer to a prompt of text, and at last the description. A line
-is on the disk before the next one is begun, and ends with a checksum: one that was cut short or
-changed does not count, and nothing behind it.
+The file has a line of JSON each for what the description depends on (the video, the model, the
+settings), for the spans of the scenes, for each segment, for each answer to a prompt of text, and
+for the whole description. A line is on the disk before the next one is begun, and ends with a
+checksum: a line that was cut short or changed does not count, and nothing behind it does.
 """
 
 import json
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
 from mlx_onevision.describe.scenes import Span
@@ -29,8 +29,8 @@ logger = logging.getLogger("mlx_onevision")
 
 
 def fingerprint(file: BinaryIO) -> str:
-    """A digest of a video: its size, and a hash of 64 KB at 64 places of it, or of
-    all of it where it is no larger.
+    """A digest of a video: of its size, and of 64 KB at 64 places of it, or of all of it where it
+    is no larger.
     """
     size = os.fstat(file.fileno()).st_size
     digest = blake2b(str(size).encode(), digest_size=20)
@@ -50,10 +50,12 @@ class Journal:
     path : where it is, or will be; its folder is there.
     about : what a description depends on, plain values.
     force : start over, whatever is there.
+    spans : of the scenes, once they are known. segments : by number, with the warnings of each.
+    answers : by question. description : once it is whole.
 
     Raises:
-        RequestError: for a file that cannot be opened, that is none of these, and that is about
-            something else.
+        RequestError: for a file that cannot be opened, that is of another kind, and that is about
+            another video, model or settings.
         BusyError: for a file that another run is writing.
         OSError: where it cannot be read or written after that.
     """
@@ -61,9 +63,7 @@ class Journal:
     def __init__(self, path: Path | None, about: Mapping[str, Any], force: bool = False) -> None:
         self.spans: list[Span] | None = None
         self.segments: dict[int, tuple[Segment, list[str]]] = {}
-        """By number, with the warnings of each."""
         self.answers: dict[str, str] = {}
-        """By question."""
         self.description: VideoDescription | None = None
         self._path = path
         self._file: BinaryIO | None = None
@@ -102,7 +102,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """What has been added is in the file already; with nothing in it, it goes."""
+        """Closes the file, which has all that was added; one without scenes is removed."""
         if self._file is not None:
             if self._path is not None and self._ours and not (self.spans or self.segments):
                 self._path.unlink(missing_ok=True)
@@ -179,9 +179,10 @@ class Journal:
 
 def _checked(line: bytes) -> dict[str, Any]:
     """What a line says. ValueError where it is not what was written."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
+    value: object = json.loads(line)
+    if not isinstance(value, dict):
         raise ValueError("it is no object")
+    row = cast(dict[str, Any], value)
     if row.get("type") == "describes" and row.get("version") != VERSION:
         return row  # its lines may have no checksums
     text, mark, _ = line.rpartition(CHECKSUM)

@@ -16,7 +16,6 @@ from mlx_onevision.errors import ContextOverflowError
 # again. Numbers and times are left out on purpose: a model that reads none repeats none.
 SEGMENT = "Describe what happens in this video in one or two sentences."
 
-
 MOST_CHAPTERS = 12
 LONGEST_TITLE = 100  # characters
 

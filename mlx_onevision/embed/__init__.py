@@ -1,0 +1,1 @@
+"""Vectors of images, videos and texts."""

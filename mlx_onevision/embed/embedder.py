@@ -14,13 +14,14 @@ Images are read and tiled on a few threads, while the device works on the ones b
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_onevision.config.quantization import Quantization
 from mlx_onevision.embed.embeddings import SPACES, Embeddings
 from mlx_onevision.engine.engine import Engine
 from mlx_onevision.errors import (
@@ -131,17 +132,19 @@ class Embedder:
         on_error: Callable[[int, OneVisionError], None] | None = None,
     ) -> Embeddings:
         """The vectors of ``items``, in order; see :meth:`mlx_onevision.model.Model.embed`."""
-        if isinstance(items, str | bytes | Mapping | os.PathLike) or hasattr(items, "shape"):
+        given: Any = items
+        if isinstance(given, str | bytes | Mapping | os.PathLike) or hasattr(given, "shape"):
             raise RequestError(f"items is one {type(items).__name__}; give a list of items")
         items = list(items)
-        names, vectors = [], []
+        names: list[str] = []
+        vectors: list[Vector] = []
         done = 0
         for group in self._vectors(items, cache):
-            for number, name, found in group:
+            for number, name, outcome in group:
                 try:
-                    if isinstance(found, OneVisionError):
-                        raise found
-                    vectors.append(self._normalized(number, found))
+                    if isinstance(outcome, OneVisionError):
+                        raise outcome
+                    vectors.append(self._normalized(number, outcome))
                     names.append(name)
                 except OneVisionError as error:
                     if on_error is None:
@@ -150,10 +153,8 @@ class Embedder:
             done += len(group)
             if progress is not None:
                 progress(done, len(items))
-        values = {**vars(self._empty), "names": tuple(names)}
-        if vectors:
-            values["vectors"] = np.stack(vectors)
-        return Embeddings(**values)
+        found = np.stack(vectors) if vectors else self._empty.vectors
+        return replace(self._empty, vectors=found, names=tuple(names))
 
     def _vectors(
         self, items: Sequence[Item], cache: MutableMapping[str, Vector] | None
@@ -345,23 +346,28 @@ def _views(medium: Medium) -> NDArray[np.uint8]:
     return medium.tiles if medium.kind == "video" else medium.tiles[:1]
 
 
-def described(quantization: Any) -> str | None:
+def described(quantization: Quantization | None) -> str | None:
     """How a checkpoint is quantized, in words; modules that differ from the rest included."""
     if quantization is None:
         return None
-    specs = {quantization.default, *quantization.modules.values()} - {None}
+    specs = {quantization.default, *filter(None, quantization.modules.values())}
     return ", ".join(
         sorted(f"{spec.bits} bits in groups of {spec.group_size} ({spec.mode})" for spec in specs)
     )
 
 
-def item_blocks(item: object) -> list[dict[str, Any]]:
-    """An item as the normalised content of a message."""
-    parts = item if isinstance(item, list | tuple) else [item]
+def item_blocks(item: Any) -> list[dict[str, Any]]:
+    """An item as the normalised content of a message.
+
+    Raises:
+        RequestError: for an empty list, and blocks of another form.
+    """
+    parts = cast(Sequence[Any], item) if isinstance(item, list | tuple) else [item]
     content: list[Mapping[str, Any]] = []
     for part in parts:
         kind = "video" if is_video(part) else "image"
-        content.append(part if isinstance(part, Mapping) else {"type": kind, kind: part})
+        is_block = isinstance(part, Mapping)
+        content.append(cast(Mapping[str, Any], part) if is_block else {"type": kind, kind: part})
     if not content:
         raise RequestError("it is an empty list")
     return normalise_messages(messages=[{"role": "user", "content": content}])[0]["content"]
@@ -371,10 +377,10 @@ def _name(blocks: Sequence[Mapping[str, Any]], otherwise: str) -> str:
     """Paths, URLs and texts as they were given; other things have no name."""
     names: list[str] = []
     for block in blocks:
-        value = block[block["type"]]
+        value: Any = block[block["type"]]
         if not isinstance(value, str | os.PathLike):
             return otherwise
-        name = str(os.fspath(value))
+        name = str(os.fspath(cast(str | os.PathLike[str], value)))
         if len(name) > LONGEST_NAME or name.startswith("data:"):
             return otherwise
         names.append(name)

@@ -32,7 +32,6 @@ NOTES: dict[Space, str] = {
     ),
 }
 
-
 SHOWN = 20  # names, in a notebook
 
 

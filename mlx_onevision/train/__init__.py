@@ -1,0 +1,1 @@
+"""Fine-tuning: rows of conversations, the loss and its gradients, and the adapter written."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,22 @@ from mlx_onevision.prompt.messages import Message, normalise_messages, sources
 from mlx_onevision.prompt.processor import Inputs, Medium, Processor
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"  # of a folder, as mlx-lm has them
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-SPEAKERS |= {"system": "system"}
+# LLaVA's names for who speaks, and the roles of messages.
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True)
 class MediumShape:
-    """An image or a video without its pixels: what its features become. ``tiles`` : how many."""
+    """An image or a video without its pixels: what its features become.
+
+    tokens : the embeddings that it becomes. tiles : how many it has. key : equal for equal media.
+    """
 
     kind: Literal["image", "video"]
     packing: Packing | VideoPacking | None
@@ -47,8 +56,10 @@ class Example:
     """One row.
 
     where : file and line, for messages to people.
-    ids : (L,), a placeholder for each embedding of a medium.
-    learned : (L,), the tokens that carry loss.
+    messages : the conversation, as :func:`conversation` makes it.
+    ids : int32 (L,), a placeholder for each embedding of a medium.
+    learned : bool (L,), the tokens that carry loss.
+    media : in the order of their placeholders.
     """
 
     where: str
@@ -59,7 +70,7 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """That carry loss."""
+        """How many tokens carry loss."""
         return int(self.learned.sum())
 
 
@@ -78,7 +89,8 @@ class Rows:
 
         report : called with file, line and what is wrong of each row that cannot be trained on.
 
-        Raises RequestError where there is such a row, or none at all.
+        Raises:
+            RequestError: where there is such a row, or none at all.
         """
         examples: list[Example] = []
         bad = 0
@@ -177,7 +189,8 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
             raise RequestError(f"{path} is not JSON ({error})") from None
         if not isinstance(rows, list):
             raise RequestError(f"{path} is no list of rows; write one, or one row a line as .jsonl")
-        yield from ((f"{path.name}: row {n}", row) for n, row in enumerate(rows, 1))
+        found = cast(list[Any], rows)
+        yield from ((f"{path.name}: row {n}", row) for n, row in enumerate(found, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -197,11 +210,12 @@ def conversation(row: Any, folder: Path) -> list[Message]:
     """
     if not isinstance(row, Mapping):
         raise RequestError("the row is no JSON object")
-    images, videos = (_listed(row, kind) for kind in ("image", "video"))
-    if "messages" in row:
-        messages = row["messages"]
-    elif "conversations" in row:
-        messages = _from_llava(row["conversations"])
+    fields = cast(Mapping[str, Any], row)
+    images, videos = (_listed(fields, kind) for kind in ("image", "video"))
+    if "messages" in fields:
+        messages = fields["messages"]
+    elif "conversations" in fields:
+        messages = _from_llava(fields["conversations"])
     else:
         raise RequestError("the row has neither messages nor conversations")
     found = normalise_messages(messages=messages, images=images, videos=videos)
@@ -231,14 +245,16 @@ def _listed(row: Mapping[str, Any], kind: str) -> list[Any] | None:
     given = row.get(f"{kind}s", row.get(kind))
     if given is None:
         return None
-    return list(given) if isinstance(given, list) else [given]
+    return cast(list[Any], given) if isinstance(given, list) else [given]
 
 
 def _from_llava(turns: Any) -> list[Message]:
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+    """The messages of LLaVA's turns, {"from", "value"}."""
+    found = cast(list[Any], turns) if isinstance(turns, list) else None
+    if found is None or not all(isinstance(turn, Mapping) for turn in found):
         raise RequestError("conversations is no list of turns with from and value")
     messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
+    for number, turn in enumerate(found, 1):
         role, text = SPEAKERS.get(str(turn.get("from"))), turn.get("value")
         if role is None or not isinstance(text, str):
             raise RequestError(f"turn {number} is not from human, gpt or system, or has no value")
@@ -268,7 +284,8 @@ def shown(example: Example, processor: Processor) -> str:
     """A row as the model sees it: media as their number of tokens, what carries loss in
     ``⟦ ⟧``.
     """
-    ids, parts = example.ids, []
+    ids = example.ids
+    parts: list[str] = []
     specials = {processor.config.image_token_index, processor.config.video_token_index}
     starts = [0, *(np.flatnonzero(np.diff(example.learned)) + 1).tolist(), len(ids)]
     media = iter(example.media)

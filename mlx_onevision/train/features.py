@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """What a tower that is not trained makes of the media, encoded once and kept on the disk."""
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class FeatureStore:
         model: OneVision,
         rows: Rows,
         examples: Sequence[Example],
-        progress: Callable[[int, int], None] = lambda *_: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Encodes what is not there yet. ``progress`` : called with how many rows are done, of how
         many.
@@ -46,11 +47,12 @@ class FeatureStore:
         mx.clear_cache()
 
     def of(self, example: Example) -> list[mx.array]:
-        """Those of a row's media, in order; read when they are used.
+        """The features of a row's media, in order; read when they are used.
 
-        Raises CheckpointError where a file is damaged or has gone.
+        Raises:
+            CheckpointError: where a file is damaged or has gone.
         """
-        found = []
+        found: list[mx.array] = []
         for medium in example.media:
             path = self._path(medium.key)
             try:
@@ -65,9 +67,9 @@ class FeatureStore:
 
 
 def encode(model: OneVision, medium: Medium) -> mx.array:
-    """A medium's features, a group of tiles at a time."""
+    """A medium's features (tiles, patches, width), made a group of tiles at a time."""
     group = model.budget.tile_group
-    parts = []
+    parts: list[mx.array] = []
     for first in range(0, len(medium.tiles), group):
         pixels = normalize(medium.tiles[first : first + group], medium.normalization)
         parts.append(model.vision_features(pixels))

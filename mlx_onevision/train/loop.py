@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """Training from the first step to the adapter: batches in an order that the seed makes, and a state
 on the disk from which a run that was killed goes on to the same losses.
 """
@@ -9,22 +10,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx import utils
 
 from mlx_onevision.checkpoint.adapters import MLX_WEIGHTS
 from mlx_onevision.errors import RequestError
 from mlx_onevision.files import save
+from mlx_onevision.network.layers import arrays_of
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.train import data
 from mlx_onevision.train.data import Example
 from mlx_onevision.train.parts import Trained, write_adapter, write_arrays
 from mlx_onevision.train.report import LOG
-from mlx_onevision.train.step import Batch, Source, loss_and_gradients, loss_sum
+from mlx_onevision.train.step import Batch, Source, loss_and_gradients, loss_sum, number
 
 STATE = "training.safetensors"
 BUCKET = 32  # batches whose rows are sorted by length, so that those of a batch are alike
@@ -36,8 +37,16 @@ Sources = Callable[[Example], Sequence[Source]]
 
 @dataclass(frozen=True)
 class Settings:
-    """steps : updates of the weights; each is of ``accumulate`` batches of ``batch`` rows.
-    warmup : steps until the learning rate is whole. clip : the longest gradient, 0 for any.
+    """How to train.
+
+    trained : which parts, and how.
+    steps : updates of the weights; each is of ``accumulate`` batches of ``batch`` rows.
+    learning_rate : its largest value; ``schedule`` : how it falls from there to the last step.
+    warmup : steps in which it rises to that.
+    weight_decay : AdamW's. clip : the norm to which longer gradients are scaled down; 0: none are.
+    seed : of the order of the rows, of initial values and of dropout.
+    valid_every, save_every : steps between two measurements of the validation loss, and between two
+        states on the disk.
     patience : measurements of the validation loss without a better one that end the run.
     """
 
@@ -58,25 +67,33 @@ class Settings:
 
 @dataclass
 class Progress:
-    """What a run has come to; kept in its state."""
+    """How far a run is; kept in its state.
+
+    best : the smallest validation loss. worse : measurements since then.
+    """
 
     step: int = 0
     best: float = math.inf
-    worse: int = 0  # measurements since the best one
+    worse: int = 0
 
 
 def optimiser(settings: Settings) -> optim.AdamW:
-    """AdamW as PyTorch's."""
+    """AdamW as PyTorch's, with the learning rate that the settings give each step."""
     peak, rest = settings.learning_rate, max(settings.steps - settings.warmup, 1)
-    rate: Any = peak
-    if settings.schedule == "cosine":
-        rate = optim.cosine_decay(peak, rest)
-    elif settings.schedule == "linear":
-        rate = optim.linear_schedule(peak, 0.0, rest)
+
+    def constant(step: mx.array) -> mx.array:
+        return mx.array(peak)
+
+    # MLX's own schedules are functions of a step, which it declares without types.
+    schedules: dict[Schedule, Any] = {
+        "constant": constant,
+        "cosine": optim.cosine_decay(peak, rest),
+        "linear": optim.linear_schedule(peak, 0.0, rest),
+    }
+    rate = schedules[settings.schedule]
     if settings.warmup:
-        rising = optim.linear_schedule(peak / settings.warmup, peak, settings.warmup)
-        falling = rate if callable(rate) else lambda _: mx.array(peak)
-        rate = optim.join_schedules([rising, falling], [settings.warmup])
+        rising = cast(Any, optim.linear_schedule(peak / settings.warmup, peak, settings.warmup))
+        rate = cast(Any, optim.join_schedules([rising, rate], [settings.warmup]))
     return optim.AdamW(rate, weight_decay=settings.weight_decay, bias_correction=True)
 
 
@@ -84,7 +101,7 @@ def batches(examples: Sequence[Example], settings: Settings) -> Iterator[list[Ex
     """Batches of rows of about one length, without end; every row once an epoch."""
     epoch = 0
     while True:
-        order = Random(f"{settings.seed} {epoch}")
+        order = Random(f"{settings.seed} {epoch}")  # noqa: S311 - an order, not a secret
         left = list(range(len(examples)))
         order.shuffle(left)
         found: list[list[int]] = []
@@ -132,8 +149,10 @@ class Run:
         }
 
     def train(self) -> None:
-        """Runs to the end, from where an earlier one was stopped. Raises RequestError where the
-        folder holds another run, or one that has ended.
+        """Runs to the end, from where an earlier one was stopped.
+
+        Raises:
+            RequestError: where the folder holds another run, or one that has ended.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -143,7 +162,7 @@ class Run:
             next(waiting)
         self.model.train()
         while progress.step < settings.steps and not self._has_stopped():
-            draw = Random(f"{settings.seed} step {progress.step}")
+            draw = Random(f"{settings.seed} step {progress.step}")  # noqa: S311 - for dropout
             count = settings.accumulate
             self._step([self._batch(next(waiting), draw.getrandbits(63)) for _ in range(count)])
             last = progress.step == settings.steps
@@ -193,7 +212,7 @@ class Run:
         total, tokens = 0.0, 0
         for first in range(0, len(self.valid), self.settings.batch):
             batch = self._batch(self.valid[first : first + self.settings.batch])
-            total += float(np.array(loss_sum(self.model, batch)))
+            total += number(loss_sum(self.model, batch))
             tokens += batch.tokens
         self.model.train()
         loss, progress = total / tokens, self.progress
@@ -215,11 +234,10 @@ class Run:
 
     def _save(self) -> None:
         # Of the beginning, the settings alone: the seed makes the rest.
-        state = {"step": mx.array(self.progress.step)}
+        state: dict[str, Any] = {"step": mx.array(self.progress.step)}
         if self.progress.step:
-            parameters = self.model.trainable_parameters()
-            state = {"model": parameters, "adam": self.optimiser.state}
-        arrays: dict[str, mx.array] = dict(tree_flatten(state))
+            state = {"model": self.model.trainable_parameters(), "adam": self.optimiser.state}
+        arrays = arrays_of(state)
         about = {
             "progress": json.dumps(asdict(self.progress)),
             "identity": json.dumps(self._identity),
@@ -252,7 +270,7 @@ class Run:
                 )
         self.progress = Progress(**progress)
         if self.progress.step:
-            tree: Any = tree_unflatten(list(arrays.items()))
+            tree: Any = utils.tree_unflatten(list(arrays.items()))
             self.model.update(tree["model"])
             self.optimiser.state = tree["adam"]
         self._write_log()

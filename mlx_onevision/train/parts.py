@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """What of a model is trained: low-rank terms by mlx-lm's layers, or the weights themselves, and the
 adapter that they are written as.
 """
@@ -6,17 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_onevision.checkpoint.adapters import CONFIG, MLX_WEIGHTS
 from mlx_onevision.checkpoint.tensors import written_name
 from mlx_onevision.errors import RequestError
 from mlx_onevision.files import replacing, save
-from mlx_onevision.network.layers import dense_weight, fuse
+from mlx_onevision.network.layers import arrays_of, dense_weight, fuse, modules_of
 from mlx_onevision.network.onevision import OneVision
 
 Method = Literal["lora", "dora", "full"]
@@ -32,8 +32,13 @@ MODULES: Mapping[Part, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """layers : of the language model that are trained, counted from the last; None: all.
+    """What is trained, and how.
+
+    method : low-rank terms (``lora``, ``dora``), or the weights themselves (``full``).
+    parts : of the model.
+    rank, scale : of the low-rank terms, ``scale * a @ b``.
     dropout : the share of a low-rank term's inputs that is left out of each batch.
+    layers : of the language model that are trained, counted from the last; None: all.
     """
 
     method: Method = "lora"
@@ -57,7 +62,8 @@ class DenseLinear(nn.QuantizedLinear):
 def set_up(model: OneVision, trained: Trained, seed: int) -> None:
     """Freezes a model, whose matrices are not joined, but for what is trained.
 
-    Raises RequestError for training quantized weights themselves, and for more layers than it has.
+    Raises:
+        RequestError: for training quantized weights themselves, and for more layers than it has.
     """
     model.freeze()
     mx.random.seed(seed)
@@ -68,21 +74,21 @@ def set_up(model: OneVision, trained: Trained, seed: int) -> None:
     if trained.method == "full":
         _unfreeze(model, trained, layers)
         return
-    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.tuner import utils
 
     settings = _lora_parameters(model, trained)
     in_language = layers if "language" in trained.parts else 0
-    linear_to_lora_layers(model, in_language, settings, use_dora=trained.method == "dora")
+    utils.linear_to_lora_layers(model, in_language, settings, use_dora=trained.method == "dora")
     fuse(model)  # what stays frozen
-    for _, module in model.named_modules():
+    for module in modules_of(model).values():
         if isinstance(module, nn.QuantizedLinear):
             module.__class__ = DenseLinear
 
 
 def _unfreeze(model: OneVision, trained: Trained, layers: int) -> None:
     for name in (name for part in trained.parts for name in MODULES[part] if name in model):
-        module = model[name]
-        if any("scales" in child for _, child in module.named_modules()):
+        module = cast(nn.Module, model[name])
+        if any("scales" in child for child in modules_of(module).values()):
             raise RequestError(
                 f"{name} is quantized, and quantized weights are not trained themselves; use "
                 "--method lora, or a model that is not quantized"
@@ -99,7 +105,7 @@ def _unfreeze(model: OneVision, trained: Trained, layers: int) -> None:
 def _lora_parameters(model: OneVision, trained: Trained) -> dict[str, Any]:
     """mlx-lm's settings: which layers, by name within a layer of the language model, or whole."""
     keys: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         if not isinstance(module, nn.Linear | nn.QuantizedLinear):
             continue
         part = next((p for p in PARTS if name.startswith(MODULES[p])), None)
@@ -132,8 +138,8 @@ def write_adapter(
         names = ("rank", "scale", "dropout")
         config["lora_parameters"] = {name: getattr(trained, name) for name in names}
     save(folder / CONFIG, json.dumps({**config, **about}, indent=2) + "\n")
-    leaves: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    arrays = {written_name(name): array for name, array in leaves.items()}
+    trainable = arrays_of(model.trainable_parameters())
+    arrays = {written_name(name): array for name, array in trainable.items()}
     write_arrays(folder / MLX_WEIGHTS, arrays, {"format": "mlx"})
 
 

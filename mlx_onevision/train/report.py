@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """How the loss of a run fell, from its log: as an image, and as a table for a model card."""
 
 import json

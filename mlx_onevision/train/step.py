@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportPrivateUsage=false
 """The loss of a batch of rows and its gradients, in little memory.
 
 Layers are computed again in the backward pass, so that only what enters each is held. Logits are
@@ -9,16 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.nn.utils import checkpoint
-from mlx.utils import tree_flatten, tree_map
+from mlx import utils
+from mlx.nn import utils as nn_utils
+from numpy.typing import NDArray
 
 from mlx_onevision.media.anyres import VideoPacking
 from mlx_onevision.network.language import Attention, DecoderLayer, Mask, RotaryEmbedding
+from mlx_onevision.network.layers import arrays_of
 from mlx_onevision.network.onevision import OneVision, normalize, pool_frames
 from mlx_onevision.prompt.processor import Medium
 from mlx_onevision.train.data import Example, MediumShape
@@ -43,33 +46,42 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """That carry loss."""
+        """How many tokens carry loss."""
         return sum(row.tokens for row in self.rows)
 
 
 def loss_and_gradients(model: OneVision, batches: Sequence[Batch]) -> tuple[float, dict[str, Any]]:
-    """The mean loss of the tokens of all batches, and its gradients by the trained parameters; one
-    batch is held at a time.
+    """The mean loss of the tokens of all batches, in nats, and its gradients as a tree like that of
+    the trained parameters; one batch is held at a time.
     """
     total = sum(batch.tokens for batch in batches)
-    parameters = model.trainable_parameters()
-    compute = nn.value_and_grad(model, lambda batch: loss_sum(model, batch) / total)
+    parameters = cast(dict[str, Any], model.trainable_parameters())
+
+    def mean_loss(batch: Batch) -> mx.array:
+        return loss_sum(model, batch) / total
+
+    compute = cast(Callable[[Batch], Any], nn.value_and_grad(model, mean_loss))
     loss = 0.0
     gradients: Any = None
     for batch in batches:
         value, found = compute(batch)
-        gradients = found if gradients is None else tree_map(mx.add, gradients, found)
+        gradients = found if gradients is None else utils.tree_map(mx.add, gradients, found)
         # Their values are the same, but they hold the graph of what was computed.
         model.update(parameters)
         mx.eval(value, gradients)
-        loss += float(np.array(value))
+        loss += number(value)
     return loss, gradients
+
+
+def number(value: mx.array) -> float:
+    """The value of an array that holds one."""
+    return float(np.array(value, np.float32))
 
 
 def loss_sum(model: OneVision, batch: Batch) -> mx.array:
     """The sum of the negative log-likelihoods of the tokens that carry loss."""
     positions, targets = _targets(batch)
-    draw = Random(batch.seed)
+    draw = Random(batch.seed)  # noqa: S311 - for dropout
     mx.random.seed(draw.getrandbits(63))
     hidden = _hidden(model, _embeddings(model, batch, draw), draw)
     h = hidden.reshape(-1, hidden.shape[-1])[positions]
@@ -100,7 +112,8 @@ def _targets(batch: Batch) -> tuple[mx.array, mx.array]:
     predicted, and these tokens.
     """
     length = max(len(row.ids) for row in batch.rows)
-    positions, targets = [], []
+    positions: list[NDArray[np.int64]] = []
+    targets: list[NDArray[np.int32]] = []
     for number, row in enumerate(batch.rows):
         (places,) = np.nonzero(row.learned)
         positions.append(number * length + places - 1)
@@ -110,9 +123,10 @@ def _targets(batch: Batch) -> tuple[mx.array, mx.array]:
 
 def _embeddings(model: OneVision, batch: Batch, draw: Random) -> mx.array:
     length = max(len(row.ids) for row in batch.rows)
-    rows = []
+    rows: list[mx.array] = []
     for row, sources in zip(batch.rows, batch.sources, strict=True):
-        parts, place = [], 0
+        parts: list[mx.array] = []
+        place = 0
         placeholders = np.isin(
             row.ids, [model.config.image_token_index, model.config.video_token_index]
         )
@@ -162,7 +176,7 @@ def _recomputed(
         mx.random.seed(seed)
         return function(*given)
 
-    return checkpoint(layer, compute)
+    return cast(Callable[..., mx.array], nn_utils.checkpoint(layer, compute))
 
 
 def _hidden(model: OneVision, h: mx.array, draw: Random) -> mx.array:
@@ -181,7 +195,8 @@ def _layer(
     scores alone, and not those of all queries with all keys.
     """
     queries, keys, values = layer.before_attention(h, rotate, 0)
-    length, parts = h.shape[1], []
+    length = h.shape[1]
+    parts: list[mx.array] = []
     for first in range(0, length, QUERIES):
         last = min(first + QUERIES, length)
         begin = 0 if window is None else max(0, first + 1 - window)
@@ -202,8 +217,9 @@ def _attended(
 
 
 def predicted_bytes(model: OneVision, examples: Sequence[Example], batch: int) -> int:
-    """The peak of a step of the longest rows: weights, gradients and AdamW's two averages of what
-    is trained, what enters each layer, one layer's own values, its attention and a chunk of logits.
+    """The peak of memory of a step of the longest rows, in bytes: weights, gradients and AdamW's
+    two averages of what is trained, what enters each layer, one layer's own values, its attention
+    and a chunk of logits. ``batch`` : rows at once.
     """
     text = model.config.text_config
     size = model.dtype.size
@@ -221,7 +237,7 @@ def predicted_bytes(model: OneVision, examples: Sequence[Example], batch: int) -
     tiles = rows * max(sum(medium.tiles for medium in example.media) for example in examples)
     # What the projector makes of the tiles, before they are packed, and its gradients.
     tower = 3 * tiles * model.config.tokens_per_tile * text.hidden_size * size
-    if tree_flatten(model.vision_tower.trainable_parameters()):
+    if arrays_of(model.vision_tower.trainable_parameters()):
         tower += _tower_bytes(model, tiles)
     return held + entered + tower + max(layer + scores, logits)
 
@@ -237,5 +253,4 @@ def _tower_bytes(model: OneVision, tiles: int) -> int:
 
 
 def _bytes(parameters: Any) -> int:
-    leaves: dict[str, mx.array] = dict(tree_flatten(parameters))
-    return sum(leaf.nbytes for leaf in leaves.values())
+    return sum(array.nbytes for array in arrays_of(parameters).values())

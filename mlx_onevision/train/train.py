@@ -23,7 +23,7 @@ from mlx_onevision.train.step import predicted_bytes
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on what.
+    """What to train, on which data, and where the result goes.
 
     model, revision, dtype, quantize, memory_limit : as :func:`mlx_onevision.load` takes them; what
         is trained itself (method "full") is float32 unless ``dtype`` says otherwise.
@@ -33,6 +33,7 @@ class Task:
     cache : where the features of a tower that is not trained are kept.
     media : which frames of videos, tiling, order; see :meth:`Processor.prepare`.
     longest : tokens of a row, at most; None: the model's context.
+    settings : how; see :class:`~mlx_onevision.train.loop.Settings`.
     """
 
     model: str | Path
@@ -44,7 +45,7 @@ class Task:
     dtype: str | None = None
     quantize: int | None = None
     memory_limit: float | None = None
-    media: Mapping[str, Any] = field(default_factory=dict)
+    media: Mapping[str, Any] = field(default_factory=dict[str, Any])
     longest: int | None = None
     settings: Settings = field(default_factory=Settings)
 
@@ -65,8 +66,8 @@ class Prepared:
 
 
 def prepare(task: Task, report: Callable[[str], None]) -> Prepared:
-    """Reads and checks all rows; the weights are not opened. ``report`` : called with what is wrong
-    of each bad row.
+    """Reads and checks all rows; the weights are not opened. ``report`` : called with a sentence
+    for each row that cannot be trained on.
 
     Raises:
         OneVisionError: for a model or a file that cannot be read, and where there is a bad row.

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mlx_onevision.describe.scenes import Detector, distance, find_cuts, histogram, scenes, windows
+from mlx_onevision.describe.colours import distance, histogram
+from mlx_onevision.describe.scenes import Detector, find_cuts, scenes, windows
 from mlx_onevision.errors import RequestError
 
 Picture = NDArray[np.uint8]

@@ -154,7 +154,7 @@ def test_dropout_draws_the_same_when_layers_are_computed_again(
     assert len({loss, other, without}) == 3
     # Without computing anything again.
     model.train()
-    monkeypatch.setattr(step, "checkpoint", lambda _, function: function)
+    monkeypatch.setattr(step.nn_utils, "checkpoint", lambda _, function: function)
     whole, wanted = computed(2)
     assert loss == pytest.approx(whole, rel=1e-6)
     for name, gradient in wanted.items():

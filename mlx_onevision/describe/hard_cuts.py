@@ -1,0 +1,77 @@
+"""Hard cuts: frames at which one scene ends and the next begins.
+
+A hard cut is one frame that differs from the one before it by several times as much as the frames
+around it differ from theirs, in most of the image, and from which the video does not come back:
+after the flash of a camera it does. It is looked for among all frames, so that a scene full of
+motion hides none. numpy only.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_onevision.describe.colours import Pixels, block_means
+
+AROUND = 5  # frames on either side that show how much moves
+LEAP = 2.8  # times the upper quartile of their changes that a hard cut has at least
+NOISE = 0.5  # levels (of 256) by which a still image may change
+FAINTEST = 1.5  # levels that a hard cut changes at least, as a mean over the image
+MOST = 0.4  # the part of the blocks that a hard cut changes by more than noise
+AWAY = 0.5  # of its change; within ``FLASH`` no frame behind it is nearer to those before it
+FLASH = 0.5  # seconds
+SHORTEST = 0.5  # seconds between hard cuts
+
+
+class HardCuts:
+    """Hard cuts among all frames. Keeps a second of them, as the mean colours of their blocks."""
+
+    def __init__(self, start: float) -> None:
+        self.cuts: list[float] = []  # seconds
+        self._start = start
+        self._frames: deque[tuple[float, NDArray[np.float32]]] = deque()
+        self._changes: deque[float] = deque()  # of each of these, from the one before it
+        self._next = 1  # the first of them that has not been judged
+
+    def watching(self, frames: Iterable[tuple[float, Pixels]]) -> Iterator[tuple[float, Pixels]]:
+        """The same frames, looked at as they pass."""
+        for time, pixels in frames:
+            self._add(time, block_means(pixels))
+            yield time, pixels
+        while self._next < len(self._frames):
+            self._judge()
+
+    def _add(self, time: float, blocks: NDArray[np.float32]) -> None:
+        change = float(np.abs(blocks - self._frames[-1][1]).mean()) if self._frames else 0.0
+        self._frames.append((time, blocks))
+        self._changes.append(change)
+        while self._next + AROUND < len(self._frames) and (
+            self._frames[self._next][0] + FLASH <= time
+        ):
+            self._judge()
+        while self._next > 2 * AROUND and self._frames[self._next - 1][0] - self._frames[0][0] > 1:
+            self._frames.popleft()
+            self._changes.popleft()
+            self._next -= 1
+
+    def _judge(self) -> None:
+        place, self._next = self._next, self._next + 1
+        time, after = self._frames[place]
+        before, change = self._frames[place - 1][1], self._changes[place]
+        if change < FAINTEST or time - max([self._start, *self.cuts[-1:]]) < SHORTEST:
+            return
+        changes = list(self._changes)
+        others = changes[max(1, place - AROUND) : place] + changes[place + 1 : place + 1 + AROUND]
+        if not others or change < LEAP * (float(np.quantile(others, 0.75)) + NOISE):
+            return
+        if (np.abs(after - before).mean(-1) >= NOISE).mean() < MOST:
+            return
+        frames = list(self._frames)
+        later = [b for t, b in frames[place + 1 :] if t - time < FLASH]
+        earlier = [b for t, b in frames[: place - 1] if time - t <= FLASH]
+        back = [np.abs(b - before).mean() for b in later] + [
+            np.abs(b - after).mean() for b in earlier
+        ]
+        if all(distance >= AWAY * change for distance in back):
+            self.cuts.append(time)
