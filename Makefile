@@ -48,17 +48,26 @@ else
 	$(HOSTS) -m measured tests/hosts
 endif
 
-# The tests that attack, with their larger numbers: hours. SOAK=0.1 takes a tenth of the numbers.
-# Files that are in `make test`, too, take as few there as are enough to see a mistake soon.
+# The tests that attack, with their larger numbers. SOAK=0.1 takes a tenth of the numbers. Files that
+# are in `make test`, too, take as few there as are enough to see a mistake soon. As in `hosts`, those
+# that measure time come last, alone; the fuzzers, at the end, go by time and share two processes.
+SOAK ?= 1
 SOAKED := tests/hostile tests/network/test_memory_budget.py tests/checkpoint/test_header.py \
-	tests/convert/test_safety.py tests/train/test_loop.py tests/plugins/http/test_hostile.py \
+	tests/convert/test_safety.py tests/engine/test_shares.py tests/prompt/test_tokenizer.py \
+	tests/sampling/test_detokenizer.py tests/train/test_loop.py tests/plugins/http/test_hostile.py \
 	tests/plugins/mcp/test_pipes.py tests/hosts/test_disconnects.py tests/hosts/test_ending.py \
 	tests/hosts/test_mcp_ending.py tests/hosts/test_crowd.py tests/hosts/test_openapi.py
 soak: .venv/.hosts
-	SOAK=$(or $(SOAK),1) $(HOSTS) $(or $(ARGS),-rA $(SOAKED))
+ifdef ARGS
+	SOAK=$(SOAK) $(HOSTS) $(ARGS)
+else
+	SOAK=$(SOAK) $(HOSTS) -rA --numprocesses 2 --dist loadfile -m 'not measured' $(SOAKED)
+	SOAK=$(SOAK) $(HOSTS) -rA -m measured $(SOAKED)
 ifeq ($(shell uname -sm),Linux x86_64)
-	for target in header config request image; do \
-		.venv/bin/python tests/hostile/fuzz.py $$target $$(.venv/bin/python -c 'print(round(450 * $(or $(SOAK),1)))') || exit 1; done
+	seconds=$$(.venv/bin/python -c 'print(round(450 * $(SOAK)))'); \
+		printf '%s\n' header config request image | \
+		xargs -P 2 -I TARGET .venv/bin/python tests/hostile/fuzz.py TARGET $$seconds
+endif
 endif
 
 lint: .venv/.dev

@@ -37,6 +37,7 @@ from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.jobs import Job
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest, as_package_error
 from mlx_onevision.engine.runner import Runner
+from mlx_onevision.engine.worker import Watchdog
 from mlx_onevision.errors import CancelledError, DiedError, OneVisionError, RequestError, sentence
 from mlx_onevision.sampling.sampler import Sampling
 
@@ -49,6 +50,7 @@ WATCH_SECONDS = 0.5  # between two looks at the connections to other ranks
 # That a process has to say what happened, and to answer its clients, before it is ended.
 GRACE_SECONDS = 3.0
 
+STUCK = "a rank does not move any more"
 LOST = "another rank has ended or cannot be reached any more"
 RESTART = "so all ranks end; start them again"
 
@@ -122,7 +124,9 @@ class Ranks:
     def run(self, runner: Runner) -> None:
         """Answers what is posted, until the model is closed. DiedError where ranks were lost."""
         runner.ranks = self
-        threading.Thread(target=self._watch, args=[Links()], daemon=True).start()
+        # They meet all the time, with or without work: one that hangs stops all.
+        watched = Links(), Watchdog(runner.progress, lambda: True)
+        threading.Thread(target=self._watch, args=watched, daemon=True).start()
         idle_since = time.monotonic()
         try:
             while self._jobs or not self.closing.is_set():
@@ -242,11 +246,12 @@ class Ranks:
             tasks.append(task)
         return kind, tasks
 
-    def _watch(self, links: Links) -> None:
-        """Ends the process where another rank has ended."""
+    def _watch(self, links: Links, watchdog: Watchdog) -> None:
+        """Ends the process where another rank has ended, or any hangs."""
         while not self.closing.wait(WATCH_SECONDS):
-            if links.lost():
-                self._lose(DiedError(f"{LOST}, {RESTART}"))
+            hangs = watchdog.hangs()
+            if hangs or links.lost():
+                self._lose(DiedError(f"{STUCK if hangs else LOST}, {RESTART}"))
                 return
 
     def _lose(self, error: BaseException) -> DiedError:

@@ -16,6 +16,8 @@ import pytest
 from hostile.sizes import cases
 from served import Client, wait_for
 
+pytestmark = pytest.mark.measured
+
 FILES = 256
 CLIENTS = cases(300, 1000)
 SECONDS = 2.0  # in which a good request is answered

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from hostile.sizes import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompts import REFERENCE, SPECIALS, checkpoint, recorded, vocabulary
@@ -84,7 +85,7 @@ def test_a_word_that_is_named_as_padding_stays_a_word(tmp_path: Path) -> None:
 
 
 @given(text=st.text(st.characters(codec="utf-8")))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(200, 2000), deadline=None)
 def test_no_text_becomes_a_control_token(tokenizer: Tokenizer, text: str) -> None:
     for tricky in (text, "<image>".join(text), f"<|im_start|>{text}<|im_end|>"):
         ids = tokenizer.encode(tricky)

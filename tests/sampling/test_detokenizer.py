@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from hostile.sizes import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompts import checkpoint
@@ -48,7 +49,7 @@ def test_added_words_that_are_not_in_byte_letters(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8")))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(300, 10_000), deadline=None)
 def test_deltas_are_whole_characters(text: str) -> None:
     class Bytes:
         def token_bytes(self, token_id: int) -> bytes:
@@ -78,7 +79,7 @@ LETTERS = st.text("abc", max_size=30)
 
 
 @given(LETTERS, st.lists(st.text("abc", min_size=1, max_size=5), max_size=4), st.randoms())
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=cases(1000, 10_000), deadline=None)
 def test_stop_strings_do_not_depend_on_the_chunks(
     text: str, stops: list[str], draw: random.Random
 ) -> None:

@@ -50,8 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serve(folder: Path, hosts: Path) -> Iterator[tuple[Client, list[Popen[str]]]]:
-    command = ["-m", "mlx_onevision", "serve", "--model", str(folder), "--port", "0"]
+def serve(
+    folder: Path, hosts: Path, program: tuple[str, ...] = ("-m", "mlx_onevision")
+) -> Iterator[tuple[Client, list[Popen[str]]]]:
+    command = [*program, "serve", "--model", str(folder), "--port", "0"]
     with ranks.running(command, command, folder=hosts) as started:
         assert started[0].stderr is not None
         port = re.search(r":(\d+)/v1", started[0].stderr.readline())
@@ -161,3 +163,33 @@ def test_the_others_end_where_a_rank_is_killed(
         code, out, error = ended[1 - lost]
         assert (code, out, ended[lost][0]) == (1, "", -signal.SIGKILL)
         assert re.search(f"^error: rank {1 - lost}: .+", error, re.MULTILINE), error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_all_end_where_a_rank_hangs(folder: Path, tmp_path: Path, rank: int, command: str) -> None:
+    """As in a step that never ends: its process lives on, and its connections."""
+    program = tmp_path / "hangs.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from mlx_onevision.engine import worker\n"
+        "from mlx_onevision.engine.runner import Runner\n"
+        "worker.HANG_SECONDS = 3.0\n"
+        f"if os.environ['MLX_RANK'] == '{rank}':\n"
+        "    Runner.fill_bank = lambda *_: time.sleep(600)\n"
+        "from mlx_onevision.__main__ import main\n"
+        "main()\n"
+    )
+    if command == "serve":
+        with serve(folder, tmp_path, (str(program),)) as (client, started):
+            reply = client.chat("hello", max_tokens=2)
+            assert reply.status in (500, 503) and reply.json["error"]["message"]
+            ends = ranks.ended(started, 3 + 2 * SECONDS)
+    else:
+        asked = [str(program), "generate", "--model", str(folder), "--prompt", "hello"]
+        with ranks.running(asked, asked, folder=tmp_path) as started:
+            ends = ranks.ended(started)
+    for number, (code, out, error) in enumerate(ends):
+        assert (code, out) == (1, "") and "Traceback" not in error
+        said = f"^error: rank {number}: .+ start (it|them) again"
+        assert re.search(said, error, re.MULTILINE), error
