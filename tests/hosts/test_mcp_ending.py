@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hostile.sizes import cases
 from mcp_clients import SERVER, Piped, decoders, fake, processes
 from videos import film, numbered
 
@@ -42,9 +43,9 @@ def end(server: Piped, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["EOF", "SIGTERM"])
 def test_it_ends_while_it_answers(how: str, log: Path) -> None:
-    """Five times: an answer by a fake that would take minutes, and four others in line."""
+    """An answer by a fake that would take minutes, and four others in line."""
     command = fake(folders=[str(EXAMPLES)], fake={"delay": 0.05})
-    for _ in range(5):
+    for _ in range(cases(5, 20)):
         with Piped(command, log) as server:
             server.begin()
             for number in range(5):
