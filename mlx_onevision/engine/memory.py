@@ -177,12 +177,12 @@ class Shares:
             shares = [share, *(other for other in self._shares if other is not share)]
         free = self._total() - sum(each.weights for each in shares)
         if free < 0:
-            return share.weights + free
+            return min(share.most, share.weights + free)
         wanted = sorted((max(0, each.most - each.weights), each is not share) for each in shares)
         for place, (most, other) in enumerate(wanted):
             part = min(most, free // (len(wanted) - place))
             if not other:
-                return share.weights + part
+                return min(share.most, share.weights + part)
             free -= part
         raise AssertionError("it is among them")
 

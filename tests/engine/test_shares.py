@@ -59,6 +59,11 @@ def test_all_together_never_plan_for_more_than_there_is() -> None:
         assert not found or divided.limit(found[0]) == found[0].most
 
 
+def test_a_model_alone_has_its_own_limit_or_what_there_is() -> None:
+    for total, weights, most in ((10, 4, 6), (10, 6, 4), (10, 12, 20), (10, 0, 10)):
+        assert Shares(lambda t=total: t).limit(Share(weights, most, print)) == min(most, total)
+
+
 def test_a_model_has_what_others_leave(
     folder: Path, alone: Shares, monkeypatch: pytest.MonkeyPatch
 ) -> None:
