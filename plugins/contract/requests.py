@@ -25,7 +25,7 @@ class Media(Part):
     """An image or a video: exactly one of ``path``, ``url`` and ``data``.
 
     path : an absolute path on the machine of the backend.
-    url : http(s), or a ``data:`` address.
+    url : http(s), a ``data:`` address, or ``upload:`` and the id of what was sent before.
     data : the file's bytes; base64 in JSON.
 
     Whether a path or a URL is read at all is for whoever opened the backend to say.

@@ -92,6 +92,11 @@ def is_object(value: Any) -> TypeGuard[Json]:
     return isinstance(value, Mapping)
 
 
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a value that was read from JSON is a list."""
+    return isinstance(value, list)
+
+
 def without_version(values: Any, name: str) -> dict[str, Any]:
     """A record's JSON object without its version, which is checked."""
     if not is_object(values):

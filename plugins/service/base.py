@@ -229,6 +229,7 @@ class StreamingBackend(ABC):
                 raise bad_request(named)
             self.policy.admit(request.media)
             self._check(request)
+            channel.at_end(self.policy.hold(request.media))
             slot = self._queue.enter()
         except PluginError as error:
             channel.fail(error)

@@ -4,6 +4,7 @@ a request can widen it.
     MediaPolicy()                                  bytes only: neither files nor addresses
     MediaPolicy(folders=["/photos"])               and files below /photos
     MediaPolicy(hosts=["images.example.org"])      and that host, over https and http
+    MediaPolicy(uploads=spool)                     and what was uploaded before
     MediaPolicy.trusting()                         whatever this process may read
 
 The first is the default everywhere, also in process, because a host's requests may come from
@@ -17,8 +18,8 @@ read.
 import errno
 import os
 import stat
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,9 @@ from mlx_onevision.media.sources import data_uri
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_plugin_error
 from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.service.download import download, parse_url
+from mlx_onevision.plugins.service.spool import Spool
+
+UPLOAD = "upload:"  # and its id: the address of what was sent before the request
 
 _REASONS = {
     errno.ENOENT: "there is no such file",
@@ -54,6 +58,7 @@ class MediaPolicy:
     hosts : names, with a port where it is not the usual one; None for every host.
     private : whether these hosts may have addresses of this machine or its network. A name that
         somebody else controls could otherwise point at a service next door.
+    uploads : whose files may be named; None for none.
     images, videos : of one request, at most.
     size : bytes of an image's file, and of whatever comes with a request or from a host.
     pixels : of an image; what has more is not decoded. Those of one request may have four times as
@@ -69,6 +74,7 @@ class MediaPolicy:
     folders: Sequence[str | os.PathLike[str]] | None = ()
     hosts: Sequence[str] | None = ()
     private: bool = False
+    uploads: Spool | None = None
     images: int = 16
     videos: int = 1
     size: int = 32 << 20
@@ -128,8 +134,21 @@ class MediaPolicy:
                 self._check_size(len(medium.data), f"the {medium.kind} sent as data")
             elif medium.path is not None:
                 self._folder(medium.path)
+            elif _is_upload(medium):
+                self._uploads().upload(_upload_id(medium))
             elif not _is_data(medium.url or ""):
                 self._check_host(medium.url or "")
+
+    def hold(self, media: Iterable[Media]) -> Callable[[], object]:
+        """Keeps the uploads among these until what it returns is called. Raises PluginError:
+        ``bad_request`` for one that is not there any more.
+        """
+        with ExitStack() as held:
+            for medium in media:
+                if _is_upload(medium):
+                    held.enter_context(self._uploads().using(_upload_id(medium)))
+            return held.pop_all().close
+        raise AssertionError  # no error is suppressed
 
     def check_frames(self, count: int | None) -> None:
         """Raises PluginError ``too_large`` for more frames of one video than are allowed."""
@@ -145,6 +164,8 @@ class MediaPolicy:
         self.admit([medium])
         if medium.data is not None:
             return medium.data
+        if _is_upload(medium):
+            return self._sized(medium, self._uploads().open(_upload_id(medium)))
         if medium.url is not None:
             return self._fetched(medium)
         assert medium.path is not None
@@ -154,14 +175,19 @@ class MediaPolicy:
             descriptor = self._descriptor(medium.path, flags)
             os.set_blocking(descriptor, True)
             file = open(medium.path, "rb", buffering=0, opener=lambda _path, _flags: descriptor)
+        return self._sized(medium, file)
+
+    def _sized(self, medium: Media, file: BinaryIO) -> BinaryIO:
+        """The file, if it is one, and an image within the limit."""
+        name = medium.path or medium.url or ""
         try:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
-                raise _unreadable(medium.path, f"it is {kind}")
+                raise _unreadable(name, f"it is {kind}")
             # A video is read in place, and only its sampled frames are ever held.
             if medium.kind == "image":
-                self._check_size(status.st_size, f"the image {_named(medium.path)}")
+                self._check_size(status.st_size, f"the image {_named(name)}")
         except BaseException:
             file.close()
             raise
@@ -194,6 +220,11 @@ class MediaPolicy:
                 if given.is_relative_to(root) and (itself or given != root):
                     return folder, given.relative_to(root).parts
         raise refused
+
+    def _uploads(self) -> Spool:
+        if self.uploads is None:
+            raise bad_request("no uploads are taken here", "send the file itself")
+        return self.uploads
 
     def _check_host(self, url: str) -> None:
         where = parse_url(url)
@@ -248,6 +279,14 @@ def _walk(folder: Path, names: Sequence[str], flags: int) -> int:
             os.close(descriptor)
         descriptor = inner
     return descriptor
+
+
+def _is_upload(medium: Media) -> bool:
+    return medium.url is not None and medium.url.startswith(UPLOAD)
+
+
+def _upload_id(medium: Media) -> str:
+    return (medium.url or "").removeprefix(UPLOAD)
 
 
 def _is_data(url: str) -> bool:

@@ -24,6 +24,7 @@ from mlx_onevision.plugins.hosts.http import (
     openapi,
     responses,
     status,
+    uploads,
     videos,
 )
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, not_routed, to_http_error
@@ -32,6 +33,7 @@ from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Handler,
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.service.base import StreamingBackend
 from mlx_onevision.plugins.service.jobs import Jobs
 
 THREADS = 64
@@ -39,9 +41,10 @@ GONE = 499  # nginx's status for a client that closed the connection; nobody rea
 
 
 async def openapi_file(state: AppState, _: Request) -> Response:
+    """Answers with the OpenAPI file, made once."""
     if state.openapi is None:
         # Whoever else asks meanwhile waits for the same: it takes a while to make.
-        make = state.blocking(lambda: JSONResponse(openapi.document(OPERATIONS, state)))
+        make = state.blocking(lambda: JSONResponse(openapi.document(state.operations, state)))
         state.openapi = asyncio.create_task(make)
     return await asyncio.shield(state.openapi)
 
@@ -54,7 +57,7 @@ OPERATIONS: tuple[Operation, ...] = (
     *videos.OPERATIONS,
     Operation("GET", "/openapi.json", openapi_file, "openapi", "This file", {JSON: dict[str, Any]}),
 )
-"""Every route for programs, each declared beside its handler."""
+"""Every route for programs that is always there, each declared beside its handler."""
 
 
 def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGIApp:
@@ -62,6 +65,7 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
     ``model_not_found``.
     """
     settings = settings or ServerSettings()
+    spool = backend.policy.uploads if isinstance(backend, StreamingBackend) else None
     state = AppState(
         backend,
         settings,
@@ -71,10 +75,12 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         reader=BodyReader(settings, backend),
         jobs=Jobs(backend),
         metrics=Metrics(),
+        operations=OPERATIONS if spool is None else (*OPERATIONS, *uploads.OPERATIONS),
+        uploads=spool,
     )
-    files = read_page(settings)
+    files = read_page(settings, 0 if spool is None else spool.largest)
     handlers: dict[str, dict[str, Handler]] = {path: {"GET": page_handler(files)} for path in files}
-    for one in (*OPERATIONS, *(ollama.OPERATIONS if settings.ollama else ())):
+    for one in (*state.operations, *(ollama.OPERATIONS if settings.ollama else ())):
         handlers.setdefault(one.path, {})[one.method] = one.handler
     routes = [_route(path, methods, state) for path, methods in handlers.items()]
     app = Starlette(routes=routes, exception_handlers={HTTPException: not_routed})
@@ -96,7 +102,7 @@ def _route(path: str, handlers: dict[str, Handler], state: AppState) -> Route:
         try:
             return await handlers[method](state, request)
         except HTTPError as error:
-            unread = error.status in (408, 413, 415, 429)  # the rest of the body is not read
+            unread = error.status in (408, 413, 415, 429, 507)  # the rest of the body is not read
             return error.response({"Connection": "close"} if unread else None)
         except ClientDisconnect:
             return Response(status_code=GONE)
@@ -136,12 +142,14 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class File:
+    """A file of the page, as it is answered."""
+
     data: bytes
     kind: str
     tag: str  # changes with the data
 
 
-def read_page(settings: ServerSettings) -> dict[str, File]:
+def read_page(settings: ServerSettings, upload_limit: int) -> dict[str, File]:
     """By path. All are read at the start: no request's path is ever looked for as a file."""
     files: dict[str, File] = {}
     for file in sorted(FILES.iterdir()):
@@ -149,13 +157,16 @@ def read_page(settings: ServerSettings) -> dict[str, File]:
             data, path = file.read_bytes(), f"/page/{file.name}"
             if file.name == INDEX:
                 # The page refuses what is too large before it sends it.
-                data, path = data.replace(b"$BODY_LIMIT", str(settings.body).encode()), "/"
+                data = data.replace(b"$BODY_LIMIT", str(settings.body).encode())
+                data, path = data.replace(b"$UPLOAD_LIMIT", str(upload_limit).encode()), "/"
             tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
             files[path] = File(data, KINDS[file.suffix], tag)
     return files
 
 
 def page_handler(files: Mapping[str, File]) -> Handler:
+    """What answers for ``files``, which are known by their paths."""
+
     async def answer(_: AppState, request: Request) -> Response:
         file = files[request.scope["path"]]
         headers = {**HEADERS, "ETag": file.tag}

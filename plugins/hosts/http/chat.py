@@ -30,6 +30,7 @@ from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedC
 
 
 async def chat(state: AppState, request: Request) -> Response:
+    """Answers a chat completion, whole or as server-sent events."""
     prepared = await state.reader.read(request, ChatRequest, partial(_prepare, state))
     return await generate(state, request, prepared)
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import closing
 from importlib.util import find_spec
 from typing import Any
 
@@ -110,12 +111,20 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     help="Requests in line; more are told when to try again.",
 )
 @click.option(
-    "--max-upload",
+    "--max-request",
     default=32,
     show_default=True,
     metavar="MB",
     type=Number(Range(ge=1, le=4096, whole=True)),
     help="Of one request, its media as base64 included, and of what comes from a host.",
+)
+@click.option(
+    "--max-upload",
+    default=1024,
+    show_default=True,
+    metavar="MB",
+    type=Number(Range(ge=1, le=1 << 20, whole=True)),
+    help="Of a file that is sent by itself, onto the disk; all together take four times that.",
 )
 @click.option(
     "--max-pixels",
@@ -160,6 +169,7 @@ def serve(
     allow_private: bool,
     concurrent: int,
     waiting: int,
+    max_request: int,
     max_upload: int,
     max_pixels: float,
     max_tokens: int,
@@ -190,6 +200,7 @@ def serve(
     model = model_or_demo(model)
     report_unused_filters(sampling)
 
+    from mlx_onevision.cli.describe import cache_folder
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.http import server
@@ -199,6 +210,7 @@ def serve(
     from mlx_onevision.plugins.hosts.http.server import ServerSettings, is_loopback
     from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
+    from mlx_onevision.plugins.service.spool import Spool
 
     if allow_private and (not media_hosts or "*" in media_hosts):
         raise click.UsageError("--allow-private needs hosts by name: --allow-media-host NAME")
@@ -211,7 +223,7 @@ def serve(
             host=host,
             names=names,
             origins=origins,
-            body=max_upload << 20,
+            body=max_request << 20,
             ollama=ollama,
             token=token,
             model=name,
@@ -222,7 +234,9 @@ def serve(
             log_to_stderr()
         if click.get_current_context().meta.get(DEBUG):
             logging.getLogger("mlx_onevision").setLevel(logging.DEBUG)  # faults with what they say
-        with server.listening(server_settings, port) as listening:
+        largest = max_upload << 20
+        spool = Spool(cache_folder("uploads"), largest=largest, room=4 * largest)
+        with server.listening(server_settings, port) as listening, closing(spool):
             backend = open_engine(
                 model,
                 **loading,
@@ -231,7 +245,8 @@ def serve(
                     folders=folders,
                     hosts=None if "*" in media_hosts else media_hosts,
                     private=allow_private,
-                    size=max_upload << 20,
+                    uploads=spool,
+                    size=max_request << 20,
                     pixels=int(max_pixels * 1e6),
                     **decoding,
                     hints=Hints(
@@ -263,14 +278,16 @@ def serve(
                 shown = f"[{host}]" if ":" in host else host
                 address = f"http://{shown}:{listening.getsockname()[1]}"
                 click.echo(f"Serving at {address}/v1, a page at {address} (Ctrl-C ends)", err=True)
-                closing = server.Closing(backend)
+                ending = server.Closing(backend)
 
                 def healthy() -> bool:
                     return backend.info().healthy
 
-                runner = server.Server(app, server_settings, healthy, closing.begin)
+                runner = server.Server(app, server_settings, healthy, ending.begin)
                 runner.run(sockets=[listening])
-                _end(runner.failed or not healthy(), runner.signal, closed=closing.done())
+                closed = ending.done()
+                spool.close()  # the process may be ended at once
+                _end(runner.failed or not healthy(), runner.signal, closed=closed)
     except PluginError as error:
         raise RequestError(str(error)) from error
 

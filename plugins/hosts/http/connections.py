@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import h11
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from mlx_onevision.plugins.contract.errors import bad_request
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
@@ -216,7 +216,9 @@ class Connection(H11Protocol):
 
     @property
     def in_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        # None until the first request, whatever uvicorn says of its type.
+        cycle: RequestResponseCycle | None = getattr(self, "cycle", None)
+        return cycle is not None and not cycle.response_complete
 
     @property
     def is_busy(self) -> bool:

@@ -21,12 +21,13 @@ from pydantic_core import CoreSchema
 
 from mlx_onevision.plugins.contract.errors import bad_request
 from mlx_onevision.plugins.contract.requests import Group, Kind, Media, Message
+from mlx_onevision.plugins.contract.wire import is_list, is_object
 
 GROUPED = 256  # images in a group, at most
 MOST_PARTS = 8192  # messages and parts of a conversation; each message takes five tokens or more
 
 # What is taken at all; which addresses and paths are allowed the media policy decides.
-_URL = r"^([dD][aA][tT][aA]:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:/|/)"
+_URL = r"^([dD][aA][tT][aA]:|upload:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:/|/)"
 
 
 class Strict(BaseModel):
@@ -56,7 +57,7 @@ class NothingElsewhere(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_content_elsewhere(cls, values: Any) -> Any:
-        if isinstance(values, dict) and cls._is_type(values.get("type")):
+        if is_object(values) and cls._is_type(values.get("type")):
             for name in sorted(cls._misplaced() & values.keys()):
                 if values[name]:
                     raise ValueError(f"{name} is not read here; {cls.hint}")
@@ -78,7 +79,7 @@ class NothingElsewhere(Strict):
     ) -> JsonSchemaValue:
         schema = handler(core_schema)
         names = "|".join(sorted(cls._misplaced()))
-        nothing = {"enum": [None, False, 0, "", [], {}]}
+        nothing: JsonSchemaValue = {"enum": [None, False, 0, "", [], {}]}
         handler.resolve_ref_schema(schema)["patternProperties"] = {f"^({names})$": nothing}
         return schema
 
@@ -96,7 +97,7 @@ HERE = ("", "localhost")
 
 
 class Place(Strict):
-    """Where an image or a video is: a data URI, an address, or a path."""
+    """Where an image or a video is: a data URI, an address, a path, or an upload."""
 
     url: Url
 
@@ -118,15 +119,19 @@ def _as_place(place: Any) -> Any:
     return {"url": place} if isinstance(place, str) else place
 
 
-Where = Annotated[Place, BeforeValidator(_as_place, json_schema_input_type=Url | Place)]
+AnyPlace = Annotated[Place, BeforeValidator(_as_place, json_schema_input_type=Url | Place)]
 
 
 class Part(NothingElsewhere):
+    """What a message consists of; a second content in it is refused."""
+
     elsewhere = ELSEWHERE | {"text"}
     hint = "a part is a text, an image or a video; make it two parts"
 
 
 class TextPart(Part):
+    """A text, under the name of any route."""
+
     type: Literal["text", "input_text", "output_text"]
     text: str
 
@@ -135,32 +140,40 @@ class TextPart(Part):
 
 
 class ImagePart(Part):
+    """An image, as OpenAI's routes name it."""
+
     type: Literal["image_url", "input_image"]
-    image_url: Where
+    image_url: AnyPlace
 
     def to_contract(self) -> Media:
         return self.image_url.media("image")
 
 
 class NamedImagePart(Part):
+    """An image, as mlx-vlm names it."""
+
     type: Literal["image"]
-    image: Where
+    image: AnyPlace
 
     def to_contract(self) -> Media:
         return self.image.media("image")
 
 
 class VideoPart(Part):
+    """A video, as vLLM names it."""
+
     type: Literal["video_url", "input_video"]
-    video_url: Where
+    video_url: AnyPlace
 
     def to_contract(self) -> Media:
         return self.video_url.media("video")
 
 
 class NamedVideoPart(Part):
+    """A video, as mlx-vlm names it."""
+
     type: Literal["video"]
-    video: Where
+    video: AnyPlace
 
     def to_contract(self) -> Media:
         return self.video.media("video")
@@ -188,9 +201,9 @@ def count_parts(messages: Any) -> Any:
     """``messages`` as they came. ValueError for too many of them and their parts: looking at each
     takes a tenth of a millisecond, so they are counted before.
     """
-    if isinstance(messages, list):
-        lists = (value for one in messages if isinstance(one, dict) for value in one.values())
-        check_count(len(messages) + sum(len(value) for value in lists if isinstance(value, list)))
+    if is_list(messages):
+        values = (value for one in messages if is_object(one) for value in one.values())
+        check_count(len(messages) + sum(len(value) for value in values if is_list(value)))
     return messages
 
 
@@ -221,6 +234,8 @@ class ToolCall(Strict):
     """A call of an earlier answer; the model reads it as text."""
 
     class Called(Strict):
+        """The function and its arguments, as JSON."""
+
         name: str
         arguments: str = ""
 
@@ -234,6 +249,7 @@ class ToolCall(Strict):
 
 
 def call_text(name: str, arguments: str) -> str:
+    """A function's call as the model reads it."""
     return f"{name}({arguments})"
 
 
@@ -251,6 +267,8 @@ def encoded_image(data: str) -> Media:
 
 
 class Turn(NothingElsewhere):
+    """A message of any role."""
+
     role: Any
     content: Any
 
@@ -260,6 +278,8 @@ class Turn(NothingElsewhere):
 
 
 class SystemTurn(Turn):
+    """Instructions; text alone."""
+
     role: Literal["system", "developer"]
     content: TextContent
 
@@ -279,6 +299,8 @@ class UserTurn(Turn):
 
 
 class AssistantTurn(Turn):
+    """An earlier answer, or the calls that it was."""
+
     role: Literal["assistant"]
     content: TextContent | None = None
     tool_calls: list[ToolCall] | None = None

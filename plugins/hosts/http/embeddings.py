@@ -17,6 +17,7 @@ from mlx_onevision.plugins.hosts.http.schemas import EmbeddingsRequest
 
 
 async def embeddings(state: AppState, request: Request) -> Response:
+    """Answers with a vector for each item of the input."""
     asked, wanted = await state.reader.read(request, EmbeddingsRequest, partial(_prepare, state))
     if asked.dimensions is not None:
         info = await state.blocking(state.backend.info)

@@ -43,6 +43,8 @@ _PATH = re.compile(r"[/\\]|^(data|file):", re.IGNORECASE)
 
 
 class ErrorFields(TypedDict):
+    """A refusal's sentence, and what programs make of it."""
+
     message: str
     type: str
     param: str | None
@@ -84,6 +86,7 @@ class HTTPError(Exception):
 
 
 def to_http_error(error: PluginError) -> HTTPError:
+    """The answer that a refusal of the contract is: its status, without paths."""
     code = _CODES.get(error.code, error.code)
     found = HTTPError(_STATUS[error.code], redact_paths(str(error)), code)
     found.retry_after = error.retry_after or RETRY_AFTER
@@ -128,6 +131,7 @@ _HINTS = (
 
 
 async def not_routed(request: Request, error: Exception) -> Response:
+    """Answers where no route does, with what the client may have meant."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         found = HTTPError(405, f"this address does not take {request.method[:10]}")

@@ -6,11 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from mlx_onevision.plugins.contract.wire import is_object
 from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
 
 
 class TextFormat(Strict):
+    """Plain text, as without any form."""
+
     type: Literal["text"]
 
 
@@ -33,11 +36,15 @@ class NamedSchema(Strict):
 
 
 class SchemaFormat(Strict):
+    """A JSON Schema, as chat completions have it."""
+
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
 class FlatSchemaFormat(NamedSchema):
+    """A JSON Schema, as responses have it."""
+
     type: Literal["json_schema"]
 
 
@@ -59,9 +66,9 @@ class StructuredOutputs(Strict):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
-        for name, value in values.items() if isinstance(values, dict) else ():
+        for name, value in values.items() if is_object(values) else ():
             if name not in ("json", "json_object") and value is not None and value is not False:
-                raise ValueError(f"{str(name)[:40]} is not supported; send json, a JSON Schema")
+                raise ValueError(f"{name[:40]} is not supported; send json, a JSON Schema")
         return values
 
 
@@ -109,6 +116,6 @@ def _schema(asked: ChatFormat | FlatFormat) -> str | None:
 
 
 def as_schema(schema: Mapping[str, Any] | None, lenient: bool = False) -> str:
-    """lenient : leave out keywords that are not supported."""
+    """A schema as JSON; without one any object. ``lenient`` : without unsupported keywords."""
     schema = {"type": "object"} if schema is None else schema
     return json.dumps({**schema, "x-guidance": {"lenient": True}} if lenient else schema)

@@ -253,7 +253,7 @@ def log_to_stderr() -> None:
 
 
 def _log_line(id: str, method: str, route: str | None, status: int, seconds: float) -> str:
-    """status : 0 where the client left before there was one."""
+    """A request as JSON. ``status`` : 0 where the client left before there was one."""
     values = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "id": id,

@@ -70,7 +70,11 @@ class Asked(RejectUnsupported, Formats):
 
 
 class Call(Strict):
+    """A call of an earlier answer, whose arguments are an object."""
+
     class Called(Strict):
+        """The function and its arguments."""
+
         name: str
         arguments: dict[str, Any] = Field(default_factory=dict)
 
@@ -78,6 +82,8 @@ class Call(Strict):
 
 
 class Turn(content.NothingElsewhere):
+    """A message, with its images as base64 beside the text."""
+
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     images: list[Base64] | None = None
@@ -104,6 +110,8 @@ class ChatRequest(Asked):
 
 
 class PromptRequest(Asked):
+    """A question without a conversation; neither a prompt nor images loads the model."""
+
     prompt: str = ""
     system: str | None = None
     images: list[Base64] | None = None
@@ -119,6 +127,8 @@ class PromptRequest(Asked):
 
 
 class ShowRequest(Strict):
+    """The model that is asked about; ``name`` is the older field."""
+
     model: str | None = None
     name: str | None = None
 
@@ -141,12 +151,15 @@ def _handler(
 
 
 def refused(error: HTTPError) -> Response:
+    """An error as Ollama writes it."""
     again = {"Retry-After": str(error.retry_after)} if error.status == 429 else None
     return JSONResponse({"error": error.message}, error.status, again)
 
 
 @_handler
 async def chat(state: AppState, request: Request) -> Response:
+    """Answers a conversation, as lines of JSON unless ``stream`` is false."""
+
     def prepare(asked: ChatRequest) -> Prepared | Response:
         return _prepare(state, asked, [turn.to_contract() for turn in asked.messages])
 
@@ -155,6 +168,8 @@ async def chat(state: AppState, request: Request) -> Response:
 
 @_handler
 async def prompt(state: AppState, request: Request) -> Response:
+    """Answers a prompt, as lines of JSON unless ``stream`` is false."""
+
     def prepare(asked: PromptRequest) -> Prepared | Response:
         images = [encoded_image(one) for one in asked.images or ()]
         messages = [Message("user", [*images, asked.prompt])] if asked.prompt or images else []
@@ -248,6 +263,7 @@ def _line(values: dict[str, Any]) -> bytes:
 
 @_handler
 async def tags(state: AppState, _: Request) -> Response:
+    """Answers with the list of models, which has one."""
     info = await state.blocking(state.backend.info)
     made = datetime.fromtimestamp(state.created, UTC).isoformat().replace("+00:00", "Z")
     known = {"name": state.model, "model": state.model, "modified_at": made, "size": 0}
@@ -256,6 +272,7 @@ async def tags(state: AppState, _: Request) -> Response:
 
 @_handler
 async def show(state: AppState, request: Request) -> Response:
+    """Answers with what the model is and can do."""
     name = await state.reader.read(request, ShowRequest, lambda asked: asked.model or asked.name)
     _check_model(state, name)
     info = await state.blocking(state.backend.info)
@@ -267,6 +284,7 @@ async def show(state: AppState, request: Request) -> Response:
 
 @_handler
 async def version_(state: AppState, _: Request) -> Response:
+    """Answers with the version of this package."""
     return JSONResponse({"version": version("mlx-onevision")})
 
 

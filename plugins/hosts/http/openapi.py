@@ -15,6 +15,8 @@ from mlx_onevision.plugins.hosts.http.errors import ErrorBody
 from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 
+FILES = ("video/*", "image/*", "application/octet-stream")  # types of a body that is a file
+
 OPENAPI = "3.1.1"
 
 Document = dict[str, Any]
@@ -72,12 +74,13 @@ _ALWAYS = {
 _WITH_BODY = {
     408: "The body did not come.",
     413: "It is too long, or holds too much.",
-    415: "The body is not plain application/json.",
+    415: "The body is of another type, or compressed.",
     429: "Too much at once; try again in a moment.",
 }
 _SOME = {
     401: "The token is missing or wrong.",
     404: "There is no such thing.",
+    507: "The disk is full.",
 }
 _WHY = {**_ALWAYS, **_WITH_BODY, **_SOME}
 
@@ -88,14 +91,16 @@ _HEADERS: dict[int, Document] = {
 
 
 def document(operations: Sequence[Operation], state: AppState) -> Document:
+    """The OpenAPI file of these operations, for the server as it is set up."""
     token = state.settings.token is not None
     schemas, components = _schemas(operations)
     paths: dict[str, Document] = {}
     used: set[int] = set()
     for one in operations:
-        with_body = {404, *_WITH_BODY} if one.takes is not None else set()  # 404: another model
-        statuses = {*_ALWAYS, *one.refuses, *with_body, *((401,) if token else ())}
-        used |= statuses
+        model = (404,) if one.takes is not None else ()  # another one
+        body = _WITH_BODY if one.takes is not None or one.takes_file else ()
+        statuses = sorted({*_ALWAYS, *one.refuses, *model, *body, *((401,) if token else ())})
+        used.update(statuses)
         described: Document = {"operationId": one.name, "summary": one.summary}
         path = re.sub(r":\w+}", "}", one.path)
         if names := re.findall(r"{(\w+)}", path):
@@ -109,13 +114,15 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
             _as_set_up(one, components[one.takes.__name__]["properties"], state)
             content = {JSON: {"schema": schemas[one.takes]}}
             described["requestBody"] = {"required": True, "content": content}
+        if one.takes_file:
+            described["requestBody"] = {"required": True, "content": {kind: {} for kind in FILES}}
         good = {
             kind: {"schema": _event(one, schemas[shape]) if kind == EVENTS else schemas[shape]}
             for kind, shape in one.gives.items()
         }
         described["responses"] = {
             str(one.status): {"description": one.summary, "content": good},
-            **{str(s): {"$ref": f"#/components/responses/{s}"} for s in sorted(statuses)},
+            **{str(s): {"$ref": f"#/components/responses/{s}"} for s in statuses},
         }
         paths.setdefault(path, {})[one.method.lower()] = described
     refusal = {JSON: {"schema": schemas[ErrorBody]}}

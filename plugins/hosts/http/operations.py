@@ -25,6 +25,7 @@ from mlx_onevision.plugins.hosts.http.request_body import BodyReader
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import Jobs
+from mlx_onevision.plugins.service.spool import Spool
 
 Done = TypeVar("Done")
 
@@ -41,6 +42,8 @@ class AppState:
 
     model : the name it has for clients. created : seconds since 1970.
     threads : for calls that block; more than the backend takes on at once.
+    uploads : what was sent by itself, where that is taken.
+    operations : the routes that there are.
     openapi : the answer of ``/openapi.json``, once it was asked for.
     """
 
@@ -52,6 +55,8 @@ class AppState:
     reader: BodyReader
     jobs: Jobs
     metrics: Metrics
+    operations: "tuple[Operation, ...]"
+    uploads: Spool | None = None
     openapi: asyncio.Task[Response] | None = None
     memory: ResponseMemory = field(default_factory=ResponseMemory)
 
@@ -83,7 +88,7 @@ class Operation:
     """One method of one path; declared beside its handler, listed in ``app``.
 
     path : as the router reads it; ``{name:path}`` takes slashes, too.
-    name : ``operationId``. takes : the model of the body.
+    name : ``operationId``. takes : the model of the body. takes_file : whether the body is a file.
     gives : the type of each media type of a good answer; for an event stream, of an event's data.
     ends : the data of its last event, where that is no JSON.
     status : of a good answer. refuses : statuses of errors that only this route has.
@@ -96,6 +101,7 @@ class Operation:
     summary: str
     gives: Mapping[str, Any]
     takes: type[BaseModel] | None = None
+    takes_file: bool = False
     ends: str | None = None
     status: int = 200
     refuses: tuple[int, ...] = ()

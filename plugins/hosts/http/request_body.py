@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from itertools import chain
@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Scope
 
 from mlx_onevision.plugins.contract.streams import EventStream
+from mlx_onevision.plugins.contract.wire import Json, is_list, is_object
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
@@ -155,7 +156,22 @@ class BodyReader:
 
     async def _bytes(self, request: Request, most: int) -> bytearray:
         data, scope = bytearray(), request.scope
-        still, window = self._settings.header_timeout, 0  # bytes when the time began to run
+        async for piece in self.pieces(request):
+            data += piece
+            if len(data) > most:
+                raise _too_much(self._settings)
+            held = scope.get(HELD, 0)
+            if (new := len(data) - SMALL - held) > 0:
+                self._budget.take(new)
+                scope[HELD] = held + new
+        return data
+
+    async def pieces(self, request: Request) -> AsyncGenerator[bytes]:
+        """The body as it comes. Raises HTTPError: 408, where too little does; ClientDisconnect:
+        when nobody is there any more.
+        """
+        still = self._settings.header_timeout
+        size = window = 0  # bytes; those when the time began to run
         until = time.monotonic() + still
         more = True
         while more:
@@ -166,34 +182,43 @@ class BodyReader:
                 raise HTTPError(408, "the body did not come; send it again") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            data += message.get("body", b"")
-            if len(data) > most:
-                raise _too_much(self._settings)
-            held = scope.get(HELD, 0)
-            if (new := len(data) - SMALL - held) > 0:
-                self._budget.take(new)
-                scope[HELD] = held + new
-            if len(data) >= window + STEP:
-                window, until = len(data), time.monotonic() + still
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size >= window + STEP:
+                window, until = size, time.monotonic() + still
             more = message.get("more_body", False)
-        return data
+            yield piece
 
 
 def _check_head(request: Request, settings: ServerSettings) -> int:
     """The most bytes that the body may have. Before anything of it is read. A page of another site
     cannot send this type unasked.
     """
-    kinds = request.headers.getlist("content-type")
-    if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
+    if content_type(request) != "application/json":
         raise HTTPError(415, "the body has to be sent as application/json")
+    check_encoding(request)
+    length = announced_length(request)
+    if length is not None and length > settings.body:
+        raise _too_much(settings)
+    return settings.body if length is None else length
+
+
+def content_type(request: Request) -> str:
+    """The media type of the body, without parameters; empty where there is none, or several."""
+    kinds = request.headers.getlist("content-type")
+    return kinds[0].partition(";")[0].strip().lower() if len(kinds) == 1 else ""
+
+
+def check_encoding(request: Request) -> None:
+    """Raises HTTPError: 415, for a body that is compressed."""
     if request.headers.getlist("content-encoding") not in ([], ["identity"]):
         raise HTTPError(415, "the body must not be compressed")
+
+
+def announced_length(request: Request) -> int | None:
+    """Bytes that the body is said to have; None where nothing is said."""
     length = request.headers.get("content-length", "")
-    if length.isdecimal():
-        if len(length) > 15 or int(length) > settings.body:
-            raise _too_much(settings)
-        return int(length)
-    return settings.body
+    return int(length[:16]) if length.isdecimal() else None
 
 
 def _too_much(settings: ServerSettings) -> HTTPError:
@@ -212,7 +237,7 @@ def _parsed(data: bytearray, kind: type[Wanted], settings: ServerSettings) -> Wa
         raise HTTPError(400, message, param=field or None) from None
 
 
-def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
+def parse(data: bytearray, settings: ServerSettings) -> Json:
     """A JSON object. Raises HTTPError: 400, also for NaN, deep nesting, very many values and lone
     surrogates.
     """
@@ -231,7 +256,7 @@ def parse(data: bytearray, settings: ServerSettings) -> dict[str, Any]:
     except ValueError:
         raise HTTPError(400, "the body is not valid JSON") from None
     _check_depth(values, settings)
-    if not isinstance(values, dict):
+    if not is_object(values):
         raise HTTPError(400, "the body has to be a JSON object")
     return values
 
@@ -242,10 +267,10 @@ def _count_values(data: bytearray) -> int:
 
 
 def _check_depth(values: Any, settings: ServerSettings) -> None:
-    level = [values]
+    level: list[Any] = [values]
     for _ in range(settings.depth):
-        dicts = (value.values() for value in level if isinstance(value, dict))
-        lists = (value for value in level if isinstance(value, list))
+        dicts = (value.values() for value in level if is_object(value))
+        lists = (value for value in level if is_list(value))
         level = list(chain.from_iterable(chain(dicts, lists)))
         if not level:
             return
@@ -286,9 +311,9 @@ def _field(error: ErrorDetails, values: Any) -> str:
     text, at = "", values
     for part in error["loc"]:
         if isinstance(part, int):
-            if isinstance(at, list) and part < len(at):
+            if is_list(at) and part < len(at):
                 text, at = f"{text}[{part}]", at[part]
-        elif isinstance(at, dict) and part in at:
+        elif is_object(at) and part in at:
             text, at = _joined(text, part), at[part]
     if error["type"] == "missing":
         text = _joined(text, str(error["loc"][-1]))

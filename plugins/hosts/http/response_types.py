@@ -10,6 +10,8 @@ from mlx_onevision.plugins.contract.results import FinishReason, TokenLogprob, T
 
 
 class PromptDetails(TypedDict):
+    """Of the prompt: tokens whose KV cache was there, and tokens of images and videos."""
+
     cached_tokens: int
     media_tokens: int
 
@@ -24,6 +26,8 @@ class Took(TypedDict):
 
 
 class ChatUsage(TypedDict):
+    """What a completion took: tokens, seconds, bytes of the device at the peak."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -33,32 +37,44 @@ class ChatUsage(TypedDict):
 
 
 class Likely(TypedDict):
+    """A token, its bytes, and the natural logarithm of its probability."""
+
     token: str
     bytes: list[int]
     logprob: float
 
 
 class Chosen(Likely):
+    """A token of the answer, and the likeliest ones in its place."""
+
     top_logprobs: list[Likely]
 
 
 class ChoiceLogprobs(TypedDict):
+    """The tokens that the text is made of."""
+
     content: list[Chosen]
     refusal: None
 
 
 class Called(TypedDict):
+    """The function that is called, and its arguments as JSON."""
+
     name: str
     arguments: str
 
 
 class ToolCall(TypedDict):
+    """The call that an answer is where one was forced."""
+
     id: str
     type: Literal["function"]
     function: Called
 
 
 class Said(TypedDict):
+    """The answer: a text, or a call."""
+
     role: Literal["assistant"]
     content: str | None
     refusal: None
@@ -69,6 +85,8 @@ Finish = FinishReason | Literal["tool_calls"]
 
 
 class Choice(TypedDict):
+    """One of ``n`` answers."""
+
     index: int
     message: Said
     logprobs: ChoiceLogprobs | None
@@ -76,6 +94,8 @@ class Choice(TypedDict):
 
 
 class ChatCompletion(TypedDict):
+    """A whole completion."""
+
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -86,11 +106,15 @@ class ChatCompletion(TypedDict):
 
 
 class CalledDelta(TypedDict):
+    """A call's next characters; the function's name comes with the first."""
+
     name: NotRequired[str]
     arguments: str
 
 
 class ToolCallDelta(TypedDict):
+    """What is added to a call."""
+
     index: int
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
@@ -98,12 +122,16 @@ class ToolCallDelta(TypedDict):
 
 
 class Delta(TypedDict):
+    """What is added to an answer."""
+
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str | None]
     tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChunkChoice(TypedDict):
+    """What is added to one of ``n`` answers; ``finish_reason`` comes with its last."""
+
     index: int
     delta: Delta
     logprobs: ChoiceLogprobs | None
@@ -111,6 +139,8 @@ class ChunkChoice(TypedDict):
 
 
 class ChatCompletionChunk(TypedDict):
+    """An event of a streamed completion."""
+
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -129,6 +159,8 @@ class Embedding(TypedDict):
 
 
 class EmbeddingUsage(TypedDict):
+    """Always 0: backends do not count them."""
+
     prompt_tokens: int
     total_tokens: int
 
@@ -174,6 +206,7 @@ def usage_body(usage: Usage) -> ChatUsage:
 
 
 def chosen(token: TokenLogprob) -> Chosen:
+    """A token's logprobs as both routes write them."""
     return {**_likely(token), "top_logprobs": [_likely(one) for one in token.top]}
 
 
@@ -195,16 +228,22 @@ WholeType = Literal[
 
 
 class InputDetails(TypedDict):
+    """Of the input: tokens whose KV cache was there, and tokens of images and videos."""
+
     cached_tokens: int
     cache_write_tokens: int
     media_tokens: int
 
 
 class OutputDetails(TypedDict):
+    """Always 0: this model does not reason."""
+
     reasoning_tokens: int
 
 
 class ResponseUsage(TypedDict):
+    """What a response took: tokens, seconds, bytes of the device at the peak."""
+
     input_tokens: int
     input_tokens_details: InputDetails
     output_tokens: int
@@ -215,6 +254,8 @@ class ResponseUsage(TypedDict):
 
 
 class OutputText(TypedDict):
+    """The text of a message, with the logprobs of its tokens where they were asked for."""
+
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
@@ -222,6 +263,8 @@ class OutputText(TypedDict):
 
 
 class OutputMessage(TypedDict):
+    """An answer in text."""
+
     type: Literal["message"]
     id: str
     role: Literal["assistant"]
@@ -230,6 +273,8 @@ class OutputMessage(TypedDict):
 
 
 class FunctionCall(TypedDict):
+    """The call that an answer is where one was forced."""
+
     type: Literal["function_call"]
     id: str
     call_id: str
@@ -242,19 +287,27 @@ OutputItem = OutputMessage | FunctionCall
 
 
 class ResponseFault(TypedDict):
+    """Why a response failed after its first event."""
+
     code: str
     message: str
 
 
 class Incomplete(TypedDict):
+    """Why a response was cut off."""
+
     reason: Literal["max_output_tokens"]
 
 
 class TextSaid(TypedDict):
+    """The form of the answer, as it was asked for."""
+
     format: dict[str, Any]
 
 
 class ResponseObject(TypedDict):
+    """A response, at any point of its making."""
+
     id: str
     object: Literal["response"]
     created_at: int
@@ -283,58 +336,98 @@ class ResponseObject(TypedDict):
 
 
 class Deleted(TypedDict):
+    """That a response is not kept any more."""
+
     id: str
     object: Literal["response"]
     deleted: Literal[True]
 
 
+class UploadObject(TypedDict):
+    """A file that was sent by itself; ``url`` stands in requests in the place of its data."""
+
+    object: Literal["file"]
+    id: str
+    url: str
+    kind: Literal["image", "video"]
+    bytes: int
+
+
+class DeletedUpload(TypedDict):
+    """That a file is not kept any more."""
+
+    object: Literal["file"]
+    id: str
+    deleted: Literal[True]
+
+
 class Numbered(TypedDict):
+    """An event; they are numbered from 0."""
+
     sequence_number: int
 
 
 class Whole(Numbered):
+    """An event with the response as it is then."""
+
     type: WholeType
     response: ResponseObject
 
 
 class ItemEvent(Numbered):
+    """The item of a response begins or ends."""
+
     type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
     item: OutputItem
 
 
 class OfItem(Numbered):
+    """An event within an item."""
+
     item_id: str
     output_index: int
 
 
 class InItem(OfItem):
+    """An event within the text of a message."""
+
     content_index: int
 
 
 class PartEvent(InItem):
+    """The text of a message begins or ends."""
+
     type: Literal["response.content_part.added", "response.content_part.done"]
     part: OutputText
 
 
 class TextDelta(InItem):
+    """The next characters of a text."""
+
     type: Literal["response.output_text.delta"]
     delta: str
     logprobs: list[Chosen]
 
 
 class TextDone(InItem):
+    """A whole text."""
+
     type: Literal["response.output_text.done"]
     text: str
     logprobs: list[Chosen]
 
 
 class ArgumentsDelta(OfItem):
+    """The next characters of a call's arguments."""
+
     type: Literal["response.function_call_arguments.delta"]
     delta: str
 
 
 class ArgumentsDone(OfItem):
+    """A call's name, and its whole arguments."""
+
     type: Literal["response.function_call_arguments.done"]
     name: str
     arguments: str

@@ -42,6 +42,7 @@ from mlx_onevision.plugins.hosts.http.truncation import generate_shortened
 
 
 async def respond(state: AppState, request: Request) -> Response:
+    """Answers a response, whole or as server-sent events."""
     prepared = await state.reader.read(request, ResponsesRequest, partial(_prepare, state))
     return await generate(state, request, prepared)
 
@@ -359,10 +360,12 @@ def _usage(usage: results.Usage) -> types.ResponseUsage:
 
 
 async def retrieve(state: AppState, request: Request) -> Response:
+    """Answers with a response that is kept."""
     return JSONResponse(state.memory.response(request.path_params["id"]).body)
 
 
 async def delete(state: AppState, request: Request) -> Response:
+    """Forgets a response, and answers that it did."""
     id = request.path_params["id"]
     state.memory.forget(id)
     deleted: types.Deleted = {"id": id, "object": "response", "deleted": True}

@@ -16,6 +16,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from mlx_onevision.plugins.contract import requests
+from mlx_onevision.plugins.contract.wire import Json, is_list, is_object
 from mlx_onevision.plugins.hosts.http import content, formats
 from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.plugins.hosts.http.tools import FlatTools, ToolChoice, Tools
@@ -118,7 +119,7 @@ class RejectUnsupported(content.NothingElsewhere):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
-        for name, allowed in cls.accepted_defaults.items() if isinstance(values, dict) else ():
+        for name, allowed in cls.accepted_defaults.items() if is_object(values) else ():
             value = values.get(name)
             if value is not None and not any(_same(value, one) for one in allowed):
                 raise ValueError(cls.hints.get(name, f"{name} is not supported; leave it out"))
@@ -162,6 +163,8 @@ Stops = Annotated[list[Stop], Field(max_length=STOPS)]
 
 
 class StreamOptions(Strict):
+    """Whether the last chunk has the usage."""
+
     include_usage: bool = False
 
 
@@ -169,7 +172,7 @@ _EXAMPLE = [{"role": "user", "content": "What is in the image?"}]
 
 
 class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
-    """``POST /v1/chat/completions``"""
+    """The body of ``POST /v1/chat/completions``."""
 
     elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"prompt", "input", "system"}
     hint: ClassVar[str] = f"messages hold everything, and {content.HINT}"
@@ -226,14 +229,20 @@ class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
 
 
 class SystemItem(content.SystemTurn):
+    """Instructions, as an item."""
+
     type: Literal["message"] = "message"
 
 
 class UserItem(content.UserTurn):
+    """A message of the user, as an item."""
+
     type: Literal["message"] = "message"
 
 
 class AssistantItem(content.AssistantTurn):
+    """An earlier answer, as an item; those of ``output`` can be sent back."""
+
     type: Literal["message"] = "message"
 
 
@@ -261,13 +270,18 @@ class ReferenceItem(Strict):
     id: str
 
 
+def _type_of(item: Json) -> Any:
+    """Of an item of ``input``: a message, where it does not say."""
+    return item.get("type") or "message"
+
+
 _Message = Annotated[SystemItem | UserItem | AssistantItem, Field(discriminator="role")]
 Item = Annotated[
     Annotated[_Message, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[ResultItem, Tag("function_call_output")]
     | Annotated[ReferenceItem, Tag("item_reference")],
-    Discriminator(lambda item: item.get("type") or "message" if isinstance(item, dict) else None),
+    Discriminator(lambda item: _type_of(item) if is_object(item) else None),
 ]
 Items = Annotated[
     list[Item],
@@ -280,8 +294,8 @@ def _as_messages(asked: Any) -> Any:
     """A text as one message; items of other types are named before their fields are looked at."""
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
-    for place, item in enumerate(content.count_parts(asked)) if isinstance(asked, list) else ():
-        kind = item.get("type") or "message" if isinstance(item, dict) else "message"
+    for place, item in enumerate(content.count_parts(asked)) if is_list(asked) else ():
+        kind = _type_of(item) if is_object(item) else "message"
         if kind not in ITEM_TYPES:
             known = " and ".join((", ".join(ITEM_TYPES[:-1]), ITEM_TYPES[-1]))
             raise ValueError(f"item {place} is {str(kind)[:40]!r}; there are {known}")
@@ -289,7 +303,7 @@ def _as_messages(asked: Any) -> Any:
 
 
 def _few(pairs: Any) -> Any:
-    if isinstance(pairs, dict) and len(pairs) > PAIRS:
+    if is_object(pairs) and len(pairs) > PAIRS:
         raise ValueError(f"there are {len(pairs)} pairs; {PAIRS} are kept")
     return pairs
 
@@ -298,11 +312,13 @@ Pairs = Annotated[dict[str, str], Field(max_length=PAIRS), BeforeValidator(_few)
 
 
 class TextConfig(Strict):
+    """The form of the answer."""
+
     format: formats.FlatFormat | None = None
 
 
 class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
-    """``POST /v1/responses``"""
+    """The body of ``POST /v1/responses``."""
 
     elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"messages", "system"}
     hint: ClassVar[str] = "input holds the messages, and instructions what stands before them"
@@ -345,7 +361,7 @@ class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
 
 def _as_items(value: Any) -> Any:
     items = content.count_parts([value] if isinstance(value, str | dict) else value)
-    return [_as_item(item) for item in items] if isinstance(items, list) else items
+    return [_as_item(item) for item in items] if is_list(items) else items
 
 
 def _as_item(item: Any) -> Any:
@@ -386,7 +402,7 @@ class EmbeddingsRequest(content.NothingElsewhere):
 class VideoRequest(Sampling):
     """``POST /v1/video/describe``; the fields are the contract's."""
 
-    video: content.Where
+    video: content.AnyPlace
     model: str | None = None
     segments: Literal["scenes"] | Seconds = "scenes"
     start: Second | None = None

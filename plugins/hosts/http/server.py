@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ LOOPBACK = "127.0.0.1"
 # As browsers send it, without a path; or a scheme.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*:(//[^\s/?#@*]+)?", re.IGNORECASE)
 _EVERYBODYS = ("http:", "https:", "file:", "data:", "blob:")
-WILDCARDS = ("0.0.0.0", "::", "")
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 (they are told from others, not bound to)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None]:
         """As uvicorn's, but does not raise the signal again: it would end the process at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -238,6 +238,7 @@ def token_file() -> Path:
 
 
 def new_token() -> str:
+    """A token that cannot be guessed: 32 random bytes, as text."""
     return secrets.token_urlsafe(32)
 
 

@@ -23,6 +23,8 @@ Known = Annotated[ModelInfo, WithKeys(_KEYS)]
 
 
 class Health(TypedDict):
+    """That it answers, whether weights are in memory, and how many requests there are."""
+
     status: Literal["ok"]
     loaded: bool
     active: int
@@ -30,6 +32,8 @@ class Health(TypedDict):
 
 
 class Models(TypedDict):
+    """The list of models, which has one."""
+
     object: Literal["list"]
     data: list[Known]
 
@@ -40,6 +44,7 @@ DEAD = PluginError(
 
 
 async def health(state: AppState, _: Request) -> Response:
+    """Answers 200 while it can answer, 503 when it has to be started again."""
     info = await state.blocking(state.backend.info)
     busy = {"loaded": info.loaded, "active": info.active, "waiting": info.waiting}
     if info.healthy:
@@ -48,15 +53,18 @@ async def health(state: AppState, _: Request) -> Response:
 
 
 async def models(state: AppState, _: Request) -> Response:
+    """Answers with the list of models."""
     return JSONResponse({"object": "list", "data": [await _model(state)]})
 
 
 async def model(state: AppState, request: Request) -> Response:
+    """Answers with the model of a name. Raises HTTPError: 404 for any but the one served."""
     state.check_model(request.path_params["name"])
     return JSONResponse(await _model(state))
 
 
 async def metrics(state: AppState, _: Request) -> Response:
+    """Answers with the counts, as Prometheus reads them."""
     text = state.metrics.text(await state.blocking(state.backend.info))
     return PlainTextResponse(text, headers={"Content-Type": Metrics.CONTENT_TYPE})
 

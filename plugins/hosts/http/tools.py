@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from mlx_onevision.plugins.contract.wire import is_list, is_object
 from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.formats import as_schema
@@ -34,11 +35,13 @@ class Function(Strict):
 
     @property
     def schema_(self) -> dict[str, Any]:
-        empty = {"type": "object", "properties": {}, "additionalProperties": False}
+        empty: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
         return self.parameters or empty
 
 
 class ChatTool(Strict):
+    """A function as ``/v1/chat/completions`` has it."""
+
     type: Literal["function"]
     function: Function
 
@@ -50,21 +53,27 @@ class FlatTool(Function):
 
 
 class NamedFunction(Strict):
+    """A function by its name."""
+
     name: Name
 
 
 class ChatChoice(Strict):
+    """The function to call, as ``/v1/chat/completions`` has it."""
+
     type: Literal["function"]
     function: NamedFunction
 
 
 class FlatChoice(NamedFunction):
+    """The function to call, as ``/v1/responses`` has it."""
+
     type: Literal["function"]
 
 
 def _functions(tools: Any) -> Any:
-    for tool in tools if isinstance(tools, list) else ():
-        kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+    for tool in tools if is_list(tools) else ():
+        kind = tool.get("type", "function") if is_object(tool) else "function"
         if kind != "function":
             raise ValueError(f"there is no tool {str(kind)[:40]!r} here; send functions")
     return tools
@@ -107,9 +116,9 @@ class ForcedCall:
 
 def _moved(schema: Any, place: str) -> Any:
     """A schema that stands at ``place`` of another, its references within itself with it."""
-    if isinstance(schema, list):
+    if is_list(schema):
         return [_moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
+    if not is_object(schema):
         return schema
     moved = {name: _moved(part, place) for name, part in schema.items()}
     reference = schema.get("$ref")

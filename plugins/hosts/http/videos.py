@@ -34,12 +34,14 @@ _FIELDS = ("segments", "start", "end", "num_frames", "longest", "system", "timeo
 
 
 async def describe(state: AppState, request: Request) -> Response:
+    """Describes a video, and sends the contract's events."""
     stream = state.backend.describe_video(await _read(state, request))
     state.reader.release_after(request.scope, [stream])
     return SentEvents([stream], _written, state.settings.keep_alive_interval)
 
 
 async def start(state: AppState, request: Request) -> Response:
+    """Begins a description, and answers where it is polled for."""
     wanted = await _read(state, request)
     return await state.blocking(lambda: _response(state.jobs.start(wanted), 202))
 

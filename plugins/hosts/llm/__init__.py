@@ -20,12 +20,14 @@ from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, a
 
 @llm.hookimpl
 def register_models(register: Callable[..., Any]) -> None:
+    """Makes the models that answer known to llm."""
     for entry in _entries():
         register(models.OneVision(entry), models.AsyncOneVision(entry), aliases=entry.aliases)
 
 
 @llm.hookimpl
 def register_embedding_models(register: Callable[..., Any]) -> None:
+    """Makes the models that embed known to llm, one for each space."""
     for entry in _entries():
         for space in models.SPACES:
             aliases = tuple(f"{alias}-{space}" for alias in entry.aliases)
@@ -34,6 +36,7 @@ def register_embedding_models(register: Callable[..., Any]) -> None:
 
 @llm.hookimpl
 def register_commands(cli: click.Group) -> None:
+    """Adds ``llm onevision``."""
     cli.add_command(onevision)
 
 

@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# llm leaves the types of its dicts open.
 """The models that answer, for ``llm`` and for programs that use it, sync and async, and those that
 embed.
 """
@@ -107,6 +109,8 @@ class _Answers:
 
 
 class OneVision(_Answers, llm.Model):
+    """A model that answers, for the command and for programs without asyncio."""
+
     def execute(
         self,
         prompt: llm.Prompt,

@@ -11,7 +11,7 @@ and what else the person has said of how they are loaded, as :func:`mlx_onevisio
 import atexit
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import llm
 
 from mlx_onevision import files
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.wire import Json, is_list, is_object
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
@@ -42,7 +43,7 @@ class Refusal(llm.ModelError, click.ClickException):
 
 
 @contextmanager
-def as_refusal() -> Iterator[None]:
+def as_refusal() -> Generator[None]:
     """Raises Refusal for what the plugin contract refuses."""
     try:
         yield
@@ -93,7 +94,7 @@ def added() -> list[Entry]:
         return []
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
-    if not isinstance(values, Mapping):
+    if not is_object(values):
         raise _damaged(path, "it is no object")
     return [_entry(path, name, value) for name, value in values.items()]
 
@@ -105,11 +106,11 @@ def save(entries: list[Entry]) -> None:
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:
-    given = value if isinstance(value, Mapping) else {}
+    given: Json = value if is_object(value) else {}
     model, revision = given.get("model"), given.get("revision")
     aliases = given.get("aliases", [])
     good = name and isinstance(model, str) and model and not given.keys() - KEYS
-    good = good and isinstance(revision, str | None) and isinstance(aliases, list)
+    good = good and isinstance(revision, str | None) and is_list(aliases)
     loading = {name: given.get(name) for name in LOADING}
     numbers = loading["memory_limit"], loading["visual_tokens"]
     good = good and all(type(number) in (int, float, type(None)) for number in numbers)

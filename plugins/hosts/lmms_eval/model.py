@@ -36,7 +36,9 @@ class Measured(GenerationResult):
 
 
 class OneVision(lmms):
-    """pretrained, revision, dtype, quantize : as :func:`mlx_onevision.load` takes them.
+    """A model of this package for lmms-eval, loaded when it is made.
+
+    pretrained, revision, dtype, quantize : as :func:`mlx_onevision.load` takes them.
     batch_size : questions that are answered together.
     max_frames_num : of a video.
     until : whether a task's stop strings end an answer; see :func:`prompts.options`.

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
 from mlx_onevision.media.frame_sampling import end_to_end
+from mlx_onevision.plugins.contract.wire import is_list, is_object
 from mlx_onevision.prompt.processor import Medium
 
 MAX_NEW_TOKENS = 1024  # where a task says nothing
@@ -131,7 +132,7 @@ def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Sh
     """
     if not visuals:
         return Shown()
-    if not isinstance(visuals, Sequence) or isinstance(visuals, str | bytes):
+    if not _is_sequence(visuals):
         raise RequestError(f"doc_to_visual returned a {type(visuals).__name__}; it must be a list")
     if metadata.get("task_type") == "video" and "sample_frames" in metadata:
         taken = end_to_end(len(visuals), int(metadata["sample_frames"]))
@@ -139,7 +140,7 @@ def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Sh
         chosen = [_squared(visuals[index]) for index in taken]
         return Shown(({"type": "video", "video": chosen},))
     if isinstance(visuals[0], str | PathLike):
-        video = {"type": "video", "video": visuals[0], "num_frames": frames, "ends": True}
+        video: Block = {"type": "video", "video": visuals[0], "num_frames": frames, "ends": True}
         return Shown((video,))
     for visual in visuals:
         if not _is_image(visual):
@@ -174,9 +175,9 @@ def _turns(question: str) -> list[str]:
     except ValueError:
         return [question]
     # A number is JSON, too, and so is a quoted word.
-    if not isinstance(turns, list) or not turns:
+    if not is_list(turns) or not turns:
         return [question]
-    if not all(isinstance(turn, Mapping) and "value" in turn for turn in turns):
+    if not all(is_object(turn) and "value" in turn for turn in turns):
         return [question]
     if len(turns) % 2 == 0:
         raise RequestError(f"a conversation of {len(turns)} turns does not end with a question")
@@ -197,6 +198,10 @@ def _blocks(text: str, media: Iterator[Block], has_media: bool) -> Iterator[Bloc
             yield next(media)
         if piece:
             yield {"type": "text", "text": piece}
+
+
+def _is_sequence(visuals: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(visuals, Sequence) and not isinstance(visuals, str | bytes)
 
 
 def _is_image(visual: Any) -> bool:
@@ -230,7 +235,9 @@ class AnswerLoss:
 def answer_loss(
     logits: NDArray[np.floating], following: NDArray[np.integer], own: int
 ) -> AnswerLoss:
-    """logits : (n, vocabulary), of the positions before each of ``following``, (n,).
+    """How likely an answer was.
+
+    logits : (n, vocabulary), of the positions before each of ``following``, (n,).
     own : so many of these are the answer's, the others end it.
     """
     rows = logits.astype(np.float64)

@@ -41,6 +41,8 @@ ENDS = types.ToolAnnotations(
 
 @dataclass(frozen=True)
 class AskTools:
+    """The tools that answer one question."""
+
     backend: Backend
     files: AllowedFiles
     settings: McpSettings
@@ -124,6 +126,8 @@ def _complete(result: results.GenerateResult) -> Answer:
 
 @dataclass(frozen=True)
 class DescribeTools:
+    """The tools that start, poll and cancel the description of a long video."""
+
     jobs: Jobs
     files: AllowedFiles
 

@@ -25,16 +25,22 @@ Job = Annotated[Text, Field(description="The job_id that describe_video_start ha
 
 
 class Arguments(BaseModel):
+    """What a tool takes; an argument that does not exist is refused."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class AskImage(Arguments):
+    """A question about one image."""
+
     path: Image
     question: Question
     max_tokens: Tokens = 256
 
 
 class CompareImages(Arguments):
+    """A question about several images."""
+
     paths: Annotated[
         list[Text],
         Field(
@@ -49,6 +55,8 @@ class CompareImages(Arguments):
 
 
 class AskVideo(Arguments):
+    """A question about frames of a video."""
+
     path: Video
     question: Question
     start: Start | None = None
@@ -61,6 +69,8 @@ class AskVideo(Arguments):
 
 
 class DescribeStart(Arguments):
+    """The video to describe, and how it is divided."""
+
     path: Video
     segments: Annotated[
         Literal["scenes"] | Annotated[float, Field(gt=0)],
@@ -72,6 +82,8 @@ class DescribeStart(Arguments):
 
 
 class DescribeStatus(Arguments):
+    """The job to look at, and how long to wait for its end."""
+
     job_id: Job
     wait: Annotated[
         float,
@@ -84,10 +96,14 @@ class DescribeStatus(Arguments):
 
 
 class DescribeCancel(Arguments):
+    """The job to end."""
+
     job_id: Job
 
 
 class Embed(Arguments):
+    """The images, videos or texts that get vectors."""
+
     paths: Annotated[
         list[Text] | None,
         Field(max_length=ITEMS, description="Absolute paths (or ~/...) of images and videos."),
@@ -105,6 +121,8 @@ class Embed(Arguments):
 
 
 class FindSimilar(Arguments):
+    """What to look for, and where."""
+
     path: Medium
     folder: Annotated[Text, Field(description="Absolute path (or ~/...) of a folder to look in.")]
     k: Annotated[int, Field(ge=1, le=MATCHES, description="How many to return.")] = 5
@@ -112,6 +130,8 @@ class FindSimilar(Arguments):
 
 
 class Answer(BaseModel):
+    """A question's answer."""
+
     answer: str
     finish_reason: Annotated[
         Literal["stop", "length", "time"],
@@ -124,22 +144,30 @@ class Answer(BaseModel):
 
 
 class Started(BaseModel):
+    """The job that has begun."""
+
     job_id: str
     next: str = "Ask describe_video_status with this job_id."
 
 
 class Segment(BaseModel):
+    """A part of the video, and what is seen in it; times in seconds."""
+
     start: Annotated[float, Field(description="Seconds from the video's beginning.")]
     end: float
     text: str
 
 
 class Chapter(BaseModel):
+    """Where a chapter begins, in seconds, and its title."""
+
     start: float
     title: str
 
 
 class Status(BaseModel):
+    """How far a description is."""
+
     job_id: str
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     stage: Annotated[str | None, Field(description="What is done just now.")] = None
@@ -158,11 +186,15 @@ class Status(BaseModel):
 
 
 class Cancelled(BaseModel):
+    """The job, and the state in which it has ended."""
+
     job_id: str
     status: Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 class Vectors(BaseModel):
+    """Vectors, and what has to agree for them to be compared."""
+
     vectors: Annotated[list[list[float]], Field(description="One for each item, in order.")]
     space: str
     dim: int
@@ -175,12 +207,16 @@ class Vectors(BaseModel):
 
 
 class Match(BaseModel):
+    """A file that looks alike."""
+
     path: str
     kind: Literal["image", "video"]
     similarity: Annotated[float, Field(description="Cosine; 1 for the same image.")]
 
 
 class Matches(BaseModel):
+    """What looks alike, and how many files were looked at."""
+
     matches: Annotated[list[Match], Field(description="The most similar first.")]
     compared: int
     skipped: Annotated[int, Field(description="Images and videos that could not be read.")]
@@ -197,8 +233,10 @@ class _Untitled(GenerateJsonSchema):
 
 
 def input_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a tool's arguments."""
     return model.model_json_schema(schema_generator=_Untitled)
 
 
 def output_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a tool's answer."""
     return model.model_json_schema(schema_generator=_Untitled, mode="serialization")

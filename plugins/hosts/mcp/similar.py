@@ -135,6 +135,8 @@ def _is_text(name: str) -> bool:
 
 @dataclass(frozen=True)
 class VectorTools:
+    """The tools that embed, and that find what looks alike by its vectors."""
+
     backend: Backend
     files: AllowedFiles
     cache: VectorCache = field(default_factory=VectorCache)
@@ -176,8 +178,8 @@ class VectorTools:
             # As many digits as a float32 has.
             vectors += [[float(f"{value:.9g}") for value in v] for v in result.vectors]
         assert result is not None  # there is an item at least
-        rest = {name: getattr(result, name) for name in schemas.Vectors.model_fields}
-        return schemas.Vectors(**{**rest, "vectors": vectors})
+        names = schemas.Vectors.model_fields.keys() - {"vectors"}
+        return schemas.Vectors(vectors=vectors, **{name: getattr(result, name) for name in names})
 
     async def find_similar(self, asked: schemas.FindSimilar, call: Call) -> schemas.Matches:
         path = self.files.path(asked.path)
@@ -249,7 +251,7 @@ class _Search:
         vectors = [np.frombuffer(vector, np.float32) for _, vector in self._found]
         wanted = np.frombuffer(self.vector or b"", np.float32)
         # Vectors have length 1, but for rounding.
-        scores = np.clip(np.array(vectors) @ wanted, -1, 1).tolist() if vectors else []
+        scores = [float(np.clip(np.dot(vector, wanted), -1, 1)) for vector in vectors]
         files = (file for file, _ in self._found)
         ranked = sorted(zip(scores, files, strict=True), key=lambda pair: (-pair[0], pair[1].path))
         return schemas.Matches(

@@ -108,7 +108,6 @@ def make_tool(
 
     as_text : the answer for hosts that read no structure.
     """
-
     hints = get_type_hints(work)
     arguments, answer = hints["asked"], hints["return"]
 

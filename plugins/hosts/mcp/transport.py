@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from mlx_onevision.plugins.contract.errors import PluginError, to_plugin_error
+from mlx_onevision.plugins.contract.wire import Json, is_object
 from mlx_onevision.plugins.hosts.mcp.allowed_files import McpSettings
 from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, known_id, lines
 
@@ -36,7 +37,7 @@ Outgoing = MemoryObjectSendStream[SessionMessage]
 @asynccontextmanager
 async def transport(
     pipes: Pipes, settings: McpSettings
-) -> AsyncIterator[tuple[Incoming, Outgoing]]:
+) -> AsyncGenerator[tuple[Incoming, Outgoing]]:
     """What the SDK reads from and writes to. Reading ends with stdin; writing, when nobody reads
     any more, ends reading, too.
     """
@@ -126,6 +127,7 @@ def _parse(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage
 
 
 def serialize(message: types.JSONRPCMessage) -> bytes:
+    """A message as a line; an internal error in its place where it is no JSON."""
     try:
         text = message.model_dump_json(by_alias=True, exclude_unset=True)
     except PydanticSerializationError:  # half of a surrogate pair, from wherever it came
@@ -146,9 +148,9 @@ def is_text(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def _object(line: bytes) -> Json:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) else {}
+    return values if is_object(values) else {}

@@ -43,7 +43,7 @@ def client() -> Iterator[Client]:
 
 
 def test_every_file_with_its_headers(client: Client) -> None:
-    paths = page.read_page(ServerSettings())
+    paths = page.read_page(ServerSettings(), 0)
     assert len(paths) == len(SERVED) > 20 and "/" in paths
     for path in paths:
         reply = client.ask("GET", path)

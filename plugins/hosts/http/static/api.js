@@ -72,6 +72,29 @@ export async function* describe(asked, signal) {
   throw brokenOff();
 }
 
+/**
+ * Sends a file by itself; it stays with the server for a while.
+ * @param {File} file
+ * @param {AbortSignal} [signal]
+ * @returns {Promise<string>} its address, for requests
+ */
+export async function upload(file, signal) {
+  return (await (await ask("v1/files", file, signal)).json()).url;
+}
+
+/** Whether the server still has it.
+ * @param {string} address
+ * @param {AbortSignal} [signal] */
+export async function isUploaded(address, signal) {
+  try {
+    await ask(`v1/files/${address.replace("upload:", "")}`, undefined, signal);
+    return true;
+  } catch (error) {
+    if (error instanceof Refusal && error.status === 404) return false;
+    throw error;
+  }
+}
+
 /** Bytes of a request, as it is sent.
  * @param {object} body */
 export function size(body) {
@@ -80,7 +103,7 @@ export function size(body) {
 
 /**
  * @param {string} path
- * @param {object} [body] sent with POST
+ * @param {object} [body] sent with POST, as JSON unless it is a file
  * @param {AbortSignal} [signal]
  * @returns {Promise<Response>}
  */
@@ -89,8 +112,9 @@ async function ask(path, body, signal) {
   const headers = {};
   const token = sessionStorage.getItem(TOKEN);
   if (token) headers["Authorization"] = `Bearer ${token}`;
-  if (body) headers["Content-Type"] = "application/json";
-  const sent = body && JSON.stringify(body);
+  const file = body instanceof File;
+  if (body) headers["Content-Type"] = file ? "application/octet-stream" : "application/json";
+  const sent = file ? body : body && JSON.stringify(body);
   let answer;
   try {
     answer = await fetch(path, {
@@ -103,7 +127,7 @@ async function ask(path, body, signal) {
     });
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw await unanswered(sent);
+    throw await unanswered(sent instanceof File ? sent.size : (sent?.length ?? 0));
   }
   if (!answer.ok) throw await refused(answer, Boolean(token));
   return answer;
@@ -121,9 +145,9 @@ async function* whole(answer) {
 }
 
 /** A server that does not want to read a long request to its end hangs up on the browser.
- * @param {string | undefined} sent */
+ * @param {number} sent bytes */
 async function unanswered(sent) {
-  if (sent && sent.length > 1 << 16) {
+  if (sent > 1 << 16) {
     const alive = await fetch("v1/models", { cache: "no-store" }).catch(() => null);
     if (alive) {
       return new Refusal("The server hung up before it had everything; send fewer or smaller files.");

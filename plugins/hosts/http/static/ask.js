@@ -1,6 +1,7 @@
 // A question, its answer as it streams, and what becomes of both.
 
 import { chat, size } from "./api.js";
+import { send } from "./loading.js";
 import { taken } from "./usage.js";
 import { bodyLimit } from "./media.js";
 import { bytes } from "./numbers.js";
@@ -31,7 +32,7 @@ export async function ask(question, page) {
   const turn = new AnswerTurn(question, small(media, conversation));
   let whole = false;
   const answer = async (/** @type {AbortSignal} */ signal) => {
-    const body = await conversation.body(question);
+    const body = await send(turn, conversation.media, () => conversation.body(question, signal));
     checkSize(body);
     await stream(turn, body, signal, work);
     whole = true;

@@ -53,15 +53,16 @@ export class Conversation {
   }
 
   /** What the route for chats takes, up to a question or to the last answer.
-   * @param {string} [question] */
-  async body(question) {
+   * @param {string} [question]
+   * @param {AbortSignal} [signal] */
+  async body(question, signal) {
     const { system, ...sampling } = this.settings;
     /** @type {object[]} */
     const messages = system ? [{ role: "system", content: system }] : [];
     for (const { media, question, answer } of this.#answers) {
-      messages.push(await asked(media, question), { role: "assistant", content: answer });
+      messages.push(await asked(media, question, signal), { role: "assistant", content: answer });
     }
-    if (question !== undefined) messages.push(await asked(this.waiting, question));
+    if (question !== undefined) messages.push(await asked(this.waiting, question, signal));
     return { messages, ...sampling };
   }
 
@@ -86,8 +87,9 @@ export class Conversation {
 }
 
 /** @param {Medium[]} media
- * @param {string} question */
-async function asked(media, question) {
-  const parts = await Promise.all(media.map(part));
+ * @param {string} question
+ * @param {AbortSignal} [signal] */
+async function asked(media, question, signal) {
+  const parts = await Promise.all(media.map((medium) => part(medium, signal)));
   return { role: "user", content: [...parts, { type: "text", text: question }] };
 }

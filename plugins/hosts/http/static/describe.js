@@ -2,7 +2,8 @@
 
 import * as api from "./api.js";
 import { DescriptionTurn } from "./description.js";
-import { dataUri } from "./media.js";
+import { address } from "./media.js";
+import { send } from "./loading.js";
 import { rounded } from "./numbers.js";
 import { count } from "./usage.js";
 
@@ -19,7 +20,7 @@ export async function describe(film, cut, page) {
   const turn = new DescriptionTurn(stage.film);
   const doing = async (/** @type {AbortSignal} */ signal) => {
     try {
-      const video = await dataUri(film);
+      const video = await send(turn, [film], () => address(film, signal));
       const asked = { video, segments: cut === "scenes" ? cut : Number(cut) };
       await stream(turn, asked, signal, work);
     } finally {

@@ -1,5 +1,6 @@
 // Pictures and films: what a file is, whether it fits into a request, and how it is sent.
 
+import { isUploaded, upload } from "./api.js";
 import { bytes, whole } from "./numbers.js";
 
 /**
@@ -8,15 +9,26 @@ import { bytes, whole } from "./numbers.js";
  * @property {string} name
  * @property {File} file
  * @property {string} url of this page alone, for showing it
- * @property {string} [data] as it is sent; filled in by `dataUri`
+ * @property {string} [data] as it is sent with a request; filled in by `dataUri`
+ * @property {string} [uploaded] its address at the server, where it is sent before the request
  */
 
 const SPARE = 4096; // bytes of a request around a file
 
-/** How many bytes the server takes in one request; stands in the page when it is sent. */
+/** A number that stands in the page when it is sent.
+ * @param {string} name */
+function limit(name) {
+  return Number(document.querySelector(`meta[name=${name}]`)?.getAttribute("content"));
+}
+
+/** How many bytes the server takes in one request. */
 export function bodyLimit() {
-  const limit = document.querySelector("meta[name=body-limit]")?.getAttribute("content");
-  return Number(limit) || 32 << 20;
+  return limit("body-limit") || 32 << 20;
+}
+
+/** How many bytes it takes in one file by itself; 0 where it takes none. */
+function uploadLimit() {
+  return limit("upload-limit") || 0;
 }
 
 /** Bytes of the largest file that fits into a request: base64 makes four bytes of three. */
@@ -27,9 +39,11 @@ function fileLimit() {
 /** What may be shown and asked, said before it is.
  * @param {number} context tokens, or 0 */
 export function limits(context) {
+  const [most, film] = [fileLimit(), uploadLimit()];
+  const larger = film > most ? `; a film of up to ${bytes(film)}` : "";
   return (
     `JPEG, PNG, WebP, GIF, HEIC, AVIF, TIFF or BMP pictures; one MP4, MOV, WebM, MKV or AVI film; ` +
-    `${bytes(bodyLimit() - SPARE)} in one conversation, so files of up to ${bytes(fileLimit())}.` +
+    `${bytes(bodyLimit() - SPARE)} in one conversation, so files of up to ${bytes(most)}${larger}.` +
     (context ? ` The model reads and writes ${whole(context)} tokens at most.` : "")
   );
 }
@@ -49,14 +63,15 @@ export async function medium(file) {
   }
   const kind = sniff(head);
   if (!kind) throw new Error(`${name} is neither a picture nor a film that is known here.`);
-  const most = fileLimit();
+  const most = kind === "video" ? Math.max(fileLimit(), uploadLimit()) : fileLimit();
   if (file.size > most) {
+    const taker = most > fileLimit() ? "the server" : "a request";
     const way =
       kind === "video"
         ? "mlx-onevision describe takes videos of any size."
         : "make it smaller first.";
     throw new Error(
-      `${name} has ${bytes(file.size)}, but a request has room for ${bytes(most)}; ${way}`,
+      `${name} has ${bytes(file.size)}, but ${taker} has room for ${bytes(most)}; ${way}`,
     );
   }
   return { kind, name, file, url: URL.createObjectURL(file) };
@@ -67,7 +82,7 @@ export async function medium(file) {
  * @param {Medium} medium
  * @returns {Promise<string>}
  */
-export async function dataUri(medium) {
+async function dataUri(medium) {
   if (!medium.data) {
     const reader = new FileReader();
     const read = new Promise((resolve, reject) => {
@@ -84,13 +99,33 @@ export async function dataUri(medium) {
   return medium.data;
 }
 
+/** Whether it does not fit into a request. @param {Medium} medium */
+export function isSentBefore({ file }) {
+  return file.size > fileLimit();
+}
+
+/**
+ * What stands for the file in a request: its data, or where the server has it.
+ * @param {Medium} medium
+ * @param {AbortSignal} [signal]
+ * @returns {Promise<string>}
+ */
+export async function address(medium, signal) {
+  if (!isSentBefore(medium)) return dataUri(medium);
+  if (!medium.uploaded || !(await isUploaded(medium.uploaded, signal))) {
+    medium.uploaded = await upload(medium.file, signal);
+  }
+  return medium.uploaded;
+}
+
 /**
  * The part of a message that shows it.
  * @param {Medium} medium
+ * @param {AbortSignal} [signal]
  */
-export async function part(medium) {
+export async function part(medium, signal) {
   const type = `${medium.kind}_url`;
-  return { type, [type]: { url: await dataUri(medium) } };
+  return { type, [type]: { url: await address(medium, signal) } };
 }
 
 const PICTURES = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1", "avif"];

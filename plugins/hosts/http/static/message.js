@@ -49,10 +49,18 @@ export class Turn {
   /** @type {import("./conversation.js").Figures} */
   figures = [];
   #awaited = "Looking";
+  #sending = false;
 
   /** Whether nothing has come yet. */
   get waits() {
-    return this.#waiting.isConnected && Boolean(this.#awaited);
+    return this.#waiting.isConnected && Boolean(this.#awaited) && !this.#sending;
+  }
+
+  /** Whether a file is sent before anything is asked. @param {boolean} sending */
+  sending(sending) {
+    this.#sending = sending;
+    this.#loading.remove();
+    this.#waiting.textContent = sending ? "Sending the film" : this.#awaited;
   }
 
   /** What is waited for; nothing once something comes. @param {string} text */

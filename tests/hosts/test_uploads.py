@@ -1,0 +1,162 @@
+"""A film of 60 MB, which no request has room for: sent by itself, by a program and by the page."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts.browser import Tab, launched, opened
+from playwright.sync_api import Browser, expect
+from served import Client, serving, text, video, wait_for
+from videos import grainy
+
+from mlx_onevision.plugins import open_backend
+from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.hosts.http import app
+from mlx_onevision.plugins.service.media_policy import MediaPolicy
+from mlx_onevision.plugins.service.spool import Spool
+
+LINUX = sys.platform == "linux"  # which says what a process has held
+FILES = "/v1/files"
+DESCRIBE = "/v1/video/describe"
+CHAT = "/v1/chat/completions"
+TOLD = [
+    "A red circle moves right, and a blue square stays still.",
+    "An orange star moves up.",
+    "A purple triangle moves left.",
+    "A green square gets bigger.",
+    "A red star moves down, and a black circle stays still.",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("films") / "grainy.mp4"
+    path.write_bytes(grainy(app.FILES / "shapes.mp4"))
+    assert path.stat().st_size > 60e6
+    return path
+
+
+def taking(folder: Path) -> MediaPolicy:
+    return MediaPolicy(uploads=Spool(folder, largest=1 << 30, room=4 << 30))
+
+
+def posted(tab: Tab) -> int:
+    return sum(one.method == "POST" for one in tab.sent if one.url == tab.origin + FILES)
+
+
+def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) -> None:
+    backend = open_backend("engine", model="demo", policy=taking(tmp_path))
+    with serving(backend) as client, opened(browser, None, client=client) as tab:
+        expect(tab.page.locator("#limits")).to_contain_text("a film of up to 1.07 GB")
+        tab.choose(film)
+        expect(tab.page.locator("#film video")).to_be_visible()
+        tab.button("Describe the film").click()
+        parts = tab.turns.locator(".parts li .words")
+        expect(parts).to_have_text(TOLD, timeout=120_000)
+        (asked,) = tab.bodies(DESCRIBE)
+        assert re.fullmatch(r"upload:[0-9a-f]{32}", asked["video"])
+        tab.ask("How does the red circle move?")
+        expect(tab.words.last).to_contain_text("red circle", timeout=60_000)
+        assert posted(tab) == 1
+        # The server has let go of it: the page sends it again, unasked.
+        tab.allowed.append("404")
+        assert client.ask("DELETE", f"{FILES}/{asked['video'][7:]}").status == 200
+        tab.ask("What happens in the video?")
+        expect(tab.words.last).to_contain_text(".", timeout=60_000)
+        assert posted(tab) == 2
+        # It is kept over a reload, as any other.
+        tab.page.reload()
+        expect(tab.page.locator("#film .name")).to_have_text("grainy.mp4")
+        expect(parts).to_have_text(TOLD)
+
+
+def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: Path) -> None:
+    backend = FakeBackend(policy=taking(tmp_path))
+    with opened(browser, backend, allowed=("ERR_ABORTED", "net::")) as tab:
+        tab.page.route("**/v1/files", lambda route: (time.sleep(1.5), route.continue_()))
+        tab.choose(film)
+        tab.ask("What is it?")
+        waiting = tab.turns.locator(".waiting")
+        expect(waiting).to_have_text("Sending the film")
+        time.sleep(0.6)  # the model is not loaded either, which is not what is waited for
+        expect(waiting).to_have_text("Sending the film")
+        expect(tab.words).to_have_text("What is it? [0 images][1 video]", timeout=60_000)
+
+
+def test_the_server_refuses_it(browser: Browser, film: Path, tmp_path: Path) -> None:
+    small = MediaPolicy(uploads=Spool(tmp_path, largest=1 << 30, room=1 << 20))
+    allowed = ("429", "ERR_CONNECTION", "net::", "404")
+    with opened(browser, FakeBackend(policy=small), allowed=allowed) as tab:
+        tab.choose(film)
+        tab.ask("What is it?")
+        fault = tab.turns.get_by_role("alert")
+        expect(fault).to_contain_text(re.compile("is busy; try again|server hung up before"))
+    small = MediaPolicy(uploads=Spool(tmp_path, largest=50 << 20, room=1 << 30))
+    with opened(browser, FakeBackend(policy=small)) as tab:
+        tab.choose(film)
+        expect(tab.page.get_by_role("alert")).to_contain_text(
+            re.compile(
+                r"has 6\d\.\d MB, but the server has room for 52\.4 MB; mlx-onevision describe"
+            )
+        )
+
+
+def peak(process: "subprocess.Popen[str]") -> float:
+    """MB that it has held at most."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def serve(cache: Path) -> tuple["subprocess.Popen[str]", Client]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlx_onevision", "serve", "--port", "0"],
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )
+    assert server.stderr is not None
+    for line in server.stderr:
+        if line.startswith("Serving at http://"):
+            return server, Client(int(line.split("/v1")[0].rpartition(":")[2]))
+    raise AssertionError("it did not begin to serve")
+
+
+def stored(cache: Path) -> list[str]:
+    return [path.name for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 100]
+
+
+def test_the_command(film: Path, tmp_path: Path) -> None:
+    data = film.read_bytes()
+    server, client = serve(tmp_path)
+    try:
+        before = peak(server) if LINUX else 0.0
+        sent = client.ask("POST", FILES, data, {"Content-Type": "video/mp4"})
+        assert sent.status == 201 and sent.json["bytes"] == len(data)
+        assert not LINUX or peak(server) - before < 30, "it is held in memory"
+        assert stored(tmp_path) == [sent.json["id"]]
+        answer = client.chat([video(sent.json["url"]), text("How does the red circle move?")])
+        assert "right" in answer.json["choices"][0]["message"]["content"]
+        server.send_signal(signal.SIGKILL)
+        server.communicate()
+        assert stored(tmp_path) == [sent.json["id"]]
+        server, client = serve(tmp_path)
+        assert stored(tmp_path) == []  # what a crash left
+        assert client.ask("POST", FILES, data, {"Content-Type": "video/mp4"}).status == 201
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=20)
+        wait_for(lambda: not stored(tmp_path))
+    finally:
+        server.kill()
+        server.communicate()
