@@ -32,9 +32,10 @@ demo: .venv/.package
 	@echo '$$ $(QUESTION)'
 	@.venv/bin/$(QUESTION)
 
-# Files of tests are shared out to two processes, each with one thread of BLAS.
+# Files of tests are shared out to two processes, each with one thread of BLAS. Bytecode is kept
+# whatever the environment says: else each of the processes that tests start compiles the package.
 test: .venv/.dev
-	OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # The long tests of the hosts: official clients, the page in Chromium, crowds, made-up requests.
 # Chromium is the system's; CHROMIUM=... names another. Tests that measure time come last, one after
