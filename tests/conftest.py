@@ -5,6 +5,7 @@ Set before any library is imported, because huggingface_hub reads its environmen
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ os.environ["HF_HOME"] = _home.name
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # a closed port
 # Float32 is float32: a GPU that rounds its products to TF32 would miss the bounds of the tests.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+# In the background Ctrl-C is ignored, and a test that presses it would wait for a full run to end.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and no deadline: a shared machine has slow moments.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
