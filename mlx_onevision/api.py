@@ -56,9 +56,12 @@ def load(
         will be, where ``quantize`` is given.
 
     Raises:
-        OneVisionError: saying in one sentence what is missing or not supported.
+        ModelNotFoundError: for a model or an adapter that does not exist or cannot be reached.
+        CheckpointError: for a folder in which something is missing, damaged or not supported, and
+            an adapter that does not fit; ConfigError for another kind of model.
         OutOfMemoryError: where the model does not fit into the memory limit.
-        RequestError: for a draft model with another vocabulary, or other tiles.
+        RequestError: for an argument that cannot be, and a draft model with another vocabulary or
+            other tiles.
     """
     recipe = while_loading(quantize)
     folder = hub.resolve(model, revision)
