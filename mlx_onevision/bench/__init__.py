@@ -1,0 +1,1 @@
+"""Benchmarks of this package and of others, and what `doctor` tests."""

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """The checkpoint folder that a benchmark runs on: random weights at the published shapes, or a
 given model; quantized or cast if asked; and always one whose answers do not end by themselves.
 
@@ -113,6 +114,7 @@ def make_random(
 
 
 def _values(name: str, dims: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    """A tensor of shape ``dims``: norms that change nothing, random values for all others."""
     if name.endswith("norm.weight") or "layernorm.weight" in name or "layer_norm" in name:
         return mx.ones(dims, dtype) if name.endswith("weight") else mx.zeros(dims, dtype)
     count = prod(dims)
@@ -123,7 +125,9 @@ def _values(name: str, dims: Sequence[int], dtype: mx.Dtype) -> mx.array:
 def tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names and shapes of a checkpoint's tensors, in the Hub's layout."""
 
-    def linear(name: str, out: int, inner: int, bias: bool = True) -> Any:
+    def linear(
+        name: str, out: int, inner: int, bias: bool = True
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{name}.weight", (out, inner)
         if bias:
             yield f"{name}.bias", (out,)
@@ -132,13 +136,8 @@ def tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, head = s.vision_hidden, s.hidden // s.heads
     yield f"{tower}.embeddings.patch_embedding.weight", (width, 3, s.patch_size, s.patch_size)
     yield f"{tower}.embeddings.patch_embedding.bias", (width,)
-    yield (
-        f"{tower}.embeddings.position_embedding.weight",
-        (
-            (s.image_size // s.patch_size) ** 2,
-            width,
-        ),
-    )
+    patches = (s.image_size // s.patch_size) ** 2
+    yield f"{tower}.embeddings.position_embedding.weight", (patches, width)
     norms = [f"encoder.layers.{n}.layer_norm{i}" for n in range(s.vision_layers) for i in (1, 2)]
     for norm in (*norms, "post_layernorm"):
         yield f"{tower}.{norm}.weight", (width,)
@@ -296,11 +295,19 @@ def converted(folder: Path, source: Path, bits: int | None, dtype: str | None) -
     Raises:
         OneVisionError: with what the converter says.
     """
-    command = [sys.executable, "-m", "mlx_onevision", "convert", str(source), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_onevision",
+        "convert",
+        str(source.absolute()),
+        str(folder),
+    ]
     command += ["-q", "--q-bits", str(bits)] if bits else []
     command += ["--dtype", dtype] if dtype else []
-    done = subprocess.run(
-        [*command, "--no-verify"], capture_output=True, text=True, env=environment()
+    command.append("--no-verify")
+    done = subprocess.run(  # noqa: S603 (this interpreter, this package)
+        command, capture_output=True, text=True, env=environment()
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

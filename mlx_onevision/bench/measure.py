@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """A benchmark's run: limits of the machine first, then every program in turn on the same inputs.
 
 The limit of a first token is the time of its multiplications at the measured matrix rate, or of
@@ -10,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Child:
 
     def __init__(self, name: str, folder: Path, memory: Mapping[str, Any]) -> None:
         own = [json.dumps(memory)] if name == OURS else []
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 (this interpreter, this package)
             [sys.executable, "-m", "mlx_onevision.bench.programs", name, str(folder), *own],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -103,7 +104,7 @@ def measure_limits(dtype: mx.Dtype) -> dict[str, float]:
     """
 
     def seconds(function: Callable[[], mx.array]) -> float:
-        times = []
+        times: list[float] = []
         for _ in range(4):
             started = time.perf_counter()
             mx.eval(function())
@@ -208,7 +209,7 @@ def measure(
     costs = Costs(folder)
     machine = measure_limits(costs.dtype)
     with ExitStack() as ending:
-        children = []
+        children: list[Child] = []
         for name in (OURS, *versus):
             say(f"{name}: loading")
             child = Child(name, folder, memory)
@@ -217,7 +218,7 @@ def measure(
                 raise OneVisionError(f"{name} cannot open the model: {child.opened['error']}")
             children.append(child)
         seeds = iter(range(10**9))
-        table = []
+        table: list[dict[str, Any]] = []
         for row in (row for name in rows for row in ROWS[name]):
             entry = _measure_row(row, children, seeds, costs, machine, runs, tokens, say)
             table.append(entry)
@@ -235,7 +236,7 @@ def measure(
 def _measure_row(
     row: str,
     children: Sequence[Child],
-    seeds: Any,
+    seeds: Iterator[int],
     costs: Costs,
     machine: dict[str, float],
     runs: int,

@@ -49,7 +49,7 @@ class Case:
 
     @cached_property
     def video(self) -> np.ndarray:
-        """(T, H, W, 3)"""
+        """RGB frames (T, H, W, 3), of 8 bits."""
         return np.stack([np.asarray(frame) for frame in self.frames])
 
     @cached_property
@@ -61,7 +61,10 @@ class Case:
 
 
 def make_case(row: str, seed: int, words: int = 0) -> Case:
-    """words : so many, in a row of text."""
+    """What a row asks, the same for the same seed.
+
+    words : so many, in a row of text.
+    """
     rng = np.random.default_rng(seed)
 
     def picture(height: int, width: int) -> Image.Image:
@@ -113,7 +116,8 @@ class Ours:
 
     def _ask(self, messages: list[dict[str, Any]], tokens: int) -> tuple[Numbers, str]:
         before = self._reset()
-        started, pieces = time.perf_counter(), []
+        started = time.perf_counter()
+        pieces: list[float] = []  # when each piece of text came
         stream = self.model.stream(messages=messages, max_tokens=tokens)
         for _ in stream:
             pieces.append(time.perf_counter())
@@ -185,7 +189,7 @@ class MlxVlm:
             steps = self.steps.generate_step(
                 ids, self.model, pixels, None, max_tokens=tokens, temperature=0.0, **inputs
             )
-            times = []
+            times: list[float] = []
             for token, _ in islice(steps, tokens):
                 int(token)
                 times.append(time.perf_counter())
@@ -198,7 +202,7 @@ class MlxVlm:
             case.messages, tokenize=False, add_generation_prompt=True
         )
         several = len(case.images) > 1
-        self.module.image_size_to_num_patches = (lambda *_: 1) if several else self.tiled
+        self.module.image_size_to_num_patches = _one_tile if several else self.tiled
         if not several:
             videos = [list(case.frames)] if case.frames else None
             images = list(case.images) or None
@@ -211,6 +215,11 @@ class MlxVlm:
             "pixel_values": self.mx.array(image["pixel_values"]),
             "image_sizes": self.mx.array(image["image_sizes"]),
         }
+
+
+def _one_tile(*_: object) -> int:
+    """In place of mlx-vlm's function for the tiles of an image of some size."""
+    return 1
 
 
 class Transformers:

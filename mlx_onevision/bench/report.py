@@ -48,7 +48,7 @@ def summary(taken: Sequence[Numbers]) -> Numbers:
 
 def ratios(ours: Numbers, other: Numbers) -> dict[str, float]:
     """Ours over the other's, of the medians that both have."""
-    made = {}
+    made: dict[str, float] = {}
     for name in RATIOS:
         mine, theirs = ours.get(name), other.get(name)
         if mine and theirs and theirs["median"]:
@@ -74,7 +74,7 @@ def table(report: dict[str, Any]) -> str:
             f" two tokens of a short answer after {ready:.2f} s"
         )
     cells: list[Sequence[str]] = [COLUMNS]
-    errors = []
+    errors: list[str] = []
     for row in report["rows"]:
         for name, result in row["results"].items():
             if "error" in result:
@@ -111,7 +111,7 @@ def _cells(row: dict[str, Any], name: str, result: dict[str, Any]) -> Sequence[s
 
 def _notes(report: dict[str, Any]) -> list[str]:
     """What follows from several cells: the second turn, and how batches scale."""
-    notes = []
+    notes: list[str] = []
     results = {row["row"]: row["results"] for row in report["rows"]}
     second = results.get("second", {}).get(OURS, {})
     if "first_turn" in second:

@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """What ``doctor`` asks MLX, each question in a process of its own with a time limit: a call into a
 driver, or to another rank, may crash or never return.
 """
@@ -29,7 +30,7 @@ def run_part(part: Literal["device", "answer", "link"], seconds: int) -> dict[st
     for name in RANKS if part != "link" else ():
         environment.pop(name, None)  # by itself, as if mlx.launch had not started it
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 (this interpreter, this file)
             [sys.executable, "-m", "mlx_onevision.bench.selftest", part, str(seconds)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -81,7 +82,9 @@ def answer() -> dict[str, Any]:
 
     image = Image.new("RGB", (96, 96), "white")
     ImageDraw.Draw(image).ellipse((24, 24, 72, 72), fill="red")
-    started, texts, seconds = time.perf_counter(), [], []
+    started = time.perf_counter()
+    texts: list[str] = []
+    seconds: list[float] = []
     with closing(load("demo")) as model:
         for question in ANSWERS:
             texts.append(model.generate(question, images=[image], max_tokens=1).text)

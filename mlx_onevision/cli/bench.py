@@ -94,8 +94,7 @@ def bench(
 
     \b
     mlx-onevision bench --size 0.5b
-    mlx-onevision bench --size 7b --quantize 4 --rows image,video --json numbers.json
-    mlx-onevision bench --model 7b --versus mlx-vlm,transformers --plot bars.png
+    mlx-onevision bench --model 7b --quantize 4 --rows image,batch
     """
     if (model is None) == (size is None):
         raise click.UsageError("Give either --size 0.5b, 7b or 72b, or --model MODEL")
