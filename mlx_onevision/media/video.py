@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.config.json_fields import Json
+from mlx_onevision.config.json_fields import Json, shown
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
@@ -79,7 +79,7 @@ class VideoConfig:
         size = values.get("size")
         if isinstance(size, Mapping) and not size.keys() & {"height", "width"}:
             needs = "a frame fills one tile, so it needs height and width"
-            raise ConfigError(f"{where} has size {dict(size)}; {needs}")
+            raise ConfigError(f"{where} has size {shown(dict(size))}; {needs}")
         pixels = {key: value for key, value in values.items() if key != "image_grid_pinpoints"}
         frames = FrameOptions(ends=config.force_sample)
         if values.get("do_sample_frames"):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_onevision.config.json_fields import shown
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, RequestError
@@ -152,7 +153,7 @@ class Processor:
             if known not in (index, None) or taken not in (token, None):
                 raise ConfigError(
                     f"config.json has id {index} for {token}; the tokenizer has {known} for it and "
-                    f"{taken!r} for {index}"
+                    f"{shown(taken)} for {index}"
                 )
         self._specials = {**tokenizer.specials, **self._placeholders}
 
@@ -377,4 +378,6 @@ def _check(settings: Mapping[str, Any], config: OneVisionConfig) -> None:
     for name, value in expected.items():
         found = settings.get(name)
         if found is not None and found != value:
-            raise ConfigError(f"processor_config.json has {name} {found!r}; it must be {value!r}")
+            raise ConfigError(
+                f"processor_config.json has {name} {shown(found)}; it must be {value!r}"
+            )

@@ -188,6 +188,32 @@ def test_generated_configurations_are_read_or_refused(caplog: pytest.LogCaptureF
     assert risen[0] < 100 << 20
 
 
+LONG = "1" * 5000
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("value", [LONG, {LONG: None}, {LONG: "a"}, {LONG: {}}, [LONG]])
+def test_long_names_and_values_are_shortened(number: int, value: object) -> None:
+    """In any place of any of the four files, and beside what stands there."""
+    whole = [read("config"), read("preprocessor_config"), read("video_preprocessor_config"), {}]
+    refused = 0
+    for base in bases() if number == 0 else [whole[number]]:
+        for way in places(base):
+            files = [*whole[:number], deepcopy(base), *whole[number + 1 :]]
+            inner: Any = files[number]
+            for key in way[:-1]:
+                inner = inner[key]
+            inner[way[-1]] = value
+            if isinstance(inner, dict) and isinstance(value, dict):
+                inner |= value
+            try:
+                build(*files)
+            except ConfigError as error:
+                assert len(str(error)) < 1000 and "\n" not in str(error)
+                refused += 1
+    assert refused or number == 3
+
+
 @pytest.mark.parametrize("base", bases())
 def test_what_they_are_made_from_is_read(base: Json) -> None:
     build(base, {}, {}, {}) if "mm_vision_tower" in base else build(
