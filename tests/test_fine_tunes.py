@@ -21,7 +21,7 @@ from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.convert.conversion import convert
 from mlx_onevision.errors import MediaError, RequestError
-from mlx_onevision.media.image import pad_to_square_tile, tile_image
+from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
 from mlx_onevision.media.video import VideoConfig
 from mlx_onevision.network.memory_sizes import Budget
 from mlx_onevision.network.onevision import OneVision

@@ -35,7 +35,7 @@ from examples.demo_model.scenes import sample_size
 from examples.demo_model.sizes import Shape
 from examples.demo_model.tiling import CONFIG
 from examples.demo_model.words import VOCABULARY, Words, build_tokenizer
-from mlx_onevision.media.image import pad_to_square_tile, tile_image
+from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
 from mlx_onevision.media.resize import resize
 
 TOLERANCE = 1e-4

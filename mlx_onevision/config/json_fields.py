@@ -53,6 +53,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:70]}…{text[-40:]}"
 
 
+def is_object(value: object) -> TypeGuard[Json]:
+    """Whether it is a JSON object."""
+    return isinstance(value, Mapping)
+
+
+def is_array(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a JSON array."""
+    return isinstance(value, list | tuple)
+
+
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether it is a number that a float can hold, neither infinite nor NaN."""
     try:

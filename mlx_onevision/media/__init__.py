@@ -1,0 +1,1 @@
+"""Images and videos: from sources to frames and tiles."""

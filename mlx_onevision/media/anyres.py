@@ -1,8 +1,10 @@
-"""Which grid of tiles an image gets, and which of its tokens the language model reads.
+"""Which grid of tiles an image gets, and which of its tokens the language model reads: AnyRes of
+LLaVA-OneVision (arXiv 2408.03326, section 3.2).
 
-Algorithmically follows transformers' ``select_best_resolution``, ``get_patch_output_size``,
-``unpad_image`` and ``pack_image_features``, and for settings that those do not have the original
-code. Processor and model both ask :func:`plan_packing` and :class:`VideoPacking`.
+Follows transformers: ``select_best_resolution`` (image_processing_utils.py), and ``unpad_image``
+and ``pack_image_features`` (modeling_llava_onevision.py); for settings that it does not have, the
+original code (LLaVA-NeXT, llava/model/llava_arch.py). Processor and model both ask
+:func:`plan_packing` and :class:`VideoPacking`.
 
 Every size is (height, width). All quotients are float64 and every comparison is as strict as the
 reference's: some hundred sizes sit exactly on an edge, where ``H * (w / W)`` and ``H * w / W``
@@ -25,13 +27,13 @@ from mlx_onevision.errors import MediaError
 Size = tuple[int, int]
 Integers = NDArray[np.int64]
 
-# A grid's tokens are thinned out once they exceed max_tiles tiles by this factor, per axis.
+# A grid is thinned out where it exceeds max_tiles tiles by more than this factor along each axis.
 _THIN_BEYOND = 1.1
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of one tiled image become the embeddings that the language model reads: the
+    """How the features of one tiled image become the embeddings that the language model reads: the
     base tile's, and then those of the other tiles, stitched into one grid, without the rows or
     columns that came from padding, thinned out if too many, with a newline after each row.
 
@@ -55,7 +57,7 @@ class Packing:
 
     @property
     def tokens(self) -> int:
-        """Of the packed image: base tile, token grid, one newline a grid row where there are."""
+        """Embeddings of the packed image: the base tile's, the grid's, and any newlines."""
         rows, cols = self.shape
         newlines = rows if self.merge == "spatial_unpad" else 0
         return self.patches**2 + rows * cols + newlines
@@ -68,7 +70,7 @@ class Packing:
 
 
 class Packings(NamedTuple):
-    """:class:`Packing` of many images: int64 (n, 2), rows and columns."""
+    """The fields of :class:`Packing` for n images: int64 (n, 2), rows and columns."""
 
     grid: Integers
     start: Integers  # of the box
@@ -77,12 +79,17 @@ class Packings(NamedTuple):
 
 
 def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps the most of an image's pixels, wastes the least, and is first."""
+    """The pinpoint (height, width) that keeps the most of an image's pixels; of several, the one
+    that wastes the least; of those, the first. ``size`` is the image's, in pixels.
+    """
     return pinpoints[int(best_resolutions([size[0]], [size[1]], pinpoints)[0])]
 
 
 def best_resolutions(heights: ArrayLike, widths: ArrayLike, pinpoints: Sequence[Size]) -> Integers:
-    """Index into ``pinpoints`` for each image: :func:`select_best_resolution` for arrays (n,)."""
+    """:func:`select_best_resolution` for arrays (n,): indices into ``pinpoints``, int64 (n,).
+
+    Raises ValueError for no pinpoints, and for an image without pixels.
+    """
     if not pinpoints:
         raise ValueError("image_grid_pinpoints must not be empty")
     high = np.asarray(heights, np.int64)
@@ -95,14 +102,14 @@ def best_resolutions(heights: ArrayLike, widths: ArrayLike, pinpoints: Sequence[
     kept = (wide * scale).astype(np.int64) * (high * scale).astype(np.int64)
     kept = np.minimum(kept, wide * high)
     area = grid[:, 0] * grid[:, 1]
-    # Most kept, then least wasted. Between equals in `kept`, waste orders as area does; argmax
-    # takes the first of the best.
+    # Most kept, then least wasted: of those that keep as much, the smaller area wastes less.
+    # argmax takes the first of the best.
     return np.argmax(kept * (area.max() + 1) - area, axis=0)
 
 
 def fitted_size(size: Size, resolution: Size) -> Size:
-    """``size`` fitted into ``resolution``, its aspect ratio kept; rounds up, as the reference does,
-    where the token geometry rounds down.
+    """``size`` fitted into ``resolution``, its aspect ratio kept: ``get_patch_output_size`` of the
+    reference (image_processing_utils.py), which rounds up where ``unpad_image`` rounds down.
     """
     (high, wide), (room_high, room_wide) = size, resolution
     scale_wide, scale_high = room_wide / wide, room_high / high
@@ -119,11 +126,11 @@ def plan_packing(
     max_tiles: int | None,
     merge: str = "spatial_unpad",
 ) -> Packing:
-    """The packing of one tiled image.
+    """The packing of one tiled image: ``pack_image_features`` of the reference.
 
     size : the image's own (height, width) in pixels, before any resize.
     image_size, patches : side of a tile in pixels and in tokens (384 and 27).
-    max_tiles : the 9 of ``anyres_max_9``; None, of ``anyres``, never thins out.
+    max_tiles : the 9 of ``anyres_max_9``; None, as for ``anyres``, never thins out.
     merge : see :class:`Packing`.
     """
     if merge != "spatial_unpad":
@@ -168,7 +175,7 @@ def plan_packings(
 
 
 def single_tile_tokens(patches: int, merge: str = "spatial_unpad") -> int:
-    """Of an untiled image: its one tile, and one newline where ``merge`` has any."""
+    """Embeddings of an untiled image: its one tile's, and one newline where ``merge`` has any."""
     return patches**2 + (merge == "spatial_unpad")
 
 
@@ -188,10 +195,10 @@ def thinned(packing: Packing, share: float) -> Packing:
 
 @dataclass(frozen=True)
 class VideoPacking:
-    """How the frames of a video become embeddings: pooled by two along both axes, and with newlines
-    between them.
+    """How the features of a video's frames become embeddings: pooled by two along both axes, and
+    with newlines between them (``apply_pooling`` and ``get_video_features`` of the reference).
 
-    patches : tokens along a tile's side. share : of a frame's tokens, to be kept.
+    patches : tokens along a tile's side. share : the part of a frame's tokens that is kept.
     pooling : ``mm_spatial_pool_mode``: "bilinear" rounds half of the side up, "average" and "max"
         leave the last row and column of an odd side out.
     newline : ``mm_newline_position``: one at the very end of the video ("one_token"), one after
@@ -205,7 +212,7 @@ class VideoPacking:
 
     @classmethod
     def of(cls, config: OneVisionConfig, share: float = 1.0) -> VideoPacking:
-        """As a model packs videos. MediaError where the original code cannot."""
+        """How a model packs videos. Raises MediaError where the original code cannot."""
         newline = config.mm_newline_position
         if config.mm_patch_merge_type == "flat" or (
             newline == "one_token" and not config.has_newline
@@ -227,12 +234,12 @@ class VideoPacking:
 
     @property
     def frame_tokens(self) -> int:
-        """Of one frame, with the newlines that come with each."""
+        """Embeddings of one frame, with the newlines of each."""
         newlines = {"grid": self.side, "frame": 1}.get(self.newline, 0)
         return self.side**2 + newlines
 
     def tokens(self, frames: int) -> int:
-        """Of a video of so many frames."""
+        """Embeddings of a video of so many frames."""
         return frames * self.frame_tokens + (self.newline == "one_token")
 
 

@@ -1,7 +1,7 @@
-"""Tiles of images and videos by the contents that they were made of.
+"""A cache of the tiles of images and videos, by the contents that they were made from.
 
-In every turn of a conversation its media come again. A name or a time of change says nothing of
-what a file holds, so its bytes are hashed, which takes a fraction of decoding and resizing them.
+Every turn of a conversation brings its media again. Neither a file's name nor its time of change
+identifies its contents, so the bytes are hashed, which takes a fraction of decoding and resizing.
 """
 
 import os
@@ -18,10 +18,12 @@ from mlx_onevision.media.parallel import parallel_map
 
 MAX_HASHED = 256 << 20  # bytes of a file; a larger one is decoded anew
 _CHUNK = 4 << 20
-_PIECE = 1 << 19  # bytes that one core hashes at a time: part of the keys
+_PIECE = 1 << 19  # bytes that one core hashes at a time; another size makes other keys
 
 
 class Tiled(Protocol):
+    """A prepared image or video: ``tiles`` are uint8 (n, S, S, 3)."""
+
     @property
     def tiles(self) -> NDArray[np.uint8]: ...
 
@@ -30,11 +32,13 @@ Value = TypeVar("Value", bound=Tiled)
 
 
 class TileCache:
-    """What was prepared last, at most ``capacity`` bytes of tiles; for any thread."""
+    """The images and videos that were used last, at most ``capacity`` bytes of tiles. From any
+    thread.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._values: OrderedDict[Hashable, Tiled] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -42,7 +46,7 @@ class TileCache:
         return sum(value.tiles.nbytes for value in self._values.values())
 
     def get(self, key: Hashable | None, kind: type[Value]) -> Value | None:
-        """What was put under ``key``; nothing is under None."""
+        """The value of this ``kind`` under ``key``, else None; the key None is never there."""
         with self._lock:
             value = self._values.get(key)
             if not isinstance(value, kind):
@@ -51,7 +55,7 @@ class TileCache:
             return value
 
     def put(self, key: Hashable | None, value: Tiled) -> None:
-        """Keeps ``value``, whose tiles can no longer be changed, unless it is larger than all."""
+        """Keeps ``value``, its tiles now read-only, unless it is larger than ``capacity``."""
         if key is None or value.tiles.nbytes > self.capacity:
             return
         value.tiles.flags.writeable = False
@@ -63,8 +67,8 @@ class TileCache:
 
 
 def digest_of(array: NDArray[Any]) -> bytes:
-    """Of an array's bytes, in order: the SHA-256, for which processors have instructions, of those
-    of its pieces, which several cores compute.
+    """A hash of an array's bytes in order: the SHA-256, for which processors have instructions, of
+    the SHA-256 of its pieces, which several cores compute.
     """
     whole = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     pieces = [whole[at : at + _PIECE] for at in range(0, len(whole), _PIECE)]
@@ -74,14 +78,17 @@ def digest_of(array: NDArray[Any]) -> bytes:
 
 
 def array_key(array: NDArray[Any]) -> Hashable | None:
-    """Tells an array from all others; None for one of objects."""
+    """A key, equal for arrays of equal shape, type and values; None for one of objects."""
     if array.dtype.hasobject:
         return None
     return "array", array.shape, array.dtype.str, digest_of(array)
 
 
 def file_key(file: BinaryIO, check: Callable[[], None]) -> Hashable | None:
-    """Tells an open file's contents from all others; None for more than ``MAX_HASHED`` bytes."""
+    """A key that is equal for open files of equal contents; None beyond ``MAX_HASHED`` bytes.
+
+    check : called between reads; ends the work by raising.
+    """
     if os.fstat(file.fileno()).st_size > MAX_HASHED:
         return None
     digest, at = sha256(), 0

@@ -1,5 +1,6 @@
-"""One deadline over a whole download. Timeouts of sockets begin anew with every byte, so that a
-host which drips could hold its client for ever: at the deadline its connections are cut.
+"""One deadline for a whole download. A socket's timeout begins anew with every byte, so that a host
+that sends a byte now and then could hold its client for ever: at the deadline, its connections are
+shut down.
 """
 
 import queue
@@ -11,7 +12,7 @@ from typing import Any, Self
 
 
 class Deadline:
-    """Cuts the connections that were made within it when its time is up."""
+    """A context; the connections that are made in it are shut down when its seconds are over."""
 
     def __init__(self, seconds: float) -> None:
         self._until = monotonic() + seconds
@@ -33,23 +34,24 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds. Raises TimeoutError where there are none."""
+        """Seconds that are left. Raises TimeoutError where there are none."""
         self.check()
         return max(self._until - monotonic(), 0.001)
 
     @property
     def expired(self) -> bool:
+        """Whether the time is up."""
         return monotonic() >= self._until
 
     def check(self) -> None:
-        """Raises TimeoutError once the time is up; to be called at the end, too, for a connection
-        that was cut looks like one that has ended.
+        """Raises TimeoutError once the time is up; to be called at the end, too, since a connection
+        that was shut down looks like one that has ended.
         """
         if self.expired:
             raise TimeoutError
 
     def addresses(self, host: str, port: int, patience: float) -> list[str]:
-        """What a host's name stands for. Raises what looking it up does, and TimeoutError after
+        """The addresses of a host. Raises what looking them up raises, and TimeoutError after
         ``patience`` seconds.
         """
         answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
@@ -60,7 +62,7 @@ class Deadline:
             except Exception as error:
                 answers.put(error)
 
-        # On a thread of its own: nothing else can end it before its time.
+        # On a thread of its own, because nothing can interrupt a lookup.
         threading.Thread(target=look_up, name="mlx-onevision-lookup", daemon=True).start()
         try:
             found = answers.get(timeout=min(patience, self.left))
@@ -74,7 +76,7 @@ class Deadline:
         """A connection to an address, made within ``patience`` seconds."""
         connected = socket.create_connection((address, port), timeout=min(patience, self.left))
         with self._lock:
-            # By a descriptor of its own: TLS takes the socket's.
+            # A duplicate, because TLS takes the socket's own descriptor.
             self._sockets.append(connected.dup())
         return connected
 

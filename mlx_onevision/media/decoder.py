@@ -9,7 +9,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +35,8 @@ from mlx_onevision.subprocesses import (
     import_path,
 )
 
-READ_BYTES = 50 << 20  # of a file, for which a decoder has another second
-MAX_LINE = 16 << 20  # bytes of one message; that of a long video lists many times
+READ_BYTES = 50 << 20  # of a file, for each of which a decoder gets another second
+MAX_LINE = 16 << 20  # bytes of one message; a long video's lists the times of its frames
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Limits:
     """What decoding one video or image may take.
 
     memory : bytes of the decoding process, the interpreter and its libraries included.
-    seconds : wall time, and another one for every ``READ_BYTES`` of the file; and as much processor
+    seconds : of wall time, and another one for every ``READ_BYTES`` of the file; as much processor
         time for each thread.
-    pixels : of one frame; 8K has 35 million.
-    processes : how many may be at work at once, of all with this same budget; None for any number.
+    pixels : the most of one frame; 8K has 35 million.
+    threads : of one decoder.
+    processes : a budget that working processes share; None for any number of them.
     """
 
     memory: int = 3 << 30
@@ -58,6 +59,8 @@ class Limits:
 
 
 class TooManyFramesError(ContextOverflowError):
+    """More frames were chosen than the caller has room for; ``wanted`` is their number."""
+
     def __init__(self, wanted: int) -> None:
         super().__init__(f"{wanted} frames are too many")
         self.wanted = wanted
@@ -67,8 +70,9 @@ class TooManyFramesError(ContextOverflowError):
 class VideoInfo:
     """What is known of a video before a frame is decoded.
 
-    total : frames in the file. length : seconds. claimed : with those that the container promises
-        behind the file's end, where it was cut.
+    total : frames in the file. length : seconds.
+    claimed : frames, with those that the container declares behind the end of a cut file.
+    codec : libav's name of it.
     """
 
     total: int
@@ -81,8 +85,8 @@ class VideoInfo:
 class FrameSelection:
     """Chosen frames: their numbers in the video, and the second at which each appears.
 
-    frames : yields (position in ``indices``, uint8 RGB (H, W, 3)) of those that can be decoded; to
-        be read to its end, or given up, before the next command.
+    frames : yields (position in ``indices``, uint8 RGB (H, W, 3)) for those that can be decoded; to
+        be read to its end, or closed, before the next command.
     """
 
     indices: tuple[int, ...]
@@ -93,7 +97,10 @@ class FrameSelection:
 def decode_image(
     file: BinaryIO, name: str, limits: Limits, check: Callable[[], None] = no_check
 ) -> Pixels:
-    """The pixels of an image in a real file, uint8 RGB (H, W, 3), which another process decodes.
+    """The pixels of an image, uint8 RGB (H, W, 3), which another process decodes.
+
+    file : a real file, seekable. name : what errors call it.
+    check : called a few times a second; ends the work by raising.
 
     Raises MediaError, and TooLargeError beyond ``limits``.
     """
@@ -102,13 +109,13 @@ def decode_image(
 
 
 class VideoReader:
-    """An open video file. One process decodes while it is open; where that breaks off, the next
-    command starts another one.
+    """An open video file, and the process that decodes it; where that breaks off, the next command
+    starts another one.
 
     file : a real file, seekable. name : what errors call it.
-    limits : their seconds are for each command and each thumbnail, with ``once`` for everything.
+    limits : their seconds are for each command and each thumbnail; with ``once``, for everything.
     check : called a few times a second; ends the work by raising.
-    once : there will be one command only.
+    once : whether there will be one command only.
 
     Raises MediaError, and TooLargeError beyond ``limits``, when it is made and when it is read.
     """
@@ -148,9 +155,10 @@ class VideoReader:
     def thumbnails(
         self, begin: float | None = None, end: float | None = None
     ) -> Iterator[tuple[float, Pixels]]:
-        """All decodable frames on screen between two times: the second at which each appears, and
-        its pixels, uint8 RGB (h, w, 3), 64x64 or fewer. RequestError for a beginning behind the end
-        of the video.
+        """All decodable frames on screen between two seconds: the second at which each appears, and
+        its pixels, uint8 RGB (h, w, 3), 64x64 or fewer.
+
+        Raises RequestError for a beginning behind the end of the video.
         """
         options = asdict(FrameOptions(start=begin, end=end))
         with self._command({"do": "thumbnails", "options": options}) as process:
@@ -166,7 +174,7 @@ class VideoReader:
     ) -> FrameSelection:
         """Chosen frames of the video, or of a part of it.
 
-        default : how many of them where ``options`` do not say.
+        default : their number where ``options`` set none. most : the most that may be chosen.
 
         Raises, before any is decoded:
             RequestError: when the options do not fit the video.
@@ -178,7 +186,7 @@ class VideoReader:
         return FrameSelection(indices, times, answer)
 
     def _frames(self, command: Mapping[str, Any]) -> Iterator[Any]:
-        """Indices and times, and then the frames."""
+        """Yields (indices, times) first, and then (position, pixels) of each frame."""
         with self._command(command) as process:
             values = process.message("chosen")
             with process.parsing():
@@ -191,11 +199,10 @@ class VideoReader:
                 yield place, process.pixels(about)
 
     @contextmanager
-    def _command(self, command: Mapping[str, Any]) -> Iterator["_Process"]:
-        """The process as it answers; an answer that is not read to its end ends the process."""
-        if (
-            self._process.closed or not self._process.idle
-        ):  # it broke off, or frames that were given up are still coming
+    def _command(self, command: Mapping[str, Any]) -> Generator["_Process"]:
+        """The process, at work on a command; an answer that is not read to its end ends it."""
+        # It broke off, or still sends frames that nobody waits for.
+        if self._process.closed or not self._process.idle:
             self._process.close()
             self._process, _ = self._opened()
         process = self._process
@@ -209,9 +216,9 @@ class VideoReader:
 
 
 class _Process:
-    """A decoding process and its messages. Only waiting for it counts against its time, from the
-    beginning or the last :meth:`renew`. It reads an untrusted file: all it sends is checked. While
-    it works, it counts among ``limits.processes``.
+    """A decoding process and its messages, all of which are checked: it reads an untrusted file.
+    Only time that is spent waiting for it counts, from the beginning or the last :meth:`renew`.
+    While it works, it counts among ``limits.processes``.
     """
 
     def __init__(
@@ -245,7 +252,7 @@ class _Process:
         }
         script = str(Path(__file__).with_name("decoder_process.py"))
         try:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 (an interpreter, and a file of ours)
                 [interpreter, "-I", script, json.dumps(request)],
                 stdin=file,
                 stdout=subprocess.PIPE,
@@ -262,20 +269,18 @@ class _Process:
             os.close(inherited)
         assert self._process.stdout is not None
         self._out = self._process.stdout
-        if (
-            sys.platform == "linux"
-        ):  # a frame is read in a call or two; there is a limit to a user's
+        if sys.platform == "linux":  # a frame in fewer reads; the sum of a user's pipes is limited
             with suppress(OSError):
                 fcntl.fcntl(self._out.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
 
     def _work(self) -> None:
-        """Waits until it may."""
+        """Waits until another process may work."""
         if self.idle and self._limits.processes is not None:
             self._limits.processes.acquire(1, self._check)
         self.idle = False
 
     def rest(self) -> None:
-        """Its answer was read to its end, or it ends."""
+        """Its answer was read to the end, or it ends: another process may work."""
         if not self.idle and self._limits.processes is not None:
             self._limits.processes.release()
         self.idle = True
@@ -302,11 +307,13 @@ class _Process:
             self.fail()
 
     def renew(self) -> None:
-        """The process may take as long again."""
+        """Lets the process take its whole time again."""
         self._left = self._seconds
 
     def message(self, kind: str, end: str | None = None) -> Any:
-        """The next message's value; None for one of the kind ``end``."""
+        """The value of the next message, which has to be of this ``kind``; None for one of the kind
+        ``end``.
+        """
         seen = 0
         while (newline := self._buffer.find(b"\n", seen)) < 0:
             seen = len(self._buffer)
@@ -322,7 +329,9 @@ class _Process:
             return None if end is not None and end in values else values[kind]
 
     def frames(self, total: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Positions of frames, rising, and the message about each, which its pixels follow."""
+        """The position of each frame, rising below ``total``, and its message, which its pixels
+        follow.
+        """
         last = -1
         while (about := self.message("frame", "end")) is not None:
             with self.parsing():
@@ -333,7 +342,7 @@ class _Process:
             yield place, about
 
     def pixels(self, about: Mapping[str, Any]) -> Pixels:
-        """The frame that a message was about, upright; uint8 RGB (H, W, 3)."""
+        """The pixels that follow a frame's message, turned upright: uint8 RGB (H, W, 3)."""
         with self.parsing():
             fields = ("high", "wide", "stride", "bytes")
             high, wide, stride, size = (int(about[name]) for name in fields)
@@ -360,8 +369,8 @@ class _Process:
         return _upright(image, (a, b, c, d))
 
     @contextmanager
-    def parsing(self) -> Iterator[None]:
-        """Turns errors while a message is parsed into the one of :meth:`fail`."""
+    def parsing(self) -> Generator[None]:
+        """Turns errors of parsing a message into that of :meth:`fail`."""
         try:
             yield
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -410,8 +419,8 @@ class _Process:
 
 
 def _upright(image: Pixels, matrix: tuple[int, int, int, int]) -> Pixels:
-    """``image`` (H, W, 3) turned by a display matrix of signs: x' = ax + cy, y' = bx + dy. One that
-    is no quarter turn or mirror image is ignored.
+    """A view of ``image`` (H, W, 3), turned by the signs of a display matrix: x' = ax + cy,
+    y' = bx + dy. A matrix that is no quarter turn or mirror image is ignored.
     """
     a, b, c, d = matrix
     if b and c and not a and not d:

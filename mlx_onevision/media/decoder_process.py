@@ -1,6 +1,6 @@
 """The process that decodes a video, or an image of a rarer kind: started by :mod:`decoder`, never
-imported by the rest. What it does is in :mod:`libav` and :mod:`image`; here are its limits and its
-messages.
+imported by other modules. The decoding is in :mod:`libav` and :mod:`image`; here are the process's
+limits and messages.
 
 Decoders are large, written in C, and meet untrusted files, so they run in a process of their own,
 with limits on memory, processor time and open files. The file is standard input: libav gets neither
@@ -9,10 +9,10 @@ a name nor a URL, and accepts a few containers only (no playlist, which names ot
 Commands (lines of JSON) are read from a descriptor. Standard output is lines of JSON, some followed
 by one frame's pixels:
 
-    {"video": {…}}                     once: how many frames there are, and how long it is
-    {"chosen": {…}}                    after the command "frames": which are coming
+    {"video": {…}}                     first: number of frames, length, codec
+    {"chosen": {…}}                    after the command "frames": the frames that follow
     {"frame": {…, "bytes": n}}         then n bytes: rows of RGB, each of "stride" bytes
-    {"end": {}}                        of an answer; of an image, its one frame is everything
+    {"end": {}}                        after the last frame of an answer; not for an image
     {"error": {"text": "…", "kind": "…"}}
 """
 
@@ -27,10 +27,11 @@ FILES = 32  # open at once
 
 
 def main() -> None:
+    """Answers the commands for one file; its settings are JSON in the first argument."""
     request = json.loads(sys.argv[1])
     sys.path[:] = request["path"]
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library that prints must not be believed
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no message
 
     def send(kind: str, value: Any, pixels: Any = None) -> None:
         out.write(json.dumps({kind: value}).encode() + b"\n")
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _reader(request: dict[str, Any], send: Callable[..., None]) -> Callable[[], None]:
-    """What reads the file and sends what is in it."""
+    """A function that answers the commands for the file; what it needs is imported by now."""
     if request["kind"] == "image":
         from mlx_onevision.media.image import serve
 
@@ -78,7 +79,9 @@ def _reader(request: dict[str, Any], send: Callable[..., None]) -> Callable[[], 
 
 
 def _limit_processor_time(request: dict[str, Any], length: float) -> None:
-    """Sets the processor time of the next answer: for each thread, the limit and ``length``."""
+    """Limits the processor time of the next answer. length : seconds beside the request's own, for
+    each thread.
+    """
     import resource
 
     seconds = (request["seconds"] + length) * request["threads"]

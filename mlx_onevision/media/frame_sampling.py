@@ -1,9 +1,10 @@
 """Which frames of a video the model sees. Numbers only: the decoding process imports this, too.
 
-Uniform sampling is the reference's integer rule, ``floor(i * T / N)`` for N of T frames, or all
-where N > T (the reference refuses). A rate is ``int(duration * fps)`` frames by the same rule, as
-in the reference, if the frames are evenly spaced in time; else the frame on screen at each of as
-many evenly spaced instants, none of them twice.
+Uniform sampling is the rule of transformers' ``BaseVideoProcessor.sample_frames``
+(video_processing_utils.py), ``floor(i * T / N)`` for N of T frames, or all where N > T (the
+reference refuses). A rate gives ``int(duration * fps)`` frames by the same rule, as there, if the
+frames are evenly spaced in time; else the frame on screen at each of as many evenly spaced
+instants, none of them twice.
 """
 
 import math
@@ -22,14 +23,14 @@ _INSTANT = 1e-6
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """What a caller asks of a video's frames.
+    """Which frames of a video a caller wants.
 
-    num_frames : evenly spread over the video. None, with no ``fps`` either: 32 of a file, or fewer
-        where the model's context holds fewer; all of a list or an array.
-    fps : so many a second instead.
-    start, end : only what is on screen between these seconds.
-    ends : the first frame and the last are among them, and some are repeated where there are fewer
-        than wanted, as in the original code.
+    num_frames : the number of frames, evenly spread over the video. None, with no ``fps`` either:
+        32 of a file, or fewer where the model's context holds fewer; all of a list or an array.
+    fps : frames a second instead.
+    start, end : the seconds between which frames are on screen; None for the video's own.
+    ends : whether the first frame and the last are among them, and frames are repeated where the
+        video has fewer than wanted, as in the original code with ``force_sample``.
 
     Raises:
         RequestError: for a number out of range, and for ``fps`` with ``num_frames`` or ``ends``.
@@ -56,7 +57,7 @@ class FrameOptions:
                 raise RequestError(f"{name} is {value!r}; it must be {least}")
         if count is not None and self.fps is not None:
             raise RequestError("give either num_frames or fps, not both")
-        if not isinstance(self.ends, bool):
+        if type(self.ends) is not bool:
             raise RequestError(f"ends is {self.ends!r}; it must be true or false")
         if self.ends and self.fps is not None:
             raise RequestError("ends has no meaning with fps; use num_frames")
@@ -65,22 +66,22 @@ class FrameOptions:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """What the options are called, as keyword arguments and as keys of a video block."""
+        """The names of the options, as keyword arguments and as keys of a video block."""
         return tuple(field.name for field in fields(cls))
 
     def over(self, given: dict[str, Any]) -> "FrameOptions":
-        """These with what ``given`` says instead; ``num_frames`` there also unsays ``fps`` here,
-        and ``fps`` there ``ends`` here.
+        """These options, replaced where ``given`` has others. ``num_frames`` and ``fps`` replace
+        each other, and ``fps`` switches ``ends`` off.
         """
         number = {"num_frames": None, "fps": None}
-        unsaid: dict[str, Any] = number if given.keys() & number else {}
+        reset: dict[str, Any] = number if given.keys() & number else {}
         if given.get("fps") is not None:
-            unsaid = unsaid | {"ends": False}
-        return replace(self, **{**unsaid, **given})
+            reset = reset | {"ends": False}
+        return replace(self, **{**reset, **given})
 
     @property
     def explicit(self) -> bool:
-        """Whether the caller said how many."""
+        """Whether the caller has set the number of frames, or their rate."""
         return self.num_frames is not None or self.fps is not None
 
 
@@ -91,7 +92,9 @@ def uniform(total: int, wanted: int) -> list[int]:
 
 
 def end_to_end(total: int, wanted: int) -> list[int]:
-    """NumPy's ``linspace(0, total - 1, wanted, dtype=int)``: the first to the last."""
+    """Indices from the first frame to the last, as the original code's ``np.linspace(0, total - 1,
+    wanted, dtype=int)`` (LLaVA-NeXT, ``process_video_with_decord``).
+    """
     if wanted == 1:
         return [0]
     step = (total - 1) / (wanted - 1)
@@ -99,16 +102,16 @@ def end_to_end(total: int, wanted: int) -> list[int]:
 
 
 def uniform_or_endpoints(total: int, options: FrameOptions, default: int) -> list[int]:
-    """Indices of frames by the rule of ``options``; ``default`` of them where they do not say."""
+    """Indices of frames by the rule of ``options``; ``default`` of them where it sets no number."""
     rule = end_to_end if options.ends else uniform
     return rule(total, options.num_frames or default)
 
 
 def frames_between(times: Sequence[float], length: float, options: FrameOptions) -> range:
-    """The frames on screen between ``start`` and ``end``, the latter not included.
+    """The indices of the frames on screen from ``start`` to before ``end``.
 
     times : the second at which each frame appears, rising from about 0.
-    length : the second at which the last one vanishes.
+    length : the second at which the last one disappears.
 
     Raises:
         RequestError: for a start behind the end of the video.

@@ -1,8 +1,8 @@
-"""The parts of an image's file that its pixels need, and the orientation that its EXIF states.
+"""The parts of an image's file that its pixels need, and the orientation by its EXIF.
 
-A file may hold a million parts that Pillow would go through one by one, or a directory of metadata
-whose entries all name the same megabyte. PNG, JPEG and GIF are therefore cut down, in one quick and
-bounded pass, to what the pixels of the first frame need, and Pillow opens that.
+An untrusted file may have a million parts, which Pillow would read one by one, or a directory of
+metadata whose entries all name the same megabyte. PNG, JPEG and GIF files are therefore reduced, in
+one quick and bounded pass, to what the pixels of the first frame need, before Pillow opens them.
 """
 
 import re
@@ -16,9 +16,9 @@ from mlx_onevision.errors import MediaError
 
 MAX_PARTS = 50_000  # chunks, segments or blocks; libpng writes one for each 8 KB of pixels
 MAX_EXIF = 1 << 16  # bytes; a JPEG has no longer one
-MAX_SCANS = 100  # of a JPEG: each goes over all pixels; the usual progressive one has 10
+MAX_SCANS = 100  # of a JPEG, each over all pixels; the usual progressive file has 10
 
-ICON = b"\0\0\1\0"  # how an ICO begins
+ICON = b"\0\0\1\0"  # the first bytes of an ICO
 _PNG = b"\x89PNG\r\n\x1a\n"
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
@@ -30,9 +30,12 @@ _SOS, _EOI = 0xDA, 0xD9
 
 
 class Parts(NamedTuple):
-    """data : a file of the same pixels. exif : the block of EXIF that was left out, empty where
-    there is none; None for a file that was not looked into. extra : bytes that decoding holds for
-    each pixel, beside the pixel itself.
+    """A reduced file.
+
+    data : a file of the same pixels.
+    exif : the block of EXIF that was left out, empty where there was none; None for a file of
+        another kind, which is as it was.
+    extra : bytes that decoding holds for each pixel, beside the pixel itself.
     """
 
     data: bytes
@@ -50,16 +53,16 @@ def kind_of(head: bytes) -> str:
         return "GIF"
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
-    # Others are packed, and Pillow unpacks them in Python.
+    # Others are compressed, and Pillow decompresses them in Python.
     if head.startswith(b"BM") and head[30:34] in (b"\0\0\0\0", b"\3\0\0\0"):
         return "BMP"
     return ""
 
 
 def reduced(data: bytes, name: str, extra: int = 0) -> Parts:
-    """The parts of a PNG, JPEG or GIF; of any other file, all. What is damaged is left to Pillow.
+    """A PNG, JPEG or GIF reduced; another file as it is. Damage is left for Pillow to report.
 
-    extra : as for :class:`Parts`, of another kind.
+    name : what errors call it. extra : as in :class:`Parts`, for another kind of file.
 
     Raises:
         MediaError: for more than ``MAX_PARTS`` of them.
@@ -69,7 +72,7 @@ def reduced(data: bytes, name: str, extra: int = 0) -> Parts:
 
 
 def _png(data: bytes, name: str) -> Parts:
-    """Critical chunks and the transparent colour; the end, where a PNG was cut in it."""
+    """Keeps the critical chunks and the transparent colour; adds an end where it is missing."""
     kept, exif = [_PNG], b""
     count, place = 0, len(_PNG)
     while place + 8 <= len(data):
@@ -78,7 +81,7 @@ def _png(data: bytes, name: str) -> Parts:
         end = place + 12 + length
         if kind in _CRITICAL:
             kept.append(data[place:end])
-            if end > len(data):  # cut short: what is missing is not made up
+            if end > len(data):  # cut short, and to be refused: without an end
                 break
         elif kind in (b"tRNS", b"eXIf") and length < MAX_EXIF:
             content = data[place + 8 : end - 4]
@@ -94,8 +97,8 @@ def _png(data: bytes, name: str) -> Parts:
 
 
 def _jpeg(data: bytes, name: str) -> Parts:
-    """All segments up to the first scan but comments and what applications put in, of which JFIF
-    and Adobe say what the colours are.
+    """Keeps the segments up to the first scan except comments and those of applications; JFIF's and
+    Adobe's stay, since they say what the colours are. All after the first scan stays.
 
     Raises:
         MediaError: for more than ``MAX_SCANS`` scans, too.
@@ -123,15 +126,15 @@ def _jpeg(data: bytes, name: str) -> Parts:
     scans = rest.count(bytes((0xFF, _SOS)))
     if scans > MAX_SCANS:
         raise MediaError(f"{name} has {scans:,} scans, more than {MAX_SCANS}; save it anew")
-    # Where they are several, all coefficients are held until the last, 6 bytes a pixel; afterwards
-    # come the 3 bytes of what is returned.
+    # With several scans the decoder holds all coefficients until the last, 6 bytes a pixel, and
+    # frees them before the 3 bytes a pixel of RGB are made.
     extra = 3 if progressive or scans > 1 else 0
     return Parts(b"".join((*kept, rest)), exif, extra)
 
 
 def _gif(data: bytes, name: str) -> Parts:
-    """The first frame and the one block that says which colour is clear; what comes behind the
-    frame is not read anyway.
+    """Keeps the header, the last control block before the first frame, which names the transparent
+    colour, and all from that frame on, which Pillow reads only as far as the frame goes.
     """
     place = 13 + (3 << (data[10] & 7) + 1 if data[10:11] and data[10] & 0x80 else 0)
     kept, control, count = data[:place], b"", 0
@@ -151,8 +154,8 @@ def _gif(data: bytes, name: str) -> Parts:
 
 
 def icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Height and width of each image in an ICO, by their own headers: its directory cannot say more
-    than 256. Pillow decodes one as it opens the file.
+    """Height and width in pixels of each image in an ICO, by their own headers, since its directory
+    has at most 256. Pillow decodes one of them as it opens the file.
     """
     file.seek(4)
     count = int.from_bytes(file.read(2), "little")
@@ -172,13 +175,14 @@ def icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _counted(count: int, name: str) -> int:
+    """The number of parts with one more. Raises MediaError beyond ``MAX_PARTS``."""
     if count >= MAX_PARTS:
         raise MediaError(f"{name} is in more than {MAX_PARTS:,} parts; save it anew")
     return count + 1
 
 
 def orientation(exif: bytes) -> int:
-    """Which side is up, 1 to 8, by a block of EXIF; 1 where it does not say, or is damaged."""
+    """The orientation 1 to 8 by a block of EXIF; 1 where it has none, or is damaged."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:

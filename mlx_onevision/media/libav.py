@@ -1,3 +1,4 @@
+# pyright: reportUnknownMemberType=false
 """A video file through libav: the index of its frames, and chosen ones decoded.
 
 Runs in the decoding process only (see :mod:`decoder_process`), so it imports PyAV as it loads.
@@ -12,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import av
 from av import Packet
@@ -63,8 +64,10 @@ class Index(NamedTuple):
     """Every frame of a file, in display order.
 
     stamps : when each appears, in ticks of the stream's clock. times : in seconds, from 0.
-    counted : whether the stamps are only counted, because the container's own cannot be trusted.
-    missing : frames that the container promises behind the file's end.
+    length : seconds, until the last one disappears.
+    keys : the key frames.
+    counted : whether the stamps are numbers of frames, because the container's own are unusable.
+    missing : frames that the container declares behind the file's end.
     """
 
     stamps: list[int]
@@ -76,9 +79,9 @@ class Index(NamedTuple):
 
 
 def serve(request: Json, send: Send, renew: Callable[[float], None]) -> None:
-    """Sends what is known of the video, and then what each command asks for. Raises Refusal.
+    """Sends a message about the video, and then the answer to each command. Raises Refusal.
 
-    renew : allows the next answer its processor time, and these seconds beside it.
+    renew : called before each answer with additional seconds of processor time; sets its limit.
     """
     container, stream = _open_video(request)
     index = _read_index(container, stream)
@@ -130,8 +133,8 @@ def _send_frame(send: Send, frame: VideoFrame, matrix: list[int], **about: Any) 
 
 
 def _matrix(frame: VideoFrame) -> list[int]:
-    """Signs (a, b, c, d) of where the display matrix takes x and y; only quarter turns count. Side
-    data that has been asked for is in a reference cycle with its frame and the pixels.
+    """The signs (a, b, c, d) of a frame's display matrix, x' = ax + cy and y' = bx + dy, rounded to
+    a quarter turn. Reading side data leaves it in a reference cycle with the frame and its pixels.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
@@ -160,7 +163,7 @@ def _open_video(request: Json) -> tuple[InputContainer, VideoStream]:
         raise Refusal(f"there is{sound} in it")
     stream = streams[0]
     context = stream.codec_context
-    if context is None or not context.name:
+    if not context or not context.name:  # libav has no decoder for it
         raise Refusal("its codec is not known")
     pixels = context.width * context.height
     _check_size(context.width, context.height, request["max_pixels"])
@@ -173,7 +176,7 @@ def _open_video(request: Json) -> tuple[InputContainer, VideoStream]:
 
 
 def _refuse_image(head: bytes) -> None:
-    """Refusal for a file that begins as an image; animations that libav reads are none."""
+    """Refusal for a file that begins as an image, except for animations that libav reads."""
     if head[:3] == b"GIF" or head[8:12] in SEQUENCES or sniff(head) != "image":
         return
     if head[12:16] == b"VP8X" and head[20] & 2:
@@ -185,8 +188,8 @@ def _refuse_image(head: bytes) -> None:
 
 
 def _claimed_frames() -> int:
-    """The frames that an MP4's tables promise, before libav makes an entry for each. A kilobyte
-    can promise millions.
+    """The frames that an MP4's tables declare. A kilobyte can declare millions, for each of which
+    libav would allocate an index entry.
     """
     size, claimed, seen = os.fstat(0).st_size, 0, 0
     waiting = [(0, size)]
@@ -197,7 +200,7 @@ def _claimed_frames() -> int:
             head = os.pread(0, 20, place)
             length, kind = int.from_bytes(head[:4], "big"), head[4:8]
             begin = place + 8
-            if length == 1:  # a long one
+            if length == 1:  # 64 bits of length follow the kind
                 length, begin = int.from_bytes(head[8:16], "big"), place + 16
             stop = min(end, place + length) if length else end
             if stop <= begin:
@@ -219,13 +222,13 @@ def _read_index(container: InputContainer, stream: VideoStream) -> Index:
     """Reads every packet's stamp, and decodes none."""
     stamps: list[int] = []
     order: list[tuple[int, int]] = []  # stamp and seek stamp of key frames
-    counted = container.format.name == "avi"  # its stamps are in decoding order, not in showing
+    counted = container.format.name == "avi"  # its stamps are in decoding order, not display order
     last = hidden = 0
     broken = False
     try:
         for packet in container.demux(stream):
             broken = broken or packet.is_corrupt
-            if packet.size == 0 or packet.is_discard:  # the end; what an edit list cuts off
+            if packet.size == 0 or packet.is_discard:  # the end of the file; cut by an edit list
                 hidden += packet.is_discard
                 continue
             place = packet.dts if packet.dts is not None else packet.pts
@@ -241,10 +244,11 @@ def _read_index(container: InputContainer, stream: VideoStream) -> Index:
             if len(stamps) > MAX_FRAMES:
                 raise Refusal(f"it has more than {MAX_FRAMES:,} frames", "too_large")
     except FFmpegError:
-        broken = True  # what is left of it is used
+        broken = True  # the frames before are used
     if not stamps:
         raise Refusal("there is no frame in it")
-    seen = max(len(stamps) + hidden, stamps[-1] + 1 if counted else 0)  # an AVI's may be empty
+    # An AVI's empty frames are counted, and have no packet.
+    seen = max(len(stamps) + hidden, stamps[-1] + 1 if counted else 0)
     missing = max(0, stream.frames - seen)
     if not broken and not _ends_early(container, stream):
         missing = 0
@@ -255,9 +259,10 @@ def _read_index(container: InputContainer, stream: VideoStream) -> Index:
     if not last:
         last = (stamps[-1] - stamps[0]) // max(len(stamps) - 1, 1) or 1
     zero = float(stamps[0] * tick)
-    if not counted and container.start_time is not None:
-        # The player's clock, which sound may have started earlier; in whole microseconds.
-        started = container.start_time / 1_000_000
+    start = cast("int | None", container.start_time)  # PyAV's stub leaves None out
+    if not counted and start is not None:
+        # The container's clock, in whole microseconds; sound may start earlier than the video.
+        started = start / 1_000_000
         zero = started if started < zero - 1e-6 else zero
     length = float((stamps[-1] + last) * tick) - zero
     times = [float(stamp * tick) - zero for stamp in stamps]
@@ -265,8 +270,8 @@ def _read_index(container: InputContainer, stream: VideoStream) -> Index:
 
 
 def _ends_early(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the container names places behind the file's end: where a file is cut between two
-    frames, reading it ends like any other.
+    """Whether the container's index points behind the file's end. Reading a file that is cut
+    between two frames ends without an error.
     """
     size = os.fstat(0).st_size
     if container.format.name == "avi":
@@ -290,7 +295,7 @@ def _chosen_frames(
         key = _key_before(index, wanted)
         if seekable and key.place - reached > SEEK_GAP:
             landed = _seek(container, stream, index, key)
-            if landed is None:  # it ended up elsewhere: from the start, once and for all
+            if landed is None:  # seeking went elsewhere: read from the start, and never seek again
                 container, stream = _open_video(request)
                 seekable, shown = False, _shown(container.demux(stream), stream, index, 0)
             else:
@@ -301,18 +306,18 @@ def _chosen_frames(
         _check_size(frame.width, frame.height, request["max_pixels"])
         reached = number
         while place < len(chosen) and chosen[place] < number:
-            place += 1  # that one is lost
-        while place < len(chosen) and chosen[place] == number:  # the same one may come twice
+            place += 1  # cannot be decoded
+        while place < len(chosen) and chosen[place] == number:  # one may be chosen twice
             yield place, frame
             place += 1
-    container.close()  # now, not when Python looks for cycles: a long video's index is large
+    container.close()  # now, not at the next collection of cycles: a long video's index is large
 
 
 def _thumbnails(
     request: Json, index: Index, first: int, last: int
 ) -> Iterator[tuple[int, VideoFrame, VideoFrame]]:
-    """(index, frame, thumbnail) of the decodable frames from ``first`` to before ``last``. To be
-    quick, thumbnails are single pixels, not means, and non-reference frames are not deblocked.
+    """(index, frame, thumbnail) of the decodable frames from ``first`` to before ``last``. For
+    speed, thumbnails are sampled, not averaged, and non-reference frames are not deblocked.
     """
     container, stream = _open_video(request)
     quick = {"skip_loop_filter": "noref"}
@@ -322,15 +327,15 @@ def _thumbnails(
         shown = _seek(container, stream, index, key)
         if shown is None:
             container, stream = _open_video(request)
-    smaller = VideoReformatter()  # one for all: each frame's own would be another one
+    reformatter = VideoReformatter()  # one for all, which keeps its scaler; each frame has its own
     for number, frame in shown or _shown(container.demux(stream), stream, index, 0):
         if number >= last:
             return
-        if number < first:  # also what comes out of order after damage
+        if number < first:  # or out of order after damage
             continue
         first = number + 1
         _check_size(frame.width, frame.height, request["max_pixels"])
-        small = smaller.reformat(
+        small = reformatter.reformat(
             frame,
             width=max(2, min(frame.width, THUMBNAIL)),
             height=max(2, min(frame.height, THUMBNAIL)),
@@ -343,14 +348,14 @@ def _thumbnails(
 
 
 def _key_before(index: Index, number: int) -> Key:
-    """The last key frame up to that frame; the beginning of the file where there is none."""
+    """The last key frame up to a frame; the beginning of the file where there is none."""
     before = bisect_right(index.keys, (number, sys.maxsize))
     return index.keys[before - 1] if before else Key(0, 0)
 
 
 def _is_seekable(container: InputContainer, stream: VideoStream, index: Index) -> bool:
     if index.counted and stream.codec_context.has_b_frames:
-        return False  # a key frame's number in the file is not its number on the screen
+        return False  # a key frame's number in decoding order is not that in display order
     return container.format.name.startswith(SEEKABLE)
 
 
@@ -373,9 +378,9 @@ def _seek(
 
 
 def _shown(
-    packets: Iterable[Packet], stream: VideoStream, index: Index, start: int
+    packets: "Iterable[Packet[VideoStream]]", stream: VideoStream, index: Index, start: int
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """(index, frame) in display order. ``start`` : where counting begins."""
+    """(index, frame) in display order. ``start`` : where counting begins, if stamps are counted."""
     number = start - 1
     for frame in _outputs(packets, stream):
         if index.counted:
@@ -385,11 +390,11 @@ def _shown(
         else:
             number = bisect_right(index.stamps, frame.pts) - 1
             if number < 0 or index.stamps[number] != frame.pts:
-                continue  # cut off by an edit list
+                continue  # cut by an edit list
         yield number, frame
 
 
-def _outputs(packets: Iterable[Packet], stream: VideoStream) -> Iterator[VideoFrame]:
+def _outputs(packets: "Iterable[Packet[VideoStream]]", stream: VideoStream) -> Iterator[VideoFrame]:
     try:
         for packet in packets:
             try:

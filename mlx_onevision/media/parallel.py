@@ -1,10 +1,10 @@
-"""Work on several cores: numpy, Pillow and hashlib release the interpreter's lock; and what may be
-held by all threads at once.
+"""Work on several cores (numpy, Pillow and hashlib release the interpreter's lock), and limits on
+what all threads hold together.
 """
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Sized
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache, partial
@@ -14,16 +14,16 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-POLL_SECONDS = 0.1  # how often a cancellation is looked for
+POLL_SECONDS = 0.1  # between two calls of a check for cancellation
 
 
 def no_check() -> None:
-    """No cancellation."""
+    """The check for cancellation of work that cannot be cancelled."""
 
 
 class Budget:
-    """What all threads together may hold of something: bytes, processes. First come, first served.
-    Who asks for more than ``total`` gets it while nobody else holds anything.
+    """A limit on what all threads hold together, such as bytes or processes: a fair semaphore.
+    More than ``total`` is granted while nothing else is held.
     """
 
     def __init__(self, total: int) -> None:
@@ -32,19 +32,19 @@ class Budget:
         self._changed = Condition()
 
     def acquire(self, size: int = 1, check: Callable[[], None] = no_check) -> None:
-        """Waits for room. check : called meanwhile; gives up by raising."""
-        me = object()
+        """Waits until ``size`` more can be held. check : called meanwhile; gives up by raising."""
+        ticket = object()
         with self._changed:
-            self._waiting.append(me)
+            self._waiting.append(ticket)
             try:
-                while self._waiting[0] is not me or (
+                while self._waiting[0] is not ticket or (
                     self._held and self._held + size > self._total
                 ):
                     self._changed.wait(POLL_SECONDS)
                     check()
                 self._held += size
             finally:
-                self._waiting.remove(me)
+                self._waiting.remove(ticket)
                 self._changed.notify_all()
 
     def release(self, size: int = 1) -> None:
@@ -53,7 +53,7 @@ class Budget:
             self._changed.notify_all()
 
     @contextmanager
-    def holding(self, size: int = 1, check: Callable[[], None] = no_check) -> Iterator[None]:
+    def holding(self, size: int = 1, check: Callable[[], None] = no_check) -> Generator[None]:
         self.acquire(size, check)
         try:
             yield
@@ -63,7 +63,7 @@ class Budget:
 
 @cache
 def cores() -> int:
-    """Those that this process may use; at most 8, for the memory that each takes."""
+    """The number of cores that this process may use; at most 8, for the memory that each takes."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
@@ -79,8 +79,9 @@ def parallel_map(
     """``[function(item) for item in items]``, on several cores.
 
     Items are taken on the caller's thread, up to ``most`` ahead of their results. The first error,
-    in the order of the items, ends the work and is raised once what had begun is over. May be
-    called within itself: a thread runs a task that has not begun, and never waits for one.
+    in the order of the items, ends the work and is raised once the tasks that had begun are over.
+    ``function`` may call this again: a thread runs a task that has not begun itself, and waits for
+    running ones only.
     """
     if cores() == 1 or (isinstance(items, Sized) and len(items) < 2):
         return [function(item) for item in items]
@@ -93,8 +94,8 @@ def parallel_map(
 
     try:
         for item in items:
-            # A task that was taken back stays in the pool's queue for a while, emptied: what it is
-            # about may be large.
+            # A cancelled task stays in the pool's queue for a while. As a list it can be emptied,
+            # which frees the item; that may be large.
             task = [partial(function, item)]
             running.append((pool.submit(_run, task), task))
             if len(running) >= most:

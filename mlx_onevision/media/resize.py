@@ -1,14 +1,17 @@
-"""Bicubic resizing of 8-bit images, to the bit as torchvision does it, in numpy.
+"""Bicubic resizing of 8-bit images in numpy, to the bit as torchvision's ``resize`` with
+``antialias=True`` (PyTorch's ATen/native/cpu/UpSampleKernel.cpp, after Pillow's Resample.c).
 
-It makes two passes, one an axis, in integers: weights are rounded to some fractional bits, and each
-pass rounds and clamps to 0..255. Float bicubic is up to 13 levels away from that.
+The reference makes two passes, one an axis, in integers: weights are rounded to a number of
+fractional bits, and each pass rounds and clamps to 0..255. Bicubic in floating point differs from
+that by up to 13 levels.
 
-The integer sums are computed as BLAS matrix products in floating point. A float holds whole numbers
-exactly up to 2**24, a double up to 2**53: where no partial sum can pass that (checked for each
-axis), every sum is exact in any order. The weights' scale, 2**-bits, changes no digit.
+Here the integer sums are BLAS matrix products in floating point. float32 holds whole numbers
+exactly up to 2**24, float64 up to 2**53: where no partial sum can exceed that (checked for each
+axis), every sum is exact in any order. The weights' scale, 2**-bits, only moves the exponent.
 
-Threads must meet the interpreter's lock seldom to work side by side, so few calls do much each: all
-products of an axis are one call, for which their windows of inputs have to lie evenly spaced.
+Threads run side by side only while they do not hold the interpreter's lock, so there are few calls
+that do much each: all products of an axis are one call, for which the windows of inputs that they
+read have to be evenly spaced.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ from mlx_onevision.media.parallel import cores, parallel_map
 Pixels = NDArray[np.uint8]
 Reals = NDArray[np.float64]
 
-_REACH = 2.0  # of the cubic, in pixels of the coarser image
-_MOST_BITS = 22
+_REACH = 2.0  # radius of the cubic, in pixels of the coarser image
+_MOST_BITS = 22  # fractional bits of a weight
 _WEIGHT_END = 1 << 15  # torch's weights fit int16
-_FLOAT_END = 1 << 24  # whole numbers below are exact as floats
-_BLOCK_OUTPUTS = 32  # outputs of one product, at most: more hold more zeros
-_PACKING = 16  # outputs that take as long as what BLAS does with the inputs beforehand
+_FLOAT_END = 1 << 24  # whole numbers below are exact in float32
+_BLOCK_OUTPUTS = 32  # outputs of one product at most: with more, a matrix has more zeros
+_PACKING = 16  # the cost of packing inputs for BLAS, in outputs computed from them
 _KERNEL = 4  # outputs that BLAS computes together
 # Multiplications in one product. OpenBLAS spreads more than this over threads, which then wait for
 # each other: no gain on an idle machine, and six times slower on a busy one.
@@ -41,19 +44,20 @@ _PRODUCT = 1 << 18
 _VALUES = 1 << 19  # levels held as floats at a time, by each core
 _KEPT = 2 << 20  # bytes of a scratch array that a thread keeps
 _PART = 1 << 19  # levels from which on another core is worth its start
-_TURNED = 160  # pixels of rows that are written at a time: a cache holds the columns they come from
+_TURNED = 160  # pixels of a row that are written at a time: their columns fit into a cache
 
 # Apple's BLAS raises floating-point flags on sound products, of which numpy then warns.
 _quiet = np.errstate(divide="ignore", over="ignore", invalid="ignore")
 
 
 class _Axis(NamedTuple):
-    """One pass over levels from which 128 was taken. Product ``b`` makes ``outputs`` outputs of the
-    ``inputs`` inputs from ``first + b * step`` on; there may be none that far out.
+    """One pass of the resampling, over levels less 128 (so that they fit int8). Product ``b`` makes
+    ``outputs`` outputs from the ``inputs`` inputs that begin at ``first + b * step``, some of which
+    may lie outside the image; their weights are 0.
 
     matrices : (products, parts, outputs, inputs), whole multiples of 2**-bits. An output is the sum
-        over the parts: two, if it takes more digits than a float has, but those of each do not.
-    offset : (size, 1), what the 128 would have added, and half a level: truncating then rounds.
+        over the parts; there are two where its sums are exact only as two float32 numbers.
+    offset : (size, 1): what the 128 would have added, and 0.5, so that truncating rounds.
     """
 
     first: int
@@ -68,7 +72,9 @@ class _Axis(NamedTuple):
         return self.first + (products - 1) * self.step + inputs
 
     def near(self, start: int, stop: int) -> tuple[int, _Axis]:
-        """The first output that inputs ``start:stop`` have part in, and the products from there."""
+        """The first output that depends on inputs ``start:stop``, and the axis of the products that
+        do.
+        """
         products, _, outputs, inputs = self.matrices.shape
         low, high = 0, products
         if self.step:
@@ -80,7 +86,7 @@ class _Axis(NamedTuple):
 
 
 class _Scratch(local):
-    """Arrays that a thread uses again: fresh memory costs as much as the arithmetic in it."""
+    """Arrays that a thread reuses: touching fresh memory takes as long as the arithmetic in it."""
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, Pixels] = {}
@@ -101,8 +107,9 @@ _scratch = _Scratch()
 
 
 def resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """``image`` (H, W, C) resized to ``size`` = (height, width): (height, width, C), or itself
-    if it has that size. An antialiased bicubic (Keys' cubic, a = -0.5), across, then down.
+    """``image`` uint8 (H, W, C) resized to ``size`` = (height, width): uint8 (height, width, C), or
+    itself if it has that size. Antialiased bicubic (Keys' cubic, a = -0.5), first the rows, then
+    the columns.
     """
     return resize_each(image, [size])[0]
 
@@ -153,11 +160,12 @@ def _across(
     left: int = 0,
     fill: Sequence[int] = (0,),
 ) -> None:
-    """(H, W, C) to an (H, width, C) for each axis. The image lies from input ``left`` of the axes
-    on, and what is beside it has the colour ``fill``.
+    """Resamples the rows of an image (H, W, C) into an array (H, width, C) for each axis. Input
+    ``left`` of the axes is the image's first column; inputs beside the image have the colour
+    ``fill``.
 
-    Rows are turned into columns and back, as bytes, of which floats would take six times as long:
-    BLAS is at its best where the inputs of a product lie below each other.
+    Rows are transposed to columns and back as bytes, which takes a sixth of the time that floats
+    take: BLAS is fastest where the inputs of a product lie below each other.
     """
     high, wide, channels = image.shape
     axes = [axis for axis, _ in passes]
@@ -187,7 +195,7 @@ def _across(
 
 
 def _down(image: Pixels, to_high: int) -> Pixels:
-    """(H, X, Y) to (height, X, Y), whatever the other two axes are; itself if it is as high."""
+    """Resamples the first axis of (H, X, Y): (height, X, Y), or itself if it has that height."""
     high, *others = image.shape
     if high == to_high:
         return image
@@ -210,13 +218,16 @@ def _down(image: Pixels, to_high: int) -> Pixels:
 
 
 class _Columns:
-    """Some lines of an image, beside each other.
+    """Lines of an image as the columns of an array, to be resampled along it.
 
-    levels : (inputs, count), less 128, from input ``first`` of the axes on.
+    levels : uint8 (inputs, count), less 128 as two's complement, from input ``first`` of the axes
+        on; to be filled before :meth:`read`.
     """
 
     def __init__(self, axes: Sequence[_Axis], total: int, together: int = 1) -> None:
-        """For ``total`` lines, of which so many stay ``together``, in bands about as large."""
+        """Room for a band of ``total`` lines, whose number is a multiple of ``together``; all bands
+        are about as large.
+        """
         self.first = min(axis.first for axis in axes)
         length = max(axis.last for axis in axes) - self.first
         products = max(prod(axis.matrices.shape[1:]) for axis in axes)
@@ -227,11 +238,11 @@ class _Columns:
         self._values = _scratch("values", (length, self.count), self._dtype)
 
     def read(self) -> None:
-        """Takes the levels as they are now."""
+        """Converts the levels, as they are now, for :meth:`sums`."""
         np.copyto(self._values, self.levels.view(np.int8))
 
     def sums(self, axis: _Axis) -> NDArray[Any]:
-        """An axis's outputs, (outputs, count), still to be truncated."""
+        """An axis's outputs (outputs, count), floats within 0..255, to be truncated."""
         products, parts, outputs, inputs = axis.matrices.shape
         row, one = self._values.strides
         windows = np.ndarray(
@@ -253,7 +264,9 @@ class _Columns:
 
 
 def _even(length: int, most: int) -> int:
-    """The length of the fewest bands of at most ``most`` lines each, all about as long."""
+    """The length of bands of at most ``most`` lines, of which there are as few as can be, all about
+    as long.
+    """
     return -(-length // -(-length // most))
 
 
@@ -263,7 +276,7 @@ def _bands(part: slice, band: int) -> Iterator[slice]:
 
 
 def _parts(length: int, work: int) -> list[slice]:
-    """``length`` lines in parts, one for each core that has enough to do."""
+    """``length`` lines in parts, for as many cores as ``work``, in levels, is worth starting."""
     count = min(cores(), length, max(1, work // _PART))
     ends = [length * n // count for n in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(ends)]
@@ -288,13 +301,14 @@ def _axis(size: int, to_size: int) -> _Axis:
 
 
 def _is_exact(weights: Reals) -> bool:
-    """Whether floats hold all sums that whole weights (taps, outputs) can make."""
+    """Whether float32 holds all sums of levels by whole weights (taps, outputs) exactly."""
     return 128 * float(np.abs(weights).sum(axis=0).max()) < _FLOAT_END
 
 
 def _digits(weights: Reals, one: float) -> tuple[list[Reals], type[np.floating]]:
-    """``weights``, or two parts of them, and what holds all sums of each. With the offset, in the
-    range that is not clipped, sums stay below 256.
+    """Whole ``weights``, or two parts that add up to them, and the type that holds all sums of each
+    exactly. ``one`` : the weight 1. Sums that are not clipped stay below 256, their offset
+    included.
     """
     if _is_exact(weights) and 256 * one <= _FLOAT_END:
         return [weights], np.float32
@@ -309,9 +323,11 @@ def _digits(weights: Reals, one: float) -> tuple[list[Reals], type[np.floating]]
 def _windows(
     first: NDArray[np.int64], taps: int, scale: float, parts: int
 ) -> tuple[int, int, int, int]:
-    """How many outputs to make in one product, how far apart the windows of their inputs are, where
-    the first of them begins, and how many inputs are in each, for the least work. Of outputs whose
-    inputs begin a whole number of pixels further on, windows need no room to spare.
+    """How to divide an axis into products, for the least work: the outputs of a product, how many
+    inputs apart the windows of two products begin, where the first begins, and how long they are.
+
+    first : (outputs,), the first input of each output. scale : inputs an output.
+    parts : matrices that the weights are divided into.
     """
     found: list[tuple[int, int, int, int, int]] = []
     for outputs in range(1, min(len(first), _BLOCK_OUTPUTS) + 1):
@@ -329,8 +345,9 @@ def _windows(
 
 
 def _weights(size: int, to_size: int) -> tuple[NDArray[np.int64], Reals]:
-    """First inputs (outputs,) and weights (taps, outputs), unrounded; 0 past the last input.
-    Torchvision's order of operations, because a last bit can move a weight.
+    """First inputs, int64 (outputs,), and weights, float64 (taps, outputs), not yet rounded; 0 past
+    the last input. The operations are in PyTorch's order, because a last bit can change a rounded
+    weight.
     """
     scale = size / to_size
     stretch = max(scale, 1.0)
@@ -341,11 +358,12 @@ def _weights(size: int, to_size: int) -> tuple[NDArray[np.int64], Reals]:
     step = np.arange(int((last - first).max()))[:, None]
     distance = step + (first - centre) + 0.5
     weights = np.where(step < last - first, _cubic(distance * (1.0 / stretch)), 0.0)
-    # cumsum adds one after the other, as the library does; sum would not.
+    # cumsum adds one after the other, as PyTorch does; sum would not.
     return first, weights / np.cumsum(weights, axis=0)[-1]
 
 
 def _cubic(x: Reals) -> Reals:
+    """Keys' cubic convolution kernel with a = -0.5."""
     a = -0.5
     x = np.abs(x)
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0

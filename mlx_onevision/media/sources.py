@@ -1,4 +1,6 @@
-"""The bytes of an image or a video: from a path, behind an http(s) URL, in base64, as they are."""
+"""The bytes of an image or a video, from a path, an http(s) URL, base64 or a file object, and what
+errors call it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import sniff
@@ -31,31 +33,40 @@ VIDEOS = (
 IMAGE_KINDS = "JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, ICO, JPEG 2000, QOI, AVIF, HEIC"
 VIDEO_KINDS = "MP4, MOV, Matroska, WebM, AVI, GIF, MPEG-TS, M2TS, MPEG-PS, Ogg"
 MAX_DOWNLOAD = 256 << 20  # bytes
-TIMEOUT = 30.0  # seconds without a sign of life
+TIMEOUT = 30.0  # seconds to connect, and between two pieces of an answer
 DEADLINE = 120.0  # seconds for a whole download
 
 Kind: TypeAlias = Literal["image", "video"]
 
 _ARTICLES = {"image": "an image", "video": "a video"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_BLANKS = b" \t\n\r\f\v"  # that base64 may be broken by
+_BLANKS = b" \t\n\r\f\v"  # allowed between the letters of base64
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", re.ASCII)
+
+
+def _is_bytes(source: object) -> TypeGuard[bytes | bytearray | memoryview]:
+    return isinstance(source, bytes | bytearray | memoryview)
+
+
+def _is_path(source: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(source, str | os.PathLike)
 
 
 def is_file(source: object) -> bool:
     """Whether ``source`` has to be read and decoded; otherwise it holds pixels already."""
-    return isinstance(source, str | bytes | bytearray | memoryview | os.PathLike) or (
-        hasattr(source, "read") and not hasattr(source, "shape")
-    )
+    encoded = hasattr(source, "read") and not hasattr(source, "shape")
+    return _is_bytes(source) or _is_path(source) or encoded
 
 
 def is_video(source: object) -> bool:
-    """By how it begins, and by its name where it cannot be looked into, as behind a URL."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return sniff(bytes(source[:32])) == "video"
-    if not isinstance(source, str | os.PathLike):
+    """Whether ``source`` is a video: by its first bytes; by its name where it cannot be opened, as
+    behind a URL; an array, by its four axes.
+    """
+    if _is_bytes(source):
+        return sniff(bytes(memoryview(source)[:32])) == "video"
+    if not _is_path(source):
         return getattr(source, "ndim", None) == 4
-    name = str(os.fspath(source))
+    name = os.fsdecode(source)
     if name[:5].lower() == "data:":
         return name[:11].lower() == "data:video/"
     try:
@@ -69,11 +80,12 @@ def is_video(source: object) -> bool:
 
 
 def open_source(source: Any, kind: Kind) -> tuple[bytes | FileIO, str]:
-    """The bytes or the open file of what :func:`is_file`, and what errors call it. A string is a
-    data URI, a URL, a path, or, if it can be nothing else, base64. Raises MediaError, and
-    TooLargeError for too large a download.
+    """The bytes of a source for which :func:`is_file` holds, or the open file, and what errors call
+    it. A string is a data URI, a URL, a path, or, if it can be nothing else, base64.
+
+    Raises MediaError, and TooLargeError for too large a download.
     """
-    if isinstance(source, bytes | bytearray | memoryview):
+    if _is_bytes(source):
         return bytes(source), f"the {kind} given as bytes"
     if hasattr(source, "read"):
         return source.read(), file_name(source, kind)
@@ -95,7 +107,7 @@ def open_path(path: str | os.PathLike[str], kind: Kind) -> tuple[FileIO, str]:
     path = Path(os.path.expanduser(path))
     name = quoted(str(path))
     try:
-        # Not waiting: opening a pipe that nobody writes to would never end.
+        # Non-blocking: opening a pipe that nobody writes to would never return.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         similar = similar_path(str(path))
@@ -149,7 +161,7 @@ def quoted(text: str) -> str:
 
 
 def reason(error: object) -> str:
-    """An error's own words, fit for the end of a sentence."""
+    """The first line of an error's message, without a full stop, for the end of a sentence."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].rstrip(". ")
 
@@ -199,7 +211,9 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
     body = bytearray()
     deadline = Deadline(DEADLINE)
     try:
-        get = Request(encoded_url(url), headers={"User-Agent": "mlx-onevision"})
+        get = Request(  # noqa: S310 (the opener has handlers for http and https alone)
+            encoded_url(url), headers={"User-Agent": "mlx-onevision"}
+        )
         with deadline, _opener(deadline).open(get, timeout=TIMEOUT) as response:
             promised = int(response.headers.get("Content-Length") or 0)
             if promised > most:
@@ -223,7 +237,9 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
 
 
 def _opener(deadline: Deadline) -> OpenerDirector:
-    """What opens URLs, within a deadline. urllib's own would follow a redirect to ftp as well."""
+    """Opens http and https URLs within a deadline. urllib's default opener would also read file: and
+    ftp: URLs, and follow redirects to ftp.
+    """
     from http import client
     from urllib import request
 

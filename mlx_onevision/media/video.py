@@ -1,11 +1,12 @@
-"""Videos to tiles: each chosen frame squeezed into one tile, as the reference does it.
+"""Videos to tiles: each chosen frame squeezed into one tile, as transformers'
+``LlavaOnevisionVideoProcessor`` does it.
 
 A video is a file (path, URL, bytes), of which 32 frames are taken unless the caller says how many;
 or frames in memory (a list of what :func:`~mlx_onevision.media.image.load_image` takes, or a uint8
 array (T, H, W, C) or (T, C, H, W)), all of which are, without a rate, a start or an end.
 
-Files: those of ``VIDEO_KINDS``. Turned upright by their display matrix; transparency is
-dropped; of several video streams the first counts. A few decoded frames at a time are in memory.
+Files are of ``VIDEO_KINDS``, and are turned upright by their display matrix; transparency is
+dropped; of several video streams the first is read. ``IN_FLIGHT`` decoded frames are in memory.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.config.json_fields import Json, shown
+from mlx_onevision.config.json_fields import Json, is_object, shown
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
@@ -49,9 +50,9 @@ logger = logging.getLogger("mlx_onevision")
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """How videos become pixel values, which a checkpoint may say apart from images.
+    """How videos become pixel values, where a checkpoint may have other settings than for images.
 
-    frames : where the caller does not say; unset in the published checkpoints.
+    frames : defaults for what the caller leaves open; unset in the published checkpoints.
     """
 
     pixels: ImageConfig
@@ -61,23 +62,27 @@ class VideoConfig:
     def from_folder(
         cls, folder: Path, processor: Json, images: ImageConfig, config: OneVisionConfig
     ) -> VideoConfig:
-        """From ``video_processor`` of processor_config.json, else from the file of its own, else
-        as images are. ConfigError for a setting that is not supported.
+        """From ``video_processor`` of processor_config.json, else from ``FILE``, else those of
+        images.
+
+        processor : the object in processor_config.json.
+
+        Raises ConfigError for a setting that is not supported.
         """
         where, values = "processor_config.json's video_processor", processor.get("video_processor")
         if not values:
             where, values = FILE, read_json(folder / FILE)
         if values is None:
             return cls(images, FrameOptions(ends=config.force_sample))
-        if not isinstance(values, Mapping):
+        if not is_object(values):
             raise ConfigError("processor_config.json has a video_processor that is no object")
         return cls.from_dict(values, config, where)
 
     @classmethod
     def from_dict(cls, values: Json, config: OneVisionConfig, where: str = FILE) -> VideoConfig:
-        """Raises ConfigError for a setting that is not supported."""
+        """From the object that ``where`` names in errors. Raises ConfigError as ``from_folder``."""
         size = values.get("size")
-        if isinstance(size, Mapping) and not size.keys() & {"height", "width"}:
+        if is_object(size) and not size.keys() & {"height", "width"}:
             needs = "a frame fills one tile, so it needs height and width"
             raise ConfigError(f"{where} has size {shown(dict(size))}; {needs}")
         pixels = {key: value for key, value in values.items() if key != "image_grid_pinpoints"}
@@ -93,10 +98,13 @@ class VideoConfig:
 
 @dataclass(frozen=True, eq=False)
 class VideoFrames:
-    """The frames of a video that the model will see; times and length are None without a clock.
+    """The frames of a video that the model will see.
 
-    tiles : uint8 (n, S, S, 3). indices : in the video. times : the second at which each appears.
-    total : frames in the video. length : seconds. notes : what did not go as asked; also logged.
+    tiles : uint8 (n, S, S, 3).
+    indices : of the n frames in the video, which has ``total`` of them.
+    times : the second at which each appears; None for frames in memory, which have no clock.
+    length : seconds; None likewise.
+    notes : sentences on what is not as it was asked for; they are logged, too.
     """
 
     tiles: Pixels
@@ -108,7 +116,7 @@ class VideoFrames:
 
     @cached_property
     def digest(self) -> bytes:
-        """Of the tiles."""
+        """A hash of the tiles."""
         return digest_of(self.tiles)
 
 
@@ -125,11 +133,11 @@ def load_video(
 ) -> VideoFrames:
     """The chosen frames of a video as tiles of ``size`` pixels.
 
-    default : how many of a file where ``options`` do not say.
+    default : their number, of a file, where ``options`` set none. most : the most there may be.
+    limits : of decoding a file.
     check : called between frames and while waiting; ends the work by raising.
-    cache : may have the tiles of a file of the same contents, or of the same array; is not asked
-        for files of more than ``MAX_HASHED`` bytes and for lists of frames, and not given a video
-        of which something is to be noted.
+    cache : of tiles, by the contents of a file or an array. Not cached are files of more than
+        ``MAX_HASHED`` bytes, lists of frames, and videos with ``notes``.
 
     Raises:
         MediaError: for what cannot be read, in one sentence that names it.
@@ -141,32 +149,34 @@ def load_video(
     if not is_file(source):
         array = np.asarray(source) if hasattr(source, "__array_interface__") else None
         key = None if cache is None or array is None else (array_key(array), size, options)
-        video = _known(cache, key, most)
-        return video or _kept(cache, key, _from_frames(source, size, options, most, check))
+        video = _cached(cache, key, most)
+        return video or _store(cache, key, _from_frames(source, size, options, most, check))
     file, name = open_video_file(source)
     with file:
         before = os.fstat(file.fileno())
         key = None if cache is None else file_key(file, check)
         key = None if key is None else (key, size, options, default)
-        video = _known(cache, key, most)
+        video = _cached(cache, key, most)
         if video is not None:
             return video
         with VideoReader(file, name, limits, check, once=True) as reader:
             video = _from_file(reader, size, options, default, most)
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            key = None  # written to meanwhile: it may not be what was hashed
-        return _kept(cache, key, video)
+            key = None  # written to meanwhile: other contents than were hashed
+        return _store(cache, key, video)
 
 
-def _known(cache: TileCache | None, key: Hashable, most: int | None) -> VideoFrames | None:
+def _cached(cache: TileCache | None, key: Hashable, most: int | None) -> VideoFrames | None:
+    """The video in the cache, if it is there. Raises TooManyFramesError beyond ``most``."""
     video = None if cache is None else cache.get(key, VideoFrames)
     if video is not None and most is not None and len(video.tiles) > most:
         raise TooManyFramesError(len(video.tiles))
     return video
 
 
-def _kept(cache: TileCache | None, key: Hashable, video: VideoFrames) -> VideoFrames:
+def _store(cache: TileCache | None, key: Hashable, video: VideoFrames) -> VideoFrames:
+    """Logs the notes of a new video, caches it if it has none, and returns it."""
     for note in video.notes:
         logger.warning("%s", note)
     if cache is not None and not video.notes:
@@ -175,12 +185,12 @@ def _kept(cache: TileCache | None, key: Hashable, video: VideoFrames) -> VideoFr
 
 
 def open_video_file(source: Any) -> tuple[BinaryIO, str]:
-    """A real file that holds a video (one that :func:`is_file`), open, and what errors call it.
-    MediaError for what cannot be opened, or is empty.
+    """A real, open file of the contents of ``source`` (for which :func:`is_file` holds), and what
+    errors call it. Raises MediaError for a source that cannot be opened, or is empty.
     """
     regular = isinstance(source, FileIO) and stat.S_ISREG(os.fstat(source.fileno()).st_mode)
     if regular and source.readable() and not source.tell():
-        data, name = FileIO(os.dup(source.fileno())), file_name(source, "video")  # need no copy
+        data, name = FileIO(os.dup(source.fileno())), file_name(source, "video")  # without a copy
     else:
         data, name = open_source(source, "video")
     if isinstance(data, bytes):
@@ -219,7 +229,7 @@ def _from_file(
     parallel_map(work, frames(), most=IN_FLIGHT)
     if not places:
         raise MediaError(f"cannot read {name}: none of its {info.total} frames can be decoded")
-    notes = []
+    notes: list[str] = []
     if info.total < info.claimed:
         notes.append(f"{name} breaks off: {info.total} of its {info.claimed} frames are there")
     if len(places) < wanted:
@@ -227,19 +237,21 @@ def _from_file(
         notes.append(f"{name} is damaged: {lost} cannot be decoded and are left out")
     indices = tuple(chosen.indices[place] for place in places)
     times = tuple(chosen.times[place] for place in places)
-    notes += _fewer(name, wanted, options)
+    notes += _fewer_note(name, wanted, options)
     return VideoFrames(tiles[: len(places)], indices, times, info.total, info.length, tuple(notes))
 
 
 def _from_frames(
     source: Any, size: int, options: FrameOptions, most: int | None, check: Callable[[], None]
 ) -> VideoFrames:
-    given = np.asarray(source) if hasattr(source, "__array_interface__") else source
-    if isinstance(given, np.ndarray):
+    given: NDArray[Any] | Sequence[Any]
+    if hasattr(source, "__array_interface__"):
+        given = np.asarray(source)
         name = f"the array of shape {given.shape}"
         if given.ndim != 4:
             raise MediaError(f"{name} is not one video; a video has four axes, time first")
-    elif isinstance(given, list | tuple):
+    elif isinstance(source, list | tuple):
+        given = cast("Sequence[Any]", source)
         name = f"the list of {len(given)} frames"
     else:
         sources = "give a path, URL, bytes, list of frames or array"
@@ -268,10 +280,10 @@ def _from_frames(
             yield place, given[index]
 
     parallel_map(work, frames())
-    return VideoFrames(tiles, tuple(indices), None, total, None, _fewer(name, total, options))
+    return VideoFrames(tiles, tuple(indices), None, total, None, _fewer_note(name, total, options))
 
 
-def _fewer(name: str, there: int, options: FrameOptions) -> tuple[str, ...]:
+def _fewer_note(name: str, there: int, options: FrameOptions) -> tuple[str, ...]:
     asked = options.num_frames
     if asked is None or asked <= there:
         return ()

@@ -31,15 +31,15 @@ from mlx_onevision.media.anyres import (
 )
 from mlx_onevision.media.cache import TileCache, digest_of
 from mlx_onevision.media.decoder import Limits
-from mlx_onevision.media.image import (
-    identify_image,
+from mlx_onevision.media.image import identify_image
+from mlx_onevision.media.parallel import parallel_map
+from mlx_onevision.media.tiles import (
     normalization_table,
     pad_to_square_tile,
     pixel_values,
     squeeze_to_tile,
     tile_image,
 )
-from mlx_onevision.media.parallel import parallel_map
 from mlx_onevision.media.video import VideoConfig, VideoFrames, load_video
 from mlx_onevision.prompt.chat_template import ChatTemplate, Order, Segment
 from mlx_onevision.prompt.messages import Message, sources, video_blocks

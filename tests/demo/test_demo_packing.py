@@ -39,7 +39,7 @@ from mlx_onevision.checkpoint import hub
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.media.anyres import VideoPacking
-from mlx_onevision.media.image import tile_image
+from mlx_onevision.media.tiles import tile_image
 from mlx_onevision.network.onevision import OneVision, pool_frames
 from mlx_onevision.prompt.processor import Processor
 

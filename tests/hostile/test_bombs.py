@@ -24,6 +24,7 @@ from videos import counting, film, numbered
 
 from mlx_onevision.errors import CancelledError, MediaError, TooLargeError
 from mlx_onevision.media import image as module
+from mlx_onevision.media import rgb
 from mlx_onevision.media.decoder import Limits, VideoReader
 from mlx_onevision.media.image import EncodedImage, PixelCount, load_image
 from mlx_onevision.media.image_parts import MAX_PARTS, orientation
@@ -239,7 +240,7 @@ def test_strips_are_turned_as_wholes_are(
     exif[0x0112] = turn
     image.save(file, "JPEG" if mode == "CMYK" else "PNG", exif=exif)
     whole = load_image(file.getvalue())
-    monkeypatch.setattr(module, "_LARGE", 16 * 41 * 7)
+    monkeypatch.setattr(rgb, "_LARGE", 16 * 41 * 7)
     assert np.array_equal(load_image(file.getvalue()), whole)
 
 
@@ -251,6 +252,7 @@ from pathlib import Path
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.media import image as module
 from mlx_onevision.media.parallel import Budget, parallel_map
+from mlx_onevision.media.tiles import pad_to_square_tile
 
 {peak}
 
@@ -259,7 +261,7 @@ module._memory = Budget(most)
 def tile(data):
     _, read = module.identify_image(data)
     with read() as pixels:
-        tile = module.pad_to_square_tile(pixels, ImageConfig())
+        tile = pad_to_square_tile(pixels, ImageConfig())
         del pixels
     return tile
 tile(Path(sys.argv[1]).read_bytes())

@@ -32,10 +32,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.media import image as module
-from mlx_onevision.media.image import (
-    DecodedImage,
-    load_image,
-)
+from mlx_onevision.media import rgb
+from mlx_onevision.media.image import DecodedImage, load_image
 
 # Pictures in memory
 
@@ -66,7 +64,7 @@ def test_a_decoded_image_is_taken_as_it_is(high: int) -> None:
 def test_a_large_image_is_taken_from_pillow_in_strips(
     large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LARGE", large)
+    monkeypatch.setattr(rgb, "_LARGE", large)
     image = Image.fromarray(noise(50, 40, 3))
     turned = Image.Exif()
     turned[0x0112] = 6

@@ -19,8 +19,9 @@ from PIL import Image
 
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import MediaError
-from mlx_onevision.media.image import load_image, pad_to_square_tile, pixel_values, tile_image
+from mlx_onevision.media.image import load_image
 from mlx_onevision.media.resize import resize
+from mlx_onevision.media.tiles import pad_to_square_tile, pixel_values, tile_image
 
 from transformers import LlavaOnevisionImageProcessor  # isort: skip
 from transformers.image_utils import load_image as reference_load_image  # isort: skip

@@ -17,7 +17,7 @@ from prompts import TILE, cases, checkpoint, config, tricky
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.media.anyres import Packing
-from mlx_onevision.media.image import pad_to_square_tile, tile_image
+from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Inputs, Processor
 
