@@ -35,8 +35,8 @@ from examples.demo_model.scenes import sample_size
 from examples.demo_model.sizes import Shape
 from examples.demo_model.tiling import CONFIG
 from examples.demo_model.words import VOCABULARY, Words, build_tokenizer
-from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
 from mlx_onevision.media.resize import resize
+from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
 
 TOLERANCE = 1e-4
 

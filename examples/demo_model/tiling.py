@@ -11,8 +11,8 @@ from examples.demo_model.drawing import draw_scene, through_film, through_jpeg
 from examples.demo_model.packing import GRIDS, TILE
 from examples.demo_model.samples import Medium
 from mlx_onevision.config.preprocessor import ImageConfig
-from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
 from mlx_onevision.media.resize import resize
+from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
 
 CONFIG = ImageConfig(size=TILE, image_grid_pinpoints=GRIDS)
 
