@@ -29,7 +29,8 @@ from mlx_onevision.convert.loss.probes import Probe
 from mlx_onevision.convert.writer import Part
 from mlx_onevision.engine.runner import Counters, Runner
 from mlx_onevision.errors import RequestError
-from mlx_onevision.network.language import Attention, DecoderLayer, RotaryEmbedding
+from mlx_onevision.network.attention import RotaryEmbedding
+from mlx_onevision.network.language import Attention, DecoderLayer
 from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Processor
@@ -218,7 +219,7 @@ def _masked(model: OneVision) -> Generator[None]:
     language: Any = model.language_model
     for layer in language.layers:
         layer.__class__, layer.self_attn.__class__ = _MaskedLayer, _MaskedAttention
-        layer.self_attn._rotate = language._rotate
+        layer.self_attn._rotate = language.rotate
     try:
         yield
     finally:

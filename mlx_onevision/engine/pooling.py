@@ -15,7 +15,8 @@ from mlx_onevision.engine.memory import wired
 from mlx_onevision.engine.request import Counters, request_size
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
-from mlx_onevision.network.onevision import OneVision, normalize
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.packing import normalize
 from mlx_onevision.prompt.processor import Inputs
 
 

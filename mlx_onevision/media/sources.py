@@ -237,8 +237,8 @@ def download(url: str, most: int = MAX_DOWNLOAD) -> bytes:
 
 
 def _opener(deadline: Deadline) -> OpenerDirector:
-    """Opens http and https URLs within a deadline. urllib's default opener would also read file: and
-    ftp: URLs, and follow redirects to ftp.
+    """Opens http and https URLs within a deadline. urllib's default opener would also read file:
+    and ftp: URLs, and follow redirects to ftp.
     """
     from http import client
     from urllib import request

@@ -1,0 +1,1 @@
+"""The network: tower, projector and language model, and what they take of memory."""

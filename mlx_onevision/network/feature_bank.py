@@ -1,23 +1,23 @@
-"""The feature bank: encoded images and videos as token ids above the vocabulary.
+"""The feature bank: the embeddings of encoded images and videos, by token ids above the vocabulary.
 
-mlx-lm's generation, caches and batching speak token ids only. So every encoded medium owns a range
-of *virtual ids*, all at or above ``vocab_size``, one for each of its embeddings. The same pixels
-under the same settings have the same ids, other pixels have others: a prompt is a plain list of
-ints, and a cache that matches on ids can never mistake one image for another.
+mlx-lm's generation, caches and batching work on token ids. So every encoded medium owns a range of
+*virtual ids* at or above ``vocab_size``, one for each of its embeddings. The same pixels under the
+same settings have the same ids, and other pixels have others: a prompt is a plain list of ints, and
+a cache that compares ids can never take one image for another. The reference has no such thing: it
+replaces the embeddings of a placeholder id (``get_placeholder_mask``).
 
-Embeddings are bounded in bytes and evicted in order of last use. A range of ids is given to another
-medium only once neither a request nor a cached prompt holds it.
+Embeddings are limited in bytes, and the least recently used are evicted first. A range of ids is
+given to another medium only once neither a request nor a cached prompt holds it.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-# Ids travel as int32.
-LAST_ID = 2**31 - 1
+LAST_ID = 2**31 - 1  # token ids are int32
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Entry:
     """One medium.
 
     first, length : the first of its virtual ids, and how many there are.
-    embeddings : (length, D) while they are kept.
-    requests : running requests that need the embeddings.
-    prompts : cached prompts that hold the ids; their embeddings went into KV caches already.
+    embeddings : (length, hidden_size); None once they are evicted.
+    requests : how many running requests need the embeddings.
+    prompts : how many cached prompts hold the ids; their KV caches contain the embeddings.
     """
 
     first: int
@@ -42,7 +42,8 @@ class Entry:
 
 
 class FeatureBank:
-    """Embeddings of media by content key and by virtual id.
+    """Embeddings of media, stored by a key of their contents and looked up by virtual id. For one
+    thread at a time.
 
     vocab_size : the first virtual id.
     capacity : bytes to keep; what running requests need is kept beyond it.
@@ -55,7 +56,7 @@ class FeatureBank:
         self._next = vocab_size
 
     def __contains__(self, key: str) -> bool:
-        """Whether the embeddings of ``key`` are here."""
+        """Whether the embeddings of ``key`` are kept."""
         entry = self._entries.get(key)
         return entry is not None and entry.embeddings is not None
 
@@ -66,7 +67,10 @@ class FeatureBank:
         return sum(embeddings.nbytes for embeddings in kept if embeddings is not None)
 
     def reserve(self, key: str, length: int) -> range:
-        """The virtual ids of a medium of ``length`` embeddings, the same ones while it is known."""
+        """The virtual ids of a medium of ``length`` embeddings; the same ones while it is known.
+
+        Raises ValueError where it is known with another length.
+        """
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = Entry(self._free_range(length), length)
@@ -77,7 +81,9 @@ class FeatureBank:
         return entry.ids
 
     def store(self, key: str, embeddings: mx.array) -> None:
-        """Keeps the embeddings (n, D) of a reserved medium, and drops what no longer fits."""
+        """Keeps the embeddings (length, hidden_size) of a reserved medium, and evicts what no
+        longer fits. Raises ValueError for another length than was reserved.
+        """
         entry = self._entries[key]
         if (n := embeddings.shape[0]) != entry.length:
             raise ValueError(f"medium {key} reserved {entry.length} ids for {n} embeddings")
@@ -85,8 +91,8 @@ class FeatureBank:
         self._evict()
 
     @contextmanager
-    def in_use(self, keys: Sequence[str]) -> Iterator[None]:
-        """Keeps the embeddings of ``keys`` (all of them reserved) while a request runs."""
+    def in_use(self, keys: Sequence[str]) -> Generator[None]:
+        """A context in which the embeddings of ``keys``, all of them reserved, are not evicted."""
         entries = [self._entries[key] for key in keys]
         for entry in entries:
             entry.requests += 1
@@ -98,18 +104,18 @@ class FeatureBank:
             self._evict()
 
     def hold(self, keys: Sequence[str]) -> None:
-        """A cached prompt now holds the ids of ``keys``."""
+        """Counts one more cached prompt that holds the ids of ``keys``."""
         for key in keys:
             self._entries[key].prompts += 1
 
     def release(self, keys: Sequence[str]) -> None:
-        """That cached prompt is gone."""
+        """Counts one cached prompt less for ``keys``."""
         for key in keys:
             self._entries[key].prompts -= 1
         self._evict()
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Drops the embeddings of ``keys`` now: these media will not be used again soon."""
+        """Evicts the embeddings of ``keys`` that no running request needs, even if they fit."""
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and entry.requests == 0:
@@ -117,7 +123,7 @@ class FeatureBank:
         self._evict()
 
     def shrink(self, room: int) -> None:
-        """Drops embeddings that no request needs until all are within ``room`` bytes."""
+        """Evicts embeddings that no request needs until all are within ``room`` bytes."""
         self._evict(min(room, self.capacity))
 
     def ids_of(self, key: str) -> range:
@@ -125,8 +131,9 @@ class FeatureBank:
         return self._entries[key].ids
 
     def look_up(self, first: int, last: int) -> mx.array:
-        """The embeddings (last - first, D) of the virtual ids first to last - 1, all of one
-        medium.
+        """The embeddings (last - first, hidden_size) of the virtual ids first to last - 1.
+
+        Raises ValueError where they are not of one medium, or were evicted.
         """
         entry = self._entry_of(first)
         if last - 1 not in entry.ids:
@@ -155,8 +162,8 @@ class FeatureBank:
                 del self._entries[key]
 
     def _free_range(self, length: int) -> int:
-        """The first of ``length`` ids that nothing holds: after the last range given out, else
-        from the bottom, in the gaps that eviction left, else where something idle is made to go.
+        """The first of ``length`` ids that no medium has: behind the range that was given out last;
+        else the lowest gap; else after forgetting idle media, the least recently used first.
         """
         while True:
             for first in (self._next, self.vocab_size):

@@ -1,4 +1,4 @@
-"""What a model of a size needs to answer, and what a Mac of a size has for it: arithmetic only."""
+"""The memory that a model needs to answer, and what a Mac has for it: arithmetic only."""
 
 import sys
 
@@ -27,7 +27,9 @@ LARGE = 36 << 30
 
 
 def image_size(config: OneVisionConfig, tiles: int = TILES) -> MediumSize:
-    """One square image that fills ``tiles`` by ``tiles`` tiles."""
+    """The size of a square image that fills ``tiles`` by ``tiles`` tiles; of one tile where the
+    model does not tile.
+    """
     tile, patches = config.vision_config.image_size, config.vision_config.patches_per_side
     square, grids = (tile * tiles, tile * tiles), config.image_grid_pinpoints
     merge = config.mm_patch_merge_type
@@ -46,10 +48,11 @@ def footprint(
     itemsize: int = 2,
     quantized: bool = False,
 ) -> Footprint:
-    """What a model with ``weights`` bytes of weights needs to answer about one 10-tile image.
+    """The bytes that a model needs to answer about one image of 10 tiles.
 
-    tokens : of the prompt and its answer; None: the image, some words, and an answer.
-    working_set : bytes that the device should use at most; None: the smallest memory budget.
+    weights : bytes of them.
+    tokens : of the prompt and its answer; None: the image, ``WORDS`` and ``ANSWER_TOKENS``.
+    working_set : bytes that the device should use at most; None: computing in the smallest steps.
     itemsize : bytes a value, of the type that the model computes in.
     quantized : whether the weights are.
     """
@@ -71,14 +74,20 @@ def footprint(
 def longest_context(
     config: OneVisionConfig, weights: int, usable: int, *, itemsize: int, quantized: bool
 ) -> int:
-    """Tokens of the longest prompt with one image of ten tiles, and its answer, that fit into
-    ``usable`` bytes, in whole steps of a KV cache; 0 where not even the image does. No more than
-    the model's context holds.
+    """Tokens of the longest prompt with one image of 10 tiles, its answer included, for which
+    ``usable`` bytes are enough: a multiple of ``CACHE_STEP``, or the model's whole context; 0 where
+    not even the image fits.
     """
 
     def fits(tokens: int) -> bool:
-        form = {"itemsize": itemsize, "quantized": quantized}
-        found = footprint(config, weights, tokens=tokens, working_set=usable, **form)
+        found = footprint(
+            config,
+            weights,
+            tokens=tokens,
+            working_set=usable,
+            itemsize=itemsize,
+            quantized=quantized,
+        )
         return found.total <= usable
 
     least = footprint(config, weights).tokens
@@ -92,5 +101,5 @@ def longest_context(
 
 
 def usable_bytes(memory: int) -> int:
-    """What a GPU should use of so much unified memory."""
+    """The bytes that a GPU should use of so many of unified memory."""
     return memory * 3 // 4 if memory >= LARGE else memory * 2 // 3

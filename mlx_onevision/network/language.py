@@ -1,13 +1,15 @@
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """Qwen2, the language model: a pre-norm decoder with grouped-query attention and rotary positions.
 
-Follows transformers' ``Qwen2Model``. It takes embeddings, not ids: looking ids up, which for images
-and videos means the feature bank, is the caller's. Caches are mlx-lm's, or anything that has their
-``update_and_fetch``, ``make_mask``, ``offset`` and ``state``. Its matrices are the checkpoints', or
-those that :func:`layers.fuse` joined them to.
+Follows transformers' ``Qwen2Model`` (modeling_qwen2.py). It takes embeddings, not ids: looking ids
+up, for images and videos in the feature bank, is the caller's task. Caches are mlx-lm's, or objects
+with their ``update_and_fetch``, ``make_mask``, ``offset`` and ``state``. Its matrices are the
+checkpoints', or those that :func:`layers.fuse` joined them to.
 
-Where a group of ranks shares the layers, the configuration is that of one rank's share: of its
-heads and its part of the MLP's inner values. Each rank's products are parts of a sum then. It has a
-part of each row of the embedding, too, where the head is a matrix of its own.
+Where a group of ranks shares the layers (tensor parallelism), the configuration is that of one
+rank's share: of its heads and its part of the MLP's inner values. Each rank's products are then
+parts of a sum. Where the head is a matrix of its own, each rank also has a part of each row of the
+embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,31 +21,15 @@ import numpy as np
 
 from mlx_onevision.config.model import TextConfig
 from mlx_onevision.distributed import all_sum, join
-from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, on_cuda
-from mlx_onevision.network.memory_sizes import CACHE_STEP
+from mlx_onevision.media.parallel import no_check
+from mlx_onevision.network.attention import Mask, RotaryEmbedding, attention, attention_mask
+from mlx_onevision.network.layers import ACTIVATIONS, Pace, gated, halves_of, modules_of
 from mlx_onevision.network.stages import Stage
-
-Mask = mx.array | str | None
-
-
-class RotaryEmbedding:
-    """Rotates pairs of dimensions half a head apart by an angle that grows with the position."""
-
-    def __init__(self, config: TextConfig) -> None:
-        self.dims = config.head_dim
-        inverse, self.length = config.rope.frequencies(
-            config.head_dim, config.max_position_embeddings
-        )
-        # mx.fast.rope takes the periods, not the frequencies.
-        self.periods = mx.array(1.0 / inverse.astype("float64"), mx.float32)
-
-    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        settings: dict[str, Any] = {"traditional": False, "base": None, "scale": 1.0}
-        x = mx.fast.rope(x, self.dims, offset=offset, freqs=self.periods, **settings)
-        return x if self.length == 1.0 else x * self.length
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: ``Qwen2Attention`` of the reference."""
+
     qkv_proj: nn.Linear  # once fused
 
     def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
@@ -61,9 +47,10 @@ class Attention(nn.Module):
     def project(
         self, x: mx.array, rotate: RotaryEmbedding, offset: int | mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Rotated queries (B, heads, L, dim) and keys, and values, of kv_heads.
+        """Rotated queries (B, heads, L, head_dim) and keys (B, kv_heads, L, head_dim), and values.
 
-        x : (B, L, hidden_size), or (B, hidden_size) of one position each.
+        x : (B, L, hidden_size), or (B, hidden_size) for one position of each row.
+        offset : the first position, of all rows or of each (B,).
         """
         heads, rotated = self.num_heads, self.num_heads + self.num_kv_heads
         if "qkv_proj" in self:
@@ -81,22 +68,26 @@ class Attention(nn.Module):
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, cache: Any | None
     ) -> mx.array:
-        """What each query reads of the cache and the new keys and values, (B, heads, L, dim)."""
+        """What each query reads of the cache and the new keys and values, (B, heads, L, head_dim).
+        The cache gets the new ones.
+        """
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         return attention(queries, keys, values, self.scale, mask, cache)
 
     def combine(self, attended: mx.array) -> mx.array:
-        """(B, heads, L, dim) of :meth:`attend` to (B, L, hidden_size)."""
+        """The output (B, L, hidden_size) for what :meth:`attend` returns."""
         B, _, L, _ = attended.shape
         return all_sum(self.o_proj(attended.transpose(0, 2, 1, 3).reshape(B, L, -1)), self.group)
 
     def combine_one(self, attended: mx.array) -> mx.array:
-        """(B, heads, 1, dim) of :meth:`attend` to this rank's part of (B, hidden_size)."""
+        """This rank's part of the output's sum, (B, hidden_size), for one position a row."""
         return self.o_proj(attended.reshape(len(attended), -1))
 
 
 class MLP(nn.Module):
+    """The gated feed-forward part of a layer: ``Qwen2MLP`` of the reference."""
+
     gate_up_proj: nn.Linear  # once fused
 
     def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
@@ -111,7 +102,7 @@ class MLP(nn.Module):
         return all_sum(self.part(x), self.group)
 
     def part(self, x: mx.array) -> mx.array:
-        """This rank's part of the sum."""
+        """This rank's part of the output's sum."""
         if "gate_up_proj" in self:
             gate, up = halves_of(self.gate_up_proj, x)
         else:
@@ -120,6 +111,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """One layer of hidden states (B, L, hidden_size): ``Qwen2DecoderLayer`` of the reference."""
+
     def __init__(self, config: TextConfig, group: mx.distributed.Group | None = None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -136,7 +129,7 @@ class DecoderLayer(nn.Module):
         self, x: mx.array, rotate: RotaryEmbedding, mask: Mask, cache: Any | None
     ) -> mx.array:
         """The first half of a layer; :meth:`feed_forward` is the second."""
-        # The offset is read before the update, which moves a batch cache's in place.
+        # The offset is read before the cache is updated: a batch cache changes its own in place.
         projected = self.before_attention(x, rotate, 0 if cache is None else cache.offset)
         return self.add_attention(x, self.self_attn.attend(*projected, mask, cache))
 
@@ -148,7 +141,9 @@ class DecoderLayer(nn.Module):
         mask: Mask,
         cache: Any | None,
     ) -> mx.array:
-        """What the layer makes of the last positions; the cache gets the keys of all."""
+        """The output (B, last, hidden_size) of the last positions alone; the cache gets the keys
+        and values of all.
+        """
         offset = 0 if cache is None else cache.offset
         queries, keys, values = self.before_attention(x, rotate, offset)
         mask = mask[..., -last:, :] if isinstance(mask, mx.array) else mask
@@ -170,14 +165,14 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def nothing() -> None:
-    """Of a step that has no common points."""
-
-
 class Qwen2(nn.Module):
-    """group : ranks that share each layer. tied : the embedding is the head, too.
+    """The decoder.
 
-    stage : which of the ranks this is that divide the layers; ``config`` is that of its own.
+    group : ranks that share each layer. tied : whether the embedding is the head, too.
+    stage : this rank's part, where ranks divide the layers; ``config`` describes that part.
+
+    rotate : rotates queries and keys. windows : of each layer, how many positions back a query
+        sees, itself included; None for all.
     """
 
     def __init__(
@@ -188,25 +183,25 @@ class Qwen2(nn.Module):
         stage: Stage | None = None,
     ) -> None:
         super().__init__()
-        self._stage = stage
+        self.stage = stage
         self._embedding_group = None if tied else group
         ranks = 1 if self._embedding_group is None else self._embedding_group.size()
         if stage is None or stage.begins or (tied and stage.ends):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size // ranks)
         self.layers = [DecoderLayer(config, group) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self._rotate = RotaryEmbedding(config)
-        self._pieces: _Pieces | None = None
-        self._padding: mx.array | None = None  # of the batch that was last looked at
-        self._is_padded = False
-        # Each layer's window: how many positions back a query sees, itself included.
-        self._windows = [
+        self.rotate = RotaryEmbedding(config)
+        self.windows = tuple(
             config.sliding_window if kind == "sliding_attention" else None
             for kind in config.layer_types
-        ]
+        )
+        self._step: _DecodeStep | None = None
+        # The last batch's padding, and whether a row has any: reading it waits for the device.
+        self._padding: mx.array | None = None
+        self._is_padded = False
 
     def look_up(self, ids: mx.array) -> mx.array:
-        """The embeddings of ids of the vocabulary, shape = (..., hidden_size)."""
+        """The embeddings (..., hidden_size) of ids (...) of the vocabulary."""
         return join(self.embed_tokens(ids).astype(self.norm.weight.dtype), self._embedding_group)
 
     def __call__(
@@ -214,57 +209,56 @@ class Qwen2(nn.Module):
         h: mx.array,
         cache: Sequence[Any] | None = None,
         interval: int = 0,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = no_check,
         last: int | None = None,
     ) -> mx.array:
-        """Final hidden states, normalised; of so many of the ``last`` positions alone, for which
-        the last layer then computes what the others need not know.
+        """Final hidden states, normalised, (B, L, hidden_size).
 
-        h : mx.array, shape = (B, L, hidden_size)
-            Embeddings of the positions that follow those in the cache.
+        h : (B, L, hidden_size), embeddings of the positions that follow those in the cache.
         cache : one KV cache a layer, or None for a sequence that stands alone.
         interval : the most layers whose intermediate values are held at once (0: all); see
             :class:`layers.Pace`.
-        check : called at every evaluation point; what it raises leaves the caches of the layers
-            behind as they were. Where ranks divide the layers, they have no common points, and it
-            is called once, before the layers, when what they read has come.
+        check : called at every evaluation point; where it raises, the caches of the layers that
+            were not reached stay as they were. Ranks that divide the layers have no evaluation
+            points in common: there it is called once, before the layers, when the input has come.
+        last : only for so many of the last positions; the last layer then computes no others.
         """
-        stage = self._stage
+        stage = self.stage
         if stage is not None:
             h = stage.enter(h)
             if h.shape[1] > 1 and not stage.begins:
                 mx.eval(h)
                 check()
-            check = nothing
+            check = no_check
         caches: Sequence[Any | None] = cache if cache is not None else [None] * len(self.layers)
         masks = {
-            window: self._mask(h, caches[self._windows.index(window)], window)
-            for window in set(self._windows)
+            window: self._mask(h, caches[self.windows.index(window)], window)
+            for window in set(self.windows)
         }
-        # What stands in a layer's place, to record it, is called as a whole.
+        # A module that stands in a layer's place, to record it, is called as a whole.
         plain = all(type(layer) is DecoderLayer for layer in self.layers)
         ends = stage is None or stage.ends
         if h.shape[1] == 1 and cache is not None and plain:
-            h = self._decode(h, cache, [masks[window] for window in self._windows])
+            h = self._decode(h, cache, [masks[window] for window in self.windows])
             return h if stage is None else stage.leave(h)
-        # A CPU computes at once what it is given, and gains nothing by an overlap.
+        # A GPU computes the first layers of a step while the last are built. A CPU gains nothing.
         on_gpu = mx.default_device().type == mx.gpu
-        if on_gpu:  # which begins with the first layers of a short step before the last are built
+        if on_gpu:
             most = max(2, len(self.layers) // 2)
             interval = min(interval, most) if interval else most
         halves = interval == 1 and plain and on_gpu
         pace = Pace(interval, halves)
         for number, (layer, window, layer_cache) in enumerate(
-            zip(self.layers, self._windows, caches, strict=True), start=1
+            zip(self.layers, self.windows, caches, strict=True), start=1
         ):
             if last is not None and number == len(self.layers) and plain and ends:
-                h = layer.of_last(h, last, self._rotate, masks[window], layer_cache)
+                h = layer.of_last(h, last, self.rotate, masks[window], layer_cache)
             elif halves:
-                h = layer.attend(h, self._rotate, masks[window], layer_cache)
+                h = layer.attend(h, self.rotate, masks[window], layer_cache)
                 pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 h = layer.feed_forward(h)
             else:
-                h = layer(h, self._rotate, masks[window], layer_cache)
+                h = layer(h, self.rotate, masks[window], layer_cache)
             if pace.is_due(number):
                 pace.evaluate(h, [] if layer_cache is None else layer_cache.state)
                 check()
@@ -274,7 +268,7 @@ class Qwen2(nn.Module):
         return self.norm(h if last is None else h[:, -last:])
 
     def _mask(self, h: mx.array, cache: Any | None, window: int | None) -> Mask:
-        """Of a batch's decode step, too: none where no row has padding."""
+        """As :func:`attention_mask`, but none for a batch's decode step where no row is padded."""
         padding = getattr(cache, "left_padding", None)
         if h.shape[1] > 1 or window is not None or not isinstance(padding, mx.array):
             return attention_mask(h, cache, window)
@@ -283,15 +277,15 @@ class Qwen2(nn.Module):
         return attention_mask(h, cache, window) if self._is_padded else None
 
     def _decode(self, h: mx.array, caches: Sequence[Any], masks: Sequence[Mask]) -> mx.array:
-        """A step of one token a sequence, where building the graph in Python and launching it would
-        take longer than a fast device needs to run it: everything between two attentions is
-        compiled, and computed without the axis of positions, which would be reshaped away and back
-        around each product.
+        """A step of one token a sequence, h (B, 1, hidden_size). Building its graph in Python and
+        launching it would take longer than a fast device needs to run it. So everything between two
+        attentions is compiled, and computed without the axis of positions, (B, hidden_size), which
+        would be reshaped away and back around each product.
         """
-        if self._pieces is None or not self._pieces.are_current(self):
-            self._pieces = _Pieces(self)
-        compiled = self._pieces.compiled
-        x = attended = h[:, 0]  # nothing is attended yet, and the first piece does not ask for it
+        if self._step is None or not self._step.is_current(self):
+            self._step = _DecodeStep(self)
+        compiled = self._step.pieces
+        x = attended = h.squeeze(1)  # the first piece does not use what is attended
         held, offset = None, mx.array(0)
         for layer, piece, cache, mask in zip(self.layers, compiled, caches, masks, strict=False):
             if isinstance(cache.offset, mx.array):  # of each row
@@ -301,33 +295,35 @@ class Qwen2(nn.Module):
                 held = cache.offset
                 offset = mx.array(held)
             x, *projected = piece(x, attended, offset)
-            attended = layer.self_attn.attend(*projected, mask, cache)
+            queries, keys, values = projected
+            attended = layer.self_attn.attend(queries, keys, values, mask, cache)
         return compiled[-1](x, attended, offset)[0][:, None]
 
 
-class _Pieces:
-    """What a decode step computes before, between and after the attentions of the layers, compiled.
+class _DecodeStep:
+    """The compiled pieces of a decode step: before, between and after the attentions of the layers.
 
-    The weights are constants of it: to hand them over with every call would take as long as the
-    rest of a step does. So each is remembered with its place, to notice when one is replaced.
+    The weights are constants of them: passing them with every call would take as long as the rest
+    of a step. So each is remembered with its place, to notice when one is replaced.
     """
 
     def __init__(self, model: Qwen2) -> None:
-        # Not of the model itself, which would only be freed by the collector of cycles.
-        self._layers, self._norm, self._rotate = list(model.layers), model.norm, model._rotate
-        self._ends = model._stage is None or model._stage.ends
+        # Without a reference to the model: a cycle would keep it until the next collection.
+        self._layers, self._norm, self._rotate = list(model.layers), model.norm, model.rotate
+        self._ends = model.stage is None or model.stage.ends
         self._parts: list[tuple[nn.Module, str, Any]] = []
         for top in (*self._layers, self._norm):
             mx.eval(top.parameters())  # a lazy one would be read and joined again in every step
-            for module in top.modules():
+            for module in modules_of(top).values():
                 self._parts += [
                     (module, name, part)
                     for name, part in module.items()
                     if isinstance(part, mx.array | nn.Module)
                 ]
-        self.compiled = [self._piece(n) for n in range(len(self._layers) + 1)]
+        self.pieces = [self._piece(n) for n in range(len(self._layers) + 1)]
 
-    def are_current(self, model: Qwen2) -> bool:
+    def is_current(self, model: Qwen2) -> bool:
+        """Whether the model still has the layers and weights that were compiled."""
         return (
             len(model.layers) == len(self._layers)
             and model.norm is self._norm
@@ -336,10 +332,12 @@ class _Pieces:
         )
 
     def _piece(self, number: int) -> Callable[..., tuple[mx.array, ...]]:
-        """What comes after the attention of layer ``number`` - 1 and before that of ``number``.
+        """What comes after the attention of layer ``number`` - 1 and before that of ``number``: a
+        function of hidden states (B, hidden_size), what was attended (B, heads, 1, head_dim) and
+        the offset. It returns hidden states and, before an attention, queries, keys and values.
 
-        Among ranks, what stands between two sums is compiled, and not the sums: their order, which
-        must be the same on all ranks, and their count are those of the calls in Python.
+        Among ranks, only what comes between two sums is compiled: the sums' number and order, which
+        must be the same on all ranks, are those of the calls in Python.
         """
         layers, norm, rotate = self._layers, self._norm, self._rotate
         last, ends = number == len(layers), self._ends
@@ -349,81 +347,27 @@ class _Pieces:
                 return (norm(x) if ends else x,)
             return x, *layers[number].before_attention(x, rotate, offset)
 
-        if not number:
-            return mx.compile(lambda x, attended, offset: enter(x, offset))
-        layer = layers[number - 1]
-        attention, mlp = layer.self_attn, layer.mlp
+        def first(x: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return enter(x, offset)
 
-        def feed(x: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
+        if not number:
+            return mx.compile(first)
+        layer = layers[number - 1]
+        attn, mlp = layer.self_attn, layer.mlp
+
+        def add_and_feed(x: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
             x = x + attended
             return x, mlp.part(layer.post_attention_layernorm(x))
 
-        def leave(x: mx.array, fed: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+        def add_and_enter(x: mx.array, fed: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             return enter(x + fed, offset)
 
-        shared = attention.group is not None
+        shared = attn.group is not None
         if shared:
-            feed, leave = mx.compile(feed), mx.compile(leave)
+            add_and_feed, add_and_enter = mx.compile(add_and_feed), mx.compile(add_and_enter)
 
         def piece(x: mx.array, attended: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            x, fed = feed(x, all_sum(attention.combine_one(attended), attention.group))
-            return leave(x, all_sum(fed, mlp.group), offset)
+            x, fed = add_and_feed(x, all_sum(attn.combine_one(attended), attn.group))
+            return add_and_enter(x, all_sum(fed, mlp.group), offset)
 
         return piece if shared else mx.compile(piece)
-
-
-def attention(
-    queries: mx.array, keys: Any, values: Any, scale: float, mask: Mask, cache: Any | None
-) -> mx.array:
-    """Attention, also to the keys and values of a cache that keeps them quantized: in a decode step
-    as they are, in a longer one dequantized, so that no scores have to be held.
-    """
-    if cache is not None and hasattr(cache, "bits"):
-        settings = {"group_size": cache.group_size, "bits": cache.bits}
-        if queries.shape[2] == 1 and not isinstance(mask, str):
-            from mlx_lm.models.base import quantized_scaled_dot_product_attention
-
-            return quantized_scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                scale,
-                mask,
-                **settings,
-            )
-        keys, values = (mx.dequantize(*x, dtype=queries.dtype, **settings) for x in (keys, values))
-    elif mask == "causal" and cache is not None and on_cuda():
-        from mlx_lm.models.cache import KVCache
-
-        if type(cache) is KVCache:
-            return _attention_in_steps(queries, cache, scale)
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-
-
-def _attention_in_steps(queries: mx.array, cache: Any, scale: float) -> mx.array:
-    """Causal attention to a cache, computed for whole steps of it. On CUDA, MLX has cuDNN plan
-    every pair of lengths that it has not seen, which takes longer than the prefill of a turn.
-    """
-    stop = cache.offset
-    start = stop - queries.shape[2]
-    first = start // CACHE_STEP * CACHE_STEP
-    # No real query sees what lies behind ``stop``.
-    last = min(-(-stop // CACHE_STEP) * CACHE_STEP, cache.keys.shape[2])
-    padded = mx.pad(queries, [(0, 0), (0, 0), (start - first, last - stop), (0, 0)])
-    keys, values = (held[..., :last, :] for held in (cache.keys, cache.values))
-    attended = mx.fast.scaled_dot_product_attention(
-        padded, keys, values, scale=scale, mask="causal"
-    )
-    return attended[..., start - first : stop - first, :]
-
-
-def attention_mask(h: mx.array, cache: Any | None, window: int | None) -> Mask:
-    """Causal, or causal within a window; in the cheapest form that says it."""
-    L = h.shape[1]
-    if cache is not None:
-        return cache.make_mask(L, return_array=False, window_size=window)
-    if window is None or L <= window:
-        return None if L == 1 else "causal"
-    positions = mx.arange(L)
-    behind = positions[:, None] - positions[None]
-    return (behind >= 0) & (behind < window)

@@ -1,4 +1,4 @@
-"""How much a model computes at once to stay within a limit, and which requests may begin at all:
+"""How much a model computes at once to stay within a memory limit, and which requests are admitted:
 arithmetic only, so that it can be tested for other machines.
 """
 
@@ -36,18 +36,19 @@ MOST_SCRATCH = 768 * MEGABYTE  # larger steps are hardly faster
 
 @dataclass(frozen=True)
 class MemoryModel(ModelSizes):
-    """Sizes of a model, and what they mean for a limit.
+    """Sizes of a model, and what fits into a memory limit. Limits are in bytes.
 
-    others : of the other ranks, and the bytes that each may use. All must stay within theirs.
+    others : the models of the other ranks, and their limits. All must stay within their own.
     """
 
     others: tuple[tuple["MemoryModel", int], ...] = ()
 
     def of_ranks(self, limit: int) -> list[tuple["MemoryModel", int]]:
-        """This one and its limit, and those of the others."""
+        """The models and limits of all ranks, this one's first."""
         return [(self, limit), *self.others]
 
     def with_draft(self, draft: "MemoryModel") -> "MemoryModel":
+        """This model together with a draft model."""
         return replace(self, weights=self.weights + draft.weights, draft=draft)
 
     def plan(self, scratch: int) -> Budget:
@@ -70,7 +71,7 @@ class MemoryModel(ModelSizes):
         )
 
     def fitted(self, sizes: Sequence[RequestSize], budget: Budget, limit: int) -> Budget:
-        """``budget``, or smaller steps where the requests would else take more than ``limit``."""
+        """``budget``, or smaller steps where the requests would not fit into ``limit``."""
         scratch = MOST_SCRATCH
         while self.room(sizes, budget, limit) < 0 and scratch > MEGABYTE:
             smaller = self.plan(scratch)
@@ -80,11 +81,13 @@ class MemoryModel(ModelSizes):
         return budget
 
     def room(self, sizes: Sequence[RequestSize], budget: Budget, limit: int) -> int:
-        """Bytes that requests leave free of ``limit``; of several ranks, where it is least."""
+        """Bytes that requests leave free of ``limit``; with several ranks, the fewest of any."""
         return min(own - model.batch(sizes, budget).total for model, own in self.of_ranks(limit))
 
     def admit(self, size: RequestSize, limit: int, every: bool = False) -> None:
-        """Raises MemoryLimitError where a request cannot be answered within ``limit`` bytes."""
+        """Raises MemoryLimitError for a request that cannot be answered within ``limit``, with what
+        would fit instead. every : as for :meth:`request`.
+        """
         for other, own in self.others:
             other.admit(size, own, every)
         needed = self.request(size, SMALLEST, every).total
@@ -99,12 +102,12 @@ class MemoryModel(ModelSizes):
 
     def longest(self, most: int, limit: int) -> int:
         """Tokens of the longest prompt of text, of at most ``most``, that can be answered within
-        ``limit`` bytes.
+        ``limit``.
         """
         return _largest(most, lambda n: self._fit(RequestSize(n, 1), limit))
 
     def answer(self, size: RequestSize, limit: int) -> int:
-        """As many tokens of a request's answer as fit."""
+        """How many tokens of a request's answer fit into ``limit``."""
         return _largest(size.answer, lambda n: self._fit(size._replace(answer=n), limit))
 
     def _fit(self, size: RequestSize, limit: int) -> bool:
@@ -113,7 +116,7 @@ class MemoryModel(ModelSizes):
         )
 
     def _alternatives(self, size: RequestSize, limit: int, every: bool) -> str:
-        """What would fit instead of a request, in words."""
+        """The end of an error's sentence: what would fit instead of a request."""
 
         def fits(model: MemoryModel = self, **changed: Any) -> bool:
             return model.request(size._replace(**changed), SMALLEST, every).total <= limit
@@ -130,9 +133,9 @@ class MemoryModel(ModelSizes):
         elif prompt := _largest(size.prompt, lambda n: fits(prompt=n, answer=1, media=())):
             found = f"a prompt of {prompt:,} tokens of text would fit"
             found += "; use fewer or smaller media or less text"
-        fitting = ([way for way, model in ways if fits(model)] for ways in self._smaller())
-        ways = next(filter(None, fitting), None)
-        settings = f"so would this with {' or with '.join(ways)}" if ways else ""
+        fitting = ([name for name, model in step if fits(model)] for step in self._smaller())
+        names = next(filter(None, fitting), None)
+        settings = f"so would this with {' or with '.join(names)}" if names else ""
         if not found:
             return settings.replace("so would this", "it would fit") or (
                 "no prompt fits; use a smaller model"
@@ -140,7 +143,9 @@ class MemoryModel(ModelSizes):
         return f"{found}, and {settings}" if settings else found
 
     def _smaller(self) -> Iterator[list[tuple[str, "MemoryModel"]]]:
-        """What can be set so that it takes less, and the model then: the least of it first."""
+        """Settings with which the model takes less memory, and the model with them: step by step,
+        those that change the least first.
+        """
         caches: list[tuple[str, MemoryModel]] = []
         if self.kv_bits is None and self.config.text_config.head_dim % KV_GROUPS[-1] == 0:
             caches = [(f"kv_bits {bits}", replace(self, kv_bits=bits)) for bits in KV_BITS]
@@ -150,13 +155,13 @@ class MemoryModel(ModelSizes):
             return
         quantized = {"weights": weights, "dense_rows": DENSE_ROWS, "dense_tower": True}
         yield [*caches[:1], ("quantize 4", replace(self, **quantized))]
-        for way, model in caches:
-            yield [(f"quantize 4 and {way}", replace(model, **quantized))]
+        for name, model in caches:
+            yield [(f"quantize 4 and {name}", replace(model, **quantized))]
 
     def weights_in_4_bits(self) -> int | None:
-        """Of all weights, those of the language model's matrices in 4 bits, of tower and projector
-        in 8, each with a scale and a bias to 64 values; None where they take
-        hardly more as it is, and among ranks, which have a share each.
+        """Bytes of all weights with the language model's matrices in 4 bits, and those of tower and
+        projector in 8, each with a scale and a bias for 64 values. None where that saves less than
+        5 %, and for several ranks, which have a share each.
         """
         if self.others:
             return None
@@ -175,41 +180,41 @@ class MemoryModel(ModelSizes):
 
     @property
     def shortest(self) -> Footprint:
-        """Of a short request, in the smallest steps."""
+        """What a short request takes in the smallest steps."""
         return self.request(RequestSize(CACHE_STEP // 2, CACHE_STEP // 2), SMALLEST)
 
     def admit_model(self, limit: int) -> None:
-        """OutOfMemoryError where not even a short prompt can be answered within ``limit``."""
+        """Raises OutOfMemoryError where not even a short request fits into ``limit``."""
         for other, own in self.others:
             other.admit_model(own)
         needed = self.shortest.total
         if needed <= limit:
             return
-        way = "use a smaller model"
+        advice = "use a smaller model"
         if self.draft is not None and needed - self.draft.weights <= limit:
-            way = "leave its draft model out"
+            advice = "leave its draft model out"
         elif (weights := self.weights_in_4_bits()) is not None:
             smaller = replace(self, weights=weights, dense_rows=DENSE_ROWS, dense_tower=True)
             total = smaller.shortest.total
-            way = f"quantized to 4 bits it would need {_gigabytes(total)}"
-            way += ", so load it with quantize 4" if total <= limit else "; use a smaller model"
+            advice = f"quantized to 4 bits it would need {_gigabytes(total)}"
+            advice += ", so load it with quantize 4" if total <= limit else "; use a smaller model"
         both = " and its draft model's" if self.draft is not None else ""
         raise OutOfMemoryError(
             f"the model needs {_gigabytes(needed)} of memory, {_gigabytes(self.weights)} for its "
-            f"weights{both}, but the limit is {_gigabytes(limit)}; {way}"
+            f"weights{both}, but the limit is {_gigabytes(limit)}; {advice}"
         )
 
 
 def scratch_bytes(working_set: int, weights: int) -> int:
-    """What a request's intermediate values may take: an eighth of what the weights leave free of
-    the memory that the device should use, within 192 and 768 MB.
+    """Bytes that a request's intermediate values may take: an eighth of what the weights leave free
+    of the memory that the device should use, at least 192 and at most 768 MB.
     """
     return max(LEAST_SCRATCH, min((working_set - weights) // 8, MOST_SCRATCH))
 
 
 def tail(chunk: int) -> int:
-    """How many of its last prompt tokens a batch's request may have prefilled together with those
-    of others: of all, padded to the longest, no more than a ``chunk``.
+    """How many of its last prompt tokens a request may have prefilled together with other requests:
+    so many that all of them, padded to the longest, are no more than a ``chunk``.
     """
     return min(CHUNKS[-1], chunk // MAX_PREFILL_BATCH_SIZE)
 

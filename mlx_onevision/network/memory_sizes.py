@@ -19,11 +19,11 @@ CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 INTERVALS = (4, 2, 1)
 TILE_GROUPS = (10, 5, 2, 1)  # ten fill a large device; more only take memory
 CACHE_STEP = 256  # positions that a KV cache grows by at a time
-FOLLOW_UP = 256  # positions kept free for a next turn, which else copied the whole KV cache first
-DENSE_ROWS = 64  # rows for which a quantized matrix may be dequantized, see LongStepLinear
+FOLLOW_UP = 256  # positions kept free for a next turn, so that the KV cache is not copied first
+DENSE_ROWS = 64  # fewest rows for which LongStepLinear may dequantize a matrix
 NEVER = float("inf")
 KV_BITS = (8, 4)
-KV_GROUPS = (64, 32)  # values that have a scale and a bias of their own in a quantized KV cache
+KV_GROUPS = (64, 32)  # values that share a scale and a bias in a quantized KV cache
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Budget:
 
     tile_group : tiles that go through the tower together.
     chunk : prompt tokens that go through the language model together.
-    tower_interval, interval : layers whose values are held at once, there and here.
-    dense_rows : as in :class:`MemoryModel`.
+    tower_interval, interval : layers of the tower and of the language model whose values are held
+        at once.
+    dense_rows : as in :class:`ModelSizes`.
     """
 
     tile_group: int
@@ -43,9 +44,8 @@ class Budget:
     dense_rows: float = NEVER
 
     def interval_for(self, tokens: int) -> int:
-        """Layers between two evaluations in a step of so many tokens, 0 for none: short steps have
-        as many more as hold no more at once than a whole chunk, unless each layer's matrices are
-        dequantized.
+        """Layers between two evaluations in a step of so many tokens: more for short steps, as long
+        as they hold no more at once than a whole chunk, and no matrices are dequantized.
         """
         if tokens > CHUNKS[-1] or tokens >= self.dense_rows:
             return self.interval
@@ -56,14 +56,14 @@ SMALLEST = Budget(TILE_GROUPS[-1], INTERVALS[-1], CHUNKS[-1], INTERVALS[-1])
 
 
 class Backend(NamedTuple):
-    """What a layer's operations put out, which is held until the layer has been evaluated, in
-    multiples of what it is made of: hidden states, queries, keys (as wide as values), the MLP's
-    inner values; the same of the tower, whose attention is as wide as its hidden states.
+    """What a layer of a backend holds until it has been evaluated: the outputs of its operations,
+    in multiples of its hidden states, queries, keys (as wide as values) and the MLP's inner values;
+    for the tower, whose attention is as wide as its hidden states, of these and its inner values.
 
-    fused : head widths for which attention does not hold its scores.
-    window : layers that are under way at once at most; 0: all between two evaluations.
-    dequantized : bytes a value of a quantized matrix while it is dequantized, where values have
-        2 bytes, and 4.
+    fused : head widths for which a fused kernel computes attention without holding scores.
+    window : the most layers that are computed at once; 0: all between two evaluations.
+    dequantized : bytes for each value of a matrix while it is dequantized, in models of 2 and of 4
+        bytes a value.
     """
 
     hidden: float
@@ -87,8 +87,9 @@ BACKENDS = {
 
 
 class MediumSize(NamedTuple):
-    """An image's or a video's tiles (or frames), and tokens in the prompt; of a tiled image, how
-    its tiles are packed. Those of one ``key`` are held once.
+    """An image or a video: its tiles (or frames), and its tokens in the prompt.
+
+    packing : of a tiled image. key : media of the same key are held once.
     """
 
     tiles: int
@@ -99,8 +100,9 @@ class MediumSize(NamedTuple):
 
 
 class RequestSize(NamedTuple):
-    """A request's prompt, and its answer at the longest, in tokens; and its media. ``drafted`` :
-    whether a draft model proposes the answer's tokens while the request runs alone.
+    """A request: the tokens of its prompt and of its longest answer, and its media.
+
+    drafted : whether a draft model proposes the answer's tokens while the request runs alone.
     """
 
     prompt: int
@@ -111,10 +113,12 @@ class RequestSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at the peak of answering; ``tokens`` are those of prompt and answer.
+    """Bytes at the peak of answering.
 
-    features : embeddings of media, as they are kept.
-    scratch : the intermediate values of the step that takes the most.
+    tokens : of prompt and answer.
+    weights : of the model. cache : of the keys and values.
+    features : of the media's embeddings.
+    scratch : of the intermediate values in the step that takes the most.
     """
 
     tokens: int
@@ -138,17 +142,19 @@ class Footprint:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model in bytes.
+    """Sizes of a model; every method returns bytes.
 
-    weights : of all of them.
+    weights : bytes of all weights, a draft model's included.
     itemsize : bytes a value, of the type that the model computes in.
-    kv_bits : of a quantized KV cache. backend : a name of ``BACKENDS``.
-    most_chunk : prompt tokens of a lone request that are computed at once, whatever the budget.
-    dense_rows : from how many rows on the language model's quantized matrices are dequantized.
-    dense_tower : whether those of tower and projector are, which never have few rows.
-    joined : of the largest matrix that is made of others when it is first used.
-    draft : of a draft model, whose weights are among ``weights``.
-    has_tower : whether it encodes media; where ranks divide the layers, one of them does.
+    backend : a name of ``BACKENDS``.
+    kv_bits : bits a value of a quantized KV cache; None for one that is not.
+    most_chunk : the most prompt tokens of a lone request that are computed at once, whatever the
+        budget.
+    dense_rows : the rows from which on the language model's quantized matrices are dequantized.
+    dense_tower : whether those of tower and projector are; their steps never have few rows.
+    joined : bytes of the largest matrix that is joined from others at its first use.
+    draft : the sizes of a draft model.
+    has_tower : whether it encodes media; where ranks divide the layers, only one does.
     """
 
     config: OneVisionConfig
@@ -174,7 +180,9 @@ class ModelSizes:
 
     @property
     def kv_group(self) -> int:
-        """Values of a group in a quantized KV cache. RequestError where heads cannot be grouped."""
+        """Values of a group in a quantized KV cache. Raises RequestError for other ``kv_bits`` than
+        ``KV_BITS``, and where the width of the heads is no multiple of a group.
+        """
         head_dim = self.config.text_config.head_dim
         if self.kv_bits not in KV_BITS:
             raise RequestError(f"kv_bits is {self.kv_bits!r}; keys and values take 8 or 4 bits")
@@ -187,16 +195,17 @@ class ModelSizes:
         return found
 
     def cache(self, positions: int) -> int:
-        """Of a KV cache that holds so many positions."""
+        """A KV cache that holds so many positions."""
         return _rounded(positions) * self.position
 
     def features(self, tokens: int) -> int:
+        """So many embeddings."""
         return tokens * self.config.text_config.hidden_size * self.itemsize
 
-    # Steps. Each is what one evaluation holds at its peak.
+    # Steps: what one evaluation holds at its peak.
 
     def layer(self, tokens: int, past: int = 0, rows: int = 1) -> int:
-        """A layer of the language model, in a step of ``tokens`` tokens for each of ``rows``
+        """A layer of the language model, in a step of ``tokens`` tokens of each of ``rows``
         requests, behind ``past`` positions.
         """
         text, backend = self.config.text_config, BACKENDS[self.backend]
@@ -215,20 +224,20 @@ class ModelSizes:
         return int(rows * values * self.itemsize)
 
     def dequantized(self, values: int) -> int:
-        """Quantized matrices while they are dequantized."""
+        """Quantized matrices of so many values, while they are dequantized."""
         return values * BACKENDS[self.backend].dequantized[self.itemsize == 4]
 
     def prefill(self, tokens: int, budget: Budget, rows: int = 1) -> int:
-        """A prompt of so many tokens: the last of its chunks, with the embeddings that enter."""
+        """Prompts of so many tokens, one a row: the last of their chunks, with its embeddings."""
         if not tokens:
             return 0
         text, backend = self.config.text_config, BACKENDS[self.backend]
         chunk = min(tokens, budget.chunk)
         layers = min(budget.interval_for(rows * chunk), text.num_hidden_layers)
         step = min(layers, backend.window or layers) * self.layer(chunk, tokens - chunk, rows)
-        if rows * chunk >= self.dense_rows:  # an MLP's matrices; others are gone then
+        if rows * chunk >= self.dense_rows:  # an MLP's matrices; the attention's are freed by then
             dense = self.dequantized(3 * text.intermediate_size * text.hidden_size)
-            if backend.window:  # and so are the values of the attention
+            if backend.window:  # as are the attention's values
                 inner = rows * chunk * self.itemsize
                 inner *= int(backend.inner * text.intermediate_size) + 3 * text.hidden_size
                 step = max(step - inner, inner + dense)
@@ -237,7 +246,7 @@ class ModelSizes:
         return 2 * rows * self.features(chunk) + step
 
     def decode(self, rows: int = 1) -> int:
-        """Logits, twice in float32 and once as computed, of two steps."""
+        """The logits of two decode steps, each twice in float32 and once as computed."""
         return 2 * rows * self.config.text_config.vocab_size * (2 * 4 + self.itemsize)
 
     def tower(self, tiles: int, budget: Budget, video: bool = False) -> int:
@@ -267,7 +276,7 @@ class ModelSizes:
         return pixels + max(step, projected)
 
     def packed(self, medium: MediumSize) -> int:
-        """Placing a medium's features: what exists beside them and what comes of it."""
+        """Packing a tiled image: what is held beside its features, and the result."""
         packing = medium.packing
         if packing is None:
             return 0
@@ -282,8 +291,8 @@ class ModelSizes:
         return grid + placed
 
     def encode(self, media: Sequence[MediumSize], budget: Budget) -> int:
-        """Images and videos, from tiles to features, these included. Groups are filled with the
-        tiles of one after another.
+        """Images and videos, from tiles to features, these included. A group of tiles is filled
+        from one medium after another.
         """
         if not self.has_tower:
             return 0
@@ -303,7 +312,7 @@ class ModelSizes:
     # Requests.
 
     def request(self, size: RequestSize, budget: Budget, every: bool = False) -> Footprint:
-        """A request by itself. ``every`` : the logits of every position are wanted."""
+        """A request that runs alone. every : whether the logits of every position are returned."""
         budget = replace(budget, chunk=min(budget.chunk, self.most_chunk))
         if every:  # a chunk's are computed and converted, and then kept beside the others
             values = size.prompt * 4 + min(budget.chunk, size.prompt) * (4 + self.itemsize)
@@ -325,8 +334,8 @@ class ModelSizes:
         return Footprint(size.prompt + size.answer, self.weights, cache, features, scratch)
 
     def batch(self, sizes: Sequence[RequestSize], budget: Budget) -> Footprint:
-        """Requests that run together: keys and values are padded to the longest, and copied, a
-        layer at a time, where requests join or leave.
+        """Requests that run together: keys and values are padded to the longest request, and
+        copied, a layer at a time, when requests join or leave.
         """
         if len(sizes) == 1:
             return self.request(sizes[0], budget)

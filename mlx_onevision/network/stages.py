@@ -1,11 +1,12 @@
-"""A language model whose layers are divided among ranks: each computes consecutive ones of them.
+# pyright: reportUnknownMemberType=false
+"""A language model whose layers are divided among ranks (pipeline parallelism): each computes a run
+of consecutive layers.
 
-As in mlx-lm, the last rank has the first layers and rank 0 the last ones, and with them the head,
-so that the answer comes out where it is printed. Hidden states go from each rank to the one before
-it. The embedding, and with it the tower, is where they begin.
+As in mlx-lm (models/pipeline.py), the last rank has the first layers, the embedding and the tower,
+and rank 0 has the last ones and the head, so that the answer arises where it is printed. Hidden
+states go from each rank to the one with the next lower number.
 
-All ranks go through the same steps. Those that only have layers before the last ones have nothing
-to choose a token from, and get rank 0's.
+All ranks go through the same steps. Only rank 0 has logits; it sends the others the tokens.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ Split = Literal["auto"] | Sequence[float]
 
 @dataclass(frozen=True)
 class Stage:
-    """A rank's layers. ``counts`` : how many each rank has, rank 0 first."""
+    """This rank's part of the model. ``counts`` : how many layers each rank has, rank 0 first."""
 
     group: mx.distributed.Group
     counts: tuple[int, ...]
@@ -48,27 +49,28 @@ class Stage:
 
     @property
     def layers(self) -> range:
+        """The numbers of its layers in the whole model, from 0."""
         first = sum(self.counts[self.rank + 1 :])
         return range(first, first + self.counts[self.rank])
 
     def enter(self, h: mx.array) -> mx.array:
-        """The hidden states that come from the rank before this; of ``h`` only the shape counts,
-        except where the model begins.
+        """The hidden states (B, L, hidden_size) that the rank with the layers before sends; ``h``
+        itself where the model begins. Elsewhere only its shape and type are used.
         """
         return h if self.begins else receive(h, self.rank + 1, self.group)
 
     def leave(self, h: mx.array) -> mx.array:
-        """Sends them on, except where the model ends."""
+        """Sends hidden states to the rank with the layers behind; none where the model ends."""
         if self.ends:
             return h
         sent = send(h, self.rank - 1, self.group)
-        # Nothing that is evaluated later needs it; and it goes before what later steps send.
+        # Nothing that is evaluated later depends on it, and later steps send after it.
         mx.async_eval(sent)
         return sent
 
 
 def of_layers(config: OneVisionConfig, layers: range) -> OneVisionConfig:
-    """The configuration of a model of these layers alone."""
+    """The configuration of a model that has only these layers."""
     text = config.text_config
     kinds = text.layer_types[layers.start : layers.stop]
     own = replace(text, num_hidden_layers=len(layers), layer_types=kinds)
@@ -78,12 +80,12 @@ def of_layers(config: OneVisionConfig, layers: range) -> OneVisionConfig:
 def counts(
     split: Split, layers: Sequence[int], first: int, last: int, limits: Sequence[int]
 ) -> tuple[int, ...]:
-    """How many layers each rank has, rank 0 first.
+    """How many layers each rank gets, rank 0 first.
 
-    split : the ranks' shares, whatever they sum to: 30 and 50 are 30 and 50 of 80 layers, and of
-        others as many in proportion. "auto": each rank's memory is as full as the others'.
-    layers : bytes of each. ``first``, ``last`` : of what else the ranks with the first and the last
-        layers hold.
+    split : the ranks' shares, whatever their sum: 30 and 50 are 30 and 50 of 80 layers, or of
+        another number in proportion. "auto" fills the memory of all ranks equally.
+    layers : bytes of each layer.
+    first, last : bytes of what else the ranks with the first and with the last layers hold.
     limits : bytes of memory of each rank.
     """
     ranks, number = len(limits), len(layers)
@@ -91,7 +93,7 @@ def counts(
     others = [last, *[0] * (ranks - 2), first]
 
     def fill(rank: int) -> float:
-        """With one layer more, of its memory or of its share."""
+        """How full a rank is with one layer more: of its memory, or of its share."""
         if split == "auto":
             return (others[rank] + (found[rank] + 1) * mean) / limits[rank]
         return (found[rank] + 0.5) / split[rank]

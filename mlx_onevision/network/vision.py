@@ -1,7 +1,9 @@
-"""SigLIP, the vision tower: a pre-norm ViT without a class token.
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+"""SigLIP (arXiv 2303.15343), the vision tower: a pre-norm ViT without a class token.
 
-Follows transformers' ``SiglipVisionModel`` up to the hidden states that LLaVA-OneVision reads. The
-norm after the last layer and the pooling head are left out: their outputs are never used.
+Follows transformers' ``SiglipVisionModel`` (modeling_siglip.py) up to the hidden states that
+LLaVA-OneVision reads. The norm after the last layer and the pooling head are left out: their
+outputs are never used.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_onevision.config.model import VisionConfig
+from mlx_onevision.media.parallel import no_check
 from mlx_onevision.network.layers import ACTIVATIONS, Pace
 
 
 class Attention(nn.Module):
+    """Full attention among the patches of a tile: ``SiglipAttention`` of the reference."""
+
     qkv_proj: nn.Linear  # once fused
 
     def __init__(self, config: VisionConfig) -> None:
@@ -39,6 +44,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a layer: ``SiglipMLP`` of the reference."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -50,6 +57,8 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """One layer of hidden states (tiles, patches, hidden_size): ``SiglipEncoderLayer``."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -63,12 +72,16 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, under the name that checkpoints have for them."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = [EncoderLayer(config) for _ in range(config.num_hidden_layers)]
 
 
 class Embeddings(nn.Module):
+    """Pixel values (tiles, S, S, 3) to (tiles, patches, hidden_size)."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(
@@ -81,11 +94,13 @@ class Embeddings(nn.Module):
 
     def __call__(self, pixels: mx.array) -> mx.array:
         # The convolution has no padding: pixels that do not fill a patch are dropped.
-        patches = self.patch_embedding(pixels).flatten(1, 2)  # (B, N, D), row-major
+        patches = self.patch_embedding(pixels).flatten(1, 2)  # row by row
         return patches + self.position_embedding.weight
 
 
 class VisionTower(nn.Module):
+    """The tower, from pixel values to the hidden states of some of its layers."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
@@ -101,20 +116,17 @@ class VisionTower(nn.Module):
         pixels: mx.array,
         feature_layers: Sequence[int],
         interval: int = 0,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = no_check,
     ) -> mx.array:
-        """Encodes tiles.
+        """The hidden states (tiles, patches, hidden_size * len(feature_layers)) of tiles.
 
-        pixels : mx.array, shape = (tiles, S, S, 3)
-            Normalised pixel values, channels last.
+        pixels : float32 (tiles, S, S, 3), normalised.
         feature_layers : the hidden states to return, joined along the last axis. 0 is what enters
             the first layer, k what leaves the k-th. Layers above the highest one are not run.
         interval : the most layers whose values are held at once; see :class:`layers.Pace`.
         check : called at every evaluation point; what it raises ends the encoding.
-
-        Returns an mx.array, shape = (tiles, patches, hidden_size * len(feature_layers)).
         """
-        x = self.embeddings(pixels.astype(self.dtype))
+        x = self.embeddings(pixels.astype(self.dtype))  # (tiles, patches, hidden_size)
         states, pace = {0: x}, Pace(interval)
         for number, layer in enumerate(self.encoder.layers[: max(feature_layers)], start=1):
             x = layer(x)

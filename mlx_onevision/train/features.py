@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_onevision.errors import CheckpointError
-from mlx_onevision.network.onevision import OneVision, normalize
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.packing import normalize
 from mlx_onevision.prompt.processor import Medium
 from mlx_onevision.train.data import Example, Rows
 from mlx_onevision.train.parts import write_arrays

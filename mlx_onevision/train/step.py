@@ -20,9 +20,11 @@ from mlx.nn import utils as nn_utils
 from numpy.typing import NDArray
 
 from mlx_onevision.media.anyres import VideoPacking
-from mlx_onevision.network.language import Attention, DecoderLayer, Mask, RotaryEmbedding
+from mlx_onevision.network.attention import Mask, RotaryEmbedding
+from mlx_onevision.network.language import Attention, DecoderLayer
 from mlx_onevision.network.layers import arrays_of
-from mlx_onevision.network.onevision import OneVision, normalize, pool_frames
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.packing import normalize, pool_frames
 from mlx_onevision.prompt.processor import Medium
 from mlx_onevision.train.data import Example, MediumShape
 
@@ -182,8 +184,8 @@ def _recomputed(
 def _hidden(model: OneVision, h: mx.array, draw: Random) -> mx.array:
     """What leaves the last layer, before the norm, (B, L, hidden_size)."""
     text = model.language_model
-    for layer, window in zip(text.layers, text._windows, strict=True):
-        compute = partial(_layer, layer, text._rotate, window)
+    for layer, window in zip(text.layers, text.windows, strict=True):
+        compute = partial(_layer, layer, text.rotate, window)
         h = _recomputed(layer, compute, draw)(h)
     return h
 

@@ -40,7 +40,8 @@ from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.media.anyres import VideoPacking
 from mlx_onevision.media.tiles import tile_image
-from mlx_onevision.network.onevision import OneVision, pool_frames
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.packing import pack_image, pack_tile, pack_video, pool_frames
 from mlx_onevision.prompt.processor import Processor
 
 WIDTH = 192
@@ -78,7 +79,7 @@ def packed(rows: Rows, given: mx.array, network: OneVision) -> np.ndarray:
 def test_a_tiled_image_is_packed_as_the_network_packs_it(network: OneVision, number: int) -> None:
     packing = plan(sample_size(Random(number)))
     given = features(packing.tiles)
-    expected = np.array(network.pack_image(given, packing))
+    expected = np.array(pack_image(given, packing, network.image_newline))
     # The network, as the reference, finds its fractions in float32: 1e-6 off at token 24 of a row.
     np.testing.assert_allclose(packed(image_rows(packing), given, network), expected, atol=2e-5)
 
@@ -88,14 +89,18 @@ def test_untiled_images_are_packed_as_the_network_packs_them(
     network: OneVision, count: int
 ) -> None:
     given = features(count)
-    expected = np.concatenate([np.array(network.pack_tile(given[i : i + 1])) for i in range(count)])
+    expected = np.concatenate(
+        [np.array(pack_tile(given[i : i + 1], network.image_newline)) for i in range(count)]
+    )
     np.testing.assert_array_equal(packed(images_rows(count), given, network), expected)
 
 
 @pytest.mark.parametrize("frames", (1, 2, 7, 48))
 def test_a_video_is_packed_as_the_network_packs_it(network: OneVision, frames: int) -> None:
     given = features(frames)
-    expected = np.array(network.pack_video(pool_frames(given, VideoPacking(PATCHES))))
+    expected = np.array(
+        pack_video(pool_frames(given, VideoPacking(PATCHES)), "one_token", network.image_newline)
+    )
     np.testing.assert_allclose(packed(video_rows(frames), given, network), expected, atol=2e-6)
 
 

@@ -20,7 +20,8 @@ from mlx_onevision.embed.embedder import GROUP, item_blocks
 from mlx_onevision.errors import ContextOverflowError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.video import load_video
-from mlx_onevision.network.onevision import OneVision, normalize
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.packing import normalize
 from mlx_onevision.prompt.processor import Medium
 
 

@@ -14,7 +14,7 @@ from checkpoints import Sizes, write
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.network import language
+from mlx_onevision.network import attention, language
 from mlx_onevision.network.language import Qwen2
 
 
@@ -74,9 +74,9 @@ def test_attention_in_whole_steps_is_attention(
     given: Any = cache.update_and_fetch(keys[:, :, held:], values[:, :, held:])
     queries = queries[:, :, held:]
     wanted = plain(queries, given[0], given[1], scale=0.125, mask="causal")
-    monkeypatch.setattr(language, "on_cuda", lambda: True)
+    monkeypatch.setattr(attention, "on_cuda", lambda: True)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
-    found = language.attention(queries, given[0], given[1], 0.125, "causal", cache)
+    found = attention.attention(queries, given[0], given[1], 0.125, "causal", cache)
     assert found.shape == wanted.shape
     assert np.abs(np.array(found - wanted)).max() < 1e-6
     assert all(length % 256 == 0 for pair in lengths for length in pair) and lengths

@@ -96,14 +96,14 @@ def test_fusing_holds_no_matrix_twice(tmp_path: Path, way: dict[str, Any] | None
 def dense_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of the steps that were dequantized: all that may be, whatever would be measured."""
     rows: list[int] = []
-    dense = layers._dense
+    dense = layers._dense_product
 
     def counted(layer: Any, x: mx.array) -> mx.array:
         rows.append(x.shape[1])
         return dense(layer, x)
 
     monkeypatch.setattr(layers, "fewest_dense_rows", lambda *_: 0)
-    monkeypatch.setattr(layers, "_dense", counted)
+    monkeypatch.setattr(layers, "_dense_product", counted)
     return rows
 
 
@@ -142,7 +142,7 @@ def test_the_faster_way_is_measured() -> None:
     x = mx.random.normal((2048, 1024))
     slow, fast = (
         layers._seconds(type(layer).__call__, layer, x),
-        layers._seconds(layers._dense, layer, x),
+        layers._seconds(layers._dense_product, layer, x),
     )
     assert (found <= 2048) == (fast < 0.9 * slow) or 0.6 < fast / slow < 1.5
     assert fewest_dense_rows(layer, mx.float32) is found

@@ -12,7 +12,14 @@ from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.media.anyres import Packing, VideoPacking, plan_packing, thinned
 from mlx_onevision.network.memory_sizes import Budget
-from mlx_onevision.network.onevision import OneVision, interpolate, normalize, pool_frames
+from mlx_onevision.network.onevision import OneVision
+from mlx_onevision.network.packing import (
+    interpolate,
+    normalize,
+    pack_image,
+    pack_video,
+    pool_frames,
+)
 
 SIZE, SIDE = 28, 2
 PINPOINTS = tuple((SIZE * h, SIZE * w) for h in range(1, 5) for w in range(1, 5))
@@ -80,7 +87,7 @@ def test_half_precision_is_interpolated_in_single() -> None:
 
 
 def test_pixels_are_looked_up_per_channel() -> None:
-    table = np.arange(256 * 3, dtype=np.float32).reshape(256, 3) / 7
+    table = np.arange(256 * 3, dtype=np.float32).reshape(256, 3) / np.float32(7)
     tiles = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     expected = table[tiles, np.arange(3)]
     assert np.array_equal(np.array(normalize(tiles, table)), expected)
@@ -100,7 +107,7 @@ def test_an_image_is_packed_as_the_reference_packs_it(size: tuple[int, int], sha
     D = 16
     features = np.random.default_rng(1).normal(size=(packing.tiles, SIDE * SIDE, D))
     features = features.astype(np.float32)
-    rows = np.array(model.pack_image(mx.array(features), packing))
+    rows = np.array(pack_image(mx.array(features), packing, model.image_newline))
 
     stitched = np.zeros((packing.grid[0] * SIDE, packing.grid[1] * SIDE, D))
     for number, tile in enumerate(features[1:]):
@@ -120,7 +127,11 @@ def test_an_image_is_packed_as_the_reference_packs_it(size: tuple[int, int], sha
 def test_a_video_is_pooled_by_frame_with_one_newline() -> None:
     model = tiny()
     features = np.random.default_rng(2).normal(size=(5, 9, 16)).astype(np.float32)
-    rows = np.array(model.pack_video(pool_frames(mx.array(features), VideoPacking(3))))
+    rows = np.array(
+        pack_video(
+            pool_frames(mx.array(features), VideoPacking(3)), "one_token", model.image_newline
+        )
+    )
     expected = [bilinear(frame.reshape(3, 3, 16), 2, 2).reshape(4, 16) for frame in features]
     expected.append(np.array(model.image_newline)[None])
     np.testing.assert_allclose(rows, np.concatenate(expected), atol=2e-6)

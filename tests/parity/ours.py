@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_onevision import load
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.network.onevision import normalize
+from mlx_onevision.network.packing import normalize
 from mlx_onevision.prompt.processor import Inputs, Medium
 
 Messages = Sequence[dict[str, Any]]

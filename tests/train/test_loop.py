@@ -19,7 +19,7 @@ from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import uniform
 from mlx_onevision.errors import OneVisionError, OutOfMemoryError, RequestError
-from mlx_onevision.network.language import attention_mask
+from mlx_onevision.network.attention import attention_mask
 from mlx_onevision.train import step
 from mlx_onevision.train.loop import STATE, Settings, batches
 from mlx_onevision.train.parts import Trained, set_up
@@ -288,12 +288,12 @@ def test_attention_for_some_queries_at_a_time_has_the_same_gradients(
 ) -> None:
     model = load_checkpoint(write(tmp_path), fused=False).model
     text = model.language_model
-    text._windows = [window] * len(text.layers)
+    text.windows = (window,) * len(text.layers)
     given = np.random.default_rng(0).standard_normal((2, 50, 64)).astype(np.float32)
 
     def whole(h: mx.array) -> mx.array:
         for layer in text.layers:
-            h = layer(h, text._rotate, attention_mask(h, None, window), None)
+            h = layer(h, text.rotate, attention_mask(h, None, window), None)
         return (h**2).sum()
 
     expected, wanted = mx.value_and_grad(whole)(mx.array(given))
