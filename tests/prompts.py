@@ -10,7 +10,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.networks import TextConfig, VisionConfig
 from mlx_onevision.prompt.chat_template import MEDIA_CHARS, PLACEHOLDER_CHARS
 
 REFERENCE = Path(__file__).parent / "reference"

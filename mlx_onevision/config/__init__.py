@@ -1,0 +1,1 @@
+"""A checkpoint's configuration files, read and checked."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_onevision.config.json_fields import Json, Reader, shown
+from mlx_onevision.config.json_fields import Json, Reader, is_array, is_object, shown
 from mlx_onevision.errors import ConfigError
 
 logger = logging.getLogger("mlx_onevision")
@@ -64,9 +64,10 @@ class GenerationDefaults:
             ConfigError: naming a field that is not a number in its range.
         """
         if values is None:
-            text = config.get("text_config") or {}
-            eos = config.get("eos_token_id")
-            return cls(_ids(eos if eos is not None else text.get("eos_token_id"), "config.json"))
+            eos, text = config.get("eos_token_id"), config.get("text_config")
+            if eos is None and is_object(text):
+                eos = text.get("eos_token_id")
+            return cls(_ids(eos, "config.json"))
         where = "generation_config.json"
         for key, off in UNSUPPORTED.items():
             if values.get(key) not in (None, off):
@@ -86,7 +87,7 @@ class GenerationDefaults:
 
 
 def _number(read: Reader, key: str, default: float, most: float) -> float:
-    """From 0 to ``most``; a Reader's own numbers are positive."""
+    """A number from 0 to ``most``; those of :meth:`Reader.positive` are above 0."""
     if read.values.get(key) == 0:
         return 0.0
     value = read.positive(key, default) if read.values.get(key) is not None else default
@@ -96,7 +97,8 @@ def _number(read: Reader, key: str, default: float, most: float) -> float:
 
 
 def _ids(given: Any, where: str) -> tuple[int, ...]:
-    ids = () if given is None else given if isinstance(given, list) else (given,)
+    """A token id or a list of them, each once."""
+    ids = [] if given is None else given if is_array(given) else [given]
     if not all(type(n) is int and 0 <= n < 2**31 for n in ids):
         raise ConfigError(
             f"{where}: eos_token_id is {shown(given)}, not a token id or a list of them"

@@ -1,13 +1,17 @@
-"""Typed, ranged reading of JSON fields: an invalid value is an error that names its field, and so
-is a model of another kind; an unknown key is logged by name.
+"""Reading of JSON fields by type and range: an invalid value is an error that names its field, and
+so is a model of another kind; an unknown key is logged by name.
 """
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mlx_onevision.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -82,7 +86,10 @@ class Reader:
         value = self.values.get(key)
         return default if value is None else value
 
+    # Each raises ConfigError, naming the field, for a value that it does not return.
+
     def integer(self, key: str, default: int, most: int, least: int = 1) -> int:
+        """A whole number from ``least`` to ``most``."""
         value = self._get(key, default)
         if type(value) is not int or not least <= value <= most:
             raise ConfigError(
@@ -91,12 +98,14 @@ class Reader:
         return value
 
     def square(self, key: str, default: int, most: int) -> int:
+        """The side of a square: a whole number, or two equal ones."""
         value = self.values.get(key)
-        if isinstance(value, Sequence) and len(value) == 2 and value[0] == value[1]:
+        if is_array(value) and len(value) == 2 and value[0] == value[1]:
             return Reader({key: value[0]}, self.where).integer(key, default, most)
         return self.integer(key, default, most)
 
     def positive(self, key: str, default: float) -> float:
+        """A finite number above 0."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{self.where}: {key} is {shown(value)}, not a number")
@@ -105,12 +114,14 @@ class Reader:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise ConfigError(f"{self.where}: {key} is {shown(value)}, not true or false")
         return value
 
     def choice(self, key: str, default: str, choices: frozenset[str]) -> str:
+        """One of ``choices``."""
         value = self._get(key, default)
         if not isinstance(value, str) or value not in choices:
             raise ConfigError(
@@ -120,16 +131,21 @@ class Reader:
 
 
 def require_type(values: Json, where: str, expected: str) -> None:
+    """Raises ConfigError where an object's ``model_type`` is another one."""
     found = values.get("model_type", expected)
     if found != expected:
         raise ConfigError(f"{where} has model_type {shown(found)}; only {expected!r} is supported")
 
 
 def report_unknown(
-    values: Json, cls: type, where: str, more: Sequence[str] = (), less: Sequence[str] = ()
+    values: Json,
+    cls: "type[DataclassInstance]",
+    where: str,
+    more: Sequence[str] = (),
+    less: Sequence[str] = (),
 ) -> None:
-    """Logs the keys that are no fields of ``cls`` and not ``more``, or among ``less``."""
-    known = set(cls.__dataclass_fields__) | INERT | INERT_GENERATION | set(more)
+    """Logs the keys that are no fields of ``cls`` and not ``more``, or are among ``less``."""
+    known = {field.name for field in fields(cls)} | INERT | INERT_GENERATION | set(more)
     unknown = sorted(set(values) - known | set(values) & set(less))
     if unknown:
         logger.warning(

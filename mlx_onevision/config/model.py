@@ -1,8 +1,9 @@
-"""A checkpoint's config.json, as frozen dataclasses whose fields are the file's own keys.
+"""A checkpoint's config.json, as frozen dataclasses whose fields are the file's own keys
+(``LlavaOnevisionConfig`` of transformers).
 
-A key that changes what the network computes is honoured, or refused by name. Keys that the
-reference implementation reads but that do nothing at inference are listed in ``INERT``; keys that
-it does not know at all have no effect there either, and are reported by name in the log.
+A key that changes what the network computes is read, or refused by name. Keys that the reference
+reads but that have no effect at inference are listed in ``INERT``; keys that it does not know have
+no effect there either, and are logged by name.
 
 Missing fields take the defaults of the reference's *classes* (not those of the published
 checkpoints): a ``vision_config`` that is present but partial is completed with SigLIP-base values,
@@ -10,7 +11,7 @@ one that is absent altogether is SigLIP-so400m.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,164 +20,22 @@ from mlx_onevision.config.json_fields import (
     ACTIVATIONS,
     Json,
     Reader,
+    is_array,
+    is_object,
     report_unknown,
     require_type,
     shown,
 )
+from mlx_onevision.config.networks import TextConfig, VisionConfig
 from mlx_onevision.config.quantization import Quantization
-from mlx_onevision.config.rope import RopeConfig
 from mlx_onevision.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The SigLIP tower. ``image_size`` and ``patch_size`` are edge lengths in pixels."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 16
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
-
-    @property
-    def patches_per_side(self) -> int:
-        """Patches along one edge of a tile; the pixels that do not fill a patch are dropped."""
-        return self.image_size // self.patch_size
-
-    @classmethod
-    def from_dict(cls, values: Json | None) -> "VisionConfig":
-        if values is None:
-            return cls(1152, 4304, 26, 16, 3, 384, 14)
-        require_type(values, "vision_config", "siglip_vision_model")
-        report_unknown(values, cls, "vision_config")
-        read = Reader(values, "vision_config")
-        config = cls(
-            hidden_size=read.integer("hidden_size", cls.hidden_size, 32768),
-            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
-            num_hidden_layers=read.integer("num_hidden_layers", cls.num_hidden_layers, 256),
-            num_attention_heads=read.integer("num_attention_heads", cls.num_attention_heads, 1024),
-            num_channels=read.integer("num_channels", cls.num_channels, 3),
-            image_size=read.square("image_size", cls.image_size, 4096),
-            patch_size=read.square("patch_size", cls.patch_size, 1024),
-            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
-            layer_norm_eps=read.positive("layer_norm_eps", cls.layer_norm_eps),
-        )
-        if config.num_channels != 3:
-            raise ConfigError(
-                f"vision_config.num_channels is {config.num_channels}; only 3 (RGB) is supported"
-            )
-        if config.hidden_size % config.num_attention_heads:
-            raise ConfigError(
-                f"vision_config.hidden_size {config.hidden_size} does not divide into "
-                f"{config.num_attention_heads} attention heads"
-            )
-        if config.patches_per_side < 1:
-            raise ConfigError(
-                f"vision_config.patch_size {config.patch_size} exceeds its image_size"
-            )
-        return config
-
-
-# Rotary angles are computed from positions in float32, which has all whole numbers up to this one.
-MOST_POSITIONS = 1 << 24
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The Qwen2 decoder. ``layer_types`` names each layer's attention, full or sliding."""
-
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    intermediate_size: int = 22016
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    head_dim: int = 128
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-6
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    layer_types: tuple[str, ...] = ("full_attention",) * 32
-    sliding_window: int | None = None
-    tie_word_embeddings: bool = False
-
-    @classmethod
-    def from_dict(cls, values: Json | None) -> "TextConfig":
-        values = values or {}
-        require_type(values, "text_config", "qwen2")
-        report_unknown(values, cls, "text_config", ("rope_parameters", "dtype", "torch_dtype"))
-        read = Reader(values, "text_config")
-        layers = read.integer("num_hidden_layers", cls.num_hidden_layers, 256)
-        heads = read.integer("num_attention_heads", cls.num_attention_heads, 1024)
-        # A null here means "as many as query heads"; an absent key means the class default.
-        kv_heads = (
-            heads
-            if "num_key_value_heads" in values and values["num_key_value_heads"] is None
-            else read.integer("num_key_value_heads", cls.num_key_value_heads, 1024)
-        )
-        hidden = read.integer("hidden_size", cls.hidden_size, 32768)
-        if heads % kv_heads:
-            raise ConfigError(
-                f"text_config has {heads} attention heads, not a multiple of {kv_heads} for keys"
-            )
-        head_dim = read.integer("head_dim", hidden // heads, 1024)
-        if head_dim % 2:
-            raise ConfigError(
-                f"text_config's head_dim is {head_dim}; rotary positions need an even one"
-            )
-        window = None
-        sliding = read.flag("use_sliding_window", False)
-        if sliding and values.get("sliding_window", 4096) is not None:
-            window = read.integer("sliding_window", 4096, 2**31 - 1)
-        first_sliding = read.integer("max_window_layers", 28, 2**31 - 1, least=0)
-        kinds = values.get("layer_types")
-        if kinds is None:
-            full = layers if window is None else min(first_sliding, layers)
-            kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-        if not isinstance(kinds, Sequence) or len(kinds) != layers:
-            raise ConfigError(f"text_config.layer_types does not name {layers} layers")
-        for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise ConfigError(
-                    f"text_config.layer_types names {shown(kind)}, which is not supported"
-                )
-            if kind == "sliding_attention" and window is None:
-                raise ConfigError(
-                    "text_config.layer_types asks for sliding attention without a window"
-                )
-        rope = RopeConfig.from_dict(values)
-        context = read.integer(
-            "max_position_embeddings", cls.max_position_embeddings, MOST_POSITIONS
-        )
-        rope.check(head_dim, context)
-        return cls(
-            vocab_size=read.integer("vocab_size", cls.vocab_size, 2_000_000),
-            hidden_size=hidden,
-            intermediate_size=read.integer("intermediate_size", cls.intermediate_size, 262144),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            hidden_act=read.choice("hidden_act", cls.hidden_act, ACTIVATIONS),
-            max_position_embeddings=context,
-            rms_norm_eps=read.positive("rms_norm_eps", cls.rms_norm_eps),
-            rope=rope,
-            layer_types=tuple(kinds),
-            sliding_window=window,
-            tie_word_embeddings=read.flag("tie_word_embeddings", False),
-        )
-
-
-# The model_type of what only this package knows: settings of the original code for which the Hub's
-# layout has no place. The converter writes it, so that other programs refuse such a model instead
-# of computing another one.
+# The model_type of models with settings of the original code for which the Hub's layout has no
+# place. The converter writes it, so that other programs refuse such a model instead of computing
+# another one.
 OWN_TYPE = "mlx_onevision"
 HUB_TYPE = "llava_onevision"
-# What is taken for this model, by the model_type of its config.json.
+# Models that are mistaken for this one, by their model_type.
 OTHERS: Mapping[str, str] = {
     "llava": "LLaVA-1.5",
     "llava_next": "LLaVA-NeXT",
@@ -201,8 +60,8 @@ DEFAULT_PINPOINTS = tuple(
 class OneVisionConfig:
     """A checkpoint's config.json. ``image_grid_pinpoints`` are (height, width) pairs in pixels.
 
-    vision_aspect_ratio : what becomes of an image that is alone: ``anyres`` cuts it into tiles, and
-        ``anyres_max_N`` thins out the tokens of more than about N; ``pad`` makes a square of it and
+    vision_aspect_ratio : how an image that is alone is prepared: ``anyres`` cuts it into tiles, and
+        ``anyres_max_N`` thins out the tokens of more than about N; ``pad`` pads it to a square and
         ``square`` squeezes it into one.
     mm_patch_merge_type : how the tiles are packed: stitched, cut to the image, with a newline a row
         (``spatial_unpad``); stitched (``spatial``); one after another (``flat``).
@@ -255,11 +114,12 @@ class OneVisionConfig:
 
     @property
     def has_newline(self) -> bool:
-        """Whether the network has a newline's embedding."""
+        """Whether the network has an embedding for newlines."""
         return self.mm_patch_merge_type == "spatial_unpad"
 
     @property
     def tokens_per_tile(self) -> int:
+        """Features of one tile, one a patch."""
         return self.vision_config.patches_per_side**2
 
     @property
@@ -330,7 +190,8 @@ class OneVisionConfig:
 
 
 def of_this_model(values: Json) -> Json:
-    """A whole config.json in the Hub's layout; what it says besides its kind is not looked at.
+    """A whole config.json in the Hub's layout, whichever it came in. Only the kind of the model and
+    its quantization are checked.
 
     Raises:
         ConfigError: for a model of another kind, and for a quantization that MLX cannot read.
@@ -351,6 +212,7 @@ def of_this_model(values: Json) -> Json:
 
 
 def _with_original_settings(config: OneVisionConfig, read: Reader) -> OneVisionConfig:
+    """With the settings that only the original code has."""
     chosen = {
         key: read.choice(key, getattr(OneVisionConfig, key), frozenset(choices))
         for key, choices in original_layout.CHOICES.items()
@@ -373,12 +235,12 @@ def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], 
     """
     if given is None:
         given = DEFAULT_PINPOINTS
-    if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= 128:
+    if not is_array(given) or not 1 <= len(given) <= 128:
         raise ConfigError(f"{where}: image_grid_pinpoints is not a list of 1 to 128 pairs")
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for pair in given:
         if (
-            not isinstance(pair, Sequence)
+            not is_array(pair)
             or len(pair) != 2
             or not all(type(edge) is int and 0 < edge <= 128 * tile for edge in pair)
             or any(edge % tile for edge in pair)
@@ -393,20 +255,21 @@ def read_pinpoints(given: Any, tile: int, where: str) -> tuple[tuple[int, int], 
 
 def _section(values: Json, key: str) -> Json | None:
     section = values.get(key)
-    if section is not None and not isinstance(section, Mapping):
-        raise ConfigError(f"config.json: {key} is not an object")
-    return section
+    if section is None or is_object(section):
+        return section
+    raise ConfigError(f"config.json: {key} is not an object")
 
 
 def _either(read: Reader, new: str, old: str, default: int) -> int:
+    """A token id under its new key, or under the old one."""
     return read.integer(
         new if read.values.get(new) is not None else old, default, 2_000_000, least=0
     )
 
 
 def _feature_layer(values: Json, layers: int) -> int | tuple[int, ...]:
-    given = values.get("vision_feature_layer", -1)
-    chosen = given if isinstance(given, list | tuple) else [given]
+    given: Any = values.get("vision_feature_layer", -1)
+    chosen = given if is_array(given) else [given]
     for layer in chosen:
         if type(layer) is not int or not -layers <= layer <= layers or layer == 0:
             raise ConfigError(
@@ -415,11 +278,11 @@ def _feature_layer(values: Json, layers: int) -> int | tuple[int, ...]:
             )
     if not chosen:
         raise ConfigError("vision_feature_layer is an empty list")
-    return tuple(chosen) if isinstance(given, list | tuple) else given
+    return tuple(chosen) if is_array(given) else chosen[0]
 
 
 def _dtype(values: Json) -> str | None:
-    for section in (values, values.get("text_config") or {}):
+    for section in (values, _section(values, "text_config") or {}):
         for key in ("dtype", "torch_dtype"):
             if section.get(key) is not None:
                 name = str(section[key]).removeprefix("torch.")

@@ -3,8 +3,8 @@
 It is one flat file, which lmms-lab publishes and LLaVA-NeXT's training scripts save: Qwen2's fields
 at the top, the vision side as ``mm_*`` settings that name a tower instead of describing it. The
 settings that change what the original code computes are kept, under their own names where the Hub's
-layout has none; values that this package does not implement are refused by name; what matters to
-training alone, or is not read by the original code, is dropped.
+layout has none; values that this package does not implement are refused by name; settings of
+training alone, and those that the original code does not read, are dropped.
 """
 
 import ast
@@ -16,7 +16,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from mlx_onevision.config.json_fields import shown
+from mlx_onevision.config.json_fields import is_array, is_object, shown
 from mlx_onevision.errors import ConfigError
 from mlx_onevision.files import read_json
 
@@ -35,22 +35,22 @@ TOWER: Mapping[str, Any] = {
     "image_size": 384,
     "patch_size": 14,
 }
-# What names of other kinds and sizes of towers have in them. Trainers save the path on their own
-# disk, whose last part may say nothing; then the shapes of the weights decide.
+# Parts of the names of other kinds and sizes of towers. Trainers save the path on their own disk,
+# whose last part may be any name; then the shapes of the weights decide.
 OTHER_SIZE = re.compile(r"base|large|giant|patch(?!14)|224|256|512|980", re.IGNORECASE)
 OTHER_KIND = re.compile(
     r"clip|imagebind|mlcd|\beva|dino|intern|sharegpt|convnext|aimv2", re.IGNORECASE
 )
 
-# The values that are implemented, of what decides how features become embeddings. The first is what
-# the original code takes where the setting is absent.
+# The settings of how features become embeddings, and their values that are implemented. The first
+# is the original code's where the setting is absent.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
     "mm_newline_position": ("one_token", "grid", "frame", "no_token"),
     "mm_spatial_pool_mode": ("bilinear", "average", "max"),
 }
 FLAGS = ("add_time_instruction", "force_sample")
-# What other settings must be where they are present.
+# Other settings, and the values that they may have where they are present.
 REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_resampler_type": (None, "spatial_pool"),
@@ -78,7 +78,7 @@ TOP_KEYS = frozenset(
 def is_original(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is the original repository's."""
     named = values.get("architectures")
-    listed = isinstance(named, list) and any(name in ARCHITECTURES for name in named)
+    listed = is_array(named) and any(name in ARCHITECTURES for name in named)
     return listed or "mm_vision_tower" in values
 
 
@@ -114,7 +114,7 @@ def to_hub(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
                 "google/siglip-so400m-patch14-384, also as a local path"
             )
         vision = TOWER
-    if not isinstance(vision, Mapping):
+    if not is_object(vision):
         raise ConfigError("config.json: vision_config is not an object")
     size = vision.get("image_size", 384)
     if type(size) is not int:
@@ -161,15 +161,17 @@ def _added_tokens(folder: Path) -> dict[int, str]:
     settings = read_json(folder / "tokenizer_config.json") or {}
     added = read_json(folder / "added_tokens.json") or {}
     try:
-        found = {int(index): content for content, index in added.items()}
-        for index, token in (settings.get("added_tokens_decoder") or {}).items():
+        found: dict[Any, str] = {int(index): content for content, index in added.items()}
+        decoder: dict[str, Any] = settings.get("added_tokens_decoder") or {}
+        for index, token in decoder.items():
             found[int(index)] = token["content"]
         if not found:
-            listed = (read_json(folder / "tokenizer.json") or {}).get("added_tokens") or []
+            tokenizer = read_json(folder / "tokenizer.json") or {}
+            listed: list[dict[str, Any]] = tokenizer.get("added_tokens") or []
             found = {token["id"]: token["content"] for token in listed}
         return {index: content for index, content in found.items() if type(index) is int}
     except (AttributeError, KeyError, TypeError, ValueError):
-        return {}  # what is wrong is said where the tokenizer is read
+        return {}  # reading the tokenizer reports what is wrong
 
 
 def _is_other_tower(name: str) -> bool:
@@ -189,31 +191,28 @@ def _pinpoints(given: Any, size: int) -> Any:
         if ends:
             (low_w, low_h), (high_w, high_h) = ends[0], ends[-1]
             pairs = product(range(low_w, high_w + 1), range(low_h, high_h + 1))
-            # One more than are allowed, so that they are refused where all lists are looked at.
+            # One more than is allowed at most, so that longer lists are refused as any other is.
             given = [[size * w, size * h] for w, h in islice(pairs, 129)]
         else:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("error")  # of what is nearly Python
+                    warnings.simplefilter("error")  # Python warns of invalid escapes, for example
                     given = ast.literal_eval(given)
             except (ValueError, TypeError, SyntaxError, Warning, MemoryError, RecursionError):
                 raise ConfigError(
                     f"config.json: image_grid_pinpoints is {shown(given)}; expected pairs or "
                     "'(1x1),...,(6x6)'"
                 ) from None
-    if not isinstance(given, Sequence) or not all(_is_pair(pair) for pair in given):
+    if not is_array(given) or not all(_is_pair(pair) for pair in given):
         return given
-    turned = [[height, width] for width, height in given]
-    # Order decides between equals alone, and a square of grids has none: it stays as it is written.
-    return given if _is_square(turned) else turned
+    swapped = [[height, width] for width, height in given]
+    # The order decides only between pinpoints that are equally good. All pairs of some edges are
+    # the same set when swapped, and stay in the order of the file.
+    return given if _is_square(swapped) else swapped
 
 
 def _is_pair(pair: Any) -> bool:
-    return (
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(type(edge) is int for edge in pair)
-    )
+    return is_array(pair) and len(pair) == 2 and all(type(edge) is int for edge in pair)
 
 
 def _is_square(pairs: Sequence[Sequence[int]]) -> bool:

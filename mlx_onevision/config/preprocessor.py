@@ -1,17 +1,18 @@
 """How images become tiles: the settings of preprocessor_config.json."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_onevision.config.json_fields import Json, Reader, is_number, shown
+from mlx_onevision.config.json_fields import Json, Reader, is_array, is_number, is_object, shown
 from mlx_onevision.config.model import DEFAULT_PINPOINTS, OneVisionConfig, read_pinpoints
 from mlx_onevision.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How images become pixel values. ``size`` is a tile's edge in pixels."""
+    """How images become pixel values. ``size`` is the side of a tile in pixels; mean and standard
+    deviation are of values from 0 to 1, red, green and blue.
+    """
 
     size: int = 384
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -23,8 +24,9 @@ class ImageConfig:
     def from_dict(
         cls, values: Json | None, config: OneVisionConfig, where: str = "preprocessor_config.json"
     ) -> "ImageConfig":
-        """From preprocessor_config.json (None: a checkpoint without one, as the lmms-lab originals
-        are). ``where`` names it in errors.
+        """From preprocessor_config.json (None for a checkpoint without one, such as lmms-lab's).
+
+        where : what errors call the file.
 
         Raises:
             ConfigError: for a step that the file switches off or changes, and for a tile size or
@@ -45,7 +47,7 @@ class ImageConfig:
                 "supported"
             )
         given = values.get("size", size)
-        edges = list(given.values()) if isinstance(given, Mapping) else [given]
+        edges = list(given.values()) if is_object(given) else [given]
         if any(edge != size for edge in edges):
             raise ConfigError(
                 f"{where} has tiles of {shown(given)}, config.json of {size} pixels; they must "
@@ -69,7 +71,7 @@ class ImageConfig:
 
 
 def _three(given: Any, where: str, *, positive: bool) -> tuple[float, float, float]:
-    numbers = given if isinstance(given, Sequence) and not isinstance(given, str) else [given] * 3
+    numbers = given if is_array(given) else [given] * 3
     if len(numbers) != 3 or not all(is_number(n) and (n > 0 or not positive) for n in numbers):
         raise ConfigError(f"{where} is {shown(given)}, not three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlx_onevision.config.json_fields import Json, Reader, shown
+from mlx_onevision.config.json_fields import Json, Reader, is_object, shown
 from mlx_onevision.errors import ConfigError, short
 
 
@@ -26,32 +26,33 @@ class Quantization:
     """
 
     default: ModuleQuantization
-    modules: Mapping[str, ModuleQuantization | None] = field(default_factory=dict)
+    modules: Mapping[str, ModuleQuantization | None] = field(
+        default_factory=dict[str, ModuleQuantization | None]
+    )
 
     @classmethod
     def from_dict(cls, values: Json) -> "Quantization | None":
-        """From a whole config.json; None when nothing in it is quantized."""
+        """From a whole config.json; None where it names no quantization.
+
+        Raises ConfigError for one that MLX cannot read.
+        """
         given = values.get("quantization")
         if given is None:
             given = values.get("quantization_config")
             if given is None:
                 return None
-            if (
-                not isinstance(given, Mapping)
-                or "quant_method" in given
-                or "group_size" not in given
-            ):
-                method = given.get("quant_method") if isinstance(given, Mapping) else given
+            if not is_object(given) or "quant_method" in given or "group_size" not in given:
+                method = given.get("quant_method") if is_object(given) else given
                 raise ConfigError(
                     f"config.json asks for quantization by {shown(method)}, which MLX cannot read; "
                     "use the unquantized checkpoint or one in an MLX layout"
                 )
-        if not isinstance(given, Mapping):
+        if not is_object(given):
             raise ConfigError(f"config.json's quantization is {shown(given)}, not an object")
         default = _module_quantization(given, "quantization")
         modules: dict[str, ModuleQuantization | None] = {}
         for path, entry in given.items():
-            if isinstance(entry, Mapping):
+            if is_object(entry):
                 modules[path] = _module_quantization(entry, f"quantization of {short(path)}")
             elif entry is False:
                 modules[path] = None

@@ -1,18 +1,22 @@
-"""Rotary positions: what a configuration asks for, and the frequencies that follow from it.
+"""Rotary positions (RoPE): the settings of a configuration, and the frequencies by them.
 
-The formulas are the reference's, in float32 as it computes them. Frequencies that depend on the
-length of the prompt (``dynamic``, ``longrope``) are refused: keys in a cache would need turning
-again.
+The formulas are those of transformers' modeling_rope_utils.py, in float32 as there. Frequencies
+that depend on the length of the prompt (``dynamic``, ``longrope``) are refused: the keys in a cache
+would have to be rotated again.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mlx_onevision.config.json_fields import Json, Reader, is_number, shown
+from mlx_onevision.config.json_fields import Json, Reader, is_number, is_object, shown
 from mlx_onevision.errors import ConfigError, short
+
+Frequencies = NDArray[np.float32]  # (dims / 2,)
 
 # The numbers that each kind reads.
 ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -34,15 +38,15 @@ class RopeConfig:
 
     rope_theta: float = 10000.0
     rope_type: str = "default"
-    parameters: Mapping[str, float | bool] = field(default_factory=dict)
+    parameters: Mapping[str, float | bool] = field(default_factory=dict[str, float | bool])
 
     @classmethod
     def from_dict(cls, text: Json) -> "RopeConfig":
         """From ``rope_parameters``, or in older files ``rope_theta`` and ``rope_scaling``."""
-        given = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if not isinstance(given, Mapping):
+        given: object = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if not is_object(given):
             raise ConfigError(f"text_config's rope settings are {shown(given)}, not an object")
-        rope = {"rope_type": given.get("type", "default"), **given}
+        rope: dict[str, Any] = {"rope_type": given.get("type", "default"), **given}
         rope.pop("type", None)
         kind = rope.pop("rope_type")
         if not isinstance(kind, str) or kind not in ROPE_PARAMETERS:
@@ -92,9 +96,11 @@ class RopeConfig:
             )
 
     @np.errstate(all="ignore")
-    def frequencies(self, dims: int, max_position: int) -> tuple[np.ndarray, float]:
-        """Inverse frequencies, float32 (dims / 2,), in radians a position; and the factor by which
-        ``yarn`` lengthens rotated queries and keys (1.0 elsewhere).
+    def frequencies(self, dims: int, max_position: int) -> tuple[Frequencies, float]:
+        """Frequencies in radians a position, the reference's ``inv_freq``, float32 (dims / 2,); and
+        the factor by which ``yarn`` scales rotated queries and keys, 1.0 for other kinds.
+
+        dims : the width of a head. max_position : ``max_position_embeddings``.
         """
         numbers = self.parameters
         factor = float(numbers.get("factor", 1.0))
@@ -110,7 +116,7 @@ class RopeConfig:
             return self._yarn(periods, dims, factor, context), self._yarn_length(factor)
         return inverse, 1.0
 
-    def _llama3(self, inverse: np.ndarray, factor: float, context: float) -> np.ndarray:
+    def _llama3(self, inverse: Frequencies, factor: float, context: float) -> Frequencies:
         low, high = self.parameters["low_freq_factor"], self.parameters["high_freq_factor"]
         wavelength = 2 * np.pi / inverse
         slowed = np.where(wavelength > context / low, inverse / np.float32(factor), inverse)
@@ -119,7 +125,7 @@ class RopeConfig:
         between = (wavelength >= context / high) & (wavelength <= context / low)
         return np.where(between, blended, slowed).astype(np.float32)
 
-    def _yarn(self, periods: np.ndarray, dims: int, factor: float, context: float) -> np.ndarray:
+    def _yarn(self, periods: Frequencies, dims: int, factor: float, context: float) -> Frequencies:
         def dimension(rotations: float) -> float:
             return (dims * math.log(context / (rotations * 2 * math.pi))) / (
                 2 * math.log(self.rope_theta)

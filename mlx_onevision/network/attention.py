@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_onevision.config.model import TextConfig
+from mlx_onevision.config.networks import TextConfig
 from mlx_onevision.network.layers import on_cuda
 from mlx_onevision.network.memory_sizes import CACHE_STEP
 

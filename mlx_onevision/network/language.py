@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_onevision.config.model import TextConfig
+from mlx_onevision.config.networks import TextConfig
 from mlx_onevision.distributed import all_sum, join
 from mlx_onevision.media.parallel import no_check
 from mlx_onevision.network.attention import Mask, RotaryEmbedding, attention, attention_mask

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_onevision.config.model import VisionConfig
+from mlx_onevision.config.networks import VisionConfig
 from mlx_onevision.media.parallel import no_check
 from mlx_onevision.network.layers import ACTIVATIONS, Pace
 

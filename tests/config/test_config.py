@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.networks import TextConfig, VisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.config.quantization import ModuleQuantization
 from mlx_onevision.errors import ConfigError

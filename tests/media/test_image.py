@@ -31,7 +31,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mlx_onevision.errors import MediaError, TooLargeError
-from mlx_onevision.media import image as module
 from mlx_onevision.media import rgb
 from mlx_onevision.media.image import DecodedImage, load_image
 

@@ -15,7 +15,7 @@ from images import (
 )
 
 from mlx_onevision.config.preprocessor import ImageConfig
-from mlx_onevision.media.image import (
+from mlx_onevision.media.tiles import (
     normalization_table,
     pad_to_square_tile,
     pixel_values,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hostile.sizes import cases
 
-from mlx_onevision.config.model import OneVisionConfig, TextConfig
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.networks import TextConfig
 from mlx_onevision.errors import OutOfMemoryError
 from mlx_onevision.media.anyres import VideoPacking, plan_packing
 from mlx_onevision.network.memory_budget import (

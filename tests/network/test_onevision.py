@@ -8,7 +8,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_onevision.config.model import OneVisionConfig, TextConfig, VisionConfig
+from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.config.networks import TextConfig, VisionConfig
 from mlx_onevision.errors import CancelledError
 from mlx_onevision.media.anyres import Packing, VideoPacking, plan_packing, thinned
 from mlx_onevision.network.memory_sizes import Budget

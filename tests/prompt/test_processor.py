@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from prompts import TILE, cases, checkpoint, config, tricky
 
-from mlx_onevision.config.model import TextConfig
+from mlx_onevision.config.networks import TextConfig
 from mlx_onevision.errors import ConfigError, MediaError, RequestError
 from mlx_onevision.media.anyres import Packing
 from mlx_onevision.media.tiles import pad_to_square_tile, tile_image
