@@ -1,21 +1,32 @@
-"""Objects in JSON schemas that list their properties and do not say whether there may be others.
+"""Closes objects in JSON schemas that list their properties and leave open whether others may
+follow.
 
-In JSON Schema there may. A model that has written the properties would then go on with names of its
-own until its tokens are used up, so here such an object is closed, as in llama.cpp. Where several
-parts of a schema hold for the same object, it is closed around the properties of all of them.
+By JSON Schema they may. A model that has written the listed properties would then continue with
+invented names until its tokens are used up, so such an object is closed, as in llama.cpp. Where
+several parts of a schema apply to the same object, it is closed around the properties of all.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 LISTED = ("properties", "patternProperties")
-SAID = ("additionalProperties", "unevaluatedProperties")
+CLOSING = ("additionalProperties", "unevaluatedProperties")
 ALTERNATIVES = ("anyOf", "oneOf")
 
 
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a parsed JSON value is an object."""
+    return isinstance(value, dict)
+
+
+def is_array(value: object) -> TypeGuard[list[Any]]:
+    """Whether a parsed JSON value is an array."""
+    return isinstance(value, list)
+
+
 def close_objects(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with such objects closed."""
+    """A copy of the schema in which such objects are closed."""
     closer = _Closer(schema)
     closed = closer.closed(schema)
     if closer.copies:
@@ -24,13 +35,13 @@ def close_objects(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def target(whole: Mapping[str, Any], reference: str) -> Any:
-    """What a reference within a schema stands for; None where there is nothing."""
+    """The part of a schema that a JSON pointer such as ``#/$defs/name`` refers to, or None."""
     found: Any = whole
     for key in reference[1:].split("/")[1:]:
         key = unquote(key).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+        if is_array(found) and key.isdecimal() and int(key) < len(found):
             found = found[int(key)]
-        elif isinstance(found, Mapping) and key in found:
+        elif is_object(found) and key in found:
             found = found[key]
         else:
             return None
@@ -42,23 +53,27 @@ class _Closer:
         self._whole = whole
         self._names: dict[str, str] = {}  # of copies, by reference
         self.copies: dict[str, Any] = {}
-        """Of definitions, left open: for where other parts of a schema hold beside them."""
+        """Copies of definitions that stay open, for references beside other parts of a schema."""
 
     def closed(self, schema: Any, is_open: bool = False) -> Any:
-        """is_open : another part of the schema closes the object itself, but not those in it."""
-        if not isinstance(schema, dict):
+        """A schema with its objects closed.
+
+        is_open : whether the object itself stays open, because another part of the schema closes
+            it; those in it are closed.
+        """
+        if not is_object(schema):
             return schema
         made = {name: self._inner(name, value) for name, value in schema.items()}
-        if made.get("propertyNames") == {"type": "string"}:  # as they all are; zod writes it
+        if made.get("propertyNames") == {"type": "string"}:  # always true; zod writes it
             del made["propertyNames"]
         listed = any(name in schema for name in LISTED)
         several = listed + sum(1 for _ in _parts_beside(schema)) > 1
         for name in ("allOf", *ALTERNATIVES):
-            if isinstance(schema.get(name), list):
-                made[name] = [self.closed(part, is_open or several) for part in schema[name]]
+            if is_array(parts := schema.get(name)):
+                made[name] = [self.closed(part, is_open or several) for part in parts]
         if "$ref" in schema and (is_open or several):
             made["$ref"] = self._open(schema["$ref"])
-        if is_open or any(name in schema for name in SAID):
+        if is_open or any(name in schema for name in CLOSING):
             return made
         if not several:
             return {**made, "additionalProperties": False} if listed else made
@@ -69,15 +84,17 @@ class _Closer:
         return made
 
     def _inner(self, name: str, value: Any) -> Any:
-        """The schemas of parts of a document."""
-        if name in ("$defs", "definitions", *LISTED) and isinstance(value, dict):
+        """A keyword's value, with its schemas closed where they are for parts of a document."""
+        if name in ("$defs", "definitions", *LISTED) and is_object(value):
             return {key: self.closed(part) for key, part in value.items()}
         if name in ("items", "prefixItems", "additionalProperties", "contains"):
-            parts = isinstance(value, list)
-            return [self.closed(part) for part in value] if parts else self.closed(value)
+            if is_array(value):
+                return [self.closed(part) for part in value]
+            return self.closed(value)
         return value
 
     def _open(self, reference: Any) -> Any:
+        """A reference to a copy that stays open; itself where it leads nowhere."""
         found = target(self._whole, reference) if _is_local(reference) else None
         if found is None:
             return reference
@@ -91,14 +108,17 @@ class _Closer:
         return f"#/$defs/{self._names[reference]}"
 
     def _listed(self, schema: Any, within: frozenset[str]) -> dict[str, None] | None:
-        """The names of all properties that parts of a schema list for the same object; None where
-        one of them says which others there may be.
+        """The names of all properties that the parts of a schema list for the same object; None
+        where one of them already defines which others there may be.
+
+        within : references that are being followed.
         """
-        if not isinstance(schema, dict):
+        if not is_object(schema):
             return {}
-        if "patternProperties" in schema or any(schema.get(n, False) is not False for n in SAID):
+        if "patternProperties" in schema or any(schema.get(n, False) is not False for n in CLOSING):
             return None
         found: dict[str, None] = dict.fromkeys(schema.get("properties", {}))
+        parts: list[tuple[Any, frozenset[str]]]
         parts = [(part, within) for n in ("allOf", *ALTERNATIVES) for part in schema.get(n, ())]
         reference = schema.get("$ref")
         if reference is not None:
@@ -115,11 +135,11 @@ class _Closer:
 
 
 def _parts_beside(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """The parts that hold at once for the same document, alternatives as one."""
+    """The parts that apply to the same document at once; alternatives are one part."""
     every = schema.get("allOf")
-    yield from every if isinstance(every, list) else ()
+    yield from every if is_array(every) else ()
     yield from (schema[name] for name in (*ALTERNATIVES, "$ref") if name in schema)
 
 
-def _is_local(reference: Any) -> bool:
+def _is_local(reference: object) -> TypeGuard[str]:
     return isinstance(reference, str) and reference.startswith("#")

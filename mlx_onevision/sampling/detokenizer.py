@@ -8,14 +8,14 @@ from mlx_onevision.errors import RequestError
 
 
 class TokenBytes(Protocol):
-    """A tokenizer."""
+    """The part of a tokenizer that is needed: the bytes that a token adds to the text."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class Detokenizer:
-    """Joins the bytes of tokens into text, holding an incomplete character back: the pieces joined
-    are ``tokenizer.decode(ids)`` with special tokens skipped.
+    """Turns tokens into text as they come, holding an incomplete character back. All of the text is
+    ``tokenizer.decode(ids)`` without special tokens.
     """
 
     def __init__(self, tokenizer: TokenBytes) -> None:
@@ -23,10 +23,11 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
+        """The characters that a token completes."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """U+FFFD if the last character is incomplete."""
+        """U+FFFD where the last character is incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -36,13 +37,13 @@ class StopStrings:
     may still become a stop string.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: str | Sequence[object] = ()) -> None:
         """Raises RequestError for a stop string that is empty or not text."""
-        stops = [stops] if isinstance(stops, str) else list(stops)
-        for stop in stops:
+        self._stops: list[str] = []
+        for stop in [stops] if isinstance(stops, str) else stops:
             if not isinstance(stop, str) or not stop:
                 raise RequestError(f"stop string {stop!r} is not a text with characters in it")
-        self._stops = stops
+            self._stops.append(stop)
         self._held = ""
         self.found: str | None = None
         """The stop string that ended the text."""
@@ -68,6 +69,6 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` with which ``stop`` begins, short of all of it."""
+    """The length of the longest end of ``text`` that is a beginning of ``stop``, but not all."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,10 +1,10 @@
 """Answers that are JSON of a given schema, with llguidance (the extra ``structured``).
 
 A schema is compiled once, on the calling thread, and kept. On the inference thread it is a logits
-processor that masks every token with which the document cannot go on; the end of text is allowed
-exactly where the document is complete. Where the model would end its answer earlier, what is open
-in the document is closed instead. The only white space is a blank after each comma and colon, so
-that no answer ends in endless indentation.
+processor that masks every token with which the document cannot continue; the end of text is allowed
+only where the document is complete. Where the model would end its answer earlier, open strings and
+brackets are closed instead. The only white space is a blank after each comma and colon, so that no
+answer consists of endless indentation.
 """
 
 import threading
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling import json_schema
@@ -28,7 +29,7 @@ MOST_KEPT = 16  # compiled schemas
 
 
 class Vocabulary(Protocol):
-    """A tokenizer."""
+    """The part of a tokenizer that is needed: bytes of tokens, and tokens of a text."""
 
     def __len__(self) -> int: ...
 
@@ -43,7 +44,7 @@ def available() -> bool:
 
 
 class Grammars:
-    """Compiles and keeps the grammars of schemas, for one model, from any thread.
+    """Compiles the grammars of schemas for one model, and keeps the last ones. From any thread.
 
     ends : the ids that end an answer.
     """
@@ -58,7 +59,7 @@ class Grammars:
     def of(
         self, schema: str | bool | Mapping[str, Any], check: Callable[[], None] = lambda: None
     ) -> "Grammar":
-        """The grammar of a JSON Schema, given as JSON text or as what that would be in Python.
+        """The grammar of a JSON Schema, as JSON text or as its value in Python.
 
         check : called while a schema is compiled; ends it by raising.
 
@@ -104,6 +105,7 @@ class Closing:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, ends: Collection[int]) -> "Closing":
+        """The tokens of a vocabulary."""
         ids: dict[bytes, int] = {}
         for token in range(len(vocabulary)):
             if token not in ends and (data := vocabulary.token_bytes(token)) in (b'"', b"}", b"]"):
@@ -111,10 +113,11 @@ class Closing:
         brackets = tuple(ids[data] for data in (b"}", b"]") if data in ids)
         return cls(tuple(sorted(ends)), ids.get(b'"'), brackets)
 
-    def token(self, allowed: np.ndarray) -> int | None:
-        """The one of these that comes next, given which tokens can; None where none of them can.
+    def token(self, allowed: NDArray[np.bool_]) -> int | None:
+        """The token that closes what is open; None where none can come next.
 
-        Where both brackets can come, they are characters of a string.
+        allowed : (vocabulary,), which tokens can come next. Where both brackets can, they are
+            characters of a string.
         """
         brackets = [token for token in self.brackets if allowed[token]]
         if len(brackets) == 1:
@@ -129,15 +132,15 @@ class Grammar:
         self._start, self._closing = start, closing or Closing()
 
     def guide(self, tokens: Sequence[int] = ()) -> "Guide":
-        """For one answer, of which ``tokens`` are there already."""
+        """The logits processor of one answer that begins with ``tokens``."""
         matcher = self._start.deep_copy()
         matcher.consume_tokens(list(tokens))
         return Guide(matcher, self._closing)
 
 
 class Guide:
-    """A logits processor for one answer. To raise would end a whole batch: an error is left in
-    ``failure``, and the answer is invalid from there on.
+    """A logits processor for one answer. An exception would end a whole batch; so an error is
+    stored in ``failure``, and the answer is invalid from there on.
     """
 
     def __init__(self, matcher: "LLMatcher", closing: Closing) -> None:
@@ -146,9 +149,10 @@ class Guide:
         self.failure: str | None = None
 
     def __call__(self, tokens: "mx.array", logits: "mx.array") -> "mx.array":
-        """Logits (1, vocabulary), -inf for what cannot come next.
+        """Logits (1, vocabulary), with -inf for tokens that cannot come next.
 
-        tokens : the prompt's and the answer's, of which the last has come since the last call.
+        tokens : (L,), of the prompt and the answer; the last has come since the last call.
+        logits : (1, vocabulary).
         """
         if self.failure is None:
             try:
@@ -162,10 +166,10 @@ class Guide:
 
         matcher = self._matcher
         if self._begun:
-            matcher.consume_token(int(np.array(tokens[-1])))
+            matcher.consume_token(int(np.array(tokens[-1], np.int64)))
         self._begun = True
         if matcher.stop_reason() == "EndOfSentence":
-            return logits  # of a token that mlx-lm computes ahead, which is dropped
+            return logits  # of a token that mlx-lm computes in advance, and that is dropped
         allowed = _allowed(matcher)
         if allowed is None:
             self.failure = line_of(matcher.get_error())
@@ -181,8 +185,8 @@ class Guide:
         return mx.where(mx.array(mask), logits, -mx.inf)
 
 
-def _allowed(matcher: "LLMatcher") -> np.ndarray | None:
-    """Which tokens can come next, bool (tokens,); None where none can."""
+def _allowed(matcher: "LLMatcher") -> NDArray[np.bool_] | None:
+    """Which tokens can come next, bool (vocabulary,); None where none can."""
     bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
     allowed = np.unpackbits(bits, bitorder="little").astype(bool)
     return None if matcher.is_error() or not allowed.any() else allowed
@@ -192,9 +196,10 @@ def _tokenizer(vocabulary: Vocabulary, ends: frozenset[int]) -> "LLTokenizer":
     from llguidance import LLTokenizer, TokenizerWrapper
 
     class Tokens:
-        """Control tokens have no bytes, so they never fit, nor do end-of-text tokens as words. Text
-        that a schema prescribes is tokenized by the model's own tokenizer, where that does not
-        compose its letters: an answer is compared with a schema byte by byte.
+        """The vocabulary as llguidance reads it. Control tokens and the ends of an answer have no
+        bytes, so that they never match as text. Text that a schema prescribes is tokenized by the
+        model's tokenizer, except where that normalizes its characters: an answer is compared with
+        a schema byte by byte.
         """
 
         eos_token_id = min(ends)

@@ -1,17 +1,17 @@
-"""Untrusted JSON schemas: checked, and compiled where that can do no harm.
+"""Untrusted JSON schemas: checked, and compiled in a process that may crash.
 
-llguidance refuses what it cannot promise (see its ``docs/json_schema.md``). What it would promise
-and not keep is refused here: a number of properties that one name, written twice, would make up,
+llguidance refuses what it cannot enforce (see its ``docs/json_schema.md``). Refused here is what it
+would accept and not enforce: a least number of properties, which repetitions of one name fulfil,
 and a document that never ends.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from mlx_onevision.errors import RequestError
-from mlx_onevision.sampling.closed_objects import close_objects, target
+from mlx_onevision.sampling.closed_objects import close_objects, is_array, is_object, target
 from mlx_onevision.subprocesses import MISSING, BoundedProcess, find_interpreter
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ PROCESS = "mlx_onevision.sampling.json_schema_process"
 SECONDS = 5.0  # that compiling one may take
 MEMORY = 1 << 30  # bytes
 
-MOST_PROMISED = 1  # a property that is named twice counts once, so more cannot be promised
-MOST_LOOKED_AT = 20_000  # parts of a schema, when it is asked whether a document can end
+MOST_REQUIRED = 1  # minProperties: llguidance counts a name that is written twice as two
+MOST_VISITED = 20_000  # parts of a schema, in the search for a document that ends
 
 OPTIONS: "JsonCompileOptions" = {
     "whitespace_flexible": False,
@@ -33,10 +33,21 @@ OPTIONS: "JsonCompileOptions" = {
     "coerce_one_of": False,
     "lenient": False,
 }
-# A quarter of llguidance's own and less: a step of one answer must not hold the others up. Nothing
-# is computed for the whole vocabulary beforehand, so that a schema that compiled once does so
-# again, with any vocabulary.
-LIMITS = {
+
+
+class Limits(TypedDict):
+    """Arguments of llguidance's ``LLParserLimits``."""
+
+    step_lexer_fuel: int
+    max_lexer_states: int
+    precompute_large_lexemes: bool
+    verbose_errors: bool
+
+
+# A quarter of llguidance's defaults and less: a step of one answer must not delay the others.
+# Nothing is precomputed for the whole vocabulary, so that a schema compiles with every vocabulary
+# if it does with one.
+LIMITS: Limits = {
     "step_lexer_fuel": 50_000,
     "max_lexer_states": 50_000,
     "precompute_large_lexemes": False,
@@ -45,13 +56,13 @@ LIMITS = {
 
 
 def normal(schema: str | bool | Mapping[str, Any]) -> str:
-    """A schema as JSON text, without what would loosen it, its objects closed as
-    :mod:`~mlx_onevision.sampling.closed_objects` says.
+    """A schema as JSON text, without settings that would weaken it, and with its objects closed by
+    :mod:`~mlx_onevision.sampling.closed_objects`.
 
-    schema : as JSON text, or as what that would be in Python.
+    schema : as JSON text, or as its value in Python.
 
     Raises:
-        RequestError: for what is none, is too long, or promises what cannot be kept.
+        RequestError: for a schema that is invalid, too long, or cannot be enforced.
     """
     try:
         if not isinstance(schema, str):
@@ -60,19 +71,19 @@ def normal(schema: str | bool | Mapping[str, Any]) -> str:
             raise RequestError(
                 f"the JSON schema has {len(schema)} characters; {LONGEST} are read at most"
             )
-        values = json.loads(schema)
+        values: object = json.loads(schema)
         if _is_deep(values):
             raise RecursionError
         if isinstance(values, bool):
             values = {} if values else {"allOf": [False]}
-        if not isinstance(values, dict):
+        if not is_object(values):
             raise RequestError("the JSON schema is no schema; give an object")
-        # llguidance's own settings, of which one is anybody's.
+        # llguidance's settings, of which callers may set one.
         own = values.pop("x-guidance", None)
-        lenient = isinstance(own, dict) and own.get("lenient") is True
-        if _promises(values):
+        lenient = is_object(own) and own.get("lenient") is True
+        if _counts_properties(values):
             raise RequestError(
-                f"the JSON schema has a minProperties above {MOST_PROMISED}, which is not "
+                f"the JSON schema has a minProperties above {MOST_REQUIRED}, which is not "
                 "supported; name the properties as required"
             )
         if not _Endings(values).possible(values):
@@ -86,62 +97,61 @@ def normal(schema: str | bool | Mapping[str, Any]) -> str:
         raise RequestError("the JSON schema is not valid JSON") from None
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
+def _is_deep(value: object) -> bool:
+    """Whether objects and arrays are nested more than ``DEEPEST`` levels deep."""
+    level: list[Any] = [value]
     for _ in range(DEEPEST):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, dict | list)
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
+        inner: list[Any] = []
+        for value in level:
+            inner += value.values() if is_object(value) else value if is_array(value) else ()
+        level = inner
     return bool(level)
 
 
-def _promises(schema: Any) -> bool:
-    """Whether a number of properties is asked for that repeated names could make up."""
-    if isinstance(schema, list):
-        return any(map(_promises, schema))
-    if not isinstance(schema, dict):
+def _counts_properties(schema: Any) -> bool:
+    """Whether a part of the schema has a ``minProperties`` above ``MOST_REQUIRED``."""
+    if is_array(schema):
+        return any(map(_counts_properties, schema))
+    if not is_object(schema):
         return False
     least = schema.get("minProperties")
-    if isinstance(least, int | float) and least > MOST_PROMISED:
+    if isinstance(least, int | float) and least > MOST_REQUIRED:
         return True
-    return any(map(_promises, schema.values()))
+    return any(map(_counts_properties, schema.values()))
 
 
 class _Endings:
-    """Whether a document can come to an end, or needs a part that needs itself."""
+    """Finds schemas whose documents cannot end, because a required part requires itself."""
 
     def __init__(self, whole: Mapping[str, Any]) -> None:
         self._whole = whole
         self._within: set[str] = set()  # references that are being followed
         self._known: set[str] = set()  # those that come to an end
-        self._left = MOST_LOOKED_AT
+        self._left = MOST_VISITED
 
     def possible(self, schema: Any) -> bool:
-        """True where it is not known: this looks for one mistake only."""
+        """Whether a document of the schema can end; True where that is not known."""
         self._left -= 1
-        if not isinstance(schema, Mapping) or self._left < 0 or {"const", "enum"} & schema.keys():
+        if not is_object(schema) or self._left < 0 or {"const", "enum"} & schema.keys():
             return True
         for name, needed in (("allOf", all), ("anyOf", any), ("oneOf", any)):
             parts = schema.get(name)
-            if isinstance(parts, list) and parts and not needed(map(self.possible, parts)):
+            if is_array(parts) and parts and not needed(map(self.possible, parts)):
                 return False
         return all(map(self.possible, self._needed(schema))) and self._followed(schema.get("$ref"))
 
     def _needed(self, schema: Mapping[str, Any]) -> Iterator[Any]:
-        """The parts that every document has."""
+        """The schemas of the parts that every document has."""
         if schema.get("type") == "object":
             known, names = schema.get("properties"), schema.get("required")
-            if isinstance(known, Mapping) and isinstance(names, list):
+            if is_object(known) and is_array(names):
                 yield from (
                     known[name] for name in names if isinstance(name, str) and name in known
                 )
         least = schema.get("minItems")
         if schema.get("type") == "array" and type(least) is int and least > 0:
             first = schema.get("prefixItems")
-            first = first if isinstance(first, list) else []
+            first = first if is_array(first) else []
             yield from first[:least]
             if least > len(first):
                 yield schema.get("items")
@@ -165,18 +175,18 @@ class _Endings:
 
 
 def options(schema: str) -> "JsonCompileOptions":
-    """llguidance's, for a normal schema; lenient where that says so itself."""
+    """Options of llguidance for a :func:`normal` schema, which may ask for ``lenient`` itself."""
     own = json.loads(schema).get("x-guidance", {})
     return {**OPTIONS, "lenient": own.get("lenient", False)}
 
 
 def compile_schema(schema: str, check: Callable[[], None]) -> None:
-    """Tries a schema in a process of its own, see :mod:`json_schema_process`.
+    """Tries to compile a schema in a process of its own, see :mod:`json_schema_process`.
 
     check : called meanwhile; ends it by raising.
 
     Raises:
-        RequestError: for a schema that cannot be followed, or that takes too much.
+        RequestError: for a schema that cannot be compiled, or that takes too much time or memory.
     """
     interpreter = find_interpreter()
     if interpreter is None:
@@ -195,7 +205,7 @@ def compile_schema(schema: str, check: Callable[[], None]) -> None:
 
 
 def refusal(error: str) -> RequestError:
-    """llguidance's error in one sentence."""
+    """An error of llguidance as one sentence."""
     line = line_of(error)
     kind, _, rest = line.partition(": ")
     if kind == "Unsatisfiable schema":
@@ -213,7 +223,7 @@ def refusal(error: str) -> RequestError:
 
 
 def line_of(text: str) -> str:
-    """At most 160 characters on one line; of a pattern's error the reason, without the pattern."""
+    """An error's text as one line of at most 160 characters; without the pattern that it quotes."""
     kind, pattern, reason = text.rpartition("\nerror: ")
     if pattern:
         text = f"{kind.partition(':')[0]}: {reason}"

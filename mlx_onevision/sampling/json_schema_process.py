@@ -11,13 +11,11 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-STACK = 1 << 20  # bytes; less than any thread has that will do the same again
+STACK = 1 << 20  # bytes; less than the threads have that compile the schema again
 
 
 class Bytes:
-    """The smallest vocabulary there is: what is wrong with a schema does not depend on the
-    tokens.
-    """
+    """A vocabulary of single bytes: whether a schema compiles does not depend on the tokens."""
 
     tokens = (*(bytes([byte]) for byte in range(256)), b"")
     eos_token_id = 256

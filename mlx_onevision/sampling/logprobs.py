@@ -1,8 +1,9 @@
-"""Logprobs: how likely the tokens of an answer were, and the likeliest alternatives.
+# pyright: reportUnknownMemberType=false
+"""Logprobs of an answer's tokens and of the likeliest alternatives.
 
-Natural logarithms of probabilities after penalties and a schema, and before temperature and
-filters: what mlx-lm hands to its samplers. They are taken there, as a part of the same step, so
-that the next one need not wait for them.
+They are natural logarithms of probabilities after penalties and a schema, and before temperature
+and filters, which is what mlx-lm hands to its samplers. They are computed there, as a part of the
+same step, so that the next one need not wait for them.
 """
 
 from collections import deque
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_onevision.sampling.ranges import check_range
 
@@ -18,12 +20,12 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 LOGPROB_FLOOR = -9999.0
-"""Stands for the logarithm of 0, for which JSON has no number."""
+"""In place of the logarithm of 0, for which JSON has no number."""
 
 
 @dataclass(frozen=True)
 class TopLogprob:
-    """A token, and how likely it was in its place.
+    """A token, and how likely it was at its position.
 
     token : its text, with U+FFFD for a part of a character; a control token's name.
     data : the bytes that it adds to the text; none for a control token.
@@ -43,7 +45,7 @@ class TopLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprob(TopLogprob):
-    """The token that was chosen, and the likeliest ones in its place, the likeliest first."""
+    """The token that was chosen. top : the likeliest ones at its position, the likeliest first."""
 
     top: tuple[TopLogprob, ...] = ()
 
@@ -52,7 +54,7 @@ class TokenLogprob(TopLogprob):
 
 
 class Names(Protocol):
-    """A tokenizer."""
+    """The part of a tokenizer that is needed: the bytes and the names of tokens."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -62,17 +64,19 @@ class Names(Protocol):
 class LogprobRecorder:
     """Records logprobs of one answer on the inference thread, for another thread to take.
 
-    count : how many tokens of each place, 0 for the chosen one alone; RequestError out of range.
+    count : how many alternatives at each position. Raises RequestError out of range.
     """
 
     def __init__(self, count: int) -> None:
         check_range("logprobs", count)
         self._count = count
         self._ahead: deque[tuple[mx.array, mx.array]] = deque()
-        self._recorded: deque[tuple[np.ndarray, np.ndarray]] = deque()
+        self._recorded: deque[tuple[NDArray[np.uint32], NDArray[np.float32]]] = deque()
 
     def sampler(self, choose: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``choose``, a sampler of mlx-lm's, recorded. A new one replaces the one before."""
+        """A sampler as mlx-lm calls it, which does what ``choose`` does and records it; it replaces
+        the one of the last call.
+        """
         import mlx.core as mx
 
         self._ahead.clear()
@@ -87,20 +91,22 @@ class LogprobRecorder:
         return chosen
 
     def record(self) -> None:
-        """The next token has come."""
+        """Keeps the logprobs of the next token, which has come."""
         ids, logprobs = self._ahead.popleft()
-        self._recorded.append((np.array(ids), np.array(logprobs)))
+        self._recorded.append((np.array(ids, np.uint32), np.array(logprobs, np.float32)))
 
     def end(self) -> None:
-        """Drops what mlx-lm had computed ahead."""
+        """Drops what mlx-lm has computed in advance."""
         self._ahead.clear()
 
     def take(self) -> tuple[list[int], list[float]]:
-        """Ids and logprobs for the next token: its own, then the likeliest in falling order."""
+        """Ids and logprobs at the next position: of the chosen token, then of the likeliest, the
+        likeliest first.
+        """
         ids, logprobs = (values.tolist() for values in self._recorded.popleft())
         chosen = (ids[0], logprobs[0])
         others = list(zip(ids[1:], logprobs[1:], strict=True))
-        # Of several that are just as likely, the device takes any; the chosen one is among them.
+        # Of equally likely tokens the device returns any; the chosen one is made one of them.
         least = min((logprob for _, logprob in others), default=0.0)
         if others and chosen not in others and chosen[1] >= least:
             others[others.index(min(others, key=lambda other: other[1]))] = chosen
@@ -112,7 +118,10 @@ class LogprobRecorder:
 
 
 def _likeliest(logprobs: "mx.array", token: "mx.array", count: int) -> "tuple[mx.array, mx.array]":
-    """The chosen token and the ``count`` likeliest: ids and logarithms, shape = (1 + count,)."""
+    """Ids, uint32 (1 + count,), and logprobs (1 + count,) of the chosen token and the likeliest.
+
+    logprobs : (vocabulary,). token : (1,).
+    """
     import mlx.core as mx
 
     ids = token.astype(mx.uint32)
@@ -136,7 +145,7 @@ class LogprobStream:
         self.logprobs: list[TokenLogprob] = []
 
     def add(self, start: int) -> None:
-        """The next token has come, whose text begins at the character ``start``."""
+        """Takes the logprobs of the next token, whose text begins at the character ``start``."""
         ids, logprobs = self._recorder.take()
         data = self._names.token_bytes(ids[0])
         if data:
@@ -144,7 +153,7 @@ class LogprobStream:
             self._waiting.append((start, TokenLogprob(**vars(chosen), top=tuple(top))))
 
     def emit(self, length: int) -> None:
-        """So many characters of the text have been emitted."""
+        """Emits the logprobs of tokens that begin within the first ``length`` characters."""
         while self._waiting and self._waiting[0][0] < length:
             self.logprobs.append(self._waiting.popleft()[1])
 

@@ -18,7 +18,9 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have; whole numbers only where ``whole``."""
+    """The numbers that a setting may have: at least ``ge``, above ``gt``, at most ``le``; whole
+    numbers only where ``whole``.
+    """
 
     ge: float | None = None
     gt: float | None = None

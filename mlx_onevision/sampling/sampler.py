@@ -1,24 +1,30 @@
+# pyright: reportUnknownMemberType=false
 """Sampling settings, and the samplers and logits processors that mlx-lm is given for them."""
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.grammar import Grammar, Guide
 from mlx_onevision.sampling.logprobs import LogprobRecorder
 from mlx_onevision.sampling.ranges import MOST_BIAS, Range, check_range
 
-GREEDY = 1e-5
+Processor = Callable[[Any, Any], Any]
+
+GREEDY = 1e-5  # a temperature or top_p below this is greedy
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings. RequestError for a number out of range. They act in transformers' order:
-    biases, penalties, temperature, top_k, top_p, min_p, each on what the one before has left.
+    """Sampling settings. They act in the order of transformers' logits processors and warpers
+    (generation/logits_process.py): biases, penalties, temperature, top_k, top_p, min_p, each on
+    what the one before has left.
+
+    Raises RequestError for a number out of range.
 
     temperature : 0 and up; divides the logits. 0 is greedy: the likeliest token, ties to the lower
         id.
@@ -40,13 +46,13 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "top_k", "min_p", *PENALTIES):
             check_range(name, getattr(self, name))
-        if not isinstance(self.logit_bias, Mapping):
+        if not _is_mapping(self.logit_bias):
             raise RequestError("logit_bias must be a mapping from token ids to numbers")
         for token, bias in self.logit_bias.items():
             check_bias(token, bias)
@@ -55,16 +61,18 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """So little leaves the likeliest token alone, and float32 has no room to say so."""
+        """Whether the likeliest token is always chosen. A temperature or top_p near 0 has that
+        effect, too, but would overflow float32.
+        """
         return self.temperature < GREEDY or self.top_p < GREEDY
 
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
-        """A function from log-probabilities (B, vocab) to ids (B,), for one answer.
+        """A function from logprobs (B, vocab_size) to ids (B,), for one answer.
 
-        drawn : how many tokens of the answer there are already; the draws go on after those.
+        drawn : how many tokens of the answer were drawn before; the random key continues there.
 
-        Every answer draws with its own random key (mlx-lm's share one state), so that a seed gives
-        the same answer alone and in a batch.
+        Every answer has a random key of its own (mlx-lm's samplers share one state), so that a seed
+        gives the same answer alone and in a batch.
         """
         import mlx.core as mx
         from mlx_lm.sample_utils import greedy_sampler
@@ -85,7 +93,7 @@ class Sampling:
         return draw
 
     def filtered(self, logprobs: Any) -> Any:
-        """What tokens are drawn from: logarithms (B, vocab) of their probabilities, up to a sum,
+        """The logits (B, vocab_size) that tokens are drawn from: ``logprobs`` of the same shape
         after temperature and filters.
         """
         import mlx.core as mx
@@ -95,33 +103,35 @@ class Sampling:
         if 0 < self.top_k < scores.shape[-1]:
             least = mx.min(mx.topk(scores, self.top_k), axis=-1, keepdims=True)
             scores = mx.where(scores < least, -mx.inf, scores)
-        if self.top_p < 1:  # of probabilities that float32 can hold: a temperature makes them tiny
+        if self.top_p < 1:  # normalized again, or a temperature makes probabilities too small
             scores = apply_top_p(scores - mx.logsumexp(scores, axis=-1, keepdims=True), self.top_p)
         return apply_min_p(scores, self.min_p) if self.min_p > 0 else scores
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a greedy answer may be another than without these settings."""
+        """Whether settings may change a greedy answer."""
         return bool(self.logit_bias) or self.repetition_penalty != 1 or self.penalizes_answer
 
     @property
     def penalizes_answer(self) -> bool:
+        """Whether a penalty depends on the tokens of the answer."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def logits_processors(
         self, vocab_size: int, prompt: Iterable[int], answer: Sequence[int] = ()
-    ) -> list[Callable[[Any, Any], Any]]:
-        """mlx-lm's logits processors. They index logits by the ids that they are given, among which
-        virtual ones are beyond the vocabulary, and those from a KV cache may be missing.
+    ) -> list[Processor]:
+        """Logits processors for mlx-lm: functions of ids (L,) and logits (1, vocab_size).
 
-        prompt : its ids, with placeholders where virtual ids stand, as in the reference.
-        answer : the ids that there are already; those of the first call are all known.
+        prompt : its ids, with placeholders in place of virtual ids, as in the reference. mlx-lm's
+            own list will not do: its virtual ids are beyond the logits, and ids in a KV cache may
+            be missing.
+        answer : the ids that were generated before; later ones are those that mlx-lm adds.
         """
         if not self.changes_logits:
             return []
         from mlx_lm.sample_utils import make_logits_processors
 
-        # Also of no tokens: an empty mapping is none for mlx-lm.
+        # mlx-lm takes an empty mapping for none.
         processors = make_logits_processors(logit_bias=dict(self.logit_bias))
         if self.repetition_penalty != 1:
             processors.append(self._repetition(vocab_size, prompt))
@@ -129,12 +139,12 @@ class Sampling:
             processors.append(self._repetition_in_answer(answer))
         return processors
 
-    def _repetition_in_answer(self, answer: Sequence[int]) -> Callable[[Any, Any], Any]:
+    def _repetition_in_answer(self, answer: Sequence[int]) -> Processor:
         import mlx.core as mx
         from mlx_lm.sample_utils import make_logits_processors
 
         everything = 1 << 30
-        penalties = make_logits_processors(
+        penalties: list[Processor] = make_logits_processors(
             presence_penalty=self.presence_penalty,
             presence_context_size=everything,
             frequency_penalty=self.frequency_penalty,
@@ -152,12 +162,12 @@ class Sampling:
 
         return process
 
-    def _repetition(self, vocab_size: int, prompt: Iterable[int]) -> Callable[[Any, Any], Any]:
+    def _repetition(self, vocab_size: int, prompt: Iterable[int]) -> Processor:
         import mlx.core as mx
         from mlx_lm.sample_utils import make_repetition_penalty
 
         # The whole prompt and answer, as in the reference; mlx-lm's own default is the last 20.
-        penalize = make_repetition_penalty(self.repetition_penalty, context_size=1 << 30)
+        penalize = cast("Processor", make_repetition_penalty(self.repetition_penalty, 1 << 30))
         known = mx.array(sorted({int(token) for token in prompt}), mx.int32)
 
         def process(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -169,8 +179,12 @@ class Sampling:
         return process
 
 
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
 def check_bias(token: object, bias: object) -> None:
-    """Raises RequestError for what is no token id, or no bias of a token."""
+    """Raises RequestError for an invalid token id or bias."""
     if type(token) is not int or token < 0:
         raise RequestError(f"logit_bias has {token!r}, which is no token id; give whole numbers")
     if not isinstance(bias, int | float) or not Range(ge=-MOST_BIAS, le=MOST_BIAS).holds(bias):
@@ -179,7 +193,9 @@ def check_bias(token: object, bias: object) -> None:
 
 @cache
 def _draw() -> Callable[[Any, Any], tuple[Any, Any]]:
-    """A compiled draw: logarithms of probabilities and a key to the next key and the token."""
+    """A compiled function that draws ids (B,) from logits (B, vocab_size) with a random key, and
+    returns the next key, too.
+    """
     import mlx.core as mx
 
     def draw(scores: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
@@ -190,8 +206,8 @@ def _draw() -> Callable[[Any, Any], tuple[Any, Any]]:
 
 
 class RequestSampler:
-    """Sampler, logits processors and logprobs of one request, on the inference thread. For one that
-    is moved into a batch, new functions continue where the old ones were.
+    """Sampler, logits processors and logprobs of one request, on the inference thread. For a
+    request that is moved into a batch, new functions continue where the old ones ended.
     """
 
     def __init__(
@@ -206,24 +222,28 @@ class RequestSampler:
 
     @property
     def needs_logprobs(self) -> bool:
-        """False where logits do as well: for a greedy choice that is not recorded."""
+        """Whether the sampler needs normalized logprobs; a greedy choice that is not recorded takes
+        logits as well.
+        """
         return self._recorder is not None or not self._sampling.is_greedy
 
     def sampler(self, drawn: int = 0) -> Callable[[Any], Any]:
+        """As :meth:`Sampling.sampler`, recorded where logprobs are wanted."""
         sampler = self._sampling.sampler(drawn)
         return sampler if self._recorder is None else self._recorder.sampler(sampler)
 
-    def logits_processors(
-        self, vocab_size: int, prompt: Iterable[int]
-    ) -> list[Callable[[Any, Any], Any]]:
+    def logits_processors(self, vocab_size: int, prompt: Iterable[int]) -> list[Processor]:
+        """As :meth:`Sampling.logits_processors`, and that of the schema."""
         processors = self._sampling.logits_processors(vocab_size, prompt, self._accepted)
         if self._grammar is None:
             return processors
         self._guide = self._grammar.guide(self._accepted)
-        return [*processors, self._guide]  # last: nothing may change what it rules out
+        return [*processors, self._guide]  # last, so that no other changes what it rules out
 
     def accept_token(self, token: int) -> None:
-        """Raises RequestError where the schema could not be followed any further."""
+        """Continues with a token that was generated. Raises RequestError where the schema could not
+        be followed any further.
+        """
         if self._recorder is not None:
             self._recorder.record()
         if self._guide is not None:
@@ -236,6 +256,7 @@ class RequestSampler:
             self._accepted.append(token)
 
     def end(self) -> None:
+        """Drops what belongs to the last functions."""
         self._guide = None
         if self._recorder is not None:
             self._recorder.end()
