@@ -1,0 +1,1 @@
+"""From a conversation to the ids and media of a prompt."""

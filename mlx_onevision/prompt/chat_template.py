@@ -1,18 +1,19 @@
-"""A checkpoint's chat template: a conversation in, the segments of its prompt out.
+"""A checkpoint's chat template: from a conversation to the segments of its prompt.
 
 The user's text stays text. A special string in it (``<image>``, ``<|im_start|>``, any control token
-of the tokenizer) is data; only what the template itself writes is control. So before rendering,
-each character of the user's text with which a special string begins, or with which one could join
-up with its neighbours, is replaced by a private character that occurs nowhere else; after rendering
-the prompt is cut at the special strings that are left, and the characters are put back. Text
-without special strings or parts of them goes through untouched, so the prompt is the reference's.
+of the tokenizer) is data; only what the template itself writes is control. (The reference does not
+tell them apart.) So before rendering, each character of the user's text at which a special string
+begins, or at which one could arise together with its neighbours, is replaced by a private character
+that occurs nowhere else; after rendering the prompt is cut at the remaining special strings, and
+the characters are put back. Text without special strings or parts of them is rendered as it is, so
+the prompt is the reference's (``apply_chat_template`` of transformers).
 
 The published templates write the media of a message in front of its text. With ``order="given"``,
-media that stand behind some text go through the template as one private character of the text each,
-and become placeholders afterwards.
+media behind some text pass the template as private characters of that text, one each, and become
+placeholders afterwards.
 
 A published template is rendered in this process. Any other is an untrusted program, and runs in a
-process of its own with bounds on time and memory, which is kept for the next prompt.
+process of its own with limits on time and memory, which is kept for the next prompt.
 """
 
 import re
@@ -22,6 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from mlx_onevision.config.json_fields import is_array, is_object
 from mlx_onevision.errors import CheckpointError, ContextOverflowError, RequestError
 from mlx_onevision.files import read_json, refuse_lfs_pointer
 from mlx_onevision.prompt.messages import Message, sources
@@ -80,9 +82,10 @@ MEDIA_CHARS = range(0xE000, 0xF900)
 
 
 class Segment(NamedTuple):
-    """A part of the prompt: one special string that the template wrote, or plain text.
+    """A part of the prompt: a special string that the template wrote, or plain text.
 
-    learned : whether it carries loss, in a conversation that is trained on.
+    control : whether it is such a special string.
+    learned : whether its tokens count in the loss, in a conversation that is trained on.
     """
 
     text: str
@@ -93,7 +96,8 @@ class Segment(NamedTuple):
 class ChatTemplate:
     """A chat template, compiled when it is first used. From any thread.
 
-    ``variables`` are the tokenizer's named tokens, which a template may write (``eos_token``).
+    name : what errors call it.
+    variables : the tokenizer's named tokens, which a template may write, such as ``eos_token``.
     """
 
     def __init__(
@@ -130,8 +134,8 @@ class ChatTemplate:
                 raise CheckpointError(f"{file.name} cannot be read ({error})") from None
         for name in ("chat_template.json", "tokenizer_config.json"):
             source = _chosen((read_json(folder / name) or {}).get("chat_template"), name)
-            # A language model's own template, left over from it, knows nothing of images and takes
-            # a message as one string.
+            # The template of the language model alone, which some checkpoints still have, has no
+            # images and takes a message as one string.
             if source is not None and ("image" in source or name == "chat_template.json"):
                 return cls(source, f"chat_template of {name}", variables)
         return cls(ORIGINAL, "the built-in chat template", variables)
@@ -260,7 +264,7 @@ class _Isolated:
 
 
 class _Guard:
-    """Hides special strings in the user's text from everything that looks for them."""
+    """Replaces characters of special strings in the user's text, and puts them back."""
 
     def __init__(self, specials: Sequence[str], texts: Sequence[str]) -> None:
         # At one position the longest wins, as in the tokenizer.
@@ -276,7 +280,7 @@ class _Guard:
         self._original = {ord(mark): character for character, mark in self._replaced.items()}
 
     def hide(self, text: str) -> str:
-        """``text`` with private characters, such that no special string can arise from it."""
+        """``text`` with private characters, so that no special string can arise from it."""
         places = {match.start() for match in self._begins.finditer(text)}
         core = text.strip()  # a template may trim
         for part, offset in ((text, 0), (core, text.find(core))):
@@ -306,8 +310,10 @@ class _Guard:
 
 
 def _private(characters: range, names: Sequence[str], texts: Iterable[str]) -> dict[str, str]:
-    """A private character for each name, which no text has."""
-    used = set().union(*texts)
+    """A private character for each name, of those that no text contains. RequestError where they do
+    not suffice.
+    """
+    used = set[str]().union(*texts)
     free = (chr(code) for code in characters if chr(code) not in used)
     found = dict(zip(names, free, strict=False))
     if len(found) < len(names):
@@ -316,7 +322,7 @@ def _private(characters: range, names: Sequence[str], texts: Iterable[str]) -> d
 
 
 def _visible(message: Message, rewrite: Callable[[str], str] = str) -> dict[str, Any]:
-    """What a template may see of a message: of media their kind, never a path or an address."""
+    """A message as a template gets it: of media the kind alone, never a path or an address."""
     blocks = [
         {"type": "text", "text": rewrite(block["text"])}
         if block["type"] == "text"
@@ -351,14 +357,14 @@ def _written_into_text(messages: Sequence[Message], marks: Mapping[str, str]) ->
 
 def _content(token: Any) -> str | None:
     """A token of tokenizer_config.json, which is a string or an object that holds one."""
-    token = token.get("content") if isinstance(token, Mapping) else token
+    token = token.get("content") if is_object(token) else token
     return token if isinstance(token, str) else None
 
 
 def _chosen(given: Any, name: str) -> str | None:
     """A template string, or the one called ``default`` of a list of named ones."""
-    if isinstance(given, list):
-        named = [entry for entry in given if isinstance(entry, Mapping)]
+    if is_array(given):
+        named = [entry for entry in given if is_object(entry)]
         given = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if given is not None and not isinstance(given, str):
         raise CheckpointError(f"{name} has a chat_template that is not a string")

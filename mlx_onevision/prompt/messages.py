@@ -1,16 +1,18 @@
-"""What callers may write as a conversation, put into one form.
+"""Conversations as callers write them, put into one form.
 
-The form is the reference's: a list of ``{"role", "content": [typed dicts]}``. Wider than there: a
-plain string as content is text (the reference renders it as nothing), and images may come beside
-the conversation. Stricter than there: what the reference would drop in silence is an error.
+The form is that of transformers' chat templates: a list of ``{"role", "content": [typed dicts]}``.
+Beyond the reference, a plain string as content is text (the reference's templates render it as
+nothing), and images may be given beside the conversation. What the reference would silently drop is
+an error here.
 """
 
 import base64
 import binascii
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
+from mlx_onevision.config.json_fields import is_object
 from mlx_onevision.errors import MediaError, RequestError
 from mlx_onevision.media.frame_sampling import FrameOptions
 
@@ -55,11 +57,12 @@ def normalise_messages(
         if not prompt.strip():
             raise RequestError("the prompt is empty; ask something")
         messages = [{"role": "user", "content": prompt}]
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+    listed = _sequence(messages)
+    if listed is None:
         raise RequestError(
             f"messages is a {type(messages).__name__}; it must be a list of role and content"
         )
-    conversation = [_message(message, n) for n, message in enumerate(messages, 1)]
+    conversation = [_message(message, n) for n, message in enumerate(listed, 1)]
     if system is not None:
         if conversation and conversation[0]["role"] == "system":
             raise RequestError("there are two system messages: in messages, and beside them")
@@ -85,9 +88,16 @@ def sources(messages: Sequence[Message], kind: str) -> list[Any]:
     ]
 
 
+def _sequence(value: object) -> Sequence[Any] | None:
+    """A sequence that is neither text nor a mapping; None for anything else."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        return None
+    return cast("Sequence[Any]", value)
+
+
 def _message(message: Any, number: int) -> Message:
     where = f"message {number}"
-    if not isinstance(message, Mapping):
+    if not is_object(message):
         raise RequestError(f"{where} is a {type(message).__name__}; it must have role and content")
     given = {key: value for key, value in message.items() if value is not None}
     for key in ("role", "content"):
@@ -101,14 +111,15 @@ def _message(message: Any, number: int) -> Message:
         raise RequestError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
     if isinstance(content, str):
         return {"role": role, "content": [_text(content, where)] if content else []}
-    if isinstance(content, Mapping) or not isinstance(content, Sequence):
+    blocks = _sequence(content)
+    if blocks is None:
         raise RequestError(f"the content of {where} is neither a string nor a list of blocks")
-    return {"role": role, "content": [_block(block, where) for block in content]}
+    return {"role": role, "content": [_block(block, where) for block in blocks]}
 
 
 def _block(block: Any, where: str) -> dict[str, Any]:
-    kind = block.get("type") if isinstance(block, Mapping) else None
-    if not isinstance(block, Mapping) or not isinstance(kind, str):
+    kind = block.get("type") if is_object(block) else None
+    if not is_object(block) or not isinstance(kind, str):
         raise RequestError(f"{where} has a block that is not an object with a type")
     given = {key: value for key, value in block.items() if value is not None and key != "type"}
     if kind == "text":
@@ -116,7 +127,7 @@ def _block(block: Any, where: str) -> dict[str, Any]:
         return _text(given.get("text"), where)
     if kind in ("image_url", "video_url"):  # OpenAI's, and vLLM's after it
         address = given.pop(kind, None)
-        address = address.get("url") if isinstance(address, Mapping) else address
+        address = address.get("url") if is_object(address) else address
         if not isinstance(address, str) or not address:
             raise RequestError(f"{where} has no url in its {kind} block")
         given.pop("detail", None)  # has no counterpart
@@ -129,8 +140,8 @@ def _block(block: Any, where: str) -> dict[str, Any]:
         )
     options = FrameOptions.names() if kind == "video" else ()
     _only(given, (*keys, *options), kind, where)
-    frames = {name: given.pop(name) for name in options if name in given}
-    FrameOptions(**frames)  # refused here rather than after some decoding
+    frames: dict[str, Any] = {name: given.pop(name) for name in options if name in given}
+    FrameOptions(**frames)  # invalid ones are refused here, before anything is decoded
     if len(given) > 1:
         named = " and ".join(key for key in keys if key in given)
         raise RequestError(f"{where} has one {kind} block with two sources: {named}")
@@ -171,17 +182,19 @@ def _decoded(data: Any, where: str) -> Any:
 
 
 def _listed(media: Iterable[Any] | None, kind: str) -> list[Any]:
-    """A string or an array is iterable, too, but it is one image or video."""
+    """The images or videos as a list; a string or an array, though iterable, is a single one."""
     if media is None:
         return []
     one = isinstance(media, str | bytes | PathLike) or hasattr(media, "shape")
-    if one or not isinstance(media, Iterable):
+    if one or not hasattr(media, "__iter__"):
         raise RequestError(f"{kind}s is one {type(media).__name__}; give a list of {kind}s")
     return list(media)
 
 
 def _place(conversation: list[Message], kind: str, media: list[Any]) -> None:
-    """Gives each waiting block its source, or puts the media into the first user turn."""
+    """Gives each block without a source one of ``media``; without such blocks, puts all of them at
+    the front of the first user turn.
+    """
     waiting = [
         block
         for message in conversation

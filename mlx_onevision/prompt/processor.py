@@ -1,9 +1,11 @@
-"""A conversation in, the model's inputs out: ids, with a placeholder for every media row.
+"""From a conversation to the model's inputs: ids, with a placeholder for each embedding of a
+medium.
 
-The ids are the reference's (transformers' ``apply_chat_template(tokenize=True)``), as long as no
-text holds a special string; those stay text here. As there, one image in a conversation is cut
-into tiles, and two or more become one tile each. A checkpoint of the original code's may say
-otherwise of one image, and may have the times of a video's frames written behind it.
+The ids are those of transformers' ``LlavaOnevisionProcessor`` (processing_llava_onevision.py,
+``apply_chat_template(tokenize=True)``), as long as no text contains a special string; those stay
+text here. As there, a single image in a conversation is cut into tiles, and of several each becomes
+one tile. A checkpoint of the original code may have another setting for a single image, and may
+have the times of a video's frames written behind it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_onevision.config.json_fields import shown
+from mlx_onevision.config.json_fields import is_object, shown
 from mlx_onevision.config.model import OneVisionConfig
 from mlx_onevision.config.preprocessor import ImageConfig
 from mlx_onevision.errors import ConfigError, RequestError
@@ -53,14 +55,14 @@ from mlx_onevision.prompt.video_budget import (
 from mlx_onevision.sampling.ranges import check_range
 
 Tiling = Literal["auto", "always", "never"]
-# How an image becomes tiles: a grid of them, or one, squeezed or padded.
+# How an image becomes tiles: a grid of them, or one, squeezed or padded to a square.
 Shape = Literal["grid", "square", "pad"]
 CACHE_BYTES = 64 << 20  # some photos of 12 megapixels, or four videos of 32 frames
 
 
 @dataclass(frozen=True, eq=False)
 class Medium:
-    """One image or video as the tower takes it, and how many rows of the prompt it will fill."""
+    """One image or video as the tower takes it, and the number of its embeddings in the prompt."""
 
     kind: Literal["image", "video"]
     tiles: NDArray[np.uint8]
@@ -72,12 +74,14 @@ class Medium:
     tokens: int
     config: ImageConfig
     video: VideoFrames | None = None
-    """Which frames of a video these are."""
+    """The frames of a video."""
     key: str = field(init=False)
-    """Equal for equal rows of one model: a hash of the pixels and of all that shapes them."""
+    """Equal for media of equal embeddings in one model: a hash of the tiles and of all settings
+    that the embeddings depend on.
+    """
 
     def __post_init__(self) -> None:
-        # At once, on the thread that prepares, so that the inference thread need not wait for it.
+        # Not lazily: it is computed on the thread that prepares, and not on the inference thread.
         shape = (self.kind, self.size, self.packing, self.tokens, self.tiles.shape)
         pixels = (self.config.image_mean, self.config.image_std, self.config.rescale_factor)
         known = self.video is not None and self.video.tiles is self.tiles
@@ -87,12 +91,14 @@ class Medium:
 
     @property
     def normalization(self) -> NDArray[np.float32]:
-        """(256, 3): the pixel value of each code in each channel."""
+        """float32 (256, 3): the pixel value of each level in each channel."""
         return normalization_table(self.config)
 
     @property
     def pixel_values(self) -> NDArray[np.float32]:
-        """(n, 3, S, S): the tiles as the reference's processor returns them, without padding."""
+        """float32 (n, 3, S, S): the tiles as the reference's processor returns them, without the
+        padding of a batch.
+        """
         return pixel_values(self.tiles, self.config)
 
 
@@ -114,7 +120,7 @@ class Inputs:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the videos is not there as it was asked for, a sentence each."""
+        """Sentences on what of the videos is not as it was asked for."""
         return tuple(note for medium in self.media if medium.video for note in medium.video.notes)
 
 
@@ -130,9 +136,9 @@ class Processor:
         video_config: VideoConfig | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """``cache_bytes`` : of tiles to keep for when the same media come again.
+        """Raises ConfigError where the tokenizer has another id for a placeholder than ``config``.
 
-        Raises ConfigError when the tokenizer has another id for a placeholder than config.
+        cache_bytes : of tiles that are kept, for media that come again.
         """
         self.config = config
         self.image_config = image_config
@@ -168,7 +174,7 @@ class Processor:
         settings = read_json(folder / "processor_config.json") or {}
         _check(settings, config)
         images = settings.get("image_processor") or read_json(folder / "preprocessor_config.json")
-        if images is not None and not isinstance(images, Mapping):
+        if images is not None and not is_object(images):
             raise ConfigError("processor_config.json has an image_processor that is no object")
         image_config = ImageConfig.from_dict(images, config)
         return cls(
@@ -220,7 +226,7 @@ class Processor:
             :func:`~mlx_onevision.media.anyres.thinned`.
         answer : tokens of the context to leave for the answer where the number of frames is open.
         check : called between images and frames; ends the work by raising.
-        segments : the prompt, instead of the one that the template makes of the conversation.
+        segments : the prompt, instead of the one that the template renders.
 
         Raises:
             RequestError: for a conversation that cannot be, or whose media the template leaves out.

@@ -1,13 +1,14 @@
+# pyright: reportUnknownMemberType=false
 """A chat template in jinja2's immutable sandbox, with what transformers offers templates
 (``render_jinja_template``): trim_blocks, lstrip_blocks, ``break`` and ``continue``, the
 ``generation`` tag, ``raise_exception``, ``strftime_now``, and a ``tojson`` that leaves HTML and
 non-ASCII characters alone.
 
-The sandbox keeps a template away from Python's insides. It does not keep it from running for ever
-or from filling the memory, so untrusted templates run in a process of their own, as :func:`answer`
-(see :class:`~mlx_onevision.subprocesses.BoundedProcess`).
+The sandbox keeps a template from reaching Python's internals. It does not keep it from running for
+ever or from filling the memory, so untrusted templates run in a process of their own, which calls
+:func:`answer` (see :class:`~mlx_onevision.subprocesses.BoundedProcess`).
 
-This module needs jinja2 as it loads, so import it only to render.
+This module imports jinja2 as it loads, so import it only to render.
 """
 
 import json
@@ -95,7 +96,7 @@ def _short(error: Exception) -> str:
 class _Generation(Extension):
     """``{% generation %}``: marks the assistant's text for training; here it only scopes them."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -122,10 +123,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "dict": _make_dict,
         "namespace": _Namespace,
         "raise_exception": _raise_exception,
-        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+        "strftime_now": _strftime_now,
     }
     return environment
 
@@ -144,6 +145,14 @@ def _tojson(
         separators=separators,
         sort_keys=sort_keys,
     )
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
 
 
 def _raise_exception(message: Any) -> None:

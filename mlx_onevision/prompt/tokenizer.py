@@ -1,7 +1,9 @@
-"""The tokenizer of a checkpoint: Qwen2's byte-level BPE, from whichever files the folder has.
+# pyright: reportUnknownMemberType=false
+"""The tokenizer of a checkpoint: Qwen2's byte-level BPE, from the files that the folder has; its
+ids are those of transformers' ``Qwen2Tokenizer``.
 
-Text and control tokens never meet in here: :meth:`Tokenizer.encode` takes text only, in which a
-special string is so many characters, and a control token is asked for by its name.
+Text and control tokens are kept apart: :meth:`Tokenizer.encode` takes text only, in which a special
+string is ordinary characters, and the id of a control token is looked up by its name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -9,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_onevision.config.json_fields import Json, is_object
 from mlx_onevision.errors import CheckpointError, RequestError, short
 from mlx_onevision.files import read_json, refuse_lfs_pointer
 
@@ -25,8 +28,8 @@ LISTED = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("lstrip", "rstrip", "single_word")
 PLACEHOLDERS = ("<image>", "<video>")
 
-# What a tokenizer.json may be made of. A few more kilobytes of rules could make all memory of a
-# short text, or never end with it: replacements, character maps and patterns of one's own.
+# The rules that a tokenizer.json may have. Others (replacements, character maps, any pattern) could
+# let a file of a few kilobytes fill the memory with a short text, or never finish it.
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip")
 PRE_TOKENIZERS = ("ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation")
 TOKENIZER_BYTES = 32_000_000
@@ -158,20 +161,21 @@ def _check_rules(values: Mapping[str, Any]) -> None:
         ("normalizer", "normalizers", NORMALIZERS),
         ("pre_tokenizer", "pretokenizers", PRE_TOKENIZERS),
     ):
-        rules: Any = [values.get(key)]
+        rules: list[Any] = [values.get(key)]
         while rules:
             rule = rules.pop()
             if rule is None:
                 continue
-            kind = rule.get("type") if isinstance(rule, Mapping) else rule
+            fields: Json = rule if is_object(rule) else {"type": rule}
+            kind = fields.get("type")
             if kind == "Sequence":
-                rules += rule.get(inner) or []
+                rules += fields.get(inner) or []
             elif kind not in known:
                 raise CheckpointError(
                     f"tokenizer.json has the {key} {short(str(kind))}; only those of Qwen2's kind "
                     "are supported"
                 )
-            elif kind == "Split" and rule.get("pattern") != {"Regex": QWEN2_WORDS}:
+            elif kind == "Split" and fields.get("pattern") != {"Regex": QWEN2_WORDS}:
                 raise CheckpointError(
                     "tokenizer.json splits words by another pattern than Qwen2's, which is not "
                     "supported"
@@ -267,11 +271,12 @@ def _numbered(
     """The added tokens that come with an id; tokenizer_config.json has the last word."""
     from tokenizers import AddedToken
 
-    numbered = {}
+    numbered: dict[int, tokenizers.AddedToken] = {}
     for content, index in added.items():
         special = content in names
         numbered[int(index)] = AddedToken(content, special=special, normalized=not special)
-    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+    decoder: dict[str, Any] = settings.get("added_tokens_decoder") or {}
+    for index, token in decoder.items():
         special = bool(token.get("special")) or token["content"] in names
         flags = {flag: bool(token.get(flag)) for flag in FLAGS}
         normalized = bool(token.get("normalized", not special))
@@ -285,13 +290,13 @@ def _special_names(names: Mapping[str, Any]) -> Iterator[str]:
     """The strings that tokenizer_config.json or special_tokens_map.json call special."""
     tokens: list[Any] = [names.get(key) for key in NAMED]
     for key in LISTED:
-        listed = names.get(key) or []
-        tokens.extend(listed.values() if isinstance(listed, Mapping) else listed)
+        listed: Any = names.get(key) or []
+        tokens.extend(listed.values() if is_object(listed) else listed)
     tokens.extend(
         token for key, token in names.items() if key.endswith("_token") and key not in NAMED
     )
     for token in tokens:
-        content = token.get("content") if isinstance(token, Mapping) else token
+        content = token.get("content") if is_object(token) else token
         if isinstance(content, str) and content:
             yield content
 

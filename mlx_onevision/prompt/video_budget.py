@@ -21,9 +21,12 @@ logger = logging.getLogger("mlx_onevision")
 
 @dataclass(frozen=True)
 class ContextBudget:
-    """Tokens: of the context, taken by text and images, and to be left for the answer where the
-    number of frames is open. ``sentence`` : of what follows each video, without the times of its
-    frames; 0 where nothing does.
+    """The tokens of a context.
+
+    limit : all of them. taken : by text and images.
+    answer : to be left for the answer, where the number of frames is open.
+    packing : of the videos.
+    sentence : of the sentence behind each video, without the times of its frames; 0 without one.
     """
 
     limit: int
@@ -33,11 +36,12 @@ class ContextBudget:
     sentence: int
 
     def frames(self, tokens: int) -> int:
-        """Frames of one video that take at most so many tokens."""
+        """How many frames of one video take at most so many tokens."""
         ends = self.tokens(0)
         return max(tokens - ends, 0) // (self.tokens(1) - ends)
 
     def tokens(self, frames: int) -> int:
+        """Tokens of one video of so many frames, its sentence included."""
         text = self.sentence + frames * TIME_TOKENS if self.sentence else 0
         return self.packing.tokens(frames) + text
 
@@ -146,6 +150,11 @@ def with_times(segments: Sequence[Segment], videos: Sequence[VideoFrames]) -> li
 
 
 def time_instruction(times: Sequence[float], length: float) -> str:
+    """The sentence that LLaVA-Video's original code adds with ``add_time_instruction``, word by
+    word.
+
+    times : seconds of the frames. length : seconds of the video.
+    """
     located = ",".join(f"{time:.2f}s" for time in times)
     return (
         f"The video lasts for {length:.2f} seconds, and {len(times)} frames are uniformly sampled "
