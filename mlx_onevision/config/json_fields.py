@@ -2,6 +2,8 @@
 so is a model of another kind; an unknown key is logged by name.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -139,7 +141,7 @@ def require_type(values: Json, where: str, expected: str) -> None:
 
 def report_unknown(
     values: Json,
-    cls: "type[DataclassInstance]",
+    cls: type[DataclassInstance],
     where: str,
     more: Sequence[str] = (),
     less: Sequence[str] = (),
