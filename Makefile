@@ -35,7 +35,7 @@ demo: .venv/.package
 # Files of tests are shared out to two processes, each with one thread of BLAS. Bytecode is kept
 # whatever the environment says: else each of the processes that tests start compiles the package.
 test: .venv/.dev
-	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The same with branch coverage of the package, converter and plugins; it fails below 90 %.
 coverage: .venv/.dev
@@ -61,7 +61,8 @@ endif
 # that measure time come last, alone; the fuzzers, at the end, go by time and share two processes.
 SOAK ?= 1
 SOAKED := tests/hostile tests/network/test_memory_budget.py tests/checkpoint/test_header.py \
-	tests/convert/test_safety.py tests/engine/test_shares.py tests/prompt/test_tokenizer.py \
+	tests/convert/test_safety.py tests/media/test_hostile_videos.py tests/media/test_anyres.py \
+	tests/engine/test_shares.py tests/prompt/test_tokenizer.py \
 	tests/sampling/test_detokenizer.py tests/train/test_loop.py tests/plugins/http/test_hostile.py \
 	tests/plugins/mcp/test_pipes.py tests/hosts/test_disconnects.py tests/hosts/test_ending.py \
 	tests/hosts/test_mcp_ending.py tests/hosts/test_crowd.py tests/hosts/test_openapi.py

@@ -25,6 +25,23 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # a closed port
 # Float32 is float32: a GPU that rounds its products to TF32 would miss the bounds of the tests.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+LONGEST = (  # seconds of a processor, the most first
+    "tests/engine/test_predicted_memory.py",
+    "tests/hostile/test_soak.py",
+    "tests/engine/test_ranks.py",
+    "tests/plugins/http/test_ranks.py",
+    "tests/demo/test_demo_model.py",
+    "tests/train/test_loop.py",
+    "tests/cli/test_sharing.py",
+    "tests/media/test_hostile_videos.py",
+    "tests/media/test_video.py",
+    "tests/describe/test_stream.py",
+    "tests/convert/test_verify.py",
+    "tests/convert/test_loss.py",
+    "tests/test_examples.py",
+    "tests/test_commands.py",
+)
+
 # In the background Ctrl-C is ignored, and a test that presses it would wait for a full run to end.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,6 +49,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # The same examples every time, and no deadline: a shared machine has slow moments.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest start first: one that starts last leaves a process alone with it.
+
+    ``--no-loadscope-reorder`` has xdist keep this order, in which it hands out whole files.
+    """
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 def pytest_collection_finish() -> None:

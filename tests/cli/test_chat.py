@@ -216,22 +216,21 @@ def test_a_conversation_goes_on_in_another_process(
 ) -> None:
     file, given = tmp_path / "kept", ("--max-tokens", "8", "--model", folder)
     lines = [f"/image {pictures[0]}", LONG, LONG]
-    command = [*COMMAND, *map(str, given)]
 
-    def talk(lines: list[str], *more: str) -> Any:
-        said = "\n".join(lines).encode()
-        return subprocess.run([*command, *more], input=said, capture_output=True, cwd=tmp_path)
+    def talk(lines: list[str], *more: str) -> Result:
+        return run(*given, *more, stdin="\n".join(lines).encode())
 
     whole = talk(lines)
     kept = ("--prompt-cache", str(file), "--verbose")
-    first = talk(lines[:2], *kept)
+    command, said = [*COMMAND, *map(str, given), *kept], "\n".join(lines[:2])
+    first = subprocess.run(command, input=said, capture_output=True, text=True, cwd=tmp_path)
     second = talk(lines[2:], *kept)
     assert first.stdout + second.stdout == whole.stdout
-    assert b"encoded 1 media" in first.stderr and b"encoded 0 media" in second.stderr
+    assert "encoded 1 media" in first.stderr and "encoded 0 media" in second.stderr
     talk([f"/save {tmp_path / 'all.json'}"], *kept)
     assert len(json.loads((tmp_path / "all.json").read_text())) == 4
     other = talk([LONG], *kept, "--system", LONG)
-    assert b"was not used" in other.stderr and other.returncode == 0
+    assert "was not used" in other.stderr and other.exit_code == 0
 
 
 def test_lines_from_a_pipe(folder: Path, model: Model, pictures: tuple[Path, Path]) -> None:

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from hostile.sizes import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,11 +96,15 @@ def counted(high: np.ndarray, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def test_count_equals_packed_rows_for_every_size() -> None:
-    """1x1 to 2400x2400: the processor's formula gives what the plan's box and shape pack to."""
+    """1x1 to 2400x2400: the processor's formula gives what the plan's box and shape pack to. Quick:
+    every width of some heights, those at the edges of tiles among them.
+    """
     side = 2400
     wide = np.arange(1, side + 1)
+    heights = set(random.Random(0).sample(range(1, side + 1), cases(400, side)))
+    heights |= {1, side} | {TILE * n + by for n in range(1, 7) for by in (-1, 0, 1)}
     nasty: list[Size] = []
-    for row in range(1, side + 1):
+    for row in sorted(heights):
         high = np.full(side, row)
         count, moved = counted(high, wide)
         many = anyres.plan_packings(high, wide, PINPOINTS, TILE, PATCHES, MOST)
@@ -111,7 +116,7 @@ def test_count_equals_packed_rows_for_every_size() -> None:
         assert (PATCHES**2 + many.shape[:, 0] * (many.shape[:, 1] + 1) == count).all()
         nasty += [(row, int(col)) for col in wide[moved]]
     # Where int(H * (w / W)) without the rounding would cut another box.
-    assert len(nasty) == 154
+    assert len(nasty) == 154 or (len(heights) < side and len(nasty) >= 15)
     for size in nasty:
         assert plan(size).tokens == scalar_count(size, PINPOINTS, TILE, PATCHES, MOST)
         assert plan(size).tokens == scalar_rows(size, PINPOINTS, TILE, PATCHES, MOST)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from checkpoints import write
 from click.testing import CliRunner
+from hostile.sizes import cases
 from PIL import Image
 from videos import HIGH, KINDS, WIDE, counting, film, number_of, written
 
@@ -174,10 +175,16 @@ def test_names_that_libav_would_follow(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "points"), [("fast mp4", 100), ("mp4", 20), ("mkv", 40), ("gif", 40)]
+    ("kind", "points"),
+    [
+        ("fast mp4", cases(25, 100)),
+        ("mp4", cases(5, 20)),
+        ("mkv", cases(10, 40)),
+        ("gif", cases(10, 40)),
+    ],
 )
 def test_a_file_that_breaks_off(kind: str, points: int) -> None:
-    """At 200 points: what could be decoded, with a note; or one sentence. Soon, either way."""
+    """At many points: what could be decoded, with a note; or one sentence. Soon, either way."""
     fast = {"container": {"movflags": "faststart"}} if kind == "fast mp4" else {}
     data = counting(60, kind.split()[-1], **fast)
 
