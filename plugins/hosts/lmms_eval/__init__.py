@@ -1,3 +1,4 @@
+# pyright: standard, reportMissingImports=false
 """A model of lmms-eval, with the settings under which LLaVA-OneVision's tables were made.
 
     python -m lmms_eval --model mlx_onevision --model_args pretrained=7b --tasks mme

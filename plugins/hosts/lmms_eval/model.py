@@ -1,3 +1,4 @@
+# pyright: standard, reportMissingImports=false
 """The model, for lmms-eval."""
 
 from collections.abc import Iterator, Mapping, Sequence
