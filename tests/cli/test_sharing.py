@@ -28,7 +28,7 @@ from mlx_onevision.files import claim, seconds_of_mp4
 PROGRAM = [sys.executable, "-m", "mlx_onevision"]
 LAUNCHER = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--", *PROGRAM]
 RANK_0 = {"MLX_RANK": "0", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "127.0.0.1"}
-SMALL = ("--frames", "2", "--max-tokens", "4", "--segments", "0.2", "--format", "json")
+SMALL = ("--frames", "2", "--max-tokens", "4", "--segments", "0.3", "--format", "json")
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def runner(name: str) -> Runner:
     form, _, way = name.partition(" ")
     hidden, inner, layers, heads, kv_heads, vocab = {
         "wide": (896, 2432, 3, 14, 2, 8000),
-        "deep": (512, 1408, 12, 8, 4, 40000),
+        "deep": (512, 1408, 8, 8, 4, 40000),
         "plain": (512, 1408, 6, 8, 8, 8000),
         "small": (512, 1408, 6, 8, 2, 32000),
         "0.5b": (448, 2432, 3, 7, 1, 8000),
@@ -149,7 +149,7 @@ SCENARIOS = {
     "4-bit half": ("0.5b 4-bit half", [(100, None, 2)]),
     "4-bit half, short": ("0.5b 4-bit half", [(20, None, 2)]),
     "4-bit half, image": ("0.5b 4-bit half", [(20, "small", 2)]),
-    "4-bit half, batch": ("0.5b 4-bit half", [(24, None, 2)] * 2),
+    "4-bit half, batch": ("0.5b 4-bit half", [(12, None, 2)] * 2),
     "8-bit half": ("0.5b 8-bit half", [(100, None, 2)]),
     "8-bit": ("0.5b 8-bit", [(200, None, 2)]),
     "8-bit, tower too": ("small 8-bit whole", [(20, EIGHT, 2)]),
