@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 # Requests that are prepared at once: work that waits for nothing but the processor. All of them at
 # once would be hardly faster, for Python lets one thread run at a time, and the threads that speak
 # to the clients would wait behind them.
-PREPARING = max(2, (os.cpu_count() or 1) // 2)
+MAX_PREPARING_REQUESTS = max(2, (os.cpu_count() or 1) // 2)
 
-GROUP = 10  # items that are read and embedded together
+ITEMS_PER_BATCH = 10  # items that are read and embedded together
 
 # Settings have the library's own names.
 GENERATE_SETTINGS = [
@@ -142,7 +142,7 @@ class _Engine:
         self._model, self._policy, self._decoding = model, policy, decoding
         self._defaults = {name: value for name, value in defaults.items() if value is not None}
         self._default_max_tokens = limits.default_for(model.checkpoint_max_tokens)
-        self._preparing = RequestQueue(PREPARING, sys.maxsize)
+        self._preparing = RequestQueue(MAX_PREPARING_REQUESTS, sys.maxsize)
 
     @property
     def healthy(self) -> bool:
@@ -207,7 +207,9 @@ class _Engine:
     def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
         total = len(request.items)
         parts: list[Embeddings] = []
-        for first in range(0, total or 1, GROUP):  # no items make no vectors, of the right width
+        for first in range(
+            0, total or 1, ITEMS_PER_BATCH
+        ):  # no items make no vectors, of the right width
             channel.check()
             channel.put(results.ProgressEvent("embedding", first, total))
             parts.append(self._embedded(request, first, channel))
@@ -220,7 +222,9 @@ class _Engine:
         """A group of items; no more of them are ever held at once."""
         with _MediaReader(self._policy, self._decoding, channel) as reader:
             items: list[Any] = []
-            for number, item in enumerate(request.items[first : first + GROUP], first + 1):
+            for number, item in enumerate(
+                request.items[first : first + ITEMS_PER_BATCH], first + 1
+            ):
                 channel.check()
                 try:
                     items.append(reader.item(item))

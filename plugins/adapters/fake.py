@@ -22,22 +22,22 @@ from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedReques
 from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
-from mlx_onevision.plugins.service.service import DEAD, Limits, Service
+from mlx_onevision.plugins.service.service import MODEL_DIED, Limits, Service
 from mlx_onevision.sampling.detokenizer import StopStrings
 
-DIM = 16  # of a vector
-SECONDS = 30.0  # how long every video is
-MOST_SEGMENTS = 100_000  # as the engine
-POLL_SECONDS = 0.005
+VECTOR_DIM = 16  # of a vector
+VIDEO_SECONDS = 30.0  # how long every video is
+MAX_SEGMENTS = 100_000  # as the engine
+POLL_INTERVAL_SECONDS = 0.005
 
-INFO = results.ModelInfo(
+MODEL_INFO = results.ModelInfo(
     id="fake",
     revision="1",
     context=32768,
     capabilities=get_args(results.Capability),
     spaces=(
-        results.Space("vision", DIM, ("image", "video"), trained=False),
-        results.Space("joint", DIM, ("text", "image", "video"), trained=False),
+        results.Space("vision", VECTOR_DIM, ("image", "video"), trained=False),
+        results.Space("joint", VECTOR_DIM, ("text", "image", "video"), trained=False),
     ),
 )
 
@@ -78,10 +78,10 @@ class FakeBackend(Service):
         self._alive = True
         self._error = error or PluginError("internal", "the fake backend was set to fail")
         self._claimed: tuple[results.Capability, ...] = tuple(
-            claim for claim in INFO.capabilities if claim not in without
+            claim for claim in MODEL_INFO.capabilities if claim not in without
         )
-        spaces = INFO.spaces if "embed" in self._claimed else ()
-        info = replace(INFO, capabilities=self._claimed, spaces=spaces)
+        spaces = MODEL_INFO.spaces if "embed" in self._claimed else ()
+        info = replace(MODEL_INFO, capabilities=self._claimed, spaces=spaces)
         super().__init__(self._load, lambda: info, policy=policy, limits=limits)
 
     def _load(self) -> "FakeBackend._Model":
@@ -96,11 +96,11 @@ class FakeBackend(Service):
         until = time.monotonic() + self._delay
         self._look(channel)
         while (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, POLL_SECONDS))
+            time.sleep(min(left, POLL_INTERVAL_SECONDS))
             self._look(channel)
         if place == self._die_at:
             self._alive = False
-            raise DEAD
+            raise MODEL_DIED
         if place == self._fail_at:
             raise self._error
         self.steps += 1
@@ -108,7 +108,7 @@ class FakeBackend(Service):
     def _look(self, channel: Channel) -> None:
         channel.check()
         if not self._alive:
-            raise DEAD
+            raise MODEL_DIED
 
     class _Model:
         def __init__(self, owner: "FakeBackend") -> None:
@@ -129,8 +129,10 @@ class FakeBackend(Service):
                 channel.check()
             words = sum(len(p.split()) for m in request.messages for p in m.parts if type(p) is str)
             prompt = words + 196 * len(request.media)
-            if prompt >= INFO.context:
-                message = f"the prompt has {prompt} tokens, but the context holds {INFO.context}"
+            if prompt >= MODEL_INFO.context:
+                message = (
+                    f"the prompt has {prompt} tokens, but the context holds {MODEL_INFO.context}"
+                )
                 raise PluginError("context_overflow", message, "use fewer media or a shorter text")
             channel.put(results.ProgressEvent("answering"))
             stop, logprobs = StopStrings(request.stop), _Logprobs(request.logprobs)
@@ -172,20 +174,20 @@ class FakeBackend(Service):
                 except PluginError as error:
                     raise error.of(f"item {place + 1}") from None
                 vectors.append(_vector(b"\0".join(parts), request.normalize))
-            made = (DIM, INFO.id, INFO.revision, "hash", request.normalize)
+            made = (VECTOR_DIM, MODEL_INFO.id, MODEL_INFO.revision, "hash", request.normalize)
             return EmbedResult(tuple(vectors), request.space, *made)
 
         def describe_video(self, request: DescribeRequest, channel: Channel) -> DescribeResult:
             requests.require_capability(request, self._owner._claimed)
             channel.put(results.ProgressEvent("preparing"))
             _read(request.video, self._owner.policy)
-            first, last = request.start or 0.0, min(request.end or SECONDS, SECONDS)
+            first, last = request.start or 0.0, min(request.end or VIDEO_SECONDS, VIDEO_SECONDS)
             if first >= last:
                 raise bad_request(f"start is {first:g} s, behind the video's end")
             window = request.segments if request.segments != "scenes" else 10.0
-            if (last - first) / window > MOST_SEGMENTS:
+            if (last - first) / window > MAX_SEGMENTS:
                 many = f"{last - first:g} s in segments of {window:g} s are more than"
-                raise bad_request(f"{many} {MOST_SEGMENTS} segments", "use longer ones")
+                raise bad_request(f"{many} {MAX_SEGMENTS} segments", "use longer ones")
             segments: list[results.Segment] = []
             count = math.ceil((last - first) / window)
             for place in range(count):
@@ -199,7 +201,7 @@ class FakeBackend(Service):
                 channel.put(results.SegmentEvent(segments[-1]))
                 channel.put(results.ProgressEvent("describing", place + 1, count))
             return DescribeResult(
-                duration=SECONDS,
+                duration=VIDEO_SECONDS,
                 segments=tuple(segments),
                 summary=f"A video of {count} parts.",
                 chapters=(results.Chapter(first, "All of it"),),
@@ -239,7 +241,7 @@ def _answer(messages: Sequence[requests.Message]) -> list[str]:
 
 
 def _vector(data: bytes, normalize: bool) -> tuple[float, ...]:
-    digest = hashlib.blake2b(data, digest_size=DIM).digest()
+    digest = hashlib.blake2b(data, digest_size=VECTOR_DIM).digest()
     values = [byte - 127.5 for byte in digest]
     length = math.hypot(*values) if normalize else 1.0
     return tuple(value / length for value in values)
@@ -287,15 +289,25 @@ def _logprob(piece: str, count: int) -> results.TokenLogprob:
 
 # Fake documents: what a JSON Schema allows. The usual keywords are known, others are refused.
 
-_NOTES = set("$defs $id $schema default definitions description examples title x-guidance".split())
-_BOUNDS = {
+_ANNOTATION_KEYWORDS = set(
+    "$defs $id $schema default definitions description examples title x-guidance".split()
+)
+_RANGE_KEYWORDS = {
     "array": ("minItems", "maxItems"),
     "string": ("minLength", "maxLength"),
     "integer": ("minimum", "maximum"),
     "number": ("minimum", "maximum"),
 }
-_EITHER = ({"anyOf"}, {"oneOf"})
-_KNOWN = {"additionalProperties", "const", "enum", "items", "properties", "required", "type"}
+_UNION_KEYWORDS = ({"anyOf"}, {"oneOf"})
+_KNOWN_KEYWORDS = {
+    "additionalProperties",
+    "const",
+    "enum",
+    "items",
+    "properties",
+    "required",
+    "type",
+}
 
 
 def document(schema: str) -> list[str]:
@@ -317,14 +329,14 @@ def _document(schema: Any, whole: dict[str, Any], depth: int) -> Any:
         return None
     if schema is False or depth > 16:
         raise LookupError("nothing is allowed")
-    get, given, kind = schema.get, schema.keys() - _NOTES, schema.get("type", "null")
-    options: list[Any] | None = get("anyOf", get("oneOf")) if given in _EITHER else None
+    get, given, kind = schema.get, schema.keys() - _ANNOTATION_KEYWORDS, schema.get("type", "null")
+    options: list[Any] | None = get("anyOf", get("oneOf")) if given in _UNION_KEYWORDS else None
     if given == {"$ref"}:
         path = [key.replace("~1", "/") for key in get("$ref").split("/")[1:]]
         options = [reduce(_part, path, whole)]
     elif isinstance(schema.get("type"), list):
         options = [{**schema, "type": one} for one in kind]
-    elif options is None and (unknown := given - _KNOWN.union(*_BOUNDS.values())):
+    elif options is None and (unknown := given - _KNOWN_KEYWORDS.union(*_RANGE_KEYWORDS.values())):
         raise bad_request(f"the JSON schema has {min(unknown)!r}, which is not supported here")
     for option in options or ():
         with suppress(LookupError):
@@ -338,7 +350,7 @@ def _document(schema: Any, whole: dict[str, Any], depth: int) -> Any:
         }
     if kind in ("boolean", "null"):
         return True if kind == "boolean" else None
-    least, most = _BOUNDS[str(kind)]
+    least, most = _RANGE_KEYWORDS[str(kind)]
     low, high = get(least, 1), get(most, max(get(least, 1), 1))
     if kind != "number":
         low, high = math.ceil(low), math.floor(high)

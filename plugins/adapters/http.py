@@ -18,7 +18,13 @@ from dataclasses import fields, replace
 from typing import Any
 from urllib.parse import quote
 
-from mlx_onevision.plugins.adapters.http_call import READ_TIMEOUT, Call, Server, error_of, strange
+from mlx_onevision.plugins.adapters.http_call import (
+    READ_TIMEOUT_SECONDS,
+    Call,
+    Server,
+    error_of,
+    strange,
+)
 from mlx_onevision.plugins.contract import requests, results
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
@@ -27,26 +33,27 @@ from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.base import Request, RequestQueue, StreamingBackend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
-EMBED_TIMEOUT = 3600.0  # seconds without a byte: the server sends none until all vectors are there
-INFO_TIMEOUT = 30.0
+# Seconds without a byte: the server sends none until all vectors are there.
+EMBED_TIMEOUT_SECONDS = 3600.0
+INFO_TIMEOUT_SECONDS = 30.0
 
 # What a server takes in one request of embeddings; more is sent in several.
-ITEMS = 256
-BYTES = 24 << 20
+MAX_ITEMS_PER_REQUEST = 256
+MAX_BYTES_PER_REQUEST = 24 << 20
 
 # Fields that are sent under their own names; the server's are the contract's.
-_GENERATE = tuple(
+_GENERATE_FIELDS = tuple(
     field.name
     for field in fields(GenerateRequest)
     if field.name not in ("messages", "system", "stop", "logprobs", "json_schema", "logit_bias")
 )
-_DESCRIBE = tuple(field.name for field in fields(DescribeRequest) if field.name != "video")
-_EMBED = ("space", "normalize", "tiling", "timeout")
+_DESCRIBE_FIELDS = tuple(field.name for field in fields(DescribeRequest) if field.name != "video")
+_EMBED_FIELDS = ("space", "normalize", "tiling", "timeout")
 
-BROKEN = PluginError(
+BROKEN_OFF = PluginError(
     "internal", "the answer broke off before its end", "the log of the server may say more"
 )
-_ITEM = re.compile(r"item (\d+): ")
+_ITEM_NUMBER = re.compile(r"item (\d+): ")
 
 
 class HttpBackend(StreamingBackend):
@@ -79,7 +86,7 @@ class HttpBackend(StreamingBackend):
         route = "/v1/models"
         if self._model is not None:
             route += "/" + quote(self._model, safe="/")
-        body = Call(self._server, read_timeout=INFO_TIMEOUT).ask("GET", route)
+        body = Call(self._server, read_timeout=INFO_TIMEOUT_SECONDS).ask("GET", route)
         with _reading():
             found = body["data"][0] if self._model is None else body
             names = [field.name for field in fields(results.ModelInfo) if field.name in found]
@@ -102,7 +109,7 @@ class HttpBackend(StreamingBackend):
             return self._embed(request, channel)
         return self._describe(request, channel)
 
-    def _call(self, channel: Channel, read_timeout: float = READ_TIMEOUT) -> Call:
+    def _call(self, channel: Channel, read_timeout: float = READ_TIMEOUT_SECONDS) -> Call:
         """A call that is cut off when the request ends."""
         call = Call(self._server, read_timeout=read_timeout)
         channel.at_end(call.cut)
@@ -127,7 +134,7 @@ class HttpBackend(StreamingBackend):
             schema = {"name": "answer", "strict": True, "schema": json.loads(request.json_schema)}
             more["response_format"] = {"type": "json_schema", "json_schema": schema}
         more |= {"stream": True, "stream_options": {"include_usage": True}}
-        body = self._body(request, _GENERATE, messages=messages, **more)
+        body = self._body(request, _GENERATE_FIELDS, messages=messages, **more)
         answer = _Completion(request.logprobs is not None)
         for data in self._call(channel).events("/v1/chat/completions", body):
             if data == "[DONE]":
@@ -135,7 +142,7 @@ class HttpBackend(StreamingBackend):
             event = answer.add(data)
             if event is not None:
                 channel.put(event)
-        raise BROKEN
+        raise BROKEN_OFF
 
     def _embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
         found: list[EmbedResult] = []
@@ -143,9 +150,11 @@ class HttpBackend(StreamingBackend):
         for group in _groups(request, self.policy):
             channel.check()
             channel.put(results.ProgressEvent("embedding", done, len(request.items)))
-            body = self._body(request, _EMBED, input=group, encoding_format="base64")
+            body = self._body(request, _EMBED_FIELDS, input=group, encoding_format="base64")
             try:
-                answer = self._call(channel, EMBED_TIMEOUT).ask("POST", "/v1/embeddings", body)
+                answer = self._call(channel, EMBED_TIMEOUT_SECONDS).ask(
+                    "POST", "/v1/embeddings", body
+                )
                 found.append(_embeddings(answer))
             except PluginError as error:
                 raise _renumbered(error, done) from None
@@ -163,7 +172,7 @@ class HttpBackend(StreamingBackend):
     def _describe(self, request: DescribeRequest, channel: Channel) -> DescribeResult:
         # ``longest`` is sent as null, too: left out, it would have the server's default.
         video = _data_url(request.video, self.policy)
-        body = self._body(request, _DESCRIBE, video=video, longest=request.longest)
+        body = self._body(request, _DESCRIBE_FIELDS, video=video, longest=request.longest)
         for data in self._call(channel).events("/v1/video/describe", body):
             with _reading():
                 event = results.event_from_dict(json.loads(data))
@@ -173,7 +182,7 @@ class HttpBackend(StreamingBackend):
                 raise event.error
             if not isinstance(event, results.UsageEvent):
                 channel.put(event)
-        raise BROKEN
+        raise BROKEN_OFF
 
 
 # What is sent.
@@ -195,7 +204,7 @@ def _groups(request: EmbedRequest, policy: MediaPolicy) -> Iterator[list[dict[st
         except PluginError as error:
             raise error.of(f"item {number}") from None
         length = len(json.dumps(part))
-        if group and (size + length > BYTES or len(group) == ITEMS):
+        if group and (size + length > MAX_BYTES_PER_REQUEST or len(group) == MAX_ITEMS_PER_REQUEST):
             yield group
             group, size = [], 0
         group.append(part)
@@ -269,7 +278,7 @@ class _Completion:
     def result(self) -> GenerateResult:
         """The answer. Raises PluginError when its end is missing."""
         if self._finish is None or self._usage is None:
-            raise BROKEN
+            raise BROKEN_OFF
         logprobs = tuple(self._logprobs) if self._asked else None
         return GenerateResult("".join(self._text), self._finish, self._usage, self._notes, logprobs)
 
@@ -293,7 +302,7 @@ def _embeddings(body: Any) -> EmbedResult:
 
 def _renumbered(error: PluginError, before: int) -> PluginError:
     """An error that names an item of a group, with the item's number among all of them."""
-    found = _ITEM.match(error.message)
+    found = _ITEM_NUMBER.match(error.message)
     if found is None or not before:
         return error
     message = f"item {int(found[1]) + before}: {error.message[found.end() :]}"

@@ -19,10 +19,11 @@ from mlx_onevision.plugins.contract.errors import CODES, Code, PluginError, bad_
 from mlx_onevision.plugins.contract.wire import is_object
 from mlx_onevision.plugins.service.download import parse_url
 
-CONNECT_TIMEOUT = 10.0  # seconds
-READ_TIMEOUT = 60.0  # seconds without a byte; in a stream the server sends one every few seconds
-LONGEST_ERROR = 1 << 20  # bytes
-LONGEST_ANSWER = 64 << 20  # bytes, of a JSON body or of one event
+CONNECT_TIMEOUT_SECONDS = 10.0
+# Seconds without a byte; in a stream the server sends one every few seconds.
+READ_TIMEOUT_SECONDS = 60.0
+MAX_ERROR_BYTES = 1 << 20
+MAX_ANSWER_BYTES = 64 << 20  # of a JSON body or of one event
 
 # By the names that are sent: the contract's own, and OpenAI's for what it calls otherwise.
 _CODES: dict[str, Code] = {
@@ -64,9 +65,9 @@ class Call:
     read_timeout : seconds for which the server may send nothing.
     """
 
-    def __init__(self, server: Server, *, read_timeout: float = READ_TIMEOUT) -> None:
+    def __init__(self, server: Server, *, read_timeout: float = READ_TIMEOUT_SECONDS) -> None:
         self._server = server
-        self._timeout = httpx2.Timeout(read_timeout, connect=CONNECT_TIMEOUT)
+        self._timeout = httpx2.Timeout(read_timeout, connect=CONNECT_TIMEOUT_SECONDS)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._cut = False
@@ -83,7 +84,7 @@ class Call:
         """
         with self._sent(method, route, body) as response:
             try:
-                return json.loads(_read(response, LONGEST_ANSWER))
+                return json.loads(_read(response, MAX_ANSWER_BYTES))
             except (ValueError, RecursionError):
                 raise strange(f"what {self._server.name} answers is no JSON") from None
 
@@ -92,7 +93,7 @@ class Call:
         end: what has to come last is for the caller to know. Raises PluginError: as :meth:`ask`.
         """
         with self._sent("POST", route, body) as response:
-            for event in httpx2.EventSource(response, LONGEST_ANSWER):
+            for event in httpx2.EventSource(response, MAX_ANSWER_BYTES):
                 yield event.data
 
     @contextmanager
@@ -103,7 +104,7 @@ class Call:
                 method, route, json=body, timeout=self._timeout, extensions={"trace": self._trace}
             ) as response:
                 if not response.is_success:
-                    raise refusal(response.status_code, _read(response, LONGEST_ERROR))
+                    raise refusal(response.status_code, _read(response, MAX_ERROR_BYTES))
                 yield response
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise self._failure(error) from error

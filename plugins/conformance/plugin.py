@@ -40,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-unload", action="store_true", help="its model is not its own to free (over a wire)"
     )
     group.addoption(
-        "--patience",
+        "--answer-timeout",
         type=float,
-        default=Subject.patience,
+        default=Subject.answer_timeout,
         metavar="S",
         help="seconds after which an answer is given up (default: %(default)s)",
     )
@@ -82,7 +82,7 @@ class TestBackend(BackendConformance):
     @classmethod
     def choose(cls, pytestconfig: pytest.Config) -> None:
         cls.option = option = pytestconfig.option
-        cls.patience, cls.can_unload = option.patience, not option.no_unload
+        cls.answer_timeout, cls.can_unload = option.answer_timeout, not option.no_unload
         cls.video = None if option.video is None else Path(option.video).read_bytes()
 
     @classmethod

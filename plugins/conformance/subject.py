@@ -37,13 +37,13 @@ def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:
 
 
 class Subject:
-    """What a subclass says of its backend."""
+    """What a subclass declares of its backend."""
 
     video: ClassVar[bytes | None] = None
     """A video of some seconds; needed by a backend that takes videos."""
-    patience: ClassVar[float] = 60.0
+    answer_timeout: ClassVar[float] = 60.0
     """Seconds after which the suite gives an answer up."""
-    soon: ClassVar[float] = 2.0
+    cancel_timeout: ClassVar[float] = 2.0
     """Seconds within which a cancelled request ends."""
     crowd: ClassVar[int] = 32
     """Requests at once, of which some may be refused as busy."""
@@ -69,17 +69,17 @@ class Subject:
             yield backend
 
     @pytest.fixture(autouse=True)
-    def out_of_patience(self) -> Iterator[None]:
+    def fail_when_stuck(self) -> Iterator[None]:
         """A test that waits for what never comes fails, and the next one runs."""
 
         def give_up(*_: object) -> None:
-            pytest.fail(f"nothing has come for {2 * self.patience:g} seconds")
+            pytest.fail(f"nothing has come for {2 * self.answer_timeout:g} seconds")
 
         if threading.current_thread() is not threading.main_thread():  # where no signal arrives
             yield
             return
         before = signal.signal(signal.SIGALRM, give_up)
-        signal.setitimer(signal.ITIMER_REAL, 2 * self.patience)
+        signal.setitimer(signal.ITIMER_REAL, 2 * self.answer_timeout)
         yield
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -103,7 +103,7 @@ class Subject:
 
     def answered(self, backend: Backend, request: GenerateRequest) -> GenerateResult:
         """The answer, asked for again while the backend is busy."""
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + self.answer_timeout
         while True:
             try:
                 return backend.generate(request).result()
@@ -163,7 +163,7 @@ class Subject:
         assert sum(usages) <= 1 and True not in usages[:-2], "usage comes right before the end"
 
     def wait_for(self, what: Callable[[], bool], why: str) -> None:
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + self.answer_timeout
         while not what():
             assert time.monotonic() < until, why
             time.sleep(0.01)
@@ -175,10 +175,10 @@ class Subject:
         )
 
     def check_cancelled(self, stream: interface.EventStream[Any], since: float) -> None:
-        """It was cancelled at ``since``, and has ended soon after."""
+        """It was cancelled at ``since``, and has ended within ``cancel_timeout``."""
         error = self.refused(stream)
         assert error.code == "cancelled"
-        assert time.monotonic() - since <= self.soon, "it took too long to end"
+        assert time.monotonic() - since <= self.cancel_timeout, "it took too long to end"
 
     def check_unloaded(self, backend: Backend) -> None:
         if self.can_unload:

@@ -22,7 +22,7 @@ backend's own: nothing that the host could have asked in another way."""
 
 CODES: tuple[Code, ...] = get_args(Code)
 
-MAX_LENGTH = 300  # characters of a message or a hint; more would be somebody's data
+MAX_MESSAGE_CHARACTERS = 300  # characters of a message or a hint; more would be somebody's data
 
 # The engine's codes that are not the contract's own.
 _CODES = {"bad_model": "model_not_found"}
@@ -85,9 +85,9 @@ def cancelled(message: str = "the request was cancelled") -> PluginError:
 def clipped(text: str) -> str:
     """``text`` on one line, its middle left out where it is long."""
     text = " ".join(text.split())
-    if len(text) <= MAX_LENGTH:
+    if len(text) <= MAX_MESSAGE_CHARACTERS:
         return text
-    return f"{text[: MAX_LENGTH - 100]} … {text[-97:]}"
+    return f"{text[: MAX_MESSAGE_CHARACTERS - 100]} … {text[-97:]}"
 
 
 def to_plugin_error(error: BaseException) -> PluginError:

@@ -88,8 +88,8 @@ Tiling = Literal["auto", "always", "never"]
 Order = Literal["template", "given"]
 EmbeddingSpace = Literal["vision", "joint"]
 
-LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds
-LONGEST_SCHEMA = 1 << 18  # characters
+MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+MAX_SCHEMA_CHARACTERS = 1 << 18
 
 RANGES = {
     **ranges.RANGES,
@@ -98,7 +98,7 @@ RANGES = {
     "start": Range(ge=0),
     "end": Range(gt=0),
     "longest": Range(gt=0),
-    "timeout": Range(gt=0, le=round(LONGEST_TIMEOUT)),
+    "timeout": Range(gt=0, le=round(MAX_TIMEOUT_SECONDS)),
 }
 
 
@@ -249,8 +249,10 @@ class DescribeRequest(_Request):
 
 def _check_schema(text: str) -> None:
     """Whether it can be a schema at all; which keywords are known is for the backend to say."""
-    if len(text) > LONGEST_SCHEMA:
-        raise bad_request(f"json_schema has {len(text)} characters", f"{LONGEST_SCHEMA} are read")
+    if len(text) > MAX_SCHEMA_CHARACTERS:
+        raise bad_request(
+            f"json_schema has {len(text)} characters", f"{MAX_SCHEMA_CHARACTERS} are read"
+        )
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):

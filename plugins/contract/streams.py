@@ -19,7 +19,7 @@ from typing import Any, Generic, Self, TypeVar
 from mlx_onevision.plugins.contract.errors import PluginError, cancelled
 from mlx_onevision.plugins.contract.results import DoneEvent, ErrorEvent, Event, Result
 
-LONGEST_WAIT = 3600.0  # seconds; Python cannot wait for just any number of them
+MAX_WAIT_SECONDS = 3600.0  # seconds; Python cannot wait for just any number of them
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -281,9 +281,9 @@ class Background:
         due: list[tuple[float, int, Timer]] = []
         numbers = itertools.count()
         while True:
-            wait = due[0][0] - time.monotonic() if due else LONGEST_WAIT
+            wait = due[0][0] - time.monotonic() if due else MAX_WAIT_SECONDS
             try:
-                timer = self._wanted.get(timeout=min(max(wait, 0.0), LONGEST_WAIT))
+                timer = self._wanted.get(timeout=min(max(wait, 0.0), MAX_WAIT_SECONDS))
                 heapq.heappush(due, (timer.due, next(numbers), timer))
                 del timer
             except queue.Empty:

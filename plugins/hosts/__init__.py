@@ -1,1 +1,1 @@
-"""Doors that put a backend behind a protocol of others."""
+"""Hosts: a backend behind HTTP, MCP, or the plugin interface of another program."""

@@ -29,9 +29,9 @@ Request = GenerateRequest | EmbedRequest | DescribeRequest
 CLOSED = bad_request("the backend has been closed", "open it again")
 
 LAST_REQUEST_WEIGHT = 0.2  # in the moving average of how long requests take
-MAX_RETRY_AFTER = 60  # seconds
+MAX_RETRY_AFTER_SECONDS = 60
 
-CLOSE_TIMEOUT = 5.0  # seconds that close() waits for requests that it has cancelled
+CLOSE_TIMEOUT_SECONDS = 5.0  # seconds that close() waits for requests that it has cancelled
 
 
 class Slot:
@@ -46,7 +46,7 @@ class RequestQueue:
     """active : requests at once. waiting : queued behind them, first come first served."""
 
     def __init__(self, active: int, waiting: int) -> None:
-        self._most_active, self._most = active, active + waiting
+        self._max_active, self._max_requests = active, active + waiting
         self._active: set[Slot] = set()
         self._waiting: deque[Slot] = deque()
         self._reserved = 0
@@ -135,15 +135,15 @@ class RequestQueue:
 
     def _check_room(self) -> None:
         active, waiting = len(self._active), len(self._waiting)
-        if active + waiting + self._reserved >= self._most:
+        if active + waiting + self._reserved >= self._max_requests:
             message = f"{active} requests are under way and {waiting + self._reserved} wait"
             # One of those under way ends, and makes room for one, after this time.
-            after = min(max(1, math.ceil(self._seconds / max(active, 1))), MAX_RETRY_AFTER)
+            after = min(max(1, math.ceil(self._seconds / max(active, 1))), MAX_RETRY_AFTER_SECONDS)
             raise PluginError("busy", message, "try again in a moment", retry_after=after)
 
     def _promote(self) -> list[Slot]:
         promoted: list[Slot] = []
-        while self._waiting and len(self._active) < self._most_active:
+        while self._waiting and len(self._active) < self._max_active:
             slot = self._waiting.popleft()
             slot.since = time.monotonic()
             self._active.add(slot)
@@ -210,7 +210,7 @@ class StreamingBackend(ABC):
         for channel in channels:
             channel.fail(cancelled("the backend was closed"))
         with self._changed:
-            self._changed.wait_for(lambda: not self._channels, CLOSE_TIMEOUT)
+            self._changed.wait_for(lambda: not self._channels, CLOSE_TIMEOUT_SECONDS)
 
     def __enter__(self) -> Self:
         return self

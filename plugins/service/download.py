@@ -21,7 +21,7 @@ from mlx_onevision.media.sources import encoded_url
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 
 MAX_REDIRECTS = 3
-READ_TIMEOUT = 10.0  # seconds without a byte
+READ_TIMEOUT_SECONDS = 10.0  # seconds without a byte
 DEADLINE = 60.0  # seconds for all of it
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -102,7 +102,7 @@ def download(
 def _resolved(where: Address, private: bool, hint: str, deadline: Deadline) -> str:
     """The one address that is connected to, judged."""
     try:
-        found = deadline.addresses(where.host, where.port, READ_TIMEOUT)
+        found = deadline.addresses(where.host, where.port, READ_TIMEOUT_SECONDS)
     except UnicodeError as error:
         raise _failed(where, _reason(error)) from None
     addresses = [address.partition("%")[0] for address in found]
@@ -129,10 +129,10 @@ def _is_global(text: str) -> bool:
 def _connection(where: Address, address: str, deadline: Deadline) -> http.client.HTTPConnection:
     secure = where.scheme == "https"
     cls = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    connection = cls(where.host, where.port, timeout=READ_TIMEOUT)
+    connection = cls(where.host, where.port, timeout=READ_TIMEOUT_SECONDS)
 
     def connect(*_: object, **__: object) -> socket.socket:
-        return deadline.connect(address, where.port, READ_TIMEOUT)
+        return deadline.connect(address, where.port, READ_TIMEOUT_SECONDS)
 
     # The hook that http.client itself opens sockets by; names and certificates stay the host's.
     connection._create_connection = connect  # pyright: ignore

@@ -29,9 +29,10 @@ Status = Literal["queued", "running", "done", "failed", "cancelled"]
 
 UNDER_WAY: tuple[Status, ...] = ("queued", "running")
 
-NO_END = ErrorEvent("internal", "the backend ended without a description")
+ENDED_WITHOUT_RESULT = ErrorEvent("internal", "the backend ended without a description")
 
-CANCEL_TIMEOUT = 2.0  # seconds that a backend has to end what was cancelled; then it is shown as is
+# Seconds that a backend has to end what was cancelled; then it is shown as is.
+CANCEL_TIMEOUT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class Job(Record):
 class NoSuchJob(PluginError):
     """An id that no job has, or none any more."""
 
-    def __init__(self, kept: float) -> None:
+    def __init__(self, retention_seconds: float) -> None:
         super().__init__(
             "bad_request",
             "there is no such job",
-            f"it is forgotten {kept:g} seconds after its end, or earlier where many are started",
+            f"it is forgotten {retention_seconds:g} seconds after its end, or earlier where many "
+            "are started",
         )
 
 
@@ -95,17 +97,19 @@ class _JobState:
             self.segments = list(outcome.result.segments)
             self.result_size = _size_of(outcome.result)
             return
-        error = outcome if isinstance(outcome, ErrorEvent) else NO_END
+        error = outcome if isinstance(outcome, ErrorEvent) else ENDED_WITHOUT_RESULT
         cancelled = self.asked_to_end and error.code == "cancelled"
         self.job = replace(self.job, status="cancelled" if cancelled else "failed", error=error)
 
-    def shown(self, kept: float) -> Job:
+    def shown(self, retention_seconds: float) -> Job:
         """As it is now; it is kept for so many seconds after its end."""
         now = monotonic()
         return replace(
             self.job,
             seconds=round((self.ended or now) - self.began, 3),
-            forgotten_after=None if self.ended is None else round(self.ended + kept - now, 3),
+            forgotten_after=None
+            if self.ended is None
+            else round(self.ended + retention_seconds - now, 3),
             segments=tuple(self.segments),
         )
 
@@ -119,24 +123,25 @@ class Jobs:
     """Descriptions that are under way or have ended not long ago.
 
     backend : stays its owner's to close, after this.
-    most : jobs that are known at once. under_way : of these, not ended; more are refused as busy,
-        so that a part of the backend's places is left for requests that are waited for.
-    size : bytes of all together, videos that came with their requests included.
-    kept : seconds after its end when a job is forgotten; the oldest are forgotten earlier where
-        there is no room for new ones.
+    max_jobs : that are known at once. max_under_way : of these, not ended; more are refused as
+        busy, so that a part of the backend's slots is left for requests that are waited for.
+    max_bytes : of all together, videos that came with their requests included.
+    retention_seconds : after which an ended job is forgotten; the oldest are forgotten earlier
+        where there is no room for new ones.
     """
 
     def __init__(
         self,
         backend: Backend,
         *,
-        most: int = 64,
-        under_way: int = 4,
-        size: int = 256 << 20,
-        kept: float = 900.0,
+        max_jobs: int = 64,
+        max_under_way: int = 4,
+        max_bytes: int = 256 << 20,
+        retention_seconds: float = 900.0,
     ) -> None:
-        self._backend, self._most, self._under_way = backend, most, under_way
-        self._size, self._kept = size, kept
+        self._backend = backend
+        self._max_jobs, self._max_under_way = max_jobs, max_under_way
+        self._max_bytes, self._retention_seconds = max_bytes, retention_seconds
         self._jobs: dict[str, _JobState] = {}  # in the order in which they were started
         self._changed = threading.Condition()
         self._threads: set[threading.Thread] = set()
@@ -160,12 +165,12 @@ class Jobs:
             )
             self._threads.add(thread)
             thread.start()
-            return job.shown(self._kept)
+            return job.shown(self._retention_seconds)
 
     def status(self, id: str) -> Job:
         """Raises NoSuchJob."""
         with self._changed:
-            return self._found(id).shown(self._kept)
+            return self._found(id).shown(self._retention_seconds)
 
     def cancel(self, id: str) -> Job:
         """Ends a job. Nothing happens to one that has ended. Raises NoSuchJob."""
@@ -176,8 +181,8 @@ class Jobs:
         if stream is not None:
             stream.cancel()
         with self._changed:
-            self._changed.wait_for(lambda: job.ended is not None, CANCEL_TIMEOUT)
-            return job.shown(self._kept)
+            self._changed.wait_for(lambda: job.ended is not None, CANCEL_TIMEOUT_SECONDS)
+            return job.shown(self._retention_seconds)
 
     def close(self) -> None:
         """Cancels and forgets all of them."""
@@ -189,7 +194,7 @@ class Jobs:
         for stream in streams:
             stream.cancel()
         for thread in threads:
-            thread.join(CANCEL_TIMEOUT)
+            thread.join(CANCEL_TIMEOUT_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -204,10 +209,10 @@ class Jobs:
             raise bad_request("no more descriptions are started", "open it again")
         self._forget()
         working = sum(job.ended is None for job in self._jobs.values())
-        if working >= self._under_way:
+        if working >= self._max_under_way:
             message = f"{working} descriptions are under way"
             raise PluginError("busy", message, "try again when one has ended")
-        if size > self._size:
+        if size > self._max_bytes:
             message = f"the video has {size / 2**20:,.1f} MB"
             raise PluginError("too_large", message, "send something smaller")
         if not self._make_room(size, 1):
@@ -217,8 +222,8 @@ class Jobs:
     def _make_room(self, size: int, number: int = 0) -> bool:
         """Forgets ended jobs, the oldest first, until there is room; False if there is none."""
         while (
-            len(self._jobs) + number > self._most
-            or sum(job.size for job in self._jobs.values()) + size > self._size
+            len(self._jobs) + number > self._max_jobs
+            or sum(job.size for job in self._jobs.values()) + size > self._max_bytes
         ):
             ended = [job for job in self._jobs.values() if job.ended is not None]
             if not ended:
@@ -227,7 +232,7 @@ class Jobs:
         return True
 
     def _forget(self) -> None:
-        since = monotonic() - self._kept
+        since = monotonic() - self._retention_seconds
         jobs = self._jobs.items()
         self._jobs = {id: job for id, job in jobs if job.ended is None or job.ended > since}
 
@@ -235,7 +240,7 @@ class Jobs:
         self._forget()
         job = self._jobs.get(id)
         if job is None:
-            raise NoSuchJob(self._kept)
+            raise NoSuchJob(self._retention_seconds)
         return job
 
     def _take(self, job: _JobState, event: results.Event) -> None:
@@ -265,6 +270,6 @@ class Jobs:
             stream.close()
             with self._changed:
                 if job.ended is None:
-                    job.end(NO_END)
+                    job.end(ENDED_WITHOUT_RESULT)
                 self._threads.discard(threading.current_thread())
                 self._changed.notify_all()

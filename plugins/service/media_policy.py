@@ -8,7 +8,7 @@ a request can widen it.
     MediaPolicy.trusting()                         whatever this process may read
 
 The first is the default everywhere, also in process, because a host's requests may come from
-untrusted users. A program that asks for itself alone says ``trusting()``.
+untrusted users. A program that asks for itself alone uses ``trusting()``.
 
 Files are opened from the allowed folder down, one name after another and through no link, and are
 judged and read by the open descriptor: whatever is renamed or linked meanwhile, nothing outside is
@@ -31,7 +31,7 @@ from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.service.download import download, parse_url
 from mlx_onevision.plugins.service.spool import Spool
 
-UPLOAD = "upload:"  # and its id: the address of what was sent before the request
+UPLOAD_PREFIX = "upload:"  # and its id: the address of what was sent before the request
 
 _REASONS = {
     errno.ENOENT: "there is no such file",
@@ -43,7 +43,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Hints:
-    """What whoever is refused is told to do, in the words of the program that opens the backend."""
+    """Hints of refusals, in the words of the program that opens the backend."""
 
     folders: str = "whoever opens the backend can allow its folder in the MediaPolicy"
     hosts: str = "whoever opens the backend can allow the host in the MediaPolicy"
@@ -57,7 +57,7 @@ class MediaPolicy:
     folders : files below these; None for every file.
     hosts : names, with a port where it is not the usual one; None for every host.
     private : whether these hosts may have addresses of this machine or its network. A name that
-        somebody else controls could otherwise point at a service next door.
+        somebody else controls could otherwise point at a service of the same network.
     uploads : whose files may be named; None for none.
     images, videos : of one request, at most.
     size : bytes of an image's file, and of whatever comes with a request or from a host.
@@ -282,11 +282,11 @@ def _walk(folder: Path, names: Sequence[str], flags: int) -> int:
 
 
 def _is_upload(medium: Media) -> bool:
-    return medium.url is not None and medium.url.startswith(UPLOAD)
+    return medium.url is not None and medium.url.startswith(UPLOAD_PREFIX)
 
 
 def _upload_id(medium: Media) -> str:
-    return (medium.url or "").removeprefix(UPLOAD)
+    return (medium.url or "").removeprefix(UPLOAD_PREFIX)
 
 
 def _is_data(url: str) -> bool:

@@ -15,9 +15,9 @@ from mlx_onevision.plugins.contract.streams import Channel, Timer, background
 from mlx_onevision.plugins.service.base import CLOSED, Request, RequestQueue, StreamingBackend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
-DEAD = PluginError("internal", "what runs the model has died", "start it again")
+MODEL_DIED = PluginError("internal", "what runs the model has died", "start it again")
 
-UNLOAD_TIMEOUT = 10.0  # seconds that close() waits for a model in use or still loading
+UNLOAD_TIMEOUT_SECONDS = 10.0  # seconds that close() waits for a model in use or still loading
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Limits:
 
     active : requests at once. waiting : queued behind them; more are refused as ``busy``.
     timeout : seconds that a request may take, waiting included; its own may be shorter.
-    film_timeout : the same for a video that is described, which may last for hours.
+    video_timeout : the same for a video that is described, which may last for hours.
     max_tokens : of one answer.
     default_max_tokens : of an answer for which neither the request nor the checkpoint has a limit.
     keep_alive : seconds after the last request when the model is freed; None for never.
@@ -35,7 +35,7 @@ class Limits:
     active: int = 8
     waiting: int = 8
     timeout: float | None = 300.0
-    film_timeout: float | None = 6 * 3600.0
+    video_timeout: float | None = 6 * 3600.0
     max_tokens: int = 4096
     default_max_tokens: int = 256
     keep_alive: float | None = 300.0
@@ -43,7 +43,7 @@ class Limits:
     def __post_init__(self) -> None:
         """Raises PluginError for a number out of range."""
         least = {"active": 1, "waiting": 0, "max_tokens": 1, "default_max_tokens": 1}
-        for name in (*least, "timeout", "film_timeout", "keep_alive"):
+        for name in (*least, "timeout", "video_timeout", "keep_alive"):
             value, bound = getattr(self, name), least.get(name, 0)
             if value is not None and value < bound:
                 raise bad_request(f"the limit {name} is {value}, below {bound}")
@@ -147,7 +147,9 @@ class ModelKeeper:
             self._closed = self._free_when_idle = True
             self._changed.notify_all()
             self._settle()
-            self._changed.wait_for(lambda: self.current is None and not self._busy, UNLOAD_TIMEOUT)
+            self._changed.wait_for(
+                lambda: self.current is None and not self._busy, UNLOAD_TIMEOUT_SECONDS
+            )
 
     def wake(self) -> None:
         """Has those who wait look at their ``check`` again."""
@@ -263,7 +265,7 @@ class Service(StreamingBackend):
 
     def _check(self, request: Request) -> None:
         if self._has_died(self._keeper.current):
-            raise DEAD
+            raise MODEL_DIED
         if not isinstance(request, EmbedRequest):
             self.policy.check_frames(request.num_frames)
             asked, most = request.max_tokens or 1, self.limits.max_tokens
@@ -272,11 +274,11 @@ class Service(StreamingBackend):
 
     def _time_limit(self, request: Request) -> float | None:
         described = isinstance(request, DescribeRequest)
-        return self.limits.film_timeout if described else self.limits.timeout
+        return self.limits.video_timeout if described else self.limits.timeout
 
     def _serve(self, request: Request, channel: Channel) -> results.Result:
         if self._has_died(self._keeper.current):
-            raise DEAD
+            raise MODEL_DIED
         if self._keeper.current is None:
             channel.put(results.ProgressEvent("loading"))
         channel.at_end(self._keeper.wake)

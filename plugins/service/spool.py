@@ -22,9 +22,9 @@ from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import Kind, sniff
 from mlx_onevision.plugins.contract.streams import background
 
-PREFIX = "process-"
-LOCK = "lock"
-HEAD = 32  # bytes that tell an image from a video
+FOLDER_PREFIX = "process-"
+LOCK_FILE = "lock"
+SNIFF_BYTES = 32  # bytes that tell an image from a video
 IDLE_SECONDS = 60.0  # without a request, after which a file makes room for others
 
 
@@ -47,22 +47,29 @@ class Spool:
     """Uploads on disk. Every method may be called from any thread.
 
     parent : the folder that the process's own is made in, with the first upload.
-    largest : bytes of one file. room : of all of them together. most : files.
-    kept : seconds without a request about it after which a file is deleted.
+    max_file_bytes : of one file. max_total_bytes : of all of them together.
+    max_files : at once.
+    retention_seconds : without a request about it, after which a file is deleted.
     """
 
     def __init__(
-        self, parent: Path, *, largest: int, room: int, most: int = 64, kept: float = 900.0
+        self,
+        parent: Path,
+        *,
+        max_file_bytes: int,
+        max_total_bytes: int,
+        max_files: int = 64,
+        retention_seconds: float = 900.0,
     ) -> None:
-        self.largest, self.kept = largest, kept
-        self._parent, self._room, self._most = parent, room, most
+        self.max_file_bytes, self.retention_seconds = max_file_bytes, retention_seconds
+        self._parent, self._max_total_bytes, self._max_files = parent, max_total_bytes, max_files
         self._uploads: dict[str, Upload] = {}
         self._folder: Path | None = None
         self._lock_file: int | None = None
         self._closed = self._sweeps = False
         self._lock = threading.Lock()
         background.start()
-        with suppress(OSError), _locked(parent / LOCK):
+        with suppress(OSError), _locked(parent / LOCK_FILE):
             _delete_left(parent)
 
     @contextmanager
@@ -73,8 +80,10 @@ class Spool:
         with self._lock:
             folder = self._made_folder()
             self._forget()
-            if len(self._uploads) >= self._most and not self._delete_idle():
-                raise PluginError("busy", f"{self._most} uploads are kept", "try again in a moment")
+            if len(self._uploads) >= self._max_files and not self._delete_idle():
+                raise PluginError(
+                    "busy", f"{self._max_files} uploads are kept", "try again in a moment"
+                )
             upload = Upload(users=1)
             self._uploads[upload.id] = upload
         receiver = None
@@ -142,12 +151,12 @@ class Spool:
         with self._lock:
             if self._closed:
                 raise _gone(upload.id)
-            if upload.size + size > self.largest:
-                message = f"the file has more than {self.largest / 2**20:,.0f} MB"
+            if upload.size + size > self.max_file_bytes:
+                message = f"the file has more than {self.max_file_bytes / 2**20:,.0f} MB"
                 raise PluginError("too_large", message, "send something smaller")
-            while sum(one.size for one in self._uploads.values()) + size > self._room:
+            while sum(one.size for one in self._uploads.values()) + size > self._max_total_bytes:
                 if not self._delete_idle():
-                    message = f"uploads take {self._room / 2**20:,.0f} MB already"
+                    message = f"uploads take {self._max_total_bytes / 2**20:,.0f} MB already"
                     raise PluginError("busy", message, "try again in a moment")
             upload.size += size
 
@@ -157,9 +166,9 @@ class Spool:
         if self._closed:
             raise bad_request("no more uploads are taken", "start the server again")
         if self._folder is None:
-            with _disk_errors(), _locked(self._parent / LOCK):
-                self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._parent))
-                self._lock_file = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            with _disk_errors(), _locked(self._parent / LOCK_FILE):
+                self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=self._parent))
+                self._lock_file = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX)
         return self._folder
 
@@ -176,17 +185,17 @@ class Spool:
         upload.used = monotonic()
         if self._uploads and not self._sweeps:
             self._sweeps = True
-            background.call_later(self.kept, self._sweep)
+            background.call_later(self.retention_seconds, self._sweep)
 
     def _sweep(self) -> None:
         with self._lock:
             self._forget()
             self._sweeps = bool(self._uploads)
             if self._sweeps:
-                background.call_later(self.kept, self._sweep)
+                background.call_later(self.retention_seconds, self._sweep)
 
     def _forget(self) -> None:
-        for upload in self._idle(self.kept):
+        for upload in self._idle(self.retention_seconds):
             self._delete(upload)
 
     def _delete_idle(self) -> bool:
@@ -222,9 +231,9 @@ class Receiver:
         """Adds to the file. Raises PluginError: as :meth:`Spool.grow`; ``out_of_memory`` where the
         disk is full; ``unsupported_media`` for what begins as neither an image nor a video.
         """
-        if len(self._head) < HEAD:
-            self._head += bytes(data[: HEAD - len(self._head)])
-            if len(self._head) == HEAD:
+        if len(self._head) < SNIFF_BYTES:
+            self._head += bytes(data[: SNIFF_BYTES - len(self._head)])
+            if len(self._head) == SNIFF_BYTES:
                 self._kind()
         self._spool.grow(self.upload, len(data))
         with self._lock, _disk_errors():
@@ -286,10 +295,10 @@ def _locked(path: Path) -> Generator[None]:
 
 def _delete_left(parent: Path) -> None:
     """Deletes the folders of processes that do not live any more."""
-    for folder in parent.glob(f"{PREFIX}*"):
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
         with suppress(OSError):
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(folder / LOCK, flags, 0o600)
+            descriptor = os.open(folder / LOCK_FILE, flags, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)

@@ -163,7 +163,7 @@ def test_a_good_one_passes(brought: Path) -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_one_does_not(brought: Path, mutant: str) -> None:
-    found = suite(brought, mutant, "--patience", "3", "-k", MUTANTS[mutant])
+    found = suite(brought, mutant, "--answer-timeout", "3", "-k", MUTANTS[mutant])
     assert found.returncode == 1 and " failed" in found.stdout, found.stdout
     assert "ERROR" not in found.stdout, found.stdout
     assert ("nothing has come" in found.stdout) == (mutant == "NeverEnds")

@@ -238,7 +238,7 @@ def test_three_hundred_at_once() -> None:
             return await asyncio.gather(*map(one, range(300)))
 
     backend = FakeBackend(delay=0.002, limits=Limits(active=8, waiting=512))
-    with serving(backend, ServerSettings(bodies=1 << 20)) as server:
+    with serving(backend, ServerSettings(max_held_bytes=1 << 20)) as server:
         found = asyncio.run(all_of_them(server.url))
         counted = server.ask("GET", "/metrics").body.decode()
     assert found == [f"word{number} [1 image][0 videos]" for number in range(300)]

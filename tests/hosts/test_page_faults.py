@@ -188,7 +188,7 @@ def noise(size: int) -> bytes:
 
 
 def test_what_is_too_large_is_said_before_it_is_sent(browser: Browser) -> None:
-    with opened(browser, FakeBackend(), ServerSettings(body=100_000)) as tab:
+    with opened(browser, FakeBackend(), ServerSettings(max_body_bytes=100_000)) as tab:
         tab.drop(
             ("large.png", "image/png", noise(90_000)),
             ("long.mp4", "", b"\0\0\0\x18ftypmp42" + bytes(90_000)),
@@ -221,7 +221,7 @@ def test_what_the_server_finds_too_large(browser: Browser) -> None:
         reply = route.fetch()
         route.fulfill(response=reply, body=reply.text().replace("100000", "33554432"))
 
-    settings = ServerSettings(body=100_000)
+    settings = ServerSettings(max_body_bytes=100_000)
     allowed = ("413", "ERR_CONNECTION", "ERR_HTTP")
     with opened(browser, FakeBackend(), settings, allowed=allowed) as tab:
         tab.page.route(tab.origin + "/", unlimited)

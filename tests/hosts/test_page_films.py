@@ -22,7 +22,7 @@ from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.results import DescribeResult
 from mlx_onevision.plugins.hosts.http import app
 
-SHAPES = app.FILES / "shapes.mp4"
+SHAPES = app.STATIC_FOLDER / "shapes.mp4"
 CIRCLE = EXAMPLES / "circle.mp4"
 DESCRIBE = "/v1/video/describe"
 

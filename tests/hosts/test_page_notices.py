@@ -76,7 +76,7 @@ def test_loading_the_model_is_said_while_it_lasts(browser: Browser) -> None:
 
 
 def test_limits_are_said_before_something_is_shown(browser: Browser) -> None:
-    with opened(browser, FakeBackend(), ServerSettings(body=1_000_000)) as tab:
+    with opened(browser, FakeBackend(), ServerSettings(max_body_bytes=1_000_000)) as tab:
         limits = tab.page.locator("#limits")
         expect(limits).to_contain_text("996 kB in one conversation")
         expect(limits).to_contain_text("files of up to 747 kB")
@@ -140,7 +140,7 @@ def test_figures_are_one_line(browser: Browser, wide: int) -> None:
 @pytest.mark.parametrize("size", [DESK, TELEPHONE])
 def test_the_summary_stands_above_the_parts(browser: Browser, size: dict) -> None:
     with opened(browser, FakeBackend(), viewport=size) as tab:
-        tab.choose(app.FILES / "shapes.mp4")
+        tab.choose(app.STATIC_FOLDER / "shapes.mp4")
         tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
         tab.button("Describe the film").click()
         heading = tab.turns.get_by_role("heading", name="Summary")

@@ -43,13 +43,13 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("films") / "grainy.mp4"
-    path.write_bytes(grainy(app.FILES / "shapes.mp4"))
+    path.write_bytes(grainy(app.STATIC_FOLDER / "shapes.mp4"))
     assert path.stat().st_size > 60e6
     return path
 
 
 def taking(folder: Path) -> MediaPolicy:
-    return MediaPolicy(uploads=Spool(folder, largest=1 << 30, room=4 << 30))
+    return MediaPolicy(uploads=Spool(folder, max_file_bytes=1 << 30, max_total_bytes=4 << 30))
 
 
 def posted(tab: Tab) -> int:
@@ -96,14 +96,14 @@ def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: 
 
 
 def test_the_server_refuses_it(browser: Browser, film: Path, tmp_path: Path) -> None:
-    small = MediaPolicy(uploads=Spool(tmp_path, largest=1 << 30, room=1 << 20))
+    small = MediaPolicy(uploads=Spool(tmp_path, max_file_bytes=1 << 30, max_total_bytes=1 << 20))
     allowed = ("429", "ERR_CONNECTION", "net::", "404")
     with opened(browser, FakeBackend(policy=small), allowed=allowed) as tab:
         tab.choose(film)
         tab.ask("What is it?")
         fault = tab.turns.get_by_role("alert")
         expect(fault).to_contain_text(re.compile("is busy; try again|server hung up before"))
-    small = MediaPolicy(uploads=Spool(tmp_path, largest=50 << 20, room=1 << 30))
+    small = MediaPolicy(uploads=Spool(tmp_path, max_file_bytes=50 << 20, max_total_bytes=1 << 30))
     with opened(browser, FakeBackend(policy=small)) as tab:
         tab.choose(film)
         expect(tab.page.get_by_role("alert")).to_contain_text(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
-    TEMPLATE,
+    CHAT_TEMPLATE,
     answered,
     conversation,
     options,
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, list[Any] | None, dict[str, Any]]] = {
 def test_prompts_are_the_references(name: str) -> None:
     context, visuals, metadata = CASES[name]
     about = shown(visuals, metadata)
-    text = ChatTemplate(TEMPLATE).render(conversation(context, about))
+    text = ChatTemplate(CHAT_TEMPLATE).render(conversation(context, about))
     with reference([None]) as (adapter, seen):
         adapter.generate_until(
             [request("generate_until", context, {"until": ["x"]}, lambda _: visuals, **metadata)]
@@ -86,7 +86,7 @@ def test_prompts_of_likelihoods_are_the_references(name: str) -> None:
     context, visuals, metadata = CASES[name]
     about = shown(visuals, metadata)
     turns = answered(context, about, "A red circle.")
-    texts = [ChatTemplate(TEMPLATE).render(some) for some in (turns[:-1], turns)]
+    texts = [ChatTemplate(CHAT_TEMPLATE).render(some) for some in (turns[:-1], turns)]
     with reference([None]) as (adapter, seen):
         adapter.metadata = metadata
         adapter.loglikelihood(
@@ -203,7 +203,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Model]:
     """The demo model under the same prompts, without lmms-eval."""
-    model = load("demo", chat_template=TEMPLATE)
+    model = load("demo", chat_template=CHAT_TEMPLATE)
     yield model
     model.close()
 

@@ -13,7 +13,7 @@ import pytest
 from served import EXAMPLES, Client, serving, wait_for
 
 from mlx_onevision.plugins.adapters import http
-from mlx_onevision.plugins.adapters.fake import DIM, INFO, FakeBackend
+from mlx_onevision.plugins.adapters.fake import MODEL_INFO, VECTOR_DIM, FakeBackend
 from mlx_onevision.plugins.adapters.http import HttpBackend
 from mlx_onevision.plugins.adapters.http_call import Call, Server
 from mlx_onevision.plugins.contract.errors import CODES, PluginError
@@ -153,13 +153,13 @@ def test_the_other_requests_arrive_too(backend: HttpBackend, recorder: Recorder)
     assert replace(found, vectors=()) == replace(own, vectors=())
     for vector, same in zip(found.vectors, own.vectors, strict=True):
         assert vector == pytest.approx(same, abs=1e-4)  # float32 of numbers up to 128
-    assert backend.embed(EmbedRequest([])).dim == DIM
+    assert backend.embed(EmbedRequest([])).dim == VECTOR_DIM
 
 
 def test_many_items_go_in_groups(
     backend: HttpBackend, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "ITEMS", 3)
+    monkeypatch.setattr(http, "MAX_ITEMS_PER_REQUEST", 3)
     before = len(recorder.asked)
     stream = backend.stream_embed(EmbedRequest([f"text {n}" for n in range(8)], space="joint"))
     assert len(stream.result().vectors) == 8
@@ -170,7 +170,7 @@ def test_many_items_go_in_groups(
     with pytest.raises(PluginError, match=r"^item 5: ") as raised:
         backend.embed(EmbedRequest(["a"] * 4 + [broken], space="joint"))
     assert raised.value.code == "unsupported_media"
-    monkeypatch.setattr(http, "BYTES", 100)
+    monkeypatch.setattr(http, "MAX_BYTES_PER_REQUEST", 100)
     assert len(backend.embed(EmbedRequest(["a" * 60] * 3, space="joint")).vectors) == 3
     assert len(recorder.asked[-1].items) == 1
 
@@ -195,7 +195,7 @@ def test_token_and_model(recorder: Recorder) -> None:
         plain = client.url.removesuffix("/v1")
         with HttpBackend(url=plain, token="secret", model="one") as backend:
             info = backend.info()
-            assert info == replace(INFO, id="one", loaded=info.loaded)
+            assert info == replace(MODEL_INFO, id="one", loaded=info.loaded)
             assert backend.generate(GenerateRequest.ask("hi")).result().text.startswith("hi")
         for token, model in ((None, None), ("wrong", None), ("secret", "two")):
             with HttpBackend(url=f"{plain}/", token=token, model=model) as backend:

@@ -79,7 +79,7 @@ def test_failed() -> None:
 
 
 def test_what_is_refused_at_once_is_no_job(slow: FakeBackend) -> None:
-    with Jobs(slow, under_way=2) as jobs:
+    with Jobs(slow, max_under_way=2) as jobs:
         with pytest.raises(PluginError, match="not allowed here"):
             jobs.start(DescribeRequest(Media("video", path="/etc/passwd")))
         jobs.start(film())
@@ -94,7 +94,7 @@ def test_what_is_refused_at_once_is_no_job(slow: FakeBackend) -> None:
 
 
 def test_the_oldest_ended_ones_make_room() -> None:
-    with FakeBackend() as backend, Jobs(backend, most=2) as jobs:
+    with FakeBackend() as backend, Jobs(backend, max_jobs=2) as jobs:
         first = ended(jobs, jobs.start(film()))
         second = ended(jobs, jobs.start(film()))
         third = jobs.start(film())
@@ -104,10 +104,10 @@ def test_the_oldest_ended_ones_make_room() -> None:
 
 
 def test_bytes_are_bounded(slow: FakeBackend) -> None:
-    with Jobs(slow, size=len(FILM) - 1) as jobs:
+    with Jobs(slow, max_bytes=len(FILM) - 1) as jobs:
         with pytest.raises(PluginError, match="send something smaller"):
             jobs.start(film())
-    with Jobs(slow, size=len(FILM) + 2000) as jobs:
+    with Jobs(slow, max_bytes=len(FILM) + 2000) as jobs:
         job = jobs.start(film())
         with pytest.raises(PluginError, match="too large; try again") as raised:
             jobs.start(film())
@@ -122,7 +122,7 @@ def test_bytes_are_bounded(slow: FakeBackend) -> None:
 
 
 def test_forgotten_when_its_time_is_over() -> None:
-    with FakeBackend() as backend, Jobs(backend, kept=0.2) as jobs:
+    with FakeBackend() as backend, Jobs(backend, retention_seconds=0.2) as jobs:
         job = ended(jobs, jobs.start(film()))
         assert job.status == "done"
         time.sleep(0.25)

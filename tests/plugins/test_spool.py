@@ -20,7 +20,9 @@ VIDEO = b"\0\0\0\x18ftypmp42" + bytes(100)
 def spool(
     parent: Path, *, largest: int = 1000, room: int = 3000, most: int = 64, kept: float = 900.0
 ) -> Spool:
-    return Spool(parent, largest=largest, room=room, most=most, kept=kept)
+    return Spool(
+        parent, max_file_bytes=largest, max_total_bytes=room, max_files=most, retention_seconds=kept
+    )
 
 
 def send(to: Spool, data: bytes = VIDEO) -> str:
@@ -140,7 +142,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from mlx_onevision.plugins.service.spool import Spool
-spool = Spool(Path(sys.argv[1]), largest=10**6, room=10**6)
+spool = Spool(Path(sys.argv[1]), max_file_bytes=10**6, max_total_bytes=10**6)
 with spool.receive() as receiver:
     receiver.write(b"\\0\\0\\0\\x18ftypmp42" + bytes(100))
     receiver.finish()

@@ -22,7 +22,6 @@ from mlx_onevision.plugins.hosts.http import (
     embeddings,
     ollama,
     openapi,
-    responses,
     status,
     uploads,
     videos,
@@ -31,13 +30,15 @@ from mlx_onevision.plugins.hosts.http.errors import HTTPError, not_routed, to_ht
 from mlx_onevision.plugins.hosts.http.middleware import Guards, Metrics, Middleware
 from mlx_onevision.plugins.hosts.http.operations import JSON, AppState, Handler, Operation
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
+from mlx_onevision.plugins.hosts.http.responses import route as responses
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.base import StreamingBackend
 from mlx_onevision.plugins.service.jobs import Jobs
 
-THREADS = 64
-GONE = 499  # nginx's status for a client that closed the connection; nobody reads it
+MAX_THREADS = 64
+# Nginx's status for a client that closed the connection; nobody reads it.
+CLIENT_CLOSED_STATUS = 499
 
 
 async def openapi_file(state: AppState, _: Request) -> Response:
@@ -71,14 +72,14 @@ def create_app(backend: Backend, settings: ServerSettings | None = None) -> ASGI
         settings,
         model=settings.model or backend.info().id,
         created=int(time.time()),
-        threads=ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-onevision-http"),
+        threads=ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="mlx-onevision-http"),
         reader=BodyReader(settings, backend),
         jobs=Jobs(backend),
         metrics=Metrics(),
         operations=OPERATIONS if spool is None else (*OPERATIONS, *uploads.OPERATIONS),
         uploads=spool,
     )
-    files = read_page(settings, 0 if spool is None else spool.largest)
+    files = read_page(settings, 0 if spool is None else spool.max_file_bytes)
     handlers: dict[str, dict[str, Handler]] = {path: {"GET": page_handler(files)} for path in files}
     for one in (*state.operations, *(ollama.OPERATIONS if settings.ollama else ())):
         handlers.setdefault(one.path, {})[one.method] = one.handler
@@ -105,7 +106,7 @@ def _route(path: str, handlers: dict[str, Handler], state: AppState) -> Route:
             unread = error.status in (408, 413, 415, 429, 507)  # the rest of the body is not read
             return error.response({"Connection": "close"} if unread else None)
         except ClientDisconnect:
-            return Response(status_code=GONE)
+            return Response(status_code=CLIENT_CLOSED_STATUS)
         except Exception as error:
             return to_http_error(to_plugin_error(error)).response()
 
@@ -115,10 +116,10 @@ def _route(path: str, handlers: dict[str, Handler], state: AppState) -> Route:
 # ``GET /``: the page for people, and the files that it is made of. They need no token; what it asks
 # for afterwards does. The headers make a browser load nothing but this server's files.
 
-FILES = Path(__file__).with_name("static")
-INDEX = "index.html"
+STATIC_FOLDER = Path(__file__).with_name("static")
+INDEX_FILE = "index.html"
 
-KINDS = {
+MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -126,14 +127,14 @@ KINDS = {
     ".mp4": "video/mp4",
 }
 
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
 
-HEADERS = {
-    "Content-Security-Policy": POLICY,
+PAGE_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
@@ -141,7 +142,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class File:
+class PageFile:
     """A file of the page, as it is answered."""
 
     data: bytes
@@ -149,27 +150,27 @@ class File:
     tag: str  # changes with the data
 
 
-def read_page(settings: ServerSettings, upload_limit: int) -> dict[str, File]:
+def read_page(settings: ServerSettings, upload_limit: int) -> dict[str, PageFile]:
     """By path. All are read at the start: no request's path is ever looked for as a file."""
-    files: dict[str, File] = {}
-    for file in sorted(FILES.iterdir()):
-        if file.suffix in KINDS:
+    files: dict[str, PageFile] = {}
+    for file in sorted(STATIC_FOLDER.iterdir()):
+        if file.suffix in MEDIA_TYPES:
             data, path = file.read_bytes(), f"/page/{file.name}"
-            if file.name == INDEX:
+            if file.name == INDEX_FILE:
                 # The page refuses what is too large before it sends it.
-                data = data.replace(b"$BODY_LIMIT", str(settings.body).encode())
+                data = data.replace(b"$BODY_LIMIT", str(settings.max_body_bytes).encode())
                 data, path = data.replace(b"$UPLOAD_LIMIT", str(upload_limit).encode()), "/"
             tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-            files[path] = File(data, KINDS[file.suffix], tag)
+            files[path] = PageFile(data, MEDIA_TYPES[file.suffix], tag)
     return files
 
 
-def page_handler(files: Mapping[str, File]) -> Handler:
+def page_handler(files: Mapping[str, PageFile]) -> Handler:
     """What answers for ``files``, which are known by their paths."""
 
     async def answer(_: AppState, request: Request) -> Response:
         file = files[request.scope["path"]]
-        headers = {**HEADERS, "ETag": file.tag}
+        headers = {**PAGE_HEADERS, "ETag": file.tag}
         known = request.headers.get("if-none-match", "").split(",")
         if file.tag in {tag.strip().removeprefix("W/") for tag in known}:
             return Response(status_code=304, headers=headers)

@@ -16,9 +16,9 @@ from mlx_onevision.plugins.hosts.http.content import called_since_asked, convers
 from mlx_onevision.plugins.hosts.http.errors import ErrorBody, to_http_error
 from mlx_onevision.plugins.hosts.http.formats import schema_text
 from mlx_onevision.plugins.hosts.http.operations import (
-    DONE,
     EVENTS,
     JSON,
+    LAST_CHUNK,
     AppState,
     Operation,
     Prepared,
@@ -26,7 +26,12 @@ from mlx_onevision.plugins.hosts.http.operations import (
     line,
 )
 from mlx_onevision.plugins.hosts.http.schemas import ChatRequest, options
-from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN, CallText, ForcedCall, forced_call
+from mlx_onevision.plugins.hosts.http.tools import (
+    TOOLS_IGNORED_NOTE,
+    CallText,
+    ForcedCall,
+    forced_call,
+)
 
 
 async def chat(state: AppState, request: Request) -> Response:
@@ -42,7 +47,7 @@ def _prepare(state: AppState, asked: ChatRequest) -> Prepared:
     functions = [tool.function for tool in asked.tools or ()]
     call = forced_call(functions, asked.tool_choice, called_since_asked(asked.messages))
     if functions and call is None and asked.tool_choice != "none":
-        notes.append(NOT_CHOSEN)
+        notes.append(TOOLS_IGNORED_NOTE)
     wanted = GenerateRequest(
         messages=conversation(asked.messages),
         max_tokens=state.max_tokens(getattr(asked, name), name, notes),
@@ -101,11 +106,15 @@ class Answer:
         return body
 
     def _choice(self, found: results.GenerateResult, index: int) -> types.Choice:
-        message: types.Said = {"role": "assistant", "content": found.text, "refusal": None}
+        message: types.AssistantMessage = {
+            "role": "assistant",
+            "content": found.text,
+            "refusal": None,
+        }
         call = self._called[index]
         if call is not None:
             arguments = call.add(found.text)
-            function: types.Called = {"name": call.name or "", "arguments": arguments}
+            function: types.CalledFunction = {"name": call.name or "", "arguments": arguments}
             message["content"] = None
             message["tool_calls"] = [{"id": call.id, "type": "function", "function": function}]
         return {
@@ -150,7 +159,7 @@ class Answer:
         if index in self._named:
             return {"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]}
         self._named.add(index)
-        function: types.CalledDelta = {"name": call.name, "arguments": arguments}
+        function: types.CalledFunctionDelta = {"name": call.name, "arguments": arguments}
         first: types.ToolCallDelta = {"index": 0, "id": call.id, "function": function}
         return {"tool_calls": [{**first, "type": "function"}]}
 
@@ -165,7 +174,7 @@ class Answer:
         if self._usage:
             usage = types.sum_usage([one.usage for one in self._done.values()])
             yield line({**self._chunk(0, {}), "choices": [], "usage": types.usage_body(usage)})
-        yield line(DONE)
+        yield line(LAST_CHUNK)
 
     def _line(self, chunk: types.ChatCompletionChunk) -> bytes:
         """Every chunk has the usage when it was asked for; but for the last it is empty."""
@@ -198,7 +207,7 @@ class Answer:
 def _logprobs(tokens: Sequence[results.TokenLogprob] | None) -> types.ChoiceLogprobs | None:
     if tokens is None:
         return None
-    return {"content": [types.chosen(token) for token in tokens], "refusal": None}
+    return {"content": [types.token_logprob(token) for token in tokens], "refusal": None}
 
 
 OPERATION = Operation(
@@ -209,5 +218,5 @@ OPERATION = Operation(
     summary="The next message of a conversation",
     takes=ChatRequest,
     gives={JSON: types.ChatCompletion, EVENTS: types.ChatCompletionChunk | ErrorBody},
-    ends=DONE,
+    ends=LAST_CHUNK,
 )

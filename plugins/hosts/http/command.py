@@ -29,7 +29,7 @@ from mlx_onevision.distributed import prefix
 from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.ranges import Range
 
-API_KEY = "MLX_ONEVISION_API_KEY"
+TOKEN_VARIABLE = "MLX_ONEVISION_API_KEY"  # noqa: S105 (its name)
 DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without max_tokens
 
 
@@ -63,9 +63,9 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
 @click.option("--ollama", is_flag=True, help="Serve Ollama's routes, too: /api/chat and others.")
 @click.option(
     "--api-key",
-    envvar=API_KEY,
+    envvar=TOKEN_VARIABLE,
     metavar="TOKEN",
-    help=f"Required of every request; better given as {API_KEY}. With --host one is made up.",
+    help=f"Required of every request; better as {TOKEN_VARIABLE}. With --host one is made up.",
 )
 @click.option(
     "--require-token",
@@ -108,7 +108,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
     show_default=True,
     type=Number(Range(ge=0, whole=True)),
     metavar="N",
-    help="Requests in line; more are told when to try again.",
+    help="Requests that wait; further ones are refused as busy.",
 )
 @click.option(
     "--max-request",
@@ -138,7 +138,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
 @gathered("sampling", *SAMPLING)
 @option("timeout", default=300, show_default=True)
 @click.option(
-    "--film-timeout",
+    "--video-timeout",
     default=6 * 3600,
     show_default=True,
     type=Number(SOME_SECONDS),
@@ -148,7 +148,7 @@ DEFAULT_MAX_TOKENS = 1024  # of an answer; what clients of OpenAI expect without
 @click.option(
     "--log-requests",
     is_flag=True,
-    help="A line of JSON for each request: id, route, status, seconds; nothing of what it says.",
+    help="A line of JSON for each request: id, route, status, seconds; nothing of its content.",
 )
 @option("keep_alive")
 @gathered("loading", *LOADING)
@@ -175,7 +175,7 @@ def serve(
     max_tokens: int,
     sampling: dict[str, Any],
     timeout: float,
-    film_timeout: float,
+    video_timeout: float,
     log_requests: bool,
     keep_alive: float | None,
     loading: dict[str, Any],
@@ -185,7 +185,7 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients speak it.
 
     Only programs on this machine reach it, images come with the requests, and no web page can
-    speak to it. Sampling options are for requests that do not say otherwise. Ctrl-C ends it.
+    speak to it. Sampling options are for requests without their own. Ctrl-C ends it.
 
     \b
     mlx-onevision serve --model 7b
@@ -223,7 +223,7 @@ def serve(
             host=host,
             names=names,
             origins=origins,
-            body=max_request << 20,
+            max_body_bytes=max_request << 20,
             ollama=ollama,
             token=token,
             model=name,
@@ -233,9 +233,9 @@ def serve(
         if log_requests:
             log_to_stderr()
         if click.get_current_context().meta.get(DEBUG):
-            logging.getLogger("mlx_onevision").setLevel(logging.DEBUG)  # faults with what they say
+            logging.getLogger("mlx_onevision").setLevel(logging.DEBUG)  # tracebacks of errors
         largest = max_upload << 20
-        spool = Spool(cache_folder("uploads"), largest=largest, room=4 * largest)
+        spool = Spool(cache_folder("uploads"), max_file_bytes=largest, max_total_bytes=4 * largest)
         with server.listening(server_settings, port) as listening, closing(spool):
             backend = open_engine(
                 model,
@@ -259,7 +259,7 @@ def serve(
                     active=concurrent,
                     waiting=waiting,
                     timeout=timeout,
-                    film_timeout=film_timeout,
+                    video_timeout=video_timeout,
                     max_tokens=max_tokens,
                     default_max_tokens=DEFAULT_MAX_TOKENS,
                     keep_alive=keep_alive,

@@ -22,17 +22,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from mlx_onevision.plugins.contract.errors import bad_request
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
 
-ACCEPTED = 16  # connections that asyncio accepts at a time
-OTHERS = 64 + 4 * ACCEPTED  # descriptors for all else, and for what is accepted and not counted yet
-SPARE = 16  # connections beyond the others, for those who ask for the server's health
-LEAST, MOST = 16, 2048  # connections
-WANTED = 4096  # descriptors, where the system gives them
-SLOWEST = 4096  # bytes a second in which a client takes its answer, or sends its body
-BEGINNING = -0.5  # seconds that a client is ahead of that which has sent little more than its head
-LOG_SECONDS = 60.0  # between two lines about the same
-PATIENCE = 1.0  # seconds that a request waits for others to show whether they are slow
+ACCEPTED_AT_A_TIME = 16  # connections that asyncio accepts at a time
+# Descriptors for all else, and for what is accepted and not counted yet.
+RESERVED_DESCRIPTORS = 64 + 4 * ACCEPTED_AT_A_TIME
+HEALTH_CONNECTIONS = 16  # connections beyond the others, for those who ask for the server's health
+MIN_CONNECTIONS, MAX_CONNECTIONS = 16, 2048  # connections
+WANTED_DESCRIPTORS = 4096  # descriptors, where the system gives them
+MIN_BYTES_PER_SECOND = 4096  # bytes a second in which a client takes its answer, or sends its body
+# Seconds that a client is ahead of that which has sent little more than its head.
+FRESH_CLIENT_LAG_SECONDS = -0.5
+LOG_INTERVAL_SECONDS = 60.0  # between two lines about the same
+# Seconds that a request waits for others to show whether they are slow.
+ADMISSION_WAIT_SECONDS = 1.0
 
-HEALTH = "/health"
+HEALTH_PATH = "/health"
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -42,27 +45,27 @@ def raise_limit() -> None:
     a Mac allows 256 unless it is asked for more.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
+    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(WANTED_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def most_connections() -> int:
+def max_connections() -> int:
     """As many as the files that the process may have open leave room for. Raises PluginError:
     ``bad_request`` where these are too few.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return MOST
-    most = soft - OTHERS - SPARE
-    if most < LEAST:
-        needed = LEAST + OTHERS + SPARE
+        return MAX_CONNECTIONS
+    most = soft - RESERVED_DESCRIPTORS - HEALTH_CONNECTIONS
+    if most < MIN_CONNECTIONS:
+        needed = MIN_CONNECTIONS + RESERVED_DESCRIPTORS + HEALTH_CONNECTIONS
         message = f"{soft} files may be open at once, which is too few to serve"
         raise bad_request(message, f"allow more with ulimit -n {max(needed, 256)}")
-    return min(most, MOST)
+    return min(most, MAX_CONNECTIONS)
 
 
-class Rarely:
+class LimitedWarning:
     """Logs a warning, and after that no other one for a while."""
 
     def __init__(self) -> None:
@@ -71,22 +74,23 @@ class Rarely:
     def warn(self, message: str, *arguments: object) -> None:
         now = monotonic()
         if now >= self._next:
-            self._next = now + LOG_SECONDS
+            self._next = now + LOG_INTERVAL_SECONDS
             logger.warning(message, *arguments)
 
 
 class Connections:
     """All of a server's. Used from the event loop alone.
 
-    most : requests at once, but for those about the server's health. There may be ``SPARE`` more
-        connections. Beyond either, the slowest clients' are closed.
-    still : seconds that a request's head may take, and that a client may not take its answer.
+    max_requests : at once, but for those about the server's health. There may be
+        ``HEALTH_CONNECTIONS`` more connections. Beyond either, the slowest clients' are closed.
+    stall_timeout : seconds that a request's head may take, and that a client may not take its
+        answer.
     """
 
-    def __init__(self, most: int, still: float) -> None:
-        self._most, self._still = most, still
+    def __init__(self, max_requests: int, stall_timeout: float) -> None:
+        self._max_requests, self._stall_timeout = max_requests, stall_timeout
         self._all: set[Connection] = set()
-        self._full, self._failed = Rarely(), Rarely()
+        self._full, self._failed = LimitedWarning(), LimitedWarning()
 
     def protocol(self) -> type["Connection"]:
         """What uvicorn makes for each of them."""
@@ -94,7 +98,9 @@ class Connections:
 
     def opened(self, one: "Connection") -> None:
         self._all.add(one)
-        if len(self._all) > self._most + SPARE and not self._drop_slowest(self._all - {one}):
+        if len(self._all) > self._max_requests + HEALTH_CONNECTIONS and not self._drop_slowest(
+            self._all - {one}
+        ):
             self._drop(one)
 
     async def has_room(self, one: "Connection") -> bool:
@@ -105,9 +111,9 @@ class Connections:
         one.queued = started = monotonic()
         try:
             while not self._has_room():
-                if one not in self._all or monotonic() - started > PATIENCE:
+                if one not in self._all or monotonic() - started > ADMISSION_WAIT_SECONDS:
                     return False
-                await asyncio.sleep(PATIENCE / 50)
+                await asyncio.sleep(ADMISSION_WAIT_SECONDS / 50)
             return True
         finally:
             one.queued = None
@@ -116,10 +122,10 @@ class Connections:
 
     def _has_room(self) -> bool:
         """For one more request than those that are answered now."""
-        if len(self._all) <= self._most:
+        if len(self._all) <= self._max_requests:
             return True
         busy = {other for other in self._all if other.is_busy}
-        return len(busy) < self._most or self._drop_slowest(busy)
+        return len(busy) < self._max_requests or self._drop_slowest(busy)
 
     def _drop_slowest(self, some: set["Connection"]) -> bool:
         """Whether there was any that keeps others waiting."""
@@ -130,8 +136,8 @@ class Connections:
         )
         now = monotonic()
         lags = sorted(((one.lag(now), id(one), one) for one in some), reverse=True)
-        slow = [(lag, one) for lag, _, one in lags if lag > BEGINNING]
-        for place, (lag, one) in enumerate(slow[: 1 + self._most // 16]):
+        slow = [(lag, one) for lag, _, one in lags if lag > FRESH_CLIENT_LAG_SECONDS]
+        for place, (lag, one) in enumerate(slow[: 1 + self._max_requests // 16]):
             if place == 0 or lag > 1:  # several, as looking for them takes time
                 self._drop(one)
         return bool(slow)
@@ -142,7 +148,7 @@ class Connections:
     def sweep(self) -> None:
         """Closes those that have been slow for too long; to be called every now and then."""
         now = monotonic()
-        for one in [one for one in self._all if one.overdue(now) > self._still]:
+        for one in [one for one in self._all if one.overdue(now) > self._stall_timeout]:
             self._drop(one)
 
     def _drop(self, one: "Connection") -> None:
@@ -207,7 +213,7 @@ class Connection(H11Protocol):
         self._since, self._received = monotonic(), 0
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == HEALTH or await self.among.has_room(self):
+        if scope["path"] == HEALTH_PATH or await self.among.has_room(self):
             await self._application(scope, receive, send)
             return
         message = "too many requests are under way; try again in a moment"
@@ -223,7 +229,7 @@ class Connection(H11Protocol):
     @property
     def is_busy(self) -> bool:
         """Whether a request of its is answered, unless it is about the server's health."""
-        return self.in_request and self.queued is None and self.scope["path"] != HEALTH
+        return self.in_request and self.queued is None and self.scope["path"] != HEALTH_PATH
 
     def overdue(self, now: float) -> float:
         """Seconds for which the head of a request, or the end of an answer, is waited for."""
@@ -241,7 +247,7 @@ class Connection(H11Protocol):
             return now - self.queued
         behind = self.overdue(now)
         if self.in_request and self.cycle.more_body:
-            behind = max(behind, now - self._since) - self._received / SLOWEST
+            behind = max(behind, now - self._since) - self._received / MIN_BYTES_PER_SECOND
         return behind or -math.inf
 
     def send_400_response(self, msg: str) -> None:
@@ -276,22 +282,22 @@ class Outgoing(asyncio.Transport):
         super().__init__()
         self._inner, self._is_sending = inner, is_sending
         self.lingers = False
-        self._since = 0.0  # since when something lies here, or it was closed
-        self._kept = 0  # bytes, since then; not those that the system has taken at once
+        self._since = 0.0  # since when something is buffered, or it was closed
+        self._buffered = 0  # bytes, since then; not those that the system has taken at once
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         before = self._inner.get_write_buffer_size()
         self._inner.write(data)
         if not before:
-            self._since, self._kept = monotonic(), 0
-        self._kept += self._inner.get_write_buffer_size() - before
+            self._since, self._buffered = monotonic(), 0
+        self._buffered += self._inner.get_write_buffer_size() - before
 
     def lag(self, now: float) -> float:
         """Seconds that the client is behind one that takes what is written as slowly as it may."""
         if self.lingers:
             return now - self._since
         left = self._inner.get_write_buffer_size()
-        return now - self._since - (self._kept - left) / SLOWEST if left else 0.0
+        return now - self._since - (self._buffered - left) / MIN_BYTES_PER_SECOND if left else 0.0
 
     def close(self) -> None:
         if self.is_closing():

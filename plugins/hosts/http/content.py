@@ -23,36 +23,37 @@ from mlx_onevision.plugins.contract.errors import bad_request
 from mlx_onevision.plugins.contract.requests import Group, Kind, Media, Message
 from mlx_onevision.plugins.contract.wire import is_list, is_object
 
-GROUPED = 256  # images in a group, at most
-MOST_PARTS = 8192  # messages and parts of a conversation; each message takes five tokens or more
+MAX_IMAGES_PER_GROUP = 256  # images in a group, at most
+# Messages and parts of a conversation; each message takes five tokens or more.
+MAX_MESSAGES_AND_PARTS = 8192
 
 # What is taken at all; which addresses and paths are allowed the media policy decides.
 _URL = r"^([dD][aA][tT][aA]:|upload:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:/|/)"
 
 
 class Strict(BaseModel):
-    """No "1" for 1, no infinity, nothing dropped in silence but unknown fields."""
+    """No "1" for 1, no infinity, nothing dropped without an error but unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
 
 # Names that other servers have for what belongs into the content, and that would be read over here.
-ELSEWHERE = frozenset(
+MISPLACED_NAMES = frozenset(
     "image images image_url image_urls input_image input_images video videos video_url video_urls "
     "input_video audio audio_url input_audio file files file_ids attachments documents media parts "
     "experimental_attachments".split()
 )
-HINT = 'images and videos are parts of content, {"type": "image_url", "image_url": …}'
+CONTENT_HINT = 'images and videos are parts of content, {"type": "image_url", "image_url": …}'
 
 
-class NothingElsewhere(Strict):
+class RejectMisplacedContent(Strict):
     """Refuses content under names that would be read over.
 
     elsewhere : these names, but for fields. hint : where it belongs.
     """
 
-    elsewhere: ClassVar[frozenset[str]] = ELSEWHERE
-    hint: ClassVar[str] = HINT
+    elsewhere: ClassVar[frozenset[str]] = MISPLACED_NAMES
+    hint: ClassVar[str] = CONTENT_HINT
 
     @model_validator(mode="before")
     @classmethod
@@ -93,10 +94,10 @@ def _readable(url: str) -> str:
 Url = Annotated[str, AfterValidator(_readable), Field(json_schema_extra={"pattern": _URL})]
 
 
-HERE = ("", "localhost")
+LOCAL_HOSTS = ("", "localhost")
 
 
-class Place(Strict):
+class MediaUrl(Strict):
     """Where an image or a video is: a data URI, an address, a path, or an upload."""
 
     url: Url
@@ -109,23 +110,25 @@ class Place(Strict):
                 parts = urlsplit(url)
             except ValueError:  # a bracket that does not close
                 parts = None
-            if parts is None or parts.netloc not in HERE or parts.query or parts.fragment:
+            if parts is None or parts.netloc not in LOCAL_HOSTS or parts.query or parts.fragment:
                 raise bad_request(f"the address of the {kind} is not one of this machine")
             return Media(kind, path=unquote(parts.path))
         return Media(kind, path=url) if url.startswith("/") else Media(kind, url=url)
 
 
-def _as_place(place: Any) -> Any:
+def _as_media_url(place: Any) -> Any:
     return {"url": place} if isinstance(place, str) else place
 
 
-AnyPlace = Annotated[Place, BeforeValidator(_as_place, json_schema_input_type=Url | Place)]
+AnyMediaUrl = Annotated[
+    MediaUrl, BeforeValidator(_as_media_url, json_schema_input_type=Url | MediaUrl)
+]
 
 
-class Part(NothingElsewhere):
+class Part(RejectMisplacedContent):
     """What a message consists of; a second content in it is refused."""
 
-    elsewhere = ELSEWHERE | {"text"}
+    elsewhere = MISPLACED_NAMES | {"text"}
     hint = "a part is a text, an image or a video; make it two parts"
 
 
@@ -143,7 +146,7 @@ class ImagePart(Part):
     """An image, as OpenAI's routes name it."""
 
     type: Literal["image_url", "input_image"]
-    image_url: AnyPlace
+    image_url: AnyMediaUrl
 
     def to_contract(self) -> Media:
         return self.image_url.media("image")
@@ -153,7 +156,7 @@ class NamedImagePart(Part):
     """An image, as mlx-vlm names it."""
 
     type: Literal["image"]
-    image: AnyPlace
+    image: AnyMediaUrl
 
     def to_contract(self) -> Media:
         return self.image.media("image")
@@ -163,7 +166,7 @@ class VideoPart(Part):
     """A video, as vLLM names it."""
 
     type: Literal["video_url", "input_video"]
-    video_url: AnyPlace
+    video_url: AnyMediaUrl
 
     def to_contract(self) -> Media:
         return self.video_url.media("video")
@@ -173,7 +176,7 @@ class NamedVideoPart(Part):
     """A video, as mlx-vlm names it."""
 
     type: Literal["video"]
-    video: AnyPlace
+    video: AnyMediaUrl
 
     def to_contract(self) -> Media:
         return self.video.media("video")
@@ -188,7 +191,7 @@ class GroupPart(Strict):
     """Several images that share one vector."""
 
     type: Literal["group"]
-    content: Annotated[list[MediaPart], Field(min_length=1, max_length=GROUPED)]
+    content: Annotated[list[MediaPart], Field(min_length=1, max_length=MAX_IMAGES_PER_GROUP)]
 
     def to_contract(self) -> Group:
         return Group([part.to_contract() for part in self.content])
@@ -209,8 +212,10 @@ def count_parts(messages: Any) -> Any:
 
 def check_count(count: int) -> None:
     """ValueError for more messages and parts than a conversation may have."""
-    if count > MOST_PARTS:
-        raise ValueError(f"there are {count:,} messages and parts; {MOST_PARTS:,} are taken")
+    if count > MAX_MESSAGES_AND_PARTS:
+        raise ValueError(
+            f"there are {count:,} messages and parts; {MAX_MESSAGES_AND_PARTS:,} are taken"
+        )
 
 
 def _as_parts(content: Any) -> Any:
@@ -233,7 +238,7 @@ Content = Annotated[
 class ToolCall(Strict):
     """A call of an earlier answer; the model reads it as text."""
 
-    class Called(Strict):
+    class CalledFunction(Strict):
         """The function and its arguments, as JSON."""
 
         name: str
@@ -241,7 +246,7 @@ class ToolCall(Strict):
 
     id: str | None = None
     type: Literal["function"] = "function"
-    function: Called
+    function: CalledFunction
 
     @property
     def text(self) -> str:
@@ -266,7 +271,7 @@ def encoded_image(data: str) -> Media:
     return Media("image", url=f"data:image/*;base64,{data}")
 
 
-class Turn(NothingElsewhere):
+class Turn(RejectMisplacedContent):
     """A message of any role."""
 
     role: Any
@@ -333,7 +338,7 @@ def called_since_asked(turns: Sequence[AnyTurn]) -> set[str]:
 
 
 def conversation(turns: Sequence[AnyTurn]) -> list[Message]:
-    """The messages of a chat. What a function returned has the name that its call says."""
+    """The messages of a chat. What a function returned has the name that its call has."""
     names: dict[str | None, str] = {}
     messages: list[Message] = []
     for turn in turns:

@@ -28,7 +28,7 @@ _CODES = {"context_overflow": "context_length_exceeded", "busy": "rate_limit_exc
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
-RETRY_AFTER = 1  # seconds
+RETRY_AFTER_SECONDS = 1
 
 # What stands in quotes, as Python writes it; paths, addresses and data without any. Names of the
 # server's own files are nobody's business, and what a client sent it knows.
@@ -66,7 +66,7 @@ class HTTPError(Exception):
     ) -> None:
         super().__init__(status, message, code, param)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry_after = RETRY_AFTER  # of a 429
+        self.retry_after = RETRY_AFTER_SECONDS  # of a 429
 
     @property
     def body(self) -> ErrorBody:
@@ -89,7 +89,7 @@ def to_http_error(error: PluginError) -> HTTPError:
     """The answer that a refusal of the contract is: its status, without paths."""
     code = _CODES.get(error.code, error.code)
     found = HTTPError(_STATUS[error.code], redact_paths(str(error)), code)
-    found.retry_after = error.retry_after or RETRY_AFTER
+    found.retry_after = error.retry_after or RETRY_AFTER_SECONDS
     return found
 
 

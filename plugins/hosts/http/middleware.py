@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_onevision.plugins.contract.results import ModelInfo, Usage
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.server import WILDCARDS, ServerSettings
+from mlx_onevision.plugins.hosts.http.server import WILDCARD_HOSTS, ServerSettings
 
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 
@@ -39,10 +39,10 @@ class Guards:
     def __init__(self, settings: ServerSettings, public: frozenset[str] = frozenset()) -> None:
         self._token, self._public = settings.token, public
         self._origins = [origin.lower().encode() for origin in settings.origins]
-        self._any_address = settings.host in WILDCARDS
+        self._any_address = settings.host in WILDCARD_HOSTS
         self._further = {_plain(name) for name in settings.names}
         named = (settings.host, *settings.names, "127.0.0.1", "localhost", "::1")
-        self._names = {_plain(name) for name in named if name not in WILDCARDS}
+        self._names = {_plain(name) for name in named if name not in WILDCARD_HOSTS}
 
     def check_origin(self, scope: Scope) -> bytes | None:
         """The origin of another page that was allowed, if one asks. Raises HTTPError 421 or 403."""
@@ -89,7 +89,7 @@ def _headers(scope: Scope) -> defaultdict[bytes, list[bytes]]:
     return headers
 
 
-_LISTED = re.compile(rb"[A-Za-z0-9_, -]{0,2000}")
+_HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{0,2000}")
 
 
 def preflight(scope: Scope) -> Response | None:
@@ -100,7 +100,7 @@ def preflight(scope: Scope) -> Response | None:
     asked = b", ".join(headers[b"access-control-request-headers"])
     answer = {
         "Access-Control-Allow-Methods": "GET, POST, DELETE",
-        "Access-Control-Allow-Headers": asked.decode() if _LISTED.fullmatch(asked) else "",
+        "Access-Control-Allow-Headers": asked.decode() if _HEADER_NAMES.fullmatch(asked) else "",
         "Access-Control-Max-Age": "600",
     }
     if headers[b"access-control-request-private-network"] == [b"true"]:

@@ -27,11 +27,11 @@ from mlx_onevision.plugins.hosts.http.operations import (
     generate,
 )
 from mlx_onevision.plugins.hosts.http.schemas import Defaults, RejectUnsupported
-from mlx_onevision.plugins.hosts.http.tools import NOT_CHOSEN
+from mlx_onevision.plugins.hosts.http.tools import TOOLS_IGNORED_NOTE
 from mlx_onevision.sampling.ranges import RANGES
 
-LINES = "application/x-ndjson"
-FAMILY = "llava-onevision"
+NDJSON_TYPE = "application/x-ndjson"
+MODEL_FAMILY = "llava-onevision"
 
 
 class Options(RejectUnsupported):
@@ -59,7 +59,7 @@ class Options(RejectUnsupported):
         return {**{name: getattr(self, name) for name in names}, **own}
 
 
-class Asked(RejectUnsupported, Formats):
+class OllamaRequest(RejectUnsupported, Formats):
     """What both routes take. ``keep_alive`` is the server's own."""
 
     model: str
@@ -72,16 +72,16 @@ class Asked(RejectUnsupported, Formats):
 class Call(Strict):
     """A call of an earlier answer, whose arguments are an object."""
 
-    class Called(Strict):
+    class CalledFunction(Strict):
         """The function and its arguments."""
 
         name: str
         arguments: dict[str, Any] = Field(default_factory=dict)
 
-    function: Called
+    function: CalledFunction
 
 
-class Turn(content.NothingElsewhere):
+class Turn(content.RejectMisplacedContent):
     """A message, with its images as base64 beside the text."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -102,14 +102,14 @@ class Turn(content.NothingElsewhere):
         return Message(self.role, parts)
 
 
-class ChatRequest(Asked):
+class ChatRequest(OllamaRequest):
     """``tools`` : Ollama's protocol cannot force one, so none is called."""
 
     messages: Annotated[list[Turn], Field(fail_fast=True), BeforeValidator(content.count_parts)]
     tools: list[Any] | None = None
 
 
-class PromptRequest(Asked):
+class PromptRequest(OllamaRequest):
     """A question without a conversation; neither a prompt nor images loads the model."""
 
     prompt: str = ""
@@ -117,7 +117,7 @@ class PromptRequest(Asked):
     images: list[Base64] | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
-        **Asked.accepted_defaults,
+        **OllamaRequest.accepted_defaults,
         "context": ([],),
         "template": ("",),
     }
@@ -180,9 +180,15 @@ async def prompt(state: AppState, request: Request) -> Response:
     return await _answered(state, request, await state.reader.read(request, PromptRequest, prepare))
 
 
-def _prepare(state: AppState, asked: Asked, messages: Sequence[Message]) -> Prepared | Response:
+def _prepare(
+    state: AppState, asked: OllamaRequest, messages: Sequence[Message]
+) -> Prepared | Response:
     _check_model(state, asked.model)
-    notes = [NOT_CHOSEN.partition(";")[0]] if isinstance(asked, ChatRequest) and asked.tools else []
+    notes = (
+        [TOOLS_IGNORED_NOTE.partition(";")[0]]
+        if isinstance(asked, ChatRequest) and asked.tools
+        else []
+    )
     answer = Answer(asked.model, isinstance(asked, ChatRequest), notes)
     if not messages:  # how Ollama is asked to load a model
         return JSONResponse(answer.last({"done_reason": "load"}))
@@ -202,7 +208,7 @@ async def _answered(state: AppState, request: Request, prepared: Prepared | Resp
         return prepared
     response = await generate(state, request, prepared)
     if isinstance(response, SentEvents):
-        response.as_lines(LINES, refused)
+        response.as_lines(NDJSON_TYPE, refused)
     return response
 
 
@@ -276,7 +282,7 @@ async def show(state: AppState, request: Request) -> Response:
     name = await state.reader.read(request, ShowRequest, lambda asked: asked.model or asked.name)
     _check_model(state, name)
     info = await state.blocking(state.backend.info)
-    model = {"general.architecture": FAMILY, f"{FAMILY}.context_length": info.context}
+    model = {"general.architecture": MODEL_FAMILY, f"{MODEL_FAMILY}.context_length": info.context}
     about = {"modelfile": "", "parameters": "", "template": "", "details": _details(info)}
     capabilities = ["completion", "vision"]
     return JSONResponse({**about, "model_info": model, "capabilities": capabilities})
@@ -289,7 +295,12 @@ async def version_(state: AppState, _: Request) -> Response:
 
 
 def _details(info: results.ModelInfo) -> dict[str, Any]:
-    family = {"family": FAMILY, "families": [FAMILY], "format": "mlx", "parent_model": ""}
+    family = {
+        "family": MODEL_FAMILY,
+        "families": [MODEL_FAMILY],
+        "format": "mlx",
+        "parent_model": "",
+    }
     return {**family, "parameter_size": "", "quantization_level": info.quantization or ""}
 
 

@@ -15,9 +15,13 @@ from mlx_onevision.plugins.hosts.http.errors import ErrorBody
 from mlx_onevision.plugins.hosts.http.operations import EVENTS, JSON, AppState, Operation
 from mlx_onevision.plugins.hosts.http.schemas import VideoRequest
 
-FILES = ("video/*", "image/*", "application/octet-stream")  # types of a body that is a file
+FILE_BODY_TYPES = (
+    "video/*",
+    "image/*",
+    "application/octet-stream",
+)  # types of a body that is a file
 
-OPENAPI = "3.1.1"
+OPENAPI_VERSION = "3.1.1"
 
 Document = dict[str, Any]
 
@@ -38,7 +42,7 @@ class WithKeys:
         return schema
 
 
-class Generator(GenerateJsonSchema):
+class SchemaGenerator(GenerateJsonSchema):
     """Answers hold the keys that are declared, and no others."""
 
     def field_title_should_be_set(self, schema: object) -> bool:
@@ -64,25 +68,25 @@ class Generator(GenerateJsonSchema):
 
 
 # Why a request is refused, of any route; of those that take a body; of some.
-_ALWAYS = {
+_REASONS_OF_ANY = {
     400: "The request cannot be served as it stands.",
     403: "Another page sent it.",
     421: "It calls the server by a name that is not the server's.",
     500: "A fault of the server's own.",
     503: "Not now: no memory, no model, out of time, or cancelled.",
 }
-_WITH_BODY = {
+_REASONS_WITH_BODY = {
     408: "The body did not come.",
     413: "It is too long, or holds too much.",
     415: "The body is of another type, or compressed.",
     429: "Too much at once; try again in a moment.",
 }
-_SOME = {
+_REASONS_OF_SOME = {
     401: "The token is missing or wrong.",
     404: "There is no such thing.",
     507: "The disk is full.",
 }
-_WHY = {**_ALWAYS, **_WITH_BODY, **_SOME}
+_REASONS = {**_REASONS_OF_ANY, **_REASONS_WITH_BODY, **_REASONS_OF_SOME}
 
 _HEADERS: dict[int, Document] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}, "required": True}},
@@ -98,8 +102,10 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
     used: set[int] = set()
     for one in operations:
         model = (404,) if one.takes is not None else ()  # another one
-        body = _WITH_BODY if one.takes is not None or one.takes_file else ()
-        statuses = sorted({*_ALWAYS, *one.refuses, *model, *body, *((401,) if token else ())})
+        body = _REASONS_WITH_BODY if one.takes is not None or one.takes_file else ()
+        statuses = sorted(
+            {*_REASONS_OF_ANY, *one.refuses, *model, *body, *((401,) if token else ())}
+        )
         used.update(statuses)
         described: Document = {"operationId": one.name, "summary": one.summary}
         path = re.sub(r":\w+}", "}", one.path)
@@ -115,7 +121,10 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
             content = {JSON: {"schema": schemas[one.takes]}}
             described["requestBody"] = {"required": True, "content": content}
         if one.takes_file:
-            described["requestBody"] = {"required": True, "content": {kind: {} for kind in FILES}}
+            described["requestBody"] = {
+                "required": True,
+                "content": {kind: {} for kind in FILE_BODY_TYPES},
+            }
         good = {
             kind: {"schema": _event(one, schemas[shape]) if kind == EVENTS else schemas[shape]}
             for kind, shape in one.gives.items()
@@ -127,7 +136,7 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
         paths.setdefault(path, {})[one.method.lower()] = described
     refusal = {JSON: {"schema": schemas[ErrorBody]}}
     return {
-        "openapi": OPENAPI,
+        "openapi": OPENAPI_VERSION,
         "info": {
             "title": "mlx-onevision",
             "version": version("mlx-onevision"),
@@ -139,7 +148,7 @@ def document(operations: Sequence[Operation], state: AppState) -> Document:
         "components": {
             "schemas": components,
             "responses": {
-                str(status): {"description": _WHY[status], "content": refusal}
+                str(status): {"description": _REASONS[status], "content": refusal}
                 | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
                 for status in sorted(used)
             },
@@ -156,7 +165,7 @@ def _schemas(operations: Sequence[Operation]) -> tuple[dict[Any, Document], dict
     found, shared = TypeAdapter.json_schemas(
         [(kind, "validation", TypeAdapter(kind)) for kind in kinds],
         ref_template="#/components/schemas/{model}",
-        schema_generator=Generator,
+        schema_generator=SchemaGenerator,
     )
     return {kind: found[kind, "validation"] for kind in kinds}, shared.get("$defs", {})
 

@@ -1,5 +1,5 @@
 """What a route is, the state that all routes share, and how they answer: whole, or with the events
-of a request as server-sent ones. Nobody works for a client that has left.
+of a request as server-sent ones. A request ends when its client leaves.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.requests import GenerateRequest
 from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
-from mlx_onevision.plugins.hosts.http.memory import ResponseMemory
 from mlx_onevision.plugins.hosts.http.middleware import Metrics
 from mlx_onevision.plugins.hosts.http.request_body import BodyReader
+from mlx_onevision.plugins.hosts.http.responses.memory import ResponseMemory
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import Jobs
 from mlx_onevision.plugins.service.spool import Spool
 
-Done = TypeVar("Done")
+Returned = TypeVar("Returned")
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
 
-DONE = "[DONE]"  # the last line of a stream of chat completions
+LAST_CHUNK = "[DONE]"  # the last line of a stream of chat completions
 
 
 @dataclass(eq=False)
@@ -60,7 +60,7 @@ class AppState:
     openapi: asyncio.Task[Response] | None = None
     memory: ResponseMemory = field(default_factory=ResponseMemory)
 
-    async def blocking(self, function: Callable[[], Done]) -> Done:
+    async def blocking(self, function: Callable[[], Returned]) -> Returned:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function)
 
     def check_model(self, name: str | None) -> None:
@@ -72,7 +72,7 @@ class AppState:
             raise HTTPError(404, message, "model_not_found", "model")
 
     def max_tokens(self, asked: int | None, name: str, notes: list[str]) -> int | None:
-        """A limit of an answer within the server's own; ``notes`` says where it was lowered."""
+        """A limit of an answer within the server's own; ``notes`` gets a line where it is less."""
         most = self.settings.max_tokens
         if asked is None or most is None or asked <= most:
             return asked
@@ -109,11 +109,11 @@ class Operation:
 
 Wanted = TypeVar("Wanted", bound=results.Result)
 
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-KEEP_ALIVE = b": keep-alive\n\n"
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
 # Until an event of another stage, an error can still set the status.
-_EARLY = ("queued", "loading", "preparing")
+_STAGES_BEFORE_OUTPUT = ("queued", "loading", "preparing")
 
 
 def line(values: Any, event: str | None = None) -> bytes:
@@ -213,12 +213,12 @@ class SentEvents(Response):
         write: Callable[[results.Event, int], Iterable[bytes]],
         interval: float,
     ) -> None:
-        super().__init__(media_type=EVENTS, headers=HEADERS)
+        super().__init__(media_type=EVENTS, headers=STREAM_HEADERS)
         # The length is not known.
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         self._streams, self._write, self._interval = streams, write, interval
         self._refused: Callable[[HTTPError], Response] = HTTPError.response
-        self._keep_alive, self._begun = KEEP_ALIVE, False
+        self._keep_alive, self._begun = KEEP_ALIVE_COMMENT, False
 
     def as_lines(self, media_type: str, refused: Callable[[HTTPError], Response]) -> None:
         """For a stream that is no server-sent events, and knows no comments; with errors of its
@@ -250,7 +250,9 @@ class SentEvents(Response):
             if failed and not self._begun:
                 return self._refused(to_http_error(event.error))
             held += b"".join(self._write(event, index))
-            early = isinstance(event, results.ProgressEvent) and event.stage in _EARLY
+            early = (
+                isinstance(event, results.ProgressEvent) and event.stage in _STAGES_BEFORE_OUTPUT
+            )
             if held and (self._begun or not early):
                 await self._send(send, held)
                 held = b""

@@ -25,17 +25,21 @@ from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.base import StreamingBackend
 
 Wanted = TypeVar("Wanted", bound=BaseModel)
-Made = TypeVar("Made")
+Converted = TypeVar("Converted")
 
 # Where pydantic's message has Python's words.
 _OBJECT_TYPES = ("dict_type", "model_type", "model_attributes_type")
-_KINDS = {**dict.fromkeys(_OBJECT_TYPES, "an object"), "list_type": "a list"}
+_TYPE_WORDS = {**dict.fromkeys(_OBJECT_TYPES, "an object"), "list_type": "a list"}
 
-HELD = "mlx_onevision.held"  # in a request's scope: bytes of it that count
-STEP = 64 << 10  # bytes of a body that have to come in each span of ``header_timeout``
-SMALL, FEW = 64 << 10, 256  # bytes and JSON values that take no longer than a change of threads
-NEXT_SECONDS = 0.05  # between two requests that are let in once there is room
-EXACT = 2**53  # up to here a float holds every whole number
+HELD_BYTES_KEY = "mlx_onevision.held"  # in a request's scope: bytes of it that count
+# Bytes of a body that have to come in each span of ``header_timeout``.
+MIN_BYTES_PER_TIMEOUT = 64 << 10
+SMALL_BODY_BYTES, SMALL_BODY_VALUES = (
+    64 << 10,
+    256,
+)  # bytes and JSON values that take no longer than a change of threads
+ADMISSION_INTERVAL_SECONDS = 0.05  # between two requests that are let in once there is room
+MAX_EXACT_INTEGER = 2**53  # up to here a float holds every whole number
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -45,12 +49,12 @@ class BodyBudget:
     What has come counts, not what was announced: a client that sends nothing keeps no room from
     others. So more may have been let in than there is room for, and what comes beyond is refused.
 
-    total : of these bytes. beyond : that may be held besides, of requests that were let in before.
-    most : requests that wait to be let in, first come first served.
+    total : of these bytes. extra : that may be held besides, of requests that were let in before.
+    max_waiting : requests that wait to be let in, first come first served.
     """
 
-    def __init__(self, total: int, beyond: int, most: int) -> None:
-        self._free, self._beyond, self._most = total, beyond, most
+    def __init__(self, total: int, extra: int, max_waiting: int) -> None:
+        self._free, self._extra, self._max_waiting = total, extra, max_waiting
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._next: asyncio.TimerHandle | None = None  # lets in the next one
 
@@ -58,16 +62,16 @@ class BodyBudget:
         """Waits until there is room for so much. Raises HTTPError: 429, where too many do."""
         if not self._waiting and size <= self._free:
             return
-        if len(self._waiting) >= self._most:
-            raise _no_room()
+        if len(self._waiting) >= self._max_waiting:
+            raise _too_much_at_once()
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((size, future))
         await future
 
     def take(self, size: int) -> None:
         """Counts bytes that have come. Raises HTTPError: 429, where there is no room."""
-        if size > self._free + self._beyond:
-            raise _no_room()
+        if size > self._free + self._extra:
+            raise _too_much_at_once()
         self._free -= size
 
     def give_back(self, size: int) -> None:
@@ -80,14 +84,16 @@ class BodyBudget:
             self._waiting.popleft()
         if self._next is None and self._waiting and self._waiting[0][0] <= self._free:
             self._waiting.popleft()[1].set_result(None)
-            self._next = asyncio.get_running_loop().call_later(NEXT_SECONDS, self._go_on)
+            self._next = asyncio.get_running_loop().call_later(
+                ADMISSION_INTERVAL_SECONDS, self._go_on
+            )
 
     def _go_on(self) -> None:
         self._next = None
         self._let_in()
 
 
-def _no_room() -> HTTPError:
+def _too_much_at_once() -> HTTPError:
     why = "too much is being sent by all clients together; try again in a moment"
     return HTTPError(429, why, "rate_limit_exceeded")
 
@@ -103,38 +109,38 @@ class BodyReader:
 
     def __init__(self, settings: ServerSettings, backend: Backend) -> None:
         self._settings = settings
-        total = max(settings.bodies, settings.body)
-        self._budget = BodyBudget(total, settings.body, settings.unread)
+        total = max(settings.max_held_bytes, settings.max_body_bytes)
+        self._budget = BodyBudget(total, settings.max_body_bytes, settings.max_waiting_bodies)
         self._room = backend.reserved if isinstance(backend, StreamingBackend) else nullcontext
         # Megabytes of base64 take a while. Several threads would not parse them any faster.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx-onevision-bodies")
 
     async def read(
-        self, request: Request, kind: type[Wanted], convert: Callable[[Wanted], Made]
-    ) -> Made:
+        self, request: Request, kind: type[Wanted], convert: Callable[[Wanted], Converted]
+    ) -> Converted:
         """The body as ``kind``, and that as what ``convert`` makes of it; both on another thread
         where they may take long. Raises HTTPError: 415, 413, 408, 429, and 400 with the field's
         name; PluginError: ``busy``, when the backend has no room for the request; ClientDisconnect:
         when nobody is there any more; what ``convert`` raises.
         """
         size = _check_head(request, self._settings)
-        with self._room():  # what is refused need not wait for its turn
+        with self._room():  # what is refused need not wait
             pass
-        if size > SMALL:
-            await self._budget.enter(size - SMALL)
+        if size > SMALL_BODY_BYTES:
+            await self._budget.enter(size - SMALL_BODY_BYTES)
         data = await self._bytes(request, size)
 
-        def make() -> Made:
+        def make() -> Converted:
             return convert(_parsed(data, kind, self._settings))
 
         with self._room():
-            if len(data) <= SMALL and _count_values(data) <= FEW:
+            if len(data) <= SMALL_BODY_BYTES and _count_values(data) <= SMALL_BODY_VALUES:
                 return make()
             return await asyncio.get_running_loop().run_in_executor(self._thread, make)
 
     def release(self, scope: Scope) -> None:
-        """Once nothing of a request is held any more; nothing where it has been said before."""
-        self._budget.give_back(scope.pop(HELD, 0))
+        """Once nothing of a request is held any more; nothing if that was reported before."""
+        self._budget.give_back(scope.pop(HELD_BYTES_KEY, 0))
 
     def release_after(self, scope: Scope, streams: Sequence[EventStream[Any]]) -> None:
         """As :meth:`release`, once all of these have ended, whether the client reads on or not."""
@@ -147,32 +153,32 @@ class BodyReader:
             if not left:
                 self.release(scope)
 
-        def tell() -> None:
+        def on_end() -> None:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(ended)
 
         for stream in streams:
-            stream.at_end(tell)
+            stream.at_end(on_end)
 
-    async def _bytes(self, request: Request, most: int) -> bytearray:
+    async def _bytes(self, request: Request, max_bytes: int) -> bytearray:
         data, scope = bytearray(), request.scope
         async for piece in self.pieces(request):
             data += piece
-            if len(data) > most:
-                raise _too_much(self._settings)
-            held = scope.get(HELD, 0)
-            if (new := len(data) - SMALL - held) > 0:
+            if len(data) > max_bytes:
+                raise _body_too_large(self._settings)
+            held = scope.get(HELD_BYTES_KEY, 0)
+            if (new := len(data) - SMALL_BODY_BYTES - held) > 0:
                 self._budget.take(new)
-                scope[HELD] = held + new
+                scope[HELD_BYTES_KEY] = held + new
         return data
 
     async def pieces(self, request: Request) -> AsyncGenerator[bytes]:
         """The body as it comes. Raises HTTPError: 408, where too little does; ClientDisconnect:
         when nobody is there any more.
         """
-        still = self._settings.header_timeout
+        timeout = self._settings.header_timeout
         size = window = 0  # bytes; those when the time began to run
-        until = time.monotonic() + still
+        until = time.monotonic() + timeout
         more = True
         while more:
             try:
@@ -184,8 +190,8 @@ class BodyReader:
                 raise ClientDisconnect
             piece = message.get("body", b"")
             size += len(piece)
-            if size >= window + STEP:
-                window, until = size, time.monotonic() + still
+            if size >= window + MIN_BYTES_PER_TIMEOUT:
+                window, until = size, time.monotonic() + timeout
             more = message.get("more_body", False)
             yield piece
 
@@ -198,9 +204,9 @@ def _check_head(request: Request, settings: ServerSettings) -> int:
         raise HTTPError(415, "the body has to be sent as application/json")
     check_encoding(request)
     length = announced_length(request)
-    if length is not None and length > settings.body:
-        raise _too_much(settings)
-    return settings.body if length is None else length
+    if length is not None and length > settings.max_body_bytes:
+        raise _body_too_large(settings)
+    return settings.max_body_bytes if length is None else length
 
 
 def content_type(request: Request) -> str:
@@ -216,13 +222,13 @@ def check_encoding(request: Request) -> None:
 
 
 def announced_length(request: Request) -> int | None:
-    """Bytes that the body is said to have; None where nothing is said."""
+    """The Content-Length of the body; None where there is none."""
     length = request.headers.get("content-length", "")
     return int(length[:16]) if length.isdecimal() else None
 
 
-def _too_much(settings: ServerSettings) -> HTTPError:
-    most = settings.body / 2**20
+def _body_too_large(settings: ServerSettings) -> HTTPError:
+    most = settings.max_body_bytes / 2**20
     return HTTPError(413, f"the request has more than {most:,.1f} MB; send less", "too_large")
 
 
@@ -242,7 +248,7 @@ def parse(data: bytearray, settings: ServerSettings) -> Json:
     surrogates.
     """
     # Before it is parsed: every value costs far more memory than its characters.
-    if _count_values(data) > settings.values:
+    if _count_values(data) > settings.max_json_values:
         raise HTTPError(400, "the JSON holds too many values; send fewer in one request")
     try:
         values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
@@ -268,7 +274,7 @@ def _count_values(data: bytearray) -> int:
 
 def _check_depth(values: Any, settings: ServerSettings) -> None:
     level: list[Any] = [values]
-    for _ in range(settings.depth):
+    for _ in range(settings.max_json_depth):
         dicts = (value.values() for value in level if is_object(value))
         lists = (value for value in level if is_list(value))
         level = list(chain.from_iterable(chain(dicts, lists)))
@@ -278,7 +284,7 @@ def _check_depth(values: Any, settings: ServerSettings) -> None:
 
 
 def _too_deep(settings: ServerSettings) -> HTTPError:
-    return HTTPError(400, f"the JSON is nested more than {settings.depth} deep")
+    return HTTPError(400, f"the JSON is nested more than {settings.max_json_depth} deep")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -290,7 +296,7 @@ def _number(text: str) -> float:
     value = float(text)
     if math.isinf(value):
         raise HTTPError(400, "the JSON holds a number that is too large")
-    return int(value) if value.is_integer() and abs(value) <= EXACT else value
+    return int(value) if value.is_integer() and abs(value) <= MAX_EXACT_INTEGER else value
 
 
 def _sentence(error: ErrorDetails) -> str:
@@ -300,8 +306,8 @@ def _sentence(error: ErrorDetails) -> str:
         return f"it is {tag}; there are {known}"
     if error["type"] == "union_tag_not_found":
         return "field required"
-    if error["type"] in _KINDS:
-        return f"it has to be {_KINDS[error['type']]}"
+    if error["type"] in _TYPE_WORDS:
+        return f"it has to be {_TYPE_WORDS[error['type']]}"
     sentence = error["msg"].removeprefix("Value error, ").removesuffix(".")
     return sentence[:1].lower() + sentence[1:]
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Literal, NotRequired
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from mlx_onevision.plugins.contract.results import FinishReason, TokenLogprob, TopLogprob, Usage
+from mlx_onevision.plugins.contract import results
+from mlx_onevision.plugins.contract.results import FinishReason, Usage
 
 
 class PromptDetails(TypedDict):
@@ -16,7 +17,7 @@ class PromptDetails(TypedDict):
     media_tokens: int
 
 
-class Took(TypedDict):
+class StageSeconds(TypedDict):
     """Seconds of wall time."""
 
     prepare: float
@@ -32,11 +33,11 @@ class ChatUsage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
-    seconds: Took
+    seconds: StageSeconds
     peak_memory_bytes: int
 
 
-class Likely(TypedDict):
+class TopLogprob(TypedDict):
     """A token, its bytes, and the natural logarithm of its probability."""
 
     token: str
@@ -44,20 +45,20 @@ class Likely(TypedDict):
     logprob: float
 
 
-class Chosen(Likely):
+class TokenLogprob(TopLogprob):
     """A token of the answer, and the likeliest ones in its place."""
 
-    top_logprobs: list[Likely]
+    top_logprobs: list[TopLogprob]
 
 
 class ChoiceLogprobs(TypedDict):
     """The tokens that the text is made of."""
 
-    content: list[Chosen]
+    content: list[TokenLogprob]
     refusal: None
 
 
-class Called(TypedDict):
+class CalledFunction(TypedDict):
     """The function that is called, and its arguments as JSON."""
 
     name: str
@@ -69,10 +70,10 @@ class ToolCall(TypedDict):
 
     id: str
     type: Literal["function"]
-    function: Called
+    function: CalledFunction
 
 
-class Said(TypedDict):
+class AssistantMessage(TypedDict):
     """The answer: a text, or a call."""
 
     role: Literal["assistant"]
@@ -88,7 +89,7 @@ class Choice(TypedDict):
     """One of ``n`` answers."""
 
     index: int
-    message: Said
+    message: AssistantMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: Finish
 
@@ -105,7 +106,7 @@ class ChatCompletion(TypedDict):
     notes: NotRequired[list[str]]
 
 
-class CalledDelta(TypedDict):
+class CalledFunctionDelta(TypedDict):
     """A call's next characters; the function's name comes with the first."""
 
     name: NotRequired[str]
@@ -118,7 +119,7 @@ class ToolCallDelta(TypedDict):
     index: int
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
-    function: CalledDelta
+    function: CalledFunctionDelta
 
 
 class Delta(TypedDict):
@@ -200,147 +201,18 @@ def usage_body(usage: Usage) -> ChatUsage:
             "cached_tokens": usage.cached_tokens,
             "media_tokens": usage.media_tokens,
         },
-        "seconds": Took(**usage.seconds),
+        "seconds": StageSeconds(**usage.seconds),
         "peak_memory_bytes": usage.peak_memory_bytes,
     }
 
 
-def chosen(token: TokenLogprob) -> Chosen:
+def token_logprob(token: results.TokenLogprob) -> TokenLogprob:
     """A token's logprobs as both routes write them."""
-    return {**_likely(token), "top_logprobs": [_likely(one) for one in token.top]}
+    return {**_top_logprob(token), "top_logprobs": [_top_logprob(one) for one in token.top]}
 
 
-def _likely(one: TopLogprob) -> Likely:
+def _top_logprob(one: results.TopLogprob) -> TopLogprob:
     return {"token": one.token, "bytes": list(one.data), "logprob": one.logprob}
-
-
-# The object and the events of ``/v1/responses``.
-
-Status = Literal["in_progress", "completed", "incomplete", "failed"]
-MessageStatus = Literal["in_progress", "completed", "incomplete"]
-WholeType = Literal[
-    "response.created",
-    "response.in_progress",
-    "response.completed",
-    "response.incomplete",
-    "response.failed",
-]
-
-
-class InputDetails(TypedDict):
-    """Of the input: tokens whose KV cache was there, and tokens of images and videos."""
-
-    cached_tokens: int
-    cache_write_tokens: int
-    media_tokens: int
-
-
-class OutputDetails(TypedDict):
-    """Always 0: this model does not reason."""
-
-    reasoning_tokens: int
-
-
-class ResponseUsage(TypedDict):
-    """What a response took: tokens, seconds, bytes of the device at the peak."""
-
-    input_tokens: int
-    input_tokens_details: InputDetails
-    output_tokens: int
-    output_tokens_details: OutputDetails
-    total_tokens: int
-    seconds: Took
-    peak_memory_bytes: int
-
-
-class OutputText(TypedDict):
-    """The text of a message, with the logprobs of its tokens where they were asked for."""
-
-    type: Literal["output_text"]
-    text: str
-    annotations: list[Any]
-    logprobs: list[Chosen]
-
-
-class OutputMessage(TypedDict):
-    """An answer in text."""
-
-    type: Literal["message"]
-    id: str
-    role: Literal["assistant"]
-    status: MessageStatus
-    content: list[OutputText]
-
-
-class FunctionCall(TypedDict):
-    """The call that an answer is where one was forced."""
-
-    type: Literal["function_call"]
-    id: str
-    call_id: str
-    name: str
-    arguments: str
-    status: MessageStatus
-
-
-OutputItem = OutputMessage | FunctionCall
-
-
-class ResponseFault(TypedDict):
-    """Why a response failed after its first event."""
-
-    code: str
-    message: str
-
-
-class Incomplete(TypedDict):
-    """Why a response was cut off."""
-
-    reason: Literal["max_output_tokens"]
-
-
-class TextSaid(TypedDict):
-    """The form of the answer, as it was asked for."""
-
-    format: dict[str, Any]
-
-
-class ResponseObject(TypedDict):
-    """A response, at any point of its making."""
-
-    id: str
-    object: Literal["response"]
-    created_at: int
-    completed_at: int | None
-    status: Status
-    error: ResponseFault | None
-    incomplete_details: Incomplete | None
-    instructions: str | None
-    max_output_tokens: int | None
-    metadata: dict[str, str]
-    model: str
-    output: list[OutputItem]
-    background: Literal[False]
-    parallel_tool_calls: bool
-    previous_response_id: str | None
-    store: bool
-    temperature: float | None
-    text: TextSaid
-    tool_choice: Any
-    tools: list[Any]
-    top_logprobs: int
-    top_p: float | None
-    truncation: Literal["auto", "disabled"]
-    usage: ResponseUsage | None
-    notes: NotRequired[list[str]]
-
-
-class Deleted(TypedDict):
-    """That a response is not kept any more."""
-
-    id: str
-    object: Literal["response"]
-    deleted: Literal[True]
 
 
 class UploadObject(TypedDict):
@@ -359,80 +231,3 @@ class DeletedUpload(TypedDict):
     object: Literal["file"]
     id: str
     deleted: Literal[True]
-
-
-class Numbered(TypedDict):
-    """An event; they are numbered from 0."""
-
-    sequence_number: int
-
-
-class Whole(Numbered):
-    """An event with the response as it is then."""
-
-    type: WholeType
-    response: ResponseObject
-
-
-class ItemEvent(Numbered):
-    """The item of a response begins or ends."""
-
-    type: Literal["response.output_item.added", "response.output_item.done"]
-    output_index: int
-    item: OutputItem
-
-
-class OfItem(Numbered):
-    """An event within an item."""
-
-    item_id: str
-    output_index: int
-
-
-class InItem(OfItem):
-    """An event within the text of a message."""
-
-    content_index: int
-
-
-class PartEvent(InItem):
-    """The text of a message begins or ends."""
-
-    type: Literal["response.content_part.added", "response.content_part.done"]
-    part: OutputText
-
-
-class TextDelta(InItem):
-    """The next characters of a text."""
-
-    type: Literal["response.output_text.delta"]
-    delta: str
-    logprobs: list[Chosen]
-
-
-class TextDone(InItem):
-    """A whole text."""
-
-    type: Literal["response.output_text.done"]
-    text: str
-    logprobs: list[Chosen]
-
-
-class ArgumentsDelta(OfItem):
-    """The next characters of a call's arguments."""
-
-    type: Literal["response.function_call_arguments.delta"]
-    delta: str
-
-
-class ArgumentsDone(OfItem):
-    """A call's name, and its whole arguments."""
-
-    type: Literal["response.function_call_arguments.done"]
-    name: str
-    arguments: str
-
-
-ResponseEvent = (
-    ArgumentsDelta | ArgumentsDone | Whole | ItemEvent | PartEvent | TextDelta | TextDone
-)

@@ -6,35 +6,33 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
-    Discriminator,
     Field,
     GetJsonSchemaHandler,
-    Tag,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from mlx_onevision.plugins.contract import requests
-from mlx_onevision.plugins.contract.wire import Json, is_list, is_object
+from mlx_onevision.plugins.contract.wire import is_list, is_object
 from mlx_onevision.plugins.hosts.http import content, formats
 from mlx_onevision.plugins.hosts.http.content import Strict
-from mlx_onevision.plugins.hosts.http.tools import FlatTools, ToolChoice, Tools
+from mlx_onevision.plugins.hosts.http.tools import ToolChoice, Tools
 from mlx_onevision.sampling.ranges import MOST_BIAS, RANGES
 
-COUNTED = f"{content.MOST_PARTS:,} at most, their parts counted, too."
+COUNT_DESCRIPTION = f"{content.MAX_MESSAGES_AND_PARTS:,} at most, their parts counted, too."
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
 
-def _unset(value: Any) -> Any:
+def _minus_one_as_none(value: Any) -> Any:
     """Some clients send -1 for what is not said."""
     return None if type(value) is int and value == -1 else value
 
 
 Seconds = Annotated[float, Field(gt=0)]
 Second = Annotated[float, Field(ge=0)]
-Timeout = Annotated[float, Field(gt=0, le=requests.LONGEST_TIMEOUT)]
+Timeout = Annotated[float, Field(gt=0, le=requests.MAX_TIMEOUT_SECONDS)]
 
 
 def _within(name: str) -> Any:
@@ -42,14 +40,14 @@ def _within(name: str) -> Any:
 
 
 def _or_minus_one(kind: Any) -> Any:
-    return BeforeValidator(_unset, json_schema_input_type=Literal[-1] | kind | None)
+    return BeforeValidator(_minus_one_as_none, json_schema_input_type=Literal[-1] | kind | None)
 
 
 Tokens = Annotated[AtLeastOne | None, _or_minus_one(AtLeastOne)]
 TopK = Annotated[int, _within("top_k")]
 Seed = Annotated[int, _within("seed")]
 
-BIASES = 1024  # tokens
+MAX_BIASED_TOKENS = 1024  # tokens
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
 TopLogprobs = Annotated[int, _within("logprobs")]
@@ -74,7 +72,7 @@ class Penalties(Sampling):
     logit_bias: (
         Annotated[
             dict[TokenId, Bias],
-            Field(max_length=BIASES, json_schema_extra={"additionalProperties": False}),
+            Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
@@ -107,7 +105,7 @@ def options(asked: MediaOptions) -> dict[str, Any]:
 Defaults = dict[str, tuple[Any, ...]]
 
 
-class RejectUnsupported(content.NothingElsewhere):
+class RejectUnsupported(content.RejectMisplacedContent):
     """Refuses fields that would change what an answer is, but for values that change nothing.
 
     accepted_defaults : these fields and values. hints : sentences of refusals, by field.
@@ -142,24 +140,22 @@ def _same(value: Any, allowed: Any) -> bool:
 
 
 # Forms of an answer that are no JSON Schema.
-GUIDED: Defaults = dict.fromkeys(
+GUIDED_FIELDS: Defaults = dict.fromkeys(
     ("guided_choice", "guided_regex", "guided_grammar", "guided_decoding", "regex", "grammar"), ()
 )
-GUIDED_HINTS = {name: f"{name} is not supported; send a JSON Schema" for name in GUIDED}
+GUIDED_HINTS = {name: f"{name} is not supported; send a JSON Schema" for name in GUIDED_FIELDS}
 
-STOPS, LONGEST_STOP = 16, 1000  # strings, characters of one
-ITEMS = 256  # of one request for embeddings
-CHOICES = 8  # answers to one request
-PAIRS = 16  # of metadata, as OpenAI's
-LOGPROBS = "message.output_text.logprobs"  # what ``include`` has to hold for them
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # strings, characters of one
+MAX_EMBEDDING_ITEMS = 256  # of one request for embeddings
+MAX_CHOICES = 8  # answers to one request
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-Stops = Annotated[list[Stop], Field(max_length=STOPS)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS)]
 
 
 class StreamOptions(Strict):
@@ -168,22 +164,22 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-_EXAMPLE = [{"role": "user", "content": "What is in the image?"}]
+_EXAMPLE_MESSAGES = [{"role": "user", "content": "What is in the image?"}]
 
 
 class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
     """The body of ``POST /v1/chat/completions``."""
 
-    elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"prompt", "input", "system"}
-    hint: ClassVar[str] = f"messages hold everything, and {content.HINT}"
+    elsewhere: ClassVar[frozenset[str]] = content.MISPLACED_NAMES | {"prompt", "input", "system"}
+    hint: ClassVar[str] = f"messages hold everything, and {content.CONTENT_HINT}"
     messages: Annotated[
         list[content.AnyTurn],
         Field(
             min_length=1,
-            max_length=content.MOST_PARTS,
+            max_length=content.MAX_MESSAGES_AND_PARTS,
             fail_fast=True,
-            description=COUNTED,
-            examples=[_EXAMPLE],
+            description=COUNT_DESCRIPTION,
+            examples=[_EXAMPLE_MESSAGES],
         ),
         BeforeValidator(content.count_parts),
     ]
@@ -198,12 +194,12 @@ class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
     response_format: formats.ChatFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
-        **GUIDED,
+        **GUIDED_FIELDS,
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -228,137 +224,6 @@ class ChatRequest(RejectUnsupported, formats.Formats, MediaOptions):
         return self
 
 
-class SystemItem(content.SystemTurn):
-    """Instructions, as an item."""
-
-    type: Literal["message"] = "message"
-
-
-class UserItem(content.UserTurn):
-    """A message of the user, as an item."""
-
-    type: Literal["message"] = "message"
-
-
-class AssistantItem(content.AssistantTurn):
-    """An earlier answer, as an item; those of ``output`` can be sent back."""
-
-    type: Literal["message"] = "message"
-
-
-class CallItem(Strict):
-    """A call of an earlier answer."""
-
-    type: Literal["function_call"]
-    name: str
-    arguments: str = ""
-    call_id: str | None = None
-
-
-class ResultItem(Strict):
-    """What a function returned."""
-
-    type: Literal["function_call_output"]
-    output: content.Content
-    call_id: str | None = None
-
-
-class ReferenceItem(Strict):
-    """An item of an answer that is kept here."""
-
-    type: Literal["item_reference"]
-    id: str
-
-
-def _type_of(item: Json) -> Any:
-    """Of an item of ``input``: a message, where it does not say."""
-    return item.get("type") or "message"
-
-
-_Message = Annotated[SystemItem | UserItem | AssistantItem, Field(discriminator="role")]
-Item = Annotated[
-    Annotated[_Message, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[ResultItem, Tag("function_call_output")]
-    | Annotated[ReferenceItem, Tag("item_reference")],
-    Discriminator(lambda item: _type_of(item) if is_object(item) else None),
-]
-Items = Annotated[
-    list[Item],
-    Field(min_length=1, max_length=content.MOST_PARTS, fail_fast=True, description=COUNTED),
-]
-ITEM_TYPES = ("message", "function_call", "function_call_output", "item_reference")
-
-
-def _as_messages(asked: Any) -> Any:
-    """A text as one message; items of other types are named before their fields are looked at."""
-    if isinstance(asked, str):
-        return [{"role": "user", "content": asked}]
-    for place, item in enumerate(content.count_parts(asked)) if is_list(asked) else ():
-        kind = _type_of(item) if is_object(item) else "message"
-        if kind not in ITEM_TYPES:
-            known = " and ".join((", ".join(ITEM_TYPES[:-1]), ITEM_TYPES[-1]))
-            raise ValueError(f"item {place} is {str(kind)[:40]!r}; there are {known}")
-    return asked
-
-
-def _few(pairs: Any) -> Any:
-    if is_object(pairs) and len(pairs) > PAIRS:
-        raise ValueError(f"there are {len(pairs)} pairs; {PAIRS} are kept")
-    return pairs
-
-
-Pairs = Annotated[dict[str, str], Field(max_length=PAIRS), BeforeValidator(_few)]
-
-
-class TextConfig(Strict):
-    """The form of the answer."""
-
-    format: formats.FlatFormat | None = None
-
-
-class ResponsesRequest(RejectUnsupported, formats.Formats, MediaOptions):
-    """The body of ``POST /v1/responses``."""
-
-    elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"messages", "system"}
-    hint: ClassVar[str] = "input holds the messages, and instructions what stands before them"
-
-    input: Annotated[
-        Items,
-        BeforeValidator(_as_messages, json_schema_input_type=str | Items),
-        Field(examples=["What is in the image?"]),
-    ]
-    instructions: str | None = None
-    model: str | None = None
-    max_output_tokens: Tokens = None
-    text: TextConfig | None = None
-    tools: FlatTools | None = None
-    tool_choice: ToolChoice | None = None
-    include: Annotated[list[str], Field(fail_fast=True)] | None = None
-    top_logprobs: TopLogprobs | None = None
-    stream: bool | None = None
-    metadata: Pairs | None = None
-    store: bool | None = None
-    previous_response_id: str | None = None
-    truncation: Literal["auto", "disabled"] | None = None
-
-    accepted_defaults: ClassVar[Defaults] = {
-        **GUIDED,
-        "response_format": ({"type": "text"},),
-        "conversation": (),
-        "background": (False,),
-        "prompt": (),
-        "context_management": ([],),
-        "moderation": (),
-    }
-    hints: ClassVar[dict[str, str]] = {
-        **GUIDED_HINTS,
-        "response_format": "response_format is not of this address; send it in text, as format",
-        "conversation": "there are no conversations here; send previous_response_id",
-        "background": "answers are given at once; leave background out, or stream",
-    }
-
-
 def _as_items(value: Any) -> Any:
     items = content.count_parts([value] if isinstance(value, str | dict) else value)
     return [_as_item(item) for item in items] if is_list(items) else items
@@ -376,18 +241,18 @@ def _as_item(item: Any) -> Any:
 
 
 _Given = str | content.AnyItem
-_Inputs = _Given | Annotated[list[_Given], Field(min_length=1, max_length=ITEMS)]
+_Inputs = _Given | Annotated[list[_Given], Field(min_length=1, max_length=MAX_EMBEDDING_ITEMS)]
 
 
-class EmbeddingsRequest(content.NothingElsewhere):
+class EmbeddingsRequest(content.RejectMisplacedContent):
     """``POST /v1/embeddings``; groups, and space to timeout, are this server's own."""
 
-    elsewhere: ClassVar[frozenset[str]] = content.ELSEWHERE | {"messages", "prompt", "texts"}
+    elsewhere: ClassVar[frozenset[str]] = content.MISPLACED_NAMES | {"messages", "prompt", "texts"}
     hint: ClassVar[str] = "everything that gets a vector is in input"
 
     input: Annotated[
         list[content.AnyItem],
-        Field(min_length=1, max_length=ITEMS, examples=[["a red circle"]]),
+        Field(min_length=1, max_length=MAX_EMBEDDING_ITEMS, examples=[["a red circle"]]),
         BeforeValidator(_as_items, json_schema_input_type=_Inputs),
     ]
     model: str | None = None
@@ -402,7 +267,7 @@ class EmbeddingsRequest(content.NothingElsewhere):
 class VideoRequest(Sampling):
     """``POST /v1/video/describe``; the fields are the contract's."""
 
-    video: content.AnyPlace
+    video: content.AnyMediaUrl
     model: str | None = None
     segments: Literal["scenes"] | Seconds = "scenes"
     start: Second | None = None

@@ -21,23 +21,27 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mlx_onevision.plugins.contract.errors import bad_request
-from mlx_onevision.plugins.hosts.http.connections import ACCEPTED, Connections, most_connections
+from mlx_onevision.plugins.hosts.http.connections import (
+    ACCEPTED_AT_A_TIME,
+    Connections,
+    max_connections,
+)
 from mlx_onevision.plugins.interface import Backend
 
-GRACE_SECONDS = 2  # that answers under way have, when the server is to stop
-CLOSING_SECONDS = 1.5  # that the model has then, which may be in the midst of something long
-SWITCH_SECONDS = 0.0005  # that a thread has the interpreter, when others want it
-BACKLOG = 256
-ENDING = (signal.SIGINT, signal.SIGTERM)
+SHUTDOWN_GRACE_SECONDS = 2  # that answers under way have, when the server is to stop
+CLOSE_WAIT_SECONDS = 1.5  # that the model has then, which may be in the midst of something long
+SWITCH_INTERVAL_SECONDS = 0.0005  # that a thread has the interpreter, when others want it
+LISTEN_BACKLOG = 256
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # No browser takes an answer for something else than what it says it is.
-NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
+NO_SNIFF_HEADER = ("X-Content-Type-Options", "nosniff")
 
 LOOPBACK = "127.0.0.1"
 # As browsers send it, without a path; or a scheme.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*:(//[^\s/?#@*]+)?", re.IGNORECASE)
-_EVERYBODYS = ("http:", "https:", "file:", "data:", "blob:")
-WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 (they are told from others, not bound to)
+_UNBOUNDED_ORIGINS = ("http:", "https:", "file:", "data:", "blob:")
+WILDCARD_HOSTS = ("0.0.0.0", "::", "")  # noqa: S104 (compared with, not bound to)
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,13 @@ class ServerSettings:
     model : the name that the model is served under; None for the backend's own.
     ollama : whether Ollama's routes are there, too.
     max_tokens : the backend's limit for one answer.
-    body, bodies : bytes of one request, and of all that are being read, wait or are answered;
-        further ones are left unread until there is room.
-    unread : requests that wait for that, at most.
-    connections : requests at once, but for those about the server's health; None for as many as the
-        limit of open files leaves room for.
-    depth, values : how deep, and how many, a request's JSON may hold.
+    max_body_bytes : of one request.
+    max_held_bytes : of all requests that are being read, wait or are answered; further ones are
+        left unread until there is room.
+    max_waiting_bodies : requests that wait for that.
+    max_connections : requests at once, but for those about the server's health; None for as many
+        as the limit of open files leaves room for.
+    max_json_depth, max_json_values : levels and values of a request's JSON.
     header_timeout : seconds that a request's head may take, that its body may stand still, and that
         a client may not take its answer.
     keep_alive_interval : seconds without an event after which a stream gets a comment.
@@ -70,19 +75,19 @@ class ServerSettings:
     model: str | None = None
     ollama: bool = False
     max_tokens: int | None = None
-    body: int = 32 << 20
-    bodies: int = 256 << 20
-    unread: int = 1024
-    connections: int | None = None
-    depth: int = 64
-    values: int = 500_000
+    max_body_bytes: int = 32 << 20
+    max_held_bytes: int = 256 << 20
+    max_waiting_bodies: int = 1024
+    max_connections: int | None = None
+    max_json_depth: int = 64
+    max_json_values: int = 500_000
     header_timeout: float = 15.0
     keep_alive_interval: float = 5.0
 
     def __post_init__(self) -> None:
         """Raises PluginError for an origin that is none, or is everybody's."""
         for origin in self.origins:
-            if _ORIGIN.fullmatch(origin) is None or origin.lower() in _EVERYBODYS:
+            if _ORIGIN.fullmatch(origin) is None or origin.lower() in _UNBOUNDED_ORIGINS:
                 message = f"{origin[:80]!r} is no origin that can be allowed"
                 raise bad_request(message, "name one, such as app://obsidian.md or https://host:80")
 
@@ -109,7 +114,7 @@ def listening(settings: ServerSettings, port: int) -> socket.socket:
     where = (settings.host, port)
     try:
         family = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server(where, family=family, backlog=BACKLOG)
+        return socket.create_server(where, family=family, backlog=LISTEN_BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         message = f"cannot listen on {settings.host} port {port} ({why})"
@@ -141,7 +146,7 @@ class Server(uvicorn.Server):
         healthy: Callable[[], bool] = lambda: True,
         end: Callable[[], object] = lambda: None,
     ) -> None:
-        most = settings.connections or most_connections()
+        most = settings.max_connections or max_connections()
         self._connections = Connections(most, settings.header_timeout)
         config = uvicorn.Config(
             app,
@@ -151,12 +156,12 @@ class Server(uvicorn.Server):
             lifespan="off",
             log_config=None,
             log_level="error",  # not a line for each client that speaks no HTTP
-            backlog=ACCEPTED,
+            backlog=ACCEPTED_AT_A_TIME,
             access_log=False,
             proxy_headers=False,  # headers do not decide who a request is from
             server_header=False,
-            headers=[NO_SNIFFING],
-            timeout_graceful_shutdown=GRACE_SECONDS + 1,  # for who has not even asked yet
+            headers=[NO_SNIFF_HEADER],
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS + 1,  # for who has not even asked yet
         )
         super().__init__(config)
         self._healthy, self._end = healthy, end
@@ -167,7 +172,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(self._connections.failed)
         await super().startup(sockets)
         for one in sockets or ():
-            one.listen(BACKLOG)  # which asyncio has set to what it accepts at a time
+            one.listen(LISTEN_BACKLOG)  # which asyncio has set to what it accepts at a time
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 5 == 0:
@@ -179,7 +184,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, but requests that are still waiting end with an error."""
-        ending = asyncio.get_running_loop().call_later(GRACE_SECONDS, self._end)
+        ending = asyncio.get_running_loop().call_later(SHUTDOWN_GRACE_SECONDS, self._end)
         await super().shutdown(sockets)
         ending.cancel()
 
@@ -189,7 +194,7 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {kind: signal.signal(kind, self.handle_exit) for kind in ENDING}
+        before = {kind: signal.signal(kind, self.handle_exit) for kind in END_SIGNALS}
         try:
             yield
         finally:
@@ -207,7 +212,7 @@ def tune_interpreter() -> None:
     Call it when everything has been imported.
     """
     # Python's own 5 ms add up to half a second while many requests prepare images.
-    sys.setswitchinterval(SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     # A collection that looks through all modules stops every thread for 70 ms.
     gc.collect()
     gc.freeze()
@@ -227,7 +232,7 @@ class Closing:
     def done(self) -> bool:
         """Whether it has ended; waits for that, but not long."""
         self.begin()
-        self._thread.join(CLOSING_SECONDS)
+        self._thread.join(CLOSE_WAIT_SECONDS)
         return not self._thread.is_alive()
 
 

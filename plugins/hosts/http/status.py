@@ -38,7 +38,7 @@ class Models(TypedDict):
     data: list[Known]
 
 
-DEAD = PluginError(
+MODEL_DIED = PluginError(
     "internal", "the model cannot answer any more", "the server has to be started again"
 )
 
@@ -49,7 +49,7 @@ async def health(state: AppState, _: Request) -> Response:
     busy = {"loaded": info.loaded, "active": info.active, "waiting": info.waiting}
     if info.healthy:
         return JSONResponse({"status": "ok", **busy})
-    return JSONResponse({"status": "failed", **busy, **to_http_error(DEAD).body}, 503)
+    return JSONResponse({"status": "failed", **busy, **to_http_error(MODEL_DIED).body}, 503)
 
 
 async def models(state: AppState, _: Request) -> Response:

@@ -17,8 +17,8 @@ from mlx_onevision.plugins.hosts.http.content import Strict
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
 from mlx_onevision.plugins.hosts.http.formats import as_schema
 
-TOOLS = 128  # of one request, as OpenAI's
-NOT_CHOSEN = (
+MAX_TOOLS = 128  # of one request, as OpenAI's
+TOOLS_IGNORED_NOTE = (
     "this model does not choose tools, so it answered in text; name one in tool_choice to force it"
 )
 
@@ -79,9 +79,9 @@ def _functions(tools: Any) -> Any:
     return tools
 
 
-_Few = Field(max_length=TOOLS, fail_fast=True)
-Tools = Annotated[list[ChatTool], _Few, BeforeValidator(_functions)]
-FlatTools = Annotated[list[FlatTool], _Few, BeforeValidator(_functions)]
+_Bounded = Field(max_length=MAX_TOOLS, fail_fast=True)
+Tools = Annotated[list[ChatTool], _Bounded, BeforeValidator(_functions)]
+FlatTools = Annotated[list[FlatTool], _Bounded, BeforeValidator(_functions)]
 ToolChoice = Literal["none", "auto", "required"] | ChatChoice | FlatChoice
 
 

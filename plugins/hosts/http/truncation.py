@@ -1,7 +1,7 @@
 """``truncation: "auto"``: the oldest turns of a conversation are left out until it fits.
 
 Only the backend knows how many tokens a conversation has, so it is asked again with a shorter one
-while it says that the context is too small.
+while the answer is ``context_overflow``.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from mlx_onevision.plugins.contract.results import ErrorEvent, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel, EventStream
 from mlx_onevision.plugins.interface import Backend
 
-MEDIUM = 4000  # characters that an image or a video counts as
-PART = 16  # of what is left: one of so many parts is left out at once, at least a turn
+MEDIA_CHARACTERS = 4000  # characters that an image or a video counts as
+MIN_DROPPED_SHARE = 1 / 16  # of the conversation, that is left out at once; at least a turn
 
 _running: set[asyncio.Task[None]] = set()  # asyncio itself holds tasks weakly
 
@@ -22,8 +22,8 @@ _running: set[asyncio.Task[None]] = set()  # asyncio itself holds tasks weakly
 def generate_shortened(
     backend: Backend, request: GenerateRequest, notes: list[str]
 ) -> EventStream[GenerateResult]:
-    """As the backend's ``generate``, within an event loop. What is left out is said in ``notes``
-    before the first piece of the answer.
+    """As the backend's ``generate``, within an event loop. ``notes`` gets a line on what was left
+    out, before the first piece of the answer.
     """
     channel = Channel()
     task = asyncio.get_running_loop().create_task(_forward(backend, request, notes, channel))
@@ -59,7 +59,7 @@ def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
     """
     first = int(messages[0].role == "system")
     begins = [at for at in range(first + 1, len(messages)) if messages[at].role == "user"]
-    least = sum(map(_size, messages[first:])) / PART
+    least = sum(map(_size, messages[first:])) * MIN_DROPPED_SHARE
     for at in begins:
         if at == begins[-1] or sum(map(_size, messages[first:at])) >= least:
             return [*messages[:first], *messages[at:]]
@@ -67,4 +67,4 @@ def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
 
 
 def _size(message: Message) -> int:
-    return sum(len(part) if isinstance(part, str) else MEDIUM for part in message.parts)
+    return sum(len(part) if isinstance(part, str) else MEDIA_CHARACTERS for part in message.parts)

@@ -14,12 +14,12 @@ from mlx_onevision.plugins.hosts.http.request_body import (
     content_type,
 )
 from mlx_onevision.plugins.hosts.http.response_types import DeletedUpload, UploadObject
-from mlx_onevision.plugins.service.media_policy import UPLOAD
+from mlx_onevision.plugins.service.media_policy import UPLOAD_PREFIX
 from mlx_onevision.plugins.service.spool import Receiver, Spool, Upload
 
 PATH = "/v1/files"
-BLOCK = 1 << 20  # bytes that are written at once
-FULL = 507  # status where the disk is full
+WRITE_BLOCK_BYTES = 1 << 20  # bytes that are written at once
+DISK_FULL_STATUS = 507  # status where the disk is full
 
 
 async def upload(state: AppState, request: Request) -> Response:
@@ -32,7 +32,7 @@ async def upload(state: AppState, request: Request) -> Response:
         except PluginError as error:
             found = to_http_error(error)
             # As a refusal after which the rest of the body is not read.
-            found.status = FULL if error.code == "out_of_memory" else found.status
+            found.status = DISK_FULL_STATUS if error.code == "out_of_memory" else found.status
             raise found from None
     return JSONResponse(_body(receiver.upload), 201, {"Location": f"{PATH}/{receiver.upload.id}"})
 
@@ -41,7 +41,7 @@ async def _write(state: AppState, request: Request, receiver: Receiver) -> None:
     block = bytearray()
     async for piece in state.reader.pieces(request):
         block += piece
-        if len(block) >= BLOCK:
+        if len(block) >= WRITE_BLOCK_BYTES:
             await state.blocking(lambda written=bytes(block): receiver.write(written))
             block.clear()
 
@@ -59,9 +59,9 @@ def _check_head(request: Request, spool: Spool) -> None:
         raise HTTPError(415, f"{message}; curl takes --data-binary @FILE and -H 'Content-Type: …'")
     check_encoding(request)
     length = announced_length(request)
-    if length is not None and length > spool.largest:
+    if length is not None and length > spool.max_file_bytes:
         size = f"{length / 2**20:,.0f} MB"
-        hint = f"{spool.largest / 2**20:,.0f} MB are taken (serve --max-upload)"
+        hint = f"{spool.max_file_bytes / 2**20:,.0f} MB are taken (serve --max-upload)"
         raise HTTPError(413, f"the file has {size}; {hint}", "too_large")
 
 
@@ -95,7 +95,7 @@ def _body(upload: Upload) -> UploadObject:
     return {
         "object": "file",
         "id": upload.id,
-        "url": UPLOAD + upload.id,
+        "url": UPLOAD_PREFIX + upload.id,
         "kind": upload.kind,
         "bytes": upload.size,
     }

@@ -15,7 +15,7 @@ import llm
 
 from mlx_onevision.plugins.hosts.llm import models
 from mlx_onevision.plugins.hosts.llm.commands import onevision
-from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, added
+from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, CommandError, Entry, added
 
 
 @llm.hookimpl
@@ -29,7 +29,7 @@ def register_models(register: Callable[..., Any]) -> None:
 def register_embedding_models(register: Callable[..., Any]) -> None:
     """Makes the models that embed known to llm, one for each space."""
     for entry in _entries():
-        for space in models.SPACES:
+        for space in models.EMBEDDING_SPACES:
             aliases = tuple(f"{alias}-{space}" for alias in entry.aliases)
             register(models.OneVisionEmbedding(entry, space), aliases=aliases)
 
@@ -45,5 +45,5 @@ def _entries() -> Iterator[Entry]:
     yield from BUILT_IN
     try:
         yield from added()
-    except Refusal as refusal:
+    except CommandError as refusal:
         click.echo(f"Warning: {refusal}", err=True)

@@ -9,8 +9,14 @@ import llm
 
 from mlx_onevision.cli.options import LOADING, gathered, option
 from mlx_onevision.plugins.hosts.llm import registry
-from mlx_onevision.plugins.hosts.llm.models import SPACES
-from mlx_onevision.plugins.hosts.llm.registry import BUILT_IN, Entry, Refusal, added, as_refusal
+from mlx_onevision.plugins.hosts.llm.models import EMBEDDING_SPACES
+from mlx_onevision.plugins.hosts.llm.registry import (
+    BUILT_IN,
+    CommandError,
+    Entry,
+    added,
+    as_command_error,
+)
 
 
 @click.group()
@@ -48,11 +54,13 @@ def add(
         loading["adapter"] = str(Path(adapter).expanduser().resolve())
     changed = any(value is not None for value in loading.values())
     if known is not None and not changed:
-        raise Refusal(f"{model} is there already; ask {known.id}")
+        raise CommandError(f"{model} is there already; ask {known.id}")
     if known is not None or repository_of(model) is not None:
         entry = Entry(model if name is None else name, model, aliases=aliases, **loading)
     else:
-        with as_refusal():  # a folder that holds no such model is refused now rather than later
+        with (
+            as_command_error()
+        ):  # a folder that holds no such model is refused now rather than later
             registry.open_backend(Entry("", model, loading["revision"])).info()
         folder = Path(model).expanduser().resolve()
         own = f"onevision-{folder.name}" if name is None else name
@@ -72,7 +80,7 @@ def list_models(as_json: bool) -> None:
             {
                 "id": entry.id,
                 **entry.to_dict(),
-                "embedding_models": [f"{entry.id}-{space}" for space in SPACES],
+                "embedding_models": [f"{entry.id}-{space}" for space in EMBEDDING_SPACES],
             }
             for entry in entries
         ]
@@ -93,16 +101,16 @@ def remove(name: str) -> None:
     if not gone:
         always = any(name == entry.id for entry in BUILT_IN)
         why = "is always there" if always else "has not been added"
-        raise Refusal(f"{name} {why}; 'llm onevision list' shows what has")
+        raise CommandError(f"{name} {why}; 'llm onevision list' shows what has")
     registry.save([entry for entry in entries if entry not in gone])
 
 
 def _check_names(entry: Entry) -> None:
-    """Raises Refusal for names that cannot be typed, or are in use."""
+    """Raises CommandError for names that cannot be typed, or are in use."""
     taken = llm.get_model_aliases()
     for name in entry.names:
         if not name or any(character.isspace() for character in name):
-            raise Refusal(f"{name!r} is no name; give one without spaces")
+            raise CommandError(f"{name!r} is no name; give one without spaces")
         if name in taken:
             message = f"llm has a model {name!r} already; choose another with --name or --alias"
-            raise Refusal(message)
+            raise CommandError(message)

@@ -31,17 +31,17 @@ from mlx_onevision.plugins.contract.requests import (
 )
 from mlx_onevision.plugins.contract.results import GenerateResult, ModelInfo, TextEvent
 from mlx_onevision.plugins.hosts.llm import registry
-from mlx_onevision.plugins.hosts.llm.registry import Entry, Refusal, as_refusal
+from mlx_onevision.plugins.hosts.llm.registry import CommandError, Entry, as_command_error
 
-SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
-BATCH = 32  # items that are embedded together
+EMBEDDING_SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
+ITEMS_PER_BATCH = 32  # items that are embedded together
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
-HEAD = 32  # bytes that tell an image from a video
+SNIFF_BYTES = 32  # bytes that tell an image from a video
 
 # What llm accepts, by the MIME types that it guesses.
-TYPES = frozenset(
+ATTACHMENT_TYPES = frozenset(
     [f"image/{name}" for name in "png jpeg webp gif heic heif avif tiff bmp".split()]
     + [f"video/{name}" for name in "mp4 quicktime x-matroska webm x-msvideo".split()]
 )
@@ -89,7 +89,7 @@ class _Answers:
 
     can_stream = True
     supports_schema = True
-    attachment_types = TYPES
+    attachment_types = ATTACHMENT_TYPES
 
     class Options(OneVisionOptions):
         pass
@@ -102,7 +102,7 @@ class _Answers:
         """By their bytes, where llm would go by a guessed type. What is behind a URL shows when it
         is fetched.
         """
-        with as_refusal():
+        with as_command_error():
             for attachment in attachments or []:
                 if attachment.path or not attachment.url:
                     media(attachment)
@@ -118,7 +118,7 @@ class OneVision(_Answers, llm.Model):
         response: llm.Response,
         conversation: llm.Conversation | None,
     ) -> Iterator[str]:
-        with as_refusal():
+        with as_command_error():
             backend = registry.open_backend(self._entry)
             # Leaving the stream early, by Ctrl-C or a reader that stops, cancels the answer.
             with backend.generate(to_request(prompt)) as events:
@@ -142,7 +142,7 @@ class AsyncOneVision(_Answers, llm.AsyncModel):
         response: AsyncResponse,
         conversation: AsyncConversation | None,
     ) -> AsyncGenerator[str, None]:
-        with as_refusal():
+        with as_command_error():
             backend = registry.open_backend(self._entry)
             # Files are looked at, and URLs fetched.
             request = await asyncio.to_thread(to_request, prompt)
@@ -218,7 +218,7 @@ class OneVisionEmbedding(EmbeddingModel):
     """
 
     supports_binary = True
-    batch_size = BATCH
+    batch_size = ITEMS_PER_BATCH
 
     def __init__(self, entry: Entry, space: EmbeddingSpace) -> None:
         self.model_id = f"{entry.id}-{space}"
@@ -231,14 +231,14 @@ class OneVisionEmbedding(EmbeddingModel):
         if isinstance(item, str) and not self.supports_text:
             other = self.model_id.removesuffix("vision") + "joint"
             hint = f"give it images with --binary, or take {other}"
-            raise Refusal(f"{self.model_id} has no place for texts; {hint}")
+            raise CommandError(f"{self.model_id} has no place for texts; {hint}")
 
     def embed_batch(
         self, items: Iterable[str | bytes], *, key: str | None = None
     ) -> Iterator[list[float]]:
         rest = iter(items)
-        while group := list(islice(rest, BATCH)):
-            with as_refusal():
+        while group := list(islice(rest, ITEMS_PER_BATCH)):
+            with as_command_error():
                 vectors = self._vectors(group)
             yield from vectors
 
@@ -272,7 +272,7 @@ def media(attachment: llm.Attachment) -> Media:
         file = registry.POLICY.open(Media("video", path=path))
         assert not isinstance(file, bytes)
         with file:
-            return Media(kind(file.read(HEAD), path), path=path)
+            return Media(kind(file.read(SNIFF_BYTES), path), path=path)
     if attachment.content:
         return Media(kind(attachment.content, "the attachment"), data=attachment.content)
     if attachment.url:
@@ -284,7 +284,7 @@ def media(attachment: llm.Attachment) -> Media:
 
 def kind(data: bytes, name: str) -> Kind:
     """Image or video; ``unsupported_media`` for anything else."""
-    found = sniff(data[:HEAD])
+    found = sniff(data[:SNIFF_BYTES])
     if found is None:
         message = f"{name} is neither an image nor a video"
         raise PluginError("unsupported_media", message, "attach one in a usual format")

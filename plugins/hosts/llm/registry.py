@@ -5,7 +5,7 @@ Added models are kept in ``onevision.json`` in llm's own folder, by their names 
 
     {"my-org/my-model": {"model": "my-org/my-model", "revision": null, "aliases": ["mine"]}}
 
-and what else the person has said of how they are loaded, as :func:`mlx_onevision.load` takes it.
+and how else they are to be loaded, as :func:`mlx_onevision.load` takes it.
 """
 
 import atexit
@@ -26,29 +26,29 @@ from mlx_onevision.plugins.contract.wire import Json, is_list, is_object
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
-FILE = "onevision.json"
-LOADING = ("dtype", "quantize", "memory_limit", "kv_bits", "visual_tokens", "adapter")
-KEYS = {"model", "revision", "aliases", *LOADING}
+REGISTRY_FILE = "onevision.json"
+LOAD_OPTIONS = ("dtype", "quantize", "memory_limit", "kv_bits", "visual_tokens", "adapter")
+ENTRY_KEYS = {"model", "revision", "aliases", *LOAD_OPTIONS}
 
 # It is the person's own command, or program: whatever that may read, this may.
 POLICY = MediaPolicy.trusting()
 
-CLOSE_SECONDS = 2.0  # for what is under way when the process ends, such as a download
+CLOSE_WAIT_SECONDS = 2.0  # for what is under way when the process ends, such as a download
 
 
-class Refusal(llm.ModelError, click.ClickException):
+class CommandError(llm.ModelError, click.ClickException):
     """An error as one sentence. Programs catch it as ``llm.ModelError``; some of llm's commands
     (``embed``, ``chat``) catch nothing, and click prints it there in place of a traceback.
     """
 
 
 @contextmanager
-def as_refusal() -> Generator[None]:
-    """Raises Refusal for what the plugin contract refuses."""
+def as_command_error() -> Generator[None]:
+    """Raises CommandError for what the plugin contract refuses."""
     try:
         yield
     except PluginError as error:
-        raise Refusal(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Entry:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What was given of ``LOADING``."""
-        values = {name: getattr(self, name) for name in LOADING}
+        """What was given of ``LOAD_OPTIONS``."""
+        values = {name: getattr(self, name) for name in LOAD_OPTIONS}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -86,8 +86,10 @@ BUILT_IN = tuple(Entry(f"onevision-{name}", name) for name in ("demo", "0.5b", "
 
 
 def added() -> list[Entry]:
-    """What a person has added, in that order. Raises Refusal: for a file that is no such list."""
-    path = llm.user_dir() / FILE
+    """What a person has added, in that order. Raises CommandError: for a file that is not
+    such a list.
+    """
+    path = llm.user_dir() / REGISTRY_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -102,16 +104,16 @@ def added() -> list[Entry]:
 def save(entries: list[Entry]) -> None:
     """Writes what has been added, whole or not at all."""
     text = json.dumps({entry.id: entry.to_dict() for entry in entries}, indent=2)
-    files.save(llm.user_dir() / FILE, text + "\n")
+    files.save(llm.user_dir() / REGISTRY_FILE, text + "\n")
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:
     given: Json = value if is_object(value) else {}
     model, revision = given.get("model"), given.get("revision")
     aliases = given.get("aliases", [])
-    good = name and isinstance(model, str) and model and not given.keys() - KEYS
+    good = name and isinstance(model, str) and model and not given.keys() - ENTRY_KEYS
     good = good and isinstance(revision, str | None) and is_list(aliases)
-    loading = {name: given.get(name) for name in LOADING}
+    loading = {name: given.get(name) for name in LOAD_OPTIONS}
     numbers = loading["memory_limit"], loading["visual_tokens"]
     good = good and all(type(number) in (int, float, type(None)) for number in numbers)
     good = good and all(loading[name] in (None, 4, 8) for name in ("kv_bits", "quantize"))
@@ -121,8 +123,10 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     return Entry(name, str(model), revision, tuple(aliases), **loading)
 
 
-def _damaged(path: Path, why: str) -> Refusal:
-    return Refusal(f"{path} cannot be read ({why}); mend it, or delete it and add models again")
+def _damaged(path: Path, why: str) -> CommandError:
+    return CommandError(
+        f"{path} cannot be read ({why}); mend it, or delete it and add models again"
+    )
 
 
 _backends: dict[tuple[Any, ...], Backend] = {}
@@ -156,4 +160,4 @@ def open_backend(entry: Entry) -> Backend:
 def _close(backend: Backend) -> None:
     closing = threading.Thread(target=backend.close, daemon=True)
     closing.start()
-    closing.join(CLOSE_SECONDS)
+    closing.join(CLOSE_WAIT_SECONDS)

@@ -15,13 +15,13 @@ from mlx_onevision.api import Model, load
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.lmms_eval import prompts
-from mlx_onevision.plugins.hosts.lmms_eval.prompts import Message, Shown
+from mlx_onevision.plugins.hosts.lmms_eval.prompts import Message, Visuals
 from mlx_onevision.prompt.processor import Inputs
 
-END = "<|im_end|>"
+END_OF_TURN = "<|im_end|>"
 
 
-class Measured(GenerationResult):
+class MeasuredLoss(GenerationResult):
     """The loss of an answer, and whether the model would have given it: a pair.
 
     In a GenerationResult, whose content lmms-eval takes as it is: of a bare pair it makes a string
@@ -55,7 +55,7 @@ class OneVision(lmms):
         dtype: str | None = None,
         quantize: int | None = None,
         batch_size: int | str = 1,
-        max_frames_num: int = prompts.FRAMES,
+        max_frames_num: int = prompts.DEFAULT_FRAMES,
         until: bool = False,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -71,12 +71,12 @@ class OneVision(lmms):
             "dtype": dtype,
             "quantize": quantize,
         }
-        self._said: set[str] = set()
-        # What is wrong with it is said now, not after the tasks have been downloaded.
+        self._warned: set[str] = set()
+        # What is wrong with it is reported now, not after the tasks have been downloaded.
         self._opened: Model | None = self._open()
 
     def _open(self) -> Model:
-        return load(**self._source, chat_template=prompts.TEMPLATE)
+        return load(**self._source, chat_template=prompts.CHAT_TEMPLATE)
 
     @property
     def model(self) -> Model:
@@ -114,32 +114,33 @@ class OneVision(lmms):
             for request in requests:
                 context, given, doc_to_visual, doc_to_text, doc_id, task, split = request.args
                 document = self.task_dict[task][split][doc_id]
-                visuals, said, info = doc_to_visual(document), [], None
+                visuals, given_answers, info = doc_to_visual(document), [], None
                 for past in count(1):
                     about = prompts.shown(visuals, request.metadata, self._frames)
                     (answer,) = self._answers([(context, about, given)])
-                    visuals, context, ended, said, info = doc_to_text(
+                    visuals, context, ended, given_answers, info = doc_to_text(
                         document,
-                        previous_output=[*said, answer.text],
+                        previous_output=[*given_answers, answer.text],
                         round_idx=past,
                         previous_round_info=info,
                     )
                     if ended:
                         break
-                said = list(said)
-                self.cache_hook.add_partial("generate_until_multi_round", (context, given), said)
-                answers.append(said)
+                given_answers = list(given_answers)
+                task_method, key = "generate_until_multi_round", (context, given)
+                self.cache_hook.add_partial(task_method, key, given_answers)
+                answers.append(given_answers)
                 bar.update(1)
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[Measured]:
+    def loglikelihood(self, requests: list[Instance]) -> list[MeasuredLoss]:
         """The loss of each answer, and whether the model would have given it.
 
         A loss, less of which is better, and no logarithm of a probability: so the reference
         returns it, and so lmms-eval's tasks of several choices read it (they take the least).
         """
-        found: list[Measured] = []
-        document, about = None, Shown()
+        found: list[MeasuredLoss] = []
+        document, about = None, Visuals()
         with self._progress(len(requests)) as bar:
             for request in requests:
                 if len(request.args) != 6:
@@ -161,26 +162,28 @@ class OneVision(lmms):
                 bar.update(1)
         return found
 
-    def _loss(self, prompt: Inputs, messages: list[Message], about: Shown) -> Measured:
+    def _loss(self, prompt: Inputs, messages: list[Message], about: Visuals) -> MeasuredLoss:
         whole = self.model.prepare(messages, tiling=about.tiling)
         following = whole.input_ids[len(prompt.input_ids) :]
         logits = self.model.logits(whole, last=len(following) + 1)[:-1]
         own = len(following) - following[::-1].tolist().index(self._end) - 1
         measured = prompts.answer_loss(logits, following, own)
-        return Measured(measured.loss, measured.greedy)
+        return MeasuredLoss(measured.loss, measured.greedy)
 
     @cached_property
     def _end(self) -> int:
         """The id of the token that ends a turn."""
         from mlx_onevision.prompt.tokenizer import Tokenizer
 
-        found = Tokenizer.from_folder(self.model.path).token_to_id(END)
+        found = Tokenizer.from_folder(self.model.path).token_to_id(END_OF_TURN)
         if found is None:
-            raise RequestError(f"the tokenizer has no {END}, with which the reference ends a turn")
+            raise RequestError(
+                f"the tokenizer has no {END_OF_TURN}, with which the reference ends a turn"
+            )
         return found
 
     def _answers(
-        self, rows: Sequence[tuple[str, Shown, Mapping[str, Any]]]
+        self, rows: Sequence[tuple[str, Visuals, Mapping[str, Any]]]
     ) -> list[GenerationResult]:
         """Answers to questions, together. One that cannot be asked is logged, and answered with
         nothing: the others took hours.
@@ -202,7 +205,7 @@ class OneVision(lmms):
 
     def _shown(
         self, doc_to_visual: Any, task: str, split: str, doc_id: Any, metadata: Mapping[str, Any]
-    ) -> Shown:
+    ) -> Visuals:
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
         return prompts.shown(visuals, metadata, self._frames)
 
@@ -211,8 +214,8 @@ class OneVision(lmms):
 
     def _say_once(self, names: Sequence[str]) -> None:
         for name in names:
-            if name not in self._said:
-                self._said.add(name)
+            if name not in self._warned:
+                self._warned.add(name)
                 logger.warning(f"{name} of the task's generation_kwargs has no effect here")
 
 

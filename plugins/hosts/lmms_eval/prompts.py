@@ -22,12 +22,19 @@ from mlx_onevision.media.frame_sampling import end_to_end
 from mlx_onevision.plugins.contract.wire import is_list, is_object
 from mlx_onevision.prompt.processor import Medium
 
-MAX_NEW_TOKENS = 1024  # where a task says nothing
+MAX_NEW_TOKENS = 1024  # where a task has no limit
 
-SAMPLING = ("temperature", "top_p", "top_k")
-HEEDED = {"max_new_tokens", "do_sample", "num_beams", "repetition_penalty", "until", *SAMPLING}
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
+SUPPORTED_OPTIONS = {
+    "max_new_tokens",
+    "do_sample",
+    "num_beams",
+    "repetition_penalty",
+    "until",
+    *SAMPLING_OPTIONS,
+}
 # Taken and dropped, there as here.
-DROPPED = {"image_aspect_ratio", "modalities"}
+IGNORED_OPTIONS = {"image_aspect_ratio", "modalities"}
 
 
 def options(given: Mapping[str, Any], *, until: bool) -> Options:
@@ -43,10 +50,10 @@ def options(given: Mapping[str, Any], *, until: bool) -> Options:
         message = f"the task wants num_beams={beams}, which is not supported"
         raise RequestError(f"{message}; --gen_kwargs num_beams=1")
     made = Options(max_tokens=int(given.get("max_new_tokens") or MAX_NEW_TOKENS))
-    # Greedy unless a task says otherwise, whatever else it says.
+    # Greedy unless a task asks for sampling, whatever its other options.
     made["temperature"] = 0.0
     if given.get("do_sample"):
-        sampling = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+        sampling = {name: given[name] for name in SAMPLING_OPTIONS if given.get(name) is not None}
         made["temperature"] = sampling.get("temperature")
         if sampling.get("top_p"):
             made["top_p"] = float(sampling["top_p"])
@@ -62,15 +69,15 @@ def options(given: Mapping[str, Any], *, until: bool) -> Options:
 
 def unknown(given: Mapping[str, Any]) -> list[str]:
     """Settings that change nothing here."""
-    return sorted(set(given) - HEEDED - DROPPED)
+    return sorted(set(given) - SUPPORTED_OPTIONS - IGNORED_OPTIONS)
 
 
-IMAGE = "<image>"
-FRAMES = 32
-GREY = (127, 127, 127)  # the mean of SigLIP's pixels, rounded down as there
+IMAGE_PLACEHOLDER = "<image>"
+DEFAULT_FRAMES = 32
+PADDING_COLOUR = (127, 127, 127)  # the mean of SigLIP's pixels, rounded down as there
 
 # Media stand where they stand; a conversation that ends with an answer asks for none.
-TEMPLATE = """\
+CHAT_TEMPLATE = """\
 {% if messages[0]['role'] != 'system' %}
 {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\
 {% endif %}
@@ -91,7 +98,7 @@ Block = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Shown:
+class Visuals:
     """What a question is about.
 
     tiling : of images. One that is alone is cut into tiles; of several none is.
@@ -102,25 +109,25 @@ class Shown:
 
     @property
     def placeholders(self) -> str:
-        return " ".join([IMAGE] * len(self.blocks))
+        return " ".join([IMAGE_PLACEHOLDER] * len(self.blocks))
 
-    def read(self, media: Sequence[Medium]) -> "Shown":
+    def read(self, media: Sequence[Medium]) -> "Visuals":
         """The same, with the frames of a video, which need not be decoded again.
 
         media : as they were prepared.
         """
         if not self.blocks or self.blocks[0]["type"] != "video":
             return self
-        return Shown(({"type": "video", "video": media[0].tiles},), self.tiling)
+        return Visuals(({"type": "video", "video": media[0].tiles},), self.tiling)
 
     def in_front_of(self, context: str) -> str:
         """A question with the marks of what it is about, unless it has some."""
-        if not self.blocks or IMAGE in context:
+        if not self.blocks or IMAGE_PLACEHOLDER in context:
             return context
         return f"{self.placeholders}\n{context}"
 
 
-def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Shown:
+def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = DEFAULT_FRAMES) -> Visuals:
     """What ``doc_to_visual`` of a task returned.
 
     visuals : images; or the path of a video, and whatever comes after it is not heeded; or
@@ -131,25 +138,25 @@ def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = FRAMES) -> Sh
     Raises RequestError: for anything else, such as sound.
     """
     if not visuals:
-        return Shown()
+        return Visuals()
     if not _is_sequence(visuals):
         raise RequestError(f"doc_to_visual returned a {type(visuals).__name__}; it must be a list")
     if metadata.get("task_type") == "video" and "sample_frames" in metadata:
         taken = end_to_end(len(visuals), int(metadata["sample_frames"]))
         # Images of several are squared with grey; frames of a file are squeezed.
         chosen = [_squared(visuals[index]) for index in taken]
-        return Shown(({"type": "video", "video": chosen},))
+        return Visuals(({"type": "video", "video": chosen},))
     if isinstance(visuals[0], str | PathLike):
         video: Block = {"type": "video", "video": visuals[0], "num_frames": frames, "ends": True}
-        return Shown((video,))
+        return Visuals((video,))
     for visual in visuals:
         if not _is_image(visual):
             raise RequestError(f"a {type(visual).__name__} is neither an image nor a path")
     blocks = tuple({"type": "image", "image": visual} for visual in visuals)
-    return Shown(blocks, "always" if len(blocks) == 1 else "never")
+    return Visuals(blocks, "always" if len(blocks) == 1 else "never")
 
 
-def conversation(context: str, about: Shown) -> list[Message]:
+def conversation(context: str, about: Visuals) -> list[Message]:
     """The turns of a question.
 
     context : the question; or, as JSON, a list of ``{"value": …}`` of the person and the model in
@@ -158,15 +165,15 @@ def conversation(context: str, about: Shown) -> list[Message]:
     media = _in_order(about.blocks)
     roles = ("user", "assistant")
     return [
-        {"role": roles[place % 2], "content": list(_blocks(said, media, bool(about.blocks)))}
-        for place, said in enumerate(_turns(about.in_front_of(context)))
+        {"role": roles[place % 2], "content": list(_blocks(text, media, bool(about.blocks)))}
+        for place, text in enumerate(_turns(about.in_front_of(context)))
     ]
 
 
-def answered(context: str, about: Shown, answer: str) -> list[Message]:
+def answered(context: str, about: Visuals, answer: str) -> list[Message]:
     """The same with an answer to the question."""
-    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    return [*conversation(context, about), said]
+    reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    return [*conversation(context, about), reply]
 
 
 def _turns(question: str) -> list[str]:
@@ -193,7 +200,7 @@ def _in_order(blocks: Sequence[Block]) -> Iterator[Block]:
 
 def _blocks(text: str, media: Iterator[Block], has_media: bool) -> Iterator[Block]:
     """A text in pieces, with media in the place of their marks; without media a mark is text."""
-    for place, piece in enumerate(text.split(IMAGE) if has_media else [text]):
+    for place, piece in enumerate(text.split(IMAGE_PLACEHOLDER) if has_media else [text]):
         if place:
             yield next(media)
         if piece:
@@ -216,7 +223,7 @@ def _squared(image: Any) -> Any:
     if not _is_image(image):
         raise RequestError(f"a {type(image).__name__} is no frame of a video")
     side = max(image.size)
-    square = Image.new("RGB", (side, side), GREY)
+    square = Image.new("RGB", (side, side), PADDING_COLOUR)
     left, top = ((side - length) // 2 for length in image.size)
     square.paste(image.convert("RGB"), (left, top))
     return square

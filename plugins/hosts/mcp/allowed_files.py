@@ -14,10 +14,11 @@ from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import Kind, Media, sniff
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
-PIXELS = 110_000_000  # of an image: these are the owner's own, and cameras make large ones
-HEAD = 32  # bytes that tell an image from a video
+# Of an image: these are the owner's own, and cameras make large ones.
+MAX_IMAGE_PIXELS = 110_000_000
+SNIFF_BYTES = 32  # bytes that tell an image from a video
 
-OPTION = "start mlx-onevision mcp with --allow-dir FOLDER"
+ALLOW_DIR_HINT = "start mlx-onevision mcp with --allow-dir FOLDER"
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
@@ -30,14 +31,14 @@ class McpSettings:
     timeout : seconds after which a call is answered, with what there is or with what to do instead;
         hosts cut a call off after 60.
     max_tokens : of one answer, at most.
-    message_bytes, values : of one message, and in its JSON, at most.
+    max_message_bytes, max_json_values : of one message, and in its JSON.
     """
 
     policy: MediaPolicy = field(default_factory=MediaPolicy)
     timeout: float = 50.0
     max_tokens: int = 4096
-    message_bytes: int = 1 << 20
-    values: int = 500_000
+    max_message_bytes: int = 1 << 20
+    max_json_values: int = 500_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AllowedFiles:
         """Which folders these are, for a sentence."""
         if self.policy.folders is None:
             return "all"
-        return ", ".join(map(str, self.policy.folders)) or f"none ({OPTION} to open one)"
+        return ", ".join(map(str, self.policy.folders)) or f"none ({ALLOW_DIR_HINT} to open one)"
 
     def path(self, given: str) -> str:
         """A path that may be read, as far as can be said without opening it; where there is none,
@@ -82,7 +83,7 @@ class AllowedFiles:
         """
         path = self.path(given)
         with self.open(path) as file:
-            head = file.read(HEAD)
+            head = file.read(SNIFF_BYTES)
         # A GIF may be either.
         kind = "video" if wanted == "video" and head[:4] == b"GIF8" else sniff(head)
         if wanted is None and kind is None:
@@ -116,9 +117,9 @@ class AllowedFiles:
         if path.rstrip("/") in map(str, self.policy.folders or ()):
             return bad_request(f"{_short(path)} is a folder", "name an image or a video in it")
         if not self.policy.folders:
-            return bad_request("no folder is open to this server", f"{OPTION} to open one")
+            return bad_request("no folder is open to this server", f"{ALLOW_DIR_HINT} to open one")
         message = f"{_short(path)} is not below a folder that is open to this server"
-        return bad_request(message, f"open are: {self.folders()}; for another, {OPTION}")
+        return bad_request(message, f"open are: {self.folders()}; for another, {ALLOW_DIR_HINT}")
 
 
 def _absolute(given: str) -> str:

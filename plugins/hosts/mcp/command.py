@@ -78,13 +78,17 @@ def mcp(
 
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
-    from mlx_onevision.plugins.hosts.mcp.allowed_files import OPTION, PIXELS, McpSettings
+    from mlx_onevision.plugins.hosts.mcp.allowed_files import (
+        ALLOW_DIR_HINT,
+        MAX_IMAGE_PIXELS,
+        McpSettings,
+    )
     from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 
     try:
-        hints = Hints(folders=OPTION)
-        policy = MediaPolicy(folders=folders, pixels=PIXELS, hints=hints, **decoding)
+        hints = Hints(folders=ALLOW_DIR_HINT)
+        policy = MediaPolicy(folders=folders, pixels=MAX_IMAGE_PIXELS, hints=hints, **decoding)
         backend = open_engine(
             model,
             **loading,
@@ -92,7 +96,7 @@ def mcp(
             policy=policy,
             # Calls have their own time, and descriptions take as long as they take.
             limits=Limits(
-                timeout=None, film_timeout=None, max_tokens=max_tokens, keep_alive=keep_alive
+                timeout=None, video_timeout=None, max_tokens=max_tokens, keep_alive=keep_alive
             ),
         )
         if "sharded" in loading:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-CHUNK = 1 << 16  # bytes read at once; a pipe holds no more
+READ_BYTES = 1 << 16  # bytes read at once; a pipe holds no more
 
 # The id of a message that is not read whole, as the official clients begin it.
 _ID = re.compile(
@@ -58,7 +58,7 @@ def lines(source: int, limit: int) -> Iterator[bytes | TooLong]:
     """The lines, without their ends. One of more than ``limit`` bytes is not kept."""
     held = bytearray()
     dropped: TooLong | None = None
-    while piece := os.read(source, CHUNK):
+    while piece := os.read(source, READ_BYTES):
         first, *others = piece.split(b"\n")
         held += first
         for other in others:

@@ -27,10 +27,11 @@ from mlx_onevision.plugins.hosts.mcp.transport import transport
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import Jobs
 
-GRACE_SECONDS = 1.5  # from the end of stdin to the end of the process
-JOBS_SECONDS = 24 * 3600.0  # that a description can be asked for; its host may come back late
+EXIT_GRACE_SECONDS = 1.5  # from the end of stdin to the end of the process
+# That a description can be asked for; its host may come back late.
+JOB_RETENTION_SECONDS = 24 * 3600.0
 
-INTERRUPTED = 130
+INTERRUPTED_STATUS = 130
 
 Context = ServerRequestContext[Any, Any]
 
@@ -100,8 +101,8 @@ async def _serve(backend: Backend, pipes: Pipes, settings: McpSettings) -> int:
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, end, 0)
-    loop.add_signal_handler(signal.SIGINT, end, INTERRUPTED)
-    jobs = Jobs(backend, kept=JOBS_SECONDS)
+    loop.add_signal_handler(signal.SIGINT, end, INTERRUPTED_STATUS)
+    jobs = Jobs(backend, retention_seconds=JOB_RETENTION_SECONDS)
     server = make_server(backend, jobs, settings)
     async with transport(pipes, settings) as (incoming, outgoing):
         options = server.create_initialization_options()
@@ -109,7 +110,7 @@ async def _serve(backend: Backend, pipes: Pipes, settings: McpSettings) -> int:
         waiting = asyncio.create_task(signalled.wait())
         await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
         # Whatever the process does then, it ends after a while.
-        timer = threading.Timer(GRACE_SECONDS, os._exit, [code])
+        timer = threading.Timer(EXIT_GRACE_SECONDS, os._exit, [code])
         timer.daemon = True
         timer.start()
         running.cancel()

@@ -14,20 +14,20 @@ from mlx_onevision.plugins.contract.errors import Code, PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import EmbeddingSpace, EmbedRequest, Kind, Media, sniff
 from mlx_onevision.plugins.contract.results import EmbedResult
 from mlx_onevision.plugins.hosts.mcp import schemas
-from mlx_onevision.plugins.hosts.mcp.allowed_files import HEAD, AllowedFiles
+from mlx_onevision.plugins.hosts.mcp.allowed_files import SNIFF_BYTES, AllowedFiles
 from mlx_onevision.plugins.hosts.mcp.tool import Call, Tool, in_thread, make_tool
 from mlx_onevision.plugins.interface import Backend
 
-CACHE_BYTES = 64 << 20  # of all vectors; some 10,000 images
-ENTRY_BYTES = 200  # of an entry beside its vector, roughly
+MAX_CACHE_BYTES = 64 << 20  # of all vectors; some 10,000 images
+ENTRY_OVERHEAD_BYTES = 200  # of an entry beside its vector, roughly
 
-FILES = 5000  # of a folder
-GROUP = 8  # files that are read, and images that are embedded, together
+MAX_FILES_PER_FOLDER = 5000  # of a folder
+FILES_PER_BATCH = 8  # files that are read, and images that are embedded, together
 
 # What is wrong with a file, and not with the server.
 FILE_ERRORS: set[Code] = {"unsupported_media", "too_large", "bad_request", "context_overflow"}
 
-LATE = "call it again: what was done until now is kept, and it goes on from there"
+TIMEOUT_HINT = "call it again: what was done until now is kept, and it goes on from there"
 
 Key = tuple[object, ...]
 
@@ -35,7 +35,7 @@ Key = tuple[object, ...]
 class VectorCache:
     """The vectors (float32) of what was embedded last, by content. For one thread."""
 
-    def __init__(self, size: int = CACHE_BYTES) -> None:
+    def __init__(self, size: int = MAX_CACHE_BYTES) -> None:
         self._limit, self._bytes = size, 0
         self._vectors: OrderedDict[Key, bytes] = OrderedDict()
 
@@ -47,10 +47,10 @@ class VectorCache:
     def put(self, key: Key, vector: bytes) -> None:
         if self.get(key) is None:
             self._vectors[key] = vector
-            self._bytes += len(vector) + ENTRY_BYTES
+            self._bytes += len(vector) + ENTRY_OVERHEAD_BYTES
         while self._bytes > self._limit:
             _, oldest = self._vectors.popitem(last=False)
-            self._bytes -= len(oldest) + ENTRY_BYTES
+            self._bytes -= len(oldest) + ENTRY_OVERHEAD_BYTES
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def inspect_file(files: AllowedFiles, path: str) -> MediaFile | None:
     file = files.open(path)
     try:
         with file:
-            head = file.read(HEAD)
+            head = file.read(SNIFF_BYTES)
             kind = sniff(head)
             if kind is None:
                 return None
@@ -92,7 +92,7 @@ def inspect_file(files: AllowedFiles, path: str) -> MediaFile | None:
 
 def list_files(files: AllowedFiles, folder: str, recursive: bool) -> list[str]:
     """The paths of a folder's ordinary files, in order; links and hidden ones are left out. Raises
-    PluginError: ``too_large`` for more than ``FILES``.
+    PluginError: ``too_large`` for more than ``MAX_FILES_PER_FOLDER``.
     """
     found: list[str] = []
     waiting = [folder]
@@ -104,8 +104,8 @@ def list_files(files: AllowedFiles, folder: str, recursive: bool) -> list[str]:
                 found.append(path)
             elif recursive:
                 waiting.append(path)
-            if len(found) + len(waiting) > FILES:
-                message = f"there are more than {FILES} files"
+            if len(found) + len(waiting) > MAX_FILES_PER_FOLDER:
+                message = f"there are more than {MAX_FILES_PER_FOLDER} files"
                 raise PluginError("too_large", message, "name a smaller folder")
     return sorted(found)
 
@@ -157,7 +157,7 @@ class VectorTools:
                 "Finds the images and videos in a folder on this computer that look most like a "
                 "given one: duplicates, other shots of the same scene, similar motifs. Words are "
                 "not searched for.",
-                late=LATE,
+                late=TIMEOUT_HINT,
                 keeps_time=True,
             ),
         ]
@@ -233,7 +233,7 @@ class _Search:
         self.vector = self._cached(self._wanted)
         if self.vector is None:
             raise bad_request(f"{self._wanted.path!r} cannot be read", "choose another file")
-        while paths := self._paths[self._done : self._done + GROUP]:
+        while paths := self._paths[self._done : self._done + FILES_PER_BATCH]:
             await call.report("comparing", self._done, len(self._paths))
             files, unreadable = await in_thread(lambda paths=paths: self._inspect(paths))
             new = {file.content: file for file in files if self._cached(file) is None}

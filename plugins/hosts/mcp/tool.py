@@ -17,12 +17,12 @@ from mlx_onevision.plugins.contract.results import ProgressEvent, TextEvent
 from mlx_onevision.plugins.hosts.mcp import schemas
 from mlx_onevision.plugins.interface import Event
 
-LATE = "the model may still be loading: try again, or ask for less"
+TIMEOUT_HINT = "the model may still be loading: try again, or ask for less"
 
-GRACE_SECONDS = 1.0  # for tools that answer with what they have when their time is up
-REPORT_SECONDS = 0.25  # between two reports of the same stage; a host shows no more
+TIMEOUT_GRACE_SECONDS = 1.0  # for tools that answer with what they have when their time is up
+REPORT_INTERVAL_SECONDS = 0.25  # between two reports of the same stage; a host shows no more
 
-STAGES = {
+STAGE_WORDS = {
     "queued": "waiting in line",
     "loading": "loading the model",
     "preparing": "reading the file",
@@ -64,11 +64,11 @@ class Call:
     async def report(self, stage: str, done: float = 0, total: float | None = None) -> None:
         """Sends progress. The protocol wants it to rise, whatever is counted."""
         now = time.monotonic()
-        if stage == self._stage and now - self._reported_at < REPORT_SECONDS:
+        if stage == self._stage and now - self._reported_at < REPORT_INTERVAL_SECONDS:
             return
         self._stage, self._reported_at = stage, now
         self._progress = done if done > self._progress else self._progress + 0.001
-        await self._send(self._progress, total, STAGES.get(stage, stage))
+        await self._send(self._progress, total, STAGE_WORDS.get(stage, stage))
 
     async def report_event(self, event: Event, max_tokens: int | None = None) -> None:
         """Reports a backend's event; of a text, as one more of the tokens of an answer."""
@@ -99,7 +99,7 @@ def make_tool(
     title: str,
     description: str,
     *,
-    late: str = LATE,
+    late: str = TIMEOUT_HINT,
     keeps_time: bool = False,
     as_text: Callable[[Answer], str] = lambda answer: answer.model_dump_json(exclude_none=True),
     annotations: types.ToolAnnotations = READ_ONLY,
@@ -134,7 +134,7 @@ async def run_tool(
 ) -> types.CallToolResult:
     """A call's result within ``seconds``, whatever happens."""
     try:
-        with anyio.fail_after(seconds + (GRACE_SECONDS if tool.keeps_time else 0)):
+        with anyio.fail_after(seconds + (TIMEOUT_GRACE_SECONDS if tool.keeps_time else 0)):
             return await tool.run(arguments, Call(send, seconds))
     except TimeoutError:
         error = PluginError("cancelled", f"there is no answer after {seconds:g} s", tool.late)

@@ -28,7 +28,12 @@ from mlx_onevision.plugins.hosts.mcp.pipes import Pipes, TooLong, known_id, line
 logger = logging.getLogger("mlx_onevision")
 
 Message = SessionMessage | Exception
-CLOSED = (RuntimeError, CancelledError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+STREAM_CLOSED_ERRORS = (
+    RuntimeError,
+    CancelledError,
+    anyio.BrokenResourceError,
+    anyio.ClosedResourceError,
+)
 
 Incoming = MemoryObjectReceiveStream[Message]
 Outgoing = MemoryObjectSendStream[SessionMessage]
@@ -57,9 +62,9 @@ async def transport(
     def read() -> None:
         """On a thread that nobody joins: reading may never return."""
         # Raised where the loop, or its streams, have ended before.
-        with suppress(*CLOSED):
+        with suppress(*STREAM_CLOSED_ERRORS):
             try:
-                for line in lines(pipes.source, settings.message_bytes):
+                for line in lines(pipes.source, settings.max_message_bytes):
                     message = parse(line, settings)
                     asyncio.run_coroutine_threadsafe(deliver(message), loop).result()
             except OSError as error:
@@ -95,11 +100,11 @@ def parse(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
 
 def _parse(line: bytes | TooLong, settings: McpSettings) -> types.JSONRPCMessage:
     if isinstance(line, TooLong):
-        limit = f"{settings.message_bytes >> 20} MB are read at most"
+        limit = f"{settings.max_message_bytes >> 20} MB are read at most"
         error = PluginError("too_large", "the message is too long", limit)
         return _error(line.id, types.INVALID_REQUEST, error)
     # Before it is parsed: every value costs far more memory than its characters.
-    if sum(line.count(mark) for mark in (b",", b"[", b"{")) > settings.values:
+    if sum(line.count(mark) for mark in (b",", b"[", b"{")) > settings.max_json_values:
         error = PluginError("too_large", "the message holds too many values", "send fewer")
         return _error(known_id(line), types.INVALID_REQUEST, error)
     try:

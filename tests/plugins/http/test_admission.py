@@ -137,7 +137,7 @@ def test_as_many_as_an_openai_client_starts_are_answered() -> None:
             await asyncio.gather(*map(one, range(40)))
 
     backend = FakeBackend(delay=0.002, limits=Limits(active=8, waiting=512))
-    with serving(backend, ServerSettings(bodies=1 << 20)) as client:
+    with serving(backend, ServerSettings(max_held_bytes=1 << 20)) as client:
         before = threading.active_count()
         asyncio.run(main(client))
         counted = client.ask("GET", "/metrics").body.decode()

@@ -226,7 +226,9 @@ def test_json_that_is_none(client: Client, body: bytes, named: str) -> None:
 
 
 def test_a_body_is_bounded_as_it_is_read() -> None:
-    with serving(FakeBackend(), ServerSettings(body=100_000, header_timeout=0.3)) as client:
+    with serving(
+        FakeBackend(), ServerSettings(max_body_bytes=100_000, header_timeout=0.3)
+    ) as client:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         told = raw(client, f"{head}Content-Length: 100001\r\n\r\n".encode())
         assert told.startswith(b"HTTP/1.1 413") and b"too_large" in told

@@ -16,7 +16,7 @@ from served import Client, image, serving, text, video
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract import requests, wire
-from mlx_onevision.plugins.hosts.http.content import MOST_PARTS
+from mlx_onevision.plugins.hosts.http.content import MAX_MESSAGES_AND_PARTS
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 
 SMALL = "data:image/png;base64,iVBORw0KGgo="
@@ -191,12 +191,12 @@ def test_very_many_messages_are_refused_before_they_are_looked_at(client: Client
 
 @pytest.mark.parametrize("path", PATHS)
 def test_so_many_messages_and_no_more(wide: Client, path: str) -> None:
-    reply = wide.ask("POST", path, many(path, MOST_PARTS + 1))
-    assert reply.status == 400 and f"{MOST_PARTS:,} are taken" in reply.body.decode()
+    reply = wide.ask("POST", path, many(path, MAX_MESSAGES_AND_PARTS + 1))
+    assert reply.status == 400 and f"{MAX_MESSAGES_AND_PARTS:,} are taken" in reply.body.decode()
 
 
 def test_parts_are_counted_too(client: Client) -> None:
-    parts = [text("x")] * (MOST_PARTS // 2)
+    parts = [text("x")] * (MAX_MESSAGES_AND_PARTS // 2)
     turns = [{"role": "user", "content": parts}] * 2
     refused = client.ask("POST", PATHS[0], {"messages": turns})
     assert refused.status == 400 and "messages and parts" in refused.json["error"]["message"]

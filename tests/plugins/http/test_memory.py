@@ -8,7 +8,11 @@ from served import PICTURE, WORDS, Client, Telling, serving
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.requests import Media, Message
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.memory import PART_BYTES, Kept, ResponseMemory
+from mlx_onevision.plugins.hosts.http.responses.memory import (
+    PART_OVERHEAD_BYTES,
+    ResponseMemory,
+    StoredResponse,
+)
 
 RESPONSES = "/v1/responses"
 LOOK = {"type": "function", "name": "look"}
@@ -76,26 +80,26 @@ def test_it_can_be_looked_at_and_forgotten() -> None:
 
 
 def test_it_is_bounded_in_number_and_bytes() -> None:
-    def kept(number: int, size: int) -> Kept:
+    def kept(number: int, size: int) -> StoredResponse:
         body: Any = {"id": f"r{number}", "output": [{"id": f"m{number}", "type": "message"}]}
-        return Kept(
+        return StoredResponse(
             body, [Message("user", [Media("image", data=bytes(size)), "x"])], {}, frozenset()
         )
 
-    each = 2 * PART_BYTES + 1  # what the parts take besides the image
-    memory = ResponseMemory(most=3, size=66 + 3 * each)
+    each = 2 * PART_OVERHEAD_BYTES + 1  # what the parts take besides the image
+    memory = ResponseMemory(max_responses=3, max_bytes=66 + 3 * each)
     for number in range(5):
-        memory.keep(kept(number, 10))
+        memory.store(kept(number, 10))
     with pytest.raises(HTTPError):
         memory.response("r1")
     with pytest.raises(HTTPError):
         memory.item("m1")
     assert memory.item("m2") is memory.response("r2")
-    memory.keep(kept(5, 80))
+    memory.store(kept(5, 80))
     with pytest.raises(HTTPError):
         memory.response("r3")
     assert memory.response("r4") and memory.response("r5")
-    memory.keep(kept(6, 200 + 3 * each))  # too large by itself
+    memory.store(kept(6, 200 + 3 * each))  # too large by itself
     for number in range(7):
         with pytest.raises(HTTPError):
             memory.response(f"r{number}")

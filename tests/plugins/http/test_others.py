@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from served import FILM, PICTURE, Client, image, serving, text, video, wait_for
 
-from mlx_onevision.plugins.adapters.fake import DIM, FakeBackend
+from mlx_onevision.plugins.adapters.fake import VECTOR_DIM, FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.results import (
     DescribeResult,
@@ -26,7 +26,7 @@ def test_vectors(fake: Client) -> None:
     reply = fake.ask("POST", EMBED, {"model": "fake", "input": mixed})
     assert reply.status == 200
     found = reply.json
-    assert (found["object"], found["space"], found["dim"]) == ("list", "joint", DIM)
+    assert (found["object"], found["space"], found["dim"]) == ("list", "joint", VECTOR_DIM)
     vectors = [item["embedding"] for item in found["data"]]
     assert [item["index"] for item in found["data"]] == list(range(6))
     assert vectors[0] == vectors[2] and vectors[1] == vectors[3] == vectors[4]
@@ -36,8 +36,8 @@ def test_vectors(fake: Client) -> None:
     packed = fake.ask("POST", EMBED, {"input": mixed, "encoding_format": "base64"}).json["data"]
     for vector, item in zip(vectors, packed, strict=True):
         data = base64.b64decode(item["embedding"])
-        assert struct.unpack(f"<{DIM}f", data) == pytest.approx(vector, abs=1e-7)
-    alone = fake.ask("POST", EMBED, {"input": "a red circle", "dimensions": DIM}).json
+        assert struct.unpack(f"<{VECTOR_DIM}f", data) == pytest.approx(vector, abs=1e-7)
+    alone = fake.ask("POST", EMBED, {"input": "a red circle", "dimensions": VECTOR_DIM}).json
     assert alone["data"][0]["embedding"] == vectors[0]
     one = fake.ask("POST", EMBED, {"input": image(), "space": "vision"}).json
     assert (one["space"], one["data"][0]["embedding"]) == ("vision", vectors[1])

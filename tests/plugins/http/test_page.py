@@ -31,13 +31,13 @@ KINDS = {
 }
 # A library, whole and unchanged, and its licence, which is not served.
 VENDORED, LICENCE = "marked.js", "marked.LICENSE.txt"
-SERVED = [file for file in page.FILES.iterdir() if file.name != LICENCE]
+SERVED = [file for file in page.STATIC_FOLDER.iterdir() if file.name != LICENCE]
 TEXTS = {file.name: file.read_text(encoding="utf-8") for file in SERVED if file.suffix != ".mp4"}
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    settings = ServerSettings(token="secret", body=123_456)
+    settings = ServerSettings(token="secret", max_body_bytes=123_456)
     with serving(FakeBackend(), settings) as found:
         yield found
 
@@ -61,7 +61,7 @@ def test_every_file_with_its_headers(client: Client) -> None:
         assert (head.status, head.body) == (200, b"")
         assert head.headers["content-length"] == str(len(reply.body))
         if path != "/":
-            assert reply.body == page.FILES.joinpath(path.rpartition("/")[2]).read_bytes()
+            assert reply.body == page.STATIC_FOLDER.joinpath(path.rpartition("/")[2]).read_bytes()
 
 
 def test_a_file_that_has_not_changed_is_not_sent_again(client: Client) -> None:
@@ -127,13 +127,13 @@ def test_files_stay_small() -> None:
     for name, text in TEXTS.items():
         assert text.count("\n") <= 250, name
     assert sum(file.stat().st_size for file in SERVED if file.name != VENDORED) < 200_000
-    assert (page.FILES / VENDORED).stat().st_size < 60_000
+    assert (page.STATIC_FOLDER / VENDORED).stat().st_size < 60_000
 
 
 def test_the_library_is_whole_and_has_its_licence() -> None:
     assert "marked v18.2.1 - a markdown parser" in TEXTS[VENDORED][:100]
-    assert hashlib.sha256((page.FILES / VENDORED).read_bytes()).hexdigest() == (
+    assert hashlib.sha256((page.STATIC_FOLDER / VENDORED).read_bytes()).hexdigest() == (
         "5371fea86fd0656b4fc7bea7c94c663109d82789b69433eeee78d42895aa44de"
     )
-    licence = (page.FILES / LICENCE).read_text(encoding="utf-8")
+    licence = (page.STATIC_FOLDER / LICENCE).read_text(encoding="utf-8")
     assert "Permission is hereby granted" in licence and "MarkedJS" in licence

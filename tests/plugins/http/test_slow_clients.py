@@ -21,7 +21,7 @@ from served import JSON, Client, serving, wait_for
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http import connections
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.request_body import SMALL, BodyBudget
+from mlx_onevision.plugins.hosts.http.request_body import SMALL_BODY_BYTES, BodyBudget
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.service.service import Limits
 
@@ -43,7 +43,7 @@ def announced(size: int) -> bytes:
 
 
 def test_what_was_announced_and_does_not_come_keeps_no_room() -> None:
-    settings = ServerSettings(body=1_000_000, bodies=1_000_000)
+    settings = ServerSettings(max_body_bytes=1_000_000, max_held_bytes=1_000_000)
     with serving(FakeBackend(), settings) as client, ExitStack() as opened:
         for _ in range(8):
             connected(client, opened).sendall(announced(1_000_000) + b" " * 1000)
@@ -54,7 +54,7 @@ def test_what_was_announced_and_does_not_come_keeps_no_room() -> None:
 
 def test_bodies_are_bounded_together() -> None:
     """Those for which there is no room are read when there is, in the order in which they came."""
-    settings = ServerSettings(body=400_000, bodies=400_000)
+    settings = ServerSettings(max_body_bytes=400_000, max_held_bytes=400_000)
     with serving(FakeBackend(), settings) as client:
         half = announced(390_000) + b" " * 380_000
         with connected(client) as first:
@@ -63,7 +63,9 @@ def test_bodies_are_bounded_together() -> None:
             with connected(client) as second:
                 second.sendall(half + b" " * 10_000)
                 assert client.ask("GET", "/health").status == 200
-                assert client.chat("x" * (SMALL // 2)).status == 200  # the small one overtakes
+                assert (
+                    client.chat("x" * (SMALL_BODY_BYTES // 2)).status == 200
+                )  # the small one overtakes
                 second.settimeout(0.3)
                 with pytest.raises(TimeoutError):
                     second.recv(1)
@@ -75,7 +77,7 @@ def test_bodies_are_bounded_together() -> None:
 
 
 def test_what_comes_beyond_all_room_is_refused() -> None:
-    settings = ServerSettings(body=400_000, bodies=400_000)
+    settings = ServerSettings(max_body_bytes=400_000, max_held_bytes=400_000)
     with serving(FakeBackend(), settings) as client, ExitStack() as opened:
         several = [connected(client, opened) for _ in range(4)]
         for one in several:  # all are let in, as nothing has come yet
@@ -94,7 +96,7 @@ def test_what_comes_beyond_all_room_is_refused() -> None:
 
 def test_so_many_wait_for_room_and_no_more() -> None:
     async def main() -> None:
-        budget = BodyBudget(10, 5, most=2)
+        budget = BodyBudget(10, 5, max_waiting=2)
         await budget.enter(8)
         budget.take(8)
         waiting = [asyncio.ensure_future(budget.enter(size)) for size in (5, 1)]
@@ -182,14 +184,14 @@ def test_a_refusal_arrives(
     ask: Callable[[Client, bytes, dict[str, str]], int], status: int, headers: dict[str, str]
 ) -> None:
     """Also at a client that sends everything before it reads."""
-    with serving(FakeBackend(), ServerSettings(body=1_000_000)) as client:
+    with serving(FakeBackend(), ServerSettings(max_body_bytes=1_000_000)) as client:
         for _ in range(5):
             assert ask(client, bytes(20_000_000), {**JSON, **headers}) == status
         assert client.chat().status == 200
 
 
 def test_who_is_refused_cannot_send_for_ever() -> None:
-    with serving(FakeBackend(), ServerSettings(body=1_000, header_timeout=1)) as client:
+    with serving(FakeBackend(), ServerSettings(max_body_bytes=1_000, header_timeout=1)) as client:
         with connected(client) as endless, pytest.raises(OSError):
             endless.sendall(announced(1 << 40))
             until = time.monotonic() + 10
@@ -213,7 +215,7 @@ def never_reading(client: Client, body: dict[str, Any]) -> socket.socket:
 
 def test_who_never_reads_keeps_no_room_once_the_answer_is_made() -> None:
     backend = FakeBackend(pieces=["x" * 4096] * 4096, limits=Limits(active=4, waiting=4))
-    settings = ServerSettings(body=1_000_000, bodies=1_000_000)
+    settings = ServerSettings(max_body_bytes=1_000_000, max_held_bytes=1_000_000)
     ask = {"messages": [{"role": "user", "content": "x" * 900_000}], **LONG}
     with serving(backend, settings) as client, ExitStack() as opened:
         for _ in range(2):
@@ -255,7 +257,7 @@ def test_there_are_so_many_connections_and_health_has_one_of_its_own(
     backend = FakeBackend(delay=0.05, pieces="a" * 4000, limits=Limits(active=4, waiting=64))
     caplog.set_level(logging.WARNING)
     with (
-        serving(backend, ServerSettings(connections=most)) as client,
+        serving(backend, ServerSettings(max_connections=most)) as client,
         ExitStack() as opened,
     ):
         slow = [connected(client, opened) for _ in range(3 * most)]
@@ -273,7 +275,7 @@ def test_there_are_so_many_connections_and_health_has_one_of_its_own(
             assert refused.status == 429 and refused.headers["retry-after"]
             assert "too many requests" in refused.json["error"]["message"]
             assert client.ask("GET", "/health").status == 200
-        more = [connected(client, opened) for _ in range(3 * connections.SPARE)]
+        more = [connected(client, opened) for _ in range(3 * connections.HEALTH_CONNECTIONS)]
         assert more and client.ask("GET", "/health").status == 200
         for one in busy[:2]:
             one.close()

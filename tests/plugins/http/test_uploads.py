@@ -18,12 +18,12 @@ from mlx_onevision.plugins.service.spool import Spool
 FILES = "/v1/files"
 FILM = b"\0\0\0\x18ftypmp42" + bytes(300_000)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
-LEAST = ServerSettings(body=100_000, bodies=100_000, header_timeout=1.0)
+LEAST = ServerSettings(max_body_bytes=100_000, max_held_bytes=100_000, header_timeout=1.0)
 
 
 @contextmanager
 def taking(folder: Path, load_seconds: float = 0.0) -> Iterator[Client]:
-    spool = Spool(folder, largest=1 << 20, room=2 << 20)
+    spool = Spool(folder, max_file_bytes=1 << 20, max_total_bytes=2 << 20)
     policy = MediaPolicy(uploads=spool, size=100_000)
     backend = FakeBackend(policy=policy, load_seconds=load_seconds)
     with serving(backend, LEAST) as client:

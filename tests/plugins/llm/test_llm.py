@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from llm.cli import cli
 from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart
 
-from mlx_onevision.plugins.adapters.fake import DIM, FakeBackend
+from mlx_onevision.plugins.adapters.fake import VECTOR_DIM, FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import GenerateRequest, Media
 from mlx_onevision.plugins.hosts.llm import registry
@@ -272,7 +272,7 @@ def test_embedding(fake: FakeBackend) -> None:
     joint = llm.get_embedding_model("onevision-demo-joint")
     vision = llm.get_embedding_model("onevision-demo-vision")
     shapes, film = SHAPES.read_bytes(), CIRCLE.read_bytes()
-    assert len(joint.embed("a text")) == DIM
+    assert len(joint.embed("a text")) == VECTOR_DIM
     assert joint.embed(shapes) == vision.embed(shapes) != vision.embed(film)
     many = [shapes, film] * 40  # more than are held at once
     assert list(vision.embed_batch(many)) == [vision.embed(item) for item in many]

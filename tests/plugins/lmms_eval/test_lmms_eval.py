@@ -15,8 +15,8 @@ from PIL import Image
 from mlx_onevision.api import load
 from mlx_onevision.errors import RequestError
 from mlx_onevision.plugins.hosts.lmms_eval.prompts import (
-    TEMPLATE,
-    Shown,
+    CHAT_TEMPLATE,
+    Visuals,
     answer_loss,
     answered,
     conversation,
@@ -32,8 +32,8 @@ BEGIN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|
 END = "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def rendered(context: str, about: Shown) -> str:
-    return ChatTemplate(TEMPLATE).render(conversation(context, about))
+def rendered(context: str, about: Visuals) -> str:
+    return ChatTemplate(CHAT_TEMPLATE).render(conversation(context, about))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_likelihood() -> None:
 
 
 def test_frames_are_decoded_once_for_all_answers(tmp_path: Path) -> None:
-    model = load(write(tmp_path / "model"), chat_template=TEMPLATE)
+    model = load(write(tmp_path / "model"), chat_template=CHAT_TEMPLATE)
     about = shown([str(CIRCLE)], {}, frames=6)
     prompt = model.prepare(conversation("How?", about))
     assert [medium.video.indices for medium in prompt.media if medium.video] == [

@@ -102,7 +102,7 @@ def test_what_is_no_message_is_answered(line: Any, code: int, id: Any) -> None:
 def test_a_message_of_very_many_values_is_not_read() -> None:
     line = b'{"jsonrpc":"2.0","id":1,"method":"x","params":{"a":[' + b"1," * 200 + b"1]}}"
     assert isinstance(parse(line, McpSettings()), types.JSONRPCRequest)
-    assert refusal(line, values=100)[0] == types.INVALID_REQUEST
+    assert refusal(line, max_json_values=100)[0] == types.INVALID_REQUEST
 
 
 def test_good_messages_are_messages() -> None:

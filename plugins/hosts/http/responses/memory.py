@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from mlx_onevision.plugins.contract.requests import Media, Message
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.response_types import ResponseObject
+from mlx_onevision.plugins.hosts.http.responses.types import ResponseObject
 
-MOST = 256  # responses
-BYTES = 256 << 20  # of all of them; media that several have are counted for each
-PART_BYTES = 512  # that a part takes besides its characters
+MAX_RESPONSES = 256
+MAX_STORED_BYTES = 256 << 20  # of all responses; media that several have are counted for each
+PART_OVERHEAD_BYTES = 512  # that a part takes besides its characters
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredResponse:
     """A response and the conversation up to it, without instructions.
 
     names : of the functions that were called in it, by the calls' ids. called : of those that were
@@ -35,7 +35,7 @@ class Kept:
     @property
     def size(self) -> int:
         parts = [part for message in self.messages for part in message.parts]
-        return PART_BYTES * len(parts) + sum(
+        return PART_OVERHEAD_BYTES * len(parts) + sum(
             len(part.url or part.data or part.path or "") if isinstance(part, Media) else len(part)
             for part in parts
         )
@@ -44,38 +44,40 @@ class Kept:
 class ResponseMemory:
     """Bounded; the oldest make room. Changed from the event loop alone, read from any thread."""
 
-    def __init__(self, most: int = MOST, size: int = BYTES) -> None:
-        self._most, self._bytes, self._size = most, size, 0
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
-        self._items: dict[str, Kept] = {}
+    def __init__(
+        self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_STORED_BYTES
+    ) -> None:
+        self._max_responses, self._max_bytes, self._size = max_responses, max_bytes, 0
+        self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._items: dict[str, StoredResponse] = {}
 
-    def keep(self, kept: Kept) -> None:
-        self._kept[kept.body["id"]] = kept
-        self._items |= {item["id"]: kept for item in kept.body["output"]}
-        self._size += kept.size
-        while len(self._kept) > self._most or self._size > self._bytes:
-            self.forget(next(iter(self._kept)))
+    def store(self, stored: StoredResponse) -> None:
+        self._stored[stored.body["id"]] = stored
+        self._items |= {item["id"]: stored for item in stored.body["output"]}
+        self._size += stored.size
+        while len(self._stored) > self._max_responses or self._size > self._max_bytes:
+            self.forget(next(iter(self._stored)))
 
-    def response(self, id: str, param: str | None = None) -> Kept:
+    def response(self, id: str, param: str | None = None) -> StoredResponse:
         """Raises HTTPError: 404 for one that is not kept."""
-        kept = self._kept.get(id)
-        if kept is None:
+        stored = self._stored.get(id)
+        if stored is None:
             message = f"the response {id[:80]!r} is not kept here; send all messages"
             raise HTTPError(404, message, "not_found", param)
-        return kept
+        return stored
 
-    def item(self, id: str) -> Kept:
+    def item(self, id: str) -> StoredResponse:
         """The response whose output is an item. Raises HTTPError: 404 where it is not kept."""
-        kept = self._items.get(id)
-        if kept is None:
+        stored = self._items.get(id)
+        if stored is None:
             message = f"the item {id[:80]!r} is not kept here; send the message itself"
             raise HTTPError(404, message, "not_found", "input")
-        return kept
+        return stored
 
     def forget(self, id: str) -> None:
         """Raises HTTPError: as :meth:`response`."""
-        kept = self.response(id)
-        del self._kept[id]
-        self._size -= kept.size
-        for item in kept.body["output"]:
+        stored = self.response(id)
+        del self._stored[id]
+        self._size -= stored.size
+        for item in stored.body["output"]:
             del self._items[item["id"]]
