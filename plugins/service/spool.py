@@ -81,9 +81,8 @@ class Spool:
             folder = self._made_folder()
             self._forget()
             if len(self._uploads) >= self._max_files and not self._delete_idle():
-                raise PluginError(
-                    "busy", f"{self._max_files} uploads are kept", "try again in a moment"
-                )
+                hint = "delete one, or try again in a minute"
+                raise PluginError("busy", f"{self._max_files} uploads are kept", hint)
             upload = Upload(users=1)
             self._uploads[upload.id] = upload
         receiver = None
@@ -118,12 +117,16 @@ class Spool:
 
     def open(self, id: str) -> BinaryIO:
         """A file from its beginning, unbuffered; its ``name`` says nothing of where it lies. Raises
-        PluginError: as :meth:`upload`.
+        PluginError: as :meth:`upload`, also where somebody else has deleted it.
         """
         with self._lock:
-            self._found(id)
+            upload = self._found(id)
             path = self._made_folder() / id
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                self._delete(upload)
+                raise _gone(id) from None
         return open(f"upload:{id}", "rb", buffering=0, opener=lambda _path, _flags: descriptor)
 
     def delete(self, id: str) -> None:
@@ -140,9 +143,7 @@ class Spool:
             self._uploads.clear()
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
-            if self._lock_file is not None:
-                os.close(self._lock_file)
-            self._folder = self._lock_file = None
+            self._unlock()
 
     def grow(self, upload: Upload, size: int) -> None:
         """Counts bytes that are about to be written. Raises PluginError: ``too_large``, and
@@ -157,7 +158,7 @@ class Spool:
             while sum(one.size for one in self._uploads.values()) + size > self._max_total_bytes:
                 if not self._delete_idle():
                     message = f"uploads take {self._max_total_bytes / 2**20:,.0f} MB already"
-                    raise PluginError("busy", message, "try again in a moment")
+                    raise PluginError("busy", message, "delete one, or try again in a minute")
             upload.size += size
 
     # Under the lock.
@@ -165,12 +166,21 @@ class Spool:
     def _made_folder(self) -> Path:
         if self._closed:
             raise bad_request("no more uploads are taken", "start the server again")
+        if self._folder is not None and not self._folder.is_dir():  # whoever cleaned the cache
+            self._uploads = {id: one for id, one in self._uploads.items() if one.users}
+            self._unlock()
         if self._folder is None:
             with _disk_errors(), _locked(self._parent / LOCK_FILE):
                 self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=self._parent))
                 self._lock_file = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX)
         return self._folder
+
+    def _unlock(self) -> None:
+        """Forgets the folder."""
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+        self._folder = self._lock_file = None
 
     def _found(self, id: str) -> Upload:
         self._forget()
@@ -296,6 +306,8 @@ def _locked(path: Path) -> Generator[None]:
 def _delete_left(parent: Path) -> None:
     """Deletes the folders of processes that do not live any more."""
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        if folder.is_symlink():  # none of ours: nothing is made or deleted behind it
+            continue
         with suppress(OSError):
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(folder / LOCK_FILE, flags, 0o600)

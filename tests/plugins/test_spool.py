@@ -1,6 +1,7 @@
 """Uploads on disk: bounded together, private, and gone with their process, however it ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,36 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     tmp_path.joinpath("file").write_text("")
     one = spool(tmp_path / "file" / "uploads")
     assert "XDG_CACHE_HOME" in str(refused(one))
+
+
+def test_a_cache_that_was_emptied_meanwhile_is_made_anew(tmp_path: Path) -> None:
+    one = spool(tmp_path / "uploads")
+    gone, other = send(one), send(one)
+    next(tmp_path.rglob(gone)).unlink()
+    for _ in range(2):
+        with pytest.raises(PluginError, match="not any more; send the file again"):
+            one.open(gone)
+    with one.receive() as receiver:  # its bytes are lost, the server's other uploads are not
+        shutil.rmtree(tmp_path / "uploads")
+        with pytest.raises(PluginError, match="not any more; send the file again"):
+            one.open(other)
+        with one.open(send(one)) as file:
+            assert file.read() == VIDEO
+        receiver.write(VIDEO)
+        receiver.finish()
+    with pytest.raises(PluginError, match="not any more; send the file again"):
+        one.open(receiver.upload.id)
+    one.close()
+    assert set(contents(tmp_path).values()) == {b""}
+
+
+def test_links_are_left_alone(tmp_path: Path) -> None:
+    elsewhere, parent = tmp_path / "elsewhere", tmp_path / "uploads"
+    elsewhere.mkdir()
+    parent.mkdir()
+    (parent / "process-link").symlink_to(elsewhere)
+    spool(parent)
+    assert not list(elsewhere.iterdir())
 
 
 def test_the_end_deletes_everything(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ _HINTS = (
             "/v1/(images|audio|files|batches|uploads|moderations|fine_tuning|assistants|threads)"
             "(/|$)"
         ),
-        "this server has chat, responses, embeddings and video; see /openapi.json",
+        "this server has chat, responses, embeddings, video and files; see /openapi.json",
     ),
     (
         re.compile("/api/(chat|generate|tags|show|version)$"),
@@ -134,7 +134,9 @@ async def not_routed(request: Request, error: Exception) -> Response:
     """Answers where no route does, with what the client may have meant."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        found = HTTPError(405, f"this address does not take {request.method[:10]}")
+        taken = (error.headers or {}).get("Allow", "")
+        hint = f"; it takes {taken}" if taken else ""
+        found = HTTPError(405, f"this address does not take {request.method[:10]}{hint}")
     else:
         path = request.url.path
         hints = (hint for pattern, hint in _HINTS if pattern.match(path))
