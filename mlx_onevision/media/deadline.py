@@ -73,11 +73,15 @@ class Deadline:
         return [str(entry[4][0]) for entry in found]
 
     def connect(self, address: str, port: int, patience: float) -> socket.socket:
-        """A connection to an address, made within ``patience`` seconds."""
+        """A connection to an address, made within ``patience`` seconds. Raises OSError."""
         connected = socket.create_connection((address, port), timeout=min(patience, self.left))
         with self._lock:
             # A duplicate, because TLS takes the socket's own descriptor.
             self._sockets.append(connected.dup())
+            late = self.expired
+        if late:  # the others have been shut down, and this one would be left out
+            connected.close()
+            raise TimeoutError("timed out")
         return connected
 
     def _cut(self) -> None:

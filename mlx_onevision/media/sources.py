@@ -269,10 +269,15 @@ def _opener(deadline: Deadline) -> OpenerDirector:
         def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
             return super().do_open(within(http_class), req, **options)
 
+    class Redirect(request.HTTPRedirectHandler):
+        def redirect_request(self, req: Any, fp: Any, *arguments: Any) -> Any:
+            fp.close()  # urllib would read its body, however long
+            return super().redirect_request(req, fp, *arguments)
+
     opener = request.OpenerDirector()
-    for handler in (Plain, Secure):
+    for handler in (Plain, Secure, Redirect):
         opener.add_handler(handler())
-    for name in ("Proxy", "HTTPRedirect", "HTTPDefaultError"):
+    for name in ("Proxy", "HTTPDefaultError"):
         opener.add_handler(getattr(request, f"{name}Handler")())
     opener.add_handler(request.HTTPErrorProcessor())
     return opener

@@ -14,6 +14,7 @@ import pytest
 
 from mlx_onevision.errors import MediaError
 from mlx_onevision.media import sources
+from mlx_onevision.media.deadline import Deadline
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.service import download as module
@@ -166,3 +167,33 @@ def test_descriptors_are_given_back(fetch: Fetch, monkeypatch: pytest.MonkeyPatc
         while connections:
             time.sleep(0.01)
         assert len(os.listdir("/dev/fd")) <= before
+
+
+def test_a_connection_that_is_made_too_late_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.create_connection
+
+    def late(*arguments: Any, **options: Any) -> socket.socket:
+        connected = connect(*arguments, **options)
+        time.sleep(0.3)
+        return connected
+
+    monkeypatch.setattr(socket, "create_connection", late)
+    with host(silent) as (port, _), Deadline(0.1) as deadline, pytest.raises(TimeoutError):
+        deadline.connect("127.0.0.1", port, 5.0)
+
+
+def test_the_body_of_a_redirect_is_not_read(fetch: Fetch) -> None:
+    sent: list[int] = []
+
+    def talk(send: Callable[[bytes], None]) -> None:
+        if sent:  # the second request
+            return send(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        send(b"HTTP/1.1 302 Found\r\nLocation: /b\r\n\r\n")
+        sent.append(0)
+        while sum(sent) < 1 << 30:
+            send(bytes(1 << 20))
+            sent.append(1 << 20)
+
+    with host(talk) as (port, _):
+        assert "answers 404" in fetch(f"http://127.0.0.1:{port}/a")
+    assert sum(sent) < 100 << 20  # what sockets hold by themselves
