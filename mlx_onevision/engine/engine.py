@@ -115,7 +115,10 @@ class Engine:
             def fit(planned: MemoryModel) -> None:
                 share.weights = planned.weights
                 with shares.counted(share):
-                    planned.admit_model(usable if group is not None else shares.limit(share))
+                    if group is not None:
+                        planned.admit_model(usable)
+                    else:
+                        shares.join(share, planned.admit_model)
 
             def admit(planned: MemoryModel) -> None:
                 planned = replace(planned, kv_bits=kv_bits)
@@ -136,12 +139,15 @@ class Engine:
             share.most = runner.limit
             if group is None:
                 fit(runner.memory)
-                shares.join(share)
                 runner.plan(shares.limit(share))
             return runner
 
-        self._worker = Worker(build, steps)
         weakref.finalize(self, shares.leave, share)
+        try:
+            self._worker = Worker(build, steps)
+        except BaseException:
+            shares.leave(share)
+            raise
         group = self._worker.call(lambda runner: runner.model.group)
         self._ranks = None if group is None else Ranks(group, self._worker.closing)
         # Plain data, anyone's to read.

@@ -141,12 +141,13 @@ class Share:
     leave free of the device.
 
     weights : bytes of them. most : bytes that it may use by its own limit. smaller : called, on
-        another thread, when the part has become smaller.
+        another thread, when the part has become smaller. left : for good.
     """
 
     weights: int
     most: int
     smaller: Callable[[], None]
+    left: bool = False
 
 
 class Shares:
@@ -160,16 +161,23 @@ class Shares:
         self._lock = threading.RLock()  # a model may be collected within it
         self._shares: list[Share] = []
 
-    def join(self, share: Share) -> None:
+    def join(self, share: Share, admit: Callable[[int], None] = lambda limit: None) -> None:
+        """Counts a model, before its weights are read: of two that are loaded at once, the second
+        has what the first leaves. Called again, it has changed.
+
+        admit : raises where its limit is too small; then it is not counted.
+        """
         with self._lock:
-            others = self._shares.copy()
-            self._shares.append(share)
+            admit(self.limit(share))
+            others = [other for other in self._shares if other is not share]
+            self._shares = others if share.left else [*others, share]
         for other in others:
             other.smaller()
 
     def leave(self, share: Share) -> None:
-        with self._lock, suppress(ValueError):  # it has left before
-            self._shares.remove(share)
+        with self._lock:
+            share.left = True
+            self._shares = [other for other in self._shares if other is not share]
 
     def limit(self, share: Share) -> int:
         """Bytes that it may use, one that has not joined yet, too."""

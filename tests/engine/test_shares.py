@@ -3,7 +3,9 @@
 import gc
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +105,49 @@ def test_a_model_has_what_others_leave(
         del second, model
         gc.collect()
         assert first._engine.memory_limit == total
+
+
+def test_two_that_are_loaded_at_once_know_of_each_other(
+    folder: Path, alone: Shares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(folder) as first:
+        least = first._engine.memory.shortest.total
+    device(monkeypatch, 12 * least // 10)
+    weights, admitted = threading.Event(), threading.Event()
+    read, found = engine.load_checkpoint, list[Model]()
+
+    def slowly(*arguments: Any, admit: Callable[[Any], None], **options: Any) -> Any:
+        def admit_then_wait(planned: Any) -> None:
+            admit(planned)
+            admitted.set()
+            assert weights.wait(60)
+
+        return read(*arguments, admit=admit_then_wait, **options)
+
+    monkeypatch.setattr(engine, "load_checkpoint", slowly)
+    thread = threading.Thread(target=lambda: found.append(load(folder)), daemon=True)
+    thread.start()
+    assert admitted.wait(60)
+    with pytest.raises(OutOfMemoryError, match="or close another"):  # and reads no weights
+        load(folder)
+    assert len(alone._shares) == 1
+    weights.set()
+    thread.join(60)
+    assert found[0]._engine.memory_limit == 12 * least // 10
+    found.pop().close()
+    assert not alone._shares
+
+
+def test_a_load_that_fails_leaves_its_memory_to_others(
+    folder: Path, alone: Shares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "Runner", fail)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder)
+    assert not alone._shares
 
 
 def test_a_limit_of_its_own_leaves_the_rest_to_the_others(
