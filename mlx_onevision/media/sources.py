@@ -270,9 +270,11 @@ def _opener(deadline: Deadline) -> OpenerDirector:
             return super().do_open(within(http_class), req, **options)
 
     class Redirect(request.HTTPRedirectHandler):
-        def redirect_request(self, req: Any, fp: Any, *arguments: Any) -> Any:
+        def redirect_request(
+            self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any
+        ) -> Any:
             fp.close()  # urllib would read its body, however long
-            return super().redirect_request(req, fp, *arguments)
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     opener = request.OpenerDirector()
     for handler in (Plain, Secure, Redirect):
