@@ -143,3 +143,15 @@ def test_what_is_nearer_wins() -> None:
     assert far.over({"num_frames": 4}) == FrameOptions(num_frames=4, end=9)
     assert far.over({"start": 1}) == FrameOptions(fps=2, start=1, end=9)
     assert far.over({}) == far
+
+
+def test_a_rate_that_is_nearer_switches_the_ends_off() -> None:
+    wanted = FrameOptions(num_frames=4, ends=True)
+    assert wanted.over({"fps": 2}) == FrameOptions(fps=2)
+    assert wanted.over({"fps": None}) == FrameOptions(ends=True)
+    assert wanted.over({"start": 1}) == FrameOptions(num_frames=4, start=1, ends=True)
+
+
+def test_the_least_of_each_number_is_taken() -> None:
+    assert select_frames(*even(9, 3), FrameOptions(num_frames=1), DEFAULT) == [0]
+    assert select_frames(*even(9, 3), FrameOptions(start=0, end=0.5, fps=0.5), DEFAULT) == [0]

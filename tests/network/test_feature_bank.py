@@ -40,6 +40,10 @@ def test_ids_that_nobody_owns_are_an_error() -> None:
         bank.look_up(ids.stop, ids.stop + 1)
     with pytest.raises(ValueError, match="dropped"):
         bank.look_up(ids.start, ids.stop)
+    bank.store("a", rows(4))
+    bank.reserve("b", 4)
+    with pytest.raises(ValueError, match="not of one medium"):
+        bank.look_up(ids.stop - 1, ids.stop + 1)
 
 
 def test_wrong_lengths_are_refused() -> None:
@@ -102,3 +106,37 @@ def test_running_out_of_ids_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     with bank.in_use(["a"]), pytest.raises(RuntimeError, match="no virtual ids"):
         bank.reserve("b", 4)
     assert len(bank.reserve("b", 4)) == 4  # a is idle now and makes way
+
+
+def test_what_is_forgotten_leaves_unless_a_request_needs_it() -> None:
+    bank = FeatureBank(VOCAB, 1 << 20)
+    for key in "abc":
+        bank.reserve(key, 4)
+        bank.store(key, rows(4))
+    with bank.in_use(["a"]):
+        bank.forget(["a", "b", "unknown"])
+        assert ("a" in bank, "b" in bank, "c" in bank) == (True, False, True)
+
+
+def test_less_room_evicts_what_was_used_least_recently() -> None:
+    bank = FeatureBank(VOCAB, 3 * 4 * ROW)
+    for key in "abc":
+        bank.reserve(key, 4)
+        bank.store(key, rows(4))
+    bank.shrink(3 * 4 * ROW)
+    assert bank.nbytes == 3 * 4 * ROW
+    bank.shrink(3 * 4 * ROW - 1)
+    assert ("a" in bank, "b" in bank, "c" in bank) == (False, True, True)
+
+
+def test_ids_come_from_the_lowest_gap_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_module, "LAST_ID", VOCAB + 9)  # ten virtual ids in all
+    bank = FeatureBank(VOCAB, 1 << 20)
+    for key, length in (("a", 3), ("b", 2), ("c", 5)):
+        bank.reserve(key, length)
+    bank.hold(["b", "c"])
+    bank.forget(["a"])  # leaves the ids before b
+    assert bank.reserve("d", 3) == range(VOCAB, VOCAB + 3)
+    bank.hold(["d"])
+    bank.release(["c"])
+    assert bank.reserve("e", 4) == range(VOCAB + 5, VOCAB + 9)

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from prompts import REFERENCE, SPECIALS, checkpoint, recorded, vocabulary
 
 from mlx_onevision.errors import CheckpointError, RequestError
-from mlx_onevision.prompt.tokenizer import Tokenizer
+from mlx_onevision.prompt.tokenizer import (
+    PLACEHOLDERS,
+    QWEN2_WORDS,
+    Tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,42 @@ def test_placeholders_are_special_even_where_they_were_added_as_words(tmp_path: 
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert set(tokenizer.specials) == set(SPECIALS)
-    assert tokenizer.token_to_id("<image>") not in tokenizer.encode("a <image> b")
+    assert tokenizer.token_to_id("<image>") == tokenizer.specials["<image>"]
+    assert tokenizer.specials["<image>"] not in tokenizer.encode("a <image> b")
+
+
+def test_the_other_files_make_a_word_of_tokenizer_json_special(tmp_path: Path) -> None:
+    """By the token's own entry, or because a name stands for it."""
+    checkpoint(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in whole["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    ids = {token["content"]: token["id"] for token in whole["added_tokens"]}
+    decoder = {
+        str(ids["<|im_start|>"]): {"content": "<|im_start|>", "special": True},
+        str(ids["<|im_end|>"]): {"content": "<|im_end|>", "special": False},
+        str(ids["<|endoftext|>"]): {"content": "<|endoftext|>", "special": False},
+    }
+    config = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    specials = Tokenizer.from_folder(tmp_path).specials
+    names = ("<|im_start|>", "<|im_end|>", *PLACEHOLDERS)
+    assert specials == {name: ids[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    "rule", ["ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"]
+)
+def test_each_supported_rule_is_read(tmp_path: Path, rule: str) -> None:
+    fields = {
+        "ByteLevel": {"add_prefix_space": False, "trim_offsets": False, "use_regex": True},
+        "Split": {"pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
+        "Digits": {"individual_digits": True},
+        "Punctuation": {"behavior": "Isolated"},
+    }.get(rule, {})
+    folder = changed(tmp_path, pre_tokenizer={"type": rule, **fields})
+    assert len(Tokenizer.from_folder(folder)) > 0
 
 
 def test_a_word_that_is_named_as_padding_stays_a_word(tmp_path: Path) -> None:
