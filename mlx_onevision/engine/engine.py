@@ -33,7 +33,7 @@ from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.jobs import Job
 from mlx_onevision.engine.memory import Share, memory_model, ranks_here, shares, working_set
 from mlx_onevision.engine.prefix_cache import check_settings
-from mlx_onevision.engine.ranks import Ranks, compare
+from mlx_onevision.engine.ranks import Ranks, compare, lost
 from mlx_onevision.engine.request import (
     ActiveRequest,
     PromptRequest,
@@ -145,8 +145,10 @@ class Engine:
         weakref.finalize(self, shares.leave, share)
         try:
             self._worker = Worker(build, steps)
-        except BaseException:
+        except BaseException as error:
             shares.leave(share)
+            if died := lost(error):
+                raise died from error
             raise
         group = self._worker.call(lambda runner: runner.model.group)
         self._ranks = None if group is None else Ranks(group, self._worker.closing)

@@ -59,6 +59,11 @@ SERVE, JOB, CANCEL, CLOSE = "serve", "job", "cancel", "close"
 logger = logging.getLogger("mlx_onevision")
 
 
+def lost(error: BaseException) -> DiedError | None:
+    """What to raise where MLX's ring has lost another rank; None for any other error."""
+    return DiedError(f"{LOST}, {RESTART}") if "peer was lost" in str(error) else None
+
+
 def compare(group: mx.distributed.Group, settings: Mapping[str, str]) -> None:
     """RequestError, on every rank, where one of them has other settings than rank 0."""
     first, *others = map(json.loads, gather_texts(json.dumps(settings), group))
@@ -285,7 +290,7 @@ class Ranks:
             return error
         found = as_package_error(error)
         why = sentence(found) if isinstance(found, Exception) else type(found).__name__
-        return DiedError(f"{LOST if 'peer was lost' in str(error) else why}, {RESTART}")
+        return lost(error) or DiedError(f"{why}, {RESTART}")
 
 
 class NoText:

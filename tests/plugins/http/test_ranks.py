@@ -165,6 +165,24 @@ def test_the_others_end_where_a_rank_is_killed(
         assert re.search(f"^error: rank {1 - lost}: .+", error, re.MULTILINE), error
 
 
+def test_a_rank_that_is_killed_while_it_loads(folder: Path, tmp_path: Path) -> None:
+    program = tmp_path / "killed.py"
+    program.write_text(
+        "import os, signal\n"
+        "from mlx_onevision.engine import engine\n"
+        "if os.environ['MLX_RANK'] == '1':\n"
+        "    engine.load_checkpoint = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from mlx_onevision.__main__ import main\n"
+        "main()\n"
+    )
+    asked = [str(program), "generate", "--model", str(folder), "--prompt", "hello"]
+    with ranks.running(asked, asked, folder=tmp_path) as started:
+        (code, out, error), killed = ranks.ended(started)
+    assert (code, out, killed[0]) == (1, "", -signal.SIGKILL)
+    said = "^error: rank 0: another rank has ended .+; start them again$"
+    assert re.search(said, error, re.MULTILINE), error
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("command", ["serve", "generate"])
 def test_all_end_where_a_rank_hangs(folder: Path, tmp_path: Path, rank: int, command: str) -> None:
