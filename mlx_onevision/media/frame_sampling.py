@@ -147,5 +147,5 @@ def select_frames(
     if all(abs(times[k] - begin - i * step) <= step / 2 for i, k in enumerate(window)):
         return [window[i] for i in uniform(len(window), wanted)]
     instants = (begin + i * (finish - begin) / wanted for i in range(wanted))
-    shown = (max(bisect_right(times, instant + _INSTANT) - 1, 0) for instant in instants)
+    shown = (bisect_right(times, instant + _INSTANT) - 1 for instant in instants)
     return sorted(set(shown))

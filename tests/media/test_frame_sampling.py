@@ -111,6 +111,8 @@ def test_a_rate_of_uneven_frames_takes_what_is_on_screen_once() -> None:
 
 
 def test_a_start_behind_the_end_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"start is 10 s, but the video is 10\.00 s long"):
+        select_frames(*even(100, 10), FrameOptions(start=10), DEFAULT)
     with pytest.raises(RequestError, match=r"start is 12 s, but the video is 10\.00 s long"):
         select_frames(*even(100, 10), FrameOptions(start=12), DEFAULT)
 
@@ -121,11 +123,12 @@ def test_a_start_behind_the_end_is_refused() -> None:
         ({"num_frames": 0}, "num_frames"),
         ({"num_frames": 2.0}, "num_frames"),
         ({"num_frames": True}, "num_frames"),
-        ({"fps": 0}, "fps"),
+        ({"fps": 0}, "fps is 0; it must be more than 0"),
         ({"fps": -1}, "fps"),
         ({"fps": float("nan")}, "fps"),
         ({"fps": "2"}, "fps"),
-        ({"start": -1}, "start"),
+        ({"fps": True}, "fps is True; it must be a number"),
+        ({"start": -1}, "start is -1; it must be 0 or more"),
         ({"end": 0}, "end"),
         ({"start": 3, "end": 3}, "not after start"),
         ({"num_frames": 2, "fps": 1}, "not both"),
@@ -155,3 +158,29 @@ def test_a_rate_that_is_nearer_switches_the_ends_off() -> None:
 def test_the_least_of_each_number_is_taken() -> None:
     assert select_frames(*even(9, 3), FrameOptions(num_frames=1), DEFAULT) == [0]
     assert select_frames(*even(9, 3), FrameOptions(start=0, end=0.5, fps=0.5), DEFAULT) == [0]
+
+
+def test_what_a_caller_has_set() -> None:
+    assert FrameOptions.names() == ("num_frames", "fps", "start", "end", "ends")
+    assert FrameOptions(num_frames=2).explicit and FrameOptions(fps=2).explicit
+    assert not FrameOptions(start=1, end=2, ends=True).explicit
+
+
+def test_a_part_before_the_first_frame_and_one_shorter_than_a_frame() -> None:
+    assert select_frames([0.5, 1.0, 1.5], 2.0, FrameOptions(start=0.1), DEFAULT) == [0, 1, 2]
+    instant = FrameOptions(start=1.0, end=1.0 + 5e-7)
+    assert select_frames(*even(100, 10), instant, DEFAULT) == [10]
+
+
+@pytest.mark.parametrize(("late", "expected"), [(4.5, [2, 4, 6]), (4.75, [2, 3, 6])])
+def test_frames_within_half_a_step_of_their_place_are_evenly_spaced(
+    late: float, expected: list[int]
+) -> None:
+    """Else the frame that is on screen at 4 s is taken."""
+    times = [0.0, 1.0, 2.0, 3.0, late, 5.0, 6.0, 7.0]
+    assert select_frames(times, 8.0, FrameOptions(fps=0.5, start=2), DEFAULT) == expected
+
+
+def test_a_part_ends_where_the_frame_behind_it_appears() -> None:
+    options = FrameOptions(fps=0.35, start=2, end=7)  # 1.75 frames in 5 s
+    assert select_frames(*even(8, 1), options, DEFAULT) == [2]

@@ -140,3 +140,36 @@ def test_ids_come_from_the_lowest_gap_that_is_long_enough(monkeypatch: pytest.Mo
     bank.hold(["d"])
     bank.release(["c"])
     assert bank.reserve("e", 4) == range(VOCAB + 5, VOCAB + 9)
+
+
+def test_virtual_ids_fit_int32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bank_module.LAST_ID == 2_147_483_647
+    monkeypatch.setattr(bank_module, "LAST_ID", VOCAB + 9)
+    bank = FeatureBank(VOCAB, 1 << 20)
+    with pytest.raises(RuntimeError, match="no virtual ids"):
+        bank.reserve("a", 11)
+    assert bank.reserve("a", 10) == bank.ids_of("a") == range(VOCAB, VOCAB + 10)
+
+
+def test_ids_that_became_free_are_not_given_out_next() -> None:
+    bank = FeatureBank(VOCAB, 1 << 20)
+    bank.reserve("a", 4)
+    bank.hold(["a"])
+    bank.reserve("b", 4)
+    bank.forget(["b"])
+    assert bank.reserve("c", 4).start == VOCAB + 8
+
+
+def test_a_medium_that_nothing_holds_is_unknown() -> None:
+    bank = FeatureBank(VOCAB, 4 * ROW)
+    bank.reserve("a", 4)
+    bank.hold(["a"])
+    bank.release(["a"])
+    bank.reserve("a", 5)  # of another length, so it was unknown
+    bank.forget(["a"])
+    bank.reserve("a", 6)
+    with bank.in_use(["a"]):
+        bank.reserve("b", 4)
+        bank.store("b", rows(4))
+        bank.shrink(0)
+        assert bank.ids_of("a") == range(VOCAB + 9, VOCAB + 15)

@@ -69,6 +69,25 @@ def test_names_without_an_id_get_the_next_one(tmp_path: Path) -> None:
     assert set(tokenizer.specials.values()) == {vocabulary(), vocabulary() + 1}
 
 
+def test_names_without_an_id_are_numbered_in_the_references_order(tmp_path: Path) -> None:
+    split_files(tmp_path, special=False)
+    names = {
+        "own_token": "<own>",
+        "model_max_length": "none",
+        "extra_special_tokens": {"x": "<extra>"},
+        "additional_special_tokens": ["<more>"],
+        **{f"{name}_token": f"<{name}>" for name in ("mask", "cls", "pad", "sep", "unk", "eos")},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    order = ("eos", "unk", "sep", "pad", "cls", "mask", "more", "extra", "own")
+    assert tokenizer.specials == {f"<{name}>": vocabulary() + n for n, name in enumerate(order)}
+    assert tokenizer.agrees_with(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert not tokenizer.agrees_with(checkpoint(other))
+
+
 def test_placeholders_are_special_even_where_they_were_added_as_words(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -155,7 +174,16 @@ def changed(folder: Path, **parts: object) -> Path:
 
 def test_padding_and_truncation_of_the_file_are_switched_off(tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    tokenizer = Tokenizer.from_folder(changed(tmp_path, truncation=truncation))
+    padding = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    tokenizer = Tokenizer.from_folder(changed(tmp_path, truncation=truncation, padding=padding))
+    assert len(tokenizer.encode("a")) == 1
     assert len(tokenizer.encode("one two three four five six")) > 3
 
 
