@@ -11,13 +11,15 @@ and a command what it needs.
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -27,7 +29,8 @@ from mlx_onevision.cli.paths import could_be_file
 from mlx_onevision.distributed import launched, prefix
 from mlx_onevision.errors import sentence
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+AGAIN_SECONDS = 0.2
 
 
 class Commands(click.Group):
@@ -92,16 +95,40 @@ def _exit_on_sigterm() -> Generator[None]:
     if outside or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
+    ending = SystemExit(TERMINATED)
+    unraisable = sys.unraisablehook
 
-    def end(number: int, _: object) -> NoReturn:
-        signal.signal(number, signal.SIG_DFL)
-        sys.exit(128 + number)
+    def end(_: int, frame: FrameType | None) -> None:
+        """What is raised in a callback or a destructor is dropped there, so it is raised again
+        until somebody handles it. In an import it may abort the process (MLX's module is in C++),
+        so that the import's end is waited for.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        sys.unraisablehook = _ignore
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                return
+            frame = frame.f_back
+        handled = sys.exc_info()[1]
+        while handled is not None and handled is not ending:
+            handled = handled.__context__
+        if handled is None:
+            raise ending
 
+    alarm = signal.signal(signal.SIGALRM, end)
     signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, alarm)
+        sys.unraisablehook = unraisable
+
+
+def _ignore(_: object) -> None:
+    """What cannot be raised while the process ends is not printed."""
 
 
 def fail(ctx: click.Context, error: Exception) -> NoReturn:
@@ -137,4 +164,13 @@ for name, text in (
 
 def main() -> None:
     """The console script."""
-    cli(prog_name="mlx-onevision")
+    try:
+        cli(prog_name="mlx-onevision")
+    except SystemExit as ended:
+        if ended.code not in (INTERRUPTED, TERMINATED):
+            raise
+        # The model's thread may be inside a step, which MLX aborts in at the interpreter's end.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(ended.code)

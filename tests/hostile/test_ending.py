@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -104,10 +104,13 @@ COMMANDS = {
 
 
 def started(
-    place: Path, arguments: list[str], stdout: int = subprocess.DEVNULL
+    place: Path,
+    arguments: list[str],
+    stdout: int = subprocess.DEVNULL,
+    program: Sequence[str] = ("-m", "mlx_onevision"),
 ) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "mlx_onevision", *arguments],
+        [sys.executable, *program, *arguments],
         env={**os.environ, "XDG_CACHE_HOME": str(place / "user")},
         stdin=subprocess.PIPE,
         stdout=stdout,
@@ -200,6 +203,27 @@ def test_chat_while_it_waits_for_a_line(tmp_path: Path) -> None:
     process.stdin.flush()
     assert process.stdout.readline()
     time.sleep(0.2)
+    ended(process)
+
+
+def test_where_what_is_raised_is_dropped(tmp_path: Path) -> None:
+    """As in the callbacks of imports: Python prints what they raise, and goes on."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time, weakref\n"
+        "from mlx_onevision import api\n"
+        "def load(*_, **__):\n"
+        "    class Thing: pass\n"
+        "    thing = Thing()\n"
+        "    kept = weakref.ref(thing, lambda _: (print('now', flush=True), time.sleep(60)))\n"
+        "    del thing\n"
+        "    time.sleep(60)\n"
+        "api.load = load\n"
+        "from mlx_onevision.__main__ import main\n"
+        "main()\n"
+    )
+    process = started(tmp_path, ["generate", "-p", "x"], subprocess.PIPE, [str(program)])
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
     ended(process)
 
 
