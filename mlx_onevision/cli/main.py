@@ -30,7 +30,7 @@ from mlx_onevision.distributed import launched, prefix
 from mlx_onevision.errors import sentence
 
 INTERRUPTED, TERMINATED = 130, 143
-AGAIN_SECONDS = 0.2
+AGAIN_SECONDS = 0.02
 
 
 class Commands(click.Group):
