@@ -67,7 +67,7 @@ def test_a_dropped_image_is_asked_about_and_asked_on(tab: Tab, client: Client) -
 
 
 def test_what_is_asked_about_stays_and_what_is_not_can_go(tab: Tab) -> None:
-    figures = tab.page.locator("#pictures figure")
+    figures = tab.page.locator("#images figure")
     tab.choose(SHAPES)
     expect(figures).to_have_count(1)
     tab.choose(SQUARE)
@@ -140,12 +140,12 @@ def test_two_images(tab: Tab) -> None:
 def test_the_demo_model_says_what_it_knows_and_has_something_to_try(tab: Tab) -> None:
     expect(tab.page.get_by_text("It knows coloured shapes and nothing else")).to_be_visible()
     expect(tab.page.get_by_text("coloured shapes only")).to_be_visible()
-    tab.button("A picture").click()
+    tab.button("An image").click()
     tab.button("What is in the image?").click()
     expect(tab.words).to_have_text(SEEN)
     tab.button("New conversation").click()
-    tab.button("Two pictures").click()
-    expect(tab.page.locator("#pictures figure")).to_have_count(2)
+    tab.button("Two images").click()
+    expect(tab.page.locator("#images figure")).to_have_count(2)
     tab.button("Which image has the star?").click()
     expect(tab.words).to_have_text("The first image has the star.")
     tab.button("What is in the second image?").click()
@@ -172,7 +172,7 @@ def test_with_the_keyboard_alone(tab: Tab) -> None:
         pytest.fail(f"the Tab key does not come to {name}")
 
     expect(tab.page.locator("body.demo")).to_be_visible()
-    tab_to("A picture")
+    tab_to("An image")
     press("Enter")
     expect(tab.page.get_by_role("img", name="three-shapes.png")).to_be_visible()
     expect(tab.page.get_by_label("Your question")).to_be_focused()
@@ -214,6 +214,6 @@ def test_another_model_has_its_own_name_and_no_examples(browser: Browser) -> Non
     with opened(browser, FakeBackend()) as tab:
         expect(tab.page.locator("#model")).to_have_text("fake")
         expect(tab.page.get_by_text("coloured shapes only")).to_be_hidden()
-        expect(tab.button("A picture")).to_be_hidden()
+        expect(tab.button("An image")).to_be_hidden()
         tab.choose(SHAPES)
         expect(tab.button("What is in the image?")).to_have_count(0)

@@ -117,7 +117,7 @@ def test_a_reload_loses_nothing(tab: Tab) -> None:
     answers(tab, "one [1 image][0 videos]")
     tab.choose(CIRCLE)
     tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
-    tab.button("Describe the film").click()
+    tab.button("Describe the video").click()
     expect(tab.turns.get_by_role("button", name="Save VTT")).to_be_visible()
     tab.button("Settings").click()
     tab.page.get_by_label("System prompt").fill("Briefly.")
@@ -141,7 +141,7 @@ def test_a_reload_loses_nothing(tab: Tab) -> None:
     tab.page.reload()
     expect(tab.page.locator("#model")).to_have_text("fake")
     expect(tab.turns).to_have_count(0)
-    expect(tab.page.locator("#pictures figure")).to_have_count(0)
+    expect(tab.page.locator("#images figure")).to_have_count(0)
 
 
 def wait_kept(tab: Tab, turns: int) -> None:
@@ -178,7 +178,7 @@ def test_a_conversation_is_taken_along(tab: Tab, client: Client, tmp_path: Path)
     answers(tab, "one two [1 image][0 videos]")
     tab.choose(CIRCLE)
     tab.page.get_by_label("Parts", exact=True).select_option("every 30 s")
-    tab.button("Describe the film").click()
+    tab.button("Describe the video").click()
     expect(tab.turns.get_by_role("button", name="Save VTT")).to_be_visible()
 
     def saved(form: str) -> str:
@@ -191,7 +191,7 @@ def test_a_conversation_is_taken_along(tab: Tab, client: Client, tmp_path: Path)
     assert body["model"] == "fake" and body["temperature"] == 0
     assert [one["role"] for one in body["messages"]] == ["system", "user", "assistant"]
     assert body["messages"][1]["content"][0]["image_url"]["url"] == PICTURE
-    assert body["descriptions"][0]["film"] == "circle.mp4"
+    assert body["descriptions"][0]["video"] == "circle.mp4"
     assert body["descriptions"][0]["segments"][0]["text"] == "This is part 1."
     # The server takes it as it is, with another question.
     body["messages"].append({"role": "user", "content": "three"})

@@ -44,7 +44,7 @@ def test_before_and_while_something_is_asked(browser: Browser, wide: int) -> Non
     size = {"width": wide, "height": 844}
     backend = open_backend("engine", model="demo")
     with backend, opened(browser, backend, viewport=size) as tab:
-        expect(tab.button("A picture")).to_be_visible()
+        expect(tab.button("An image")).to_be_visible()
         looked_at(tab, "empty")
         tab.drop(("notes.txt", "text/plain", b"words"))
         looked_at(tab, "a refused file")
@@ -74,9 +74,9 @@ def test_after_it_was_asked(browser: Browser, wide: int) -> None:
         tab.button("Cancel").click()
         tab.choose(CIRCLE)
         tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
-        tab.button("Describe the film").click()
+        tab.button("Describe the video").click()
         expect(tab.turns.get_by_role("button", name="Save VTT")).to_be_visible()
-        looked_at(tab, "a described film")
+        looked_at(tab, "a described video")
         tab.page.route("**/v1/chat/completions", lambda route: route.abort())
         tab.ask("And one that fails?")
         expect(tab.turns.get_by_role("alert")).to_be_visible()

@@ -244,15 +244,15 @@ def test_files_that_are_no_images_or_are_gone(browser: Browser, tmp_path: Path) 
     ) as tab:
         tab.drop(("notes.txt", "text/plain", b"some words"), ("fake.png", "image/png", b""))
         expect(tab.page.get_by_role("alert")).to_have_text(
-            "notes.txt is neither a picture nor a film that is known here. "
-            "fake.png is neither a picture nor a film that is known here."
+            "notes.txt is neither an image nor a video that is known here. "
+            "fake.png is neither an image nor a video that is known here."
         )
         # By its bytes, whatever it is called.
         tab.drop(("picture.txt", "text/plain", SHAPES.read_bytes()))
         expect(tab.page.get_by_role("img", name="picture.txt")).to_be_visible()
         tab.button("New conversation").click()
         tab.drop(("broken.png", "image/png", noise(1000)))
-        expect(tab.page.get_by_text("This browser cannot show this picture.")).to_be_visible()
+        expect(tab.page.get_by_text("This browser cannot show this image.")).to_be_visible()
         tab.ask("What?")
         expect(tab.words).to_have_text("What? [1 image][0 videos]")
         tab.button("New conversation").click()
@@ -288,8 +288,8 @@ def test_markup_of_others_is_text(browser: Browser) -> None:
         expect(tab.turns.get_by_role("heading")).to_have_text(
             "<img src=x onerror=alert(8)><b>bold</b>"
         )
-        assert tab.page.locator("#pictures .name").all_inner_texts() == names
-        tab.button("Describe the film").click()
+        assert tab.page.locator("#images .name").all_inner_texts() == names
+        tab.button("Describe the video").click()
         expect(tab.turns.get_by_role("heading", name="Summary")).to_be_visible()
         count = "document.querySelectorAll('script, style, iframe, a, b').length"
         assert tab.page.evaluate(count) == before

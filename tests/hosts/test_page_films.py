@@ -73,7 +73,7 @@ def tab(browser: Browser, client: Client) -> Iterator[Tab]:
 
 
 def described(tab: Tab) -> None:
-    tab.button("Describe the film").click()
+    tab.button("Describe the video").click()
     expect(tab.turns.get_by_role("heading", name="Summary")).to_be_visible(timeout=30_000)
 
 
@@ -100,7 +100,7 @@ def test_a_video_is_asked_about(tab: Tab) -> None:
 
 
 def test_a_video_is_described_on_a_timeline(tab: Tab) -> None:
-    tab.button("A film").click()
+    tab.button("A video").click()
     described(tab)
     rows = tab.turns.locator(".parts li")
     expect(rows).to_have_count(5)
@@ -111,7 +111,7 @@ def test_a_video_is_described_on_a_timeline(tab: Tab) -> None:
     assert chapters[0].split() == ["0:00.0", "Red", "circle", "moving", "right"]
 
     # Every part has an image of its own moment, and is as wide as it is long.
-    parts = tab.page.get_by_role("group", name="Timeline of the film").get_by_role("button")
+    parts = tab.page.get_by_role("group", name="Timeline of the video").get_by_role("button")
     expect(parts.locator("canvas")).to_have_count(5)
     colours = np.array(parts.locator("canvas").evaluate_all(COLOURS, [at for at, _ in SEEN]))
     assert np.abs(colours[:, 0] - BACKGROUNDS).max() < 16  # of 255; H.264's colours
@@ -124,9 +124,9 @@ def test_a_video_is_described_on_a_timeline(tab: Tab) -> None:
 
 
 def test_clicks_and_keys_seek(tab: Tab) -> None:
-    tab.button("A film").click()
+    tab.button("A video").click()
     described(tab)
-    timeline = tab.page.get_by_role("group", name="Timeline of the film")
+    timeline = tab.page.get_by_role("group", name="Timeline of the video")
     parts, rows = timeline.get_by_role("button"), tab.turns.locator(".parts li")
 
     def stands_at(place: int) -> None:
@@ -165,7 +165,7 @@ def test_clicks_and_keys_seek(tab: Tab) -> None:
 
 
 def test_captions_are_taken_along(tab: Tab, client: Client, tmp_path: Path) -> None:
-    tab.button("A film").click()
+    tab.button("A video").click()
     described(tab)
     wanted = VideoDescription(
         "shapes.mp4", 14.0, "demo", tuple(Segment(*told) for told in TOLD), SUMMARY
@@ -194,7 +194,7 @@ def test_captions_are_taken_along(tab: Tab, client: Client, tmp_path: Path) -> N
 
 
 def test_the_parts_of_a_video_can_be_of_one_length(tab: Tab) -> None:
-    tab.button("A film").click()
+    tab.button("A video").click()
     tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
     described(tab)
     assert tab.bodies(DESCRIBE)[0]["segments"] == 5
@@ -212,7 +212,7 @@ def test_a_video_that_the_browser_cannot_show(tab: Tab) -> None:
     expect(tab.page.locator("video")).to_be_hidden()
     tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
     described(tab)
-    parts = tab.page.get_by_role("group", name="Timeline of the film").get_by_role("button")
+    parts = tab.page.get_by_role("group", name="Timeline of the video").get_by_role("button")
     expect(parts).to_have_count(1)
     expect(parts.locator("canvas")).to_have_count(0)
     parts.first.click()
@@ -225,15 +225,15 @@ def test_a_description_appears_as_it_is_made_and_can_be_stopped(browser: Browser
     with opened(browser, backend) as tab:
         tab.choose(CIRCLE)
         tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
-        tab.button("Describe the film").click()
+        tab.button("Describe the video").click()
         rows = tab.turns.locator(".parts li")
         rows.first.wait_for()
         expect(tab.turns.get_by_role("progressbar")).to_be_visible()
         expect(tab.turns.locator(".waiting")).to_contain_text(re.compile("[1-5] of 6"))
-        expect(tab.button("Describe the film")).to_be_disabled()
+        expect(tab.button("Describe the video")).to_be_disabled()
         tab.page.keyboard.press("Escape")
         expect(tab.turns.get_by_text("Stopped.")).to_be_visible()
-        expect(tab.button("Describe the film")).to_be_enabled()
+        expect(tab.button("Describe the video")).to_be_enabled()
         wait_for(lambda: backend.info().active == 0)
         told = rows.count()
         assert 1 <= told <= backend.steps <= 5
@@ -254,7 +254,7 @@ def test_one_video_at_a_time(browser: Browser) -> None:
         expect(tab.words).to_have_text("hello [0 images][1 video]")
         tab.choose(CIRCLE)
         expect(tab.page.get_by_role("alert")).to_have_text(
-            "One film at a time; start anew to show circle.mp4."
+            "One video at a time; start anew to show circle.mp4."
         )
         expect(tab.page.locator("video")).to_have_count(1)
 
@@ -288,8 +288,8 @@ def test_warnings_are_shown_and_text_before_its_part(browser: Browser) -> None:
 # What the view of a description shows after each event: what it waits for, words, parts.
 SHOWN = """async events => {
   const { DescriptionTurn } = await import("/page/description.js");
-  const { Film } = await import("/page/video.js");
-  const film = new Film({ name: "a.mp4", url: URL.createObjectURL(new Blob(["none"])) });
+  const { VideoPlayer } = await import("/page/video.js");
+  const film = new VideoPlayer({ name: "a.mp4", url: URL.createObjectURL(new Blob(["none"])) });
   const turn = new DescriptionTurn(film);
   document.querySelector("#talk").append(film.element, turn.element);
   const text = name => turn.element.querySelector(name)?.textContent || "";

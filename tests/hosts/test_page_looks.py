@@ -34,7 +34,7 @@ def shown(browser: Browser) -> Iterator[Tab]:
         tab.drop((f"{LONG}.png", "", SHAPES.read_bytes()), (f"{LONG}.mp4", "", CIRCLE.read_bytes()))
         expect(tab.page.locator("figure")).to_have_count(2)
         tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
-        tab.button("Describe the film").click()
+        tab.button("Describe the video").click()
         expect(tab.turns.get_by_role("heading", name="Summary")).to_be_visible()
         expect(tab.page.locator(".part canvas")).to_have_count(6)
         tab.ask("A first question, which is rather long, so that it needs a second line?")
@@ -52,7 +52,7 @@ def empty(browser: Browser) -> Iterator[Tab]:
     """As the demo model greets, with a token asked for."""
     settings = ServerSettings(model="shapes")  # by another name it is the demo model still
     with open_backend("engine", model="demo") as backend, opened(browser, backend, settings) as tab:
-        expect(tab.button("A picture")).to_be_visible()
+        expect(tab.button("An image")).to_be_visible()
         tab.page.locator("#token").evaluate("one => { one.hidden = false }")
         yield tab
 
@@ -95,14 +95,14 @@ def test_what_assistive_technology_gets(shown: Tab) -> None:
     expect(shown.page.locator("main")).to_match_aria_snapshot(
         """
         - main:
-          - region "Pictures and film":
+          - region "Images and video":
             - alert:
-              - paragraph: /notes.txt is neither a picture nor a film that is known here/
+              - paragraph: /notes.txt is neither an image nor a video that is known here/
               - button "Dismiss"
-            - group "Timeline of the film":
+            - group "Timeline of the video":
               - 'button "Part 1, 0:00.0 to 0:05.0: This is part 1."'
               - 'button "Part 2, 0:05.0 to 0:10.0: This is part 2."'
-            - button "Describe the film"
+            - button "Describe the video"
             - combobox "Parts"
             - list:
               - listitem:

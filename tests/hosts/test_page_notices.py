@@ -42,7 +42,7 @@ def test_a_refused_file_is_seen_where_it_was_dropped(browser: Browser, size: dic
     with opened(browser, backend, viewport=size) as tab:
         tab.drop(NOTES)
         said = tab.page.locator("#media-fault")
-        expect(said).to_contain_text("notes.txt is neither a picture nor a film")
+        expect(said).to_contain_text("notes.txt is neither an image nor a video")
         assert is_in_sight(tab, said)
         assert is_in_sight(tab, tab.button("Choose files"))
         tab.button("Dismiss").click()
@@ -69,7 +69,7 @@ def test_loading_the_model_is_said_while_it_lasts(browser: Browser) -> None:
         tab.button("New conversation").click()
         backend.unload()
         tab.choose(CIRCLE)
-        tab.button("Describe the film").click()
+        tab.button("Describe the video").click()
         expect(bar).to_be_visible()
         expect(tab.turns.get_by_role("heading", name="Summary")).to_be_visible()
         expect(bar).to_have_count(0)
@@ -102,10 +102,10 @@ def test_what_is_shown_stays_in_sight_on_a_telephone(browser: Browser) -> None:
             tab.ask("On and on?")
             expect(tab.turns.locator(".figures")).to_be_visible()
             tab.page.evaluate("scrollTo(0, 1e6)")
-            assert is_in_sight(tab, tab.page.locator("#pictures img").first)
+            assert is_in_sight(tab, tab.page.locator("#images img").first)
             assert is_in_sight(tab, tab.page.get_by_label("Your question"))
             # Words have at least half of the screen.
-            pictures = tab.page.locator("#pictures").bounding_box()
+            pictures = tab.page.locator("#images").bounding_box()
             box = tab.page.locator("#composer").bounding_box()
             assert pictures and box
             assert box["y"] - pictures["y"] - pictures["height"] > 844 / 2
@@ -114,7 +114,10 @@ def test_what_is_shown_stays_in_sight_on_a_telephone(browser: Browser) -> None:
         tab.choose(CIRCLE)
         boxes = [
             one.bounding_box()
-            for one in (tab.button("Describe the film"), tab.page.get_by_label("Parts", exact=True))
+            for one in (
+                tab.button("Describe the video"),
+                tab.page.get_by_label("Parts", exact=True),
+            )
         ]
         assert boxes[0] and boxes[1] and abs(boxes[0]["y"] - boxes[1]["y"]) < 4
         assert boxes[1]["x"] + boxes[1]["width"] <= 390 - 16
@@ -142,7 +145,7 @@ def test_the_summary_stands_above_the_parts(browser: Browser, size: dict) -> Non
     with opened(browser, FakeBackend(), viewport=size) as tab:
         tab.choose(app.STATIC_FOLDER / "shapes.mp4")
         tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
-        tab.button("Describe the film").click()
+        tab.button("Describe the video").click()
         heading = tab.turns.get_by_role("heading", name="Summary")
         expect(heading).to_be_visible()
         expect(tab.turns.get_by_role("button", name="Save VTT")).to_be_visible()

@@ -1,4 +1,4 @@
-"""A film of 60 MB, which no request has room for: sent by itself, by a program and by the page."""
+"""A video of 60 MB, which no request has room for: sent by itself, by a program and by the page."""
 
 import os
 import re
@@ -59,10 +59,10 @@ def posted(tab: Tab) -> int:
 def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) -> None:
     backend = open_backend("engine", model="demo", policy=taking(tmp_path))
     with serving(backend) as client, opened(browser, None, client=client) as tab:
-        expect(tab.page.locator("#limits")).to_contain_text("a film of up to 1.07 GB")
+        expect(tab.page.locator("#limits")).to_contain_text("a video of up to 1.07 GB")
         tab.choose(film)
-        expect(tab.page.locator("#film video")).to_be_visible()
-        tab.button("Describe the film").click()
+        expect(tab.page.locator("#video video")).to_be_visible()
+        tab.button("Describe the video").click()
         parts = tab.turns.locator(".parts li .words")
         expect(parts).to_have_text(TOLD, timeout=120_000)
         (asked,) = tab.bodies(DESCRIBE)
@@ -78,7 +78,7 @@ def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) ->
         assert posted(tab) == 2
         # It is kept over a reload, as any other.
         tab.page.reload()
-        expect(tab.page.locator("#film .name")).to_have_text("grainy.mp4")
+        expect(tab.page.locator("#video .name")).to_have_text("grainy.mp4")
         expect(parts).to_have_text(TOLD)
 
 
@@ -89,9 +89,9 @@ def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: 
         tab.choose(film)
         tab.ask("What is it?")
         waiting = tab.turns.locator(".waiting")
-        expect(waiting).to_have_text("Sending the film")
+        expect(waiting).to_have_text("Sending the video")
         time.sleep(0.6)  # the model is not loaded either, which is not what is waited for
-        expect(waiting).to_have_text("Sending the film")
+        expect(waiting).to_have_text("Sending the video")
         expect(tab.words).to_have_text("What is it? [0 images][1 video]", timeout=60_000)
 
 

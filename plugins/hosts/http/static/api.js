@@ -54,7 +54,7 @@ export async function* chat(asked, signal) {
 }
 
 /**
- * What happens while a film is described: the contract's events, the result in the last.
+ * What happens while a video is described: the contract's events, the result in the last.
  * @param {object} asked
  * @param {AbortSignal} signal
  * @returns {AsyncGenerator<any>}

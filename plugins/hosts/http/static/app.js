@@ -68,12 +68,12 @@ async function take(files) {
 
 /** @param {Medium} found */
 function add(found) {
-  const film = found.kind === "video" && conversation.film;
-  if (film && (stage.keeps(film) || composer.busy)) {
+  const video = found.kind === "video" && conversation.video;
+  if (video && (stage.keeps(video) || composer.busy)) {
     URL.revokeObjectURL(found.url);
-    throw new Error(`One film at a time; start anew to show ${found.name}.`);
+    throw new Error(`One video at a time; start anew to show ${found.name}.`);
   }
-  if (film) remove(film); // the other one takes its place
+  if (video) remove(video); // the other one takes its place
   conversation.waiting.push(found);
   stage.add(found);
 }
@@ -119,7 +119,7 @@ async function restore() {
   if (!found) return;
   conversation = found;
   settings.values = found.settings;
-  const media = found.turns.flatMap((turn) => (turn.kind === "answer" ? turn.media : [turn.film]));
+  const media = found.turns.flatMap((turn) => (turn.kind === "answer" ? turn.media : [turn.video]));
   for (const medium of new Set([...media, ...found.waiting])) stage.add(medium);
   for (const turn of found.turns) {
     if (turn.kind === "answer") show(turn, page());
@@ -148,8 +148,8 @@ byId("export").append(
 );
 byId("anew").addEventListener("click", anew);
 byId("describe").addEventListener("click", () => {
-  const film = conversation.film;
-  if (film) describe(film, byId("cut").value, page());
+  const video = conversation.video;
+  if (video) describe(video, byId("cut").value, page());
 });
 connection.connect();
 await restore();

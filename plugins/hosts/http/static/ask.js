@@ -124,7 +124,7 @@ function checkSize(body) {
   const [has, most] = [size(body) + SPARE, bodyLimit()];
   if (has > most) {
     throw new Error(
-      `The pictures of this conversation make ${bytes(has)} to send, but the server takes ` +
+      `The images of this conversation make ${bytes(has)} to send, but the server takes ` +
         `${bytes(most)} in one request; remove some, or start anew.`,
     );
   }

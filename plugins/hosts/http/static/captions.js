@@ -1,4 +1,4 @@
-// A described film as text and as subtitles: the same files as `mlx-onevision describe` writes.
+// A described video as text and as subtitles: the same files as `mlx-onevision describe` writes.
 
 /** @typedef {{ start: number, end: number, text: string }} Segment */
 /** @typedef {{ segments: Segment[], summary?: string, warnings?: string[] }} Described */

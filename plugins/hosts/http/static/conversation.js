@@ -17,10 +17,10 @@ import { part } from "./media.js";
  */
 
 /**
- * A film that was described, as far as it was.
- * @typedef {object} FilmDescribed
+ * A video that was described, as far as it was.
+ * @typedef {object} DescribedVideo
  * @property {"description"} kind
- * @property {Medium} film
+ * @property {Medium} video
  * @property {import("./captions.js").Segment[]} segments
  * @property {any} result the last event's; null where it was stopped before
  * @property {Figures} figures
@@ -30,7 +30,7 @@ import { part } from "./media.js";
  * @typedef {{ system?: string, temperature?: number, max_tokens?: number }} Settings */
 
 export class Conversation {
-  /** @type {(Answered | FilmDescribed)[]} */
+  /** @type {(Answered | DescribedVideo)[]} */
   turns = [];
   /** Media that no answered question has shown yet.
    * @type {Medium[]} */
@@ -44,7 +44,7 @@ export class Conversation {
     return [...this.#answers.flatMap((turn) => turn.media), ...this.waiting];
   }
 
-  get film() {
+  get video() {
     return this.media.find((medium) => medium.kind === "video");
   }
 

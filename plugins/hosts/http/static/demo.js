@@ -13,11 +13,11 @@ const PURPLE = "#9333ea";
 /** @typedef {[kind: "circle" | "square" | "triangle" | "star", colour: string, x: number, y: number, size: number]} Shape */
 /** @typedef {{ name: string, background: string, shapes: Shape[] }} Drawing */
 
-/** Each a button: a label and the pictures that it brings.
+/** Each a button: a label and the images that it brings.
  * @type {{ label: string, drawings: Drawing[] }[]} */
 const DRAWN = [
   {
-    label: "A picture",
+    label: "An image",
     drawings: [
       {
         name: "three-shapes.png",
@@ -31,7 +31,7 @@ const DRAWN = [
     ],
   },
   {
-    label: "Two pictures",
+    label: "Two images",
     drawings: [
       {
         name: "star.png",
@@ -46,7 +46,7 @@ const DRAWN = [
   },
 ];
 
-const FILM = { label: "A film", name: "shapes.mp4", url: "page/shapes.mp4" };
+const VIDEO = { label: "A video", name: "shapes.mp4", url: "page/shapes.mp4" };
 
 /**
  * Buttons that bring the examples.
@@ -58,12 +58,12 @@ export function examples(take, fail) {
     const bring = () => take(drawings.map(file));
     return example(label, bring, ...drawings.map(draw));
   });
-  const bringFilm = async () => {
-    const answer = await fetch(FILM.url).catch(() => null);
+  const bringVideo = async () => {
+    const answer = await fetch(VIDEO.url).catch(() => null);
     if (!answer?.ok) return fail("The example cannot be read; the server does not answer.");
-    take([new File([await answer.blob()], FILM.name, { type: "video/mp4" })]);
+    take([new File([await answer.blob()], VIDEO.name, { type: "video/mp4" })]);
   };
-  return [...drawn, example(FILM.label, bringFilm, icon("film"))];
+  return [...drawn, example(VIDEO.label, bringVideo, icon("video"))];
 }
 
 /**
@@ -71,10 +71,10 @@ export function examples(take, fail) {
  * @param {import("./media.js").Medium[]} media
  */
 export function questions(media) {
-  const pictures = media.filter(({ kind }) => kind === "image").length;
-  if (media.length > pictures) return ["What happens in the video?", "How does the red circle move?"];
-  if (pictures > 1) return ["Which image has the star?", "What is in the second image?"];
-  if (!pictures) return [];
+  const images = media.filter(({ kind }) => kind === "image").length;
+  if (media.length > images) return ["What happens in the video?", "How does the red circle move?"];
+  if (images > 1) return ["Which image has the star?", "What is in the second image?"];
+  if (!images) return [];
   return ["What is in the image?", "How many shapes are there?", "Where is the star?"];
 }
 

@@ -1,4 +1,4 @@
-// A film described, from the request to the last line.
+// A video described, from the request to the last line.
 
 import * as api from "./api.js";
 import { DescriptionTurn } from "./description.js";
@@ -8,41 +8,41 @@ import { rounded } from "./numbers.js";
 import { count } from "./usage.js";
 
 /**
- * @param {import("./media.js").Medium} film
+ * @param {import("./media.js").Medium} video
  * @param {string} cut "scenes", or seconds
  * @param {import("./ask.js").Page} page
  * @returns {Promise<void>}
  */
-export async function describe(film, cut, page) {
+export async function describe(video, cut, page) {
   const { conversation, stage, work } = page;
-  if (!stage.film) return;
-  stage.keep([film]);
-  const turn = new DescriptionTurn(stage.film);
+  if (!stage.video) return;
+  stage.keep([video]);
+  const turn = new DescriptionTurn(stage.video);
   const doing = async (/** @type {AbortSignal} */ signal) => {
     try {
-      const video = await send(turn, [film], () => address(film, signal));
-      const asked = { video, segments: cut === "scenes" ? cut : Number(cut) };
+      const source = await send(turn, [video], () => address(video, signal));
+      const asked = { video: source, segments: cut === "scenes" ? cut : Number(cut) };
       await stream(turn, asked, signal, work);
     } finally {
       work.follow(() => turn.offerCaptions());
       const { described, result, figures } = turn;
       if (described.segments.length && turn.element.isConnected) {
         const { segments } = described;
-        conversation.turns.push({ kind: "description", film, segments, result, figures });
+        conversation.turns.push({ kind: "description", video, segments, result, figures });
         page.changed();
       }
     }
   };
-  await work.run(turn, doing, () => describe(film, cut, page));
+  await work.run(turn, doing, () => describe(video, cut, page));
 }
 
 /** A description of before, shown again.
- * @param {import("./conversation.js").FilmDescribed} described
+ * @param {import("./conversation.js").DescribedVideo} described
  * @param {import("./ask.js").Page} page */
-export function showDescription({ film, segments, result, figures }, { stage, work }) {
-  if (!stage.film) return;
-  stage.keep([film]);
-  const turn = new DescriptionTurn(stage.film);
+export function showDescription({ video, segments, result, figures }, { stage, work }) {
+  if (!stage.video) return;
+  stage.keep([video]);
+  const turn = new DescriptionTurn(stage.video);
   for (const segment of segments) turn.part(segment);
   if (result) turn.done(result);
   else turn.note("Stopped.");

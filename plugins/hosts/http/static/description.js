@@ -12,7 +12,7 @@ import { Turn } from "./message.js";
 const STAGES = {
   queued: "Waiting in line",
   loading: "Loading the model",
-  preparing: "Opening the film",
+  preparing: "Opening the video",
 };
 
 export class DescriptionTurn extends Turn {
@@ -25,17 +25,17 @@ export class DescriptionTurn extends Turn {
   /** A part that is being described, as far as it is. @type {HTMLElement | null} */
   #next = null;
 
-  /** @param {import("./video.js").Film} film */
-  constructor(film) {
-    super(`Describe ${film.name}`, []);
-    this.film = film;
+  /** @param {import("./video.js").VideoPlayer} video */
+  constructor(video) {
+    super(`Describe ${video.name}`, []);
+    this.video = video;
     this.element.classList.add("description");
     this.body.append(this.#list);
     this.body.after(this.#bar);
-    this.wait("Opening the film");
+    this.wait("Opening the video");
     roving(this.#list);
-    film.clear();
-    film.watch((time) => mark(this.#list.children, this.described.segments, time));
+    video.clear();
+    video.watch((time) => mark(this.#list.children, this.described.segments, time));
   }
 
   /** @param {{ stage: string, done: number, total?: number }} event */
@@ -68,14 +68,14 @@ export class DescriptionTurn extends Turn {
         class: "time",
         tabindex: this.described.segments.length ? -1 : 0,
         "aria-label": `Go to ${clock(start)}`,
-        click: () => this.film.show(start),
+        click: () => this.video.show(start),
       },
       clock(start),
       make("span", { class: "until" }, ` – ${clock(end)}`),
     );
     this.described.segments.push(segment);
     this.#list.append(make("li", {}, time, make("p", { class: "words" }, segment.text)));
-    this.film.add(segment);
+    this.video.add(segment);
   }
 
   /** @param {any} result */
@@ -83,11 +83,11 @@ export class DescriptionTurn extends Turn {
     this.result = { duration, summary, chapters, warnings };
     this.described.summary = summary || "";
     this.described.warnings = warnings || [];
-    this.film.lasts(duration);
+    this.video.lasts(duration);
     if (chapters?.length) {
       const list = make("ol", { class: "chapters" });
       for (const { start, title } of chapters) {
-        const go = { type: "button", class: "time", click: () => this.film.show(start) };
+        const go = { type: "button", class: "time", click: () => this.video.show(start) };
         list.append(make("li", {}, make("button", go, clock(start)), make("p", {}, title)));
       }
       this.#list.before(make("h3", {}, "Chapters"), list);
@@ -106,7 +106,7 @@ export class DescriptionTurn extends Turn {
   /** What has been described, to be taken along. */
   offerCaptions() {
     if (!this.described.segments.length) return;
-    const stem = this.film.name.replace(/\.[^.]*$/, "") || "film";
+    const stem = this.video.name.replace(/\.[^.]*$/, "") || "video";
     this.offer(
       copyButton("Copy as SRT", () => srt(this.described)),
       copyButton("Copy text", () => text(this.described)),

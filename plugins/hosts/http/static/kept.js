@@ -26,7 +26,7 @@ export function keep({ turns, waiting, settings }) {
     turns: turns.map((turn) =>
       turn.kind === "answer"
         ? { ...turn, media: turn.media.map(stored) }
-        : { ...turn, film: stored(turn.film) },
+        : { ...turn, video: stored(turn.video) },
     ),
     waiting: waiting.map(stored),
     settings,
@@ -55,7 +55,7 @@ export async function kept() {
   conversation.turns = record.turns.map((/** @type {any} */ turn) =>
     turn.kind === "answer"
       ? { ...turn, media: turn.media.map(shown) }
-      : { ...turn, film: shown(turn.film) },
+      : { ...turn, video: shown(turn.video) },
   );
   conversation.waiting = record.waiting.map(shown);
   conversation.settings = record.settings;

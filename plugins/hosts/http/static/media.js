@@ -1,4 +1,4 @@
-// Pictures and films: what a file is, whether it fits into a request, and how it is sent.
+// Images and videos: what a file is, whether it fits into a request, and how it is sent.
 
 import { isUploaded, upload } from "./api.js";
 import { bytes, whole } from "./numbers.js";
@@ -39,10 +39,10 @@ function fileLimit() {
 /** What may be shown and asked, said before it is.
  * @param {number} context tokens, or 0 */
 export function limits(context) {
-  const [most, film] = [fileLimit(), uploadLimit()];
-  const larger = film > most ? `; a film of up to ${bytes(film)}` : "";
+  const [most, video] = [fileLimit(), uploadLimit()];
+  const larger = video > most ? `; a video of up to ${bytes(video)}` : "";
   return (
-    `JPEG, PNG, WebP, GIF, HEIC, AVIF, TIFF or BMP pictures; one MP4, MOV, WebM, MKV or AVI film; ` +
+    `JPEG, PNG, WebP, GIF, HEIC, AVIF, TIFF or BMP images; one MP4, MOV, WebM, MKV or AVI video; ` +
     `${bytes(bodyLimit() - SPARE)} in one conversation, so files of up to ${bytes(most)}${larger}.` +
     (context ? ` The model reads and writes ${whole(context)} tokens at most.` : "")
   );
@@ -62,7 +62,7 @@ export async function medium(file) {
     throw new Error(`${name} cannot be read; a folder has to be opened, and its files chosen.`);
   }
   const kind = sniff(head);
-  if (!kind) throw new Error(`${name} is neither a picture nor a film that is known here.`);
+  if (!kind) throw new Error(`${name} is neither an image nor a video that is known here.`);
   const most = kind === "video" ? Math.max(fileLimit(), uploadLimit()) : fileLimit();
   if (file.size > most) {
     const taker = most > fileLimit() ? "the server" : "a request";
@@ -128,10 +128,10 @@ export async function part(medium, signal) {
   return { type, [type]: { url: await address(medium, signal) } };
 }
 
-const PICTURES = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1", "avif"];
+const IMAGE_BRANDS = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1", "avif"];
 
 /**
- * Whether a file begins as a picture or as a film: the rule of the server's `sniff`. Types that
+ * Whether a file begins as an image or as a video: the rule of the server's `sniff`. Types that
  * systems guess from names are often wrong.
  * @param {Uint8Array} head its first 32 bytes
  * @returns {"image" | "video" | null}
@@ -143,7 +143,7 @@ export function sniff(head) {
   if (/^BM[^]{4}\0\0\0\0/.test(text)) return "image";
   if (/^RIFF[^]{4}WEBP/.test(text)) return "image";
   if (/^RIFF[^]{4}AVI /.test(text)) return "video";
-  if (text.startsWith("ftyp", 4)) return PICTURES.includes(text.slice(8, 12)) ? "image" : "video";
+  if (text.startsWith("ftyp", 4)) return IMAGE_BRANDS.includes(text.slice(8, 12)) ? "image" : "video";
   if (text.startsWith("\x1aE\xdf\xa3")) return "video";
   return ["moov", "mdat", "wide", "free"].includes(text.slice(4, 8)) ? "video" : null;
 }

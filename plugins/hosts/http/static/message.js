@@ -60,7 +60,7 @@ export class Turn {
   sending(sending) {
     this.#sending = sending;
     this.#loading.remove();
-    this.#waiting.textContent = sending ? "Sending the film" : this.#awaited;
+    this.#waiting.textContent = sending ? "Sending the video" : this.#awaited;
   }
 
   /** What is waited for; nothing once something comes. @param {string} text */
@@ -220,7 +220,7 @@ export class AnswerTurn extends Turn {
 
 /** @param {Medium} medium */
 function thumbnail(medium) {
-  const picture = make("img", { src: medium.url, alt: medium.name, title: medium.name });
-  picture.addEventListener("error", () => picture.remove());
-  return picture;
+  const image = make("img", { src: medium.url, alt: medium.name, title: medium.name });
+  image.addEventListener("error", () => image.remove());
+  return image;
 }

@@ -62,7 +62,7 @@ export class Work {
     scrollTo({ top: document.documentElement.scrollHeight });
   }
 
-  /** Takes back an answer and those after it; descriptions of films stay.
+  /** Takes back an answer and those after it; descriptions of videos stay.
    * @param {Turn} turn */
   cut(turn) {
     const all = [...this.#talk.children];

@@ -19,7 +19,7 @@ export function markdown({ turns, settings }, model) {
       blocks.push(...turn.notes.map((note) => `*${escaped(note)}*`));
     } else {
       const { summary, chapters = [], warnings = [] } = turn.result || {};
-      blocks.push("---", `Description of ${code(turn.film.name)}`);
+      blocks.push("---", `Description of ${code(turn.video.name)}`);
       if (summary) blocks.push(escaped(summary));
       if (chapters.length) {
         const rows = chapters.map((/** @type {any} */ one) => `- ${clock(one.start)} ${escaped(one.title)}`);
@@ -42,7 +42,7 @@ export function markdown({ turns, settings }, model) {
 export async function json(conversation, model) {
   const descriptions = conversation.turns
     .filter((turn) => turn.kind === "description")
-    .map(({ film, segments, result }) => ({ film: film.name, segments, ...result }));
+    .map(({ video, segments, result }) => ({ video: video.name, segments, ...result }));
   const body = await conversation.body();
   return JSON.stringify({ model, ...body, descriptions }, null, 2) + "\n";
 }

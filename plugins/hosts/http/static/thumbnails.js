@@ -1,8 +1,8 @@
-// Small pictures of a film's moments, drawn here from the local file.
+// Small images of a video's moments, drawn here from the local file.
 
 const HIGH = 96; // pixels; the timeline is half as high, for screens with twice as many
 
-/** One film, looked at by a player of its own, one moment after another. */
+/** One video, looked at by a player of its own, one moment after another. */
 export class Thumbnails {
   #video = document.createElement("video");
   #ready;
@@ -20,7 +20,7 @@ export class Thumbnails {
   }
 
   /**
-   * The picture at a time, in seconds.
+   * The image at a time, in seconds.
    * @param {number} time
    * @returns {Promise<HTMLCanvasElement>}
    * @throws {Error} where the browser cannot decode it
@@ -40,7 +40,7 @@ export class Thumbnails {
   async #draw(time) {
     const video = this.#video;
     await this.#ready;
-    if (!video.videoWidth) throw new Error("no picture");
+    if (!video.videoWidth) throw new Error("no image");
     const sought = happened(video, "seeked");
     const shown = nextFrame(video);
     video.currentTime = Math.min(time, video.duration || time);

@@ -20,7 +20,7 @@ export function figures(rows) {
 export function taken(usage, first) {
   const tokens = usage.completion_tokens;
   const { media_tokens: seen = 0, cached_tokens: known = 0 } = usage.prompt_tokens_details || {};
-  const prompt = `Prompt: ${whole(usage.prompt_tokens)} tokens, ${whole(seen)} of them from pictures, ${whole(known)} known from before`;
+  const prompt = `Prompt: ${whole(usage.prompt_tokens)} tokens, ${whole(seen)} of them from images, ${whole(known)} known from before`;
   /** @type {[text: string, remark?: string][]} */
   const rows = [[count(tokens, "token"), prompt]];
   const decoding = usage.seconds?.decode;

@@ -1,4 +1,4 @@
-// A film: its player, and the timeline of its parts under it.
+// A video: its player, and the timeline of its parts under it.
 
 import { make, roving } from "./dom.js";
 import { clock } from "./numbers.js";
@@ -6,11 +6,11 @@ import { Thumbnails } from "./thumbnails.js";
 
 /** @typedef {import("./captions.js").Segment} Segment */
 
-const LEAST = 12; // pixels of a part; a film of many short ones is scrolled
+const LEAST = 12; // pixels of a part; a video of many short ones is scrolled
 const LONGEST = 8; // how many times as wide as the page the timeline may become
 const INTO = 0.001; // seconds behind a cut, so that rounding never shows the frame before it
 
-export class Film {
+export class VideoPlayer {
   /** @type {Segment[]} */
   #parts = [];
   /** @type {((time: number) => void)[]} */
@@ -31,11 +31,11 @@ export class Film {
     this.#strip = make("div", { class: "strip" });
     this.#track = make(
       "div",
-      { class: "track", role: "group", "aria-label": "Timeline of the film", hidden: true },
+      { class: "track", role: "group", "aria-label": "Timeline of the video", hidden: true },
       this.#strip,
     );
     this.#note = make("p", { class: "note", hidden: true });
-    this.element = make("div", { class: "film" }, this.player, this.#track, this.#note);
+    this.element = make("div", { class: "video" }, this.player, this.#track, this.#note);
     this.#thumbnails = new Thumbnails(medium.url);
     this.player.addEventListener("error", () => this.#cannotShow());
     this.player.addEventListener("loadedmetadata", () => {
@@ -89,8 +89,8 @@ export class Film {
     this.#layOut();
     this.#at(this.#time);
     this.#thumbnails.at((part.start + part.end) / 2).then(
-      (picture) => button.prepend(picture),
-      () => {}, // it stays a plain box; the player says whether the film can be shown at all
+      (image) => button.prepend(image),
+      () => {}, // it stays a plain box; the player says whether the video can be shown at all
     );
   }
 
@@ -100,7 +100,7 @@ export class Film {
     this.#at(time + INTO);
   }
 
-  /** How long the film is, where it is known from elsewhere. @param {number} seconds */
+  /** How long the video is, where it is known from elsewhere. @param {number} seconds */
   lasts(seconds) {
     this.#length = seconds;
     this.#layOut();
@@ -143,7 +143,7 @@ export class Film {
     this.player.hidden = true;
     this.element.classList.add("blind");
     this.#note.textContent =
-      `This browser cannot show ${this.name}, so the timeline has no pictures. ` +
+      `This browser cannot show ${this.name}, so the timeline has no images. ` +
       "The model reads the file itself.";
     this.#note.hidden = false;
     this.#layOut();

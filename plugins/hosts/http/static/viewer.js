@@ -1,18 +1,18 @@
-// What the conversation is about: pictures, and a film.
+// What the conversation is about: images, and a video.
 
 import { byId, icon, make } from "./dom.js";
-import { Film } from "./video.js";
+import { VideoPlayer } from "./video.js";
 import { bytes } from "./numbers.js";
 
 /** @typedef {import("./media.js").Medium} Medium */
 
 export class Stage {
-  #pictures = byId("pictures");
-  #filmBox = byId("film");
+  #images = byId("images");
+  #videoBox = byId("video");
   #fault = byId("media-fault");
   #said = byId("media-said");
-  /** @type {Film | null} */
-  film = null;
+  /** @type {VideoPlayer | null} */
+  video = null;
   /** @type {Map<Medium, HTMLElement>} */
   #shown = new Map();
   /** @type {WeakSet<Medium>} */
@@ -26,7 +26,7 @@ export class Stage {
 
   /** @param {Medium} medium */
   add(medium) {
-    const element = medium.kind === "image" ? this.#picture(medium) : this.#player(medium);
+    const element = medium.kind === "image" ? this.#image(medium) : this.#player(medium);
     this.#shown.set(medium, element);
     this.#count();
   }
@@ -36,8 +36,8 @@ export class Stage {
     this.#shown.get(medium)?.remove();
     this.#shown.delete(medium);
     if (medium.kind === "video") {
-      this.film?.close();
-      this.film = null;
+      this.video?.close();
+      this.video = null;
     }
     URL.revokeObjectURL(medium.url);
     this.#count();
@@ -83,34 +83,34 @@ export class Stage {
   }
 
   /** @param {Medium} medium */
-  #picture(medium) {
-    const picture = make("img", { src: medium.url, alt: medium.name });
-    picture.addEventListener("error", () => {
-      picture.replaceWith(make("p", { class: "blank" }, "This browser cannot show this picture."));
+  #image(medium) {
+    const image = make("img", { src: medium.url, alt: medium.name });
+    image.addEventListener("error", () => {
+      image.replaceWith(make("p", { class: "blank" }, "This browser cannot show this image."));
     });
     const figure = make(
       "figure",
       {},
-      picture,
+      image,
       make("figcaption", {}, make("span", { class: "name" }, medium.name), this.#facts(medium)),
     );
     const item = make("li", {}, figure);
-    this.#pictures.append(item);
+    this.#images.append(item);
     return item;
   }
 
   /** @param {Medium} medium */
   #player(medium) {
-    this.film = new Film(medium);
+    this.video = new VideoPlayer(medium);
     const caption = make(
       "p",
       { class: "caption" },
       make("span", { class: "name" }, medium.name),
       this.#facts(medium),
     );
-    this.film.element.append(caption);
-    this.#filmBox.prepend(this.film.element);
-    return this.film.element;
+    this.video.element.append(caption);
+    this.#videoBox.prepend(this.video.element);
+    return this.video.element;
   }
 
   /** @param {Medium} medium */
@@ -131,11 +131,11 @@ export class Stage {
   }
 
   #count() {
-    const count = this.#pictures.childElementCount;
-    this.#pictures.hidden = !count;
-    this.#pictures.classList.toggle("several", count > 1);
-    this.#filmBox.hidden = !this.film;
+    const count = this.#images.childElementCount;
+    this.#images.hidden = !count;
+    this.#images.classList.toggle("several", count > 1);
+    this.#videoBox.hidden = !this.video;
     document.body.classList.toggle("has-media", this.#shown.size > 0);
-    document.body.classList.toggle("has-film", Boolean(this.film));
+    document.body.classList.toggle("has-video", Boolean(this.video));
   }
 }
