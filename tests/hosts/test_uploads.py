@@ -5,13 +5,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hosts.browser import Tab, launched, opened
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from served import Client, serving, text, video, wait_for
 from videos import grainy
 
@@ -85,13 +84,16 @@ def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) ->
 def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: Path) -> None:
     backend = FakeBackend(policy=taking(tmp_path))
     with opened(browser, backend, allowed=("ERR_ABORTED", "net::")) as tab:
-        tab.page.route("**/v1/files", lambda route: (time.sleep(1.5), route.continue_()))
+        held: list[Route] = []
+        tab.page.route("**/v1/files", held.append)
         tab.choose(film)
         tab.ask("What is it?")
         waiting = tab.turns.locator(".waiting")
         expect(waiting).to_have_text("Sending the video")
-        time.sleep(0.6)  # the model is not loaded either, which is not what is waited for
+        # The model is not loaded either, which is not what is waited for.
+        tab.page.wait_for_timeout(600)
         expect(waiting).to_have_text("Sending the video")
+        held[0].continue_()
         expect(tab.words).to_have_text("What is it? [0 images][1 video]", timeout=60_000)
 
 
