@@ -72,7 +72,9 @@ def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) ->
         # The server has let go of it: the page sends it again, unasked.
         tab.allowed.append("404")
         assert client.ask("DELETE", f"{FILES}/{asked['video'][7:]}").status == 200
+        answers = tab.words.count()
         tab.ask("What happens in the video?")
+        expect(tab.words).to_have_count(answers + 1, timeout=60_000)
         expect(tab.words.last).to_contain_text(".", timeout=60_000)
         assert posted(tab) == 2
         # It is kept over a reload, as any other.
@@ -85,7 +87,7 @@ def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: 
     backend = FakeBackend(policy=taking(tmp_path))
     with opened(browser, backend, allowed=("ERR_ABORTED", "net::")) as tab:
         held: list[Route] = []
-        tab.page.route("**/v1/files", held.append)
+        tab.page.route("**/v1/files", lambda route: held.append(route))
         tab.choose(film)
         tab.ask("What is it?")
         waiting = tab.turns.locator(".waiting")
