@@ -48,6 +48,8 @@ REASONS = (
     "the address of the (image|video) is not one of this machine",
     "addresses at .* are not allowed",
     "… is not an address that is read",
+    "no uploads are taken here",
+    "the upload .* is not here",
     r"vectors of the space \w+ have \d+ dimensions and cannot be shortened",
     "(json_schema|the schema|the JSON schema)",
     r".*\btext is not read here",  # where an empty one was filled, above

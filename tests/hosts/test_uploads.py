@@ -55,6 +55,15 @@ def posted(tab: Tab) -> int:
     return sum(one.method == "POST" for one in tab.sent if one.url == tab.origin + FILES)
 
 
+def answer(tab: Tab, question: str) -> str:
+    """What is answered; the description's words stand there before."""
+    before = tab.words.count()
+    tab.ask(question)
+    expect(tab.words).to_have_count(before + 1, timeout=60_000)
+    expect(tab.words.last).to_contain_text(".", timeout=60_000)
+    return tab.words.last.inner_text()
+
+
 def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) -> None:
     backend = open_backend("engine", model="demo", policy=taking(tmp_path))
     with serving(backend) as client, opened(browser, None, client=client) as tab:
@@ -66,16 +75,12 @@ def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) ->
         expect(parts).to_have_text(TOLD, timeout=120_000)
         (asked,) = tab.bodies(DESCRIBE)
         assert re.fullmatch(r"upload:[0-9a-f]{32}", asked["video"])
-        tab.ask("How does the red circle move?")
-        expect(tab.words.last).to_contain_text("red circle", timeout=60_000)
+        assert "red circle" in answer(tab, "How does the red circle move?")
         assert posted(tab) == 1
         # The server has let go of it: the page sends it again, unasked.
         tab.allowed.append("404")
         assert client.ask("DELETE", f"{FILES}/{asked['video'][7:]}").status == 200
-        answers = tab.words.count()
-        tab.ask("What happens in the video?")
-        expect(tab.words).to_have_count(answers + 1, timeout=60_000)
-        expect(tab.words.last).to_contain_text(".", timeout=60_000)
+        assert answer(tab, "What happens in the video?")
         assert posted(tab) == 2
         # It is kept over a reload, as any other.
         tab.page.reload()
