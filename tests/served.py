@@ -136,7 +136,7 @@ def wait_for(condition: Any, seconds: float = 10.0) -> None:
 WORDS = ("a ", "é", " b")
 
 
-class Telling(FakeBackend):
+class ScriptedBackend(FakeBackend):
     """words : the answer, a token each."""
 
     def __init__(self, words: Sequence[str] = WORDS) -> None:
@@ -153,11 +153,11 @@ class Telling(FakeBackend):
         self.asked.append(request)
         return super().generate(request)
 
-    def _load(self) -> "Telling._Told":
-        return Telling._Told(self)
+    def _load(self) -> "ScriptedBackend._Scripted":
+        return ScriptedBackend._Scripted(self)
 
-    class _Told(FakeBackend._Model):
-        def __init__(self, owner: "Telling") -> None:
+    class _Scripted(FakeBackend._Model):
+        def __init__(self, owner: "ScriptedBackend") -> None:
             super().__init__(owner)
             self._words = owner.words
 

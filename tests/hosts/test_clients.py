@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import EXAMPLES, Telling, serving
+from served import EXAMPLES, ScriptedBackend, serving
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.contract.results import ModelInfo
@@ -32,7 +32,7 @@ PROMPTED = (
 )
 
 
-class Reading(Telling):
+class Reading(ScriptedBackend):
     """Says the object that its prompt asks for."""
 
     def __init__(self, said: str) -> None:

@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai.types.responses import ResponseCompletedEvent, ResponseTextDeltaEvent
 from pydantic import BaseModel
-from served import FILM, PICTURE, WORDS, Client, Telling, image, serving, text, wait_for
+from served import FILM, PICTURE, WORDS, Client, ScriptedBackend, image, serving, text, wait_for
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
@@ -38,8 +38,8 @@ ABOUT: list[Any] = [
 
 
 @pytest.fixture
-def telling() -> Iterator[tuple[Telling, openai.OpenAI]]:
-    backend = Telling(SHAPE)
+def scripted() -> Iterator[tuple[ScriptedBackend, openai.OpenAI]]:
+    backend = ScriptedBackend(SHAPE)
     with serving(backend) as client, official(client) as asked:
         yield backend, asked
 
@@ -60,8 +60,8 @@ def official(client: Client, key: str = "unused") -> openai.OpenAI:
     return openai.OpenAI(base_url=client.url, api_key=key, max_retries=0)
 
 
-def test_responses_parsed(telling: tuple[Telling, openai.OpenAI]) -> None:
-    backend, client = telling
+def test_responses_parsed(scripted: tuple[ScriptedBackend, openai.OpenAI]) -> None:
+    backend, client = scripted
     parsed = client.responses.parse(model="fake", input="which shape?", text_format=Shape)
     assert parsed.output_parsed == Shape(shape="circle", count=2)
     schema = json.loads(backend.asked[-1].json_schema or "")
@@ -73,8 +73,8 @@ def test_responses_parsed(telling: tuple[Telling, openai.OpenAI]) -> None:
     assert final.output_parsed == Shape(shape="circle", count=2)
 
 
-def test_chat_parsed(telling: tuple[Telling, openai.OpenAI]) -> None:
-    backend, client = telling
+def test_chat_parsed(scripted: tuple[ScriptedBackend, openai.OpenAI]) -> None:
+    backend, client = scripted
     messages: Any = [{"role": "user", "content": "which shape?"}]
     parsed = client.chat.completions.parse(model="fake", messages=messages, response_format=Shape)
     assert parsed.choices[0].message.parsed == Shape(shape="circle", count=2)
@@ -92,7 +92,7 @@ def test_chat_parsed(telling: tuple[Telling, openai.OpenAI]) -> None:
 
 
 def test_log_probabilities_of_a_response() -> None:
-    with serving(Telling()) as server, official(server) as client:
+    with serving(ScriptedBackend()) as server, official(server) as client:
         answer = client.responses.create(
             model="fake", input="x", include=["message.output_text.logprobs"], top_logprobs=2
         )
@@ -103,8 +103,8 @@ def test_log_probabilities_of_a_response() -> None:
     assert [len(one.top_logprobs) for one in logprobs] == [2, 2, 2]
 
 
-def test_everything_asked_arrives(telling: tuple[Telling, openai.OpenAI]) -> None:
-    backend, client = telling
+def test_everything_asked_arrives(scripted: tuple[ScriptedBackend, openai.OpenAI]) -> None:
+    backend, client = scripted
     client.chat.completions.create(
         model="fake",
         messages=[{"role": "user", "content": "x"}],
@@ -127,8 +127,8 @@ def test_everything_asked_arrives(telling: tuple[Telling, openai.OpenAI]) -> Non
     assert [message.role for message in asked.messages] == ["system", "user"]
 
 
-def test_refusals_are_its_exceptions(telling: tuple[Telling, openai.OpenAI]) -> None:
-    _, client = telling
+def test_refusals_are_its_exceptions(scripted: tuple[ScriptedBackend, openai.OpenAI]) -> None:
+    _, client = scripted
     for refused in (
         {"background": True},
         {"tools": [{"type": "web_search"}]},
@@ -148,7 +148,7 @@ def test_refusals_are_its_exceptions(telling: tuple[Telling, openai.OpenAI]) -> 
 
 
 def test_a_key() -> None:
-    with serving(Telling(), ServerSettings(token="right")) as server:
+    with serving(ScriptedBackend(), ServerSettings(token="right")) as server:
         with official(server, "right") as client:
             assert client.responses.create(model="fake", input="x").status == "completed"
         with official(server, "wrong") as client, pytest.raises(openai.AuthenticationError):

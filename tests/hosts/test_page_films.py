@@ -26,7 +26,7 @@ SHAPES = app.STATIC_FOLDER / "shapes.mp4"
 CIRCLE = EXAMPLES / "circle.mp4"
 DESCRIBE = "/v1/video/describe"
 
-TOLD = (
+CAPTIONS = (
     (0.0, 3.0, "A red circle moves right, and a blue square stays still."),
     (3.0, 5.5, "An orange star moves up."),
     (5.5, 9.0, "A purple triangle moves left."),
@@ -104,7 +104,7 @@ def test_a_video_is_described_on_a_timeline(tab: Tab) -> None:
     described(tab)
     rows = tab.turns.locator(".parts li")
     expect(rows).to_have_count(5)
-    assert rows.locator(".words").all_inner_texts() == [text for _, _, text in TOLD]
+    assert rows.locator(".words").all_inner_texts() == [text for _, _, text in CAPTIONS]
     assert rows.get_by_role("button").all_inner_texts()[1] == "0:03.0 – 0:05.5"
     expect(tab.turns.locator(".answer > .words")).to_have_text(SUMMARY)
     chapters = tab.turns.locator(".chapters li").all_inner_texts()
@@ -117,7 +117,7 @@ def test_a_video_is_described_on_a_timeline(tab: Tab) -> None:
     assert np.abs(colours[:, 0] - BACKGROUNDS).max() < 16  # of 255; H.264's colours
     assert np.abs(colours[:, 1] - [colour for _, colour in SEEN]).max() < 16
     wide = parts.evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
-    length = [end - start for start, end, _ in TOLD]
+    length = [end - start for start, end, _ in CAPTIONS]
     assert np.allclose(np.array(wide) / sum(wide), np.array(length) / 14, atol=0.005)
     name = parts.nth(2).get_attribute("aria-label")
     assert name == "Part 3, 0:05.5 to 0:09.0: A purple triangle moves left."
@@ -130,7 +130,7 @@ def test_clicks_and_keys_seek(tab: Tab) -> None:
     parts, rows = timeline.get_by_role("button"), tab.turns.locator(".parts li")
 
     def stands_at(place: int) -> None:
-        assert now(tab) == pytest.approx(TOLD[place][0], abs=0.01)
+        assert now(tab) == pytest.approx(CAPTIONS[place][0], abs=0.01)
         for shown in (parts, rows):
             current = [one.get_attribute("aria-current") for one in shown.all()]
             assert current == ["true" if one == place else None for one in range(5)]
@@ -168,7 +168,7 @@ def test_captions_are_taken_along(tab: Tab, client: Client, tmp_path: Path) -> N
     tab.button("A video").click()
     described(tab)
     wanted = VideoDescription(
-        "shapes.mp4", 14.0, "demo", tuple(Segment(*told) for told in TOLD), SUMMARY
+        "shapes.mp4", 14.0, "demo", tuple(Segment(*told) for told in CAPTIONS), SUMMARY
     )
 
     def copied(button: str) -> str:
@@ -189,7 +189,7 @@ def test_captions_are_taken_along(tab: Tab, client: Client, tmp_path: Path) -> N
         assert text == write(wanted, kind.lower())
         read = pysubs2.SSAFile.from_string(text, format_=kind.lower())
         assert [(cue.start, cue.end, cue.plaintext) for cue in read] == [
-            (round(start * 1000), round(end * 1000), told) for start, end, told in TOLD
+            (round(start * 1000), round(end * 1000), told) for start, end, told in CAPTIONS
         ]
 
 

@@ -24,7 +24,7 @@ LINUX = sys.platform == "linux"  # which says what a process has held
 FILES = "/v1/files"
 DESCRIBE = "/v1/video/describe"
 CHAT = "/v1/chat/completions"
-TOLD = [
+CAPTIONS = [
     "A red circle moves right, and a blue square stays still.",
     "An orange star moves up.",
     "A purple triangle moves left.",
@@ -72,7 +72,7 @@ def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) ->
         expect(tab.page.locator("#video video")).to_be_visible()
         tab.button("Describe the video").click()
         parts = tab.turns.locator(".parts li .words")
-        expect(parts).to_have_text(TOLD, timeout=120_000)
+        expect(parts).to_have_text(CAPTIONS, timeout=120_000)
         (asked,) = tab.bodies(DESCRIBE)
         assert re.fullmatch(r"upload:[0-9a-f]{32}", asked["video"])
         assert "red circle" in answer(tab, "How does the red circle move?")
@@ -85,7 +85,7 @@ def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) ->
         # It is kept over a reload, as any other.
         tab.page.reload()
         expect(tab.page.locator("#video .name")).to_have_text("grainy.mp4")
-        expect(parts).to_have_text(TOLD)
+        expect(parts).to_have_text(CAPTIONS)
 
 
 def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from served import (
     Client,
-    Telling,
+    ScriptedBackend,
     serving,
 )
 
@@ -14,7 +14,7 @@ from served import (
 def test_the_form_of_an_answer() -> None:
     schema = {"type": "object", "properties": {"é": {"minimum": 1.0, "maximum": 2.5}}}
     named = {"name": "one", "schema": schema, "strict": True}
-    backend = Telling()
+    backend = ScriptedBackend()
     with serving(backend) as client:
         for form in (
             {"type": "json_schema", "json_schema": named},
@@ -52,7 +52,7 @@ PERSON = {"type": "object", "properties": {"name": {"type": "string"}}}
 def test_the_form_of_an_answer_as_other_servers_name_it(
     fields: dict[str, Any], wanted: Any
 ) -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     with serving(backend) as client:
         assert client.chat(**fields).status == 200
     (asked,) = backend.asked
@@ -78,7 +78,7 @@ def test_forms_that_are_refused_by_name(fake: Client, fields: dict[str, Any], na
 
 
 def test_a_schema_that_is_not_strict_leaves_out_what_is_not_supported() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     with serving(backend) as client:
         for strict in (None, True, False):
             named = {"name": "one", "schema": PERSON, "strict": strict}

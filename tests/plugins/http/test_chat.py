@@ -11,7 +11,7 @@ from served import (
     PICTURE,
     WORDS,
     Client,
-    Telling,
+    ScriptedBackend,
     image,
     serving,
     text,
@@ -185,7 +185,7 @@ def test_what_the_backend_does_not_claim(fields: dict[str, Any]) -> None:
 
 
 def test_how_likely_the_tokens_were() -> None:
-    with serving(Telling()) as client:
+    with serving(ScriptedBackend()) as client:
         whole = client.chat(logprobs=True, top_logprobs=2).json["choices"][0]["logprobs"]
         *chunks, _ = client.chat(logprobs=True, top_logprobs=2, stream=True).events
         bare = client.chat(logprobs=True).json["choices"][0]["logprobs"]
@@ -280,7 +280,7 @@ def test_content_in_the_wrong_place_is_not_read_over(
 
 
 def test_what_is_not_said_may_be_minus_one() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     with serving(backend) as client:
         assert client.chat(max_tokens=-1, seed=-1, top_k=-1).status == 200
         body = {"input": "x", "max_output_tokens": -1, "seed": -1}
@@ -291,7 +291,7 @@ def test_what_is_not_said_may_be_minus_one() -> None:
 
 
 def test_penalties_and_biases_arrive() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     asked: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": -1}
     with serving(backend) as client:
         assert client.chat(**asked, logit_bias={"15": 2, "7": -100}).status == 200

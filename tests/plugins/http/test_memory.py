@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from served import PICTURE, WORDS, Client, Telling, serving
+from served import PICTURE, WORDS, Client, ScriptedBackend, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.requests import Media, Message
@@ -24,7 +24,7 @@ def respond(client: Client, asked: Any, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_conversation_goes_on(stream: bool) -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     picture = [{"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": "one"}]
     with serving(backend) as client:
         asked = {"instructions": "be kind", "stream": stream}

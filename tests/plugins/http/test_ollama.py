@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import PICTURE, Client, Reply, Telling, serving
+from served import PICTURE, Client, Reply, ScriptedBackend, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
@@ -56,7 +56,7 @@ def test_generate(client: Client) -> None:
 
 
 def test_options_formats_and_calls_arrive() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     options = {"num_predict": 7, "temperature": 0.5, "repeat_penalty": 1.1, "stop": ["x"]}
     options |= {"seed": 3, "num_ctx": 4096, "presence_penalty": 1, "typical_p": 1.0}
     call = {"function": {"name": "look", "arguments": {"a": 1}}}

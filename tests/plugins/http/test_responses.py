@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write
-from served import FILM, PICTURE, WORDS, Client, Telling, serving, wait_for
+from served import FILM, PICTURE, WORDS, Client, ScriptedBackend, serving, wait_for
 
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.adapters.fake import FakeBackend
@@ -50,7 +50,7 @@ def test_an_answer(fake: Client) -> None:
 
 
 def test_what_was_said_before_and_instructions() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     with serving(backend) as client:
         first = respond(client, "one").json
         more = [{"role": "user", "content": "one"}, *first["output"]]
@@ -94,7 +94,7 @@ def test_a_stream(fake: Client) -> None:
 
 
 def test_how_likely_the_tokens_were() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     with serving(backend) as client:
         plain = respond(client).json["output"][0]["content"][0]["logprobs"]
         one = respond(client, include=LOGPROBS).json["output"][0]["content"][0]["logprobs"]
@@ -110,7 +110,7 @@ def test_how_likely_the_tokens_were() -> None:
 
 
 def test_the_form_of_an_answer() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     schema = {"type": "object", "properties": {}}
     with serving(backend) as client:
         form = {"type": "json_schema", "name": "one", "schema": schema, "strict": True}

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from served import Client, Telling, serving, text
+from served import Client, ScriptedBackend, serving, text
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 
@@ -133,7 +133,7 @@ def test_what_is_refused_without_schemas_is_the_call() -> None:
 
 
 def test_earlier_calls_and_what_they_returned_are_text() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     called = {"id": "c1", "type": "function", "function": {"name": "draw", "arguments": '{"a": 1}'}}
     with serving(backend) as client:
         turns = [
@@ -209,7 +209,7 @@ def test_several_choices(fake: Client) -> None:
 
 
 def test_several_choices_draw_with_seeds_of_their_own() -> None:
-    backend = Telling()
+    backend = ScriptedBackend()
     with serving(backend) as client:
         assert client.chat(n=3, seed=2**64 - 1).status == client.chat(n=2).status == 200
     assert sorted(asked.seed or 0 for asked in backend.asked[:3]) == [0, 1, 2**64 - 1]
