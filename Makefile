@@ -64,8 +64,7 @@ SOAKED := tests/hostile tests/network/test_memory_budget.py tests/checkpoint/tes
 	tests/convert/test_safety.py tests/media/test_hostile_videos.py tests/media/test_anyres.py \
 	tests/engine/test_shares.py tests/prompt/test_tokenizer.py \
 	tests/sampling/test_detokenizer.py tests/train/test_loop.py tests/plugins/http/test_hostile.py \
-	tests/plugins/mcp/test_pipes.py tests/hosts/test_disconnects.py tests/hosts/test_ending.py \
-	tests/hosts/test_mcp_ending.py tests/hosts/test_crowd.py tests/hosts/test_openapi.py
+	tests/plugins/mcp/test_pipes.py tests/hosts/test_crowd.py tests/hosts/test_openapi.py
 soak: .venv/.hosts
 ifdef ARGS
 	SOAK=$(SOAK) $(HOSTS) $(ARGS)

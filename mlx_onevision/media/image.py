@@ -41,7 +41,15 @@ from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.files import AVIF_BRANDS, HEIF_BRANDS, sniff
 from mlx_onevision.media.cache import array_key
 from mlx_onevision.media.decoder import Limits, decode_image
-from mlx_onevision.media.image_parts import ICON, icon_sizes, kind_of, orientation, reduced
+from mlx_onevision.media.image_parts import (
+    ICON,
+    check_frames,
+    check_pages,
+    icon_sizes,
+    kind_of,
+    orientation,
+    reduced,
+)
 from mlx_onevision.media.parallel import Budget, no_check
 from mlx_onevision.media.resize import Pixels
 from mlx_onevision.media.rgb import (
@@ -66,6 +74,7 @@ _memory = Budget(MEMORY)
 
 # What Pillow may open, the usual first. It knows more, but to draw an EPS it starts a program.
 _KINDS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "JPEG2000", "QOI", "AVIF")
+_COUNTED = ("WEBP", "AVIF")  # Pillow knows the number of their frames as soon as it opens them
 _STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I": 16, "F": 16}  # bytes a pixel in Pillow; else 4
 
 
@@ -275,9 +284,11 @@ def _opened(
 
     name = about.name
     with pillow_errors(name, f"cannot read {name}"):
-        if file.read(4) == ICON:
+        if (start := file.read(4)) == ICON:
             for high, wide in icon_sizes(file):
                 check_size(name, high, wide, about.max_pixels)
+        elif start[:2] in (b"II", b"MM"):
+            check_pages(file, name)
         file.seek(0)
         try:
             with _quiet:  # Pillow warns of metadata, and from half of its own limit on
@@ -288,6 +299,7 @@ def _opened(
             ) from error
     with image, ExitStack() as taken:
         check_size(name, image.height, image.width, about.max_pixels)
+        check_frames(getattr(image, "n_frames", 1) if image.format in _COUNTED else 1, name)
         count = image.height * image.width
         size = count * (_STORED.get(image.mode, 4) + 3 + extra)
         if size > MEMORY and about.limits is not None:

@@ -17,6 +17,7 @@ from mlx_onevision.errors import MediaError
 MAX_PARTS = 50_000  # chunks, segments or blocks; libpng writes one for each 8 KB of pixels
 MAX_EXIF = 1 << 16  # bytes; a JPEG has no longer one
 MAX_SCANS = 100  # of a JPEG, each over all pixels; the usual progressive file has 10
+MAX_FRAMES = 1_000  # of an animation, or pages; of which an image is the first alone
 
 ICON = b"\0\0\1\0"  # the first bytes of an ICO
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -65,7 +66,7 @@ def reduced(data: bytes, name: str, extra: int = 0) -> Parts:
     name : what errors call it. extra : as in :class:`Parts`, for another kind of file.
 
     Raises:
-        MediaError: for more than ``MAX_PARTS`` of them.
+        MediaError: for more than ``MAX_PARTS`` of them, or ``MAX_FRAMES`` frames.
     """
     reduce = {"PNG": _png, "JPEG": _jpeg, "GIF": _gif}.get(kind_of(data[:64]))
     return Parts(data, None, extra) if reduce is None else reduce(data, name)
@@ -74,7 +75,7 @@ def reduced(data: bytes, name: str, extra: int = 0) -> Parts:
 def _png(data: bytes, name: str) -> Parts:
     """Keeps the critical chunks and the transparent colour; adds an end where it is missing."""
     kept, exif = [_PNG], b""
-    count, place = 0, len(_PNG)
+    count, frames, place = 0, 0, len(_PNG)
     while place + 8 <= len(data):
         count = _counted(count, name)
         length, kind = struct.unpack_from(">I4s", data, place)
@@ -83,6 +84,8 @@ def _png(data: bytes, name: str) -> Parts:
             kept.append(data[place:end])
             if end > len(data):  # cut short, and to be refused: without an end
                 break
+        elif kind == b"fcTL":
+            check_frames(frames := frames + 1, name)
         elif kind in (b"tRNS", b"eXIf") and length < MAX_EXIF:
             content = data[place + 8 : end - 4]
             if data[end - 4 : end] == zlib.crc32(kind + content).to_bytes(4, "big"):
@@ -136,12 +139,13 @@ def _gif(data: bytes, name: str) -> Parts:
     """Keeps the header, the last control block before the first frame, which names the transparent
     colour, and all from that frame on, which Pillow reads only as far as the frame goes.
     """
-    place = 13 + (3 << (data[10] & 7) + 1 if data[10:11] and data[10] & 0x80 else 0)
+    place = 13 + _colours(data[10:11])
     kept, control, count = data[:place], b"", 0
     while (found := _BLOCK.search(data, place)) is not None:
         count = _counted(count, name)
         start, place = found.start(), found.end()
         if found[0] != b"!":  # an image, or the end
+            _check_gif_frames(data, start, name)
             return Parts(kept + control + data[start:], b"", 0)
         label, place = data[place : place + 1], place + 1
         while size := (data[place : place + 1] or b"\0")[0]:
@@ -151,6 +155,53 @@ def _gif(data: bytes, name: str) -> Parts:
         if label == b"\xf9":
             control = data[start:place]
     return Parts(kept + control, b"", 0)
+
+
+def _check_gif_frames(data: bytes, place: int, name: str) -> None:
+    """Counts the frames of a GIF from ``place``, where the first begins."""
+    frames = 0
+    while (block := data[place : place + 1]) in (b",", b"!"):
+        if block == b",":
+            check_frames(frames := frames + 1, name)
+            place += 11 + _colours(data[place + 9 : place + 10])  # and the size of its codes
+        else:
+            place += 2
+        while place < len(data) and (size := data[place]):
+            place += 1 + size
+        place += 1
+
+
+def _colours(flags: bytes) -> int:
+    """Bytes of the table of colours that follows a GIF's or a frame's header with these flags."""
+    return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
+
+
+def check_frames(count: int, name: str) -> None:
+    """Raises MediaError for more than ``MAX_FRAMES``, which are no image."""
+    if count > MAX_FRAMES:
+        raise MediaError(
+            f"{name} has more than {MAX_FRAMES:,} frames or pages, of which an image is the first; "
+            "save that one as a file"
+        )
+
+
+def check_pages(file: BinaryIO, name: str) -> None:
+    """As :func:`check_frames`, of a TIFF. Its directories are followed, and not read."""
+    file.seek(0)
+    head = file.read(16)
+    order = "<" if head[:1] == b"I" else ">"
+    big = head[2:4] in (b"+\0", b"\0+")  # BigTIFF, whose numbers have 8 bytes
+    number, count, entry = (f"{order}Q",) * 2 + (20,) if big else (f"{order}I", f"{order}H", 12)
+    place = head[8:16] if big else head[4:8]
+    pages, size, width = 0, struct.calcsize(number), struct.calcsize(count)
+    while len(place) == size and (start := struct.unpack(number, place)[0]):
+        check_frames(pages := pages + 1, name)
+        file.seek(start)
+        entries = file.read(width)
+        if len(entries) < width:
+            return
+        file.seek(start + width + entry * struct.unpack(count, entries)[0])
+        place = file.read(size)
 
 
 def icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ def full(nbytes: int) -> Iterator[None]:
 
 def offsets(size: int) -> Sequence[int]:
     """Where it fills up, in a file of so many bytes."""
-    count = cases(3, 20)
+    count = cases(5, 20)
     return [size * n // count for n in range(count)]
 
 

@@ -27,7 +27,7 @@ from mlx_onevision.media import image as module
 from mlx_onevision.media import rgb
 from mlx_onevision.media.decoder import Limits, VideoReader
 from mlx_onevision.media.image import EncodedImage, PixelCount, load_image
-from mlx_onevision.media.image_parts import MAX_PARTS, orientation
+from mlx_onevision.media.image_parts import MAX_FRAMES, MAX_PARTS, check_pages, orientation
 from mlx_onevision.media.parallel import Budget
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.contract.errors import PluginError
@@ -185,14 +185,41 @@ def animation(kind: str, count: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_an_animation_the_first_frame_is_read(kind: str, tmp_path: Path) -> None:
-    """However many follow."""
-    data = animation(kind, count := cases(1000, 10_000))
-    with Image.open(io.BytesIO(data)) as image:
-        assert getattr(image, "n_frames") == count  # noqa: B009
-    assert np.array_equal(load_image(data)[0, 0], [0, 128, 128])
-    ((size, seconds, outcome),) = measured(data, folder=tmp_path)
-    assert outcome == "(40, 40, 3)" and size < 100 << 20 and seconds < 1
+def test_an_animation_is_its_first_frame_or_too_long(kind: str, tmp_path: Path) -> None:
+    files = [animation(kind, count) for count in (MAX_FRAMES, cases(MAX_FRAMES + 1, 10_000))]
+    assert np.array_equal(load_image(files[0])[0, 0], [0, 128, 128])
+    (read, refused) = measured(*files, folder=tmp_path)
+    assert read[2] == "(40, 40, 3)"
+    assert (
+        "has more than 1,000 frames or pages, of which an image is the first; save that"
+        in refused[2]
+    )
+    assert all(size < 100 << 20 and seconds < 1 for size, seconds, _ in (read, refused))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("big", [False, True])
+def test_pages_are_counted_in_every_form_of_tiff(order: str, big: bool) -> None:
+    number, count, entry = ("Q", "Q", 20) if big else ("I", "H", 12)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
+    head += struct.pack(order + "HH", 8, 0) if big else b""
+
+    def pages(most: int) -> io.BytesIO:
+        data = head
+        for _ in range(most):
+            data += struct.pack(order + number, len(data) + struct.calcsize(number))
+            data += struct.pack(order + count, 2) + bytes(2 * entry)
+        return io.BytesIO(data + bytes(8))
+
+    check_pages(pages(MAX_FRAMES), "a.tiff")
+    with pytest.raises(MediaError, match=r"a\.tiff has more than 1,000 frames"):
+        check_pages(pages(MAX_FRAMES + 1), "a.tiff")
+    loop = pages(2).getvalue()[: -8 if big else -10]
+    check_pages(io.BytesIO(loop), "a.tiff")  # it breaks off within a directory
+    around = bytearray(pages(1).getvalue())
+    around[-8 : -8 + struct.calcsize(number)] = around[8:16] if big else around[4:8]
+    with pytest.raises(MediaError, match="more than 1,000 frames"):
+        check_pages(io.BytesIO(around), "a.tiff")
 
 
 def test_harmless_parts_without_end_cost_little(tmp_path: Path) -> None:

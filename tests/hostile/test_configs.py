@@ -169,7 +169,7 @@ def test_generated_configurations_are_read_or_refused(caplog: pytest.LogCaptureF
     caplog.set_level(logging.ERROR, "mlx_onevision")  # else every case's warnings are kept
     outcomes, risen = {"read": 0, "refused": 0}, [0]
 
-    @settings(max_examples=cases(300, 5000))
+    @settings(max_examples=cases(500, 5000))
     @given(documents())
     def check(values: tuple[Json, Json, Json, Json]) -> None:
         before = rss()

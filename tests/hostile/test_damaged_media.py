@@ -135,7 +135,7 @@ def test_changed_videos(kind: str) -> None:
     def read(data: bytes) -> Any:
         return load_video(data, 56, FrameOptions(num_frames=3), limits=limits)
 
-    mutants = [changed(whole, choose) for _ in range(cases(10, 750))]
+    mutants = [changed(whole, choose) for _ in range(cases(50, 750))]
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(lambda data: outcome(read, data, 30), mutants))
     assert 0 < outcomes.count("") < len(outcomes)

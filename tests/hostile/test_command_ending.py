@@ -1,6 +1,6 @@
 """Commands that are asked to end (SIGTERM) at whatever moment: they are gone in time with all that
 they started, nothing half is left, and the same command then does it whole. Servers:
-tests/hosts/test_ending.py and test_mcp_ending.py.
+test_server_ending.py and test_mcp_ending.py.
 """
 
 import json

@@ -26,7 +26,7 @@ from mlx_onevision.plugins.service.service import Limits
 
 pytestmark = pytest.mark.measured
 
-TIMES = cases(50, 200)
+TIMES = cases(3, 200)  # of each stage
 SECONDS, TOKENS = 1.0, 2  # until the model stops, one or the other
 SERVED_SECONDS = 2.0
 

@@ -45,7 +45,7 @@ def end(server: Piped, how: str) -> None:
 def test_it_ends_while_it_answers(how: str, log: Path) -> None:
     """An answer by a fake that would take minutes, and four others in line."""
     command = fake(folders=[str(EXAMPLES)], fake={"delay": 0.05})
-    for _ in range(cases(5, 20)):
+    for _ in range(cases(2, 20)):
         with Piped(command, log) as server:
             server.begin()
             for number in range(5):
