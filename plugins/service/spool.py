@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -69,7 +69,7 @@ class Spool:
         self._closed = self._sweeps = False
         self._lock = threading.Lock()
         background.start()
-        with suppress(OSError), _locked(parent / LOCK_FILE):
+        with suppress(OSError):
             _delete_left(parent)
 
     @contextmanager
@@ -304,15 +304,23 @@ def _locked(path: Path) -> Generator[None]:
 
 
 def _delete_left(parent: Path) -> None:
-    """Deletes the folders of processes that do not live any more."""
-    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        if folder.is_symlink():  # none of ours: nothing is made or deleted behind it
-            continue
-        with suppress(OSError):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(folder / LOCK_FILE, flags, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Deletes the folders of processes that do not live any more.
+
+    The lock of all is held only while they are looked for: another server's first upload waits for
+    it, and deleting gigabytes takes seconds.
+    """
+    with ExitStack() as held:
+        left: list[Path] = []
+        with _locked(parent / LOCK_FILE):
+            for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+                if folder.is_symlink():  # none of ours: nothing is made or deleted behind it
+                    continue
+                with suppress(OSError):
+                    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                    descriptor = os.open(folder / LOCK_FILE, flags, 0o600)
+                    held.callback(os.close, descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.append(folder)
+        for folder in left:
+            with suppress(OSError):
                 shutil.rmtree(folder)
-            finally:
-                os.close(descriptor)

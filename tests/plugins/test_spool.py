@@ -1,5 +1,6 @@
 """Uploads on disk: bounded together, private, and gone with their process, however it ends."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -196,3 +197,23 @@ def test_what_a_killed_process_left_is_deleted_by_the_next(tmp_path: Path) -> No
         assert folder.is_dir()
         spool(tmp_path)
         assert not folder.exists()
+
+
+def test_other_servers_take_uploads_while_what_was_left_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "process-left").mkdir()
+    delete, taken = shutil.rmtree, list[bool]()
+
+    def deleting(folder: Path) -> None:
+        descriptor = os.open(tmp_path / module.LOCK_FILE, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken.append(True)
+        finally:
+            os.close(descriptor)
+        delete(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", deleting)
+    spool(tmp_path)
+    assert taken == [True] and not (tmp_path / "process-left").exists()
