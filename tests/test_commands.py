@@ -1,17 +1,19 @@
 """The commands that the README, docs/ and every --help show: each is run here, on stand-ins for the
-models and files that it names; servers are asked once. Those that measure for minutes or need the
-Hub or several machines are read by the command's own parser only, and run by the tests beside their
-subject.
+models, files, Hub and machines that it names; servers are asked once.
 """
 
 import json
 import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import click
 import llm.cli
 import pytest
 from click.testing import CliRunner
-from crowding import command
+from crowding import CHAT, command
+from fakehub import FakeHub
+from huggingface_hub import constants
 from mcp_clients import Piped
 from PIL import Image
 from videos import counting, written
@@ -28,6 +32,9 @@ from mlx_onevision.__main__ import cli
 from mlx_onevision.bench import checkpoint
 from mlx_onevision.bench.checkpoint import Shape
 from mlx_onevision.checkpoint import hub
+from mlx_onevision.convert import verify
+from mlx_onevision.convert.loss.probes import probes
+from mlx_onevision.plugins.hosts.llm import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.joinpath("docs").glob("*.md"))]
@@ -38,6 +45,7 @@ COMMAND = re.compile(
     re.MULTILINE,
 )
 SMALL = Shape(64, 2, 4, 2, 128, 152000, True, 64, 2, 4, 128, image_size=28)
+TOKEN = "a-token-of-these-tests"
 SERVERS = ("serve", "mcp")
 HUB = (["models", "pull"], ["models", "rm"])
 
@@ -54,16 +62,20 @@ class Shown:
 
     @property
     def runs(self) -> bool:
-        measured = {"--compare", "fit"} & {*self.words}
         alone = not self.launched or self.words == ["doctor"]
         own = self.program == "mlx-onevision" and alone
         elsewhere = self.words[0] in SERVERS or self.words[:2] in HUB
-        return own and not elsewhere and not measured
+        return own and not elsewhere
+
+    @property
+    def shared(self) -> bool:
+        """Whether several machines run it."""
+        return self.launched and self.words[0] not in ("mcp", "doctor")
 
     @property
     def asked(self) -> bool:
         """Whether it serves, on this machine alone."""
-        return self.words[0] in SERVERS and not (self.launched and self.words[0] == "serve")
+        return self.words[0] in SERVERS and not self.shared
 
 
 def shown() -> Iterator[Shown]:
@@ -77,6 +89,7 @@ def shown() -> Iterator[Shown]:
 
 
 SHOWN = {" ".join([one.program, *one.words]): one for one in shown()}
+LLM = [line for line, one in SHOWN.items() if one.program == "llm"]
 RUN = [line for line, one in SHOWN.items() if one.runs]
 ASKED = [line for line, one in SHOWN.items() if one.asked]
 APPLYING_LAST = sorted(RUN, key=lambda line: "--adapter" in SHOWN[line].words)
@@ -86,8 +99,9 @@ APPLYING_LAST = sorted(RUN, key=lambda line: "--adapter" in SHOWN[line].words)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that is named."""
     place = tmp_path_factory.mktemp("place")
-    for name in ("7b", "0.5b", "72b", "my-model", "7b-4bit", "llava-onevision-7b-4bit"):
+    for name in ("7b", "0.5b", "72b", "my-model", "7b-4bit"):
         (place / name).symlink_to(hub.EMBEDDED, target_is_directory=True)
+    shutil.copytree(hub.EMBEDDED, place / "llava-onevision-7b-4bit")
     for folder in ("lmms-lab", "photos", "holidays", "videos", "Pictures", "Movies", "my-org"):
         (place / folder).mkdir()
     (place / "lmms-lab/LLaVA-Video-7B-Qwen2").symlink_to(hub.EMBEDDED, target_is_directory=True)
@@ -154,8 +168,10 @@ def test_its_options_are_there(line: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("line", APPLYING_LAST)
 def test_it_runs(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that train before those that apply an adapter; with short answers, conversions that are
-    not measured, and one short row of a small network without its peers.
+    measured by two prompts or by none, and one short row of a small network without its peers.
     """
+    short = probes()[:2]
+    monkeypatch.setattr(verify, "probes", lambda: short)
     monkeypatch.setattr(checkpoint, "SIZES", dict.fromkeys(checkpoint.SIZES, SMALL))
     words = [word.replace("*", "a") for word in SHOWN[line].words]
     stdin = b"What?" if "--prompt" in words and words[words.index("--prompt") + 1] == "-" else b""
@@ -163,7 +179,7 @@ def test_it_runs(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         stdin = Path("photo.jpg").read_bytes()
     words += {
         "generate": ["--max-tokens", "8"],
-        "convert": ["--no-verify"],
+        "convert": [] if "--compare" in words else ["--no-verify"],
         "bench": ["--runs", "1", "--max-tokens", "2", "--rows", "batch", "--versus", ""],
     }.get(words[0], [])
     done = CliRunner().invoke(cli, words, input=stdin)
@@ -204,3 +220,65 @@ def test_it_serves_and_ends(line: str, place: Path, tmp_path: Path) -> None:
         assert server.process.stdin is not None
         server.process.stdin.close()
         assert server.process.wait(10) == 0
+
+
+def test_llm_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page: an alias is made before it is used, a question asked before the one
+    that goes on. What is no more than options is asked a question through stdin.
+    """
+    monkeypatch.setattr(registry, "_backends", {})
+    llm.set_default_model("onevision-demo")
+    for line in LLM:
+        words = [os.path.expanduser(word) for word in SHOWN[line].words]
+        done = CliRunner().invoke(llm.cli.cli, words, input="What?")
+        assert done.exit_code == 0, (line, done.output, done.exception)
+
+
+@pytest.mark.parametrize("line", [line for line, one in SHOWN.items() if one.words[:2] in HUB])
+def test_it_asks_the_hub(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, action, name = SHOWN[line].words
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    files = {
+        path.name: path.read_bytes() for path in Path(hub.EMBEDDED).iterdir() if path.is_file()
+    }
+    with FakeHub() as fake:
+        fake.add(hub.ALIASES[name], files)
+        monkeypatch.setattr(hub, "resolve", partial(hub.resolve, endpoint=fake.url))
+        for word in dict.fromkeys(["pull", action]):
+            sure = ["--yes"] if word == "rm" else []  # as one says on a terminal
+            done = CliRunner().invoke(cli, ["models", word, name, *sure])
+            assert done.exit_code == 0, done.output
+    listed = CliRunner().invoke(cli, ["models"]).output
+    assert (hub.ALIASES[name] in listed) == (action == "pull")
+
+
+@pytest.mark.parametrize("line", [line for line, one in SHOWN.items() if one.shared])
+def test_it_runs_on_several_machines(
+    line: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two ranks of this one, as its launcher starts them."""
+    monkeypatch.setenv("MLX_ONEVISION_API_KEY", TOKEN)
+    hosts = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1] % 20_000 + 10_000  # outside of those that systems give out
+    launcher = str(Path(sys.executable).with_name("mlx.launch"))
+    options = ["--hostfile", str(tmp_path / "hosts.json"), "--starting-port", str(port)]
+    program = [launcher, *options, "--", str(Path(sys.executable).with_name("mlx-onevision"))]
+    name, *words = on_stand_ins(SHOWN[line].words, place)
+    if name == "serve":
+        with command(*words, program=program) as (server, client):
+            body = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2}
+            allowed = {"Authorization": f"Bearer {TOKEN}"}
+            assert client.ask("POST", CHAT, body, allowed).status == 200
+            server.terminate()
+            server.wait(20)
+        return
+    done = subprocess.run(
+        [sys.executable, *program, name, *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for option in {"--output"} & {*words}:
+        assert Path(words[words.index(option) + 1]).exists()
