@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,10 @@ COMMAND = re.compile(
     r"(^ {4,}|^\$ |`)"  # a block, or in a sentence
     r"(mlx\.launch .*-- |claude .*-- )?"
     r"(?:\"\$\(which )?(mlx-onevision|llm)(?:\)\")? ([^`\n]*)",
+    re.MULTILINE,
+)
+SHELL = re.compile(
+    r"^ {4}((?:curl|cat|python -c|PYTHONPATH=\.) (?:.*<<END\n(?: {4}.*\n)+? {4}END|.*))$",
     re.MULTILINE,
 )
 SMALL = Shape(64, 2, 4, 2, 128, 152000, True, 64, 2, 4, 128, image_size=28)
@@ -106,7 +110,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / folder).mkdir()
     (place / "lmms-lab/LLaVA-Video-7B-Qwen2").symlink_to(hub.EMBEDDED, target_is_directory=True)
     (place / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
-    images = ("photo.jpg", "page.png", "a.jpg", "photos/a.jpg", "one.jpg", "two.jpg", "picture.png")
+    images = (
+        "photo.jpg",
+        "page.png",
+        "a.png",
+        "screenshot.png",
+        "a.jpg",
+        "photos/a.jpg",
+        "one.jpg",
+        "two.jpg",
+        "picture.png",
+    )
     for name in (*images, "part.jpg", "photo.heic"):
         Image.new("RGB", (40, 30), "red").save(place / name, "PNG")
     for name in (
@@ -282,3 +296,27 @@ def test_it_runs_on_several_machines(
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for option in {"--output"} & {*words}:
         assert Path(words[words.index(option) + 1]).exists()
+
+
+@pytest.mark.parametrize(
+    "block", [block for page in PAGES for block in SHELL.findall(page.read_text(encoding="utf-8"))]
+)
+def test_the_shell_runs_it(block: str, place: Path) -> None:
+    """What stands in a shell: a server there is one of the demo model."""
+    block = block.replace("\n    ", "\n").replace("--count 12 ", "--count 1 ")
+    block = block.replace("-m onevision-7b", "-m onevision-demo")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with ExitStack() as open_:
+        if "127.0.0.1:8000" in block:
+            _, client = open_.enter_context(command("--model", "demo"))
+            block = block.replace(":8000", f":{client.port}")
+        done = subprocess.run(
+            ["sh", "-c", block],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+            cwd=place,
+        )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert '"error"' not in done.stdout
