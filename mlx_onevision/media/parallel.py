@@ -2,6 +2,7 @@
 what all threads hold together.
 """
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sized
@@ -15,10 +16,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 POLL_SECONDS = 0.1  # between two calls of a check for cancellation
+_M_ARENA_MAX = -8  # of glibc's mallopt(3)
 
 
 def no_check() -> None:
     """The check for cancellation of work that cannot be cancelled."""
+
+
+def share_heaps() -> None:
+    """Has all threads of this process allocate from two heaps, for processes that are ours alone.
+
+    glibc would give each thread a heap (an arena) of its own and keep what is freed in it: a server
+    grew by 10 MB over 10,000 requests, as each came to be read by each thread. macOS has no such
+    setting, and needs none.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
 
 
 class Budget:

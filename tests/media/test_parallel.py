@@ -1,5 +1,7 @@
 """Work spread over cores: the order of results, the error that counts, and no deadlock."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -84,3 +86,23 @@ def test_it_can_be_called_within_itself() -> None:
         return parallel_map(lambda other: number + other, range(6))
 
     assert parallel_map(outer, range(8)) == [list(range(n, n + 6)) for n in range(8)]
+
+
+def test_threads_share_two_heaps() -> None:
+    """Counted by glibc itself; another C library has no arenas, and prints none."""
+    program = (
+        "import ctypes, sys, threading\n"
+        "from mlx_onevision.media.parallel import share_heaps\n"
+        "share_heaps()\n"
+        "barrier = threading.Barrier(8)\n"
+        "threads = [threading.Thread(target=barrier.wait) for _ in range(8)]\n"
+        "[thread.start() for thread in threads], [thread.join() for thread in threads]\n"
+        "library = ctypes.CDLL(None)\n"
+        "if hasattr(library, 'malloc_info'):\n"
+        "    library.fdopen.restype = ctypes.c_void_p\n"
+        "    file = ctypes.c_void_p(library.fdopen(1, b'w'))\n"
+        "    library.malloc_info(0, file), library.fflush(file)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<heap nr=") == (2 if sys.platform == "linux" else 0)

@@ -201,6 +201,7 @@ def serve(
     report_unused_filters(sampling)
 
     from mlx_onevision.cli.describe import cache_folder
+    from mlx_onevision.media.parallel import share_heaps
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.http import server
@@ -230,6 +231,7 @@ def serve(
             max_tokens=max_tokens,
         )
         raise_limit()
+        share_heaps()
         if log_requests:
             log_to_stderr()
         if click.get_current_context().meta.get(DEBUG):

@@ -76,6 +76,7 @@ def mcp(
     model = model_or_demo(model)
     report_unused_filters(sampling)
 
+    from mlx_onevision.media.parallel import share_heaps
     from mlx_onevision.plugins.adapters.engine import open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
     from mlx_onevision.plugins.hosts.mcp.allowed_files import (
@@ -86,6 +87,7 @@ def mcp(
     from mlx_onevision.plugins.service.media_policy import Hints, MediaPolicy
     from mlx_onevision.plugins.service.service import Limits
 
+    share_heaps()
     try:
         hints = Hints(folders=ALLOW_DIR_HINT)
         policy = MediaPolicy(folders=folders, pixels=MAX_IMAGE_PIXELS, hints=hints, **decoding)
