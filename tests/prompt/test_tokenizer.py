@@ -11,6 +11,7 @@ from prompts import REFERENCE, SPECIALS, checkpoint, recorded, vocabulary
 
 from mlx_onevision.errors import CheckpointError, RequestError
 from mlx_onevision.prompt.tokenizer import (
+    MOST_ADDED,
     PLACEHOLDERS,
     QWEN2_WORDS,
     Tokenizer,
@@ -132,6 +133,41 @@ def test_each_supported_rule_is_read(tmp_path: Path, rule: str) -> None:
     }.get(rule, {})
     folder = changed(tmp_path, pre_tokenizer={"type": rule, **fields})
     assert len(Tokenizer.from_folder(folder)) > 0
+
+
+@pytest.mark.parametrize(
+    "rule", ["NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip"]
+)
+def test_each_supported_normalizer_is_read(tmp_path: Path, rule: str) -> None:
+    fields = {"strip_left": True, "strip_right": True} if rule == "Strip" else {}
+    one = {"type": rule, **fields}
+    folder = changed(tmp_path, normalizer={"type": "Sequence", "normalizers": [one, one]})
+    assert len(Tokenizer.from_folder(folder)) > 0
+
+
+def test_an_added_word_is_one_token_of_a_text_and_no_control_token(tmp_path: Path) -> None:
+    split_files(tmp_path)
+    file = tmp_path / "added_tokens.json"
+    added: dict[str, int] = json.loads(file.read_text())
+    index = max(added.values()) + 1
+    file.write_text(json.dumps({**added, "<word>": index}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert index in tokenizer.encode("a <word> b") and "<word>" not in tokenizer.specials
+    assert tokenizer.decode(tokenizer.encode("a <word> b")) == "a <word> b"
+
+
+@pytest.mark.parametrize("count", [MOST_ADDED, MOST_ADDED + 1])
+def test_so_many_added_tokens_are_read(tmp_path: Path, count: int) -> None:
+    split_files(tmp_path, special=False)
+    first = vocabulary()
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({f"<{n}>": first + n for n in range(count)})
+    )
+    if count == MOST_ADDED:
+        assert len(Tokenizer.from_folder(tmp_path)) == first + count
+        return
+    with pytest.raises(CheckpointError, match=r"has 4,097 added tokens; 4,096 are supported"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_a_word_that_is_named_as_padding_stays_a_word(tmp_path: Path) -> None:
