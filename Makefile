@@ -72,9 +72,9 @@ else
 	SOAK=$(SOAK) $(HOSTS) -rA --numprocesses 2 --dist loadfile -m 'not measured' $(SOAKED)
 	SOAK=$(SOAK) $(HOSTS) -rA -m measured $(SOAKED)
 ifeq ($(shell uname -sm),Linux x86_64)
-	seconds=$$(.venv/bin/python -c 'print(round(450 * $(SOAK)))'); \
-		printf '%s\n' header config request image | \
-		xargs -P 2 -I TARGET .venv/bin/python tests/hostile/fuzz.py TARGET $$seconds
+	printf '%s\n' image\ 1800 header\ 450 config\ 450 request\ 450 | \
+		xargs -P 2 -L 1 sh -c '.venv/bin/python tests/hostile/fuzz.py $$0 \
+			$$(.venv/bin/python -c "print(round($$1 * $(SOAK)))")'
 endif
 endif
 
