@@ -1,37 +1,16 @@
 """The page in Chromium, with the demo model behind it: images shown, asked about, asked on."""
 
-from collections.abc import Iterator
-
 import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, expect
-from served import EXAMPLES, PICTURE, Client, image, serving, text
+from served import EXAMPLES, PICTURE, Client, image, text
 
-from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 
 SHAPES = EXAMPLES / "shapes.png"
 SQUARE = EXAMPLES / "square.png"
 SEEN = "A red circle, a blue star and an orange triangle."
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with serving(open_backend("engine", model="demo")) as found:
-        yield found
-
-
-@pytest.fixture
-def tab(browser: Browser, client: Client) -> Iterator[Tab]:
-    with opened(browser, None, client=client) as found:
-        yield found
 
 
 def test_a_dropped_image_is_asked_about_and_asked_on(tab: Tab, client: Client) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, expect
 from served import EXAMPLES, PICTURE, Client, serving, text
 
@@ -16,20 +16,8 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with serving(FakeBackend()) as found:
-        yield found
-
-
-@pytest.fixture
-def tab(browser: Browser, client: Client) -> Iterator[Tab]:
-    with opened(browser, None, client=client) as found:
         yield found
 
 

@@ -1,11 +1,10 @@
 """The page in Chromium, looked at by axe: every state, at both widths, light and dark."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, expect
 from served import EXAMPLES, PICTURE
 
@@ -19,12 +18,6 @@ WRITTEN = [
     "# Shapes\n\n- **one**\n- two\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n",
     f"```\n{'a line of code that is wider than its column, ' * 2}\n```\n",
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture(params=[390, 1280])

@@ -2,12 +2,11 @@
 
 import re
 import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, Route, expect
 from served import EXAMPLES, serving, wait_for
 
@@ -19,12 +18,6 @@ from mlx_onevision.plugins.service.service import Limits
 SHAPES = EXAMPLES / "shapes.png"
 CHAT = "/v1/chat/completions"
 GONE = "The server does not answer; see whether mlx-onevision serve is still running."
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
 
 
 def fault(tab: Tab, said: str | re.Pattern[str]) -> None:

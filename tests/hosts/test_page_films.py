@@ -3,21 +3,19 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pysubs2
 import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, expect
-from served import EXAMPLES, Client, serving, wait_for
+from served import EXAMPLES, Client, wait_for
 from videos import film as film_of
 
 from mlx_onevision.describe.formats import Chapter, Segment, VideoDescription, write
 from mlx_onevision.media.video import load_video
-from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.results import DescribeResult
 from mlx_onevision.plugins.hosts.http import app
@@ -52,24 +50,6 @@ COLOURS = """(all, points) => all.map((one, place) => {
   const colour = ([x, y]) => [...data.slice(4 * (y * one.width + x)).slice(0, 3)];
   return [colour([4, 4]), colour(points[place])];
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with serving(open_backend("engine", model="demo")) as found:
-        yield found
-
-
-@pytest.fixture
-def tab(browser: Browser, client: Client) -> Iterator[Tab]:
-    with opened(browser, None, client=client) as found:
-        yield found
 
 
 def described(tab: Tab) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, expect
 from served import EXAMPLES
 
@@ -17,12 +17,6 @@ SHAPES, CIRCLE = EXAMPLES / "shapes.png", EXAMPLES / "circle.mp4"
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 LONG = "a-name-without-any-place-to-break-it-" * 4
 WIDTHS = (320, 390, 768, 1280, 2560)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, expect
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
@@ -50,12 +49,6 @@ ALLOWED = {
     *("BLOCKQUOTE", "BR", "CODE", "DEL", "DIV", "EM", "H3", "HR", "LI", "OL", "P", "PRE", "SPAN"),
     *("STRONG", "TABLE", "TBODY", "TD", "TH", "THEAD", "TR", "UL"),
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
 
 
 @contextmanager

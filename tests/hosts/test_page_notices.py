@@ -1,10 +1,9 @@
 """The page in Chromium: what it says before, while and after something is asked, and where."""
 
 import json
-from collections.abc import Iterator
 
 import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, Locator, expect
 from served import EXAMPLES
 
@@ -15,12 +14,6 @@ from mlx_onevision.plugins.hosts.http.server import ServerSettings
 SHAPES, CIRCLE = EXAMPLES / "shapes.png", EXAMPLES / "circle.mp4"
 DESK, TELEPHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 NOTES = ("notes.txt", "text/plain", b"words")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
 
 
 def is_in_sight(tab: Tab, one: Locator) -> bool:

@@ -5,11 +5,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts.browser import Tab, launched, opened
+from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, Route, expect
 from served import Client, serving, text, video, wait_for
 from videos import grainy
@@ -31,12 +30,6 @@ CAPTIONS = [
     "A green square gets bigger.",
     "A red star moves down, and a black circle stays still.",
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
