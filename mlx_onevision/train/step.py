@@ -1,4 +1,4 @@
-# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false, reportPrivateUsage=false
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 """The loss of a batch of rows and its gradients, in little memory.
 
 Layers are computed again in the backward pass, so that only what enters each is held. Logits are
