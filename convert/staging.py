@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import sys
+import weakref
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,6 +57,8 @@ class Staging:
             remove_leftovers(self.target.parent)
             while True:
                 self.path = _beside(self.target)
+                # Whatever comes between here and the end, such as a signal that ends the process.
+                self._removal = weakref.finalize(self, _discard, self.path)
                 self.path.mkdir()
                 with suppress(FileNotFoundError):  # taken for a leftover by another run, just now
                     self._lock = _open(self.path)
@@ -67,8 +70,9 @@ class Staging:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if not self._published:
-                _discard(self.path)
+            if self._published:
+                self._removal.detach()
+            self._removal()
         finally:
             os.close(self._lock)
 

@@ -170,15 +170,15 @@ def replacing(path: Path, private: bool = False) -> Generator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with os.fdopen(os.open(partial, flags, 0o600 if private else 0o666), "wb") as file:
-        try:
+    try:  # around the opening, too: a signal may end it once the file is there
+        with os.fdopen(os.open(partial, flags, 0o600 if private else 0o666), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def save(path: Path, text: str) -> None:

@@ -1,12 +1,16 @@
 """Untrusted model folders, and shared folders that somebody else writes to."""
 
+import gc
+import inspect
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from click.testing import CliRunner
 
 from mlx_onevision import load
 from mlx_onevision.__main__ import cli
+from mlx_onevision.convert.staging import Staging
 from mlx_onevision.errors import CheckpointError, OneVisionError
 from mlx_onevision.files import claim, replacing, save
 from mlx_onevision.prompt.tokenizer import Tokenizer
@@ -185,6 +190,57 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
         file.write(b"half")
         raise RuntimeError
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def written(folder: Path) -> None:
+    with replacing(folder / "made") as file:
+        file.write(b"new")
+
+
+def staged(folder: Path) -> None:
+    with Staging(folder / "made") as new:
+        (new.path / "config.json").write_text("{}")
+        new.publish()
+
+
+# A file that was just opened is closed by nobody but the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (written, inspect.unwrap(replacing).__code__),
+        (staged, Staging.__enter__.__code__),
+        (staged, Staging.publish.__code__),
+    ],
+)
+def test_who_is_asked_to_end_at_any_moment_leaves_no_half(
+    tmp_path: Path, make: Callable[[Path], None], code: CodeType
+) -> None:
+    """SystemExit comes before each instruction in turn, as out of the handler of a signal."""
+    steps = iter(range(0))
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        frame.f_trace_opcodes = frame.f_code is code
+        if frame.f_code is code and event == "opcode" and next(steps, None) == 0:
+            raise SystemExit
+        return trace
+
+    ended, moment, before = True, 0, sys.gettrace()
+    while ended:
+        moment += 1
+        steps, ended = iter(range(moment - 1, -1, -1)), False
+        sys.settrace(trace)
+        try:
+            make(tmp_path)
+        except SystemExit:
+            ended = True
+        finally:
+            sys.settrace(before)
+        gc.collect()
+        assert {path.name for path in tmp_path.iterdir()} <= {"made"}, moment
+        for path in tmp_path.iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert moment > 20
 
 
 def test_records_are_their_owner_s_alone(tmp_path: Path) -> None:
