@@ -69,7 +69,8 @@ soak: .venv/.hosts
 ifdef ARGS
 	SOAK=$(SOAK) $(HOSTS) $(ARGS)
 else
-	SOAK=$(SOAK) $(HOSTS) -rA --numprocesses 2 --dist loadfile -m 'not measured' $(SOAKED)
+	SOAK=$(SOAK) $(HOSTS) -rA --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not measured' \
+		$(SOAKED)
 	SOAK=$(SOAK) $(HOSTS) -rA -m measured $(SOAKED)
 ifeq ($(shell uname -sm),Linux x86_64)
 	printf '%s\n' image\ 1800 header\ 450 config\ 450 request\ 450 | \

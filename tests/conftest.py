@@ -25,9 +25,10 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # a closed port
 # Float32 is float32: a GPU that rounds its products to TF32 would miss the bounds of the tests.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-LONGEST = (  # seconds of a processor, the most first
+LONGEST = (  # seconds, the most first
     "tests/engine/test_predicted_memory.py",
     "tests/hostile/test_soak.py",
+    "tests/hostile/test_raw_http.py",
     "tests/engine/test_ranks.py",
     "tests/plugins/http/test_ranks.py",
     "tests/demo/test_demo_model.py",
