@@ -246,23 +246,32 @@ def _add_tokens(backend: "tokenizers.Tokenizer", folder: Path) -> None:
         ) from None
     _check_added([*numbered, *names])
     backend.encode_special_tokens = True
+    # All at once: for each addition the backend makes its search for all of them anew.
+    known = backend.get_added_tokens_decoder()
+    backend.add_tokens(
+        [
+            token
+            for index, token in sorted(numbered.items())
+            if (there := known.get(index)) is None or (token.special and not there.special)
+        ]
+    )
     for index, token in sorted(numbered.items()):
-        added = backend.get_added_tokens_decoder().get(index)
-        if added is None or (token.special and not added.special):
-            backend.add_tokens([token])
-        if backend.token_to_id(token.content) != index:
+        if (found := backend.token_to_id(token.content)) != index:
             raise CheckpointError(
-                f"token {token.content!r} has the id {index} among the added tokens, "
-                f"{backend.token_to_id(token.content)} in the vocabulary"
+                f"token {token.content!r} has the id {index} among the added tokens, {found} in "
+                "the vocabulary"
             )
     placeholders = [name for name in PLACEHOLDERS if backend.token_to_id(name) is not None]
-    for name in [*names, *placeholders]:
+    known = backend.get_added_tokens_decoder()
+    new: list[AddedToken] = []
+    for name in dict.fromkeys([*names, *placeholders]):
         index = backend.token_to_id(name)
-        added = None if index is None else backend.get_added_tokens_decoder().get(index)
+        added = None if index is None else known.get(index)
         # A name for an ordinary word of the vocabulary ("!" as padding) does not make it control.
         ordinary = added is None and backend.encode(name, add_special_tokens=False).ids == [index]
         if not ordinary and (added is None or not added.special):
-            backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+            new.append(AddedToken(name, special=True, normalized=False))
+    backend.add_special_tokens(new)
 
 
 def _numbered(

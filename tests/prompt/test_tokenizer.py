@@ -1,7 +1,9 @@
 """The tokenizer against ids recorded from transformers, and through every layout of files."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hostile.sizes import cases
@@ -156,15 +158,20 @@ def test_an_added_word_is_one_token_of_a_text_and_no_control_token(tmp_path: Pat
     assert tokenizer.decode(tokenizer.encode("a <word> b")) == "a <word> b"
 
 
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("count", [MOST_ADDED, MOST_ADDED + 1])
-def test_so_many_added_tokens_are_read(tmp_path: Path, count: int) -> None:
+def test_so_many_added_tokens_are_read(tmp_path: Path, count: int, named: bool) -> None:
     split_files(tmp_path, special=False)
-    first = vocabulary()
-    (tmp_path / "added_tokens.json").write_text(
-        json.dumps({f"<{n}>": first + n for n in range(count)})
-    )
+    first, names = vocabulary(), [f"<{n}>" for n in range(count)]
+    added: dict[str, Any] = {name: first + n for n, name in enumerate(names)}
+    file = "special_tokens_map.json" if named else "added_tokens.json"
+    content = {"additional_special_tokens": names} if named else added
+    (tmp_path / file).write_text(json.dumps(content))
     if count == MOST_ADDED:
-        assert len(Tokenizer.from_folder(tmp_path)) == first + count
+        began = time.thread_time()
+        tokenizer = Tokenizer.from_folder(tmp_path)
+        assert len(tokenizer) == first + count and len(tokenizer.specials) == count * named
+        assert time.thread_time() - began < 1  # 5 s, as long as they were added one by one
         return
     with pytest.raises(CheckpointError, match=r"has 4,097 added tokens; 4,096 are supported"):
         Tokenizer.from_folder(tmp_path)
