@@ -29,7 +29,7 @@ from PIL import Image
 from videos import counting, written
 
 from mlx_onevision.__main__ import cli
-from mlx_onevision.bench import checkpoint
+from mlx_onevision.bench import checkpoint, measure
 from mlx_onevision.bench.checkpoint import Shape
 from mlx_onevision.checkpoint import hub
 from mlx_onevision.convert import verify
@@ -186,6 +186,7 @@ def test_it_runs(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     short = probes()[:2]
     monkeypatch.setattr(verify, "probes", lambda: short)
+    monkeypatch.setattr(measure, "LONG_ENOUGH", 0.0)
     monkeypatch.setattr(checkpoint, "SIZES", dict.fromkeys(checkpoint.SIZES, SMALL))
     words = [word.replace("*", "a") for word in SHOWN[line].words]
     stdin = b"What?" if "--prompt" in words and words[words.index("--prompt") + 1] == "-" else b""
