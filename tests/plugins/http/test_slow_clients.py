@@ -4,10 +4,13 @@ off in the end.
 
 import asyncio
 import contextlib
+import fcntl
 import http.client
 import json
 import logging
 import socket
+import sys
+import termios
 import time
 import urllib.error
 import urllib.request
@@ -213,6 +216,11 @@ def never_reading(client: Client, body: dict[str, Any]) -> socket.socket:
     return found
 
 
+def unread(connection: socket.socket) -> int:
+    """Bytes that wait in the system's buffer."""
+    return int.from_bytes(fcntl.ioctl(connection, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_who_never_reads_keeps_no_room_once_the_answer_is_made() -> None:
     backend = FakeBackend(pieces=["x" * 4096] * 4096, limits=Limits(active=4, waiting=4))
     settings = ServerSettings(max_body_bytes=1_000_000, max_held_bytes=1_000_000)
@@ -231,7 +239,12 @@ def test_who_never_reads_is_cut_off(stream: bool) -> None:
     backend = FakeBackend(pieces=["x" * 4096] * 4096)
     with serving(backend, ServerSettings(header_timeout=1)) as client:
         with never_reading(client, {**QUESTION, **LONG, "stream": stream}) as one:
-            time.sleep(3)
+            waiting, since = 0, time.monotonic()
+            while not waiting or time.monotonic() - since < 2:  # until no more comes
+                time.sleep(0.05)
+                if (more := unread(one)) > waiting:
+                    waiting, since = more, time.monotonic()
+                assert time.monotonic() - since < 30
             got = 0
             with contextlib.suppress(ConnectionResetError):
                 while data := one.recv(1 << 20):
