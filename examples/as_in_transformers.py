@@ -86,4 +86,7 @@ def main(name: str = "demo", *inputs: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     main(*sys.argv[1:])

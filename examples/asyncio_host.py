@@ -39,4 +39,7 @@ async def main(
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     asyncio.run(main(*sys.argv[1:]))

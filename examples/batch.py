@@ -39,4 +39,7 @@ def main(model: str = "demo") -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     main(*sys.argv[1:])

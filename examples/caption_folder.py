@@ -24,4 +24,7 @@ def main(folder: str, model: str = "demo") -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     main(*sys.argv[1:])

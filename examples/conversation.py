@@ -32,4 +32,7 @@ def main(picture: str = str(Path(__file__).with_name("shapes.png")), model: str 
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     main(*sys.argv[1:])

@@ -91,4 +91,7 @@ def write(target: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     write(sys.argv[1])

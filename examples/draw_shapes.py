@@ -48,6 +48,9 @@ def draw_square() -> Image.Image:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     draw_shapes().save(folder / "shapes.png", optimize=True)
     draw_square().save(folder / "square.png", optimize=True)

@@ -36,4 +36,7 @@ def write(target: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     write(sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).with_name("circle.mp4")))

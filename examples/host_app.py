@@ -31,6 +31,9 @@ def main(
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     try:
         main(*sys.argv[1:])
     except KeyboardInterrupt:

@@ -66,4 +66,7 @@ def main(folder: str, picture: str, name: str = "demo") -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     main(*sys.argv[1:])

@@ -5,8 +5,8 @@ python examples/throughput.py [URL [STREAMS [TOKENS]]]
 Each stream asks until it has got so many tokens; reading the prompts is part of the time.
 """
 
+import argparse
 import json
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import Request, urlopen
@@ -40,12 +40,21 @@ def speed(url: str, streams: int, tokens: int) -> float:
     return total / (time.perf_counter() - began)
 
 
-def main(url: str = "http://127.0.0.1:8000", streams: str = "8", tokens: str = "256") -> None:
-    speed(url, 1, 16)  # the first request loads the model
-    one, many = speed(url, 1, int(tokens)), speed(url, int(streams), int(tokens))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="%(default)s")
+    parser.add_argument("streams", nargs="?", type=int, default=8, help="at once; %(default)s")
+    parser.add_argument("tokens", nargs="?", type=int, default=256, help="of each; %(default)s")
+    given = parser.parse_args()
+    try:
+        speed(given.url, 1, 16)  # the first request loads the model
+        one = speed(given.url, 1, given.tokens)
+        many = speed(given.url, given.streams, given.tokens)
+    except (OSError, ValueError) as error:  # nobody is there, or what is given is no address
+        parser.error(f"{given.url}: {error}; start a server with: mlx-onevision serve")
     print(f"1 stream:  {one:8.1f} tokens/s")
-    print(f"{streams} streams: {many:8.1f} tokens/s, {many / one:.2f} times as many")
+    print(f"{given.streams} streams: {many:8.1f} tokens/s, {many / one:.2f} times as many")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

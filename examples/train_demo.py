@@ -145,4 +145,7 @@ def main(given: str, drawings: str = "400", held: str = "200", epochs: str = "6"
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     main(*sys.argv[1:])

@@ -209,6 +209,20 @@ def test_speculation(folder: Path) -> None:
         assert f"{way}: 4 of 4 answers have the same tokens" in done.stdout
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_each_says_how_it_is_used(path: Path) -> None:
+    command = [sys.executable, path, "--help"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and path.name in done.stdout
+
+
+def test_throughput_without_a_server() -> None:
+    for url in ("http://127.0.0.1:9", "--nothing", "nothing"):
+        command = [sys.executable, EXAMPLES / "throughput.py", url]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and url in done.stderr
+
+
 def test_throughput() -> None:
     with serving(FakeBackend(delay=0.03)) as client:
         done = run("throughput.py", f"http://127.0.0.1:{client.port}", "4", "16")
