@@ -9,6 +9,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import BinaryIO, NamedTuple
 
@@ -186,7 +187,9 @@ def check_frames(count: int, name: str) -> None:
 
 
 def check_pages(file: BinaryIO, name: str) -> None:
-    """As :func:`check_frames`, of a TIFF. Its directories are followed, and not read."""
+    """As :func:`check_frames`, of a TIFF, whose directories are followed and not read. Damage is
+    left for Pillow to report.
+    """
     file.seek(0)
     head = file.read(16)
     order = "<" if head[:1] == b"I" else ">"
@@ -194,14 +197,13 @@ def check_pages(file: BinaryIO, name: str) -> None:
     number, count, entry = (f"{order}Q",) * 2 + (20,) if big else (f"{order}I", f"{order}H", 12)
     place = head[8:16] if big else head[4:8]
     pages, size, width = 0, struct.calcsize(number), struct.calcsize(count)
-    while len(place) == size and (start := struct.unpack(number, place)[0]):
-        check_frames(pages := pages + 1, name)
-        file.seek(start)
-        entries = file.read(width)
-        if len(entries) < width:
-            return
-        file.seek(start + width + entry * struct.unpack(count, entries)[0])
-        place = file.read(size)
+    with suppress(OSError, OverflowError, struct.error):
+        while start := struct.unpack(number, place)[0]:
+            check_frames(pages := pages + 1, name)
+            file.seek(start)
+            entries = struct.unpack(count, file.read(width))[0]
+            file.seek(start + width + entry * entries)
+            place = file.read(size)
 
 
 def icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:

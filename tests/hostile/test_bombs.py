@@ -216,6 +216,8 @@ def test_pages_are_counted_in_every_form_of_tiff(order: str, big: bool) -> None:
         check_pages(pages(MAX_FRAMES + 1), "a.tiff")
     loop = pages(2).getvalue()[: -8 if big else -10]
     check_pages(io.BytesIO(loop), "a.tiff")  # it breaks off within a directory
+    far = struct.pack(order + number, (1 << 8 * struct.calcsize(order + number)) - 1)
+    check_pages(io.BytesIO(head[: 8 if big else 4] + far), "a.tiff")
     around = bytearray(pages(1).getvalue())
     around[-8 : -8 + struct.calcsize(number)] = around[8:16] if big else around[4:8]
     with pytest.raises(MediaError, match="more than 1,000 frames"):
