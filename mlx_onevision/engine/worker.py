@@ -1,5 +1,6 @@
 """A thread that owns an object: builds it, runs jobs on it, and drops it."""
 
+import gc
 import logging
 import queue
 import threading
@@ -25,6 +26,8 @@ PATIENCE_SECONDS = 10.0
 # on the slowest Mac that holds it, and kernels that are compiled first as long again.
 HANG_SECONDS = 180.0
 LONGEST_LOOK = 2.0  # seconds between two looks that count
+
+_clearing = threading.Lock()
 
 _Job: TypeAlias = tuple[Callable[[Owned], None], Callable[[DiedError], None]]
 
@@ -183,9 +186,26 @@ def _work(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -
     try:
         _run(build, built, jobs)
     finally:
-        # Here and now: a thread that ends with streams of its own aborts the process at its exit.
-        mx.clear_cache()
-        mx.clear_streams()
+        _clear_streams()
+
+
+def _clear_streams() -> None:
+    """Here and now: a thread that ends with streams of its own aborts the process at its exit.
+
+    MLX frees what the thread has compiled under a lock, without the interpreter's lock, which it
+    needs for each. A thread that holds the interpreter's lock and collects a compiled function as
+    garbage waits for the first: both, and soon all threads, would wait for ever. So nothing is
+    collected meanwhile.
+    """
+    mx.clear_cache()
+    with _clearing:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            mx.clear_streams()
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -> None:
@@ -213,6 +233,8 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("%s", "".join(traceback.format_exception(error)))
         jobs.lose(error, job)
+        # Those who get the error would else hold the model, and free it at any time.
+        traceback.clear_frames(error.__traceback__)
 
 
 def _stop(

@@ -1,6 +1,8 @@
 """One thread builds, runs and drops an object; everybody else waits for answers."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -139,6 +141,39 @@ def looked_at(worker: Worker[Progress], seconds: float) -> list[bool]:
         found.append(worker.hangs)
         time.sleep(0.01)
     return found
+
+
+CLOSING = """
+import gc, threading
+import mlx.core as mx
+from mlx_onevision.engine.worker import Worker
+
+class Network:
+    def __init__(self):
+        self.compiled = [self.piece(number) for number in range(100)]
+
+    def piece(self, number):
+        piece = mx.compile(lambda values: {"a": values * number, "b": values + len(vars(self))})
+        piece(mx.zeros(3))
+        return piece
+
+def allocate():
+    while True:
+        [[] for _ in range(500)]
+
+gc.set_threshold(20, 1, 1)
+threading.Thread(target=allocate, daemon=True).start()
+for _ in range(10):
+    Worker(Network).close()
+print("closed")
+"""
+
+
+def test_what_others_collect_while_a_thread_ends_does_not_hang() -> None:
+    """The thread's compiled functions, in a cycle, are garbage by then."""
+    command = [sys.executable, "-c", CLOSING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "closed\n", done.stderr
 
 
 def test_a_job_that_does_not_move_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
