@@ -47,6 +47,8 @@ coverage: .venv/.dev
 # The long tests of the hosts: official clients, the page in Chromium, crowds, made-up requests.
 # Chromium is the system's; CHROMIUM=... names another. Tests that measure time come last, one after
 # another, with the machine to themselves.
+# At last more of the clients that leave and servers that end than `make test` has.
+LEAVING := $(addprefix tests/hostile/,test_disconnects.py test_server_ending.py test_mcp_ending.py)
 HOSTS := OPENBLAS_NUM_THREADS=1 $(FAST) .venv/bin/python -m pytest
 hosts: .venv/.hosts
 ifdef ARGS
@@ -54,6 +56,7 @@ ifdef ARGS
 else
 	$(HOSTS) --numprocesses 2 --dist loadfile -m 'not measured' tests/hosts
 	$(HOSTS) -m measured tests/hosts
+	SOAK=0.25 $(HOSTS) $(LEAVING)
 endif
 
 # The tests that attack, with their larger numbers. SOAK=0.1 takes a tenth of the numbers. Files that

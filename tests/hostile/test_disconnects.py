@@ -34,7 +34,7 @@ LONG = {"max_tokens": 2000, "temperature": 1.0, "seed": 1}
 
 
 @dataclass
-class LogprobRecorder:
+class WorkRecorder:
     """What the engine does, seen where it does it."""
 
     tokens: list[float] = field(default_factory=list)
@@ -45,8 +45,8 @@ class LogprobRecorder:
 
 
 @pytest.fixture(scope="module")
-def watch() -> Iterator[LogprobRecorder]:
-    found = LogprobRecorder()
+def watch() -> Iterator[WorkRecorder]:
+    found = WorkRecorder()
     put, prefill, embed = ActiveRequest.accept, Runner._tokens, pooling.tile_vectors
     with pytest.MonkeyPatch.context() as patch:
 
@@ -69,7 +69,7 @@ def watch() -> Iterator[LogprobRecorder]:
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory, watch: LogprobRecorder) -> Backend:
+def backend(tmp_path_factory: pytest.TempPathFactory, watch: WorkRecorder) -> Backend:
     folder = endless(tmp_path_factory.mktemp("endless") / "model")
     return open_backend("engine", model=folder, limits=Limits(active=1, waiting=4))
 
@@ -104,7 +104,7 @@ def idle(backend: Backend) -> bool:
 class Figures:
     """How long the model worked on, each time, and how long the next one had to wait."""
 
-    def __init__(self, client: Client, backend: Backend, watch: LogprobRecorder) -> None:
+    def __init__(self, client: Client, backend: Backend, watch: WorkRecorder) -> None:
         self._client, self._backend, self._watch = client, backend, watch
         self.stopped: list[float] = []
         self.tokens: list[int] = []
@@ -145,7 +145,7 @@ class Figures:
 
 
 @pytest.fixture
-def figures(client: Client, backend: Backend, watch: LogprobRecorder) -> Iterator[Figures]:
+def figures(client: Client, backend: Backend, watch: WorkRecorder) -> Iterator[Figures]:
     wait_for(lambda: idle(backend))
     yield Figures(client, backend, watch)
     wait_for(lambda: idle(backend))
@@ -166,7 +166,7 @@ def test_in_line(client: Client, backend: Backend, figures: Figures, path: str) 
     figures.check(f"in line ({path})")
 
 
-def test_while_the_prompt_is_read(client: Client, figures: Figures, watch: LogprobRecorder) -> None:
+def test_while_the_prompt_is_read(client: Client, figures: Figures, watch: WorkRecorder) -> None:
     shown = {"type": "image_url", "image_url": {"url": ""}}
     for number in range(TIMES):
         # Another text each time, so that nothing of it has been read before.
@@ -196,7 +196,7 @@ def test_in_the_middle_of_a_stream(client: Client, figures: Figures, path: str) 
     figures.check(f"in the middle of a stream ({path})")
 
 
-def test_waiting_for_the_whole(client: Client, figures: Figures, watch: LogprobRecorder) -> None:
+def test_waiting_for_the_whole(client: Client, figures: Figures, watch: WorkRecorder) -> None:
     for number in range(TIMES):
         said = len(watch.tokens)
         connection = client.begin("POST", CHAT, asked(False))
@@ -205,7 +205,7 @@ def test_waiting_for_the_whole(client: Client, figures: Figures, watch: LogprobR
     figures.check("waiting for the whole answer")
 
 
-def test_waiting_for_vectors(client: Client, figures: Figures, watch: LogprobRecorder) -> None:
+def test_waiting_for_vectors(client: Client, figures: Figures, watch: WorkRecorder) -> None:
     parts = [
         {"type": "image_url", "image_url": {"url": uri(picture(number), "image/png")}}
         for number in range(12)
