@@ -95,10 +95,11 @@ class Tab:
     def button(self, name: str) -> Locator:
         return self.page.get_by_role("button", name=name, exact=True)
 
-    def choose(self, *files: Path | dict[str, Any]) -> None:
-        """Through the system's dialog."""
+    def choose(self, *files: Path | dict[str, Any], by: str = "Add files") -> None:
+        """Through the system's dialog. "Choose files" is there only as long as nothing is shown, and
+        a file that was chosen is shown a little later."""
         with self.page.expect_file_chooser() as chooser:
-            self.page.locator("[data-choose]:visible").first.click()
+            self.button(by).click()
         given: list[Any] = list(files)  # the one or the other
         chooser.value.set_files(given)
 

@@ -47,7 +47,7 @@ def test_a_dropped_image_is_asked_about_and_asked_on(tab: Tab, client: Client) -
 
 def test_what_is_asked_about_stays_and_what_is_not_can_go(tab: Tab) -> None:
     figures = tab.page.locator("#images figure")
-    tab.choose(SHAPES)
+    tab.choose(SHAPES, by="Choose files")
     expect(figures).to_have_count(1)
     tab.choose(SQUARE)
     expect(figures).to_have_count(2)
