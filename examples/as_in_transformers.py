@@ -69,20 +69,20 @@ def two_conversations(model: Model, sign: str, cats: str, snowman: str) -> None:
         print(answer.text)
 
 
-def one_video(model: Model, film: str) -> None:
+def one_video(model: Model, clip: str) -> None:
     """Eight frames of a file, evenly spread."""
-    video = {"type": "video", "path": film}
+    video = {"type": "video", "path": clip}
     messages = [user(video, text("Why is this video funny?"))]
     print(model.generate(messages=messages, num_frames=8, max_tokens=60).text)
 
 
 def main(name: str = "demo", *inputs: str) -> None:
-    chart, sign, cats, snowman, film = inputs or (DRAWN if name == "demo" else ON_THE_PAGE)
+    chart, sign, cats, snowman, clip = inputs or (DRAWN if name == "demo" else ON_THE_PAGE)
     model = load(name, dtype="float16")  # half precision
     prompt(model)
     one_image(model, chart)
     two_conversations(model, sign, cats, snowman)
-    one_video(model, film)
+    one_video(model, clip)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Describes the pictures and films that are chosen in the Finder: each text goes into a file beside
+# Describes the images and videos that are chosen in the Finder: each text goes into a file beside
 # its picture (photo.jpg.txt), and all of them to the clipboard.
 #
 # In Automator: a new Quick Action that receives image files or movie files in Finder, with one step,

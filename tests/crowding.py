@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 from served import Client
-from videos import film
+from videos import encode_video
 
 CHAT, RESPONSES, EMBED = "/v1/chat/completions", "/v1/responses", "/v1/embeddings"
 
@@ -66,7 +66,7 @@ def picture(number: int) -> bytes:
 
 def clip(number: int) -> bytes:
     """Half a second of it, in motion."""
-    return film((np.asarray(drawn(number, (120, 80), n / 11)) for n in range(12)), rate=24)
+    return encode_video((np.asarray(drawn(number, (120, 80), n / 11)) for n in range(12)), rate=24)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _response(number: int) -> PromptRequest:
     return PromptRequest("image, response", RESPONSES, body)
 
 
-def _filmed(number: int) -> PromptRequest:
+def _described(number: int) -> PromptRequest:
     part = {"type": "video_url", "video_url": {"url": uri(clip(number), "video/mp4")}}
     return PromptRequest("video", CHAT, {**_about(part, number % 2 == 0), "num_frames": 2})
 
@@ -154,7 +154,7 @@ def _said(number: int) -> PromptRequest:
     return PromptRequest("text", CHAT, {"messages": messages, "stream": number % 2 == 0})
 
 
-_KINDS = (_streamed, _whole, _said, _response, _vector, _filmed)
+_KINDS = (_streamed, _whole, _said, _response, _vector, _described)
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,14 @@ def data_uri(name: str, mime: str) -> str:
 
 
 PICTURE = data_uri("shapes.png", "image/png")
-FILM = data_uri("circle.mp4", "video/mp4")
+VIDEO = data_uri("circle.mp4", "video/mp4")
 
 
 def image(url: Any = PICTURE) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
 
 
-def video(url: Any = FILM) -> dict[str, Any]:
+def video(url: Any = VIDEO) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": url}}
 
 

@@ -194,7 +194,7 @@ def test_video(folder: Path) -> None:
 
 
 def test_the_video_is_small_and_its_program_draws_it(tmp_path: Path) -> None:
-    run("draw_video.py", tmp_path / "drawn.mp4")
+    run("draw_circle.py", tmp_path / "drawn.mp4")
     assert CIRCLE.stat().st_size < 20_000
     kept, drawn = (load_video(path, 56) for path in (CIRCLE, tmp_path / "drawn.mp4"))
     assert kept.total == drawn.total == 48

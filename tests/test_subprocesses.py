@@ -118,7 +118,7 @@ def greedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_decoder_that_takes_too_much_is_ended_from_outside(greedy: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").write_bytes(b"a film")
+    (tmp_path / "a.mp4").write_bytes(b"a video")
     began = time.monotonic()
     with (tmp_path / "a.mp4").open("rb") as file:
         with pytest.raises(TooLargeError, match=r"cannot read a\.mp4: it takes too much memory"):

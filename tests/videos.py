@@ -45,7 +45,7 @@ def number_of(frame: np.ndarray) -> int:
     return sum(1 << bit for bit in range(BITS) if levels[bit] > 127)
 
 
-def film(
+def encode_video(
     frames: Iterable[np.ndarray],
     kind: str = "mp4",
     *,
@@ -86,12 +86,12 @@ def film(
 
 
 def counting(total: int, kind: str = "mp4", **settings: Any) -> bytes:
-    """A film of frames that show 0, 1, 2, …"""
-    return film(map(numbered, range(total)), kind, **settings)
+    """A video of frames that show 0, 1, 2, …"""
+    return encode_video(map(numbered, range(total)), kind, **settings)
 
 
 def grainy(path: Path) -> bytes:
-    """The film of a file, twice as wide and high and with half of its frames, in grain that no
+    """The video of a file, twice as wide and high and with half of its frames, in grain that no
     encoder makes small: some 5 MB a second.
     """
     grain = np.random.default_rng(0)
@@ -103,7 +103,9 @@ def grainy(path: Path) -> bytes:
                 noise = grain.integers(-32, 33, picture.shape, dtype=np.int16)
                 yield np.clip(picture + noise, 0, 255).astype(np.uint8)
 
-    return film(frames(), rate=12, codec="libx264", options={"crf": "1", "preset": "ultrafast"})
+    return encode_video(
+        frames(), rate=12, codec="libx264", options={"crf": "1", "preset": "ultrafast"}
+    )
 
 
 def written(path: Path, data: bytes) -> Path:

@@ -19,7 +19,7 @@ from mlx_onevision.media.resize import resize
 from mlx_onevision.prompt.processor import Medium
 
 LONGEST = 120  # tokens of an answer
-FILMS = (".mp4", ".gif")
+VIDEO_FILES = (".mp4", ".gif")
 
 
 class Package:
@@ -35,7 +35,7 @@ class Package:
     def look(self, paths: list[Path], video: bool) -> None:
         self._paths, self._video = paths, None
         self._kind = "image"
-        if video and paths[0].suffix in FILMS:
+        if video and paths[0].suffix in VIDEO_FILES:
             self._kind = "video"
         elif video:
             frames = [np.asarray(Image.open(path).convert("RGB")) for path in paths]

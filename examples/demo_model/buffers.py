@@ -128,7 +128,7 @@ class TextBuffer:
         )
 
     def fill(self, row: int, words: Words, rng: Random) -> None:
-        """Short questions, or one or two about a film's captions."""
+        """Short questions, or one or two about the captions of a video."""
         if rng.random() < 0.3:
             self.buffers.fill(row, ask_nothing(rng), words, rng)
             return

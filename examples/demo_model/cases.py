@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "empty": ("empty",),
     "words": ("title", "summary", "off topic", "no image"),
 }
-RATE = 12  # frames a second of the films
+RATE = 12  # frames a second of the files
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
     smooth: bool  # anti-aliased edges
     jpeg: int | None  # quality, where the pictures are JPEG files
     questions: tuple[PromptRequest, ...]
-    film: str | None = None  # "mp4" or "gif", where the frames are those of a film file
+    container: str | None = None  # "mp4" or "gif", where the frames are those of a file
 
     def draw(self) -> list[Image.Image]:
         """The pictures, or the frames of the video; the same ones every time."""
@@ -72,11 +72,11 @@ class Case:
         ]
 
     def write(self, folder: Path) -> list[Path]:
-        """The pictures, or frames, as files: PNG, or JPEG where the case says so; or a film."""
-        if self.film:
-            from examples.demo_model.filming import write_film
+        """The pictures, or frames, as files: PNG, or JPEG where the case says so; or a video."""
+        if self.container:
+            from examples.demo_model.video_files import write_video
 
-            return [write_film(folder / f"film.{self.film}", self.draw(), RATE)]
+            return [write_video(folder / f"video.{self.container}", self.draw(), RATE)]
         paths = []
         for number, picture in enumerate(self.draw()):
             paths.append(folder / f"{number}.{'jpg' if self.jpeg else 'png'}")
@@ -173,8 +173,8 @@ def make_cases(name: str, count: int, seed: int = 0) -> Iterator[Case]:
         wanted = tuple(turn for turn in found if asked[turn.kind] < count)
         smooth = name in ("larger", "smaller") or rng.random() < 0.5
         jpeg = rng.randint(60, 95) if name == "pictures" and rng.random() < 0.1 else None
-        film = ("mp4", "gif")[number % 2] if name == "films" else None
+        container = ("mp4", "gif")[number % 2] if name == "films" else None
         number += 1
         if wanted:
             asked.update(turn.kind for turn in wanted)
-            yield Case(label, medium, smooth, jpeg, wanted, film)
+            yield Case(label, medium, smooth, jpeg, wanted, container)

@@ -127,8 +127,8 @@ def draw_scene(scene: Scene, rng: Random, time: float = 0.0, smooth: bool = Fals
     return image
 
 
-def through_film(frames: list[Image.Image], rng: Random) -> list[Image.Image]:
-    """What is left of frames after a film file: scaled, compressed, or few colours; or all."""
+def through_file(frames: list[Image.Image], rng: Random) -> list[Image.Image]:
+    """What is left of frames after a video file: scaled, compressed, or few colours; or all."""
     pick = rng.random()
     if rng.random() < 0.3:
         share = rng.uniform(0.4, 0.9)

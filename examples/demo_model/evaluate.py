@@ -4,7 +4,7 @@
 
 Pictures go to the model as PNG and JPEG files through `mlx_onevision.load`, and its answer must be
 the one right sentence. A video goes in as cut frames, and counts as right when each token of the
-right sentence is the likeliest next one; a film is a file like a picture. Writes results.json and,
+right sentence is the likeliest next one; a video is a file like a picture. Writes results.json and,
 for wrong answers, mistakes.png; sets that results.json has from the same settings are kept.
 With `--through transformers` (needs torch, torchvision) transformers answers from the same files.
 """

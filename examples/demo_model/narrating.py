@@ -1,4 +1,4 @@
-"""What happens in a clip, and what a film's captions come to: a summary, a title.
+"""What happens in a clip, and what the captions of a video come to: a summary, a title.
 
 The questions are the package's own (`describe.narration`); the answers follow rules that are
 short enough to be learnt. A caption tells of what moves, from left to right, then of what stays
@@ -102,7 +102,7 @@ def sample_caption(rng: Random) -> Caption:
 
 
 def sample_story(rng: Random) -> list[Caption]:
-    """Captions of a film's segments, in order; some scenes go on for more than one."""
+    """Captions of the segments of a video, in order; some scenes go on for more than one."""
     count = rng.choices((1, 2, 3, rng.randint(4, 8), rng.randint(9, CAPTIONS)), (4, 5, 4, 7, 3))[0]
     again = rng.choice((0.0, 0.0, 0.1, 0.3, 0.6))
     story: list[Caption] = []

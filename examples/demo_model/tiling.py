@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.demo_model.drawing import draw_scene, through_film, through_jpeg
+from examples.demo_model.drawing import draw_scene, through_file, through_jpeg
 from examples.demo_model.packing import GRIDS, TILE
 from examples.demo_model.samples import Medium
 from mlx_onevision.config.preprocessor import ImageConfig
@@ -22,7 +22,7 @@ def exact_tiles(medium: Medium, rng: Random) -> NDArray[np.uint8]:
     smooth = rng.random() < 0.5
     if medium.video:
         scene = medium.scenes[0]
-        frames = through_film([draw_scene(scene, rng, t, smooth) for t in medium.times], rng)
+        frames = through_file([draw_scene(scene, rng, t, smooth) for t in medium.times], rng)
         return np.stack([resize(np.asarray(frame), (TILE, TILE)) for frame in frames])
     pictures = [draw_scene(scene, rng, smooth=smooth) for scene in medium.scenes]
     if rng.random() < 0.1:

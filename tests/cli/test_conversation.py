@@ -86,21 +86,21 @@ def test_what_was_said_is_what_the_library_is_asked(
 
 
 def test_a_video_is_read_once_as_it_was_asked_for(model: Model, tmp_path: Path) -> None:
-    film = written(tmp_path / "film.mp4", counting(50))  # two seconds
+    video = written(tmp_path / "film.mp4", counting(50))  # two seconds
     talk = Conversation(model, max_tokens=6, fps=4, start=0.5)
-    assert talk.attach("video", str(film)) == f"6 frames of {film}, from 0.5 to 1.7 s"
-    film.rename(tmp_path / "moved.mp4")
+    assert talk.attach("video", str(video)) == f"6 frames of {video}, from 0.5 to 1.7 s"
+    video.rename(tmp_path / "moved.mp4")
     answer = talk.say("what moves", quiet)
-    (tmp_path / "moved.mp4").rename(film)
+    (tmp_path / "moved.mp4").rename(video)
     assert answer.usage.media_tokens == 6 * 1 + 1 and answer.usage.encoded_media == 1
-    asked = model.generate("what moves", videos=[film], max_tokens=6, fps=4, start=0.5)
+    asked = model.generate("what moves", videos=[video], max_tokens=6, fps=4, start=0.5)
     assert asked.tokens == answer.tokens
     # What is saved says which frames it was.
     talk = Conversation(model, max_tokens=6)
-    assert talk.attach("video", str(film)).startswith("32 frames of ")
+    assert talk.attach("video", str(video)).startswith("32 frames of ")
     answer = talk.say("what moves", quiet)
     block = talk.record[0]["content"][0]
-    assert block == {"type": "video", "path": str(film), "num_frames": 32}
+    assert block == {"type": "video", "path": str(video), "num_frames": 32}
     assert model.generate(messages=talk.record[:1], max_tokens=6).tokens == answer.tokens
     with pytest.raises(RequestError, match="not both"):
         Conversation(model, num_frames=3, fps=1)

@@ -42,16 +42,16 @@ def clip(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def films(tmp_path: Path) -> Path:
+def videos_folder(tmp_path: Path) -> Path:
     """A folder of videos, one of which is none."""
-    films = tmp_path / "films"
-    films.mkdir()
-    written(films / "a.mp4", counting(50))
-    written(films / "b.mp4", b"dear diary\n" * 99)
-    written(films / "c.mkv", counting(60, "mkv"))
-    written(films / "notes.txt", b"not a video")
-    written(films / ".hidden.mp4", b"")
-    return films
+    videos_folder = tmp_path / "videos"
+    videos_folder.mkdir()
+    written(videos_folder / "a.mp4", counting(50))
+    written(videos_folder / "b.mp4", b"dear diary\n" * 99)
+    written(videos_folder / "c.mkv", counting(60, "mkv"))
+    written(videos_folder / "notes.txt", b"not a video")
+    written(videos_folder / ".hidden.mp4", b"")
+    return videos_folder
 
 
 def run(folder: Path, *arguments: str | Path) -> Result:
@@ -90,43 +90,43 @@ def test_one_video_to_a_file_in_the_form_that_its_name_says(
 
 
 def test_several_go_beside_themselves_and_one_that_fails_stops_no_other(
-    folder: Path, films: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, videos_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = run(folder, films, "--format", "srt")
+    done = run(folder, videos_folder, "--format", "srt")
     assert (done.exit_code, done.stdout) == (1, "")
     lines = done.stderr.splitlines()
-    assert lines[1] == f"{films / 'a.mp4'}: written to {films / 'a.srt'}"
-    assert lines[2].startswith("error: ") and str(films / "b.mp4") in lines[2]
-    assert lines[3] == f"{films / 'c.mkv'}: written to {films / 'c.srt'}"
+    assert lines[1] == f"{videos_folder / 'a.mp4'}: written to {videos_folder / 'a.srt'}"
+    assert lines[2].startswith("error: ") and str(videos_folder / "b.mp4") in lines[2]
+    assert lines[3] == f"{videos_folder / 'c.mkv'}: written to {videos_folder / 'c.srt'}"
     assert lines[4:] == ["1 of 3 could not be described."]
-    assert [path.name for path in sorted(films.glob("*.srt"))] == ["a.srt", "c.srt"]
+    assert [path.name for path in sorted(videos_folder.glob("*.srt"))] == ["a.srt", "c.srt"]
 
     def refuse(*_: object) -> None:
         raise AssertionError("what is done is done")
 
-    edited = written(films / "a.srt", b"edited by hand")
-    (films / "c.srt").unlink()
+    edited = written(videos_folder / "a.srt", b"edited by hand")
+    (videos_folder / "c.srt").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(Captioner, "ask", refuse)
-        again = run(folder, films, "--format", "srt").stderr.splitlines()
-    assert again[1] == f"{films / 'a.mp4'}: done before, in {films / 'a.srt'}"
-    assert again[3] == f"{films / 'c.mkv'}: written to {films / 'c.srt'}"
+        again = run(folder, videos_folder, "--format", "srt").stderr.splitlines()
+    assert again[1] == f"{videos_folder / 'a.mp4'}: done before, in {videos_folder / 'a.srt'}"
+    assert again[3] == f"{videos_folder / 'c.mkv'}: written to {videos_folder / 'c.srt'}"
     assert edited.read_bytes() == b"edited by hand"
-    run(folder, films, "--format", "srt", "--force")
+    run(folder, videos_folder, "--format", "srt", "--force")
     assert len(pysubs2.load(str(edited))) == 2
 
 
-def test_what_somebody_else_has_written_is_not_replaced(folder: Path, films: Path) -> None:
-    subtitles = written(films / "a.srt", b"what they say")
-    done = run(folder, films / "a.mp4", films / "c.mkv", "--format", "srt")
+def test_what_somebody_else_has_written_is_not_replaced(folder: Path, videos_folder: Path) -> None:
+    subtitles = written(videos_folder / "a.srt", b"what they say")
+    done = run(folder, videos_folder / "a.mp4", videos_folder / "c.mkv", "--format", "srt")
     assert done.exit_code == 1 and "--force" in done.stderr
-    assert subtitles.read_bytes() == b"what they say" and (films / "c.srt").exists()
+    assert subtitles.read_bytes() == b"what they say" and (videos_folder / "c.srt").exists()
 
 
-def test_several_into_a_folder(folder: Path, films: Path, tmp_path: Path) -> None:
+def test_several_into_a_folder(folder: Path, videos_folder: Path, tmp_path: Path) -> None:
     other = written(tmp_path / "a.mov", counting(30, "mov"))
     target = tmp_path / "texts" / "new"
-    done = run(folder, films / "a.mp4", other, films / "a.mp4", "--output", target)
+    done = run(folder, videos_folder / "a.mp4", other, videos_folder / "a.mp4", "--output", target)
     assert done.exit_code == 0
     assert [p.name for p in sorted(target.iterdir())] == ["a.mov.txt", "a.mp4.txt"]
     assert run(folder, other, "--output", target).exit_code == 0

@@ -58,9 +58,9 @@ def test_the_command_prints_lines(model: Model, folder: Path, files: list[Path])
 def test_the_command_takes_videos(
     model: Model, folder: Path, files: list[Path], tmp_path: Path
 ) -> None:
-    clip = written(tmp_path / "film", counting(40))
+    clip = written(tmp_path / "video", counting(40))
     bad = tmp_path / "bad.mp4"
-    bad.write_text("not a film")
+    bad.write_text("not a video")
     options = ("--frames", "4", "--start", "0.4", "--jsonl", "--model", folder)
     done = embed(clip, files[0], bad, *options)
     assert done.exit_code == 1

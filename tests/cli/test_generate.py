@@ -214,6 +214,8 @@ def test_an_image_from_stdin_and_one_by_its_address(folder: Path, tmp_path: Path
     assert piped.stdout == expected
     twice = CliRunner().invoke(cli, [*asked, "--image", "-", "--image", "-"], input=b"a")
     assert twice.exit_code == 2 and "give '-' once" in twice.stderr
-    film = Path(__file__).parents[2] / "examples/circle.mp4"
-    one_sentence(run(*asked, "--image", film), "is a video, not an image; give it as a video (--vi")
+    video = Path(__file__).parents[2] / "examples/circle.mp4"
+    one_sentence(
+        run(*asked, "--image", video), "is a video, not an image; give it as a video (--vi"
+    )
     one_sentence(run(*asked, "--video", path), "is an image, not a video; give it as an image (--i")

@@ -148,11 +148,11 @@ def test_filters_without_a_temperature_are_said_to_have_no_effect(
     words: str, said: str, tmp_path: Path
 ) -> None:
     sampling = ["--model", "demo", "-m", "2", *words.split()]
-    film = written(tmp_path / "a.mp4", counting(9))
+    video = written(tmp_path / "a.mp4", counting(9))
     for command in (
         ["generate", "-p", "x"],
         ["chat"],
-        ["describe", str(film), "--force", "--sidecar", str(tmp_path), "--segments", "10"],
+        ["describe", str(video), "--force", "--sidecar", str(tmp_path), "--segments", "10"],
     ):
         done = CliRunner().invoke(cli, [*command, *sampling], input="x\n" * 2)
         assert done.exit_code == 0, done.output

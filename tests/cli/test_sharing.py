@@ -16,7 +16,7 @@ import pytest
 from checkpoints import write
 from click.testing import CliRunner
 from PIL import Image
-from videos import counting, film, written
+from videos import counting, encode_video, written
 
 from mlx_onevision.cli.embed import portions
 from mlx_onevision.cli.main import cli
@@ -221,7 +221,7 @@ def test_a_killed_rank_of_an_embedded_folder_and_the_same_command_again(
 def test_the_work_on_a_video_goes_by_its_length(tmp_path: Path, kind: str) -> None:
     """Where its header says that, and else by its size."""
     noise = np.random.default_rng(0).integers(0, 255, (10, 96, 96, 3), np.uint8)
-    short = written(tmp_path / f"short.{kind}", film(list(noise), kind, rate=10))
+    short = written(tmp_path / f"short.{kind}", encode_video(list(noise), kind, rate=10))
     long = written(tmp_path / f"long.{kind}", counting(120, kind, rate=10))
     assert short.stat().st_size > long.stat().st_size
     if kind == "mkv":

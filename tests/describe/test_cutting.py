@@ -23,7 +23,7 @@ def plain(scene: int, seed: int) -> Picture:
     return np.clip(np.array(COLOURS[scene % len(COLOURS)]) + grain, 0, 255).astype(np.uint8)
 
 
-def film(times: list[float], begins: list[float]) -> Iterator[tuple[float, Picture]]:
+def frames_of(times: list[float], begins: list[float]) -> Iterator[tuple[float, Picture]]:
     """A frame at each time; a scene begins at each of ``begins`` after the first."""
     for number, time in enumerate(times):
         yield time, plain(sum(time >= begin for begin in begins), number)
@@ -39,18 +39,18 @@ def test_a_cut_is_its_very_frame_at_any_rate(rate: int, lengths: list[int], star
     total = frames + 2 * rate
     times = [start + number / rate for number in range(total)]
     begins = [times[round((begin - start) * rate)] for begin in begins]
-    assert list(cuts(film(times, begins), start, start + total / rate)) == begins
+    assert list(cuts(frames_of(times, begins), start, start + total / rate)) == begins
 
 
 def test_pictures_that_stay_are_scenes() -> None:
     """A slide show: a frame every ten seconds, and one that stays for an hour."""
     times = [0.0, 10.1, 20.3, 3620.7]
-    assert list(cuts(film(times, times[1:]), 0.0, 3630.0)) == times[1:]
+    assert list(cuts(frames_of(times, times[1:]), 0.0, 3630.0)) == times[1:]
 
 
 def test_a_picture_that_stays_for_years_takes_no_time() -> None:
     times = [0.0, 1e9]
-    assert list(cuts(film(times, times[1:]), 0.0, 1e9 + 5)) == times[1:]
+    assert list(cuts(frames_of(times, times[1:]), 0.0, 1e9 + 5)) == times[1:]
 
 
 def test_only_the_last_seconds_are_kept() -> None:
@@ -76,13 +76,13 @@ def test_only_the_last_seconds_are_kept() -> None:
 
 def test_how_far_it_is() -> None:
     seen: list[float] = []
-    list(cuts(film([n / 10 for n in range(30)], []), 0.0, 3.0, seen=seen.append))
+    list(cuts(frames_of([n / 10 for n in range(30)], []), 0.0, 3.0, seen=seen.append))
     assert seen == [n / 4 for n in range(12)]
 
 
-def test_nothing_is_cut_of_no_film() -> None:
+def test_nothing_is_cut_of_no_video() -> None:
     assert list(cuts([], 0.0, 5.0)) == []
-    assert list(cuts(film([0.0], []), 0.0, 5.0)) == []
+    assert list(cuts(frames_of([0.0], []), 0.0, 5.0)) == []
 
 
 def test_other_finders() -> None:

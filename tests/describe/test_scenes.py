@@ -1,4 +1,4 @@
-"""Cuts of synthetic films, whose scenes, fades and flashes are known to the frame."""
+"""Cuts of synthetic videos, whose scenes, fades and flashes are known to the frame."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -28,10 +28,10 @@ def plain(colour: tuple[int, int, int], noise: int = 12, seed: int = 0) -> Pictu
     return np.clip(np.array(colour) + grain, 0, 255).astype(np.uint8)
 
 
-def film(
+def video(
     seconds: float, picture: Callable[[float, int], Picture]
 ) -> Iterator[tuple[float, Picture]]:
-    """``seconds`` of film; ``picture`` draws the frame of a time and a number."""
+    """``seconds`` of video; ``picture`` draws the frame of a time and a number."""
     for number in range(round(seconds * RATE)):
         yield number / RATE, picture(number / RATE, number)
 
@@ -48,13 +48,13 @@ def test_hard_cuts_are_found_to_the_frame() -> None:
         colour = RED if time < 3.5 else GREEN if time < 7.25 else BLUE
         return plain(colour, seed=number)
 
-    assert list(find_cuts(film(12, picture))) == [3.5, 7.25]
+    assert list(find_cuts(video(12, picture))) == [3.5, 7.25]
 
 
-def test_a_still_film_has_none_whatever_its_noise() -> None:
+def test_a_still_video_has_none_whatever_its_noise() -> None:
     for colour in (RED, GREY, BLACK, (64, 64, 64), (127, 128, 129)):
         for noise in (0, 12, 25):
-            frames = film(8, lambda _, n, c=colour, k=noise: plain(c, k, seed=n))
+            frames = video(8, lambda _, n, c=colour, k=noise: plain(c, k, seed=n))
             assert list(find_cuts(frames)) == []
 
 
@@ -63,7 +63,7 @@ def test_a_flash_is_no_cut(length: int) -> None:
     def picture(_: float, number: int) -> Picture:
         return plain(WHITE if 12 <= number < 12 + length else GREY, seed=number)
 
-    assert list(find_cuts(film(8, picture))) == []
+    assert list(find_cuts(video(8, picture))) == []
 
 
 def test_flashes_in_a_row_are_no_cut_and_the_cut_after_them_is_found() -> None:
@@ -72,14 +72,14 @@ def test_flashes_in_a_row_are_no_cut_and_the_cut_after_them_is_found() -> None:
             return plain(WHITE, seed=number)
         return plain(GREY if time < 6 else GREEN, seed=number)
 
-    assert list(find_cuts(film(10, picture))) == [6.0]
+    assert list(find_cuts(video(10, picture))) == [6.0]
 
 
 def test_what_outlasts_a_flash_is_a_scene() -> None:
     def picture(time: float, number: int) -> Picture:
         return plain(WHITE if 3 <= time < 5 else GREY, seed=number)
 
-    assert list(find_cuts(film(8, picture))) == [3.0, 5.0]
+    assert list(find_cuts(video(8, picture))) == [3.0, 5.0]
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 1.5, 2.0])
@@ -91,7 +91,7 @@ def test_a_fade_is_one_cut_in_its_middle(
         part = min(max((time - 4) / seconds, 0), 1)
         return plain(mixed(one, other, part), seed=number)
 
-    (cut,) = find_cuts(film(12, picture))
+    (cut,) = find_cuts(video(12, picture))
     assert abs(cut - (4 + seconds / 2)) <= 0.5
 
 
@@ -103,7 +103,7 @@ def test_out_to_black_and_in_again_is_one_cut() -> None:
             colour = mixed(BLACK, GREEN, min((time - 4.5) * 2, 1))
         return plain(colour, seed=number)
 
-    (cut,) = find_cuts(film(9, picture))
+    (cut,) = find_cuts(video(9, picture))
     assert 4 < cut <= 5
 
 
@@ -117,7 +117,7 @@ def test_a_dissolve_is_one_cut() -> None:
         part = min(max((time - 5) / 1.5, 0), 1)
         return ((1 - part) * bars + part * rings).astype(np.uint8)
 
-    (cut,) = find_cuts(film(10, picture))
+    (cut,) = find_cuts(video(10, picture))
     assert 5.25 <= cut <= 6.25
 
 
@@ -128,7 +128,7 @@ def test_a_slow_pan_is_no_cut() -> None:
     def picture(time: float, number: int) -> Picture:
         return wide[:, round(time * 50) : round(time * 50) + 64]
 
-    assert list(find_cuts(film(11, picture))) == []
+    assert list(find_cuts(video(11, picture))) == []
 
 
 def test_something_that_moves_is_no_cut() -> None:
@@ -138,7 +138,7 @@ def test_something_that_moves_is_no_cut() -> None:
         frame[8:28, left : left + 16] = RED
         return frame
 
-    assert list(find_cuts(film(10, picture))) == []
+    assert list(find_cuts(video(10, picture))) == []
 
 
 def test_less_is_a_cut_where_little_moves() -> None:
@@ -151,9 +151,9 @@ def test_less_is_a_cut_where_little_moves() -> None:
             frame[:, 51 * (number % 2) :][:, :13] = GREEN
         return frame
 
-    assert list(find_cuts(film(8, picture))) == [4.0]
-    assert list(find_cuts(film(8, picture), Detector(least=0.4))) == []
-    assert list(find_cuts(film(8, lambda time, n: picture(time, n, True)))) == []
+    assert list(find_cuts(video(8, picture))) == [4.0]
+    assert list(find_cuts(video(8, picture), Detector(least=0.4))) == []
+    assert list(find_cuts(video(8, lambda time, n: picture(time, n, True)))) == []
 
 
 def test_something_that_begins_to_move_is_no_cut() -> None:
@@ -163,7 +163,7 @@ def test_something_that_begins_to_move_is_no_cut() -> None:
         frame[10:24, left : left + 14] = RED
         return frame
 
-    assert list(find_cuts(film(10, picture))) == []
+    assert list(find_cuts(video(10, picture))) == []
 
 
 def test_the_same_colours_in_other_places_are_a_cut() -> None:
@@ -171,7 +171,7 @@ def test_the_same_colours_in_other_places_are_a_cut() -> None:
         frame = np.concatenate([plain(RED, seed=number), plain(BLUE, seed=number)], axis=1)
         return frame if time < 4 else frame[:, ::-1]
 
-    assert list(find_cuts(film(8, picture))) == [4.0]
+    assert list(find_cuts(video(8, picture))) == [4.0]
 
 
 def test_scenes_shorter_than_the_shortest_belong_to_the_one_before() -> None:
@@ -179,19 +179,19 @@ def test_scenes_shorter_than_the_shortest_belong_to_the_one_before() -> None:
         colour = RED if time < 3 else GREEN if time < 3.75 else BLUE
         return plain(colour, seed=number)
 
-    assert list(find_cuts(film(8, picture))) == [3.0]
-    assert list(find_cuts(film(8, picture), Detector(shortest=0.5))) == [3.0, 3.75]
+    assert list(find_cuts(video(8, picture))) == [3.0]
+    assert list(find_cuts(video(8, picture), Detector(shortest=0.5))) == [3.0, 3.75]
 
 
-def test_a_film_passes_through() -> None:
-    """A cut comes out as soon as it is certain, not at the end of the film."""
+def test_a_video_passes_through() -> None:
+    """A cut comes out as soon as it is certain, not at the end of the video."""
     drawn = []
 
     def picture(time: float, number: int) -> Picture:
         drawn.append(time)
         return plain(RED if time < 2 else BLUE, seed=number)
 
-    cuts = find_cuts(film(1000, picture))
+    cuts = find_cuts(video(1000, picture))
     assert next(cuts) == 2.0
     assert drawn[-1] == 2.5
 
@@ -220,15 +220,15 @@ def test_distances() -> None:
         assert distance(one, other) < 0.05
 
 
-def test_films_that_are_none() -> None:
-    films: list[list[tuple[float, Any]]] = [
+def test_videos_that_are_none() -> None:
+    videos: list[list[tuple[float, Any]]] = [
         [(0.0, plain(RED)), (0.0, plain(RED))],
         [(1.0, plain(RED)), (0.5, plain(RED))],
         [(0.0, plain(RED).astype(np.float32))],
         [(0.0, plain(RED)[..., 0])],
         [(0.0, plain(RED)[:1])],
     ]
-    for frames in films:
+    for frames in videos:
         with pytest.raises(RequestError):
             list(find_cuts(frames))
     assert list(find_cuts([])) == []

@@ -1,4 +1,4 @@
-"""Films described: the scenes, their words, what is resumed, cancelled and broken, and memory."""
+"""Videos described: the scenes, their words, what is resumed, cancelled and broken, and memory."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import numpy as np
 import pysubs2
 import pytest
 from checkpoints import write
-from videos import film, numbered, written
+from videos import encode_video, numbered, written
 
 from examples.demo_model.drawing import draw_scene
 from examples.demo_model.scenes import sample_video
@@ -76,16 +76,16 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
             np.asarray(draw_scene(scene, rng, n / (length - 1), smooth=True)) for n in range(length)
         ]
     assert len(set(names)) == 3
-    path = tmp_path_factory.mktemp("films") / "three.mp4"
-    return written(path, film(frames, rate=RATE)), names
+    path = tmp_path_factory.mktemp("videos") / "three.mp4"
+    return written(path, encode_video(frames, rate=RATE)), names
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten seconds at 12 frames a second, with key frames often."""
     frames = (numbered(n) for n in range(120))
-    data = film(frames, rate=RATE, options={"g": "6", "bf": "0"})
-    return written(tmp_path_factory.mktemp("films") / "clip.mp4", data)
+    data = encode_video(frames, rate=RATE, options={"g": "6", "bf": "0"})
+    return written(tmp_path_factory.mktemp("videos") / "clip.mp4", data)
 
 
 class Asked:
@@ -106,7 +106,7 @@ class Asked:
         monkeypatch.setattr(Captioner, "ask", counted)
 
 
-# A film of three scenes.
+# A video of three scenes.
 
 
 def test_three_scenes_are_found_and_described(demo: Model, three: tuple[Path, list[str]]) -> None:
@@ -169,7 +169,7 @@ def test_it_is_told_from_its_own_frames(
 
 def test_a_long_scene_is_divided(model: Model, tmp_path: Path) -> None:
     still = [numbered(0)] * 120
-    data = film(still, rate=RATE, options={"g": "6", "bf": "0"})
+    data = encode_video(still, rate=RATE, options={"g": "6", "bf": "0"})
     clip = written(tmp_path / "clip.mp4", data)
     short = model.describe_video(clip, longest=4, num_frames=1, max_tokens=2)
     assert [s.end for s in short.segments] == pytest.approx([10 / 3, 20 / 3, 10.0])
@@ -296,7 +296,7 @@ def test_an_abandoned_one_leaves_nothing_behind(model: Model, clip: Path, tmp_pa
 
 
 def spoilt(clip: Path, path: Path, first: int, last: int) -> Path:
-    """The film with the packets of some frames made nonsense."""
+    """The video with the packets of some frames made nonsense."""
     data = bytearray(clip.read_bytes())
     with av.open(str(clip)) as container:
         for number, packet in enumerate(container.demux(video=0)):
@@ -332,8 +332,10 @@ def test_an_empty_caption_is_a_warning(
     assert len(described.warnings) == len(described.segments) == 2
 
 
-def test_a_film_that_breaks_off_says_so(model: Model, tmp_path: Path) -> None:
-    data = film(map(numbered, range(80)), container={"movflags": "faststart"}, options={"g": "10"})
+def test_a_video_that_breaks_off_says_so(model: Model, tmp_path: Path) -> None:
+    data = encode_video(
+        map(numbered, range(80)), container={"movflags": "faststart"}, options={"g": "10"}
+    )
     path = written(tmp_path / "half.mp4", data[: len(data) * 3 // 4])
     described = model.describe_video(path, segments=1.0, num_frames=2, max_tokens=4)
     assert "breaks off" in described.warnings[0] and described.segments[0].frames
@@ -390,7 +392,7 @@ def test_segments_that_are_done_are_not_kept(tiny: Path, clip: Path) -> None:
 
 
 def repeated(source: Path, path: Path, rate: int, times: int) -> Path:
-    """The film so many times over: its packets again, with later stamps."""
+    """The video so many times over: its packets again, with later stamps."""
     with av.open(str(source)) as given, av.open(str(path), "w") as out:
         stream = given.streams.video[0]
         copy = out.add_stream_from_template(stream)
@@ -424,7 +426,7 @@ print(json.dumps([described.duration, len(described.segments), *peaks]))
 def test_an_hour_takes_the_memory_of_a_minute(tiny: Path, tmp_path: Path) -> None:
     rate, frames = 12, [np.full((1080, 1920, 3), 20 * n, np.uint8) for n in (0, 3, 6, 9)] * 6
     fast = {"preset": "ultrafast", "g": "12", "bf": "0"}
-    few = written(tmp_path / "few.mp4", film(frames, rate=rate, options=fast))
+    few = written(tmp_path / "few.mp4", encode_video(frames, rate=rate, options=fast))
     peaks = []
     for seconds in (60, 3600):
         path = repeated(few, tmp_path / f"{seconds}.mp4", rate, seconds * rate // len(frames))

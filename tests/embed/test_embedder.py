@@ -12,7 +12,7 @@ import pytest
 from checkpoints import write
 from images import noise, smooth
 from PIL import Image
-from videos import counting, film, numbered, written
+from videos import counting, encode_video, numbered, written
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.checkpoint.load import load_checkpoint
@@ -90,7 +90,7 @@ def test_a_videos_vector_is_the_mean_of_its_frames(model: Model) -> None:
         model.embed([video, padded])
 
 
-def test_a_film_is_the_frames_that_are_chosen_of_it(model: Model, tmp_path: Path) -> None:
+def test_a_video_is_the_frames_that_are_chosen_of_it(model: Model, tmp_path: Path) -> None:
     path = written(tmp_path / "film.mp4", counting(50))  # two seconds
     frames = load_video(path, 28, FrameOptions(num_frames=5)).tiles
     given = model.embed([path, frames, path.read_bytes()], num_frames=5)
@@ -119,14 +119,14 @@ def test_a_film_is_the_frames_that_are_chosen_of_it(model: Model, tmp_path: Path
 @pytest.mark.parametrize("space", ["vision", "joint"])
 def test_videos_that_were_looked_at_differently_do_not_mix(model: Model, space: str) -> None:
     frames = np.stack([numbered(n) for n in range(40)])
-    usual = model.embed([film(frames)], space)
+    usual = model.embed([encode_video(frames)], space)
     assert "32 frames a video" in usual.method
-    same = model.embed([film(frames)], space, num_frames=32)
+    same = model.embed([encode_video(frames)], space, num_frames=32)
     np.testing.assert_array_equal(usual.vectors, same.vectors)
     assert usual.similarity(same)[0, 0] == pytest.approx(1, abs=1e-6)
     ways: list[dict[str, Any]] = [{"num_frames": 8}, {"fps": 2}]
     for options in ways:
-        other = model.embed([film(frames)], space, **options)
+        other = model.embed([encode_video(frames)], space, **options)
         with pytest.raises(RequestError, match=r"method .* (8 frames a video|2 frames a second)"):
             usual.similarity(other)
     with pytest.raises(RequestError, match=r"item 1: .*give num_frames to embed"):
@@ -147,12 +147,12 @@ def test_more_frames_than_a_prompt_could_hold(model: Model) -> None:
 
 
 def test_a_file_is_what_it_begins_as(tmp_path: Path) -> None:
-    picture_file, film_file = tmp_path / "clip.dat", tmp_path / "photo.jpg"
+    picture_file, video_file = tmp_path / "clip.dat", tmp_path / "photo.jpg"
     Image.fromarray(picture(0)).save(picture_file, "PNG")
     for kind in ("mp4", "mov", "mkv", "webm", "avi"):
-        film_file.write_bytes(counting(2, kind))
-        assert item_blocks(film_file)[0]["type"] == "video", kind
-        assert item_blocks(film_file.read_bytes())[0]["type"] == "video", kind
+        video_file.write_bytes(counting(2, kind))
+        assert item_blocks(video_file)[0]["type"] == "video", kind
+        assert item_blocks(video_file.read_bytes())[0]["type"] == "video", kind
     assert item_blocks(str(picture_file))[0]["type"] == "image"
     heic = b"\0\0\0\x18ftypheic\0\0\0\0"
     for data in (heic, b"\0\0\0\x1cftypavif", b"RIFF\0\0\0\0WEBP", b"GIF89a", b""):

@@ -20,7 +20,7 @@ import pillow_heif
 import pytest
 from hostile.sizes import cases
 from PIL import Image, ImageFile
-from videos import counting, film, numbered
+from videos import counting, encode_video, numbered
 
 from mlx_onevision.errors import CancelledError, MediaError, TooLargeError
 from mlx_onevision.media import image as module
@@ -427,7 +427,7 @@ def test_what_would_take_more_than_the_memory_is_decoded_elsewhere(
 
 def promising(frames: int) -> bytes:
     """A small MP4 whose tables promise many frames."""
-    data = bytearray(film([numbered(1)] * 30, "mp4", container={"movflags": "faststart"}))
+    data = bytearray(encode_video([numbered(1)] * 30, "mp4", container={"movflags": "faststart"}))
     table = data.index(b"stsz") - 4
     (size,) = struct.unpack_from(">I", data, table)
     new = struct.pack(">I4sIII", 20, b"stsz", 0, 100, frames)

@@ -28,7 +28,7 @@ from mlx_onevision.train.loop import STATE
 TIMES = cases(1, 20)
 SECONDS = 5.0
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FILM, SHAPES = EXAMPLES / "circle.mp4", EXAMPLES / "shapes.png"
+VIDEO, SHAPES = EXAMPLES / "circle.mp4", EXAMPLES / "shapes.png"
 
 
 def converted(place: Path) -> tuple[list[str], Callable[[], None]]:
@@ -66,7 +66,7 @@ def described(place: Path) -> tuple[list[str], Callable[[], None]]:
         assert len(json.loads(out.read_text())["segments"]) >= 4
         assert [path.name for path in place.iterdir() if "partial" in path.name] == []
 
-    return ["describe", *options, "--output", str(out), "--force", str(FILM)], whole
+    return ["describe", *options, "--output", str(out), "--force", str(VIDEO)], whole
 
 
 def embedded(place: Path) -> tuple[list[str], Callable[[], None]]:

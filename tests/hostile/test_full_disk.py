@@ -15,7 +15,7 @@ from mlx_onevision.files import save
 from mlx_onevision.plugins.hosts.llm import registry
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-FILM = Path(__file__).parents[2] / "examples/circle.mp4"
+VIDEO = Path(__file__).parents[2] / "examples/circle.mp4"
 
 WRITERS: dict[str, Callable[[Model, Path], None]] = {
     "text": lambda model, path: save(path, "subtitles " * 1000),
@@ -65,7 +65,7 @@ def test_a_description_goes_on_where_the_disk_was_full(model: Model, tmp_path: P
     record = tmp_path / "record"
 
     def describe() -> str:
-        described = model.describe_video(FILM, sidecar=record, max_tokens=4)
+        described = model.describe_video(VIDEO, sidecar=record, max_tokens=4)
         return json.dumps([segment.to_dict() for segment in described.segments])
 
     text = describe()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hostile.sizes import cases
 from mcp_clients import SERVER, Piped, decoders, fake, processes
-from videos import film, numbered
+from videos import encode_video, numbered
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = str(EXAMPLES / "shapes.png")
@@ -64,7 +64,7 @@ def test_it_ends_while_it_answers(how: str, log: Path) -> None:
 def test_no_decoder_is_left(how: str, log: Path, tmp_path: Path) -> None:
     """The real server, in the middle of a video that takes long to decode."""
     path = tmp_path / "film.mp4"
-    path.write_bytes(film((numbered(n % 1000) for n in range(3000)), options={"g": "3000"}))
+    path.write_bytes(encode_video((numbered(n % 1000) for n in range(3000)), options={"g": "3000"}))
     command = [*SERVER, "--allow-dir", str(tmp_path)]
     with Piped(command, log) as server:
         server.begin()

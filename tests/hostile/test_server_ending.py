@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
         EMBED,
         {"input": [image(uri(picture(number), "image/png")) for number in range(16)]},
     ),
-    "decoding a film": (
+    "decoding a video": (
         CHAT,
         {
             "messages": [
@@ -56,7 +56,7 @@ def figures() -> Iterator[dict[str, list[float]]]:
 
 
 def begun(client: Client, stage: str, server: int) -> bool:
-    if stage == "decoding a film":
+    if stage == "decoding a video":
         return bool(descendants(server))
     return bool(client.ask("GET", "/health").json["active"])
 

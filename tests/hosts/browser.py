@@ -96,7 +96,7 @@ class Tab:
         return self.page.get_by_role("button", name=name, exact=True)
 
     def choose(self, *files: Path | dict[str, Any], by: str = "Add files") -> None:
-        """Through the system's dialog. "Choose files" is there only as long as nothing is shown, and
+        """Through the system's dialog. "Choose files" is there as long as nothing is shown, and
         a file that was chosen is shown a little later."""
         with self.page.expect_file_chooser() as chooser:
             self.button(by).click()

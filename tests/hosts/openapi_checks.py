@@ -19,7 +19,7 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 PICTURE = _uri("image/png", EXAMPLES.joinpath("shapes.png").read_bytes())
-FILM = _uri("video/mp4", EXAMPLES.joinpath("circle.mp4").read_bytes())
+VIDEO = _uri("video/mp4", EXAMPLES.joinpath("circle.mp4").read_bytes())
 BROKEN = (
     _uri("image/png", b"\x89PNG\r\n\x1a\n" + b"\0" * 40),
     _uri("video/mp4", b"\0\0\0\x1cftypisom" + b"\0" * 40),
@@ -61,7 +61,7 @@ REASONS = (
 def before_load_schema(context: schemathesis.HookContext, raw_schema: dict[str, Any]) -> None:
     """A video that can be looked at, to begin with."""
     request = raw_schema["components"]["schemas"]["VideoRequest"]
-    request["properties"]["video"]["examples"] = [FILM]
+    request["properties"]["video"]["examples"] = [VIDEO]
 
 
 @schemathesis.hook
@@ -84,7 +84,7 @@ def _filled(value: Any, key: str, salt: int) -> Any:
     if not isinstance(value, str):
         return value
     if A_PLACE.match(value):
-        right = FILM if key.startswith("video") else PICTURE
+        right = VIDEO if key.startswith("video") else PICTURE
         choices = (right, right, right, *BROKEN, value)
         return choices[salt % len(choices)]
     return "what is this?" if not value and key in SAID and salt % 4 else value

@@ -150,9 +150,9 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def suite(folder: Path, backend: str, *options: str) -> subprocess.CompletedProcess[str]:
-    film = str(EXAMPLES / "circle.mp4")
+    video = str(EXAMPLES / "circle.mp4")
     story = "a very long story " * 100
-    settings = ("--setting", "delay=0.01", "--video", film, "--long-request", story)
+    settings = ("--setting", "delay=0.01", "--video", video, "--long-request", story)
     return run(folder, "--backend", backend, *settings, *options)
 
 

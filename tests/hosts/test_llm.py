@@ -68,8 +68,8 @@ def test_images_and_videos() -> None:
     both = ("-a", SHAPES, "-a", SQUARE)
     assert said(*MODEL, "What is in the second image?", *both) == "A green square."
     assert said(*MODEL, "Which image has a star?", *both) == "The first image has the star."
-    film = said(*MODEL, "How does the circle move?", "-a", CIRCLE, "-o", "num_frames", "8")
-    assert film == "The circle moves from left to right."
+    video = said(*MODEL, "How does the circle move?", "-a", CIRCLE, "-o", "num_frames", "8")
+    assert video == "The circle moves from left to right."
 
 
 def test_a_conversation_keeps_its_image_between_programs(tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_wrong_names_and_types(tmp_path: Path) -> None:
         assert said(*MODEL, question, "-a", tmp_path / name) == ANSWER
     assert said(*MODEL, question, "--at", tmp_path / "photo.heic", "video/mp4") == ANSWER
     how = "How does the circle move?"
-    film = said(*MODEL, how, "--at", tmp_path / "film.png", "image/png", "-o", "num_frames", "8")
-    assert film == "The circle moves from left to right."
+    video = said(*MODEL, how, "--at", tmp_path / "film.png", "image/png", "-o", "num_frames", "8")
+    assert video == "The circle moves from left to right."
 
 
 def test_refusals_are_one_sentence(tmp_path: Path) -> None:

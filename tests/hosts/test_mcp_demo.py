@@ -15,7 +15,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp_types import TextContent
 from PIL import Image, ImageDraw
-from videos import film
+from videos import encode_video
 
 from mlx_onevision.checkpoint.hub import EMBEDDED
 from mlx_onevision.plugins.adapters.engine import open_engine
@@ -131,7 +131,7 @@ def test_the_right_neighbour(tmp_path: Path) -> None:
     import numpy as np
 
     frames = [np.asarray(drawn("blue", "circle", 12)) for _ in range(10)]
-    (tmp_path / "film.mp4").write_bytes(film(frames))
+    (tmp_path / "film.mp4").write_bytes(encode_video(frames))
 
     async def session(client: Client) -> None:
         arguments = {"path": str(tmp_path / "wanted.jpg"), "folder": str(tmp_path), "k": 10}

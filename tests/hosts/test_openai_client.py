@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai.types.responses import ResponseCompletedEvent, ResponseTextDeltaEvent
 from pydantic import BaseModel
-from served import FILM, PICTURE, WORDS, Client, ScriptedBackend, image, serving, text, wait_for
+from served import PICTURE, VIDEO, WORDS, Client, ScriptedBackend, image, serving, text, wait_for
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.adapters.fake import FakeBackend
@@ -193,8 +193,8 @@ def test_the_demo_model_responds(demo: openai.OpenAI) -> None:
 
 
 def test_the_demo_model_on_a_video(demo: openai.OpenAI) -> None:
-    film: Any = {"type": "input_video", "video_url": FILM}
-    asked: Any = [{"role": "user", "content": [film, {"type": "input_text", "text": "What?"}]}]
+    video: Any = {"type": "input_video", "video_url": VIDEO}
+    asked: Any = [{"role": "user", "content": [video, {"type": "input_text", "text": "What?"}]}]
     answer = demo.responses.create(model="demo", input=asked, extra_body={"num_frames": 4})
     with demo.responses.stream(model="demo", input=asked, extra_body={"num_frames": 4}) as stream:
         assert stream.get_final_response().output_text == answer.output_text != ""

@@ -207,8 +207,8 @@ def test_one_column_on_a_telephone_and_two_on_a_desk(shown: Tab) -> None:
         assert all(places)
         boxes[wide] = [(box["x"], box["width"]) for box in places if box]
     assert boxes[390][0] == boxes[390][1]
-    (film, width), (talk, _) = boxes[1280]
-    assert film + width < talk
+    (video, width), (talk, _) = boxes[1280]
+    assert video + width < talk
     # On a telephone the video stays in sight while its parts are read.
     shown.page.set_viewport_size({"width": 390, "height": 844})
     shown.page.evaluate("scrollTo(0, 1e6)")

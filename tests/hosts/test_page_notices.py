@@ -103,7 +103,7 @@ def test_what_is_shown_stays_in_sight_on_a_telephone(browser: Browser) -> None:
             assert pictures and box
             assert box["y"] - pictures["y"] - pictures["height"] > 844 / 2
             tab.button("New conversation").click()
-        # What a film is described with stands in one row.
+        # What a video is described with stands in one row.
         tab.choose(CIRCLE)
         boxes = [
             one.bounding_box()

@@ -59,10 +59,10 @@ def test_in_a_shell(files: Path, shell: str) -> None:
     done = run(shell, *chosen)
     assert done.returncode == 1
     assert files.joinpath("it's $HOME.PNG.txt").read_text() == f"{SHAPES}\n"
-    film = files.joinpath("film.MP4.txt").read_text()
-    assert "circle" in film and "0:00:00" in film
+    video = files.joinpath("film.MP4.txt").read_text()
+    assert "circle" in video and "0:00:00" in video
     assert not files.joinpath("broken.png.txt").exists()
-    assert done.stdout == f"it's $HOME.PNG\n{SHAPES}\n\nfilm.MP4\n{film}\n"
+    assert done.stdout == f"it's $HOME.PNG\n{SHAPES}\n\nfilm.MP4\n{video}\n"
     problem, summary = done.stderr.splitlines()
     assert "broken.png" in problem and summary == "2 described, 1 not"
     # What is there is left alone.

@@ -33,8 +33,8 @@ CAPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("films") / "grainy.mp4"
+def grainy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("videos") / "grainy.mp4"
     path.write_bytes(grainy(app.STATIC_FOLDER / "shapes.mp4"))
     assert path.stat().st_size > 60e6
     return path
@@ -57,11 +57,11 @@ def answer(tab: Tab, question: str) -> str:
     return tab.words.last.inner_text()
 
 
-def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) -> None:
+def test_the_page_sends_it_once(browser: Browser, grainy_file: Path, tmp_path: Path) -> None:
     backend = open_backend("engine", model="demo", policy=taking(tmp_path))
     with serving(backend) as client, opened(browser, None, client=client) as tab:
         expect(tab.page.locator("#limits")).to_contain_text("a video of up to 1.07 GB")
-        tab.choose(film)
+        tab.choose(grainy_file)
         expect(tab.page.locator("#video video")).to_be_visible()
         tab.button("Describe the video").click()
         parts = tab.turns.locator(".parts li .words")
@@ -81,12 +81,14 @@ def test_the_page_sends_it_once(browser: Browser, film: Path, tmp_path: Path) ->
         expect(parts).to_have_text(CAPTIONS)
 
 
-def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: Path) -> None:
+def test_what_is_shown_while_it_is_sent(
+    browser: Browser, grainy_file: Path, tmp_path: Path
+) -> None:
     backend = FakeBackend(policy=taking(tmp_path))
     with opened(browser, backend, allowed=("ERR_ABORTED", "net::")) as tab:
         held: list[Route] = []
         tab.page.route("**/v1/files", lambda route: held.append(route))
-        tab.choose(film)
+        tab.choose(grainy_file)
         tab.ask("What is it?")
         waiting = tab.turns.locator(".waiting")
         expect(waiting).to_have_text("Sending the video")
@@ -97,17 +99,17 @@ def test_what_is_shown_while_it_is_sent(browser: Browser, film: Path, tmp_path: 
         expect(tab.words).to_have_text("What is it? [0 images][1 video]", timeout=60_000)
 
 
-def test_the_server_refuses_it(browser: Browser, film: Path, tmp_path: Path) -> None:
+def test_the_server_refuses_it(browser: Browser, grainy_file: Path, tmp_path: Path) -> None:
     small = MediaPolicy(uploads=Spool(tmp_path, max_file_bytes=1 << 30, max_total_bytes=1 << 20))
     allowed = ("429", "ERR_CONNECTION", "net::", "404")
     with opened(browser, FakeBackend(policy=small), allowed=allowed) as tab:
-        tab.choose(film)
+        tab.choose(grainy_file)
         tab.ask("What is it?")
         fault = tab.turns.get_by_role("alert")
         expect(fault).to_contain_text(re.compile("is busy; try again|server hung up before"))
     small = MediaPolicy(uploads=Spool(tmp_path, max_file_bytes=50 << 20, max_total_bytes=1 << 30))
     with opened(browser, FakeBackend(policy=small)) as tab:
-        tab.choose(film)
+        tab.choose(grainy_file)
         expect(tab.page.get_by_role("alert")).to_contain_text(
             re.compile(
                 r"has 6\d\.\d MB, but the server has room for 52\.4 MB; mlx-onevision describe"
@@ -139,8 +141,8 @@ def stored(cache: Path) -> list[str]:
     return [path.name for path in cache.rglob("*") if path.is_file() and path.stat().st_size > 100]
 
 
-def test_the_command(film: Path, tmp_path: Path) -> None:
-    data = film.read_bytes()
+def test_the_command(grainy_file: Path, tmp_path: Path) -> None:
+    data = grainy_file.read_bytes()
     server, client = serve(tmp_path)
     try:
         before = peak(server) if LINUX else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from videos import HIGH, KINDS, counting, film, number_of, turned, written
+from videos import HIGH, KINDS, counting, encode_video, number_of, turned, written
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError, TooLargeError
 from mlx_onevision.media.decoder import Limits, VideoReader
@@ -48,10 +48,12 @@ def test_variable_frame_rate_goes_by_the_stamps(tmp_path: Path) -> None:
     assert [number_of(picture) for _, picture in part] == [2, 3, 4, 5]
 
 
-def test_a_turned_film_is_upright(tmp_path: Path) -> None:
+def test_a_turned_video_is_upright(tmp_path: Path) -> None:
     picture = np.zeros((48, 96, 3), np.uint8)
     picture[:16, :32] = (250, 20, 20)
-    with opened(written(tmp_path / "a.mp4", turned(film([picture] * 3), 0, 1, -1, 0))) as reader:
+    with opened(
+        written(tmp_path / "a.mp4", turned(encode_video([picture] * 3), 0, 1, -1, 0))
+    ) as reader:
         seen = [picture for _, picture in reader.thumbnails()]
     assert len(seen) == 3
     for picture in seen:
@@ -62,13 +64,13 @@ def test_a_turned_film_is_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (37, 53)])
 def test_odd_sizes(size: tuple[int, int], tmp_path: Path) -> None:
     frames = [np.full((*size, 3), 200, np.uint8)] * 3
-    data = film(frames, "mkv", codec="ffv1", pixels="bgr0", options={})
+    data = encode_video(frames, "mkv", codec="ffv1", pixels="bgr0", options={})
     with opened(written(tmp_path / "a.mkv", data)) as reader:
         for _, picture in reader.thumbnails():
             assert picture.min() > 190 and min(picture.shape[:2]) >= 2
 
 
-def test_what_is_left_of_a_broken_film_is_seen(tmp_path: Path) -> None:
+def test_what_is_left_of_a_broken_video_is_seen(tmp_path: Path) -> None:
     data = counting(80, container={"movflags": "faststart"}, options={"g": "10"})
     half = written(tmp_path / "half.mp4", data[: len(data) * 3 // 4])
     spoilt = bytearray(data)
@@ -130,8 +132,8 @@ def test_it_can_be_cancelled_and_has_limits(
             raise CancelledError("enough")
 
     with opened(clip, check=check) as reader:
-        film = reader.thumbnails()
-        next(film)
+        thumbnails = reader.thumbnails()
+        next(thumbnails)
         enough = True
         with pytest.raises(CancelledError):
             list(reader.read_frames(FrameOptions(num_frames=5)).frames)
@@ -166,7 +168,7 @@ def test_the_frames_that_have_been_seen_are_not_kept(tmp_path: Path) -> None:
     for count in (20, 200):
         frames = [np.full((480, 960, 3), 40, np.uint8)] * count
         path = tmp_path / f"{count}.mp4"
-        path.write_bytes(film(frames, options={"preset": "ultrafast"}))
+        path.write_bytes(encode_video(frames, options={"preset": "ultrafast"}))
         done = subprocess.run(
             [sys.executable, "-c", PEAK, path], capture_output=True, text=True, timeout=60
         )

@@ -22,7 +22,7 @@ from checkpoints import write
 from click.testing import CliRunner
 from hostile.sizes import cases
 from PIL import Image
-from videos import HIGH, KINDS, WIDE, counting, film, number_of, written
+from videos import HIGH, KINDS, WIDE, counting, encode_video, number_of, written
 
 from mlx_onevision.cli.main import cli
 from mlx_onevision.errors import MediaError, RequestError, TooLargeError
@@ -78,7 +78,7 @@ def sound() -> bytes:
 def huge(high: int, wide: int) -> bytes:
     """One black frame of Motion JPEG, which is quick to write."""
     frame = np.zeros((high, wide, 3), np.uint8)
-    return film([frame], "mkv", codec="mjpeg", pixels="yuvj420p", options={})
+    return encode_video([frame], "mkv", codec="mjpeg", pixels="yuvj420p", options={})
 
 
 def claims_to_be_huge() -> bytes:
@@ -114,7 +114,7 @@ def test_no_frame_at_all(kind: str) -> None:
 
 @pytest.fixture
 def visits() -> Iterator[tuple[str, list[str]]]:
-    """The address of a server that has a film, and what was asked of it."""
+    """The address of a server that has a video, and what was asked of it."""
     asked: list[str] = []
     data = counting(3)
 
@@ -274,7 +274,9 @@ def test_the_command_says_one_sentence(name: str, folder: Path, tmp_path: Path) 
 
 
 def test_the_command_reads_one_pixel(folder: Path, tmp_path: Path) -> None:
-    pixel = film([np.zeros((1, 1, 3), np.uint8)], "mkv", codec="ffv1", pixels="bgr0", options={})
+    pixel = encode_video(
+        [np.zeros((1, 1, 3), np.uint8)], "mkv", codec="ffv1", pixels="bgr0", options={}
+    )
     path = written(tmp_path / "pixel.mkv", pixel)
     common = ("generate", "--model", str(folder), "--prompt", "What?", "--video", str(path))
     done = CliRunner().invoke(cli, [*common, "--max-tokens", "4"])

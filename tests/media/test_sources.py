@@ -85,9 +85,9 @@ def test_the_scheme_of_a_data_uri_may_be_in_capitals() -> None:
     Image.new("RGB", (4, 5)).save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
     assert load_image(f"DATA:image/png;base64,{text}").shape == (5, 4, 3)
-    film = base64.b64encode(counting(2)).decode()
-    assert is_video(f"DATA:video/mp4;base64,{film}")
-    assert load_video(f"DATA:video/mp4;base64,{film}", 8).total == 2
+    encoded = base64.b64encode(counting(2)).decode()
+    assert is_video(f"DATA:video/mp4;base64,{encoded}")
+    assert load_video(f"DATA:video/mp4;base64,{encoded}", 8).total == 2
 
 
 class Answers(BaseHTTPRequestHandler):

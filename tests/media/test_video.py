@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 from images import noise
 from PIL import Image
-from videos import BITS, KINDS, counting, film, number_of, numbered, trimmed, turned, written
+from videos import (
+    BITS,
+    KINDS,
+    counting,
+    encode_video,
+    number_of,
+    numbered,
+    trimmed,
+    turned,
+    written,
+)
 
 from mlx_onevision.errors import CancelledError, MediaError, RequestError
 from mlx_onevision.media.decoder import Limits, VideoReader
@@ -73,8 +83,18 @@ def test_the_chosen_frames_and_no_others(kind: str) -> None:
         (lambda: trimmed(counting(80, options={"bf": "0"}), 2000), 50),
         (lambda: trimmed(counting(80, "mov"), 400), 10),
         # The gaps become frames without a byte.
-        (lambda: film(map(numbered, range(9)), "avi", stamps=[0, 1, 2, 8, 9, 10, 20, 21, 30]), 9),
-        (lambda: film(map(numbered, range(3)), "avi", stamps=[0, 5, 6], options={"bf": "0"}), 3),
+        (
+            lambda: encode_video(
+                map(numbered, range(9)), "avi", stamps=[0, 1, 2, 8, 9, 10, 20, 21, 30]
+            ),
+            9,
+        ),
+        (
+            lambda: encode_video(
+                map(numbered, range(3)), "avi", stamps=[0, 5, 6], options={"bf": "0"}
+            ),
+            3,
+        ),
     ],
     ids=["mp4", "mp4 in order", "mov", "avi", "avi in order"],
 )
@@ -201,11 +221,11 @@ MATRICES = {
 
 @cache
 def upright() -> bytes:
-    """A film with a corner of one colour and the opposite one of another."""
+    """A video with a corner of one colour and the opposite one of another."""
     picture = np.zeros((48, 96, 3), np.uint8)
     picture[:16, :32] = (250, 20, 20)
     picture[32:, 64:] = (20, 20, 250)
-    return film([picture] * 2)
+    return encode_video([picture] * 2)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -251,7 +271,7 @@ def test_odd_sizes(kind: str, size: tuple[int, int]) -> None:
         Image.fromarray(picture).save(buffer, "GIF")
         data = buffer.getvalue()
     else:
-        data = film([picture] * 3, kind, codec="ffv1", pixels="bgr0", options={})
+        data = encode_video([picture] * 3, kind, codec="ffv1", pixels="bgr0", options={})
     clip = load(data)
     assert clip.tiles.shape[1:] == (SIZE, SIZE, 3)
     np.testing.assert_array_equal(clip.tiles[-1], resize(picture, (SIZE, SIZE)))
@@ -261,7 +281,7 @@ def test_large_frames_come_whole(tmp_path: Path) -> None:
     """Of several times what the pipe holds."""
     frames = [noise(900, 1300, 3, seed=seed) for seed in range(3)]
     path = tmp_path / "clip.mkv"
-    path.write_bytes(film(frames, "mkv", codec="ffv1", pixels="bgr0", options={}))
+    path.write_bytes(encode_video(frames, "mkv", codec="ffv1", pixels="bgr0", options={}))
     for frame, expected in zip(decoded(path), frames, strict=True):
         np.testing.assert_array_equal(frame, expected)
 
@@ -367,7 +387,7 @@ def test_frames_that_are_not_what_they_say_are_refused(
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    data = film([np.zeros((1200, 1600, 3), np.uint8)] * 4)
+    data = encode_video([np.zeros((1200, 1600, 3), np.uint8)] * 4)
     assert len(load(data).tiles) == 4
     with pytest.raises(MediaError):
         load(data, limits=Limits(memory=60 << 20))
@@ -375,7 +395,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 def test_no_more_than_a_frame_and_the_tiles_are_held() -> None:
     frames = (np.full((720, 1280, 3), 2 * n, np.uint8) for n in range(24))
-    data = film(frames, options={"preset": "ultrafast"})
+    data = encode_video(frames, options={"preset": "ultrafast"})
     one = 720 * 1280 * 3
     load(data, num_frames=2)  # what is kept once for all
     tracemalloc.start()

@@ -87,7 +87,7 @@ def test_joint(checkpoints: Checkpoints, tiny: Tiny) -> None:
         assert difference("joint space", vector, state) <= 5e-6
 
 
-FILMS = [(1, (337, 511)), (5, (61, 241)), (8, (56, 56)), (12, (97, 53))]
+VIDEOS = [(1, (337, 511)), (5, (61, 241)), (8, (56, 56)), (12, (97, 53))]
 
 
 def footage(frames: int, size: Size, seed: int = 0) -> np.ndarray:
@@ -99,7 +99,7 @@ def footage(frames: int, size: Size, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("tiny", [*KINDS, SPLIT], ids=["tied", "untied", "two layers"])
 def test_videos(checkpoints: Checkpoints, tiny: Tiny, options: dict[str, Any]) -> None:
     ours, oracle = checkpoints.pair(tiny)
-    videos = [footage(*film) for film in FILMS if film[0] >= options.get("num_frames", 1)]
+    videos = [footage(*shape) for shape in VIDEOS if shape[0] >= options.get("num_frames", 1)]
     for video, vector in zip(videos, ours.model.embed(videos, **options).vectors, strict=True):
         assert difference("vision", vector, mean_of_frames(oracle, video, **options)) <= 2e-6
     # The reference takes several videos of one length only.

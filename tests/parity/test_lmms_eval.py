@@ -73,8 +73,8 @@ def test_prompts_are_the_references(name: str) -> None:
     aspect = {None: "never", "pad": "never", "anyres_max_9": "always"}[seen.aspect]
     assert about.tiling == aspect
     if metadata:
-        (film,) = about.blocks
-        ours = [frame.getpixel((4, 4)) for frame in film["video"]]
+        (video,) = about.blocks
+        ours = [frame.getpixel((4, 4)) for frame in video["video"]]
         assert ours == [frame.getpixel((4, 4)) for frame in seen.pictures]
     assert "until" not in seen.settings and not seen.settings.get("do_sample")
     ours = options({"until": ["x"]}, until=False)
@@ -118,7 +118,7 @@ UTILS = f"""
 def doc_to_visual(doc):
     return [doc["image"].convert("RGB")]
 
-def film(doc):
+def clip(doc):
     return [{str(CIRCLE)!r}]
 
 def both(doc):
@@ -158,8 +158,8 @@ metadata: {{version: 1.0}}
 """
 
 OTHERS = {
-    "films": """
-doc_to_visual: !function utils.film
+    "videos": """
+doc_to_visual: !function utils.clip
 doc_to_text: "How does the circle move?"
 """,
     "choosing": """
@@ -244,15 +244,15 @@ def test_stop_strings_count_where_they_are_asked_for(tasks: TaskManager) -> None
 
 
 def test_a_video_has_32_frames_from_end_to_end(tasks: TaskManager, plain: Model) -> None:
-    _, samples = evaluated("films", tasks, limit=2)
+    _, samples = evaluated("videos", tasks, limit=2)
     answers = {sample["filtered_resps"][0] for sample in samples}
     (count,) = {sample["token_counts"][0]["input_tokens"] for sample in samples}
-    film = {"type": "video", "video": str(CIRCLE), "num_frames": 32, "ends": True}
+    video = {"type": "video", "video": str(CIRCLE), "num_frames": 32, "ends": True}
     text = {"type": "text", "text": "\nHow does the circle move?"}
-    answer = plain.generate(messages=[{"role": "user", "content": [film, text]}], max_tokens=24)
+    answer = plain.generate(messages=[{"role": "user", "content": [video, text]}], max_tokens=24)
     assert answers == {answer.text} == {"The circle moves from left to right."}
     assert count == answer.usage.prompt_tokens
-    _, samples = evaluated("films", tasks, model_args="pretrained=demo,max_frames_num=4", limit=1)
+    _, samples = evaluated("videos", tasks, model_args="pretrained=demo,max_frames_num=4", limit=1)
     assert samples[0]["token_counts"][0]["input_tokens"] < count
 
 
@@ -290,7 +290,7 @@ def test_answers_are_kept_and_found_again(tasks: TaskManager, tmp_path: Path) ->
 
 def test_a_question_that_cannot_be_asked_costs_no_other(tmp_path: Path) -> None:
     shutil.copy(CIRCLE, tmp_path / "good.mp4")
-    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
     model = get_model("mlx_onevision")(pretrained="demo", batch_size=3)
     model.task_dict = {"task": {"test": ["good", "bad", "good"]}}
     found = model.generate_until(

@@ -18,7 +18,7 @@ from parity.oracle import Oracle
 from parity.ours import Ours
 from parity.pairs import Checkpoints
 from transformers.video_utils import load_video
-from videos import film
+from videos import encode_video
 
 KINDS = [Tiny(template=template) for template in ("space", "newline")]
 
@@ -82,7 +82,7 @@ def test_a_file(
     """The same frames of a file, decoded to the same pixels."""
     ours, oracle = checkpoints.pair(KINDS[1])
     path = tmp_path / f"a.{kind}"
-    path.write_bytes(film(list(footage(53, (96, 160))), kind))
+    path.write_bytes(encode_video(list(footage(53, (96, 160))), kind))
     frames, about = load_video(str(path), backend="pyav", **wanted)
     theirs = oracle.run_media([said("user", frames, "What happens?")], 32)
     messages = [{"role": "user", "content": [{"type": "video", "path": str(path), **wanted}]}]

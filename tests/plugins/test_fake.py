@@ -81,12 +81,12 @@ def test_documents_of_more_schemas() -> None:
 
 
 def test_what_it_does_not_claim_it_refuses() -> None:
-    picture, film = Media("image", data=b"\x89PNG"), Media("video", data=b"RIFF")
+    picture, video = Media("image", data=b"\x89PNG"), Media("video", data=b"RIFF")
     with FakeBackend(without=["images", "videos", "logprobs", "json_schema"]) as backend:
         assert backend.info().capabilities == ("generate", "embed", "describe_video")
         for asked, code in (
             (GenerateRequest.ask("what?", picture), "unsupported_media"),
-            (GenerateRequest.ask("what?", film), "unsupported_media"),
+            (GenerateRequest.ask("what?", video), "unsupported_media"),
             (GenerateRequest.ask("what?", logprobs=0), "bad_request"),
             (GenerateRequest.ask("what?", json_schema="true"), "bad_request"),
         ):

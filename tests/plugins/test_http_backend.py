@@ -32,7 +32,7 @@ from mlx_onevision.plugins.interface import (
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 PICTURE = EXAMPLES / "shapes.png"
-FILM = EXAMPLES / "circle.mp4"
+VIDEO = EXAMPLES / "circle.mp4"
 
 
 class Recorder(FakeBackend):
@@ -94,9 +94,9 @@ def stream_of(*chunks: str) -> bytes:
 
 
 def test_a_question_arrives_as_it_was_asked(backend: HttpBackend, recorder: Recorder) -> None:
-    picture, film = Media("image", path=str(PICTURE)), Media("video", path=str(FILM))
+    picture, video = Media("image", path=str(PICTURE)), Media("video", path=str(VIDEO))
     messages = [
-        Message("user", [picture, "What is this?", film]),
+        Message("user", [picture, "What is this?", video]),
         Message("assistant", "A circle."),
         Message("user", ["And", "now?"]),
     ]
@@ -130,17 +130,17 @@ def test_a_question_arrives_as_it_was_asked(backend: HttpBackend, recorder: Reco
     assert [getattr(part, "kind", part) for part in shown] == ["image", "What is this?", "video"]
     policy = MediaPolicy()
     assert policy.open(shown[0]) == PICTURE.read_bytes()
-    assert policy.open(shown[2]) == FILM.read_bytes()
+    assert policy.open(shown[2]) == VIDEO.read_bytes()
     assert rest[1:] == [Message("assistant", ["A circle."]), messages[2]]
     backend.generate(GenerateRequest.ask("hi", fps=2.0)).result()
     assert recorder.asked[-1] == GenerateRequest([Message("user", ["hi"])], fps=2.0)
 
 
 def test_the_other_requests_arrive_too(backend: HttpBackend, recorder: Recorder) -> None:
-    film = Media("video", data=FILM.read_bytes())
-    request = DescribeRequest(film, segments=5.0, longest=None, start=1.0, seed=3, system="Rhyme.")
+    video = Media("video", data=VIDEO.read_bytes())
+    request = DescribeRequest(video, segments=5.0, longest=None, start=1.0, seed=3, system="Rhyme.")
     result = backend.describe_video(request).result()
-    assert replace(recorder.asked[-1], video=film) == request and len(result.segments) == 6
+    assert replace(recorder.asked[-1], video=video) == request and len(result.segments) == 6
     picture = Media("image", data=PICTURE.read_bytes())
     wanted = EmbedRequest(
         ["a", picture, Group([picture, picture])], space="joint", normalize=False, tiling="always"
@@ -184,9 +184,9 @@ def test_files_are_read_where_the_policy_allows(backend: HttpBackend, tmp_path: 
         with pytest.raises(PluginError, match="not allowed"):
             stream.result()
     with HttpBackend(url="http://127.0.0.1:9", policy=MediaPolicy(folders=[tmp_path], size=9)) as b:
-        film = Media("video", path=str(outside))
+        video = Media("video", path=str(outside))
         with pytest.raises(PluginError) as raised:
-            b.describe_video(DescribeRequest(film)).result()
+            b.describe_video(DescribeRequest(video)).result()
         assert raised.value.code == "too_large"
 
 

@@ -44,8 +44,10 @@ from mlx_onevision.plugins.interface import (
 )
 
 PICTURE = Media("image", data=b"\x89PNG\0\xff")
-FILM = Media("video", path="/films/a.mp4")
-ASKED = GenerateRequest.ask("what?", PICTURE, FILM, temperature=0, stop=["a", "\n"], seed=2**64 - 1)
+VIDEO = Media("video", path="/films/a.mp4")
+ASKED = GenerateRequest.ask(
+    "what?", PICTURE, VIDEO, temperature=0, stop=["a", "\n"], seed=2**64 - 1
+)
 USAGE = Usage(10, 2, 5, 4, 0.1, 0.2, 0.3, 0.4, 1 << 40)
 SEGMENT = Segment(0, 0.0, 1.5, "a 🙂 circle", (0.0, 0.75))
 TOLD = DescribeResult(9.5, (SEGMENT,), "short", (Chapter(0, "All"),), ("no sound",), USAGE)
@@ -58,10 +60,12 @@ LIKELY = (
 
 RECORDS = [
     ASKED,
-    GenerateRequest([Message("user", "hello"), Message("assistant", ["a", FILM, "b"])], "be brief"),
-    EmbedRequest(["text", PICTURE, Group([PICTURE, FILM])], space="joint", normalize=False),
-    DescribeRequest(FILM, segments=2.5, start=1, end=9, timeout=10),
-    DescribeRequest(FILM, longest=None),
+    GenerateRequest(
+        [Message("user", "hello"), Message("assistant", ["a", VIDEO, "b"])], "be brief"
+    ),
+    EmbedRequest(["text", PICTURE, Group([PICTURE, VIDEO])], space="joint", normalize=False),
+    DescribeRequest(VIDEO, segments=2.5, start=1, end=9, timeout=10),
+    DescribeRequest(VIDEO, longest=None),
     GenerateResult("ü\u0000\n", "stop", USAGE, ("a note",)),
     EmbedResult(((0.1, -1e-30), (1.0, 0.0)), "vision", 2, "m", "r", "mean", True, "4 bits"),
     TOLD,
@@ -278,8 +282,8 @@ def test_bytes_are_looked_at(tmp_path: Path) -> None:
         assert sniff(file.getvalue()[:32]) == "image", kind
     assert sniff(b"\0\0\0\x18ftypheic\0\0\0\0") == "image"
     assert not any(sniff(b"B\xfaP\0G]\n"[:size]) for size in range(8))  # cut short
-    film = Path(__file__).parents[2].joinpath("examples/circle.mp4").read_bytes()
-    assert sniff(film[:32]) == "video"
+    video = Path(__file__).parents[2].joinpath("examples/circle.mp4").read_bytes()
+    assert sniff(video[:32]) == "video"
     assert sniff(b"\x1aE\xdf\xa3 matroska") == "video"
     assert sniff(b"RIFF....AVI LIST") == "video"
     for data in (b"", b"text", b"RIFF....WAVE", b"%PDF-1.7"):

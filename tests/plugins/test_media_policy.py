@@ -220,8 +220,8 @@ def test_too_much_is_refused(album: Path) -> None:
     ):
         assert refused(policy, medium).code == "too_large"
     # A video on disk is read in place.
-    film = Media("video", path=str(album / "inner/b.png"))
-    assert content(policy, film) == b"allowed too"
+    video = Media("video", path=str(album / "inner/b.png"))
+    assert content(policy, video) == b"allowed too"
     with pytest.raises(PluginError, match="3 images; send 2 at most"):
         policy.admit([Media("image", data=b"x")] * 3)
     policy.check_frames(4)

@@ -97,11 +97,11 @@ def test_cancelled_work_stops() -> None:
 
 
 def test_a_video_that_is_described_has_a_time_of_its_own() -> None:
-    film = DescribeRequest(Media("video", data=MP4), segments=10.0)
+    video = DescribeRequest(Media("video", data=MP4), segments=10.0)
     with FakeBackend(delay=0.1, limits=Limits(timeout=0.05)) as backend:
-        assert len(backend.describe_video(film).result().segments) == 3
+        assert len(backend.describe_video(video).result().segments) == 3
     with FakeBackend(delay=5, limits=Limits(video_timeout=0.1)) as backend:
-        error = error_of(backend.describe_video(film))
+        error = error_of(backend.describe_video(video))
         assert error.code == "cancelled" and "0.1 seconds" in error.message
 
 

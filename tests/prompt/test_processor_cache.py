@@ -13,7 +13,7 @@ import pytest
 from images import noise
 from PIL import Image, ImageFile
 from prompts import checkpoint, config
-from videos import counting, film, numbered
+from videos import counting, encode_video, numbered
 
 from mlx_onevision.errors import ContextOverflowError, MediaError
 from mlx_onevision.media import image as images
@@ -162,7 +162,7 @@ def test_a_file_replaced_under_its_name_is_another(processor: Processor, tmp_pat
             if kind == "image":
                 Image.fromarray(noise(40, 60, 3, seed=seed)).save(path)
             else:
-                path.write_bytes(film([noise(32, 32, 3, seed=seed)] * 2))
+                path.write_bytes(encode_video([noise(32, 32, 3, seed=seed)] * 2))
             os.utime(path, (1, 1))
             keys.append(ask(processor, (kind, path)).media[0].key)
         assert keys[0] != keys[1]

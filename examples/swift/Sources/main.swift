@@ -1,4 +1,4 @@
-// Asks a server of mlx-onevision about pictures and films, and prints the answer as it comes.
+// Asks a server of mlx-onevision about images and videos, and prints the answer as it comes.
 //
 //     mlx-onevision serve
 //     swift run ask-onevision "What is in the image?" ../shapes.png

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from served import (
     EXAMPLES,
-    FILM,
     PICTURE,
+    VIDEO,
     WORDS,
     Client,
     ScriptedBackend,
@@ -75,8 +75,8 @@ def test_a_limit_below_what_is_usual_refuses_nobody_who_says_nothing() -> None:
         assert reply.json["choices"][0]["finish_reason"] == "length"
         responded = client.ask("POST", "/v1/responses", {"input": "one two three"})
         assert responded.json["usage"]["output_tokens"] == 2
-        film = client.ask("POST", "/v1/video/describe", {"video": FILM})
-        assert film.status == 200
+        described = client.ask("POST", "/v1/video/describe", {"video": VIDEO})
+        assert described.status == 200
         asked = client.chat("one two three", max_tokens=10**9).json
         assert asked["usage"]["completion_tokens"] == 2
         note = "max_tokens is 1000000000; this server answers with 2 tokens at most"
@@ -208,8 +208,8 @@ def test_how_likely_the_tokens_were() -> None:
         *({"type": kind, "image_url": PICTURE} for kind in ("image_url", "input_image")),
         *({"type": kind, "image_url": {"url": PICTURE}} for kind in ("image_url", "input_image")),
         *({"type": "image", "image": place} for place in (PICTURE, {"url": PICTURE})),
-        *({"type": kind, "video_url": FILM} for kind in ("video_url", "input_video")),
-        {"type": "video", "video": FILM},
+        *({"type": kind, "video_url": VIDEO} for kind in ("video_url", "input_video")),
+        {"type": "video", "video": VIDEO},
     ],
 )
 def test_an_image_by_any_name(fake: Client, part: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from served import EXAMPLES, FILM, PICTURE, Client, image, serving, text, video
+from served import EXAMPLES, PICTURE, VIDEO, Client, image, serving, text, video
 
 from mlx_onevision.plugins import open_backend
 from mlx_onevision.plugins.contract.results import (
@@ -95,7 +95,7 @@ def test_the_official_client_gets_the_models_own_vectors(
 
 
 def test_a_video_is_described(client: Client) -> None:
-    asked = {"video": FILM, "segments": 1.0, "num_frames": 2, "max_tokens": 12, "end": 2.0}
+    asked = {"video": VIDEO, "segments": 1.0, "num_frames": 2, "max_tokens": 12, "end": 2.0}
     reply = client.ask("POST", "/v1/video/describe", asked)
     events = [event_from_dict(values) for values in reply.events]
     last = events[-1]

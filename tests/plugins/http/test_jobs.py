@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from served import FILM, PICTURE, Client, Reply, serving, wait_for
+from served import PICTURE, VIDEO, Client, Reply, serving, wait_for
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
@@ -22,7 +22,7 @@ def client() -> Iterator[Client]:
 
 
 def start(client: Client, **fields: Any) -> Reply:
-    return client.ask("POST", JOBS, {"video": FILM, "segments": 10.0, **fields})
+    return client.ask("POST", JOBS, {"video": VIDEO, "segments": 10.0, **fields})
 
 
 def job(body: dict[str, Any]) -> Job:

@@ -5,7 +5,7 @@ import struct
 from typing import Any
 
 import pytest
-from served import FILM, PICTURE, Client, image, serving, text, video, wait_for
+from served import PICTURE, VIDEO, Client, image, serving, text, video, wait_for
 
 from mlx_onevision.plugins.adapters.fake import VECTOR_DIM, FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
@@ -31,8 +31,8 @@ def test_vectors(fake: Client) -> None:
     assert [item["index"] for item in found["data"]] == list(range(6))
     assert vectors[0] == vectors[2] and vectors[1] == vectors[3] == vectors[4]
     assert len({tuple(vector) for vector in vectors}) == 3
-    film = fake.ask("POST", EMBED, {"input": FILM}).json["data"]
-    assert [item["embedding"] for item in film] == vectors[5:]
+    embedded = fake.ask("POST", EMBED, {"input": VIDEO}).json["data"]
+    assert [item["embedding"] for item in embedded] == vectors[5:]
     packed = fake.ask("POST", EMBED, {"input": mixed, "encoding_format": "base64"}).json["data"]
     for vector, item in zip(vectors, packed, strict=True):
         data = base64.b64decode(item["embedding"])
@@ -80,7 +80,7 @@ def test_what_has_no_vector(fake: Client, fields: dict[str, Any], named: str) ->
 
 
 def test_a_video_is_described_in_the_contracts_events(fake: Client) -> None:
-    asked = {"video": {"url": FILM}, "segments": 10, "model": "fake"}
+    asked = {"video": {"url": VIDEO}, "segments": 10, "model": "fake"}
     reply = fake.ask("POST", DESCRIBE, asked)
     assert reply.status == 200 and reply.headers["content-type"].startswith("text/event-stream")
     events = [event_from_dict(values) for values in reply.events]
@@ -98,10 +98,10 @@ def test_a_video_is_described_in_the_contracts_events(fake: Client) -> None:
         ({}, "video"),
         ({"video": PICTURE}, "video"),
         ({"video": "/etc/passwd"}, "not allowed"),
-        ({"video": FILM, "segments": "all"}, "segments"),
-        ({"video": FILM, "segments": -1}, "segments"),
-        ({"video": FILM, "start": 5, "end": 1}, "end"),
-        ({"video": FILM, "num_frames": 0}, "num_frames"),
+        ({"video": VIDEO, "segments": "all"}, "segments"),
+        ({"video": VIDEO, "segments": -1}, "segments"),
+        ({"video": VIDEO, "start": 5, "end": 1}, "end"),
+        ({"video": VIDEO, "num_frames": 0}, "num_frames"),
     ],
 )
 def test_a_video_that_cannot_be_described(fake: Client, fields: dict[str, Any], named: str) -> None:
@@ -112,7 +112,7 @@ def test_a_video_that_cannot_be_described(fake: Client, fields: dict[str, Any], 
 def test_a_video_that_breaks_off() -> None:
     error = PluginError("unsupported_media", "cannot read '/films/a.mp4': it is damaged")
     with serving(FakeBackend(fail_at=1, error=error)) as client:
-        reply = client.ask("POST", DESCRIBE, {"video": FILM, "segments": 10})
+        reply = client.ask("POST", DESCRIBE, {"video": VIDEO, "segments": 10})
     last = event_from_dict(reply.events[-1])
     assert isinstance(last, ErrorEvent) and last.code == "unsupported_media"
     assert "films" not in last.message

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import ranks
 from checkpoints import Sizes, write
-from served import FILM, Client, image, serving, text, video, wait_for
+from served import VIDEO, Client, image, serving, text, video, wait_for
 
 from mlx_onevision.plugins.adapters.engine import open_engine
 
@@ -122,9 +122,9 @@ def test_vectors_and_descriptions_are_those_of_one_process(shared: Client, alone
             client.ask("POST", "/v1/embeddings", body).json["data"] for client in (shared, alone)
         )
         assert first[0]["embedding"] == pytest.approx(second[0]["embedding"], abs=1e-5), space
-    film = {"video": {"url": FILM}, "max_tokens": 4, "num_frames": 2}
+    asked = {"video": {"url": VIDEO}, "max_tokens": 4, "num_frames": 2}
     first, second = (
-        client.ask("POST", "/v1/video/describe", film).events[-1] for client in (shared, alone)
+        client.ask("POST", "/v1/video/describe", asked).events[-1] for client in (shared, alone)
     )
     assert first["result"] == second["result"] and first["result"]["segments"]
 

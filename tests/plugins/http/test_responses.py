@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write
-from served import FILM, PICTURE, WORDS, Client, ScriptedBackend, serving, wait_for
+from served import PICTURE, VIDEO, WORDS, Client, ScriptedBackend, serving, wait_for
 
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.adapters.fake import FakeBackend
@@ -33,7 +33,7 @@ def test_an_answer(fake: Client) -> None:
     content = [
         {"type": "input_text", "text": "what is this"},
         {"type": "input_image", "image_url": PICTURE, "detail": "auto"},
-        {"type": "input_video", "video_url": FILM},
+        {"type": "input_video", "video_url": VIDEO},
     ]
     reply = respond(
         fake, [{"role": "user", "content": content}], metadata={"a": "é"}, temperature=0.5

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tree_sitter_swift
-from served import FILM, JSON, PICTURE, Client, serving
+from served import JSON, PICTURE, VIDEO, Client, serving
 from tree_sitter import Language, Node, Parser
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
@@ -159,7 +159,7 @@ def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def test_the_server_knows_all_that_it_sends(structs: Structs, client: Client) -> None:
     """Fields that it does not know it ignores; of those that it knows it minds the type."""
-    asked = question(structs, ("image_url", PICTURE), ("video_url", FILM))
+    asked = question(structs, ("image_url", PICTURE), ("video_url", VIDEO))
     seen = set()
     for way in places(asked):
         wrong = copy.deepcopy(asked)
@@ -175,7 +175,7 @@ def test_the_server_knows_all_that_it_sends(structs: Structs, client: Client) ->
 
 
 def test_it_reads_the_answer(structs: Structs, client: Client) -> None:
-    asked = question(structs, ("image_url", PICTURE), ("video_url", FILM))
+    asked = question(structs, ("image_url", PICTURE), ("video_url", VIDEO))
     reply = client.ask("POST", "/v1/chat/completions", asked)
     assert reply.status == 200 and reply.events[-1] == "[DONE]"
     chunks = [read(structs, "Chunk", event) for event in reply.events[:-1]]
@@ -191,7 +191,7 @@ def test_it_reads_the_answer(structs: Structs, client: Client) -> None:
 
 
 def test_it_reads_refusals(structs: Structs, client: Client) -> None:
-    for asked in (question(structs, maxTokens=0), question(structs, ("image_url", FILM))):
+    for asked in (question(structs, maxTokens=0), question(structs, ("image_url", VIDEO))):
         reply = client.ask("POST", "/v1/chat/completions", asked)
         assert reply.status == 400
         assert read(structs, "Refusal", reply.json)["error"]["message"]

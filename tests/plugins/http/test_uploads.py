@@ -16,7 +16,7 @@ from mlx_onevision.plugins.service.media_policy import MediaPolicy
 from mlx_onevision.plugins.service.spool import Spool
 
 FILES = "/v1/files"
-FILM = b"\0\0\0\x18ftypmp42" + bytes(300_000)
+VIDEO = b"\0\0\0\x18ftypmp42" + bytes(300_000)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 LEAST = ServerSettings(max_body_bytes=100_000, max_held_bytes=100_000, header_timeout=1.0)
 
@@ -31,7 +31,7 @@ def taking(folder: Path, load_seconds: float = 0.0) -> Iterator[Client]:
     spool.close()
 
 
-def send(client: Client, data: bytes = FILM, kind: str = "video/mp4") -> Reply:
+def send(client: Client, data: bytes = VIDEO, kind: str = "video/mp4") -> Reply:
     return client.ask("POST", FILES, data, {"Content-Type": kind})
 
 
@@ -48,7 +48,7 @@ def message(reply: Reply) -> str:
 def test_a_video_that_fits_into_no_request(tmp_path: Path) -> None:
     with taking(tmp_path) as client:
         sent = send(client)
-        assert sent.status == 201 and sent.json["bytes"] == len(FILM), sent.body
+        assert sent.status == 201 and sent.json["bytes"] == len(VIDEO), sent.body
         assert sent.headers["location"] == f"{FILES}/{sent.json['id']}"
         url = sent.json["url"]
         assert client.ask("GET", sent.headers["location"]).json == sent.json
@@ -83,13 +83,13 @@ def test_an_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "headers", "status", "said"),
     [
-        (FILM, {"Content-Type": "application/json"}, 415, "the file itself has to be the body"),
-        (FILM, {"Content-Type": "multipart/form-data; boundary=x"}, 415, "--data-binary @FILE"),
-        (FILM, {"Content-Type": "application/x-www-form-urlencoded"}, 415, "video/mp4"),
-        (FILM, {"Content-Encoding": "gzip"}, 415, "compressed"),
+        (VIDEO, {"Content-Type": "application/json"}, 415, "the file itself has to be the body"),
+        (VIDEO, {"Content-Type": "multipart/form-data; boundary=x"}, 415, "--data-binary @FILE"),
+        (VIDEO, {"Content-Type": "application/x-www-form-urlencoded"}, 415, "video/mp4"),
+        (VIDEO, {"Content-Encoding": "gzip"}, 415, "compressed"),
         (b"neither of them, at some length " * 9, {}, 400, "neither an image nor a video"),
-        (FILM + bytes(1 << 20), {}, 413, "1 MB are taken (serve --max-upload)"),
-        (FILM, {"Origin": "https://example.org"}, 403, "--allow-origin"),
+        (VIDEO + bytes(1 << 20), {}, 413, "1 MB are taken (serve --max-upload)"),
+        (VIDEO, {"Origin": "https://example.org"}, 403, "--allow-origin"),
     ],
 )
 def test_what_is_refused(
@@ -107,7 +107,7 @@ def test_one_that_is_larger_than_it_says(tmp_path: Path) -> None:
     with taking(tmp_path) as client, socket.create_connection(("127.0.0.1", client.port)) as line:
         head = f"POST {FILES} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: video/mp4\r\n"
         line.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
-        chunk = FILM[: 1 << 16]
+        chunk = VIDEO[: 1 << 16]
         for _ in range(20):
             line.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
         line.sendall(b"0\r\n\r\n")
@@ -118,7 +118,7 @@ def test_one_that_is_larger_than_it_says(tmp_path: Path) -> None:
 
 def test_all_of_them_together_are_bounded(tmp_path: Path) -> None:
     with taking(tmp_path) as client:
-        sent = [send(client, FILM + bytes(600_000)) for _ in range(4)]
+        sent = [send(client, VIDEO + bytes(600_000)) for _ in range(4)]
         assert [one.status for one in sent] == [201, 201, 429, 429]
         assert "retry-after" in sent[-1].headers and "try again" in message(sent[-1])
         assert sum(path.stat().st_size for path in stored(tmp_path)) <= 2 << 20
@@ -136,13 +136,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_a_client_that_leaves_or_stands_still(tmp_path: Path) -> None:
     with taking(tmp_path) as client:
         head = f"POST {FILES} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: video/mp4\r\n"
-        head += f"Content-Length: {len(FILM)}\r\n\r\n"
+        head += f"Content-Length: {len(VIDEO)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", client.port)) as line:
-            line.sendall(head.encode() + FILM[:200_000])
+            line.sendall(head.encode() + VIDEO[:200_000])
             wait_for(lambda: stored(tmp_path))
         wait_for(lambda: not stored(tmp_path))
         with socket.create_connection(("127.0.0.1", client.port)) as line:
-            line.sendall(head.encode() + FILM[:200_000])
+            line.sendall(head.encode() + VIDEO[:200_000])
             assert b" 408 " in line.makefile("rb").read()
         assert stored(tmp_path) == []
 

@@ -271,10 +271,10 @@ def test_what_the_backend_refuses(monkeypatch: pytest.MonkeyPatch, model: llm.Mo
 def test_embedding(fake: FakeBackend) -> None:
     joint = llm.get_embedding_model("onevision-demo-joint")
     vision = llm.get_embedding_model("onevision-demo-vision")
-    shapes, film = SHAPES.read_bytes(), CIRCLE.read_bytes()
+    shapes, video = SHAPES.read_bytes(), CIRCLE.read_bytes()
     assert len(joint.embed("a text")) == VECTOR_DIM
-    assert joint.embed(shapes) == vision.embed(shapes) != vision.embed(film)
-    many = [shapes, film] * 40  # more than are held at once
+    assert joint.embed(shapes) == vision.embed(shapes) != vision.embed(video)
+    many = [shapes, video] * 40  # more than are held at once
     assert list(vision.embed_batch(many)) == [vision.embed(item) for item in many]
     assert len(list(joint.embed_multi(["a", shapes, "b"], batch_size=2))) == 3
     with pytest.raises(llm.ModelError, match=r"place for texts; .*onevision-demo-joint"):

@@ -87,11 +87,11 @@ def test_its_prompts_and_settings(model: Any, monkeypatch: pytest.MonkeyPatch) -
         f"{begin}<video>\nHow?{end}",
         f"{begin}Hello!{end}",
     ]
-    pictures, film, _ = (
+    pictures, clips, _ = (
         model.model.prepare(given["messages"], tiling=given["tiling"]).media for given in seen
     )
     assert [medium.packing is not None for medium in pictures] == [True, True]
-    (clip,) = (medium.video for medium in film)
+    (clip,) = (medium.video for medium in clips)
     assert len(clip.indices) == 16 and (clip.indices[0], clip.indices[-1]) == (0, 47)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_onevision.plugins.conformance.subject import png
 
-FILM = Path(__file__).parents[3] / "examples/circle.mp4"
+VIDEO = Path(__file__).parents[3] / "examples/circle.mp4"
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def album(tmp_path: Path) -> Path:
     for number, name in enumerate(("a.png", "b.png", "inner/c.png", ".hidden.png")):
         (album / name).write_bytes(png(8, 8, (number, 2, 3)))
     shutil.copy(album / "a.png", album / "twin.png")
-    shutil.copy(FILM, album / "film.mp4")
+    shutil.copy(VIDEO, album / "film.mp4")
     (album / "words.txt").write_text("no picture")
     (tmp_path / "secret.png").write_bytes(png(8, 8, (9, 9, 9)))
     (album / "link.png").symlink_to(tmp_path / "secret.png")

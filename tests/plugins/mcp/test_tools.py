@@ -42,7 +42,7 @@ def test_what_is_offered(album: Path) -> None:
 
 def test_images_and_videos_are_asked_about(album: Path) -> None:
     async def session(client: Client) -> None:
-        one, film = str(album / "a.png"), str(album / "film.mp4")
+        one, video = str(album / "a.png"), str(album / "film.mp4")
         said = await good(client, "ask_image", path=one, question="What is it?")
         assert said["answer"] == "What is it? [1 image][0 videos]"
         assert said["finish_reason"] == "stop" and "untrusted" in said["caution"]
@@ -52,7 +52,7 @@ def test_images_and_videos_are_asked_about(album: Path) -> None:
         said = await good(client, "compare_images", paths=both, question="Which?")
         assert said["answer"] == "Which? [2 images][0 videos]"
         part = {"start": 1, "end": 1.5, "num_frames": 4}
-        said = await good(client, "ask_video", path=film, question="Who?", **part)
+        said = await good(client, "ask_video", path=video, question="Who?", **part)
         assert said["answer"] == "Who? [0 images][1 video]"
 
     asked(backend_for(album), session, BOTH)
@@ -60,8 +60,8 @@ def test_images_and_videos_are_asked_about(album: Path) -> None:
 
 def test_a_long_video_is_described_while_others_ask(album: Path) -> None:
     async def session(client: Client) -> None:
-        film = str(album / "film.mp4")
-        job = (await good(client, "describe_video_start", path=film, segments=10))["job_id"]
+        video = str(album / "film.mp4")
+        job = (await good(client, "describe_video_start", path=video, segments=10))["job_id"]
         one = str(album / "a.png")
         first = await good(client, "describe_video_status", job_id=job, wait=0)
         assert first["status"] in ("queued", "running") and "srt" not in first
@@ -74,7 +74,7 @@ def test_a_long_video_is_described_while_others_ask(album: Path) -> None:
         rest = {"first_segment": 2, "srt": False}
         less = await good(client, "describe_video_status", job_id=job, **rest)
         assert [s["start"] for s in less["segments"]] == [20] and "srt" not in less
-        again = (await good(client, "describe_video_start", path=film))["job_id"]
+        again = (await good(client, "describe_video_start", path=video))["job_id"]
         ended = await good(client, "describe_video_cancel", job_id=again)
         assert ended == {"job_id": again, "status": "cancelled"}
         assert "no such job" in await bad(client, "describe_video_status", job_id="x")
@@ -87,8 +87,8 @@ def test_vectors(album: Path) -> None:
         paths = [str(album / name) for name in ("a.png", "film.mp4", "film.mp4", "twin.png")]
         made = await good(client, "embed", paths=paths)
         assert (made["space"], made["dim"]) == ("vision", 16)
-        one, film, same_film, twin = made["vectors"]
-        assert one == twin != film == same_film and len(one) == 16
+        one, video, same_video, twin = made["vectors"]
+        assert one == twin != video == same_video and len(one) == 16
         texts = await good(client, "embed", texts=["a", "b"])
         assert texts["space"] == "joint" and len(texts["vectors"]) == 2
         for wrong in ({}, {"texts": []}, {"paths": paths, "texts": ["a"]}):
@@ -107,7 +107,7 @@ def test_what_looks_alike(album: Path) -> None:
         found = await good(client, "find_similar", path=one, folder=str(album), k=2)
         assert Path(found["matches"][0]["path"]).name == "twin.png"
         assert found["matches"][0]["similarity"] == 1 and len(found["matches"]) == 2
-        # b, twin, film, broken: to the fake what begins as an image is one. No links, no pipe.
+        # b, twin, video, broken: to the fake what begins as an image is one. No links, no pipe.
         assert (found["compared"], found["skipped"], found["left"]) == (4, 0, 0)
         steps = backend.steps
         wide = {"folder": str(album), "recursive": True}
@@ -163,14 +163,14 @@ def test_files_that_cannot_be_embedded_are_counted(album: Path) -> None:
 
 def test_the_wrong_tool_for_a_file(album: Path) -> None:
     async def session(client: Client) -> None:
-        film, one = str(album / "film.mp4"), str(album / "a.png")
-        assert "use ask_video" in await bad(client, "ask_image", path=film, question="What?")
+        video, one = str(album / "film.mp4"), str(album / "a.png")
+        assert "use ask_video" in await bad(client, "ask_image", path=video, question="What?")
         assert "use ask_image" in await bad(client, "ask_video", path=one, question="What?")
         many = {"path": one, "question": "What?", "max_tokens": 5000}
         shutil.copy(one, album / "named.mp4")  # what it is, its bytes say
         assert await good(client, "ask_image", path=str(album / "named.mp4"), question="What?")
         assert "4096 are allowed" in await bad(client, "ask_image", **many)
-        later = {"path": film, "question": "What?", "start": 5, "end": 2}
+        later = {"path": video, "question": "What?", "start": 5, "end": 2}
         assert "not after start" in await bad(client, "ask_video", **later)
 
     asked(backend_for(album), session)
@@ -195,7 +195,7 @@ def test_progress_rises(album: Path) -> None:
 
 def test_the_time_of_a_call_is_kept(album: Path) -> None:
     """Whatever is asked, within the time there is an answer, or what to do instead."""
-    one, film = str(album / "a.png"), str(album / "film.mp4")
+    one, video = str(album / "a.png"), str(album / "film.mp4")
 
     async def session(client: Client) -> None:
         loop = asyncio.get_running_loop()
@@ -206,12 +206,12 @@ def test_the_time_of_a_call_is_kept(album: Path) -> None:
         assert "0.25 s" in said["notes"][0] and loop.time() - began < 0.75
         asking = [
             bad(client, "embed", paths=[one] * 10),
-            good(client, "describe_video_start", path=film, segments=0.1),
-            good(client, "ask_video", path=film, question="word " * 100),
+            good(client, "describe_video_start", path=video, segments=0.1),
+            good(client, "ask_video", path=video, question="word " * 100),
         ]
-        late, started, film_said = await asyncio.gather(*asking)
+        late, started, video_said = await asyncio.gather(*asking)
         assert "no answer after 0.25 s" in str(late)
-        assert "num_frames" in film_said["notes"][0]
+        assert "num_frames" in video_said["notes"][0]
         job = started["job_id"]
         told = await good(client, "describe_video_status", job_id=job, wait=40)
         assert told["status"] == "running" and loop.time() - began < 4

@@ -1,6 +1,6 @@
 """Draws ``examples/circle.mp4``: two seconds of a red circle that moves past a blue square.
 
-python examples/draw_video.py [FILE]
+python examples/draw_circle.py [FILE]
 """
 
 import sys

@@ -12,7 +12,7 @@ import pytest
 from hosts.browser import Tab, opened
 from playwright.sync_api import Browser, expect
 from served import EXAMPLES, Client, wait_for
-from videos import film as film_of
+from videos import encode_video
 
 from mlx_onevision.describe.formats import Chapter, Segment, VideoDescription, write
 from mlx_onevision.media.video import load_video
@@ -187,7 +187,7 @@ def test_a_video_that_the_browser_cannot_show(tab: Tab) -> None:
     frames = [np.full((96, 128, 3), 230, np.uint8) for _ in range(50)]
     for number, frame in enumerate(frames):
         frame[30:66, number : number + 36] = (220, 38, 38)
-    tab.drop(("old.avi", "", film_of(frames, "avi")))
+    tab.drop(("old.avi", "", encode_video(frames, "avi")))
     expect(tab.page.get_by_text("This browser cannot show old.avi")).to_be_visible()
     expect(tab.page.locator("video")).to_be_hidden()
     tab.page.get_by_label("Parts", exact=True).select_option("every 5 s")
@@ -242,7 +242,7 @@ def test_one_video_at_a_time(browser: Browser) -> None:
 def test_warnings_are_shown_and_text_before_its_part(browser: Browser) -> None:
     with opened(browser, FakeBackend()) as tab:
         made = DescribeResult(
-            2.0, (), "All of it.", warnings=("The film breaks off after 2 s.",)
+            2.0, (), "All of it.", warnings=("The video breaks off after 2 s.",)
         ).to_dict()
         events = [
             {"kind": "progress", "stage": "probe", "done": 1.0, "total": 2.0},
@@ -262,16 +262,16 @@ def test_warnings_are_shown_and_text_before_its_part(browser: Browser) -> None:
             ["Looking for scenes: 0:01.0 of 0:02.0", "", "0:00.0 – 0:02.0A red circle."],
             ["Looking for scenes: 0:01.0 of 0:02.0", "All of it.", "0:00.0 – 0:02.0A red circle."],
         ]
-        expect(tab.page.get_by_text("The film breaks off after 2 s.")).to_be_visible()
+        expect(tab.page.get_by_text("The video breaks off after 2 s.")).to_be_visible()
 
 
 # What the view of a description shows after each event: what it waits for, words, parts.
 SHOWN = """async events => {
   const { DescriptionTurn } = await import("/page/description.js");
   const { VideoPlayer } = await import("/page/video.js");
-  const film = new VideoPlayer({ name: "a.mp4", url: URL.createObjectURL(new Blob(["none"])) });
-  const turn = new DescriptionTurn(film);
-  document.querySelector("#talk").append(film.element, turn.element);
+  const player = new VideoPlayer({ name: "a.mp4", url: URL.createObjectURL(new Blob(["none"])) });
+  const turn = new DescriptionTurn(player);
+  document.querySelector("#talk").append(player.element, turn.element);
   const text = name => turn.element.querySelector(name)?.textContent || "";
   return events.map(event => {
     if (event.kind === "progress") turn.progress(event);
@@ -322,7 +322,7 @@ def test_captions_are_those_of_the_command(browser: Browser) -> None:
 
 def test_the_video_is_what_its_program_draws(tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.mp4"
-    subprocess.run([sys.executable, EXAMPLES / "draw_film.py", drawn], check=True)
+    subprocess.run([sys.executable, EXAMPLES / "draw_page_video.py", drawn], check=True)
     kept, again = (load_video(path, 56) for path in (SHAPES, drawn))
     assert kept.total == again.total == 14 * 24
     assert abs(kept.tiles.astype(int) - again.tiles).mean() < 2  # of 255: encoders differ

@@ -1,7 +1,7 @@
-"""Draws ``shapes.mp4``, the film that the page of ``mlx-onevision serve`` offers to try: fourteen
+"""Draws ``shapes.mp4``, the video that the page of ``mlx-onevision serve`` offers to try: fourteen
 seconds of coloured shapes in five scenes.
 
-    python examples/draw_film.py FILE
+    python examples/draw_page_video.py FILE
 """
 
 import math

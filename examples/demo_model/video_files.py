@@ -1,4 +1,4 @@
-"""Frames as a film file: H.264 in MP4, or GIF. Needs PyAV, as the package does."""
+"""Frames as a video file: H.264 in MP4, or GIF. Needs PyAV, as the package does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 _CODECS = {".mp4": ("libx264", "yuv420p"), ".gif": ("gif", "rgb8")}
 
 
-def write_film(path: Path, frames: Sequence[Image.Image], rate: int) -> Path:
+def write_video(path: Path, frames: Sequence[Image.Image], rate: int) -> Path:
     """Write frames of one size, both sides even; the name says which kind of file."""
     codec, pixels = _CODECS[path.suffix]
     with av.open(str(path), "w") as file:
