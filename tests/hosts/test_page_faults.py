@@ -1,5 +1,6 @@
 """The page in Chromium, when things go otherwise: stopped, refused, too large, broken, hostile."""
 
+import json
 import re
 import zlib
 from contextlib import ExitStack
@@ -173,6 +174,22 @@ def test_an_answer_that_is_cut_off(browser: Browser) -> None:
             tab.turns.get_by_text("Cut off: the answer may not have more tokens.")
         ).to_be_visible()
         assert tab.turns.locator(".figures span").first.inner_text() == "1,024 tokens"
+
+
+def test_notes_are_shown_as_they_came(tab: Tab) -> None:
+    choice = {"index": 0, "delta": {"content": "Words."}, "finish_reason": "length"}
+    chunk = {"choices": [choice], "notes": ["First.", "Second."]}
+    tab.page.route(
+        f"**{CHAT}",
+        lambda route: route.fulfill(
+            body=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n",
+            content_type="text/event-stream",
+        ),
+    )
+    tab.ask("Go on.")
+    expect(tab.turns.locator(".note")).to_have_text(
+        ["Cut off: the answer may not have more tokens.", "First.", "Second."]
+    )
 
 
 def noise(size: int) -> bytes:

@@ -144,7 +144,12 @@ function anew() {
 byId("examples").append(...examples(take, (text) => stage.fault(text)));
 byId("export").append(
   saveButton("Save as Markdown", () => "conversation.md", () => markdown(conversation, connection.model)),
-  saveButton("Save as JSON", () => "conversation.json", () => json(conversation, connection.model)),
+  saveButton(
+    "Save as JSON",
+    () => "conversation.json",
+    () => json(conversation, connection.model),
+    (text) => stage.fault(text),
+  ),
 );
 byId("anew").addEventListener("click", anew);
 byId("describe").addEventListener("click", () => {

@@ -3,7 +3,7 @@
 import { chat, size } from "./api.js";
 import { send } from "./loading.js";
 import { taken } from "./usage.js";
-import { bodyLimit } from "./media.js";
+import { address, bodyLimit } from "./media.js";
 import { bytes } from "./numbers.js";
 import { AnswerTurn } from "./message.js";
 
@@ -32,7 +32,10 @@ export async function ask(question, page) {
   const turn = new AnswerTurn(question, small(media, conversation));
   let whole = false;
   const answer = async (/** @type {AbortSignal} */ signal) => {
-    const body = await send(turn, conversation.media, () => conversation.body(question, signal));
+    const sent = (/** @type {import("./media.js").Medium} */ medium) => address(medium, signal);
+    // Not what is added meanwhile: that waits for the next question.
+    const making = () => conversation.body(sent, { media, question });
+    const body = await send(turn, conversation.media, making);
     checkSize(body);
     await stream(turn, body, signal, work);
     whole = true;

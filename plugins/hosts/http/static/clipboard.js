@@ -30,22 +30,37 @@ export function copyButton(label, text) {
  * @param {string} label
  * @param {() => string} name
  * @param {() => string | Promise<string>} text
+ * @param {(text: string) => void} [fault] told why there is no text; where there always is one, none
  */
-export function saveButton(label, name, text) {
+export function saveButton(label, name, text, fault) {
   return make(
     "button",
     {
       type: "button",
       class: "quiet",
       click: async () => {
-        const url = URL.createObjectURL(new Blob([await text()], { type: "text/plain;charset=utf-8" }));
-        make("a", { href: url, download: name() }).click();
-        setTimeout(() => URL.revokeObjectURL(url), 60_000);
+        fault?.("");
+        try {
+          save(name(), await text());
+        } catch (error) {
+          if (!fault) throw error;
+          fault(/** @type {Error} */ (error).message);
+        }
       },
     },
     icon("save"),
     label,
   );
+}
+
+/**
+ * @param {string} name
+ * @param {string} text
+ */
+function save(name, text) {
+  const url = URL.createObjectURL(new Blob([text], { type: "text/plain;charset=utf-8" }));
+  make("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
 /** @param {string} text */

@@ -1,7 +1,5 @@
 // What was shown, asked and answered, as it is sent again with the next question, and kept.
 
-import { part } from "./media.js";
-
 /** @typedef {import("./media.js").Medium} Medium */
 /** @typedef {[text: string, remark?: string][]} Figures */
 
@@ -22,8 +20,9 @@ import { part } from "./media.js";
  * @property {"description"} kind
  * @property {Medium} video
  * @property {import("./captions.js").Segment[]} segments
- * @property {any} result the last event's; null where it was stopped before
+ * @property {any} result the last event's; null where it did not come to its end
  * @property {Figures} figures
+ * @property {boolean} failed whether it broke off
  */
 
 /** What the answers are asked for with; what is undefined is the server's own.
@@ -52,17 +51,17 @@ export class Conversation {
     return this.turns.filter((turn) => turn.kind === "answer");
   }
 
-  /** What the route for chats takes, up to a question or to the last answer.
-   * @param {string} [question]
-   * @param {AbortSignal} [signal] */
-  async body(question, signal) {
+  /** What the route for chats takes, up to the last answer or to a question after it.
+   * @param {(medium: Medium) => Promise<string>} address what stands for a medium
+   * @param {{ media: Medium[], question: string }} [next] */
+  async body(address, next) {
     const { system, ...sampling } = this.settings;
     /** @type {object[]} */
     const messages = system ? [{ role: "system", content: system }] : [];
     for (const { media, question, answer } of this.#answers) {
-      messages.push(await asked(media, question, signal), { role: "assistant", content: answer });
+      messages.push(await asked(media, question, address), { role: "assistant", content: answer });
     }
-    if (question !== undefined) messages.push(await asked(this.waiting, question, signal));
+    if (next) messages.push(await asked(next.media, next.question, address));
     return { messages, ...sampling };
   }
 
@@ -88,8 +87,13 @@ export class Conversation {
 
 /** @param {Medium[]} media
  * @param {string} question
- * @param {AbortSignal} [signal] */
-async function asked(media, question, signal) {
-  const parts = await Promise.all(media.map((medium) => part(medium, signal)));
+ * @param {(medium: Medium) => Promise<string>} address */
+async function asked(media, question, address) {
+  const parts = await Promise.all(
+    media.map(async (medium) => {
+      const type = `${medium.kind}_url`;
+      return { type, [type]: { url: await address(medium) } };
+    }),
+  );
   return { role: "user", content: [...parts, { type: "text", text: question }] };
 }

@@ -18,6 +18,8 @@ export async function describe(video, cut, page) {
   if (!stage.video) return;
   stage.keep([video]);
   const turn = new DescriptionTurn(stage.video);
+  /** @type {import("./conversation.js").DescribedVideo | undefined} */
+  let kept;
   const doing = async (/** @type {AbortSignal} */ signal) => {
     try {
       const source = await send(turn, [video], () => address(video, signal));
@@ -26,26 +28,32 @@ export async function describe(video, cut, page) {
     } finally {
       work.follow(() => turn.offerCaptions());
       const { described, result, figures } = turn;
+      // What was stopped or broke off is kept as far as it goes, until it is made anew.
       if (described.segments.length && turn.element.isConnected) {
         const { segments } = described;
-        conversation.turns.push({ kind: "description", video, segments, result, figures });
+        const failed = !result && !signal.aborted;
+        kept = { kind: "description", video, segments, result, figures, failed };
+        conversation.turns.push(kept);
         page.changed();
       }
     }
   };
-  await work.run(turn, doing, () => describe(video, cut, page));
+  await work.run(turn, doing, () => {
+    if (kept) conversation.turns.splice(conversation.turns.indexOf(kept), 1);
+    return describe(video, cut, page);
+  });
 }
 
 /** A description of before, shown again.
  * @param {import("./conversation.js").DescribedVideo} described
  * @param {import("./ask.js").Page} page */
-export function showDescription({ video, segments, result, figures }, { stage, work }) {
+export function showDescription({ video, segments, result, figures, failed }, { stage, work }) {
   if (!stage.video) return;
   stage.keep([video]);
   const turn = new DescriptionTurn(stage.video);
   for (const segment of segments) turn.part(segment);
   if (result) turn.done(result);
-  else turn.note("Stopped.");
+  else turn.note(failed ? "Broke off." : "Stopped.");
   turn.took(figures);
   turn.offerCaptions();
   turn.close();

@@ -119,13 +119,12 @@ export async function address(medium, signal) {
 }
 
 /**
- * The part of a message that shows it.
+ * What stands for it in a conversation that is saved: its data, or its name where it is too large.
  * @param {Medium} medium
- * @param {AbortSignal} [signal]
+ * @returns {Promise<string>}
  */
-export async function part(medium, signal) {
-  const type = `${medium.kind}_url`;
-  return { type, [type]: { url: await address(medium, signal) } };
+export async function savedAs(medium) {
+  return isSentBefore(medium) ? medium.name : dataUri(medium);
 }
 
 const IMAGE_BRANDS = ["heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1", "avif"];

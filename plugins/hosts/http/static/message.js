@@ -88,7 +88,7 @@ export class Turn {
   /** A remark on the answer. @param {string} text */
   note(text) {
     this.notes.push(text);
-    this.body.after(make("p", { class: "note" }, text));
+    this.#end.before(make("p", { class: "note" }, text));
   }
 
   /** @param {...Node} buttons */
@@ -212,7 +212,7 @@ export class AnswerTurn extends Turn {
         make("span", { class: "hint" }, "This answer and those after it go."),
       ),
     );
-    this.heading.classList.add("unseen"); // heard still: what follows is under it
+    this.heading.classList.add("unseen"); // stays visible to screen readers as the section's heading
     this.heading.after(this.#editing);
     field.focus();
   }

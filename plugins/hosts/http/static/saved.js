@@ -1,6 +1,8 @@
-// The conversation as a file: Markdown for people, JSON that the route for chats takes again.
+// The conversation as a file: Markdown for people, JSON for the route for chats. That takes it again,
+// unless it has a video that is too large for a request: the file's name stands in its place.
 
 import { oneLine } from "./captions.js";
+import { savedAs } from "./media.js";
 import { clock } from "./numbers.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation */
@@ -43,7 +45,7 @@ export async function json(conversation, model) {
   const descriptions = conversation.turns
     .filter((turn) => turn.kind === "description")
     .map(({ video, segments, result }) => ({ video: video.name, segments, ...result }));
-  const body = await conversation.body();
+  const body = await conversation.body(savedAs);
   return JSON.stringify({ model, ...body, descriptions }, null, 2) + "\n";
 }
 
