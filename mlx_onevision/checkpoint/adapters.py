@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +46,11 @@ UNSUPPORTED = (
     "lora_bias",
     "ensure_weight_tying",
 )
+# What a module's pattern may have: what can match in several ways, but for the digits of a layer's
+# number, and a group only once.
+DIGITS, FREE = re.compile(r"\\d[+*?]"), re.compile(r"[*+?({]")
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+MOST_FREE = 3
 # Initialisations by which PEFT takes the terms out of the base model's weights and changes these.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -249,11 +255,8 @@ def _peft_scale(path: str, values: Json) -> float:
     def number(patterns: Json, default: str) -> float:
         """The number of the first pattern that the module's name ends with, as PEFT has it."""
         for key in patterns:
-            try:
-                if re.match(rf"(.*\.)?({key})$", path):
-                    return _number(patterns, key)
-            except re.error:
-                raise CheckpointError(f"{CONFIG}: {key!r} is no regular expression") from None
+            if _compiled(key).match(path):
+                return _number(patterns, key)
         return _number(values, default)
 
     rank = number(_object(values, "rank_pattern"), "r")
@@ -263,3 +266,23 @@ def _peft_scale(path: str, values: Json) -> float:
             f"{CONFIG}: the rank of {short(path)} is {rank:g}; it must be 1 or more"
         )
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(key: str) -> re.Pattern[str]:
+    """A key of ``rank_pattern`` or ``alpha_pattern``.
+
+    Raises:
+        CheckpointError: for one that is no regular expression, or that could be tried in so many
+            ways that it would not end: an adapter may be a stranger's.
+    """
+    free = len(FREE.findall(DIGITS.sub("", key)))
+    if free > MOST_FREE or REPEATED_GROUP.search(key):
+        raise CheckpointError(
+            f"{CONFIG}: the pattern {short(key)} could take too long; "
+            f"write it with at most {MOST_FREE} of * + ? ( {{ and repeat no group"
+        )
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError):
+        raise CheckpointError(f"{CONFIG}: {short(key)} is no regular expression") from None

@@ -131,6 +131,8 @@ def _block(block: Any, where: str) -> dict[str, Any]:
         if not isinstance(address, str) or not address:
             raise RequestError(f"{where} has no url in its {kind} block")
         given.pop("detail", None)  # has no counterpart
+        if "url" in given:
+            raise RequestError(f"{where} has one {kind} block with two sources: {kind} and url")
         kind, given = kind.removesuffix("_url"), {"url": address, **given}
     keys = {"image": IMAGE_KEYS, "video": VIDEO_KEYS}.get(kind)
     if keys is None:

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 from urllib.parse import unquote
 
+from mlx_onevision.errors import RequestError
+
 LISTED = ("properties", "patternProperties")
 CLOSING = ("additionalProperties", "unevaluatedProperties")
 ALTERNATIVES = ("anyOf", "oneOf")
+MOST_VISITED = 200_000  # parts and names, where the names of several parts are put together
 
 
 def is_object(value: object) -> TypeGuard[dict[str, Any]]:
@@ -26,7 +29,11 @@ def is_array(value: object) -> TypeGuard[list[Any]]:
 
 
 def close_objects(schema: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the schema in which such objects are closed."""
+    """A copy of the schema in which such objects are closed.
+
+    Raises:
+        RequestError: where more than ``MOST_VISITED`` parts and names are to be put together.
+    """
     closer = _Closer(schema)
     closed = closer.closed(schema)
     if closer.copies:
@@ -52,6 +59,8 @@ class _Closer:
     def __init__(self, whole: Mapping[str, Any]) -> None:
         self._whole = whole
         self._names: dict[str, str] = {}  # of copies, by reference
+        self._targets: dict[str, Any] = {}
+        self._left = MOST_VISITED
         self.copies: dict[str, Any] = {}
         """Copies of definitions that stay open, for references beside other parts of a schema."""
 
@@ -77,7 +86,7 @@ class _Closer:
             return made
         if not several:
             return {**made, "additionalProperties": False} if listed else made
-        names = self._listed(schema, frozenset())
+        names = self._listed(schema, set())
         if names:
             every = {**dict.fromkeys(names, True), **made.get("properties", {})}
             made |= {"properties": every, "additionalProperties": False}
@@ -95,7 +104,7 @@ class _Closer:
 
     def _open(self, reference: Any) -> Any:
         """A reference to a copy that stays open; itself where it leads nowhere."""
-        found = target(self._whole, reference) if _is_local(reference) else None
+        found = self._target(reference) if _is_local(reference) else None
         if found is None:
             return reference
         if reference not in self._names:
@@ -107,31 +116,44 @@ class _Closer:
             self.copies[name] = self.closed(found, is_open=True)
         return f"#/$defs/{self._names[reference]}"
 
-    def _listed(self, schema: Any, within: frozenset[str]) -> dict[str, None] | None:
+    def _listed(self, schema: Any, followed: set[str]) -> dict[str, None] | None:
         """The names of all properties that the parts of a schema list for the same object; None
         where one of them already defines which others there may be.
 
-        within : references that are being followed.
+        followed : references whose names were found before, to which this adds. Each is followed
+            once: two references to the same part would double the work at every level.
         """
+        self._charge(1)
         if not is_object(schema):
             return {}
         if "patternProperties" in schema or any(schema.get(n, False) is not False for n in CLOSING):
             return None
         found: dict[str, None] = dict.fromkeys(schema.get("properties", {}))
-        parts: list[tuple[Any, frozenset[str]]]
-        parts = [(part, within) for n in ("allOf", *ALTERNATIVES) for part in schema.get(n, ())]
+        self._charge(len(found))
+        parts = [part for n in ("allOf", *ALTERNATIVES) for part in schema.get(n, ())]
         reference = schema.get("$ref")
         if reference is not None:
             if not _is_local(reference):
                 return None
-            if reference not in within:
-                parts.append((target(self._whole, reference), within | {reference}))
-        for part, around in parts:
-            names = self._listed(part, around)
+            if reference not in followed:
+                followed.add(reference)
+                parts.append(self._target(reference))
+        for part in parts:
+            names = self._listed(part, followed)
             if names is None:
                 return None
             found |= names
         return found
+
+    def _charge(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise RequestError("the JSON schema refers to its own parts too often; simplify it")
+
+    def _target(self, reference: str) -> Any:
+        if reference not in self._targets:
+            self._targets[reference] = target(self._whole, reference)
+        return self._targets[reference]
 
 
 def _parts_beside(schema: Mapping[str, Any]) -> Iterator[Any]:

@@ -201,7 +201,12 @@ def test_what_does_not_fit_names_the_first_tensor(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model; save the adapter with"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is not supported"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number, not '8'"),
-        ({"alpha_pattern": {"(": 3}}, "'(' is no regular expression"),
+        ({"alpha_pattern": {"(": 3}}, "( is no regular expression"),
+        (
+            {"rank_pattern": {"([a-z_]|[a-z_])*!": 3}},
+            "could take too long; write it with at most 3",
+        ),
+        ({"rank_pattern": {".*.*.*.*!": 3}}, "the pattern .*.*.*.*! could take too long"),
         ({"use_dora": True}, "no magnitude"),
         ({"rank_pattern": 5}, "rank_pattern must be an object, not 5"),
         ({"lora_alpha": 10**400}, "lora_alpha must be a number"),

@@ -136,6 +136,10 @@ def test_one_form_comes_back_equal_and_the_callers_is_left_alone() -> None:
         ({"messages": [user({"type": "image_url", "image_url": {}})]}, "no url in its image_url"),
         ({"messages": [user({"type": "video_url", "video_url": 3})]}, "no url in its video_url"),
         ({"messages": [user({"type": "image_url", "image_url": "a", "id": 1})]}, "'id'"),
+        (
+            {"messages": [user({"type": "image_url", "image_url": {"url": "a"}, "url": "b"})]},
+            "two sources: image_url and url",
+        ),
         ({"messages": [user({"type": "image", "base64": 3})]}, "base64"),
         ({"messages": [user(BARE, BARE, text("Q"))], "images": ["a"]}, "2 image.*1 image"),
         ({"messages": [user(BARE, text("Q"))]}, "1 image.*0 image"),

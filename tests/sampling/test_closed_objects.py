@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from schemas import valid
 
+from mlx_onevision.errors import RequestError
 from mlx_onevision.sampling.closed_objects import close_objects
 
 A, B = ({"type": "object", "properties": {name: {"type": "integer"}}} for name in "ab")
@@ -73,3 +74,26 @@ def test_what_is_allowed_then(name: str) -> None:
     assert all(valid(closed, document) for document in allowed), closed
     assert not any(valid(closed, document) for document in others), closed
     assert all(valid(schema, document) for document in (*allowed, *others))
+
+
+def chain(depth: int) -> dict[str, Any]:
+    """Definitions of which each refers to the next one twice."""
+    defs: dict[str, Any] = {
+        f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2, "properties": {f"p{n}": {}}}
+        for n in range(depth)
+    }
+    return {"$ref": "#/$defs/a0", "properties": {"x": {}}, "$defs": {**defs, f"a{depth}": A}}
+
+
+def test_a_part_is_followed_once_however_often_it_is_referred_to() -> None:
+    closed = close_objects(chain(40))
+    assert list(closed["properties"])[:3] == ["x", "p0", "p1"] and len(closed["properties"]) == 42
+    assert closed["additionalProperties"] is False
+
+
+def test_what_would_be_large_is_refused() -> None:
+    names: dict[str, Any] = {str(n): {} for n in range(5000)}
+    both = {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"b": {}}}]}
+    schema = {"prefixItems": [both] * 100, "$defs": {"a": {"properties": names}}}
+    with pytest.raises(RequestError, match="refers to its own parts too often"):
+        close_objects(schema)
