@@ -29,13 +29,16 @@ HEALTH_CONNECTIONS = 16  # connections beyond the others, for those who ask for 
 MIN_CONNECTIONS, MAX_CONNECTIONS = 16, 2048  # connections
 WANTED_DESCRIPTORS = 4096  # descriptors, where the system gives them
 MIN_BYTES_PER_SECOND = 4096  # bytes a second in which a client takes its answer, or sends its body
-# Seconds that a client is ahead of that which has sent little more than its head.
+# The lag (negative: ahead) below which a client counts as new, and is not dropped for being slow.
 FRESH_CLIENT_LAG_SECONDS = -0.5
 LOG_INTERVAL_SECONDS = 60.0  # between two lines about the same
 # Seconds that a request waits for others to show whether they are slow.
 ADMISSION_WAIT_SECONDS = 1.0
 
 HEALTH_PATH = "/health"
+# In a request's scope: a future, done when the connection is lost. asyncio does not see that while
+# uvicorn reads no further, that is once 64 KB of the body wait to be taken.
+GONE_KEY = "mlx_onevision.gone"
 
 logger = logging.getLogger("mlx_onevision")
 
@@ -104,9 +107,10 @@ class Connections:
             self._drop(one)
 
     async def has_room(self, one: "Connection") -> bool:
-        """Whether a request that has just come can be answered. Of many that came with it none is
-        slow yet, and all are answered or slow a moment later. False, too, where a connection that
-        is opened meanwhile needs the place.
+        """Waits up to ``ADMISSION_WAIT_SECONDS`` until one more request can be answered: of many
+        that came at once none counts as slow yet; a moment later they have been answered, or are
+        slow and can be dropped. False where the wait ends without room, or where a connection that
+        is opened meanwhile has taken this one's place.
         """
         one.queued = started = monotonic()
         try:
@@ -179,6 +183,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.outgoing = Outgoing(transport, self._is_sending)
         self._application, self.app = self.app, self._answer
+        self._gone: asyncio.Future[None] = self.loop.create_future()
         self._wait()
         super().connection_made(self.outgoing)
         # Else a token waits 40 ms for the acknowledgement of the one before (asyncio sets it
@@ -197,7 +202,12 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.among.closed(self)
+        self._leave()
         super().connection_lost(exc)
+
+    def _leave(self) -> None:
+        if not self._gone.done():
+            self._gone.set_result(None)
 
     def on_response_complete(self) -> None:
         self._wait()
@@ -213,6 +223,7 @@ class Connection(H11Protocol):
         self._since, self._received = monotonic(), 0
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[GONE_KEY] = self._gone
         if scope["path"] == HEALTH_PATH or await self.among.has_room(self):
             await self._application(scope, receive, send)
             return
@@ -239,9 +250,8 @@ class Connection(H11Protocol):
         return 0.0 if self.in_request else now - self._since
 
     def lag(self, now: float) -> float:
-        """Seconds that its client is behind one that is as slow as it may be where others need its
-        connection; minus infinity while it is not the client that is waited for. Of a request that
-        is queued, how long it has been.
+        """How far the client is behind the minimum transfer rate, in seconds; -inf while the
+        server, not the client, has to act; for a queued request, its time in the queue.
         """
         if self.queued is not None:
             return now - self.queued
@@ -264,6 +274,7 @@ class Connection(H11Protocol):
         if self.in_request:  # whoever waits for the rest of the body need not
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self._leave()
         self.transport.close()
 
     def _is_sending(self) -> bool:

@@ -27,7 +27,8 @@ MAX_IMAGES_PER_GROUP = 256  # images in a group, at most
 # Messages and parts of a conversation; each message takes five tokens or more.
 MAX_MESSAGES_AND_PARTS = 8192
 
-# What is taken at all; which addresses and paths are allowed the media policy decides.
+# The forms of addresses and paths that are taken; the media policy decides which of them may be
+# read.
 _URL = r"^([dD][aA][tT][aA]:|upload:|[hH][tT][tT][pP][sS]?://|[fF][iI][lL][eE]:/|/)"
 
 
@@ -264,6 +265,7 @@ def result_message(name: str | None, parts: Sequence[str | Media]) -> Message:
 
 
 Base64 = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/_-]{16,}={0,2}$")]
+EncodedImages = Annotated[list[Base64], Field(fail_fast=True)]
 
 
 def encoded_image(data: str) -> Media:
@@ -297,7 +299,7 @@ class UserTurn(Turn):
 
     role: Literal["user"]
     content: Content
-    images: Annotated[list[Base64], Field(fail_fast=True)] | None = None
+    images: EncodedImages | None = None
 
     def to_contract(self) -> Message:
         return Message("user", [*map(encoded_image, self.images or ()), *self.parts])
@@ -308,7 +310,7 @@ class AssistantTurn(Turn):
 
     role: Literal["assistant"]
     content: TextContent | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
     def to_contract(self) -> Message:
         calls = "\n".join(call.text for call in self.tool_calls or ())

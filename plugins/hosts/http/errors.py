@@ -30,8 +30,8 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 RETRY_AFTER_SECONDS = 1
 
-# What stands in quotes, as Python writes it; paths, addresses and data without any. Names of the
-# server's own files are nobody's business, and what a client sent it knows.
+# Matches quoted text (as Python's repr writes it), and paths, addresses and data URIs that are not
+# quoted. They are redacted: a client must not learn names of files on the server.
 _SECRET = re.compile(
     r"""(?<!\w) (?P<quote>['"]) (?P<quoted> (?:\\. | (?!(?P=quote))[^\\])* ) (?P=quote)
     | \b(?:[a-z][a-z0-9+.-]*://|data:)[^\s;]+

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from mlx_onevision.plugins.contract import results
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import GenerateRequest, Message
 from mlx_onevision.plugins.hosts.http import content
-from mlx_onevision.plugins.hosts.http.content import Base64, Strict, encoded_image
+from mlx_onevision.plugins.hosts.http.content import EncodedImages, Strict, encoded_image
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, to_http_error
 from mlx_onevision.plugins.hosts.http.formats import Formats, schema_text
 from mlx_onevision.plugins.hosts.http.operations import (
@@ -26,8 +26,10 @@ from mlx_onevision.plugins.hosts.http.operations import (
     SentEvents,
     generate,
 )
-from mlx_onevision.plugins.hosts.http.schemas import Defaults, RejectUnsupported
+from mlx_onevision.plugins.hosts.http.schemas import Defaults, RejectUnsupported, Stops
 from mlx_onevision.plugins.hosts.http.tools import TOOLS_IGNORED_NOTE
+from mlx_onevision.plugins.interface import Backend
+from mlx_onevision.plugins.service.service import Service
 from mlx_onevision.sampling.ranges import RANGES
 
 NDJSON_TYPE = "application/x-ndjson"
@@ -46,7 +48,7 @@ class Options(RejectUnsupported):
     presence_penalty: Annotated[float, Field(**RANGES["presence_penalty"].bounds)] | None = None
     frequency_penalty: Annotated[float, Field(**RANGES["frequency_penalty"].bounds)] | None = None
     seed: int | None = None
-    stop: list[str] | None = None
+    stop: Stops | None = None
 
     accepted_defaults: ClassVar[Defaults] = {"typical_p": (1,), "tfs_z": (1,), "mirostat": (0,)}
 
@@ -86,20 +88,20 @@ class Turn(content.RejectMisplacedContent):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
-    images: list[Base64] | None = None
-    tool_calls: list[Call] | None = None
+    images: EncodedImages | None = None
+    tool_calls: Annotated[list[Call], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
 
     def to_contract(self) -> Message:
         text = self.content or ""
+        images = [encoded_image(one) for one in self.images or ()]
         if self.role == "tool":
-            return content.result_message(self.tool_name, [text])
+            return content.result_message(self.tool_name, [*images, text])
         calls = [
             content.call_text(call.function.name, json.dumps(call.function.arguments))
             for call in self.tool_calls or ()
         ]
-        parts = [*map(encoded_image, self.images or ()), *([text] if text else []), *calls]
-        return Message(self.role, parts)
+        return Message(self.role, [*images, *([text] if text else []), *calls])
 
 
 class ChatRequest(OllamaRequest):
@@ -110,11 +112,11 @@ class ChatRequest(OllamaRequest):
 
 
 class PromptRequest(OllamaRequest):
-    """A question without a conversation; neither a prompt nor images loads the model."""
+    """A question without a conversation; without a prompt and images it loads the model."""
 
     prompt: str = ""
     system: str | None = None
-    images: list[Base64] | None = None
+    images: EncodedImages | None = None
 
     accepted_defaults: ClassVar[Defaults] = {
         **OllamaRequest.accepted_defaults,
@@ -160,7 +162,7 @@ def refused(error: HTTPError) -> Response:
 async def chat(state: AppState, request: Request) -> Response:
     """Answers a conversation, as lines of JSON unless ``stream`` is false."""
 
-    def prepare(asked: ChatRequest) -> Prepared | Response:
+    def prepare(asked: ChatRequest) -> Prepared | Answer:
         return _prepare(state, asked, [turn.to_contract() for turn in asked.messages])
 
     return await _answered(state, request, await state.reader.read(request, ChatRequest, prepare))
@@ -170,7 +172,7 @@ async def chat(state: AppState, request: Request) -> Response:
 async def prompt(state: AppState, request: Request) -> Response:
     """Answers a prompt, as lines of JSON unless ``stream`` is false."""
 
-    def prepare(asked: PromptRequest) -> Prepared | Response:
+    def prepare(asked: PromptRequest) -> Prepared | Answer:
         images = [encoded_image(one) for one in asked.images or ()]
         messages = [Message("user", [*images, asked.prompt])] if asked.prompt or images else []
         if messages and asked.system:
@@ -182,7 +184,8 @@ async def prompt(state: AppState, request: Request) -> Response:
 
 def _prepare(
     state: AppState, asked: OllamaRequest, messages: Sequence[Message]
-) -> Prepared | Response:
+) -> "Prepared | Answer":
+    """The answer alone where there is nothing to answer, which is how Ollama is asked to load."""
     _check_model(state, asked.model)
     notes = (
         [TOOLS_IGNORED_NOTE.partition(";")[0]]
@@ -190,8 +193,8 @@ def _prepare(
         else []
     )
     answer = Answer(asked.model, isinstance(asked, ChatRequest), notes)
-    if not messages:  # how Ollama is asked to load a model
-        return JSONResponse(answer.last({"done_reason": "load"}))
+    if not messages:
+        return answer
     options = asked.options or Options()
     limit = options.num_predict if (options.num_predict or 0) > 0 else None
     wanted = GenerateRequest(
@@ -203,13 +206,23 @@ def _prepare(
     return Prepared([wanted], answer, asked.stream, logprobs="logprobs", json_schema="format")
 
 
-async def _answered(state: AppState, request: Request, prepared: Prepared | Response) -> Response:
-    if isinstance(prepared, Response):
-        return prepared
+async def _answered(state: AppState, request: Request, prepared: "Prepared | Answer") -> Response:
+    if isinstance(prepared, Answer):
+        await state.blocking(partial(_load, state.backend))
+        return JSONResponse(prepared.last({"done_reason": "load"}))
     response = await generate(state, request, prepared)
     if isinstance(response, SentEvents):
         response.as_lines(NDJSON_TYPE, refused)
     return response
+
+
+def _load(backend: Backend) -> None:
+    """Loads the model where the backend can be told to. Takes a request's place meanwhile: any
+    number of these would block the threads of all others.
+    """
+    if isinstance(backend, Service):
+        with backend.reserved():
+            backend.load()
 
 
 def _check_model(state: AppState, name: str | None) -> None:

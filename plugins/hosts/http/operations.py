@@ -112,7 +112,8 @@ Wanted = TypeVar("Wanted", bound=results.Result)
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
-# Until an event of another stage, an error can still set the status.
+# Progress of these stages is held back: once anything is sent the status is 200, and an error could
+# not set its own.
 _STAGES_BEFORE_OUTPUT = ("queued", "loading", "preparing")
 
 
@@ -202,9 +203,10 @@ async def all_results(streams: Sequence[EventStream[Wanted]], receive: Receive) 
 
 
 class SentEvents(Response):
-    """The events of requests as they come, each as what ``write`` makes of it and the number of its
-    stream, and a comment after ``interval`` seconds without any. An error before all others still
-    sets the status; any error ends all of them.
+    """Sends the events of several streams as they come, and a comment after ``interval`` seconds
+    without any. The first error ends all streams; it sets the status if nothing has been sent yet.
+
+    write : makes the bytes of an event, given with the number of its stream.
     """
 
     def __init__(

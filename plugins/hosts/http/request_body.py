@@ -5,7 +5,6 @@ import json
 import math
 import re
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -19,6 +18,7 @@ from starlette.types import Scope
 
 from mlx_onevision.plugins.contract.streams import EventStream
 from mlx_onevision.plugins.contract.wire import Json, is_list, is_object
+from mlx_onevision.plugins.hosts.http.connections import GONE_KEY
 from mlx_onevision.plugins.hosts.http.errors import HTTPError, redact_paths
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 from mlx_onevision.plugins.interface import Backend
@@ -55,18 +55,27 @@ class BodyBudget:
 
     def __init__(self, total: int, extra: int, max_waiting: int) -> None:
         self._free, self._extra, self._max_waiting = total, extra, max_waiting
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: dict[asyncio.Future[None], int] = {}  # sizes, in the order of coming
         self._next: asyncio.TimerHandle | None = None  # lets in the next one
 
-    async def enter(self, size: int) -> None:
-        """Waits until there is room for so much. Raises HTTPError: 429, where too many do."""
+    async def enter(self, size: int, gone: asyncio.Future[None] | None = None) -> None:
+        """Waits until there is room for so much. Raises HTTPError: 429, where too many do;
+        ClientDisconnect: once ``gone`` is done.
+        """
         if not self._waiting and size <= self._free:
             return
         if len(self._waiting) >= self._max_waiting:
             raise _too_much_at_once()
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, future))
-        await future
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[future] = size
+        try:
+            either = (future,) if gone is None else (future, gone)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if self._waiting.pop(future, None) is not None:
+                self._let_in()  # the next one may be smaller
+        if not future.done():
+            raise ClientDisconnect
 
     def take(self, size: int) -> None:
         """Counts bytes that have come. Raises HTTPError: 429, where there is no room."""
@@ -79,11 +88,13 @@ class BodyBudget:
         self._let_in()
 
     def _let_in(self) -> None:
-        """One after another: of what one sends, some has come before the next is looked at."""
-        while self._waiting and self._waiting[0][1].done():  # which was cancelled
-            self._waiting.popleft()
-        if self._next is None and self._waiting and self._waiting[0][0] <= self._free:
-            self._waiting.popleft()[1].set_result(None)
+        """Admits one request per ``ADMISSION_INTERVAL_SECONDS``, so that the bytes of the last one
+        are counted before the next is admitted.
+        """
+        first = next(iter(self._waiting), None)
+        if self._next is None and first is not None and self._waiting[first] <= self._free:
+            del self._waiting[first]
+            first.set_result(None)
             self._next = asyncio.get_running_loop().call_later(
                 ADMISSION_INTERVAL_SECONDS, self._go_on
             )
@@ -127,14 +138,15 @@ class BodyReader:
         with self._room():  # what is refused need not wait
             pass
         if size > SMALL_BODY_BYTES:
-            await self._budget.enter(size - SMALL_BODY_BYTES)
+            # The client is not asked for more meanwhile, so ``receive`` would not tell.
+            await self._budget.enter(size - SMALL_BODY_BYTES, request.scope.get(GONE_KEY))
         data = await self._bytes(request, size)
 
         def make() -> Converted:
             return convert(_parsed(data, kind, self._settings))
 
         with self._room():
-            if len(data) <= SMALL_BODY_BYTES and _count_values(data) <= SMALL_BODY_VALUES:
+            if len(data) <= SMALL_BODY_BYTES and count_values(data) <= SMALL_BODY_VALUES:
                 return make()
             return await asyncio.get_running_loop().run_in_executor(self._thread, make)
 
@@ -248,7 +260,7 @@ def parse(data: bytearray, settings: ServerSettings) -> Json:
     surrogates.
     """
     # Before it is parsed: every value costs far more memory than its characters.
-    if _count_values(data) > settings.max_json_values:
+    if count_values(data) > settings.max_json_values:
         raise HTTPError(400, "the JSON holds too many values; send fewer in one request")
     try:
         values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
@@ -267,7 +279,7 @@ def parse(data: bytearray, settings: ServerSettings) -> Json:
     return values
 
 
-def _count_values(data: bytearray) -> int:
+def count_values(data: bytes | bytearray) -> int:
     """Of JSON, from its punctuation; texts may make them seem more."""
     return sum(data.count(mark) for mark in (b",", b"[", b"{"))
 

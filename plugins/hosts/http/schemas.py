@@ -47,6 +47,18 @@ Tokens = Annotated[AtLeastOne | None, _or_minus_one(AtLeastOne)]
 TopK = Annotated[int, _within("top_k")]
 Seed = Annotated[int, _within("seed")]
 
+
+def count_pairs(most: int) -> BeforeValidator:
+    """Refuses an object of more pairs before each of them is looked at."""
+
+    def check(pairs: Any) -> Any:
+        if is_object(pairs) and len(pairs) > most:
+            raise ValueError(f"there are {len(pairs):,} pairs; {most:,} are taken")
+        return pairs
+
+    return BeforeValidator(check)
+
+
 MAX_BIASED_TOKENS = 1024  # tokens
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
@@ -73,6 +85,7 @@ class Penalties(Sampling):
         Annotated[
             dict[TokenId, Bias],
             Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"additionalProperties": False}),
+            count_pairs(MAX_BIASED_TOKENS),
         ]
         | None
     ) = None

@@ -161,7 +161,8 @@ class Server(uvicorn.Server):
             proxy_headers=False,  # headers do not decide who a request is from
             server_header=False,
             headers=[NO_SNIFF_HEADER],
-            timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS + 1,  # for who has not even asked yet
+            # A second after ``shutdown`` has ended the requests, what is still open is given up.
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS + 1,
         )
         super().__init__(config)
         self._healthy, self._end = healthy, end

@@ -16,6 +16,8 @@ from served import Client, image, serving, text, video
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract import requests, wire
+from mlx_onevision.plugins.hosts.http import ollama
+from mlx_onevision.plugins.hosts.http.app import OPERATIONS
 from mlx_onevision.plugins.hosts.http.content import MAX_MESSAGES_AND_PARTS
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
 
@@ -225,3 +227,39 @@ def test_what_takes_long_is_converted_aside(
     assert wide.ask("POST", path, {**many(path, count), "n": 2}).status in (200, 413)
     loops = [thread.name for thread in threading.enumerate() if "(run)" in thread.name]
     assert made.total() > count and sum(made[name] for name in loops) <= 1  # what was answered
+
+
+def checked_one_by_one(schema: Any, bounded: bool = False) -> Iterator[str]:
+    """The lists and objects of a model all of whose mistakes are collected, however many."""
+    if isinstance(schema, list | tuple):
+        for one in schema:
+            yield from checked_one_by_one(one)
+    elif isinstance(schema, dict):
+        kind = schema.get("type")
+        if kind == "list" and schema.get("items_schema", {}).get("type", "any") != "any":
+            if not (schema.get("fail_fast") or schema.get("max_length")):
+                yield str(schema["items_schema"])[:200]
+        if kind == "dict" and schema.get("values_schema", {}).get("type", "any") != "any":
+            if not bounded:
+                yield str(schema["values_schema"])[:200]
+        for name, one in schema.items():
+            if name not in ("metadata", "serialization", "json_schema_input_schema"):
+                yield from checked_one_by_one(one, kind == "function-before")
+
+
+def test_one_mistake_of_many_is_looked_for() -> None:
+    """Each takes microseconds, and there may be half a million of them."""
+    models = [op.takes for op in OPERATIONS if op.takes is not None]
+    for model in (*models, ollama.ChatRequest, ollama.PromptRequest, ollama.ShowRequest):
+        found = list(checked_one_by_one(model.__pydantic_core_schema__))
+        assert not found, (model, found)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [(PATHS[0], "logit_bias"), (PATHS[1], "logit_bias"), (PATHS[1], "metadata")]
+)
+def test_pairs_are_counted_first(client: Client, path: str, field: str) -> None:
+    body = {**REQUESTS[path], field: {f"x{n}": "x" for n in range(100_000)}}
+    reply = client.ask("POST", path, body)
+    message = reply.json["error"]["message"]
+    assert reply.status == 400 and message.startswith(f"{field}: there are 100,000 pairs")

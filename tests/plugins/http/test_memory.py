@@ -1,5 +1,6 @@
 """Responses that are kept, so that a conversation goes on from one of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,7 @@ from served import PICTURE, WORDS, Client, ScriptedBackend, serving
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.requests import Media, Message
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
-from mlx_onevision.plugins.hosts.http.responses.memory import (
-    PART_OVERHEAD_BYTES,
-    ResponseMemory,
-    StoredResponse,
-)
+from mlx_onevision.plugins.hosts.http.responses.memory import ResponseMemory, StoredResponse
 
 RESPONSES = "/v1/responses"
 LOOK = {"type": "function", "name": "look"}
@@ -79,17 +76,17 @@ def test_it_can_be_looked_at_and_forgotten() -> None:
         assert "send the message itself" in respond(client, reference).json["error"]["message"]
 
 
-def test_it_is_bounded_in_number_and_bytes() -> None:
-    def kept(number: int, size: int) -> StoredResponse:
-        body: Any = {"id": f"r{number}", "output": [{"id": f"m{number}", "type": "message"}]}
-        return StoredResponse(
-            body, [Message("user", [Media("image", data=bytes(size)), "x"])], {}, frozenset()
-        )
+def kept(number: int, size: int = 10, **body: Any) -> StoredResponse:
+    made: Any = {"id": f"r{number}", "output": [{"id": f"m{number}", "type": "message"}], **body}
+    said = [Message("user", [Media("image", data=bytes(size)), "x"])]
+    return StoredResponse(made, said, {}, frozenset())
 
-    each = 2 * PART_OVERHEAD_BYTES + 1  # what the parts take besides the image
+
+def test_it_is_bounded_in_number_and_bytes() -> None:
+    each = kept(0, 1).size - 1  # what it takes besides the image
     memory = ResponseMemory(max_responses=3, max_bytes=66 + 3 * each)
     for number in range(5):
-        memory.store(kept(number, 10))
+        memory.store(kept(number))
     with pytest.raises(HTTPError):
         memory.response("r1")
     with pytest.raises(HTTPError):
@@ -103,3 +100,23 @@ def test_it_is_bounded_in_number_and_bytes() -> None:
     for number in range(7):
         with pytest.raises(HTTPError):
             memory.response(f"r{number}")
+
+
+def test_all_that_is_kept_counts() -> None:
+    """Not the conversation alone; and what a value of JSON takes, not its two characters."""
+    plain, long = kept(0), "x" * 10_000
+    for more in (
+        kept(0, instructions=long),
+        kept(0, metadata={"a": long}),
+        kept(0, tools=[{"name": "look", "parameters": {"enum": [[]] * 1000}}]),
+        replace(plain, names={long: "look"}),
+        replace(plain, names={"call": long}),
+        replace(plain, messages=[Message("user", "é" + "\N{GRINNING FACE}" * 2_500)]),
+    ):
+        assert more.size > plain.size + 9_000
+    memory = ResponseMemory(max_bytes=15_000)
+    for number in range(2):
+        memory.store(kept(number, instructions=long))
+    assert memory.response("r1")
+    with pytest.raises(HTTPError):
+        memory.response("r0")

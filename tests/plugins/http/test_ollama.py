@@ -9,7 +9,9 @@ from served import PICTURE, Client, Reply, ScriptedBackend, serving
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.contract.requests import Media
 from mlx_onevision.plugins.hosts.http.server import ServerSettings
+from mlx_onevision.plugins.service.service import Limits
 
 DATA = PICTURE.partition(",")[2]
 WITH = ServerSettings(ollama=True, max_tokens=4096)
@@ -51,8 +53,27 @@ def test_generate(client: Client) -> None:
     assert client.ask("POST", "/api/generate", {**asked, "stream": False}).json["response"] == SEEN
     *pieces, _ = lines(client.ask("POST", "/api/generate", asked))
     assert "".join(piece["response"] for piece in pieces) == SEEN
-    loaded = client.ask("POST", "/api/generate", {"model": "fake"}).json
-    assert (loaded["done"], loaded["done_reason"]) == (True, "load")
+
+
+def test_nothing_to_answer_loads_the_model() -> None:
+    backend = FakeBackend()
+    with serving(backend, WITH) as client:
+        for path, empty in (("/api/generate", {}), ("/api/chat", {"messages": []})):
+            backend.unload()
+            before = backend.loads
+            loaded = client.ask("POST", path, {"model": "fake", **empty}).json
+            assert (loaded["done"], loaded["done_reason"]) == (True, "load")
+            assert backend.loads == before + 1
+    error = PluginError("out_of_memory", "there is too little")
+    with serving(FakeBackend(fail_load=error), WITH) as client:
+        reply = client.ask("POST", "/api/generate", {"model": "fake"})
+        assert (reply.status, reply.json) == (503, {"error": "there is too little"})
+    with serving(FakeBackend(limits=Limits(active=1, waiting=0), load_seconds=1), WITH) as client:
+        # It takes a place as a question does, so that no number of them blocks all threads.
+        both = [client.begin("POST", "/api/generate", {"model": "fake"}) for _ in range(2)]
+        assert sorted(one.getresponse().status for one in both) == [200, 429]
+        for one in both:
+            one.close()
 
 
 def test_options_formats_and_calls_arrive() -> None:
@@ -63,7 +84,7 @@ def test_options_formats_and_calls_arrive() -> None:
     turns = [
         TURN,
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "seen", "tool_name": "look"},
+        {"role": "tool", "content": "seen", "tool_name": "look", "images": [DATA]},
     ]
     asked = {"model": "fake", "messages": turns, "stream": False, "options": options}
     with serving(backend, WITH) as client:
@@ -78,7 +99,9 @@ def test_options_formats_and_calls_arrive() -> None:
     assert (first.stop, first.seed, first.presence_penalty) == (("x",), 3, 1.0)
     assert [m.role for m in first.messages] == ["user", "assistant", "user"]
     assert first.messages[1].parts == ('look({"a": 1})',)
-    assert "".join(map(str, first.messages[2].parts)) == "look returned: seen"
+    named, shown, told = first.messages[2].parts
+    assert (named, told) == ("look returned: ", "seen")
+    assert isinstance(shown, Media) and (shown.url or "").endswith(DATA)
 
 
 def test_what_it_says_of_itself(client: Client) -> None:
@@ -98,6 +121,8 @@ def test_what_it_says_of_itself(client: Client) -> None:
         ("/api/chat", {"messages": [TURN], "think": True}, 400, "think is not supported"),
         ("/api/chat", {"messages": [{**TURN, "image": DATA}]}, 400, "image is not read here"),
         ("/api/chat", {"messages": [TURN], "options": {"mirostat": 2}}, 400, "mirostat"),
+        ("/api/chat", {"messages": [TURN], "options": {"stop": ["x"] * 17}}, 400, "options.stop"),
+        ("/api/chat", {"messages": [TURN], "options": {"stop": ["x" * 1001]}}, 400, "stop[0]"),
         ("/api/generate", {"prompt": "x", "context": [1]}, 400, "; take chat"),
         ("/api/generate", {"prompt": "x", "images": ["a.png"]}, 400, "images[0]"),
     ],

@@ -142,7 +142,9 @@ def test_the_form_of_an_answer() -> None:
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.name"),
         ({"metadata": {"a": 1}}, "metadata.a"),
-        ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata: there are 17 pairs"),
+        ({"metadata": {"k" * 65: ""}}, "metadata: a key has 65 characters; 64 are taken"),
+        ({"metadata": {"a": "v" * 513}}, "metadata.a: string should have at most 512 characters"),
         ({"instructions": "\ud800"}, "surrogate"),
     ],
 )

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from served import JSON, Client, serving, wait_for
+from starlette.requests import ClientDisconnect
 
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.hosts.http import connections
@@ -119,6 +120,46 @@ def test_so_many_wait_for_room_and_no_more() -> None:
             budget.take(1)
         budget.give_back(15)
         await budget.enter(10)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("begun", [b"", b"{" + b" " * 1000])
+def test_who_leaves_the_line_keeps_no_place_in_it(begun: bytes) -> None:
+    settings = ServerSettings(max_body_bytes=400_000, max_held_bytes=400_000, max_waiting_bodies=8)
+    with serving(FakeBackend(), settings) as client, connected(client) as first:
+        first.sendall(announced(390_000) + b" " * 380_000)
+        time.sleep(0.1)  # until it is read
+        with ExitStack() as opened:
+            for _ in range(settings.max_waiting_bodies):
+                connected(client, opened).sendall(announced(390_000) + begun)
+            wait_for(lambda: client.chat("x" * 390_000).status == 429)
+        time.sleep(0.2)  # until it is seen that they have left
+        with connected(client) as second:  # in one of their places, at the front of the line
+            body = json.dumps({"messages": [{"role": "user", "content": "x" * 380_000}]}).encode()
+            second.sendall(announced(len(body)) + body[:1000])
+            time.sleep(0.1)
+            second.sendall(body[1000:])
+            second.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                second.recv(1)
+            first.close()
+            second.settimeout(10)
+            assert second.recv(12) == b"HTTP/1.1 200"  # nothing of it was lost
+
+
+def test_the_next_moves_up_when_the_first_leaves_the_line() -> None:
+    async def main() -> None:
+        budget = BodyBudget(10, 5, max_waiting=2)
+        budget.take(8)
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        large = asyncio.ensure_future(budget.enter(5, gone))
+        small = asyncio.ensure_future(budget.enter(1))
+        await asyncio.sleep(0)
+        gone.set_result(None)
+        with pytest.raises(ClientDisconnect):
+            await asyncio.wait_for(large, 1)
+        await asyncio.wait_for(small, 1)
 
     asyncio.run(main())
 

@@ -1,16 +1,21 @@
 """The last responses, kept in memory so that a conversation can go on from one of them."""
 
+import json
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from mlx_onevision.plugins.contract.requests import Media, Message
 from mlx_onevision.plugins.hosts.http.errors import HTTPError
+from mlx_onevision.plugins.hosts.http.request_body import count_values
 from mlx_onevision.plugins.hosts.http.responses.types import ResponseObject
 
 MAX_RESPONSES = 256
 MAX_STORED_BYTES = 256 << 20  # of all responses; media that several have are counted for each
 PART_OVERHEAD_BYTES = 512  # that a part takes besides its characters
+VALUE_OVERHEAD_BYTES = 128  # that a value of the body, or a name, takes besides its characters
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,20 @@ class StoredResponse:
         items = self.body["output"]
         return {one["call_id"]: one["name"] for one in items if one["type"] == "function_call"}
 
-    @property
+    @cached_property
     def size(self) -> int:
+        """Bytes in memory, about: all of it counts, as a client may make any of it long."""
         parts = [part for message in self.messages for part in message.parts]
-        return PART_OVERHEAD_BYTES * len(parts) + sum(
-            len(part.url or part.data or part.path or "") if isinstance(part, Media) else len(part)
+        texts = (
+            (part.url or part.data or part.path or "") if isinstance(part, Media) else part
             for part in parts
+        )
+        names = [name for pair in self.names.items() for name in pair]
+        body = json.dumps(self.body).encode()
+        return (
+            PART_OVERHEAD_BYTES * len(parts)
+            + VALUE_OVERHEAD_BYTES * (len(names) + count_values(body))
+            + sum(map(sys.getsizeof, (*texts, *names, body)))  # of a text up to 4 a character
         )
 
 

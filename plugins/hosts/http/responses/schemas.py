@@ -16,10 +16,12 @@ from mlx_onevision.plugins.hosts.http.schemas import (
     RejectUnsupported,
     Tokens,
     TopLogprobs,
+    count_pairs,
 )
 from mlx_onevision.plugins.hosts.http.tools import FlatTools, ToolChoice
 
-MAX_METADATA_PAIRS = 16  # as OpenAI's
+# As OpenAI's.
+MAX_METADATA_PAIRS, MAX_KEY_CHARACTERS, MAX_VALUE_CHARACTERS = 16, 64, 512
 LOGPROBS_INCLUDE = "message.output_text.logprobs"  # what ``include`` has to hold for them
 
 
@@ -102,14 +104,22 @@ def _as_messages(asked: Any) -> Any:
     return asked
 
 
-def _check_pairs(pairs: Any) -> Any:
-    if is_object(pairs) and len(pairs) > MAX_METADATA_PAIRS:
-        raise ValueError(f"there are {len(pairs)} pairs; {MAX_METADATA_PAIRS} are kept")
+def _check_keys(pairs: Any) -> Any:
+    """As pydantic would, but it would not say that the key is at fault."""
+    longest = max(map(len, pairs), default=0) if is_object(pairs) else 0
+    if longest > MAX_KEY_CHARACTERS:
+        raise ValueError(f"a key has {longest:,} characters; {MAX_KEY_CHARACTERS} are taken")
     return pairs
 
 
 Metadata = Annotated[
-    dict[str, str], Field(max_length=MAX_METADATA_PAIRS), BeforeValidator(_check_pairs)
+    dict[
+        Annotated[str, Field(max_length=MAX_KEY_CHARACTERS)],
+        Annotated[str, Field(max_length=MAX_VALUE_CHARACTERS)],
+    ],
+    Field(max_length=MAX_METADATA_PAIRS),
+    BeforeValidator(_check_keys),
+    count_pairs(MAX_METADATA_PAIRS),  # the last is the first to be asked
 ]
 
 
