@@ -239,6 +239,7 @@ def test_every_thread_gets_its_own_answer(model: Model) -> None:
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -3}, "max_tokens"),
+        ({"max_tokens": "5", "videos": ["nothing.mp4"]}, "max_tokens"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 2.0}, "top_p"),
         ({"stop": ""}, "stop"),

@@ -48,8 +48,9 @@ def serve(runner: Runner, waiting: deque[ActiveRequest]) -> None:
 class Batch:
     """Answers requests in the order of ``waiting``, to which any thread may add meanwhile.
 
-    Requests are admitted while all together stay within ``runner.limit`` bytes; one always is. Up
-    to ``memory.MAX_PREFILL_BATCH_SIZE`` begin together, to hold few media.
+    Requests are admitted while all together stay within ``runner.limit`` bytes; at least one
+    request is always admitted, even beyond the limit. Up to ``memory.MAX_PREFILL_BATCH_SIZE``
+    begin together, to hold few media.
     """
 
     def __init__(self, runner: Runner, waiting: deque[ActiveRequest]) -> None:
@@ -215,7 +216,8 @@ class Batch:
             goes_on = 0 < held <= common_prefix(active.ids, before[0])
             before = ([], [])
             if goal > held and ready and not goes_on:
-                self._join(ready)  # and need not wait for what they have nothing of
+                # Join the finished requests now: the next prefill does not concern them.
+                self._join(ready)
                 ready = []
                 yield
             with self._ending(active):
@@ -229,8 +231,8 @@ class Batch:
         self._join(ready)
 
     def _encode_together(self) -> Iterator[None]:
-        """Groups of tiles are filled from several requests. What fails here fails again where its
-        own request is prefilled.
+        """Groups of tiles are filled from several requests. Errors are ignored here; `_begin`
+        encodes each request again and reports the error to that request alone.
         """
         newcomers, count = self._newcomers, -1
         try:

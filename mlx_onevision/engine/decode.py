@@ -69,9 +69,8 @@ def decode_steps(
         return token
 
     prompt = mx.array(ids, mx.int32)
-    # Where ranks divide the layers, each computes the chunk behind the one that the rank before it
-    # does, so that they compute at once. They check together all the same, and as often: each
-    # when it has received a chunk, and before it computes it.
+    # With pipeline stages, this rank runs a chunk later than the rank before it. Every rank must
+    # still call `check` equally often, so calls are spread by `behind`.
     behind = 0 if model.stage is None else model.stage.behind
     chunks, checked = (len(prompt) - 1) // chunk, 0
 

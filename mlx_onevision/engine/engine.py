@@ -31,7 +31,14 @@ from mlx_onevision.config.json_fields import is_number
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.jobs import Job
-from mlx_onevision.engine.memory import Share, memory_model, ranks_here, shares, working_set
+from mlx_onevision.engine.memory import (
+    Share,
+    memory_model,
+    process_limit,
+    ranks_here,
+    shares,
+    working_set,
+)
 from mlx_onevision.engine.prefix_cache import check_settings
 from mlx_onevision.engine.ranks import Ranks, compare, lost
 from mlx_onevision.engine.request import (
@@ -97,6 +104,7 @@ class Engine:
         steps = Progress()
         # Among ranks each process has one model, and all plan for the same limit.
         self._share = share = Share(0, 0, partial(_planned_anew, weakref.ref(self)))
+        self._ready = False  # another model's load may ask for a new plan before this is loaded
 
         def build() -> Runner:
             group = distributed.group() if sharded else None
@@ -136,6 +144,7 @@ class Engine:
                 progress=progress,
             )
             runner = Runner(checkpoint, own, kv_bits, small, steps)
+            process_limit.hold(runner, own)
             share.most = runner.limit
             if group is None:
                 fit(runner.memory)
@@ -160,8 +169,11 @@ class Engine:
         # Tokens of the longest prompt: the configuration's word for it is no more than that.
         most = self.config.text_config.max_position_embeddings
         self.context = self.memory.longest(most, self.memory_limit)
+        self._ready = True
         if self._ranks is not None:
             self._join(self._ranks)
+        else:
+            self.plan()  # for those that have joined since ``build`` planned
 
     def _join(self, ranks: Ranks) -> None:
         """Computes with the others from now on, and on other ranks than 0 nothing else."""
@@ -259,6 +271,8 @@ class Engine:
 
     def logits(self, inputs: Inputs, last: int | None = None) -> np.ndarray:
         """Logits of the last positions of a prompt, or of every one; float32 (L, vocab_size)."""
+        if last is not None and last < 0:
+            raise RequestError(f"last must be 0 or more, or None for every position, not {last}")
         self.check_size(inputs, 0, every=last is None)
         return self._compute(Job("logits", [inputs, last])).future.result()
 
@@ -342,7 +356,7 @@ def settings(
 
 def _planned_anew(reference: "weakref.ref[Engine]") -> None:
     engine = reference()
-    if engine is not None:
+    if engine is not None and engine._ready:  # pyright: ignore[reportPrivateUsage]
         with suppress(OneVisionError):  # closed, or dead
             engine.plan()
 

@@ -1,6 +1,7 @@
 """Conversations answered: requests prepared and submitted, and answers as streams of text."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -22,6 +23,7 @@ from mlx_onevision.prompt.processor import Order, Processor, Tiling
 from mlx_onevision.prompt.tokenizer import Tokenizer
 from mlx_onevision.sampling.grammar import Grammar, Grammars
 from mlx_onevision.sampling.logprobs import LogprobStream, TokenLogprob
+from mlx_onevision.sampling.ranges import check_range
 from mlx_onevision.sampling.sampler import Sampling
 
 Messages = Sequence[Mapping[str, Any]]
@@ -156,16 +158,32 @@ class Stream:
         self._error = source if isinstance(source, OneVisionError) else None
         self._tokens: list[int] = []
         self._pieces: list[str] = []
+        self._emitted = 0  # characters in them
         self._result: Generation | None = None
         recorder = self._active.recorder if self._active else None
         self._logprobs = None if recorder is None else LogprobStream(recorder, tokenizer)
-        self._text = self._run()
+        self._items = iter(self._active or ())
+        self._ended = False
+        # Not a generator's ``finally``, which is not run where nobody has asked for a piece.
+        self._cancelling = weakref.finalize(self, self._active.cancel if self._active else no_check)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self._text)
+        if self._ended:
+            raise StopIteration
+        try:
+            text = self._next()
+        except BaseException as error:
+            if isinstance(error, OneVisionError):
+                self._error = error
+            self._end()
+            raise
+        if text is None:
+            self._end()
+            raise StopIteration
+        return text
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob]:
@@ -184,7 +202,7 @@ class Stream:
             OneVisionError: what ended it, if something did.
             RequestError: where an error of another kind has ended its iteration before.
         """
-        for _ in self._text:
+        for _ in self:
             pass
         if self._error is not None:
             raise self._error
@@ -199,29 +217,28 @@ class Stream:
         except OneVisionError as error:
             return self._generation("error", error)
 
-    def _run(self) -> Iterator[str]:
+    def _next(self) -> str | None:
+        """The next piece; None at the end, where there is a result."""
         if self._active is None:
             assert self._error is not None
             raise self._error
-        emitted = 0  # characters
-        try:
-            for item in self._active:
-                if item.token is not None:
-                    self._tokens.append(item.token)
-                    if self._logprobs is not None:
-                        self._logprobs.add(item.start)
-                if item.text:
-                    emitted += len(item.text)
-                    self._pieces.append(item.text)
-                    if self._logprobs is not None:
-                        self._logprobs.emit(emitted)
-                    yield item.text
-        except OneVisionError as error:
-            self._error = error
-            raise
-        finally:
-            self._active.cancel()
+        for item in self._items:
+            if item.token is not None:
+                self._tokens.append(item.token)
+                if self._logprobs is not None:
+                    self._logprobs.add(item.start)
+            if item.text:
+                self._emitted += len(item.text)
+                self._pieces.append(item.text)
+                if self._logprobs is not None:
+                    self._logprobs.emit(self._emitted)
+                return item.text
         self._result = self._generation(self._active.finish_reason)
+        return None
+
+    def _end(self) -> None:
+        self._ended = True
+        self._cancelling()
 
     def _generation(self, finish: FinishReason, error: OneVisionError | None = None) -> Generation:
         return Generation(
@@ -248,14 +265,14 @@ def submit_all(
     engine: Engine, tokenizer: Tokenizer, requests: Sequence[PromptRequest | OneVisionError]
 ) -> list[Stream]:
     """Starts answers that run together, in order. The stream of a request that failed while it was
-    prepared, or is beyond the context, raises its error.
+    prepared, or is refused, raises its error.
     """
     sources: list[ActiveRequest | OneVisionError] = []
     for request in requests:
         try:
             failed = isinstance(request, OneVisionError)
             sources.append(request if failed else engine.admit(request, tokenizer))
-        except (ContextOverflowError, OutOfMemoryError) as error:
+        except (RequestError, ContextOverflowError, OutOfMemoryError) as error:
             sources.append(error)
     active = [source for source in sources if isinstance(source, ActiveRequest)]
     if active:
@@ -325,6 +342,7 @@ class RequestBuilder:
         open_ended = max_tokens is None
         if max_tokens is None:
             max_tokens = self.default_max_tokens
+        check_range("max_tokens", max_tokens)  # room for the answer decides about frames of videos
         defaults = self._defaults
         settings: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty, "seed": seed}
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}

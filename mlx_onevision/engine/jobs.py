@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mlx_onevision.engine import pooling
 from mlx_onevision.engine.decode import clear_between_chunks, import_mlx_lm
 from mlx_onevision.engine.kv_cache import reserve
+from mlx_onevision.engine.memory import wired
 from mlx_onevision.engine.request import Counters, as_package_error, request_size
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CancelledError
@@ -36,14 +37,20 @@ def prompt_logits(
     model = runner.model
     ids, keys = runner.virtual_ids(inputs)
     first = 0 if last is None else max(0, len(ids) - last)  # position whose logits are wanted
-    with model.bank.in_use(keys), runner.within_limit([request_size(inputs, 0)]):
-        for _ in runner.encode([(inputs, ids, Counters())]):
+    with (
+        wired(),
+        model.bank.in_use(keys),
+        runner.within_limit([request_size(inputs, 0)]),
+        runner.interruptible(check),
+    ):
+        for _ in runner.encode([(inputs, ids, Counters())], check):
             pass
         cache: list[Any] = [KVCache() for _ in model.layers]
         found = np.empty((len(ids) - first, model.config.text_config.vocab_size), np.float32)
         reserve(model, cache, len(ids))
         for start in range(0, len(ids), runner.prefill_chunk):
             runner.progress.step()
+            check()
             chunk = ids[start : start + runner.prefill_chunk]
             end, wanted = start + len(chunk) - first, start + len(chunk) - max(start, first)
             logits = model(mx.array([chunk], mx.int32), cache, last=max(1, wanted))

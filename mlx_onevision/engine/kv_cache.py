@@ -67,7 +67,8 @@ def reserve(model: OneVision, cache: Sequence[Any], positions: int, spare: int =
         else:
             new = utils.tree_map(enlarged, (layer.keys, layer.values))
         fresh, (layer.keys, layer.values) = layer.keys is None, new
-        # What is not a copy need not be waited for before the next.
+        # A new layer copies nothing, so start it asynchronously; a grown layer is a copy, so wait
+        # before copying the next.
         (mx.async_eval if fresh else mx.eval)(layer.keys, layer.values)
 
 

@@ -4,6 +4,7 @@
 import os
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -208,6 +209,44 @@ class Shares:
             raise type(error)(text) from None
 
 
+class ProcessLimit:
+    """MLX's own limit, one a process: it makes its cache of freed buffers count, too. It is what
+    the models of this process may use together, and MLX's default while one has no limit or none
+    is left.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a model may be collected within it
+        self._limits: dict[object, int | None] = {}
+        self._applied: int | None = None
+        self._default = 0  # known while one is applied
+
+    def hold(self, owner: object, limit: int | None) -> None:
+        """Counts a limit, or that there is none, as long as ``owner`` is there."""
+        key = object()
+        with self._lock:
+            self._limits[key] = limit
+            self._apply()
+        weakref.finalize(owner, self._leave, key)
+
+    def _leave(self, key: object) -> None:
+        with self._lock:
+            del self._limits[key]
+            self._apply()
+
+    def _apply(self) -> None:
+        while (wanted := self._wanted()) != self._applied:  # again if one was collected meanwhile
+            if self._applied is None:
+                self._default = mx.get_memory_limit()
+            mx.set_memory_limit(self._default if wanted is None else wanted)
+            self._applied = wanted
+
+    def _wanted(self) -> int | None:
+        limits = list(self._limits.values())
+        given = [limit for limit in limits if limit is not None]
+        return min(sum(given), working_set()) if given and len(given) == len(limits) else None
+
+
 @contextmanager
 def wired() -> Generator[None]:
     """On a Mac, keeps the memory in use resident while a request runs, and only then."""
@@ -224,4 +263,5 @@ def wired() -> Generator[None]:
 
 
 shares = Shares(lambda: working_set())
-"""Of this process."""
+process_limit = ProcessLimit()
+"""Both of this process."""

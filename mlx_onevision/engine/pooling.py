@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_onevision.distributed import all_sum
+from mlx_onevision.engine.decode import import_mlx_lm
 from mlx_onevision.engine.memory import wired
 from mlx_onevision.engine.request import Counters, request_size
 from mlx_onevision.engine.runner import Runner
@@ -63,19 +64,21 @@ def tower_means(
 
 
 def last_hidden(
-    model: OneVision, prompts: Sequence[Sequence[int]], check: Callable[[], None]
+    runner: Runner, prompts: Sequence[Sequence[int]], check: Callable[[], None]
 ) -> NDArray[np.float32]:
     """The hidden state after the final norm at the last position of each prompt: float32 (prompts,
     hidden_size).
 
     prompts : ids, virtual ones included; the features of every medium must be in the feature bank.
     """
+    model, chunk = runner.model, runner.prefill_chunk
     states: list[NDArray[np.float32]] = []
-    for group in _padded_batches(prompts, model.budget.chunk):
+    for group in _padded_batches(prompts, chunk):
         check()
         longest = max(map(len, group))
-        if longest > model.budget.chunk:  # then it is alone
-            states.append(np.array(_prefill_in_chunks(model, group[0], check), np.float32))
+        if longest > chunk:  # then it is alone
+            state = _prefill_in_chunks(model, group[0], chunk, check)
+            states.append(np.array(state, np.float32))
             continue
         # Padding comes after the last id, where a causal model cannot see it.
         padded = [[*ids, *([0] * (longest - len(ids)))] for ids in group]
@@ -97,12 +100,14 @@ def _padded_batches(prompts: Sequence[Sequence[int]], most: int) -> Iterator[lis
         yield group
 
 
-def _prefill_in_chunks(model: OneVision, ids: Sequence[int], check: Callable[[], None]) -> mx.array:
+def _prefill_in_chunks(
+    model: OneVision, ids: Sequence[int], chunk: int, check: Callable[[], None]
+) -> mx.array:
     """The last hidden state of one long prompt."""
+    import_mlx_lm()
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    chunk = model.budget.chunk
     state = mx.zeros((1, model.config.text_config.hidden_size))
     for start in range(0, len(ids), chunk):
         h = model.embed(mx.array([ids[start : start + chunk]], mx.int32))
@@ -129,7 +134,7 @@ def prompt_vectors(
             together = [(*pair, Counters()) for pair in zip(group, rows, strict=True)]
             for _ in runner.encode(together, check):
                 pass
-            vectors.append(last_hidden(runner.model, rows, check))
+            vectors.append(last_hidden(runner, rows, check))
     return np.concatenate(vectors)
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx import utils
@@ -157,11 +157,11 @@ class PrefixCache:
             try:
                 read_header(path)  # MLX takes files that are cut off
                 loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
-                arrays, header = (utils.tree_unflatten(list(part.items())) for part in loaded)
-                about = header[0]
-                ids: list[int] = json.loads(about.pop("ids"))
-                media = json.loads(about.pop("media"))
-                states = [tuple(state[:2]) for state in arrays]
+                arrays, header = loaded
+                # Names are not unflattened: a number in one may ask for a list of any length.
+                about = {name[2:]: text for name, text in header.items() if name[:2] == "0."}
+                ids = _checked_ids(json.loads(about.pop("ids")))
+                media = _checked_media(json.loads(about.pop("media")), self._most_media)
             except (CheckpointError, RuntimeError, ValueError, LookupError, TypeError) as error:
                 raise RequestError(
                     f"{path} is no prompt cache, or is cut off or damaged; delete it, or name "
@@ -169,18 +169,30 @@ class PrefixCache:
                 ) from error
             admit(len(ids), about)
             cache = self._empty()
-            if utils.tree_map(_kind, states) != [self._kinds(len(ids))] * len(cache):
+            kinds: Any = utils.tree_flatten([self._kinds(len(ids))] * len(cache))
+            if any(name not in arrays or _kind(arrays[name]) != kind for name, kind in kinds):
                 raise RequestError(f"{path} has keys and values of other shapes; delete it")
+            states: Any = utils.tree_unflatten([(name, arrays[name]) for name, _ in kinds])
             for layer, state in zip(cache, states, strict=True):
                 layer.state = (*state, len(ids), *layer.state[3:])
                 mx.eval(state)
         moved: dict[int, int] = {}  # virtual ids, which may belong to other media by now
         for key, first, length in media:
-            own = self._model.bank.reserve(key, length)
+            try:
+                own = self._model.bank.reserve(key, length)
+            except ValueError as error:
+                raise RequestError(
+                    f"{path} has media of other lengths than they have here; delete it"
+                ) from error
             moved |= zip(range(first, first + length), own, strict=True)
         held = [moved.get(token, token) for token in ids]
         self.store(held, [key for key, *_ in media], cache)
         return len(held), about
+
+    @property
+    def _most_media(self) -> int:
+        """Embeddings of all media of a prompt, at most: no more than its context holds."""
+        return self._model.config.text_config.max_position_embeddings
 
     def _kinds(self, count: int) -> Any:
         """Of the keys and values of a layer that holds so many positions."""
@@ -263,6 +275,29 @@ def common_prefix(ids: list[int], others: list[int]) -> int:
         else:
             most = middle - 1
     return least
+
+
+def _checked_ids(ids: Any) -> list[int]:
+    """Token ids as a file has them; ValueError where they are none."""
+    if not isinstance(ids, list):
+        raise ValueError("no ids")
+    found = cast(list[Any], ids)
+    if not found or any(type(token) is not int for token in found):
+        raise ValueError("no ids")
+    return found
+
+
+def _checked_media(media: Any, most: int) -> list[tuple[str, int, int]]:
+    """Keys, first ids and lengths as a file has them; ValueError where they are none, or more than
+    ``most`` ids together. TypeError where it has no triples.
+    """
+    found = [(key, first, length) for key, first, length in media]
+    for key, first, length in found:
+        if type(key) is not str or type(first) is not int or type(length) is not int or length < 1:
+            raise ValueError("no media")
+    if sum(length for *_, length in found) > most:
+        raise ValueError("more media than a prompt can have")
+    return found
 
 
 def _size(cache: list[Any]) -> int:

@@ -90,7 +90,7 @@ class Ranks:
         self._parent = os.getppid()
         self._numbers = itertools.count()
         self._posted: deque[tuple[str, list[Task]]] = deque()  # rank 0's, not applied yet
-        self._order = threading.Lock()
+        self._order = threading.RLock()  # a stream may be collected within it, and is cancelled
         self._over: OneVisionError | None = None
         # The inference thread's.
         self._tasks: WeakValueDictionary[int, Task] = WeakValueDictionary()
@@ -197,8 +197,9 @@ class Ranks:
         if os.getppid() != self._parent:
             raise DiedError("mlx.launch has ended, and so does what it started")
         with self._order:
-            events = list(self._posted)
-            self._posted.clear()
+            events: list[tuple[str, list[Task]]] = []
+            while self._posted:
+                events.append(self._posted.popleft())
             if self._asked.is_set() and not self.closing.is_set():
                 events.append((CLOSE, []))
         return events

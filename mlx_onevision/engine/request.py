@@ -143,7 +143,8 @@ class ActiveRequest:
         self.number = -1  # among ranks
         # Called instead of cancelling it here and now: among ranks, all must do that at one place.
         self.cancelling: Callable[[ActiveRequest], None] = ActiveRequest.cancel_now
-        self._closing, self._cancelled = closing, threading.Event()
+        # Not an event: its lock may be held by the thread that collects an abandoned stream.
+        self._closing, self._cancelled = closing, False
         self._failure: Exception | None = None
         self._detokenizer, self._stop = Detokenizer(tokenizer), StopStrings(request.stop)
         self._decoded = 0  # characters
@@ -167,11 +168,11 @@ class ActiveRequest:
     # The rest is the inference thread's.
 
     def cancel_now(self) -> None:
-        self._cancelled.set()
+        self._cancelled = True
 
     @property
     def is_cancelled(self) -> bool:
-        return self._cancelled.is_set()
+        return self._cancelled
 
     @property
     def produced(self) -> int:
@@ -187,7 +188,7 @@ class ActiveRequest:
         return self.cache is not None
 
     def check(self, *_: object) -> None:
-        if self._cancelled.is_set() or self._closing.is_set():
+        if self._cancelled or self._closing.is_set():
             if self.finish_reason != "stop":
                 self.finish_reason = "cancelled"
             raise CancelledError("the request was cancelled")

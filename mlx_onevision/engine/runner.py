@@ -6,7 +6,6 @@ What is used of mlx-lm is imported only when a request needs it.
 
 import sys
 import time
-import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from itertools import islice
@@ -93,9 +92,6 @@ class Runner:
             self.prefix.agreed = lambda count: int(least([count], self.model.group)[0])
         self.memory.admit_model(self.limit)
         self.plan(self.limit)
-        if limit is not None:
-            # MLX's own limit, one a process: it makes its cache of freed buffers count, too.
-            weakref.finalize(self, mx.set_memory_limit, mx.set_memory_limit(self.limit))
 
     def plan(self, limit: int) -> None:
         """Divides the bytes that may be used, which are others where models come and go."""

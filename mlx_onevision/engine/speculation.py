@@ -63,7 +63,7 @@ class PromptLookup:
             end = self._ends.get(tuple(self._ids[-length:]))
             if end is not None:
                 found = self._ids[end : end + most]
-                # Where that is the end of what there is, it is about to come once more.
+                # If fewer than `most` tokens follow the match, the text is periodic: repeat them.
                 found *= -(-most // len(found))
                 return _text(found[:most], self._vocab_size)
         return []

@@ -27,6 +27,8 @@ PATIENCE_SECONDS = 10.0
 HANG_SECONDS = 180.0
 LONGEST_LOOK = 2.0  # seconds between two looks that count
 
+CLOSED = "the model has been closed; load it again"
+
 _clearing = threading.Lock()
 
 _Job: TypeAlias = tuple[Callable[[Owned], None], Callable[[DiedError], None]]
@@ -94,7 +96,7 @@ class Worker(Generic[Owned]):
             DiedError: when its thread has died.
         """
         if self.closing.is_set():
-            raise OneVisionError("the model has been closed; load it again")
+            raise OneVisionError(CLOSED)
         self._jobs.put((job, lost))
 
     def call(self, function: Callable[[Owned], Result]) -> Result:
@@ -155,15 +157,34 @@ class _Jobs(Generic[Owned]):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.under_way = False
-        self.waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[_Job[Owned] | None] = queue.SimpleQueue()
         self._between = threading.Lock()  # a job is queued or refused, and never left lying
+        self._over = False  # the thread has ended as it should
         self.killer: str | None = None  # a sentence on what killed the thread
 
     def put(self, job: _Job[Owned]) -> None:
         with self._between:
             if self.killer is not None:
                 raise DiedError(self.killer)
-            self.waiting.put(job)
+            if self._over:
+                raise OneVisionError(CLOSED)
+            self._waiting.put(job)
+
+    def stop(self) -> None:
+        """Ends the thread behind the jobs that are queued. Without the lock, which the thread that
+        collects a worker as garbage may hold.
+        """
+        self._waiting.put(None)
+
+    def next(self) -> _Job[Owned] | None:
+        """The next job, waited for; None once it is to end, and from then on none is queued."""
+        while (job := self._waiting.get()) is None:
+            with self._between:
+                if self._waiting.empty():
+                    self._over = True
+                    return None
+            self._waiting.put(None)  # what was queued while it was closed goes first
+        return job
 
     def lose(self, error: BaseException, under_way: _Job[Owned] | None) -> None:
         """The thread dies of ``error``, which everybody who waits for it gets."""
@@ -174,8 +195,8 @@ class _Jobs(Generic[Owned]):
             else:
                 kind = type(error).__name__
                 self.killer = f"what runs the model has died ({kind}); load it again"
-            while not self.waiting.empty():
-                job = self.waiting.get()
+            while not self._waiting.empty():
+                job = self._waiting.get()
                 lost += [] if job is None else [job]
         for _, end in lost:
             with suppress(BaseException):
@@ -192,10 +213,8 @@ def _work(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) -
 def _clear_streams() -> None:
     """Here and now: a thread that ends with streams of its own aborts the process at its exit.
 
-    MLX frees what the thread has compiled under a lock, without the interpreter's lock, which it
-    needs for each. A thread that holds the interpreter's lock and collects a compiled function as
-    garbage waits for the first: both, and soon all threads, would wait for ever. So nothing is
-    collected meanwhile.
+    Deadlock: this thread holds MLX's lock and needs the GIL; a thread that garbage-collects a
+    compiled function holds the GIL and needs MLX's lock. So nothing is collected meanwhile.
     """
     mx.clear_cache()
     with _clearing:
@@ -218,7 +237,7 @@ def _run(build: Callable[[], Owned], built: Future[None], jobs: _Jobs[Owned]) ->
     del build, built
     job: _Job[Owned] | None = None
     try:
-        while (job := jobs.waiting.get()) is not None:
+        while (job := jobs.next()) is not None:
             jobs.progress.step()
             jobs.under_way = True
             job[0](owned)
@@ -244,6 +263,6 @@ def _stop(
     patience: float = PATIENCE_SECONDS,
 ) -> None:
     closing.set()
-    jobs.waiting.put(None)
+    jobs.stop()
     if thread is not threading.current_thread():
         thread.join(timeout=patience)

@@ -235,3 +235,10 @@ def test_a_defect_is_raised(model: Model, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Batch, "_step", failing)
     with pytest.raises(ValueError, match="odd"):
         model.generate(batch=["hello", "hello"])
+
+
+def test_a_row_with_a_wrong_setting_fails_alone(model: Model) -> None:
+    wrong: Options = {"logit_bias": {10**6: 1.0}}
+    rows = model.generate(batch=["hello", "there"], options=[{}, wrong], max_tokens=4)
+    assert [row.finish_reason for row in rows] == ["length", "error"]
+    assert isinstance(rows[1].error, RequestError) and "logit_bias" in str(rows[1].error)

@@ -1,5 +1,6 @@
 """A prompt that nobody waits for any more is not read to its end, and what was read is right."""
 
+import gc
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from checkpoints import write
 
+from mlx_onevision.api import load
 from mlx_onevision.checkpoint.load import load_checkpoint
-from mlx_onevision.engine import pooling
+from mlx_onevision.engine import jobs, pooling
 from mlx_onevision.engine.batch import serve
 from mlx_onevision.engine.request import ActiveRequest, PromptRequest
 from mlx_onevision.engine.runner import Runner
@@ -106,7 +108,7 @@ def test_together(runner: Runner, prompts: list[Inputs]) -> None:
 
 
 def test_vectors(runner: Runner, prompts: list[Inputs]) -> None:
-    """Between layers, of the prompts as well as of the tower."""
+    """And logits: between layers, of the prompts as well as of the tower."""
     asked, most = 0, 1 << 30
 
     def check() -> None:
@@ -123,6 +125,7 @@ def test_vectors(runner: Runner, prompts: list[Inputs]) -> None:
     for compute, layers in (
         (lambda: pooling.prompt_vectors(runner, prompts, check), len(runner.model.layers)),
         (tiles, max(runner.model.config.feature_layers)),
+        (lambda: jobs.prompt_logits(runner, check, prompts[0], 1), len(runner.model.layers)),
     ):
         asked, most = 0, 1 << 30
         whole = compute()
@@ -135,3 +138,21 @@ def test_vectors(runner: Runner, prompts: list[Inputs]) -> None:
             assert asked == most + 1
         asked, most = 0, 1 << 30
         assert np.array_equal(compute(), whole)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stream_that_nobody_has_any_more(tmp_path: Path, begun: bool) -> None:
+    """Ends its answer at once, without a look for garbage, and before it was ever asked as well."""
+    with load(write(tmp_path, tied=False)) as model:
+        gc.disable()
+        try:
+            stream = model.stream("a long story", max_tokens=2000)
+            active = stream._active
+            assert active is not None
+            if begun:
+                next(stream)
+            del stream
+            assert active.is_cancelled
+        finally:
+            gc.enable()
+        assert active.produced < 2000 and model.generate("hello", max_tokens=2).tokens

@@ -2,8 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,8 +22,10 @@ from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.plan import LazyTensorFiles
 from mlx_onevision.checkpoint.recipes import uniform
 from mlx_onevision.cli.main import cli
+from mlx_onevision.engine import engine
 from mlx_onevision.engine.jobs import prompt_logits
-from mlx_onevision.engine.memory import cgroup_limits, working_set
+from mlx_onevision.engine.memory import ProcessLimit, cgroup_limits, working_set
+from mlx_onevision.engine.pooling import prompt_vectors
 from mlx_onevision.engine.prefix_cache import LEAST_MATCH
 from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import (
@@ -31,6 +37,7 @@ from mlx_onevision.errors import (
 from mlx_onevision.media.video import no_check
 from mlx_onevision.network.memory_budget import MemoryModel
 from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
+from mlx_onevision.network.onevision import OneVision
 from mlx_onevision.plugins.adapters.engine import open_engine
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.contract.requests import GenerateRequest
@@ -189,6 +196,66 @@ def test_a_configuration_s_word_for_its_context_is_not_trusted(tmp_path: Path) -
         clip = np.zeros((longest + 1, 28, 28, 3), np.uint8)
         with pytest.raises(ContextOverflowError, match=f"the context of {longest} has"):
             model.generate("what is this", videos=[clip])
+
+
+def test_mlx_s_own_limit_is_that_of_the_models_that_are_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One a process; in whatever order they go."""
+    monkeypatch.setattr(engine, "process_limit", ProcessLimit())  # others' models may be there
+    default = mx.get_memory_limit()
+    for order in ((0, 1), (1, 0)):
+        models = [load(folder, memory_limit=limit) for limit in (0.3, 0.2)]
+        assert mx.get_memory_limit() == int(0.5e9)
+        with load(folder):  # has no limit of its own
+            assert mx.get_memory_limit() == default
+        assert mx.get_memory_limit() == int(0.5e9)
+        models[order[0]].close()
+        assert mx.get_memory_limit() == int((0.3, 0.2)[order[1]] * 1e9)
+        models[order[1]].close()
+        assert mx.get_memory_limit() == default
+    with load(folder, memory_limit=0.3, draft_model=folder):
+        assert mx.get_memory_limit() == int(0.3e9)
+    assert mx.get_memory_limit() == default
+
+
+def test_fewer_logits_than_none_are_refused(folder: Path) -> None:
+    with load(folder) as model:
+        inputs = model.prepare([{"role": "user", "content": "hello"}])
+        assert len(model.logits(inputs, last=0)) == 0
+        for last in (-1, -1000):
+            with pytest.raises(RequestError, match=f"last must be .*, not {last}"):
+                model.logits(inputs, last=last)
+
+
+def test_joint_embeddings_take_the_steps_that_are_planned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Runner(load_checkpoint(folder))
+    subject.model.budget = replace(subject.model.budget, chunk=2048)
+    subject.chunk = 256
+    steps, hidden_states = list[int](), OneVision.hidden_states
+
+    def watched(model: OneVision, h: mx.array, *rest: Any, **options: Any) -> mx.array:
+        steps.append(h.shape[0] * h.shape[1])
+        return hidden_states(model, h, *rest, **options)
+
+    monkeypatch.setattr(OneVision, "hidden_states", watched)
+    prompts = [Inputs(np.arange(n, dtype=np.int32) % 200, (), "") for n in (600, 100, 120, 90)]
+    assert len(prompt_vectors(subject, prompts, no_check)) == 4
+    assert steps == [256, 256, 88, 240, 90]
+
+
+def test_joint_embeddings_need_no_transformers(folder: Path) -> None:
+    """Which importing mlx-lm by itself imports. More than one chunk has a KV cache."""
+    code = (
+        "import sys\nfrom mlx_onevision.api import load\n"
+        f"model = load({str(folder)!r})\n"
+        "model.embed([{'type': 'text', 'text': 'one two ' * 2000}], 'joint')\n"
+        "print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_control_groups_limit_what_may_be_used(tmp_path: Path) -> None:

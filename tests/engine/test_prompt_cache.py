@@ -1,18 +1,21 @@
 """The KV cache of a conversation, kept in a file and gone on from in another process."""
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import Sizes, write
 from PIL import Image
 
 from mlx_onevision.api import Model, load
+from mlx_onevision.engine.kv_cache import first_positions
 from mlx_onevision.errors import OutOfMemoryError, RequestError
 from mlx_onevision.network.memory_sizes import SMALLEST, RequestSize
 
@@ -144,6 +147,85 @@ def test_what_does_not_suit_is_refused(
     small = load(folder, memory_limit=1.01 * least / 1e9)
     with pytest.raises(OutOfMemoryError):
         small.load_prompt_cache(file)
+
+
+def arrays_and_header(path: Path) -> Any:
+    return mx.load(str(path), format="safetensors", return_metadata=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("ids", lambda ids: [[1], *ids[1:]]),
+        ("ids", lambda ids: [1.5, *ids[1:]]),
+        ("ids", lambda ids: {str(token): 1 for token in ids}),
+        ("ids", lambda ids: []),
+        ("ids", lambda ids: 7),
+        ("media", lambda media: 7),
+        ("media", lambda media: {"a": 1}),
+        ("media", lambda media: [*media, None]),
+        ("media", lambda media: [media[0][:2]]),
+        ("media", lambda media: [[1, *media[0][1:]]]),
+        ("media", lambda media: [[*media[0][:2], "2"]]),
+        ("media", lambda media: [[*media[0][:2], True]]),
+        ("media", lambda media: [[*media[0][:2], -1]]),
+        ("media", lambda media: [[*media[0][:2], 1 << 40]]),
+        ("media", lambda media: [["other", 0, 30_000], ["another", 30_000, 30_000]]),
+        ("media", lambda media: [[*media[0][:2], media[0][2] - 1]]),  # known with another length
+        ("", "text"),
+        ("30000000.0", "KVCache"),
+    ],
+)
+def test_edited_headers_are_refused(
+    model: Model, image: Path, tmp_path: Path, entry: str, value: Any
+) -> None:
+    answer = ask(model, image, asked())
+    model.save_prompt_cache(tmp_path / "kept")
+    arrays, header = arrays_and_header(tmp_path / "kept")
+    if entry in ("ids", "media"):
+        header[f"0.{entry}"] = json.dumps(value(json.loads(header[f"0.{entry}"])))
+    else:
+        header = {name: text for name, text in header.items() if not name.startswith("0.")}
+        header["0" if not entry else entry] = value
+    mx.save_safetensors(str(tmp_path / "edited.safetensors"), arrays, header)
+    with pytest.raises(RequestError, match=r"edited\.safetensors "):
+        model.load_prompt_cache(tmp_path / "edited.safetensors")
+    assert ask(model, image, asked()).tokens == answer.tokens
+
+
+def test_names_of_arrays_do_not_say_how_much_memory_is_taken(
+    model: Model, image: Path, tmp_path: Path
+) -> None:
+    ask(model, image, asked())
+    model.save_prompt_cache(tmp_path / "kept", {"a.b": "c"})
+    arrays, header = arrays_and_header(tmp_path / "kept")
+    arrays["30000000.0"] = arrays.pop("1.0")
+    mx.save_safetensors(str(tmp_path / "edited.safetensors"), arrays, header)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RequestError, match="of other shapes"):
+        model.load_prompt_cache(tmp_path / "edited.safetensors")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+    assert model.load_prompt_cache(tmp_path / "kept")[1] == {"a.b": "c"}
+
+
+def test_one_that_was_cancelled_before_its_media_were_read_is_kept(
+    model: Model, image: Path, tmp_path: Path
+) -> None:
+    """It holds fewer ids than its medium has."""
+    held = ask(model, image, asked()).usage
+
+    def shorten(runner: Any) -> int:
+        kept = runner.prefix._kept[-1]
+        first = next(place for place, token in enumerate(kept.ids) if token >= 384)
+        cut = [*first_positions(kept.cache, first + 2)]
+        mx.eval([layer.state[:2] for layer in cut])
+        runner.prefix.store(kept.ids, kept.keys, cut)
+        return first + 2
+
+    short = model._engine._worker.call(shorten)
+    assert short < held.media_tokens
+    model.save_prompt_cache(tmp_path / "kept")
+    assert model.load_prompt_cache(tmp_path / "kept")[0] == short
 
 
 def test_nothing_was_asked(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hostile.sizes import cases
 from mlx_onevision.api import Model, load
 from mlx_onevision.engine import engine, memory, runner
 from mlx_onevision.engine.memory import Share, Shares, shares
+from mlx_onevision.engine.worker import Worker
 from mlx_onevision.errors import OutOfMemoryError
 
 
@@ -136,6 +137,64 @@ def test_two_that_are_loaded_at_once_know_of_each_other(
     assert found[0]._engine.memory_limit == 12 * least // 10
     found.pop().close()
     assert not alone._shares
+
+
+def test_another_may_join_while_one_is_loaded(
+    folder: Path, alone: Shares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its weights are read there is nothing to plan anew, and no error."""
+    with load(folder) as first:
+        least = first._engine.memory.shortest.total
+    device(monkeypatch, total := 4 * least)
+    weights, reading = threading.Event(), threading.Event()
+    read, found = engine.load_checkpoint, list[Model]()
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        loaded = read(*arguments, **options)
+        if not reading.is_set():
+            reading.set()
+            assert weights.wait(60)
+        return loaded
+
+    monkeypatch.setattr(engine, "load_checkpoint", slowly)
+    thread = threading.Thread(target=lambda: found.append(load(folder)), daemon=True)
+    thread.start()
+    assert reading.wait(60)
+    with load(folder) as second:
+        assert second._engine.memory_limit == total // 2
+        weights.set()
+        thread.join(60)
+        with found.pop() as first:
+            assert first._engine._worker.call(lambda runner: runner.limit) == total // 2
+    assert not alone._shares
+
+
+def test_another_may_join_when_one_has_been_built(
+    folder: Path, alone: Shares, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread has made its plan by then, and makes another for the part that is left."""
+    with load(folder) as first:
+        least = first._engine.memory.shortest.total
+    device(monkeypatch, total := 4 * least)
+    built, joined = threading.Event(), threading.Event()
+    found = list[Model]()
+
+    class Slow(Worker[Any]):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            if not built.is_set():
+                built.set()
+                assert joined.wait(60)
+
+    monkeypatch.setattr(engine, "Worker", Slow)
+    thread = threading.Thread(target=lambda: found.append(load(folder)), daemon=True)
+    thread.start()
+    assert built.wait(60)
+    with load(folder):
+        joined.set()
+        thread.join(60)
+        with found.pop() as first:
+            assert first._engine._worker.call(lambda runner: runner.limit) == total // 2
 
 
 def test_a_load_that_fails_leaves_its_memory_to_others(

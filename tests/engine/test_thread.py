@@ -71,6 +71,33 @@ def test_closing_drops_the_object_and_refuses_more() -> None:
     worker.close()
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_what_comes_while_it_closes_is_refused_or_runs(busy: bool) -> None:
+    """It is closed by another thread once a job has been found welcome, and before it is queued."""
+    worker = Worker(Thing)
+    held = threading.Event()
+    if busy:
+        worker.submit(lambda _: held.wait(20))
+    closing = worker.closing
+
+    class Late(threading.Event):
+        def is_set(self) -> bool:
+            before = closing.is_set()
+            worker.close(patience=0.0 if busy else 20.0)
+            return before
+
+    worker.closing = Late()
+    if busy:
+        late = worker.submit(lambda _: 1)
+        held.set()
+        assert late.result(5) == 1
+    else:
+        with pytest.raises(OneVisionError, match="closed"):
+            worker.submit(lambda _: 1).result(5)
+    worker._thread.join(5)
+    assert not worker._thread.is_alive()
+
+
 class Killed(BaseException):
     """What no job may raise, and one does."""
 
