@@ -207,9 +207,8 @@ class _Engine:
     def embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
         total = len(request.items)
         parts: list[Embeddings] = []
-        for first in range(
-            0, total or 1, ITEMS_PER_BATCH
-        ):  # no items make no vectors, of the right width
+        # An empty request still runs once, so that the empty result has the right ``dim``.
+        for first in range(0, total or 1, ITEMS_PER_BATCH):
             channel.check()
             channel.put(results.ProgressEvent("embedding", first, total))
             parts.append(self._embedded(request, first, channel))

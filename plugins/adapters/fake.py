@@ -22,7 +22,7 @@ from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedReques
 from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
-from mlx_onevision.plugins.service.service import MODEL_DIED, Limits, Service
+from mlx_onevision.plugins.service.service import Limits, Service, model_died
 from mlx_onevision.sampling.detokenizer import StopStrings
 
 VECTOR_DIM = 16  # of a vector
@@ -100,7 +100,7 @@ class FakeBackend(Service):
             self._look(channel)
         if place == self._die_at:
             self._alive = False
-            raise MODEL_DIED
+            raise model_died()
         if place == self._fail_at:
             raise self._error
         self.steps += 1
@@ -108,7 +108,7 @@ class FakeBackend(Service):
     def _look(self, channel: Channel) -> None:
         channel.check()
         if not self._alive:
-            raise MODEL_DIED
+            raise model_died()
 
     class _Model:
         def __init__(self, owner: "FakeBackend") -> None:

@@ -12,6 +12,7 @@ import json
 import re
 import struct
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -40,6 +41,8 @@ INFO_TIMEOUT_SECONDS = 30.0
 # What a server takes in one request of embeddings; more is sent in several.
 MAX_ITEMS_PER_REQUEST = 256
 MAX_BYTES_PER_REQUEST = 24 << 20
+# As the policy of a server that was not set otherwise; the one here may be wider.
+MAX_MEDIA_PER_REQUEST = {"image": MediaPolicy.images, "video": MediaPolicy.videos}
 
 # Fields that are sent under their own names; the server's are the contract's.
 _GENERATE_FIELDS = tuple(
@@ -50,9 +53,6 @@ _GENERATE_FIELDS = tuple(
 _DESCRIBE_FIELDS = tuple(field.name for field in fields(DescribeRequest) if field.name != "video")
 _EMBED_FIELDS = ("space", "normalize", "tiling", "timeout")
 
-BROKEN_OFF = PluginError(
-    "internal", "the answer broke off before its end", "the log of the server may say more"
-)
 _ITEM_NUMBER = re.compile(r"item (\d+): ")
 
 
@@ -142,7 +142,7 @@ class HttpBackend(StreamingBackend):
             event = answer.add(data)
             if event is not None:
                 channel.put(event)
-        raise BROKEN_OFF
+        raise _broken_off()
 
     def _embed(self, request: EmbedRequest, channel: Channel) -> EmbedResult:
         found: list[EmbedResult] = []
@@ -162,7 +162,7 @@ class HttpBackend(StreamingBackend):
         if found:
             together = tuple(vector for part in found for vector in part.vectors)
             return replace(found[0], vectors=together)
-        # No items: no vectors, of the right width, which no server is asked for.
+        # No server is asked to embed nothing: the empty result's ``dim`` is what info() says.
         info = self.info()
         (dim,) = [space.dim for space in info.spaces if space.id == request.space] or [0]
         return EmbedResult(
@@ -182,7 +182,7 @@ class HttpBackend(StreamingBackend):
                 raise event.error
             if not isinstance(event, results.UsageEvent):
                 channel.put(event)
-        raise BROKEN_OFF
+        raise _broken_off()
 
 
 # What is sent.
@@ -193,7 +193,7 @@ def _groups(request: EmbedRequest, policy: MediaPolicy) -> Iterator[list[dict[st
     Raises PluginError: for an item that the policy does not let be read, naming it.
     """
     group: list[dict[str, Any]] = []
-    size = 0
+    size, held = 0, Counter[str]()
     for number, item in enumerate(request.items, 1):
         try:
             if isinstance(item, requests.Group):
@@ -204,11 +204,18 @@ def _groups(request: EmbedRequest, policy: MediaPolicy) -> Iterator[list[dict[st
         except PluginError as error:
             raise error.of(f"item {number}") from None
         length = len(json.dumps(part))
-        if group and (size + length > MAX_BYTES_PER_REQUEST or len(group) == MAX_ITEMS_PER_REQUEST):
+        media = item.media if isinstance(item, requests.Group) else (item,)
+        kinds = Counter(medium.kind for medium in media if isinstance(medium, requests.Media))
+        if group and (
+            size + length > MAX_BYTES_PER_REQUEST
+            or len(group) == MAX_ITEMS_PER_REQUEST
+            or any(held[kind] + kinds[kind] > MAX_MEDIA_PER_REQUEST[kind] for kind in kinds)
+        ):
             yield group
-            group, size = [], 0
+            group, size, held = [], 0, Counter[str]()
         group.append(part)
         size += length
+        held.update(kinds)
     if group:
         yield group
 
@@ -232,6 +239,13 @@ def _data_url(medium: requests.Media, policy: MediaPolicy) -> dict[str, str]:
 
 
 # What is answered.
+
+
+def _broken_off() -> PluginError:
+    """A new one each time: an exception keeps the frames it went through, and their requests."""
+    return PluginError(
+        "internal", "the answer broke off before its end", "the log of the server may say more"
+    )
 
 
 class _Completion:
@@ -278,7 +292,7 @@ class _Completion:
     def result(self) -> GenerateResult:
         """The answer. Raises PluginError when its end is missing."""
         if self._finish is None or self._usage is None:
-            raise BROKEN_OFF
+            raise _broken_off()
         logprobs = tuple(self._logprobs) if self._asked else None
         return GenerateResult("".join(self._text), self._finish, self._usage, self._notes, logprobs)
 

@@ -16,6 +16,8 @@ from mlx_onevision.plugins.contract.wire import Part, Record
 from mlx_onevision.sampling import ranges
 from mlx_onevision.sampling.ranges import MOST_BIAS, Range
 
+SNIFF_BYTES = 32  # of a file's beginning; ``sniff`` needs no more to tell an image from a video
+
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
 

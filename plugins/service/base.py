@@ -26,12 +26,15 @@ from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 Request = GenerateRequest | EmbedRequest | DescribeRequest
 
-CLOSED = bad_request("the backend has been closed", "open it again")
-
 LAST_REQUEST_WEIGHT = 0.2  # in the moving average of how long requests take
 MAX_RETRY_AFTER_SECONDS = 60
 
 CLOSE_TIMEOUT_SECONDS = 5.0  # seconds that close() waits for requests that it has cancelled
+
+
+def closed_error() -> PluginError:
+    """A new one each time: an exception keeps the frames it went through, and their requests."""
+    return bad_request("the backend has been closed", "open it again")
 
 
 class Slot:
@@ -223,7 +226,7 @@ class StreamingBackend(ABC):
         stream = channel.stream()
         try:
             if self._closed:
-                raise CLOSED
+                raise closed_error()
             if not isinstance(request, kind):
                 named = f"a {type(request).__name__} came where a {kind.__name__} belongs"
                 raise bad_request(named)
@@ -238,7 +241,7 @@ class StreamingBackend(ABC):
             self._channels.add(channel)
             closed = self._closed
         if closed:  # since it was looked at above
-            channel.fail(CLOSED)
+            channel.fail(closed_error())
         channel.put(results.ProgressEvent("queued"))
         channel.at_end(lambda: self._queue.give_up(slot))
         channel.limit(request.timeout, self._time_limit(request))

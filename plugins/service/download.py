@@ -117,7 +117,7 @@ def _resolved(where: Address, private: bool, hint: str, deadline: Deadline) -> s
 def _is_global(text: str) -> bool:
     address = ipaddress.ip_address(text)
     if isinstance(address, ipaddress.IPv6Address):
-        # An IPv4 address in another dress is judged as what it is.
+        # IPv4 addresses embedded in IPv6 are judged as IPv4.
         inner = address.ipv4_mapped or address.sixtofour
         if inner is not None:
             return _is_global(str(inner))

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Literal, Self
 
 from mlx_onevision.plugins.contract import results
-from mlx_onevision.plugins.contract.errors import PluginError, bad_request
+from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_plugin_error
 from mlx_onevision.plugins.contract.requests import DescribeRequest
 from mlx_onevision.plugins.contract.results import DescribeResult, ErrorEvent, Segment
 from mlx_onevision.plugins.contract.streams import EventStream
@@ -73,7 +73,7 @@ class NoSuchJob(PluginError):
 class _JobState:
     """A job as it is now; changed under the lock of :class:`Jobs` alone.
 
-    job : but for its segments and its times, which ``shown`` adds.
+    job : the public record, without segments and times, which ``shown`` fills in.
     """
 
     stream: EventStream[DescribeResult] | None  # which holds all its events, so not kept beyond it
@@ -149,7 +149,7 @@ class Jobs:
 
     def start(self, request: DescribeRequest) -> Job:
         """Begins a description, and returns at once. Raises PluginError: ``busy`` when there are
-        too many; what the backend refuses at once.
+        too many; what the backend refuses at once; ``internal`` when the system has no thread left.
         """
         media = sum(len(medium.data or medium.url or b"") for medium in request.media)
         with self._changed:
@@ -159,12 +159,16 @@ class Jobs:
             if stream.ended:
                 stream.result()  # refused; nothing can be done already
             job = _JobState(stream, media)
-            self._jobs[job.job.id] = job
             thread = threading.Thread(
                 target=self._follow, args=(job, stream), name="mlx-onevision-job", daemon=True
             )
+            try:
+                thread.start()  # it waits for the lock before it looks at the job
+            except RuntimeError as error:
+                stream.close()
+                raise to_plugin_error(error) from error
             self._threads.add(thread)
-            thread.start()
+            self._jobs[job.job.id] = job
             return job.shown(self._retention_seconds)
 
     def status(self, id: str) -> Job:

@@ -38,6 +38,7 @@ _REASONS = {
     errno.ELOOP: "a part of it is a link",
     errno.EMLINK: "a part of it is a link",
     errno.ENOTDIR: "a part of it is a link or no folder",
+    errno.EISDIR: "it is a folder",
 }
 
 
@@ -183,8 +184,7 @@ class MediaPolicy:
         try:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
-                raise _unreadable(name, f"it is {kind}")
+                raise _unreadable(name, "it is no ordinary file")
             # A video is read in place, and only its sampled frames are ever held.
             if medium.kind == "image":
                 self._check_size(status.st_size, f"the image {_named(name)}")

@@ -12,12 +12,16 @@ from mlx_onevision.plugins.contract.errors import PluginError, bad_request, to_p
 from mlx_onevision.plugins.contract.requests import DescribeRequest, EmbedRequest, GenerateRequest
 from mlx_onevision.plugins.contract.results import DescribeResult, EmbedResult, GenerateResult
 from mlx_onevision.plugins.contract.streams import Channel, Timer, background
-from mlx_onevision.plugins.service.base import CLOSED, Request, RequestQueue, StreamingBackend
+from mlx_onevision.plugins.service.base import Request, RequestQueue, StreamingBackend, closed_error
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
-MODEL_DIED = PluginError("internal", "what runs the model has died", "start it again")
-
 UNLOAD_TIMEOUT_SECONDS = 10.0  # seconds that close() waits for a model in use or still loading
+FREE_AGAIN_SECONDS = 1.0  # seconds after which freeing is tried again where there was no thread
+
+
+def model_died() -> PluginError:
+    """A new one each time: an exception keeps the frames it went through, and their requests."""
+    return PluginError("internal", "what runs the model has died", "start it again")
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class ModelKeeper:
         check : raises when it is not wanted any more; see :meth:`wake`.
 
         Raises what loading raises, to everyone who waited for it; the next one tries again.
-        Raises PluginError: when the keeper has been closed.
+        Raises PluginError: when the keeper has been closed, or the system has no thread left.
         """
         with self._changed:
             # Who waits for it counts already: it must not be freed before they have it.
@@ -108,6 +112,8 @@ class ModelKeeper:
                 return self._wait(check)
             except BaseException:
                 self._users -= 1
+                if not self._users:
+                    self._error = None  # it keeps the frames, and the requests, of who got it
                 self._settle()
                 raise
 
@@ -116,15 +122,19 @@ class ModelKeeper:
         while True:
             check()
             if self._closed:
-                raise CLOSED
+                raise closed_error()
             if self.current is not None:
                 self._stop_timer()
                 return self.current
             if not self._busy:
                 if waited and self._error is not None:
                     raise self._error
-                self._busy, self._error = True, None
-                _start("mlx-onevision-load", self._run_load)
+                # An earlier unload() was about an earlier model.
+                self._error, self._free_when_idle = None, False
+                try:
+                    self._start("mlx-onevision-load", self._run_load)
+                except RuntimeError as error:
+                    raise to_plugin_error(error) from error
             waited = True
             self._changed.wait()
 
@@ -134,9 +144,9 @@ class ModelKeeper:
             self._settle()
 
     def unload(self) -> None:
-        """Frees the model once nobody uses it or waits for it."""
+        """Frees the model, also one that is still loading, once nobody uses it or waits for it."""
         with self._changed:
-            self._free_when_idle = self.current is not None
+            self._free_when_idle = True
             self._settle()
 
     def close(self) -> None:
@@ -164,9 +174,12 @@ class ModelKeeper:
         if self._free_when_idle or self._keep_alive == 0:
             self._free()
         elif self._keep_alive is not None:
-            self._stop_timer()
-            timer = background.call_later(self._keep_alive, lambda: self._free_if_idle(timer))
-            self._timer = timer
+            self._free_after(self._keep_alive)
+
+    def _free_after(self, seconds: float) -> None:
+        self._stop_timer()
+        timer = background.call_later(seconds, lambda: self._free_if_idle(timer))
+        self._timer = timer
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -176,8 +189,22 @@ class ModelKeeper:
     def _free(self) -> None:
         self._stop_timer()
         model, self.current = self.current, None
-        self._busy, self._free_when_idle = True, False
-        _start("mlx-onevision-free", self._run_free, model)
+        try:
+            self._start("mlx-onevision-free", self._run_free, model)
+        except RuntimeError:
+            # Not raised: whoever ends a request would get it. The model stays in use meanwhile.
+            self.current = model
+            self._free_after(FREE_AGAIN_SECONDS)
+
+    def _start(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        """Begins to load or to free. Raises RuntimeError where the system has no thread left."""
+        self._busy = True
+        try:
+            threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
+        except RuntimeError:
+            self._busy = False
+            self._changed.notify_all()
+            raise
 
     # On other threads.
 
@@ -194,7 +221,6 @@ class ModelKeeper:
             failure = error
         with self._changed:
             self.current, self._error, self._busy = model, failure, False
-            self._free_when_idle = self._closed
             self._settle()
             self._changed.notify_all()
 
@@ -206,10 +232,6 @@ class ModelKeeper:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-
-
-def _start(name: str, target: Callable[..., None], *arguments: object) -> None:
-    threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
 
 
 class Service(StreamingBackend):
@@ -265,7 +287,7 @@ class Service(StreamingBackend):
 
     def _check(self, request: Request) -> None:
         if self._has_died(self._keeper.current):
-            raise MODEL_DIED
+            raise model_died()
         if not isinstance(request, EmbedRequest):
             self.policy.check_frames(request.num_frames)
             asked, most = request.max_tokens or 1, self.limits.max_tokens
@@ -278,7 +300,7 @@ class Service(StreamingBackend):
 
     def _serve(self, request: Request, channel: Channel) -> results.Result:
         if self._has_died(self._keeper.current):
-            raise MODEL_DIED
+            raise model_died()
         if self._keeper.current is None:
             channel.put(results.ProgressEvent("loading"))
         channel.at_end(self._keeper.wake)

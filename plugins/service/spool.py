@@ -19,12 +19,11 @@ from time import monotonic
 from typing import BinaryIO
 
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.contract.requests import Kind, sniff
+from mlx_onevision.plugins.contract.requests import SNIFF_BYTES, Kind, sniff
 from mlx_onevision.plugins.contract.streams import background
 
 FOLDER_PREFIX = "process-"
 LOCK_FILE = "lock"
-SNIFF_BYTES = 32  # bytes that tell an image from a video
 IDLE_SECONDS = 60.0  # without a request, after which a file makes room for others
 
 
@@ -33,7 +32,7 @@ class Upload:
     """A file of a :class:`Spool`; changed under the spool's lock.
 
     size : bytes so far. kind : known once the first of them are there. used : when a request was
-        last about it (``monotonic``). users : requests that are; its writer is one.
+        last about it (``monotonic``). users : how many requests use it, its upload included.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(16))

@@ -1,8 +1,10 @@
 """The client's side of the contract over HTTP: what is sent, and whatever a server may do."""
 
+import gc
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -175,6 +177,18 @@ def test_many_items_go_in_groups(
     assert len(recorder.asked[-1].items) == 1
 
 
+def test_no_group_has_more_media_than_a_server_takes(server: Client, recorder: Recorder) -> None:
+    picture = Media("image", data=PICTURE.read_bytes())
+    video = Media("video", data=VIDEO.read_bytes())
+    ten = Group([picture] * 10)
+    before = len(recorder.asked)
+    with HttpBackend(url=server.url, policy=MediaPolicy(images=100, videos=10)) as backend:
+        items = [*[picture] * 17, ten, video, "a", video]
+        vectors = backend.embed(EmbedRequest(items, space="joint")).vectors
+    assert [len(asked.items) for asked in recorder.asked[before:]] == [16, 4, 1]
+    assert len(vectors) == len(items)
+
+
 def test_files_are_read_where_the_policy_allows(backend: HttpBackend, tmp_path: Path) -> None:
     outside = tmp_path / "outside.png"
     outside.write_bytes(PICTURE.read_bytes())
@@ -224,6 +238,17 @@ def test_nobody_there() -> None:
 
 
 GOOD = '{"choices": [{"delta": {"content": "a"}}]}'
+
+
+@pytest.mark.parametrize("answer", [STREAM, stream_of(GOOD, "[DONE]")])
+def test_a_broken_answer_keeps_nothing_of_its_request(answer: bytes) -> None:
+    with canned(answer) as url, HttpBackend(url=url) as backend:
+        request = GenerateRequest.ask("hi")
+        left = weakref.ref(request)
+        with pytest.raises(PluginError, match="broke off"):
+            backend.generate(request).result()
+        del request
+        wait_for(lambda: gc.collect() >= 0 and left() is None)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,24 @@ def test_forgotten_when_its_time_is_over() -> None:
                 look(job.id)
 
 
+def test_without_a_thread_it_is_no_job(slow: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "mlx-onevision-job":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Jobs(slow, max_under_way=1) as jobs:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(PluginError, match="RuntimeError") as raised:
+                jobs.start(request())
+            assert raised.value.code == "internal"
+        wait_for(lambda: slow.info().active == slow.info().waiting == 0)  # nothing is described
+        assert ended(jobs, jobs.start(request())).status == "done"
+
+
 def test_closing_ends_them_and_leaves_the_backend(slow: FakeBackend) -> None:
     jobs = Jobs(slow)
     for _ in range(3):

@@ -1,8 +1,10 @@
 """What stands around a model: queue, limits, memory, and errors that stay with their request."""
 
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from mlx_onevision.engine.runner import Runner
 from mlx_onevision.errors import CheckpointError, OutOfMemoryError
 from mlx_onevision.media import image as image_files
 from mlx_onevision.plugins.adapters.engine import open_engine
-from mlx_onevision.plugins.adapters.fake import FakeBackend
+from mlx_onevision.plugins.adapters.fake import MODEL_INFO, FakeBackend
 from mlx_onevision.plugins.contract.errors import PluginError
 from mlx_onevision.plugins.interface import (
     DescribeRequest,
@@ -25,8 +27,9 @@ from mlx_onevision.plugins.interface import (
     ProgressEvent,
     TextEvent,
 )
+from mlx_onevision.plugins.service import service
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
-from mlx_onevision.plugins.service.service import Limits, Service
+from mlx_onevision.plugins.service.service import Limits, LoadedModel, Service
 
 HELLO = GenerateRequest.ask("hello there")
 SHAPES = Path(__file__).parents[2].joinpath("examples/shapes.png").read_bytes()
@@ -208,6 +211,85 @@ def test_an_error_ends_its_request_only(
         assert error.code == code and said in error.message and "secret" not in str(error)
         short = GenerateRequest.ask("hello", max_tokens=2)
         assert backend.generate(short).result().text == "ab"
+
+
+def broken_load() -> LoadedModel:
+    raise CheckpointError("a shard is missing")
+
+
+@pytest.mark.parametrize("why", ["closed", "died", "not loaded"])
+def test_an_error_keeps_nothing_of_its_request(why: str) -> None:
+    """An exception keeps the frames that it went through, and what they hold."""
+    backend = FakeBackend(die_at=0) if why == "died" else Service(broken_load, lambda: MODEL_INFO)
+    if why == "closed":
+        backend.close()
+
+    def refused() -> weakref.ref[GenerateRequest]:
+        request = GenerateRequest.ask("hello there")
+        assert error_of(backend.generate(request)).message
+        return weakref.ref(request)
+
+    left = [refused() for _ in range(3)]
+    eventually(lambda: gc.collect() >= 0 and all(request() is None for request in left))
+    backend.close()
+
+
+def refuse_threads(patch: pytest.MonkeyPatch, name: str) -> None:
+    """As a system that has no thread left, for those of one name."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    patch.setattr(threading.Thread, "start", refuse)
+
+
+def test_without_a_thread_to_load_the_next_request_tries_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeBackend() as backend:
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, "mlx-onevision-load")
+            assert error_of(backend.generate(HELLO)).code == "internal"
+            with pytest.raises(PluginError, match="RuntimeError"):
+                backend.load()
+        asked = GenerateRequest.ask("hello there", timeout=5)
+        assert backend.generate(asked).result().text.startswith("hello")
+
+
+def test_without_a_thread_to_free_the_model_is_kept_and_freed_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "FREE_AGAIN_SECONDS", 0.2)
+    closed: list[object] = []
+    with FakeBackend(limits=Limits(keep_alive=None)) as backend:
+        monkeypatch.setattr(FakeBackend._Model, "close", lambda model: closed.append(model))
+        backend.load()
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, "mlx-onevision-free")
+            backend.unload()
+            assert backend.info().loaded and not closed
+            assert backend.generate(HELLO).result().text.startswith("hello")  # with the same model
+            assert backend.loads == 1
+        eventually(lambda: len(closed) == 1 and not backend.info().loaded)
+        asked = GenerateRequest.ask("hello there", timeout=5)
+        assert backend.generate(asked).result().text and backend.loads == 2
+
+
+def test_unloaded_while_it_loads_it_is_freed_once_idle() -> None:
+    with FakeBackend(load_seconds=0.2, limits=Limits(keep_alive=None)) as backend:
+        stream = backend.generate(HELLO)
+        eventually(lambda: ProgressEvent("loading") in [next(stream), next(stream)])
+        eventually(lambda: backend._keeper._busy)
+        backend.unload()
+        assert stream.result().text.startswith("hello")  # who waited for it gets it
+        eventually(lambda: not backend.info().loaded)
+        backend.unload()  # of none: nothing, for the next one either
+        backend.load()
+        time.sleep(0.1)
+        assert backend.info().loaded and backend.loads == 2
 
 
 def test_nothing_is_left_behind() -> None:

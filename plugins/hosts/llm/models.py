@@ -20,6 +20,7 @@ from mlx_onevision.cli.options import TABLE
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.requests import (
     RANGES,
+    SNIFF_BYTES,
     EmbeddingSpace,
     EmbedRequest,
     GenerateRequest,
@@ -37,8 +38,6 @@ EMBEDDING_SPACES: tuple[EmbeddingSpace, ...] = ("vision", "joint")
 ITEMS_PER_BATCH = 32  # items that are embedded together
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-
-SNIFF_BYTES = 32  # bytes that tell an image from a video
 
 # What llm accepts, by the MIME types that it guesses.
 ATTACHMENT_TYPES = frozenset(

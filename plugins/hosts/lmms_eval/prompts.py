@@ -143,7 +143,8 @@ def shown(visuals: Any, metadata: Mapping[str, Any], frames: int = DEFAULT_FRAME
         raise RequestError(f"doc_to_visual returned a {type(visuals).__name__}; it must be a list")
     if metadata.get("task_type") == "video" and "sample_frames" in metadata:
         taken = end_to_end(len(visuals), int(metadata["sample_frames"]))
-        # Images of several are squared with grey; frames of a file are squeezed.
+        # The reference pads images of several to squares with grey, and resizes frames of a video
+        # file without keeping the aspect ratio.
         chosen = [_squared(visuals[index]) for index in taken]
         return Visuals(({"type": "video", "video": chosen},))
     if isinstance(visuals[0], str | PathLike):

@@ -11,12 +11,11 @@ from typing import BinaryIO
 
 from mlx_onevision.media.sources import similar_name
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
-from mlx_onevision.plugins.contract.requests import Kind, Media, sniff
+from mlx_onevision.plugins.contract.requests import SNIFF_BYTES, Kind, Media, sniff
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
 
 # Of an image: these are the owner's own, and cameras make large ones.
 MAX_IMAGE_PIXELS = 110_000_000
-SNIFF_BYTES = 32  # bytes that tell an image from a video
 
 ALLOW_DIR_HINT = "start mlx-onevision mcp with --allow-dir FOLDER"
 

@@ -97,10 +97,11 @@ class AskTools:
     ) -> Answer:
         """The whole answer, or as much of it as there is when the time is up."""
         limit = self.settings.max_tokens
-        if asked.max_tokens > limit:
+        if asked.max_tokens > limit and "max_tokens" in asked.model_fields_set:
             raise bad_request(f"max_tokens is {asked.max_tokens}", f"{limit} are allowed here")
+        most = min(asked.max_tokens, limit)  # the tool's default may be above a small limit
         frames = {name: getattr(asked, name, None) for name in ("start", "end", "num_frames")}
-        request = GenerateRequest.ask(asked.question, *media, max_tokens=asked.max_tokens, **frames)
+        request = GenerateRequest.ask(asked.question, *media, max_tokens=most, **frames)
         text = ""
         with anyio.move_on_after(call.seconds_left):
             async with self.backend.generate(request) as stream:
@@ -111,7 +112,7 @@ class AskTools:
                     if isinstance(event, results.ErrorEvent):
                         raise event.error
                     text += event.delta if isinstance(event, results.TextEvent) else ""
-                    await call.report_event(event, asked.max_tokens)
+                    await call.report_event(event, most)
         if not text:
             raise TimeoutError
         note = f"cut off after {self.settings.timeout:g} s; {late}"
@@ -134,6 +135,7 @@ class DescribeTools:
 
     jobs: Jobs
     files: AllowedFiles
+    settings: McpSettings
 
     def tools(self) -> list[Tool]:
         return [
@@ -165,7 +167,9 @@ class DescribeTools:
     ) -> schemas.Started:
         def start() -> Job:
             video = self.files.medium(asked.path, "video")
-            return self.jobs.start(DescribeRequest(video, **asked.model_dump(exclude={"path"})))
+            most = min(DescribeRequest.max_tokens, self.settings.max_tokens)
+            given = asked.model_dump(exclude={"path"})
+            return self.jobs.start(DescribeRequest(video, max_tokens=most, **given))
 
         return schemas.Started(job_id=(await in_thread(start)).id)
 

@@ -52,7 +52,7 @@ def make_server(backend: Backend, jobs: Jobs, settings: McpSettings) -> Server[A
     files = AllowedFiles(settings.policy)
     tools = [
         *AskTools(backend, files, settings).tools(),
-        *DescribeTools(jobs, files).tools(),
+        *DescribeTools(jobs, files, settings).tools(),
         *VectorTools(backend, files).tools(),
     ]
     named = {tool.listed.name: tool for tool in tools}

@@ -11,10 +11,17 @@ import anyio
 import numpy as np
 
 from mlx_onevision.plugins.contract.errors import Code, PluginError, bad_request
-from mlx_onevision.plugins.contract.requests import EmbeddingSpace, EmbedRequest, Kind, Media, sniff
+from mlx_onevision.plugins.contract.requests import (
+    SNIFF_BYTES,
+    EmbeddingSpace,
+    EmbedRequest,
+    Kind,
+    Media,
+    sniff,
+)
 from mlx_onevision.plugins.contract.results import EmbedResult
 from mlx_onevision.plugins.hosts.mcp import schemas
-from mlx_onevision.plugins.hosts.mcp.allowed_files import SNIFF_BYTES, AllowedFiles
+from mlx_onevision.plugins.hosts.mcp.allowed_files import AllowedFiles
 from mlx_onevision.plugins.hosts.mcp.tool import Call, Tool, in_thread, make_tool
 from mlx_onevision.plugins.interface import Backend
 
@@ -182,14 +189,16 @@ class VectorTools:
         return schemas.Vectors(vectors=vectors, **{name: getattr(result, name) for name in names})
 
     async def find_similar(self, asked: schemas.FindSimilar, call: Call) -> schemas.Matches:
-        path = self.files.path(asked.path)
+        path = await in_thread(lambda: self.files.path(asked.path))
         wanted = await in_thread(lambda: inspect_file(self.files, path))
         if wanted is None:
             raise bad_request(f"{path!r} is neither an image nor a video", "choose another file")
 
         def others() -> list[str]:
             found = list_files(self.files, self.files.folder(asked.folder), asked.recursive)
-            return [name for name in found if name != path]
+            # One file has several paths: "/a/./b", or below an allowed folder that is a link.
+            own = os.path.realpath(path)
+            return [name for name in found if os.path.realpath(name) != own]
 
         search = _Search(self, wanted, await in_thread(others))
         with anyio.move_on_after(call.seconds_left):

@@ -173,7 +173,7 @@ def test_bytes_decide_what_an_attachment_is(tmp_path: Path, model: llm.Model) ->
         (llm.Attachment(type="image/png", path=str(text)), "a.png is neither an image nor a"),
         (llm.Attachment(type="image/png", content=b"no picture"), "neither an image nor a video"),
         (llm.Attachment(type="image/png", path=str(tmp_path / "no")), "there is no such file"),
-        (llm.Attachment(type="image/png", path=str(tmp_path)), "Is a directory"),
+        (llm.Attachment(type="image/png", path=str(tmp_path)), "it is a folder"),
         (llm.Attachment(type="image/png"), "an attachment is empty"),
     ):
         with pytest.raises(llm.ModelError, match=said):

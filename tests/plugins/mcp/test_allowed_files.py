@@ -28,7 +28,7 @@ from mlx_onevision.plugins.service.media_policy import MediaPolicy
         ("//etc/passwd", "--allow-dir"),
         ("{in}", "is a folder"),
         ("{in}/", "is a folder"),
-        ("{in}/inner", "directory"),
+        ("{in}/inner", "it is a folder"),
         ("{in}/link.png", "link"),
         ("{in}/away/secret.png", "link"),
         ("{in}/pipe.png", "no ordinary file"),

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from mcp_clients import BOTH, asked, backend_for, bad, good
 from mlx_onevision.plugins.adapters.fake import FakeBackend
 from mlx_onevision.plugins.conformance.subject import png
 from mlx_onevision.plugins.contract.errors import PluginError
+from mlx_onevision.plugins.hosts.mcp.allowed_files import AllowedFiles
 from mlx_onevision.plugins.interface import Channel, EmbedRequest, EmbedResult, EventStream
 from mlx_onevision.plugins.service.media_policy import MediaPolicy
+from mlx_onevision.plugins.service.service import Limits
 
 
 def test_what_is_offered(album: Path) -> None:
@@ -172,6 +175,63 @@ def test_the_wrong_tool_for_a_file(album: Path) -> None:
         assert "4096 are allowed" in await bad(client, "ask_image", **many)
         later = {"path": video, "question": "What?", "start": 5, "end": 2}
         assert "not after start" in await bad(client, "ask_video", **later)
+
+    asked(backend_for(album), session)
+
+
+def test_a_small_limit_is_the_default_too(album: Path) -> None:
+    """Of an answer, and of a description, whose tool has no max_tokens."""
+    policy, limits = MediaPolicy(folders=[album]), Limits(max_tokens=100)
+
+    async def session(client: Client) -> None:
+        one, video = str(album / "a.png"), str(album / "film.mp4")
+        long = {"path": one, "question": "word " * 200}
+        said = await good(client, "ask_image", **long)
+        assert said["finish_reason"] == "length" and said["completion_tokens"] == 100
+        assert "100 are allowed" in await bad(client, "ask_image", **long, max_tokens=256)
+        job = (await good(client, "describe_video_start", path=video, segments=10))["job_id"]
+        told = await good(client, "describe_video_status", job_id=job, wait=30)
+        assert told["status"] == "done"
+
+    asked(FakeBackend(policy=policy, limits=limits), session, max_tokens=100)
+
+
+def test_a_file_is_not_similar_to_itself(album: Path) -> None:
+    (album.parent / "alias").symlink_to(album)
+    policy = MediaPolicy(folders=[album, album.parent / "alias"])
+
+    async def session(client: Client) -> None:
+        for path, folder in (
+            (f"{album}/./a.png", f"{album}"),
+            (f"{album}/a.png", f"{album}/."),
+            (f"{album}/a.png", f"{album.parent}/alias"),
+        ):
+            found = await good(client, "find_similar", path=path, folder=folder)
+            names = {Path(match["path"]).name for match in found["matches"]}
+            assert names == {"b.png", "twin.png", "film.mp4"}, (path, folder)
+
+    asked(FakeBackend(policy=policy), session)
+
+
+def test_no_tool_waits_for_a_disk_where_others_are_answered(
+    album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    path = AllowedFiles.path
+
+    def noted(files: AllowedFiles, given: str) -> str:
+        threads.append(threading.current_thread())
+        return path(files, given)
+
+    monkeypatch.setattr(AllowedFiles, "path", noted)
+
+    async def session(client: Client) -> None:
+        one, video = str(album / "a.png"), str(album / "film.mp4")
+        await good(client, "ask_image", path=one, question="What?")
+        await good(client, "describe_video_start", path=video)
+        await good(client, "embed", paths=[one])
+        await good(client, "find_similar", path=one, folder=str(album))
+        assert len(threads) == 4 and threading.current_thread() not in threads
 
     asked(backend_for(album), session)
 
