@@ -77,7 +77,6 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--shard-size",
     type=options.Bytes(),
-    default=5 << 30,
     metavar="SIZE",
     help="The most that one file holds. Default: 5 GiB.",
 )
@@ -96,11 +95,14 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @option(
     "adapter",
-    help="Fuse an adapter: a folder or a Hub id. The loss is what the rest of the conversion "
-    "costs.",
+    help="Fuse an adapter: a folder or a Hub id. The reported loss compares with source plus "
+    "adapter, so it shows the effect of quantizing only.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model that is in FOLDER.")
-@option("dry_run", help="Say what would be downloaded and written; do not.")
+@option(
+    "dry_run",
+    help="Only say what would be downloaded and written. An adapter is downloaded all the same.",
+)
 @click.option("--upload-repo", metavar="REPO", help="Upload the result to this repository.")
 @click.option("--private", is_flag=True, help="Make a new repository a private one.")
 @click.option("--create-pr", is_flag=True, help="Upload as a pull request.")
@@ -113,7 +115,7 @@ def convert(
     revision: str | None,
     dtype: str | None,
     dequantize: bool,
-    shard_size: int,
+    shard_size: int | None,
     verify: bool | None,
     plot: Path | None,
     compare: str | None,
@@ -151,7 +153,7 @@ def convert(
     from mlx_onevision.convert.loss import plot as plots
     from mlx_onevision.convert.staging import require_target
 
-    # Whatever can be refused is, before anything is downloaded.
+    # A folder is refused, and a model for which no recipe fits, before weights are downloaded.
     if compare:
         group_size, vision = quantization["q_group_size"], quantization["quantize_vision"]
         compared = options.compared_recipes(compare, group_size, vision)
@@ -163,27 +165,30 @@ def convert(
         target = options.default_target(model, recipe, dequantize, dtype)
     if target is not None and not dry_run:
         require_target(target, overwrite)
-    fused = None if adapter is None else resolve_adapter(adapter)
     loss = warning = why = uploaded = None
     with ExitStack() as stack:
-        if dry_run:
-            source = stack.enter_context(hub.outline(model, revision))
-        else:
-            source = hub.find(model, revision)
-        if fitting:
+        outline = None
+        if dry_run or fitting:
+            outline = stack.enter_context(hub.outline(model, revision))
+        if fitting and outline:
             memory, context = quantization["memory"], quantization["context"]
-            fitted = fit.choose(source.folder, memory, context, dtype)
+            fitted = fit.choose(outline.folder, memory, context, dtype, dequantize)
             recipe, why = fitted.recipe, fitted.why
         if target is None:
             target = options.default_target(model, recipe, dequantize, dtype)
+            if not dry_run:
+                require_target(target, overwrite)
+        fused = None if adapter is None else resolve_adapter(adapter)
+        source = outline if outline and dry_run else hub.find(model, revision)
+        shards = shard_size or conversion.SHARD_BYTES
         planned = conversion.prepare(
-            source, target, recipe, dtype, dequantize, shard_size, overwrite or dry_run, fused
+            source, target, recipe, dtype, dequantize, shards, overwrite or dry_run, fused
         )
         summary = planned.summary
         if why:
             click.echo(why, err=True)
         if not dry_run:
-            command = options.command_of(model, target)
+            command = options.command_of(model, target, plot)
             if quantization["method"]:
                 from mlx_onevision.convert.calibration import calibrated
 
@@ -239,7 +244,7 @@ def _write(
         with progress_bar(name) as progress:
             return conversion.write(planned, overwrite, progress, None, command), None, refused
     with progress_bar(name) as progress, progress_bar(f"measuring {name}", "steps") as steps:
-        unchanged = verification.is_unchanged(planned.opened, planned.summary)
+        unchanged = verification.is_unchanged(planned)
         measure = verification.Verification(planned.summary, unchanged, steps, adapter)
         summary = conversion.write(planned, overwrite, progress, measure, command)
     return summary, measure.loss, measure.warning

@@ -34,10 +34,16 @@ def candidates() -> list[Recipe | None]:
     return [None, *(mixed(name) if isinstance(name, str) else uniform(name) for name in names)]
 
 
-def choose(folder: Path, memory: int, context: int | None = None, dtype: str | None = None) -> Fit:
+def choose(
+    folder: Path,
+    memory: int,
+    context: int | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+) -> Fit:
     """The best recipe with which a folder's model fits; see :func:`best`."""
     opened = open_checkpoint(folder)
-    return best(opened.config, opened.tensors, opened.quantized, memory, context, dtype)
+    return best(opened.config, opened.tensors, opened.quantized, memory, context, dtype, dequantize)
 
 
 def best(
@@ -47,19 +53,24 @@ def best(
     memory: int,
     context: int | None = None,
     dtype: str | None = None,
+    dequantize: bool = False,
 ) -> Fit:
     """The best recipe with which a model fits into ``memory`` bytes of unified memory, and a prompt
-    of ``context`` tokens; None: a question about one image of ten tiles.
+    of ``context`` tokens; None: a question about one image of ten tiles. What is quantized already
+    stays as it is, unless ``dequantize`` has it quantized anew.
 
     Raises:
-        RequestError: when none fits.
+        RequestError: when none fits, and for dequantizing what is not quantized.
     """
+    kept = bool(quantized) and not dequantize
     usable = usable_bytes(memory)
     tokens = None if context is None else context + ANSWER_TOKENS
     tried: list[tuple[str, int]] = []  # recipes, and bytes of the weights
     recipe, found = None, None
     for recipe in candidates():
-        plan = make_plan(config, tensors, quantized, recipe=recipe, dtype=dtype)
+        plan = make_plan(
+            config, tensors, quantized, recipe=recipe, dtype=dtype, dequantize=dequantize
+        )
         itemsize = 4 if plan.dtype == "float32" else 2
         found = footprint(
             config,
@@ -67,10 +78,10 @@ def best(
             tokens=tokens,
             working_set=usable,
             itemsize=itemsize,
-            quantized=bool(recipe or quantized),
+            quantized=recipe is not None or kept,
         )
         tried.append((recipe.name if recipe else plan.dtype, plan.nbytes))
-        if found.total <= usable or quantized:
+        if found.total <= usable or kept:
             break
     assert found is not None
     has = f"Mac of {memory / 2**30:g} GB has {size(usable)} for the GPU"

@@ -69,13 +69,17 @@ def outline(model: str | Path, revision: str | None = None) -> Generator[Source]
 
 def _outline(repository: str, revision: str | None, folder: Path) -> Source | None:
     """None when nothing of the model needs downloading, or nothing can be."""
+    import httpx2
     import huggingface_hub
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     if constants.HF_HUB_OFFLINE:
         return None
-    commit = HfApi().model_info(repository, revision=revision).sha
+    try:
+        commit = HfApi().model_info(repository, revision=revision).sha
+    except (httpx2.ConnectError, httpx2.TimeoutException):  # the cache may have the model
+        return None
     disable_progress_bars()
     try:
         files = huggingface_hub.snapshot_download(

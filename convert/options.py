@@ -26,7 +26,7 @@ BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # What --compare decides by itself, or has no use for.
 WRITING = (
     *("quantize", "q_bits", "q_mode", "recipe", "rules", "method", "dequantize"),
-    *("overwrite", "dry_run", "upload_repo", "adapter"),
+    *("overwrite", "dry_run", "upload_repo", "adapter", "shard_size"),
 )
 BITS = ("2", "3", "4", "5", "6", "8")
 
@@ -164,12 +164,16 @@ def default_target(model: str, recipe: Recipe | None, dequantize: bool, dtype: s
     return Path(f"{name.rpartition('/')[2]}-{kind}")
 
 
-def command_of(model: str, target: Path) -> str:
+def command_of(model: str, target: Path, plot: Path | None = None) -> str:
     """What was typed, for the model card, without anybody's folders."""
     words = ["mlx-onevision"]
     for word in sys.argv[1:] if "convert" in sys.argv[1:2] else ["convert", model, target.name]:
-        is_path = word.startswith(("/", "~", ".")) or Path(word).exists()
-        words.append(Path(word).name if is_path else word)
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        # What will be written is not there yet, and may look like a repository's id.
+        is_path = value.startswith(("/", "~", ".")) or Path(value) in (target, plot)
+        if value and (is_path or Path(value).exists()):
+            value = Path(value).name
+        words.append(f"{flag}{equals}{value}")
     return shlex.join(words)
 
 

@@ -7,10 +7,10 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mlx_onevision.checkpoint.load import OpenedCheckpoint, open_checkpoint
+from mlx_onevision.checkpoint.load import open_checkpoint
 from mlx_onevision.checkpoint.plan import FLOATS
 from mlx_onevision.checkpoint.recipes import Recipe
-from mlx_onevision.convert.conversion import prepare, write
+from mlx_onevision.convert.conversion import Conversion, prepare, write
 from mlx_onevision.convert.hub import Source
 from mlx_onevision.convert.loss.measure import Progress, Reference, measure
 from mlx_onevision.convert.loss.metrics import Loss
@@ -85,11 +85,13 @@ def suspicion(summary: ConversionSummary, loss: Loss) -> str | None:
     )
 
 
-def is_unchanged(opened: OpenedCheckpoint, summary: ConversionSummary) -> bool:
+def is_unchanged(planned: Conversion) -> bool:
     """Whether the plan writes the source's weights as they are."""
-    floats = {FLOATS[t.dtype] for t in opened.tensors.values() if t.dtype in FLOATS}
-    same = floats == {summary.dtype} and summary.adapter is None
-    return same and len(summary.specs) == len(opened.quantized)
+    floats = {FLOATS[t.dtype] for t in planned.opened.tensors.values() if t.dtype in FLOATS}
+    same = floats == {planned.plan.dtype} and planned.adapter is None
+    # Quantized anew, even in the same bits, values are rounded once more.
+    anew = any(step.spec or step.dequantize_spec for step in planned.plan.transforms)
+    return same and not anew
 
 
 def too_large(source: Path) -> str | None:

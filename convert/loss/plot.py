@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mlx_onevision.convert.loss.metrics import PARTS, Loss
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import replacing
 
 Theme = Literal["light", "dark"]
 THEMES: dict[str, dict[str, str]] = {
@@ -179,11 +180,9 @@ def _finish(figure: Any, axes: Any, path: Path, theme: Theme) -> None:
     labels = axes.title, axes.xaxis.label, axes.yaxis.label
     for text in (*legend.get_texts(), *axes.texts, *labels):
         text.set_color(THEMES[theme]["ink"])
-    drawn = path.with_name(f".{path.stem}.drawing{path.suffix}")  # the old one stays until then
+    kind = path.suffix[1:].lower()
     try:
-        figure.savefig(drawn, dpi=DOTS, facecolor=figure.get_facecolor())
-        drawn.replace(path)
+        with replacing(path) as file:  # the old one stays until then
+            figure.savefig(file, format=kind, dpi=DOTS, facecolor=figure.get_facecolor())
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        drawn.unlink(missing_ok=True)

@@ -197,13 +197,13 @@ class Shares:
 
     @contextmanager
     def counted(self, share: Share) -> Generator[None]:
-        """OutOfMemoryErrors say what the other models hold."""
+        """OutOfMemoryErrors say what the other models hold, if it is taken from this one's limit."""
         try:
             yield
         except OutOfMemoryError as error:
             with self._lock:
                 others = sum(other.weights for other in self._shares if other is not share)
-            if not others:
+            if not others or self.limit(share) >= share.most:
                 raise
             text = f"{error}, or close another: those of this process hold {others / 1e9:.2f} GB"
             raise type(error)(text) from None

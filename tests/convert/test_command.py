@@ -52,6 +52,14 @@ def test_help_loads_nothing_heavy() -> None:
     assert not {"mlx", "mlx.core", "numpy", "huggingface_hub", "tqdm", "mlx_lm"} & loaded
 
 
+def test_help_says_what_is_done() -> None:
+    text = " ".join(CliRunner().invoke(cli, ["convert", "--help"]).stdout.split())
+    assert "compares with source plus adapter, so it shows the effect of quantizing only" in text
+    assert (
+        "An adapter is downloaded all the same" in text
+    )  # its tensors are held against the model's
+
+
 def test_what_is_printed(source: Path, tmp_path: Path) -> None:
     result = run(source, tmp_path / "made", "-q", "--q-bits", "4")
     assert result.exit_code == 0, result.output
@@ -62,6 +70,22 @@ def test_what_is_printed(source: Path, tmp_path: Path) -> None:
     assert "bits a weight" in lines[2] and lines[3] == "recipe     4-bit, the rest float32"
     card = (tmp_path / "made" / "README.md").read_text()
     assert str(tmp_path) not in card and "mlx-onevision convert model made" in card
+
+
+def test_the_card_names_no_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target, plot = Path("acme/secret/out"), Path("acme/plots/loss.png")
+    for typed, written in (
+        (["--output=/Users/jane/acme/7b", "7b"], "--output=7b 7b"),
+        ([f"--model={source}", "--output=acme/secret/out"], "--model=model --output=out"),
+        (["7b", "acme/secret/out", "-q", "--q-bits=4"], "7b out -q --q-bits=4"),
+        (["7b", "acme/secret/out/", "--plot", str(plot)], "7b out --plot loss.png"),
+        (["org/7b", "--upload-repo=me/7b"], "org/7b --upload-repo=me/7b"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["mlx-onevision", "convert", *typed])
+        assert choices.command_of("7b", target, plot) == f"mlx-onevision convert {written}"
 
 
 def test_json(source: Path, tmp_path: Path) -> None:
@@ -101,6 +125,19 @@ def test_the_options_of_packing(
     for key in ("recipe", "nbytes", "quantized", "specs"):
         assert values[key] == summary.to_dict()[key]
     assert ("fits" in result.stderr) == ("fit" in options)
+
+
+def test_fit_quantizes_anew(source: Path, tmp_path: Path) -> None:
+    """The size that it prints is of what is written, not of the quantized source."""
+    packed = quantize(write(tmp_path / "plain", "mlx-vlm"), tmp_path / "packed")
+    arguments = ("--recipe", "fit", "--memory", "8GB", "--dequantize", "--json")
+    result = run(packed, tmp_path / "made", *arguments)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["quantized"] == {}
+    name, number, unit, _ = result.stderr.splitlines()[-1].split()
+    assert (name, unit) == ("float32", "kB")
+    assert 1000 * float(number) == pytest.approx(values["nbytes"], rel=0.01)  # but for a spare norm
 
 
 def test_rules_from_a_file(source: Path, tmp_path: Path) -> None:
@@ -145,6 +182,7 @@ def test_the_folder_has_a_name_of_its_own(
         (("a", "--upload-repo", "../mine"), "is not a repository's id"),
         (("a", "--private"), "--private and --create-pr need --upload-repo"),
         (("a", "--q-bits", "7"), "'7' is not one of"),
+        (("a", "--compare", "4", "--shard-size", "5GB", "--verify"), "drop --shard-size"),
     ],
 )
 def test_usage(arguments: tuple[str, ...], wanted: str) -> None:

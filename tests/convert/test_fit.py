@@ -281,3 +281,23 @@ def test_of_a_packed_model(tmp_path: Path) -> None:
     assert choose(packed, 10**9).recipe is None
     with pytest.raises(RequestError, match="nothing fits"):
         choose(packed, 2**20)
+
+
+def test_of_a_packed_model_that_is_dequantized(tmp_path: Path) -> None:
+    """As of the unquantized one: what is counted is what will be written."""
+    sizes = Sizes(hidden=256, intermediate=512, layers=4)
+    folder = write(tmp_path / "a", "mlx-vlm", sizes=sizes, dtype="bfloat16")
+    packed = quantize(folder, tmp_path / "b")
+    opened = open_checkpoint(packed)
+    dequantized = make_plan(opened.config, opened.tensors, opened.quantized, dequantize=True)
+    assert choose(packed, 10**9, dequantize=True).footprint.weights == dequantized.nbytes
+    plan = make_plan(
+        opened.config, opened.tensors, opened.quantized, recipe=candidates()[1], dequantize=True
+    )
+    room = footprint(
+        opened.config, plan.nbytes, tokens=100 + ANSWER_TOKENS, working_set=1, quantized=True
+    ).total
+    found = choose(packed, -(-room * 3 // 2), context=100, dequantize=True)
+    assert found.recipe == candidates()[1] and found.footprint.weights == plan.nbytes
+    with pytest.raises(RequestError, match="not quantized; leave --dequantize out"):
+        choose(folder, 10**9, dequantize=True)

@@ -132,10 +132,53 @@ def test_a_dry_run_knows_every_byte(hub: FakeHub, source: Path, tmp_path: Path) 
     assert result.exit_code == 0 and "download   0 bytes" in result.stdout
 
 
+def test_without_a_network_the_cache_is_outlined(
+    hub: FakeHub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the conversion itself does without fit."""
+    publish(hub, source)
+    convert(NAME, tmp_path / "first")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    convert(NAME, tmp_path / "second")
+    result = run(NAME, tmp_path / "third", "--recipe", "fit", "--memory", "8GB")
+    assert result.exit_code == 0, result.output
+    with pytest.raises(ModelNotFoundError, match="cannot be reached"):
+        with sources.outline("org/other"):
+            pass
+
+
 def test_a_dry_run_of_what_is_not_there(hub: FakeHub) -> None:
     with pytest.raises(ModelNotFoundError, match="neither a folder nor a model"):
         with sources.outline("org/nothing"):
             pass
+
+
+@pytest.mark.parametrize("memory", ["1MB", "8GB"])
+def test_fit_refuses_before_the_download(
+    hub: FakeHub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    """A model that does not fit, and a default folder that is there already."""
+    publish(hub, source)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture-model-mlx").mkdir()
+    (tmp_path / "picture-model-mlx/config.json").write_text("{}")
+    result = run(NAME, "--recipe", "fit", "--memory", memory)
+    assert result.exit_code == 1
+    assert ("nothing fits" if memory == "1MB" else "is there already") in result.stderr
+    sent = [r for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert sent and all(r.range == "bytes=0-100000" for r in sent)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_fit_downloads_what_fits(hub: FakeHub, source: Path, tmp_path: Path) -> None:
+    commit = publish(hub, source)
+    result = run(NAME, tmp_path / "made", "--recipe", "fit", "--memory", "8GB", "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert (values["revision"], values["download"], values["recipe"]) == (commit, 0, "bfloat16")
+    manifest.check(tmp_path / "made", hashes=True)
 
 
 @pytest.mark.parametrize("pull", [False, True], ids=["a commit", "a pull request"])

@@ -104,6 +104,17 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     assert "matplotlib.pyplot" not in sys.modules
 
 
+def test_a_prepared_link_is_not_written_through(tmp_path: Path) -> None:
+    """Whoever may write into the folder cannot guess where the picture is drawn."""
+    other, link = tmp_path / "other", tmp_path / ".loss.drawing.png"
+    other.write_text("kept")
+    link.symlink_to(other)
+    plot(loss(), tmp_path / "loss.png")
+    assert other.read_text() == "kept" and link.is_symlink()
+    assert not (tmp_path / "loss.png").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)

@@ -93,6 +93,9 @@ def test_a_model_has_what_others_leave(
             with pytest.raises(OutOfMemoryError, match=f"the model needs .* limit is .*{words}"):
                 load(folder)
             assert len(alone._shares) == 2
+            # Closing others would not help where a model's own limit is the cause.
+            with pytest.raises(OutOfMemoryError, match=r"the limit is [^,]*$"):
+                load(folder, memory_limit=weights / 1e9)
             # Two tokens a word, and the template's.
             text = "one " * (first._engine.memory.longest(30_000, total // 2) // 2 + 20)
             with pytest.raises(OutOfMemoryError, match=f"but the limit is .*{words}"):
