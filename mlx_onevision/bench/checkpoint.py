@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_onevision.errors import OneVisionError, StorageError
+from mlx_onevision.errors import OneVisionError, RequestError, StorageError
 from mlx_onevision.files import read_json
 from mlx_onevision.prompt.tokenizer import QWEN2_WORDS
 from mlx_onevision.subprocesses import import_path
@@ -79,8 +79,14 @@ def make_random(
     layers : only the first so many of the language model.
 
     Raises:
+        RequestError: for more layers than the shape has.
         StorageError: where the disk has no room for it.
     """
+    if layers and layers > shape.layers:
+        raise RequestError(
+            f"the size has {shape.layers} layers, so --layers {layers} is too many; give at most "
+            f"{shape.layers}"
+        )
     shape = replace(shape, layers=layers or shape.layers)
     folder.mkdir()
     write_settings(folder, shape, dtype)

@@ -203,7 +203,8 @@ def measure(
     :func:`mlx_onevision.load` for this program.
 
     Raises:
-        OneVisionError: where a program cannot open the model, or this one cannot answer.
+        OneVisionError: where a program cannot open the model. Where one cannot answer, "error"
+            stands in place of the row's numbers; see :func:`failed`.
     """
     say("copy bandwidth and matrix rate")
     costs = Costs(folder)
@@ -231,6 +232,11 @@ def measure(
         "programs": {child.name: child.opened for child in children},
         "rows": table,
     }
+
+
+def failed(numbers: Mapping[str, Any]) -> list[str]:
+    """The rows of a benchmark that this program could not answer."""
+    return [row["row"] for row in numbers["rows"] if "error" in row["results"][OURS]]
 
 
 def _measure_row(

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_onevision.bench.programs import OURS, Numbers
 from mlx_onevision.errors import RequestError
+from mlx_onevision.files import replacing
 
 GIGABYTE = 1e9
 COLUMNS = (
@@ -155,7 +156,8 @@ def _spread(value: dict[str, float] | None) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Bars of the first token's seconds and of tokens a second, with the limit of each as a line.
+    """A PNG: bars of the first token's seconds and of tokens a second, with the limit of each as a
+    line.
 
     Raises:
         RequestError: where the file cannot be written.
@@ -201,6 +203,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             bottom = top + group - GAP // 2
             draw.line((MARGIN, bottom, size[0] - MARGIN, bottom), FAINT)
     try:
-        image.save(path)
+        with replacing(path) as file:
+            image.save(file, "PNG")
     except OSError as error:
         raise RequestError(f"{path.name} cannot be written: {error.strerror}") from None

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_onevision.cli.options import LOADING, gathered, option
-from mlx_onevision.cli.values import Number, Output
-from mlx_onevision.errors import RequestError
+from mlx_onevision.cli.values import Number, Output, listed
+from mlx_onevision.errors import OneVisionError, RequestError
+from mlx_onevision.files import save
 from mlx_onevision.sampling.ranges import Range
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ def bench(
         raise click.UsageError(
             "transformers cannot load MLX's quantized weights; drop --quantize, or it from --versus"
         )
+    if versus and loading["adapter"] is not None:
+        raise click.UsageError(
+            f"--adapter is applied here alone, and {listed(versus, 'and')} would measure without "
+            "it; merge it into the model with convert first, or leave one of the options out"
+        )
 
     import shutil
     import tempfile
@@ -115,6 +121,8 @@ def bench(
     from mlx_onevision.checkpoint import hub
 
     measure.require(versus)
+    if loading["adapter"] is not None:  # the programs are started offline
+        loading["adapter"] = str(hub.resolve_adapter(loading["adapter"]).absolute())
 
     def say(text: str) -> None:
         click.echo(f"bench: {text}", err=True)
@@ -146,9 +154,13 @@ def bench(
     numbers = {"model": name, **numbers}
     if as_json:
         try:
-            as_json.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+            save(as_json, json.dumps(numbers, indent=1))
         except OSError as error:
             raise RequestError(f"{as_json.name} cannot be written: {error.strerror}") from None
     if plot:
         report.plot(numbers, plot)
     click.echo(report.table(numbers))
+    if failed := measure.failed(numbers):
+        raise OneVisionError(
+            f"mlx-onevision did not answer {', '.join(failed)}; the table says why"
+        )

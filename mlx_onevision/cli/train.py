@@ -83,7 +83,11 @@ FILE = click.Path(path_type=Path)
 )
 @click.option("--weight-decay", type=Number(Range(ge=0)), default=0.0, show_default=True)
 @click.option(
-    "--clip", type=Number(Range(ge=0)), default=1.0, show_default=True, help="0: no gradient."
+    "--clip",
+    type=Number(Range(ge=0)),
+    default=1.0,
+    show_default=True,
+    help="Scale longer gradients down to this norm. 0: gradients are not scaled down.",
 )
 @option("seed", default=0, show_default=True, help="Of the order of rows and of new weights.")
 @click.option("--valid-every", type=Number(COUNT), default=50, show_default=True, help="Steps.")
@@ -180,9 +184,9 @@ def train(
     one = others["batch"] * others["accumulate"]
     count = steps or max(1, round(epochs * len(prepared.examples) / one))
     run(task(count), prepared, say, lambda line: say(progress(line, count)))
+    say(f"The adapter is in {output}")  # where the curve cannot be drawn, too
     if report is not None:
         curve.draw_curve(output / curve.LOG, report)
-    click.echo(f"The adapter is in {output}", err=True)
 
 
 def progress(line: Mapping[str, Any], steps: int) -> str:

@@ -13,7 +13,7 @@ Images are read and tiled on a few threads, while the device works on the ones b
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, TypeAlias, cast
@@ -132,10 +132,7 @@ class Embedder:
         on_error: Callable[[int, OneVisionError], None] | None = None,
     ) -> Embeddings:
         """The vectors of ``items``, in order; see :meth:`mlx_onevision.model.Model.embed`."""
-        given: Any = items
-        if isinstance(given, str | bytes | Mapping | os.PathLike) or hasattr(given, "shape"):
-            raise RequestError(f"items is one {type(items).__name__}; give a list of items")
-        items = list(items)
+        items = _listed(items)
         names: list[str] = []
         vectors: list[Vector] = []
         done = 0
@@ -206,16 +203,15 @@ class Embedder:
         return finish
 
     def _awaited(self, future: "Future[Vector]") -> Vector:
-        while True:
-            try:
+        try:
+            while True:
                 self._check()
-                return future.result(POLL_SECONDS)
-            except TimeoutError:
-                if future.done():
-                    raise  # its own
-            except BaseException:
-                future.cancel()  # nothing, once it has begun: then it notices by itself
-                raise
+                # Not result(timeout), whose TimeoutError looks like one of the work's own.
+                if wait((future,), POLL_SECONDS).done:
+                    return future.result()
+        except BaseException:
+            future.cancel()  # nothing, once it has begun: then it notices by itself
+            raise
 
     def _submit(self, entries: Sequence[_Prepared]) -> "Future[Vector]":
         if self._empty.space == "joint":
@@ -329,6 +325,19 @@ class Embedder:
         digest = blake2b(self._mark, digest_size=20)
         digest.update("/".join(parts).encode())
         return digest.hexdigest()
+
+
+def _listed(items: Iterable[Item]) -> list[Item]:
+    """RequestError where it is one item; strings and arrays could be iterated over, too."""
+    given: Any = items
+    one = isinstance(given, str | bytes | Mapping | os.PathLike) or hasattr(given, "shape")
+    try:
+        iterator = iter(items)
+    except TypeError:  # a PIL image, a Medium
+        iterator = None
+    if one or iterator is None:
+        raise RequestError(f"items is one {type(items).__name__}; give a list of items")
+    return list(iterator)
 
 
 def _pooled(entries: Sequence[_Prepared], rows: Vector) -> list[Vector]:

@@ -37,13 +37,15 @@ class FeatureStore:
         """Encodes what is not there yet. ``progress`` : called with how many rows are done, of how
         many.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        # Features tell what the media show.
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lacking = [e for e in examples if any(not self._path(m.key).is_file() for m in e.media)]
         for number, example in enumerate(lacking, 1):
             for medium in rows.prepare(example).media:
                 path = self._path(medium.key)
                 if not path.is_file():
-                    write_arrays(path, {"features": encode(model, medium)}, {})
+                    features = encode(model, medium)
+                    write_arrays(path, {"features": features}, {}, private=True)
             progress(number, len(lacking))
         mx.clear_cache()
 

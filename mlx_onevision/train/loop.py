@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 from mlx import utils
 
 from mlx_onevision.checkpoint.adapters import MLX_WEIGHTS
-from mlx_onevision.errors import RequestError
+from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.files import save
 from mlx_onevision.network.layers import arrays_of
 from mlx_onevision.network.onevision import OneVision
@@ -29,7 +29,9 @@ from mlx_onevision.train.step import Batch, Source, loss_and_gradients, loss_sum
 
 STATE = "training.safetensors"
 BUCKET = 32  # batches whose rows are sorted by length, so that those of a batch are alike
-ALIKE = 64  # tokens; by exact lengths, rows of one kind of answer would always meet in a batch
+# Lengths are compared in units of 64 tokens. Sorting by exact length would always put rows with the
+# same kind of answer into one batch.
+ALIKE = 64
 
 Schedule = Literal["constant", "linear", "cosine"]
 Sources = Callable[[Example], Sequence[Source]]
@@ -140,12 +142,13 @@ class Run:
         self.progress, self.optimiser = Progress(), optimiser(settings)
         self.optimiser.init(model.trainable_parameters())
         self.log: list[dict[str, Any]] = []
-        # A run goes on only as it began.
+        # A run goes on only as it began. Its model is that of a name and a revision, as loaded.
+        base = ("model", "revision", "dtype", "quantize")
         self._identity = {
             **json.loads(json.dumps(asdict(settings))),
             "data": data.digest(examples),
             "valid": data.digest(valid),
-            **{key: self._about[key] for key in ("model", "revision") if key in self._about},
+            **{key: self._about[key] for key in base if key in self._about},
         }
 
     def train(self) -> None:
@@ -153,6 +156,7 @@ class Run:
 
         Raises:
             RequestError: where the folder holds another run, or one that has ended.
+            OneVisionError: where no validation loss was finite, so that there is no best adapter.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -171,6 +175,12 @@ class Run:
             if progress.step % settings.save_every == 0 and not last:
                 self._save()
         self._write_log()
+        if self.valid and progress.best == math.inf:
+            raise OneVisionError(
+                f"there is no adapter in {self.folder}, because the validation loss was never "
+                "finite; train into another folder with a lower --learning-rate or with --dtype "
+                "float32"
+            )
         if not self.valid:
             write_adapter(self.folder, self.model, settings.trained, self._about)
         (self.folder / STATE).unlink(missing_ok=True)
@@ -233,7 +243,8 @@ class Run:
         save(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log))
 
     def _save(self) -> None:
-        # Of the beginning, the settings alone: the seed makes the rest.
+        # Before the first step only the settings are stored; the initial weights can be made again
+        # from the seed.
         state: dict[str, Any] = {"step": mx.array(self.progress.step)}
         if self.progress.step:
             state = {"model": self.model.trainable_parameters(), "adam": self.optimiser.state}

@@ -113,7 +113,8 @@ def _lora_parameters(model: OneVision, trained: Trained) -> dict[str, Any]:
             continue
         inner = name.split(".", 3)
         keys.append(inner[3] if part == "language" else name)
-        # mlx-lm then takes the matrix for a narrower one.
+        # mlx-lm's DoRA computes a quantized matrix's width as columns * (32 // bits), which is too
+        # small unless bits divides 32.
         bits = getattr(module, "bits", 4)
         if trained.method == "dora" and 32 % bits:
             raise RequestError(f"{name} is quantized to {bits} bits; use --method lora")
@@ -143,7 +144,12 @@ def write_adapter(
     write_arrays(folder / MLX_WEIGHTS, arrays, {"format": "mlx"})
 
 
-def write_arrays(path: Path, arrays: Mapping[str, mx.array], about: Mapping[str, str]) -> None:
-    """Writes a file, or leaves the one that was there as it is. OSError where it cannot be."""
-    with replacing(path) as file:
+def write_arrays(
+    path: Path, arrays: Mapping[str, mx.array], about: Mapping[str, str], private: bool = False
+) -> None:
+    """Writes a file, or leaves the one that was there as it is. OSError where it cannot be.
+
+    private : whether only its owner may read it.
+    """
+    with replacing(path, private) as file:
         mx.save_safetensors(file, dict(arrays), dict(about))

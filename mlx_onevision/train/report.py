@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from mlx_onevision.errors import RequestError
+from mlx_onevision.files import replacing
+
 LOG = "log.jsonl"
 ROWS, WIDTH = 12, 30  # of the table; characters of its longest bar
 
 
 def draw_curve(log: Path, image: Path) -> None:
-    """Draws the losses of a log's lines, in training and in validation, by their steps."""
+    """Draws the losses of a log's lines, in training and in validation, by their steps.
+
+    image : its name says its format.
+
+    Raises:
+        RequestError: where it cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -23,7 +32,11 @@ def draw_curve(log: Path, image: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label, marker="." * (key != "loss"))
     axes.set(xlabel="step", ylabel="loss of a token")
     axes.legend()
-    figure.savefig(image, dpi=150)
+    try:
+        with replacing(image) as file:
+            figure.savefig(file, format=image.suffix[1:].lower(), dpi=150)
+    except OSError as error:
+        raise RequestError(f"{image.name} cannot be written: {error.strerror}") from None
 
 
 def curve_table(log: Path) -> str | None:

@@ -97,9 +97,15 @@ def train(
     say : called with a sentence about what is being done. on_line : with each line of the log.
 
     Raises:
-        OneVisionError: for what does not fit, and for a folder that holds something else.
+        OneVisionError: for what does not fit, for a folder that holds something else, and where no
+            validation loss was finite.
     """
     settings, trained = task.settings, task.settings.trained
+    if settings.patience is not None and not prepared.valid:
+        raise RequestError(
+            "--patience counts measurements of the validation loss, and there are no validation "
+            "rows; give --valid, or leave --patience out"
+        )
     dtype = task.dtype or ("float32" if trained.method == "full" else None)
     if trained.method == "full" and task.quantize is not None:
         raise RequestError("quantized weights are not trained themselves; use --method lora")
@@ -128,6 +134,8 @@ def train(
     about = {
         "model": name,
         "revision": revision,
+        "dtype": dtype,
+        "quantize": task.quantize,
         "rows": len(prepared.examples),
         "validation_rows": len(prepared.valid),
         **{key: value for key, value in asdict(settings).items() if key != "trained"},

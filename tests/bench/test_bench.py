@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from checkpoints import Sizes, arrays, write
 from click.testing import CliRunner, Result
+from hostile.disk import contents, full
 from PIL import Image
 
 from mlx_onevision.api import load
@@ -21,8 +22,10 @@ from mlx_onevision.bench import checkpoint, measure, report
 from mlx_onevision.bench.checkpoint import SIZES, Shape
 from mlx_onevision.bench.programs import make_case
 from mlx_onevision.bench.report import COLOURS
+from mlx_onevision.checkpoint import hub
 from mlx_onevision.cli.main import cli
 from mlx_onevision.config.model import OneVisionConfig
+from mlx_onevision.errors import OneVisionError, RequestError
 from mlx_onevision.prompt.messages import normalise_messages
 from mlx_onevision.prompt.processor import Processor
 
@@ -136,6 +139,8 @@ def test_what_is_printed(
         (("--size", "7b", "--json", "no/where.json"), "there is no folder no; make it first"),
         (("--size", "7b", "--plot", "bars.gif"), "bars.gif does not end in .png"),
         (("--model", "no/such"), "no/such"),
+        (("--model", "demo", "--adapter", "a", "--versus", "mlx-vlm"), "would measure without it"),
+        (("--model", "demo", "--adapter", "no/where/a"), "There is no adapter 'no/where/a'"),
     ],
 )
 def test_wrong_usage_is_said_before_anything_is_measured(
@@ -183,6 +188,63 @@ def test_the_memory_options_are_those_of_the_model_that_is_measured(folder: Path
     assert refused.exit_code == 1 and "the limit is 0.10 MB" in refused.output
     refused = run("--model", folder, "--rows", "batch", "--kv-bits", "8")
     assert refused.exit_code == 1 and "leave --kv-bits out" in refused.output
+
+
+def test_an_adapter_of_the_hub_is_downloaded_before_the_programs_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    class Asked(measure.Child):
+        def __init__(self, name: str, folder: Path, memory: Mapping[str, Any]) -> None:
+            asked.append(memory["adapter"])
+            raise OneVisionError("stop")
+
+    monkeypatch.setattr(hub, "_download", lambda *_: tmp_path / "snapshot")
+    monkeypatch.setattr(measure, "Child", Asked)
+    run("--model", folder, "--adapter", "org/name", "--rows", "batch")
+    assert asked == [str(tmp_path / "snapshot")]
+
+
+def test_a_row_that_this_program_cannot_answer_fails_the_command(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "numbers.json"
+    done = run(
+        "--model", folder, "--rows", "text", "--max-tokens", 4096, "--runs", 1, "--json", out
+    )
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: mlx-onevision did not answer text-20, text-7400; the table says why"
+    )
+    assert "text-20, mlx-onevision: " in done.stdout
+    assert "error" in json.loads(out.read_text())["rows"][0]["results"]["mlx-onevision"]
+
+
+def test_files_are_written_whole_or_not_at_all(
+    measured: tuple[Result, dict[str, Any], Path],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers = measured[1]
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: numbers)
+    monkeypatch.setattr(checkpoint, "without_end", lambda _, source: source)
+    for option, name in (("--json", "numbers.json"), ("--plot", "bars.png")):
+        path = tmp_path / name
+        assert run("--model", folder, option, path).exit_code == 0
+        before = contents(tmp_path)
+        with full(path.stat().st_size // 2):
+            done = run("--model", folder, option, path)
+        assert done.stderr.endswith(f"error: {name} cannot be written: File too large\n")
+        assert contents(tmp_path) == before
+
+
+def test_more_layers_than_a_size_has(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="has 2 layers, so --layers 3 is too many; give at"):
+        checkpoint.make_random(
+            tmp_path / "random", TINY, layers=3, dtype="bfloat16", say=lambda _: None
+        )
 
 
 def test_random_weights_load_and_never_end(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from mlx_onevision.cli.main import cli
+from mlx_onevision.errors import RequestError
 
 TURNS = [
     {"role": "user", "content": "What is in the image?"},
@@ -62,3 +63,18 @@ def test_bad_rows_end_it_before_the_first_step(data: Path) -> None:
     assert result.exit_code == 1
     assert "rows.jsonl:2: there is no file" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: 2 rows of ")
+
+
+def test_where_the_adapter_is_stands_before_a_curve_that_cannot_be_drawn(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RequestError("loss.png cannot be written: No space left on device")
+
+    monkeypatch.setattr("mlx_onevision.train.report.draw_curve", fails)
+    result = run(data, "--steps", "1", "--rank", "2", "--report", str(data.parent / "loss.png"))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-2:] == [
+        f"The adapter is in {data.parent / 'out'}",
+        "error: loss.png cannot be written: No space left on device",
+    ]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,29 @@ def test_half_precision_is_close_and_sums_in_float32(folder: Path, model: Model)
         assert np.linalg.norm(other.vectors) == pytest.approx(1, abs=1e-6)
         assert one.similarity(other)[0, 0] > 0.999
     half.close()
+
+
+@pytest.mark.parametrize("one", ["a.png", {"type": "text"}, Image.new("RGB", (9, 9)), 3, None])
+def test_one_item_is_no_list_of_items(model: Model, one: Any) -> None:
+    with pytest.raises(RequestError, match=f"items is one {type(one).__name__}; give a list of"):
+        model.embed(one)
+
+
+def test_a_check_that_times_out_ends_the_call(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes back what it waits for."""
+    waiting: Future[Any] = Future()
+    monkeypatch.setattr(model._engine, "embed_tiles", lambda *_: waiting)
+    calls: list[None] = []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) > 50:
+            raise KeyboardInterrupt  # what else would end a loop that swallows a TimeoutError
+        if len(calls) > 3:
+            raise TimeoutError("the deadline")
+
+    with pytest.raises(TimeoutError, match="the deadline"):
+        model.embed([picture(0)], check=check)
+    assert waiting.cancelled()

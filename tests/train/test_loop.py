@@ -1,6 +1,7 @@
 """Runs: what is trained, that the loss falls, and that a run that was stopped goes on unchanged."""
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from mlx_onevision.checkpoint.load import load_checkpoint
 from mlx_onevision.checkpoint.recipes import uniform
 from mlx_onevision.errors import OneVisionError, OutOfMemoryError, RequestError
 from mlx_onevision.network.attention import attention_mask
-from mlx_onevision.train import step
+from mlx_onevision.train import loop, step
 from mlx_onevision.train.loop import STATE, Settings, batches
 from mlx_onevision.train.parts import Trained, set_up
-from mlx_onevision.train.report import LOG
+from mlx_onevision.train.report import LOG, draw_curve
 from mlx_onevision.train.step import predicted_bytes
 from mlx_onevision.train.train import Task, prepare, train
 
@@ -180,10 +181,25 @@ def test_a_run_goes_on_where_the_disk_was_full(place: Path, tmp_path: Path) -> N
             assert (place_of_run / name).read_bytes() == (whole.output / name).read_bytes()
 
 
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_the_curve_is_drawn_whole_or_not_at_all(tmp_path: Path, ending: str) -> None:
+    log, image = tmp_path / LOG, tmp_path / f"loss.{ending}"
+    log.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(9)))
+    draw_curve(log, image)
+    before = contents(tmp_path)
+    with full(len(before[image.name]) // 2), pytest.raises(RequestError) as raised:
+        draw_curve(log, image)
+    assert str(raised.value) == f"loss.{ending} cannot be written: File too large"
+    assert contents(tmp_path) == before
+
+
 def test_a_run_goes_on_only_as_it_began(place: Path, tmp_path: Path) -> None:
     run(task(place, tmp_path), stop_at=3)
     with pytest.raises(RequestError, match=r"a run with learning_rate 0\.005, not 0\.1; go on as"):
         run(task(place, tmp_path, learning_rate=0.1))
+    for other, said in (({"quantize": 4}, "quantize None, not 4"), ({"dtype": "float16"}, "dtype")):
+        with pytest.raises(RequestError, match=f"a run with {said}.*; go on as"):
+            run(replace(task(place, tmp_path), **other))
     (tmp_path / STATE).write_bytes(b"?")
     with pytest.raises(RequestError, match="is damaged; delete it to start over"):
         run(task(place, tmp_path))
@@ -204,6 +220,24 @@ def test_patience_ends_a_run_and_the_best_adapter_is_kept(place: Path, tmp_path:
     measured = [line["valid_loss"] for line in log if "valid_loss" in line]
     assert log[-1]["step"] < 40
     assert measured.index(min(measured)) == len(measured) - 3
+
+
+def test_without_validation_rows_there_is_nothing_for_patience_to_count(
+    place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match="no validation rows; give --valid, or leave --patience"):
+        run(task(place, tmp_path / "out", patience=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_validation_loss_is_never_finite_has_no_adapter(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "loss_sum", lambda *_: mx.array(float("nan")))
+    with pytest.raises(OneVisionError, match="lower --learning-rate or with --dtype float32"):
+        run(task(place, tmp_path, valid=True))
+    assert (tmp_path / STATE).is_file()
+    assert not (tmp_path / "adapters.safetensors").exists()
 
 
 def test_accumulated_batches_are_one_larger_batch(place: Path, tmp_path: Path) -> None:
@@ -278,6 +312,9 @@ def test_features_are_encoded_once(place: Path, tmp_path: Path) -> None:
     assert len(times) >= len(ANSWERS)
     run(replace(given, output=tmp_path / "b"))
     assert times == {path: path.stat().st_mtime_ns for path in times}
+    for path in times:
+        modes = [stat.S_IMODE(found.stat().st_mode) for found in (path.parent, path)]
+        assert modes == [0o700, 0o600]
     arrays: Any = mx.load(str(next(iter(times))))
     assert arrays["features"].ndim == 3
 
