@@ -197,7 +197,7 @@ class Shares:
 
     @contextmanager
     def counted(self, share: Share) -> Generator[None]:
-        """OutOfMemoryErrors say what the other models hold, if it is taken from this one's limit."""
+        """OutOfMemoryErrors say what other models hold, if that is taken from this one's limit."""
         try:
             yield
         except OutOfMemoryError as error:

@@ -2,9 +2,9 @@
 machines.
 
 At its peak a request holds the weights, the keys and values of its prompt and answer, the features
-of its media, and the intermediate values of one step. The first three have the sizes they have. Of
-the last, what is chosen is how much is computed at once: tiles a group in the tower, tokens a chunk
-in prefill, and layers between two evaluations.
+of its media, and the intermediate values of one step. The request fixes the first three sizes. The
+intermediate values depend on how much is computed at once, and that is chosen here: tiles a group
+in the tower, tokens a chunk in prefill, and layers between two evaluations.
 """
 
 from collections.abc import Sequence

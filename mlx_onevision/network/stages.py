@@ -64,7 +64,8 @@ class Stage:
         if self.ends:
             return h
         sent = send(h, self.rank - 1, self.group)
-        # Nothing that is evaluated later depends on it, and later steps send after it.
+        # No later evaluation needs its result, so without this MLX would never send it; and later
+        # sends must follow it.
         mx.async_eval(sent)
         return sent
 

@@ -238,7 +238,7 @@ class _Isolated:
     def render(self, variables: Mapping[str, Any]) -> str:
         request = {"source": self._source, "name": self._name, "variables": variables}
         with self._lock:
-            # Set again where the process has answered: what goes wrong has ended it.
+            # The process is kept for the next prompt only if it answers; after an error it is dead.
             process, self._process = self._process or self._start(), None
             try:
                 answer = process.ask(request)

@@ -15,7 +15,13 @@ from mlx_onevision.plugins.contract.errors import bad_request
 from mlx_onevision.plugins.contract.requests import DescribeRequest, GenerateRequest, Media
 from mlx_onevision.plugins.hosts.mcp import schemas
 from mlx_onevision.plugins.hosts.mcp.allowed_files import AllowedFiles, McpSettings
-from mlx_onevision.plugins.hosts.mcp.schemas import Answer, AskImage, AskVideo, CompareImages
+from mlx_onevision.plugins.hosts.mcp.schemas import (
+    MAX_TOKENS,
+    Answer,
+    AskImage,
+    AskVideo,
+    CompareImages,
+)
 from mlx_onevision.plugins.hosts.mcp.tool import Call, Tool, in_thread, make_tool
 from mlx_onevision.plugins.interface import Backend
 from mlx_onevision.plugins.service.jobs import UNDER_WAY, Job, Jobs
@@ -97,9 +103,10 @@ class AskTools:
     ) -> Answer:
         """The whole answer, or as much of it as there is when the time is up."""
         limit = self.settings.max_tokens
-        if asked.max_tokens > limit and "max_tokens" in asked.model_fields_set:
+        # The tools' default may be above a small limit, and some clients send defaults.
+        if asked.max_tokens > limit and asked.max_tokens != MAX_TOKENS:
             raise bad_request(f"max_tokens is {asked.max_tokens}", f"{limit} are allowed here")
-        most = min(asked.max_tokens, limit)  # the tool's default may be above a small limit
+        most = min(asked.max_tokens, limit)
         frames = {name: getattr(asked, name, None) for name in ("start", "end", "num_frames")}
         request = GenerateRequest.ask(asked.question, *media, max_tokens=most, **frames)
         text = ""

@@ -18,6 +18,7 @@ Image = Annotated[Text, Field(description="Absolute path (or ~/...) of an image.
 Video = Annotated[Text, Field(description="Absolute path (or ~/...) of a video.")]
 Medium = Annotated[Text, Field(description="Absolute path (or ~/...) of an image or a video.")]
 Question = Annotated[Text, Field(description="What to ask, in a sentence.")]
+MAX_TOKENS = 256  # of an answer, unless a call says otherwise
 Tokens = Annotated[int, Field(ge=1, description="The longest answer, in tokens.")]
 Start = Annotated[float, Field(ge=0, description="Begin so many seconds into the video.")]
 End = Annotated[float, Field(gt=0, description="End so many seconds into the video.")]
@@ -35,7 +36,7 @@ class AskImage(Arguments):
 
     path: Image
     question: Question
-    max_tokens: Tokens = 256
+    max_tokens: Tokens = MAX_TOKENS
 
 
 class CompareImages(Arguments):
@@ -51,7 +52,7 @@ class CompareImages(Arguments):
         ),
     ]
     question: Question
-    max_tokens: Tokens = 256
+    max_tokens: Tokens = MAX_TOKENS
 
 
 class AskVideo(Arguments):
@@ -65,7 +66,7 @@ class AskVideo(Arguments):
         int | None,
         Field(ge=1, description="Look at so many frames, evenly spread. Fewer are quicker."),
     ] = None
-    max_tokens: Tokens = 256
+    max_tokens: Tokens = MAX_TOKENS
 
 
 class DescribeStart(Arguments):
