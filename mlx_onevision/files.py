@@ -20,6 +20,7 @@ from mlx_onevision.errors import CheckpointError
 MAX_JSON_BYTES = 4_000_000
 MAX_BOXES = 1000  # of an MP4 file that are looked at
 LFS_POINTER = b"version https://git-lfs"
+SNIFF_BYTES = 32  # of a file's beginning; ``sniff`` needs no more to tell an image from a video
 
 # Major brands of ISO media files ("ftyp") that are images or image sequences; others are videos.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -29,7 +30,7 @@ AVIF_BRANDS = (b"avif", b"avis")
 def sniff(data: bytes) -> Literal["image", "video"] | None:
     """Whether a file begins as an image or as a video; None where it begins as neither.
 
-    data : its first 32 bytes, or more.
+    data : its first ``SNIFF_BYTES``, or more.
 
     An animation that the image reader takes (GIF, AVIF or HEIF
     sequences) is an image. Types that are guessed from a name are often wrong: HEIC images are

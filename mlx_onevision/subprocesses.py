@@ -230,9 +230,11 @@ def confine(memory: int, *, files: int | None = None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def allow_seconds(seconds: float) -> None:
+def allow_seconds(seconds: float, *, for_good: bool = False) -> None:
     """Limits the processor time that this process takes from now on. Its parent ends it by the
     clock; this ends it where the parent does not run.
+
+    for_good : whether it can never be allowed more.
     """
     import resource
 
@@ -240,11 +242,13 @@ def allow_seconds(seconds: float) -> None:
     try:
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         soft = int(used.ru_utime + used.ru_stime + seconds) + 1
-        if hard != resource.RLIM_INFINITY:
+        if for_good:
+            hard = soft
+        elif hard != resource.RLIM_INFINITY:
             soft = min(soft, hard)
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
     except (OSError, ValueError):
-        pass  # the system has no such limit
+        pass  # a stricter one is in force, or the system has none
 
 
 def _serve() -> None:

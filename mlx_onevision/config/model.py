@@ -156,12 +156,13 @@ class OneVisionConfig:
                 "every tile (SigLIP has no class token), so only 'full' is supported"
             )
         aspect = values.get("vision_aspect_ratio", cls.vision_aspect_ratio)
-        number = aspect.removeprefix("anyres_max_") if isinstance(aspect, str) else ""
-        if not (re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= 1024) and not (
+        tiles = re.fullmatch("anyres_max_([0-9]{1,4})", aspect) if isinstance(aspect, str) else None
+        if not (tiles and 1 <= int(tiles[1]) <= 1024) and not (
             own and aspect in ("anyres", "pad", "square")
         ):
             raise ConfigError(
-                f"vision_aspect_ratio is {shown(aspect)}; only 'anyres_max_N' is supported"
+                f"vision_aspect_ratio is {shown(aspect)}; only 'anyres_max_N' is supported, with N "
+                "from 1 to 1024"
             )
         config = cls(
             text_config=text,

@@ -238,7 +238,6 @@ class _Process:
         self._left = self._seconds
         self._buffer = bytearray()
         self.idle = True
-        self._work()
         inherited, self._commands = os.pipe()
         request = {
             "kind": kind,
@@ -252,6 +251,7 @@ class _Process:
         }
         script = str(Path(__file__).with_name("decoder_process.py"))
         try:
+            self._work()
             self._process = subprocess.Popen(  # noqa: S603 (an interpreter, and a file of ours)
                 [interpreter, "-I", script, json.dumps(request)],
                 stdin=file,

@@ -45,7 +45,7 @@ def main() -> None:
         from mlx_onevision.subprocesses import confine
 
         gc.freeze()  # so that looking for cycles takes no time
-        _limit_processor_time(request, 0.0)
+        _allow_seconds(request, 0.0)
         confine(request["memory"], files=FILES)
         try:
             serve()
@@ -71,31 +71,21 @@ def _reader(request: dict[str, Any], send: Callable[..., None]) -> Callable[[], 
 
     def read() -> None:
         try:
-            libav.serve(request, send, lambda length: _limit_processor_time(request, length))
+            libav.serve(request, send, lambda length: _allow_seconds(request, length))
         except libav.Refusal as error:
             send("error", {"text": str(error), "kind": error.kind})
 
     return read
 
 
-def _limit_processor_time(request: dict[str, Any], length: float) -> None:
+def _allow_seconds(request: dict[str, Any], length: float) -> None:
     """Limits the processor time of the next answer. length : seconds beside the request's own, for
     each thread.
     """
-    import resource
+    from mlx_onevision.subprocesses import allow_seconds
 
     seconds = (request["seconds"] + length) * request["threads"]
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime + seconds) + 1
-    try:
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        if request["once"]:
-            hard = soft
-        elif hard != resource.RLIM_INFINITY:
-            soft = min(soft, hard)
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-    except (OSError, ValueError):
-        pass  # a stricter one is in force, or the system has none
+    allow_seconds(seconds, for_good=request["once"])
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ class FrameOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RequestError(f"{name} is {value!r}; it must be a number")
-            if not math.isfinite(value) or value < 0 or (value == 0 and name != "start"):
+            try:
+                finite = math.isfinite(value)
+            except OverflowError:  # it may have more digits than can be printed
+                raise RequestError(f"{name} is out of range; no float is as large") from None
+            if not finite or value < 0 or (value == 0 and name != "start"):
                 least = "0 or more" if name == "start" else "more than 0"
                 raise RequestError(f"{name} is {value!r}; it must be {least}")
         if count is not None and self.fps is not None:

@@ -27,6 +27,7 @@ _CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
 _ORIENTATION = 0x0112
 _NUMBERS = {1: "B", 3: "H", 4: "I"}  # a TIFF's types of whole numbers: byte, short, long
 _MARKER = re.compile(rb"\xff([^\xff])", re.DOTALL)  # of a JPEG; what lies between is skipped
+_SCANNED = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # a marker that ends a scan's coded data
 _BLOCK = re.compile(rb"[!,;]")  # how a GIF's begin
 _SOS, _EOI = 0xDA, 0xD9
 
@@ -76,8 +77,8 @@ def reduced(data: bytes, name: str, extra: int = 0) -> Parts:
 def _png(data: bytes, name: str) -> Parts:
     """Keeps the critical chunks and the transparent colour; adds an end where it is missing."""
     kept, exif = [_PNG], b""
-    count, frames, place = 0, 0, len(_PNG)
-    while place + 8 <= len(data):
+    count, frames, place, kind = 0, 0, len(_PNG), b""
+    while place + 8 <= len(data) and kind != b"IEND":  # behind which there may be anything
         count = _counted(count, name)
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
@@ -102,18 +103,20 @@ def _png(data: bytes, name: str) -> Parts:
 
 def _jpeg(data: bytes, name: str) -> Parts:
     """Keeps the segments up to the first scan except comments and those of applications; JFIF's and
-    Adobe's stay, since they say what the colours are. All after the first scan stays.
+    Adobe's stay, since they say what the colours are. All from there to the image's end stays;
+    behind it, phones append a video.
 
     Raises:
         MediaError: for more than ``MAX_SCANS`` scans, too.
     """
     kept, exif = [data[:2]], b""
-    count, place, rest, progressive = 0, 2, b"", False
+    count, place, rest, progressive, scans = 0, 2, b"", False, 0
     while (found := _MARKER.search(data, place)) is not None:
         count = _counted(count, name)
         start, marker, place = found.end() - 2, found[1][0], found.end()
         if marker in (_EOI, _SOS):  # the end, or the first scan and all that follows
-            rest = data[start:]
+            scans, end = _scans(data, start, name)
+            rest = data[start:end]
             break
         if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # they stand alone
             continue
@@ -127,13 +130,27 @@ def _jpeg(data: bytes, name: str) -> Parts:
         progressive = progressive or marker in (0xC2, 0xC6, 0xCA, 0xCE)
         if marker in (0xE0, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(segment)
-    scans = rest.count(bytes((0xFF, _SOS)))
     if scans > MAX_SCANS:
         raise MediaError(f"{name} has {scans:,} scans, more than {MAX_SCANS}; save it anew")
     # With several scans the decoder holds all coefficients until the last, 6 bytes a pixel, and
     # frees them before the 3 bytes a pixel of RGB are made.
     extra = 3 if progressive or scans > 1 else 0
     return Parts(b"".join((*kept, rest)), exif, extra)
+
+
+def _scans(data: bytes, place: int, name: str) -> tuple[int, int]:
+    """The number of a JPEG's scans from ``place``, where the first begins, and where it ends."""
+    scans, count = 0, 0
+    while (found := _SCANNED.search(data, place)) is not None:
+        count = _counted(count, name)
+        marker, place = found[1][0], found.end()
+        if marker == _EOI:
+            return scans, place
+        scans += marker == _SOS
+        # Of a lower marker the decoder skips nothing, so what follows it could be scans.
+        if marker >= 0xC0:
+            place += max(2, int.from_bytes(data[place : place + 2], "big"))
+    return scans, len(data)
 
 
 def _gif(data: bytes, name: str) -> Parts:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 from mlx_onevision.errors import MediaError, TooLargeError
-from mlx_onevision.files import sniff
+from mlx_onevision.files import SNIFF_BYTES, sniff
 from mlx_onevision.media.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def is_video(source: object) -> bool:
     behind a URL; an array, by its four axes.
     """
     if _is_bytes(source):
-        return sniff(bytes(memoryview(source)[:32])) == "video"
+        return sniff(bytes(memoryview(source)[:SNIFF_BYTES])) == "video"
     if not _is_path(source):
         return getattr(source, "ndim", None) == 4
     name = os.fsdecode(source)
@@ -71,7 +71,7 @@ def is_video(source: object) -> bool:
         return name[:11].lower() == "data:video/"
     try:
         with open_path(name, "video")[0] as file:
-            if sniff(file.read(32)) == "video":
+            if sniff(file.read(SNIFF_BYTES)) == "video":
                 return True
     except (MediaError, OSError):
         if not os.path.exists(os.path.expanduser(name)):  # a URL
@@ -88,7 +88,7 @@ def open_source(source: Any, kind: Kind) -> tuple[bytes | FileIO, str]:
     if _is_bytes(source):
         return bytes(source), f"the {kind} given as bytes"
     if hasattr(source, "read"):
-        return source.read(), file_name(source, kind)
+        return _read_file(source, name := file_name(source, kind)), name
     if isinstance(source, str):
         if source[:5].lower() == "data:":
             return data_uri(source), f"the {kind} in the data URI"
@@ -100,6 +100,19 @@ def open_source(source: Any, kind: Kind) -> tuple[bytes | FileIO, str]:
         if not source or "\0" in source:
             raise MediaError(f"{quoted(source)} is not the path of {_ARTICLES[kind]}")
     return open_path(source, kind)
+
+
+def _read_file(file: Any, name: str) -> bytes:
+    """The bytes of an open file that a caller gave. Raises MediaError."""
+    try:
+        data = file.read()
+    except UnicodeError:  # opened as text, which an image or a video is not
+        data = ""
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise MediaError(f"cannot read {name}: {reason(error)}") from error
+    if not _is_bytes(data):
+        raise MediaError(f"{name} does not give bytes; open the file in binary mode")
+    return bytes(data)
 
 
 def open_path(path: str | os.PathLike[str], kind: Kind) -> tuple[FileIO, str]:

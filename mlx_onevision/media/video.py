@@ -188,8 +188,7 @@ def open_video_file(source: Any) -> tuple[BinaryIO, str]:
     """A real, open file of the contents of ``source`` (for which :func:`is_file` holds), and what
     errors call it. Raises MediaError for a source that cannot be opened, or is empty.
     """
-    regular = isinstance(source, FileIO) and stat.S_ISREG(os.fstat(source.fileno()).st_mode)
-    if regular and source.readable() and not source.tell():
+    if isinstance(source, FileIO) and _is_whole(source):
         data, name = FileIO(os.dup(source.fileno())), file_name(source, "video")  # without a copy
     else:
         data, name = open_source(source, "video")
@@ -203,6 +202,15 @@ def open_video_file(source: Any) -> tuple[BinaryIO, str]:
         file.close()
         raise MediaError(f"{name} is empty (0 bytes)")
     return file, name
+
+
+def _is_whole(file: FileIO) -> bool:
+    """Whether it is an ordinary file, at its beginning, that can be read."""
+    try:
+        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        return regular and file.readable() and not file.tell()
+    except (OSError, ValueError):  # it is closed, as reading it will say
+        return False
 
 
 def _from_file(
@@ -237,7 +245,7 @@ def _from_file(
         notes.append(f"{name} is damaged: {lost} cannot be decoded and are left out")
     indices = tuple(chosen.indices[place] for place in places)
     times = tuple(chosen.times[place] for place in places)
-    notes += _fewer_note(name, wanted, options)
+    notes += _fewer_note(name, wanted, len(places), options)
     return VideoFrames(tiles[: len(places)], indices, times, info.total, info.length, tuple(notes))
 
 
@@ -280,13 +288,18 @@ def _from_frames(
             yield place, given[index]
 
     parallel_map(work, frames())
-    return VideoFrames(tiles, tuple(indices), None, total, None, _fewer_note(name, total, options))
+    notes = _fewer_note(name, len(indices), len(indices), options)
+    return VideoFrames(tiles, tuple(indices), None, total, None, notes)
 
 
-def _fewer_note(name: str, there: int, options: FrameOptions) -> tuple[str, ...]:
+def _fewer_note(name: str, there: int, used: int, options: FrameOptions) -> tuple[str, ...]:
+    """A note on fewer frames than were asked for, if so.
+
+    there : frames that were chosen. used : those of them that could be decoded.
+    """
     asked = options.num_frames
     if asked is None or asked <= there:
         return ()
     frames = "1 frame" if there == 1 else f"{there} frames"
-    note = f"{name} has {frames} there, fewer than the {asked} that were asked for: all are used"
-    return (note,)
+    note = f"{name} has {frames} there, fewer than the {asked} that were asked for"
+    return (f"{note}: all are used" if used == there else note,)

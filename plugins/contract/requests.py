@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlx_onevision.files import SNIFF_BYTES as SNIFF_BYTES
 from mlx_onevision.files import sniff as sniff
 from mlx_onevision.plugins.contract.errors import PluginError, bad_request
 from mlx_onevision.plugins.contract.results import Capability
 from mlx_onevision.plugins.contract.wire import Part, Record
 from mlx_onevision.sampling import ranges
 from mlx_onevision.sampling.ranges import MOST_BIAS, Range
-
-SNIFF_BYTES = 32  # of a file's beginning; ``sniff`` needs no more to tell an image from a video
 
 Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]

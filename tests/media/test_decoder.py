@@ -1,5 +1,6 @@
 """A video read many times: thumbnails of all of it, and chosen frames of parts of it."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from videos import HIGH, KINDS, counting, encode_video, number_of, turned, writt
 from mlx_onevision.errors import CancelledError, MediaError, RequestError, TooLargeError
 from mlx_onevision.media.decoder import Limits, VideoReader
 from mlx_onevision.media.frame_sampling import FrameOptions
+from mlx_onevision.media.parallel import Budget
 from mlx_onevision.subprocesses import INTERPRETER
 
 
@@ -149,6 +151,27 @@ def test_it_can_be_cancelled_and_has_limits(
     short = Limits(seconds=0.3)
     with pytest.raises(TooLargeError, match=r"more than 0.3 s"), opened(clip, limits=short):
         pass
+
+
+def test_a_decoder_that_cannot_start_gives_its_place_back(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipe() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    budget = Budget(1)
+    with monkeypatch.context() as full:
+        full.setattr(os, "pipe", pipe)
+        with (
+            pytest.raises(OSError, match="Too many open files"),
+            opened(clip, limits=Limits(processes=budget)),
+        ):
+            pass
+
+    def check() -> None:
+        raise CancelledError("it waits for ever")
+
+    budget.acquire(1, check)
 
 
 PEAK = """

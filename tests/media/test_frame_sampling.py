@@ -126,6 +126,10 @@ def test_a_start_behind_the_end_is_refused() -> None:
         ({"fps": 0}, "fps is 0; it must be more than 0"),
         ({"fps": -1}, "fps"),
         ({"fps": float("nan")}, "fps"),
+        ({"fps": float("inf")}, "fps"),
+        ({"fps": 10**400}, "fps is out of range; no float is as large"),
+        ({"start": -(10**400)}, "start is out of range"),
+        ({"end": 10**5000}, "end is out of range"),  # not even printed by Python
         ({"fps": "2"}, "fps"),
         ({"fps": True}, "fps is True; it must be a number"),
         ({"start": -1}, "start is -1; it must be 0 or more"),

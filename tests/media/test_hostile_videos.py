@@ -222,6 +222,16 @@ def test_damage_in_the_middle_leaves_the_rest() -> None:
 # Files that are too large, or take too long.
 
 
+def test_not_all_frames_are_used_where_some_cannot_be_decoded() -> None:
+    data = bytearray(counting(80, container={"movflags": "faststart"}, options={"g": "10"}))
+    assert load(bytes(data), num_frames=90).notes[0].endswith("asked for: all are used")
+    middle = len(data) * 2 // 3
+    data[middle : middle + 300] = bytes(300)
+    damaged, fewer = load(bytes(data), num_frames=90).notes
+    assert "of 80 chosen frames cannot be decoded" in damaged
+    assert fewer.endswith("has 80 frames there, fewer than the 90 that were asked for")
+
+
 def test_a_frame_that_is_too_large_is_refused() -> None:
     data = counting(2)
     with pytest.raises(TooLargeError, match=f"{WIDE}x{HIGH}"):

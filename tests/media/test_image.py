@@ -33,6 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.media import rgb
 from mlx_onevision.media.image import DecodedImage, load_image
+from mlx_onevision.media.image_parts import MAX_FRAMES, MAX_PARTS
 
 # Pictures in memory
 
@@ -151,6 +152,27 @@ def test_every_way_to_name_a_file_gives_the_same(
         assert np.array_equal(load_image(source), expected)
         if not isinstance(source, (str, Path, bytearray)):
             source.close()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_what_lies_behind_an_image_is_not_looked_at(kind: str) -> None:
+    """A motion photo has a film there, in which any bytes may be."""
+    image = saved(Image.fromarray(smooth(48, 64)), kind)
+    scans, chunks = b"\xff\xda\0\2" * 200, bytes(12 * (MAX_PARTS + 1))
+    frames = b"\0\0\0\0fcTL\0\0\0\0" * (MAX_FRAMES + 1) + image * (MAX_FRAMES + 1)
+    for behind in (scans, chunks, frames):
+        assert np.array_equal(load_image(image + behind), load_image(image))
+
+
+def test_scans_are_counted_to_the_end_of_the_image_and_not_in_its_segments() -> None:
+    data = saved(Image.fromarray(smooth(48, 64)), "JPEG", progressive=True, restart_marker_blocks=1)
+    place = data.rindex(b"\xff\xda")
+    segment = b"\xff\xfe\x03\x22" + b"\xff\xda" * 200 + b"\xff\xd9" * 200
+    assert np.array_equal(load_image(data[:place] + segment + data[place:]), load_image(data))
+    # A marker that the decoder skips alone hides nothing, and neither does a false end.
+    for hiding in (b"", segment, b"\xff\x02\xff\xff"):
+        with pytest.raises(MediaError, match=r"has \d+ scans, more than 100; save it anew"):
+            load_image(data[:place] + hiding + data[place:-2] * 200 + data[-2:])
 
 
 def test_a_file_whose_name_could_be_base64_is_a_file(

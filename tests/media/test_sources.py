@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from videos import counting, written
 
 from mlx_onevision.errors import MediaError, TooLargeError
 from mlx_onevision.media import sources
-from mlx_onevision.media.image import load_image
+from mlx_onevision.media.image import identify_image, load_image
 from mlx_onevision.media.sources import download, is_url, is_video, quoted
 from mlx_onevision.media.video import load_video
 from mlx_onevision.plugins import interface
@@ -52,6 +52,29 @@ def test_a_pipe_or_a_device_is_refused_at_once(kind: str, tmp_path: Path) -> Non
             error
         )
         assert not is_video(path)
+
+
+def test_a_file_object_that_gives_no_bytes_is_refused_by_name(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.png", recorded()["file/jpeg 4:4:4"].tobytes())
+    with path.open("rb") as closed, path.open("rb", 0) as closed_raw:
+        pass
+    with (
+        path.open(encoding="utf-8") as utf_8,
+        path.open(encoding="latin-1") as latin_1,
+        (tmp_path / "b.png").open("wb") as unreadable,
+    ):
+        for source, words in (
+            (StringIO("x"), "the KIND given as a file object does not give bytes; open the file "),
+            (utf_8, r".*a\.png' does not give bytes; open the file in binary mode"),
+            (latin_1, r".*a\.png' does not give bytes; open the file in binary mode"),
+            (closed, r"cannot read '.*a\.png': .*closed file"),
+            (closed_raw, r"cannot read '.*a\.png': .*closed file"),
+            (unreadable, r"cannot read '.*b\.png': read"),
+        ):
+            for read in (load_image, identify_image, lambda source: load_video(source, 8)):
+                kind = "image" if read in (load_image, identify_image) else "video"
+                with pytest.raises(MediaError, match=words.replace("KIND", kind)):
+                    read(cast(Any, source))
 
 
 def animation(brand: bytes) -> bytes:

@@ -179,7 +179,8 @@ def test_from_end_to_end_frames_may_come_twice(kind: str) -> None:
     assert clip.notes == ()
     assert numbers(load(counting(50, kind), num_frames=3, ends=True)) == [0, 24, 49]
     frames = [np.full((SIZE, SIZE, 3), value, np.uint8) for value in range(3)]
-    assert load(frames, num_frames=4, ends=True).tiles[:, 0, 0, 0].tolist() == [0, 0, 1, 2]
+    clip = load(frames, num_frames=4, ends=True)
+    assert clip.tiles[:, 0, 0, 0].tolist() == [0, 0, 1, 2] and clip.notes == ()
 
 
 @pytest.mark.parametrize("reordered", [0, 2])
