@@ -1,5 +1,6 @@
 """Files: what their first bytes say of images and videos, JSON objects from untrusted folders,
-files that are replaced as a whole, and files that one of several processes has for itself.
+files that are replaced as a whole, files that one of several processes has for itself, and the
+folder of caches.
 
 Standard library only: the plugins' contract imports it, too.
 """
@@ -167,7 +168,7 @@ def replacing(path: Path, private: bool = False) -> Generator[BinaryIO]:
     private : whether only its owner may read it.
 
     Raises:
-        OSError: where it cannot be written.
+        OSError: where it cannot be written; it names ``path``.
     """
     partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -177,8 +178,11 @@ def replacing(path: Path, private: bool = False) -> Generator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        # The error of a write names no file, others the random name.
+        if isinstance(error, OSError) and error.filename in (None, partial, str(partial)):
+            error.filename = str(path)
         raise
 
 
@@ -190,3 +194,10 @@ def save(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what is done is kept: ``mlx-onevision/KIND`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return home / "mlx-onevision" / kind

@@ -34,6 +34,8 @@ HELP = """\
 Anything else is a message; begin with a space where it begins with a slash.
 Ctrl-C cancels an answer."""
 
+LONGEST_SHOWN = 160  # characters of a source, which may be a data URI
+
 
 class Conversation:
     """The messages so far. The prefill of an answer skips what the model has in its prefix cache.
@@ -65,11 +67,15 @@ class Conversation:
         frames : of a video, instead of those of all.
         """
         frames = self._frames if frames is None else frames
-        location = {"url": source} if is_url(source) else {"path": str(Path(source).absolute())}
+        shown = source if len(source) <= LONGEST_SHOWN else f"{source[:LONGEST_SHOWN]}…"
+        if is_url(source) or source[:5].lower() == "data:":
+            location = {"url": source}
+        else:
+            location = {"path": str(Path(source).expanduser().absolute())}
         if kind == "image":
             image = DecodedImage(load_image(source))
             self._attached.append(({"type": kind, kind: image}, {"type": kind, **location}))
-            return source
+            return shown
         block = {"type": kind, kind: source, **frames}
         (video,) = self._model.prepare([{"role": "user", "content": [block]}]).media
         number = len(video.tiles)
@@ -80,7 +86,7 @@ class Conversation:
         )
         times = video.video.times if video.video else None
         span = f", from {times[0]:.1f} to {times[-1]:.1f} s" if times else ""
-        return f"{number} frame{'s' * (number != 1)} of {source}{span}"
+        return f"{number} frame{'s' * (number != 1)} of {shown}{span}"
 
     def cancel(self) -> None:
         """Ends the answer under way, from a signal handler or another thread."""
@@ -210,7 +216,7 @@ class Terminal:
             try:
                 with self._interrupts.raising():
                     line = self._read()
-                if line.split()[:1] in (["/exit"], ["/quit"]):
+                if line.startswith("/") and line.split()[0] in ("/exit", "/quit"):
                     return failed
                 self._take(line)
             except EOFError:

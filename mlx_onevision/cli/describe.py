@@ -34,12 +34,12 @@ from mlx_onevision.cli.options import (
     option,
     options,
 )
-from mlx_onevision.cli.paths import cache_folder, files_of
+from mlx_onevision.cli.paths import files_of, local_path
 from mlx_onevision.cli.ranks import POLL_SECONDS, share_files, share_model, work_of
 from mlx_onevision.cli.values import Number, listed
 from mlx_onevision.describe.formats import FORMS, SILENT, write
 from mlx_onevision.errors import OneVisionError, RequestError, sentence
-from mlx_onevision.files import save
+from mlx_onevision.files import cache_folder, save
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -226,12 +226,25 @@ def run(
         click.echo(f"{task.video}: {warning}", err=True)
     if task.target is None:
         click.echo(write(described, task.form), nl=False)
+    elif there and _differs(task.target, write(described, task.form)):
+        click.echo(
+            f"{task.video}: {task.target} is there and differs from the description made before; "
+            "it was left alone. Delete it to have it written again, or give --force to describe "
+            "the video anew",
+            err=True,
+        )
     elif there:
         if not shared:
             click.echo(f"{task.video}: done before, in {task.target}", err=True)
     else:
         save(task.target, write(described, task.form))
         click.echo(f"{task.video}: written to {task.target}", err=True)
+
+
+def _differs(path: Path, text: str) -> bool:
+    """Whether a file holds another text. Raises OSError where it cannot be read."""
+    wanted = text.encode()
+    return path.stat().st_size != len(wanted) or path.read_bytes() != wanted
 
 
 @dataclass(frozen=True)
@@ -251,12 +264,42 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
     """What is to be described, and where it goes.
 
     Raises:
-        click.UsageError: for arguments that do not fit together.
+        click.UsageError: for arguments that do not fit together, for two videos with one output,
+            and where a video would be replaced.
     """
+    tasks = _tasks(videos, output, form)
+    video_of: dict[Path, str] = {}
+    sources = {_identity(task.video): task.video for task in tasks} | {None: ""}
+    for task in tasks:
+        if task.target is None:
+            continue
+        if source := sources.get(_identity(task.target), ""):
+            raise click.UsageError(
+                f"the description would replace the video {source}; give another --output"
+            )
+        other = video_of.setdefault(task.target.absolute(), task.video)
+        if other != task.video:
+            raise click.UsageError(
+                f"{other} and {task.video} would both be written to {task.target}; describe them "
+                "one by one, each with its own --output"
+            )
+    return tasks
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """What is the same of all names of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _tasks(videos: Sequence[str], output: str | None, form: str | None) -> list[DescribeTask]:
     from mlx_onevision.media.sources import VIDEOS
 
     found = list(dict.fromkeys(name for video in videos for name in files_of(video, VIDEOS)))
-    if len(videos) == 1 and not Path(videos[0]).is_dir():
+    if len(videos) == 1 and found == [local_path(videos[0])]:
         target = None if output is None else Path(output)
         if target is None or not (target.is_dir() or str(output).endswith(os.sep)):
             if target is not None and not target.absolute().parent.is_dir():
@@ -267,7 +310,7 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
                     f"--output {target} does not end in {listed([*FORM_OF])}; name it so, say "
                     "--format, or end a folder's name with a slash"
                 )
-            return [DescribeTask(videos[0], form or FORM_OF[suffix], target, named=True)]
+            return [DescribeTask(found[0], form or FORM_OF[suffix], target, named=True)]
     folder = None if output is None else Path(output)
     if folder is not None:
         if not folder.is_dir() and (folder.exists() or folder.suffix.lower() in FORM_OF):

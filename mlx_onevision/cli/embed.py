@@ -23,11 +23,11 @@ import click
 
 from mlx_onevision.cli.loading import load, model_or_demo
 from mlx_onevision.cli.options import FRAMES, LOADING, error_line, gathered, option, options
-from mlx_onevision.cli.paths import cache_folder, files_of
+from mlx_onevision.cli.paths import files_of
 from mlx_onevision.cli.ranks import POLL_SECONDS, share_files, share_model, work_of
 from mlx_onevision.cli.values import Output
 from mlx_onevision.errors import OneVisionError, RequestError
-from mlx_onevision.files import claim
+from mlx_onevision.files import cache_folder, claim
 
 if TYPE_CHECKING:
     from mlx_onevision.api import Model
@@ -168,7 +168,7 @@ def portions(items: Sequence[Any]) -> list[list[int]]:
     from mlx_onevision.embed.embedder import GROUP
 
     groups = [range(start, min(start + GROUP, len(items))) for start in range(0, len(items), GROUP)]
-    # One that is not full comes last: behind it, the groups would begin elsewhere.
+    # An incomplete group comes last: items that followed it would be grouped differently.
     groups.sort(
         key=lambda group: (len(group) == GROUP, sum(work_of(items[place]) for place in group)),
         reverse=True,

@@ -127,16 +127,16 @@ def generate(
         except BaseException:  # Ctrl-C, or a reader that closed the pipe: nobody waits any more
             answer.cancel()
             raise
+        if as_json:
+            click.echo(json.dumps({**result.to_dict(), "model": loaded.name}))
+        else:
+            click.echo("" if live else result.text)
         if prompt_cache is not None:
             if held is not None and not result.usage.cached_tokens:
                 click.echo(unused(held), err=True)
             loaded.save_prompt_cache(prompt_cache)
     finally:
         loaded.close()
-    if as_json:
-        click.echo(json.dumps({**result.to_dict(), "model": loaded.name}))
-    else:
-        click.echo("" if live else result.text)
     if verbose:
         click.echo(report(result.usage), err=True)
         if launched():

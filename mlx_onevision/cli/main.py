@@ -99,9 +99,9 @@ def _exit_on_sigterm() -> Generator[None]:
     unraisable = sys.unraisablehook
 
     def end(_: int, frame: FrameType | None) -> None:
-        """What is raised in a callback or a destructor is dropped there, so it is raised again
-        until somebody handles it. In an import it may abort the process (MLX's module is in C++),
-        so that the import's end is waited for.
+        """Raises SystemExit, and again by an alarm while nothing handles it: Python ignores an
+        exception that is raised in a callback or a destructor. Not during an import, where it may
+        abort the process (MLX's module is C++); the alarm comes again after it.
         """
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)

@@ -134,12 +134,13 @@ def rm(model: str, revision: str | None, yes: bool) -> None:
         raise RequestError(f"{named} is not in the cache; 'mlx-onevision models' lists what is")
     removal = cache.delete_revisions(*commits)
     freed = _size(removal.expected_freed_size)
+    what = repository if revision is None else f"revision {revision} of {repository}"
     if not yes:
         if not sys.stdin.isatty():
-            raise click.UsageError(f"This would remove {freed} of {repository}; add --yes")
-        click.confirm(f"Remove {repository} ({freed})?", abort=True, err=True)
+            raise click.UsageError(f"This would remove {what} ({freed}); add --yes")
+        click.confirm(f"Remove {what} ({freed})?", abort=True, err=True)
     removal.execute()
-    click.echo(f"Removed {repository}, {freed}.", err=True)
+    click.echo(f"Removed {what}, {freed}.", err=True)
 
 
 def list_models(usable_bytes: int) -> tuple[list[CachedModel], int]:

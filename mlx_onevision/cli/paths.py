@@ -43,6 +43,8 @@ def local_path(text: str) -> str:
         address = None
     if address is None or address.netloc not in ("", "localhost"):
         raise RequestError(f"{text} is a file of another machine; give the path of one here")
+    if not address.path:
+        raise RequestError(f"{text} names no file; give its path, as file:///folder/file")
     return unquote(address.path)
 
 
@@ -53,7 +55,7 @@ def parse_path(argument: str) -> str:
     from mlx_onevision.media.sources import is_url
 
     argument = local_path(argument)
-    if is_url(argument):
+    if is_url(argument) or argument[:5].lower() == "data:":
         return argument
     if Path(expanduser(argument)).exists():
         return expanduser(argument)
@@ -98,10 +100,3 @@ def files_of(given: str, suffixes: tuple[str, ...], kind: str = "video") -> list
     if not found:
         raise click.UsageError(f"There is no {kind} in the folder {given}")
     return found
-
-
-def cache_folder(kind: str) -> Path:
-    """Where what is done is kept: ``mlx-onevision/KIND`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return home / "mlx-onevision" / kind

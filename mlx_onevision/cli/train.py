@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_onevision.cli.options import COUNT, FRAMES, option, options
-from mlx_onevision.cli.paths import cache_folder
 from mlx_onevision.cli.values import Number, Plot
+from mlx_onevision.files import cache_folder
 from mlx_onevision.sampling.ranges import Range
 
 if TYPE_CHECKING:

@@ -19,7 +19,9 @@ LEAP = 2.8  # times the upper quartile of their changes that a hard cut has at l
 NOISE = 0.5  # levels (of 256) by which a still image may change
 FAINTEST = 1.5  # levels that a hard cut changes at least, as a mean over the image
 MOST = 0.4  # the part of the blocks that a hard cut changes by more than noise
-AWAY = 0.5  # of its change; within ``FLASH`` no frame behind it is nearer to those before it
+# Where within ``FLASH`` a later frame is like the one before the cut, or an earlier one is like the
+# one after it, it is a flash: they differ by less than this part of the cut's change.
+AWAY = 0.5
 FLASH = 0.5  # seconds
 SHORTEST = 0.5  # seconds between hard cuts
 

@@ -29,8 +29,8 @@ logger = logging.getLogger("mlx_onevision")
 
 
 def fingerprint(file: BinaryIO) -> str:
-    """A digest of a video: of its size, and of 64 KB at 64 places of it, or of all of it where it
-    is no larger.
+    """A digest of a video's size and of 64 KB at each of 64 places; of all its bytes where it is no
+    larger than these.
     """
     size = os.fstat(file.fileno()).st_size
     digest = blake2b(str(size).encode(), digest_size=20)
@@ -192,9 +192,13 @@ def _checked(line: bytes) -> dict[str, Any]:
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    for name in ("version", "video", "model", "settings"):
+    version = found.get("version")
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        return f"{'a newer' if newer else 'an older'} form of this file"
+    for name, other in (("video", "another video"), ("model", "another model")):
         if found.get(name) != wanted.get(name):
-            return {"version": "an older form of this file", "settings": "other settings"}.get(
-                name, f"another {name}"
-            )
+            return other
+    if found.get("settings") != wanted.get("settings"):
+        return "other settings"
     return "something else"

@@ -42,12 +42,13 @@ LENGTH = 0.6  # seconds of a scene, at least, to PySceneDetect's command
 class Detector:
     """What counts as a cut. Distances are parts of an image, from 0 to 1; times are seconds.
 
-    step : the distance from one sample to the next from which on it is a step; closer than that to
-        the scene before is back in it.
+    step : samples that differ by this much or more are a step, which may be a cut. A sample that is
+        closer than this to the scene before has returned to it.
     least, leap : where little moves, less is a step: ``leap`` times the largest distance of a
         moment ago, if that is no less than ``least``.
     drift : the distance over a fade, from its beginning to its end.
-    rest : a change is over once it goes on at no more than this part of its mean, or of a step.
+    rest : a gradual change is over when a sample differs from the next by at most this part of the
+        change's mean, or of ``step``.
     flash : an image that is gone after this time was a flash.
     fade : a change that takes longer is no cut.
     shortest : a cut this soon after another one does not count.

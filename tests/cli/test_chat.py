@@ -84,7 +84,7 @@ def test_answers_are_shown_and_the_rest_is_noted(model: Model, tmp_path: Path) -
     file = tmp_path / "a talk.json"
     failed = typist.type(
         *(f"/image {picture}", "what is it", "", "  ", f"/save '{file}'", "where"),
-        *(f"/save {file}", "/reset", " /help", "/exit", "never asked"),
+        *(f"/save {file}", "/reset", " /exit", "/exit", "never asked"),
         interactive=False,
         verbose=True,
     )
@@ -94,7 +94,7 @@ def test_answers_are_shown_and_the_rest_is_noted(model: Model, tmp_path: Path) -
     first = model.generate(messages=messages, max_tokens=5).text
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "where"}]
     second = model.generate(messages=messages, max_tokens=5).text
-    third = model.generate("/help", max_tokens=5).text
+    third = model.generate("/exit", max_tokens=5).text
     assert typist.shown == f"{first}\n{second}\n{third}\n"
     assert len(json.loads(file.read_text(encoding="utf-8"))) == 4
     read = [note for note in typist.notes if note.startswith("[read ")]

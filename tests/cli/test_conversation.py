@@ -1,6 +1,7 @@
 """A conversation: what it remembers, and what it computes again."""
 
 import json
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from videos import counting, written
 
 from mlx_onevision.api import Model, load
 from mlx_onevision.cli.conversation import Conversation
+from mlx_onevision.cli.paths import parse_path
 from mlx_onevision.engine.generation import Generation
 from mlx_onevision.engine.options import Options
 from mlx_onevision.errors import MediaError, RequestError
@@ -83,6 +85,25 @@ def test_what_was_said_is_what_the_library_is_asked(
     assert messages[2]["content"][0] == {"type": "image", "path": str(pictures[1])}
     asked = model.generate(messages=messages[:3], **options)
     assert asked.text == messages[3]["content"][0]["text"]
+
+
+def test_an_image_in_the_home_folder_or_in_an_address(
+    model: Model, pictures: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = pictures[0]
+    monkeypatch.setenv("HOME", str(picture.parent))
+    data = f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
+    expected = model.generate("what is it", images=[picture], max_tokens=6)
+    for source, kept in (
+        (f"~/{picture.name}", {"path": str(picture)}),
+        (parse_path(data), {"url": data}),
+    ):
+        talk = Conversation(model, max_tokens=6)
+        assert len(talk.attach("image", source)) < 200
+        assert talk.say("what is it", quiet).tokens == expected.tokens
+        assert talk.record[0]["content"][0] == {"type": "image", **kept}
+        again = model.generate(messages=talk.record[:1], max_tokens=6)
+        assert again.tokens == expected.tokens
 
 
 def test_a_video_is_read_once_as_it_was_asked_for(model: Model, tmp_path: Path) -> None:

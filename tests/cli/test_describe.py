@@ -109,11 +109,14 @@ def test_several_go_beside_themselves_and_one_that_fails_stops_no_other(
     with monkeypatch.context() as patch:
         patch.setattr(Captioner, "ask", refuse)
         again = run(folder, videos_folder, "--format", "srt").stderr.splitlines()
-    assert again[1] == f"{videos_folder / 'a.mp4'}: done before, in {videos_folder / 'a.srt'}"
+    a = f"{videos_folder / 'a.mp4'}: {edited} is there and differs from the description made before"
+    assert again[1].startswith(f"{a}; it was left alone. Delete it")
     assert again[3] == f"{videos_folder / 'c.mkv'}: written to {videos_folder / 'c.srt'}"
     assert edited.read_bytes() == b"edited by hand"
     run(folder, videos_folder, "--format", "srt", "--force")
     assert len(pysubs2.load(str(edited))) == 2
+    whole = run(folder, videos_folder, "--format", "srt").stderr.splitlines()
+    assert whole[1] == f"{videos_folder / 'a.mp4'}: done before, in {videos_folder / 'a.srt'}"
 
 
 def test_what_somebody_else_has_written_is_not_replaced(folder: Path, videos_folder: Path) -> None:
@@ -131,6 +134,39 @@ def test_several_into_a_folder(folder: Path, videos_folder: Path, tmp_path: Path
     assert [p.name for p in sorted(target.iterdir())] == ["a.mov.txt", "a.mp4.txt"]
     assert run(folder, other, "--output", target).exit_code == 0
     assert (target / "a.txt").exists()
+
+
+def test_neither_two_videos_nor_a_video_and_a_text_have_one_file(
+    folder: Path, clip: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = written(tmp_path / "other" / "clip.mp4", counting(10))
+    target = tmp_path / "out"
+    same = run(folder, clip, other, "--output", target)
+    assert same.exit_code == 2
+    assert f"{clip} and {other} would both be written to {target / 'clip.mp4.txt'}" in same.stderr
+    (tmp_path / "link.mp4").symlink_to(clip)
+    (tmp_path / "named.txt").symlink_to(clip)
+    before = clip.read_bytes()
+    for arguments in (
+        (clip, "--output", clip, "--format", "srt"),
+        (clip, "--output", tmp_path / "link.mp4", "--format", "srt", "--force"),
+        (tmp_path / "named.txt", other, "--force"),
+    ):
+        refused = run(folder, *arguments)
+        assert refused.exit_code == 2 and "would replace the video" in refused.stderr
+    assert clip.read_bytes() == before and (tmp_path / "named.txt").is_symlink()
+
+
+def test_a_video_by_its_address(folder: Path, clip: Path) -> None:
+    done = run(folder, clip.as_uri())
+    assert done.exit_code == 0 and done.stdout == run(folder, clip).stdout
+    for text, said in (
+        ("file://", "file:// names no file"),
+        ("file://nas/a.mp4", "another machine"),
+    ):
+        refused = run(folder, text)
+        assert refused.exit_code == 1 and said in refused.stderr
 
 
 def test_where_it_is_kept(folder: Path, clip: Path, home: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from checkpoints import write
 from click.testing import CliRunner, Result
 from commands import one_sentence, run, run_alone
+from hostile.disk import full
 from PIL import Image
 from videos import counting
 
@@ -91,6 +92,20 @@ def test_a_prompt_cache_is_begun_with_and_written(
     cut = run(*command, "--prompt", "another beginning " * 30)
     assert cut.exit_code == 1 and cut.stdout == "" and file.read_bytes()
     one_sentence(cut, "is no prompt cache, or is cut off or damaged")
+
+
+@pytest.mark.parametrize("form", [(), ("--json",), ("--stream",)])
+def test_the_answer_is_there_where_its_cache_cannot_be_written(
+    folder: Path, tmp_path: Path, form: tuple[str, ...]
+) -> None:
+    asked = ("generate", "--model", folder, "--max-tokens", "4", "--prompt", "What?", *form)
+    with full(1000):
+        done = run(*asked, "--prompt-cache", tmp_path / "kept")
+    assert done.exit_code == 1 and "kept" in done.stderr.splitlines()[-1]
+    given, wanted = done.stdout, run(*asked).stdout
+    if form == ("--json",):
+        given, wanted = json.loads(given)["text"], json.loads(wanted)["text"]
+    assert given == wanted
 
 
 def test_a_schema_in_a_file_and_logprobs(folder: Path, tmp_path: Path) -> None:

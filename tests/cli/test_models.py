@@ -103,6 +103,9 @@ def test_removed_with_all_its_files(hub: FakeHub, tmp_path: Path) -> None:
     run("pull", "org/original")
     unsure = run("rm", "org/plain")
     assert unsure.exit_code == 2 and "add --yes" in unsure.stderr
+    (commit,) = (tmp_path / "cache" / "models--org--plain" / "snapshots").iterdir()
+    part = run("rm", "org/plain", "--revision", commit.name).stderr
+    assert f"This would remove revision {commit.name} of org/plain (" in part
     wrong = run("rm", "org/plain", "--revision", "v9", "--yes")
     assert wrong.exit_code == 1 and "org/plain at revision v9 is not in the cache" in wrong.stderr
     assert [line.split()[0] for line in run().stdout.splitlines()] == ["org/original", "org/plain"]

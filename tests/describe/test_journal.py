@@ -8,7 +8,7 @@ import pytest
 from videos import written
 
 from mlx_onevision.describe.formats import Segment, VideoDescription
-from mlx_onevision.describe.journal import SAMPLE, SAMPLES, Journal, fingerprint
+from mlx_onevision.describe.journal import SAMPLE, SAMPLES, VERSION, Journal, fingerprint
 from mlx_onevision.errors import RequestError
 from mlx_onevision.files import save
 
@@ -98,11 +98,12 @@ def test_a_byte_that_was_changed_is_noticed(
         assert f"a.jsonl is damaged in line {number + 1}" in caplog.text
 
 
-def test_a_file_of_an_older_form_is_called_one(tmp_path: Path) -> None:
+def test_a_file_of_another_form_is_called_one(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"type": "describes", "version": 1, **ABOUT}) + "\n")
-    with pytest.raises(RequestError, match="an older form of this file; start over"):
-        Journal(path, ABOUT)
+    for version, form in ((1, "an older"), (None, "an older"), (VERSION + 1, "a newer")):
+        path.write_text(json.dumps({"type": "describes", "version": version, **ABOUT}) + "\n")
+        with pytest.raises(RequestError, match=f"about {form} form of this file; start over"):
+            Journal(path, ABOUT)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,11 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
         file.write(b"half")
         raise RuntimeError
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+    for wrong in (tmp_path / "none" / "a.txt", tmp_path):  # opened, and replaced
+        with pytest.raises(OSError) as raised:
+            save(wrong, "new")
+        assert raised.value.filename == str(wrong)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
 def written(folder: Path) -> None:

@@ -44,7 +44,7 @@ def test_what_was_there_stays(model: Model, tmp_path: Path, kind: str, older: bo
     for offset in offsets(size):
         with full(offset), pytest.raises(OSError) as raised:
             write(model, path)
-        refusal(raised.value)
+        assert refusal(raised.value).startswith(f"{path}: ")
         assert contents(tmp_path) == before
     write(model, path)
     assert path.stat().st_size == size

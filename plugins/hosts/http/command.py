@@ -200,7 +200,7 @@ def serve(
     model = model_or_demo(model)
     report_unused_filters(sampling)
 
-    from mlx_onevision.cli.describe import cache_folder
+    from mlx_onevision.files import cache_folder
     from mlx_onevision.media.parallel import share_heaps
     from mlx_onevision.plugins.adapters.engine import import_engine, open_engine
     from mlx_onevision.plugins.contract.errors import PluginError
