@@ -67,6 +67,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _random_numbers() -> None:
+    """The same every time, whichever tests ran before."""
+    import mlx.core as mx
+
+    mx.random.seed(0)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint; it is only read."""
