@@ -49,12 +49,14 @@ def posted(tab: Tab) -> int:
 
 
 def answer(tab: Tab, question: str) -> str:
-    """What is answered; the description's words stand there before."""
-    before = tab.words.count()
+    """What is answered, in a turn of its own, once what is under way has come to its end."""
+    stop = tab.button("Stop")
+    expect(stop).to_be_hidden(timeout=120_000)
+    before = tab.turns.count()
     tab.ask(question)
-    expect(tab.words).to_have_count(before + 1, timeout=60_000)
-    expect(tab.words.last).to_contain_text(".", timeout=60_000)
-    return tab.words.last.inner_text()
+    expect(tab.turns).to_have_count(before + 1)
+    expect(stop).to_be_hidden(timeout=120_000)
+    return tab.turns.last.locator(".answer > .words").inner_text()
 
 
 def test_the_page_sends_it_once(browser: Browser, grainy_file: Path, tmp_path: Path) -> None:
