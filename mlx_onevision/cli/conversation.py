@@ -34,6 +34,7 @@ HELP = """\
 Anything else is a message; begin with a space where it begins with a slash.
 Ctrl-C cancels an answer."""
 
+ALONE = ("/exit", "/quit", "/reset", "/help")  # commands that nothing follows
 LONGEST_SHOWN = 160  # characters of a source, which may be a data URI
 
 
@@ -216,7 +217,7 @@ class Terminal:
             try:
                 with self._interrupts.raising():
                     line = self._read()
-                if line.startswith("/") and line.split()[0] in ("/exit", "/quit"):
+                if line.rstrip() in ("/exit", "/quit"):
                     return failed
                 self._take(line)
             except EOFError:
@@ -240,6 +241,11 @@ class Terminal:
             self._say(line.strip())
             return
         name, _, argument = line.strip().partition(" ")
+        if argument and name in ALONE:
+            raise RequestError(
+                f"{name} stands alone on its line; type {name}, or begin with a space to send the "
+                "line as a message"
+            )
         if name not in self._commands:
             raise RequestError(f"there is no command {name}; /help lists them")
         self._commands[name](argument.strip())

@@ -277,19 +277,24 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
             raise click.UsageError(
                 f"the description would replace the video {source}; give another --output"
             )
-        other = video_of.setdefault(task.target.absolute(), task.video)
+        # Where two names of a folder are given, its files have two paths each, too.
+        place = task.target.parent.resolve() / task.target.name
+        other = video_of.setdefault(place, task.video)
         if other != task.video:
             raise click.UsageError(
                 f"{other} and {task.video} would both be written to {task.target}; describe them "
                 "one by one, each with its own --output"
             )
+    for task in tasks:
+        if task.target is not None and not task.named:
+            task.target.parent.mkdir(parents=True, exist_ok=True)
     return tasks
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
     """What is the same of all names of a file; None where there is none."""
     try:
-        found = os.stat(path)
+        found = os.stat(os.path.expanduser(path))
     except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino
@@ -315,7 +320,6 @@ def _tasks(videos: Sequence[str], output: str | None, form: str | None) -> list[
     if folder is not None:
         if not folder.is_dir() and (folder.exists() or folder.suffix.lower() in FORM_OF):
             raise click.UsageError(f"--output {folder} is a file; several videos need a folder")
-        folder.mkdir(parents=True, exist_ok=True)
     form = form or "text"
     stems = [_place(name, folder).with_suffix("") for name in found]
     tasks: list[DescribeTask] = []

@@ -99,9 +99,10 @@ def _exit_on_sigterm() -> Generator[None]:
     unraisable = sys.unraisablehook
 
     def end(_: int, frame: FrameType | None) -> None:
-        """Raises SystemExit, and again by an alarm while nothing handles it: Python ignores an
-        exception that is raised in a callback or a destructor. Not during an import, where it may
-        abort the process (MLX's module is C++); the alarm comes again after it.
+        """Raises SystemExit. Python drops an exception that is raised inside a callback or a
+        destructor, so an alarm calls this again and again until the exception is being handled.
+        During an import nothing is raised, because that may abort the process (MLX's module is
+        C++); the next alarm tries again.
         """
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)

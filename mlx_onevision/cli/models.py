@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_onevision.checkpoint.load import OpenedCheckpoint
 
 GIBIBYTE = 1 << 30
+SHORT_COMMIT = 8  # hex digits of a commit in the table, and enough to name it
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class CachedModel:
     @property
     def line(self) -> tuple[str, ...]:
         """Its row of the table."""
-        refs = ",".join(self.refs) or self.revision[:8]
+        refs = ",".join(self.refs) or self.revision[:SHORT_COMMIT]
         name = (self.repository, refs, _size(self.disk_bytes))
         if self.problem is not None:
             return (*name, f"not usable: {self.problem}")
@@ -123,15 +124,24 @@ def rm(model: str, revision: str | None, yes: bool) -> None:
     cache = scan_cache_dir(_cache_folder()) if _cache_folder().is_dir() else None
     here = [r for r in cache.repos if r.repo_id == repository] if cache is not None else []
     here = [one for one in here if one.repo_type == "model"]
+    revisions = [found for one in here for found in one.revisions]
+    if cache is None or not revisions:
+        raise RequestError(
+            f"{repository} is not in the cache; 'mlx-onevision models' lists what is"
+        )
     commits = [
         found.commit_hash
-        for one in here
-        for found in one.revisions
-        if revision is None or revision in (found.commit_hash, *found.refs)
+        for found in revisions
+        if revision is None
+        or revision in found.refs
+        or (len(revision) >= SHORT_COMMIT and found.commit_hash.startswith(revision))
     ]
-    if cache is None or not commits:
-        named = repository if revision is None else f"{repository} at revision {revision}"
-        raise RequestError(f"{named} is not in the cache; 'mlx-onevision models' lists what is")
+    if not commits:
+        names = sorted(name for one in revisions for name in one.refs or [one.commit_hash])
+        raise RequestError(
+            f"revision {revision} of {repository} is not in the cache, only {', '.join(names)}; "
+            f"type: mlx-onevision models rm {model} --revision {names[0]}"
+        )
     removal = cache.delete_revisions(*commits)
     freed = _size(removal.expected_freed_size)
     what = repository if revision is None else f"revision {revision} of {repository}"

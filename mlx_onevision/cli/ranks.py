@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlx_onevision.cli.loading import load
+from mlx_onevision.cli.paths import local_path
 from mlx_onevision.distributed import World, launched, rank, world
 from mlx_onevision.files import seconds_of_mp4
 
@@ -53,7 +54,7 @@ def share_files(given: Sequence[str], records: str | None) -> World:
     Raises:
         click.UsageError: where the records of several machines would not be in one place.
     """
-    here = world() if any(map(os.path.isdir, given)) else World()
+    here = world() if any(os.path.isdir(local_path(name)) for name in given) else World()
     if records is None and not here.local:
         raise click.UsageError(
             "The ranks are on several machines; give --sidecar FOLDER, on a disk they all share"

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from mlx_onevision.describe.colours import Pixels, block_means
 
 AROUND = 5  # frames on either side that show how much moves
-LEAP = 2.8  # times the upper quartile of their changes that a hard cut has at least
-NOISE = 0.5  # levels (of 256) by which a still image may change
-FAINTEST = 1.5  # levels that a hard cut changes at least, as a mean over the image
-MOST = 0.4  # the part of the blocks that a hard cut changes by more than noise
-# Where within ``FLASH`` a later frame is like the one before the cut, or an earlier one is like the
-# one after it, it is a flash: they differ by less than this part of the cut's change.
+# A frame's change is its mean difference from the frame before it, in levels (of 256).
+LEAP = 2.8  # a hard cut changes this many times as much as three quarters of those around it
+NOISE = 0.5  # levels by which even a still image may change
+FAINTEST = 1.5  # levels; a smaller change is no hard cut
+MOST = 0.4  # at least this part of the image's blocks changes by more than noise at a hard cut
+# After a flash the video comes back. A change is taken for a flash, and not for a cut, where a
+# frame up to FLASH after it is like the one before it, or a frame up to FLASH before it like the
+# one after it. Two frames are alike where they differ by less than AWAY times the change.
 AWAY = 0.5
 FLASH = 0.5  # seconds
 SHORTEST = 0.5  # seconds between hard cuts

@@ -44,11 +44,11 @@ class Detector:
 
     step : samples that differ by this much or more are a step, which may be a cut. A sample that is
         closer than this to the scene before has returned to it.
-    least, leap : where little moves, less is a step: ``leap`` times the largest distance of a
-        moment ago, if that is no less than ``least``.
-    drift : the distance over a fade, from its beginning to its end.
-    rest : a gradual change is over when a sample differs from the next by at most this part of the
-        change's mean, or of ``step``.
+    least, leap : where little has moved lately, a smaller distance is a step, too: ``leap`` times
+        the largest between the last samples, but never below ``least``.
+    drift : the first and the last sample of a fade differ by at least this much.
+    rest : a gradual change is over when two samples in a row differ by at most this part of the
+        change's mean, or of the distance that is a step.
     flash : an image that is gone after this time was a flash.
     fade : a change that takes longer is no cut.
     shortest : a cut this soon after another one does not count.

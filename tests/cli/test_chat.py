@@ -84,7 +84,7 @@ def test_answers_are_shown_and_the_rest_is_noted(model: Model, tmp_path: Path) -
     file = tmp_path / "a talk.json"
     failed = typist.type(
         *(f"/image {picture}", "what is it", "", "  ", f"/save '{file}'", "where"),
-        *(f"/save {file}", "/reset", " /exit", "/exit", "never asked"),
+        *(f"/save {file}", "/reset", " /exit", "/exit ", "never asked"),
         interactive=False,
         verbose=True,
     )
@@ -111,6 +111,8 @@ def test_answers_are_shown_and_the_rest_is_noted(model: Model, tmp_path: Path) -
         ("/video", "needs a file"),
         ("/save", "needs a file"),
         ("/paint", "/paint"),
+        ("/exit now", "type /exit, or begin with a space"),
+        ("/reset all", "/reset stands alone"),
     ],
 )
 def test_a_line_that_cannot_be_done_is_one_sentence(line: str, named: str) -> None:

@@ -145,6 +145,7 @@ def test_neither_two_videos_nor_a_video_and_a_text_have_one_file(
     same = run(folder, clip, other, "--output", target)
     assert same.exit_code == 2
     assert f"{clip} and {other} would both be written to {target / 'clip.mp4.txt'}" in same.stderr
+    assert not target.exists()
     (tmp_path / "link.mp4").symlink_to(clip)
     (tmp_path / "named.txt").symlink_to(clip)
     before = clip.read_bytes()
@@ -156,6 +157,20 @@ def test_neither_two_videos_nor_a_video_and_a_text_have_one_file(
         refused = run(folder, *arguments)
         assert refused.exit_code == 2 and "would replace the video" in refused.stderr
     assert clip.read_bytes() == before and (tmp_path / "named.txt").is_symlink()
+
+
+def test_two_names_of_a_folder_and_of_the_home_folder(
+    folder: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = written(tmp_path / "clip.mov", counting(10, "mov"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    same = run(folder, clip, tmp_path / "link" / other.name, "--force")
+    assert same.exit_code == 2 and "would both be written to" in same.stderr
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = clip.read_bytes()
+    refused = run(folder, "~/clip.mp4", "--output", clip, "--format", "srt")
+    assert refused.exit_code == 2 and "would replace the video" in refused.stderr
+    assert clip.read_bytes() == before
 
 
 def test_a_video_by_its_address(folder: Path, clip: Path) -> None:

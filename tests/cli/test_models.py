@@ -106,8 +106,14 @@ def test_removed_with_all_its_files(hub: FakeHub, tmp_path: Path) -> None:
     (commit,) = (tmp_path / "cache" / "models--org--plain" / "snapshots").iterdir()
     part = run("rm", "org/plain", "--revision", commit.name).stderr
     assert f"This would remove revision {commit.name} of org/plain (" in part
+    short = run("rm", "org/plain", "--revision", commit.name[:8]).stderr
+    assert f"This would remove revision {commit.name[:8]} of org/plain (" in short
     wrong = run("rm", "org/plain", "--revision", "v9", "--yes")
-    assert wrong.exit_code == 1 and "org/plain at revision v9 is not in the cache" in wrong.stderr
+    assert wrong.exit_code == 1
+    assert wrong.stderr == (
+        "error: revision v9 of org/plain is not in the cache, only main; "
+        "type: mlx-onevision models rm org/plain --revision main\n"
+    )
     assert [line.split()[0] for line in run().stdout.splitlines()] == ["org/original", "org/plain"]
     assert run("rm", "org/plain", "--yes").exit_code == 0
     assert not (tmp_path / "cache" / "models--org--plain").exists()

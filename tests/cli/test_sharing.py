@@ -20,7 +20,7 @@ from videos import counting, encode_video, written
 
 from mlx_onevision.cli.embed import portions
 from mlx_onevision.cli.main import cli
-from mlx_onevision.cli.ranks import work_of
+from mlx_onevision.cli.ranks import share_files, work_of
 from mlx_onevision.distributed import World, world
 from mlx_onevision.embed.embeddings import Embeddings
 from mlx_onevision.files import claim, seconds_of_mp4
@@ -248,6 +248,15 @@ def test_headers_of_mp4_in_other_forms() -> None:
     endless = box(b"ftyp", b"isom") + b"\0\0\0\1free" + bytes(8)
     for data in (in_parts, endless, whole[16:], box(b"ftyp", b"") * 2000):
         assert seconds_of_mp4(io.BytesIO(data)) is None
+
+
+def test_a_folder_is_shared_out_by_its_address_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_onevision.cli.ranks.world", lambda: World(1, 2))
+    for given in (str(tmp_path), tmp_path.as_uri()):
+        assert share_files(["a.mp4", given], None) == World(1, 2)
+    assert share_files(["a.mp4"], None) == World()
 
 
 def test_portions_begin_with_the_largest_and_hold_whole_groups(tmp_path: Path) -> None:
