@@ -135,6 +135,22 @@ def test_hard_cuts_are_found_among_motion_and_flashes(
     assert list(cuts(frames, 0.0, len(frames) / 25)) == found
 
 
+def test_a_flash_that_changes_while_it_lasts_is_no_cut() -> None:
+    frames = crowd([75, 75])
+    for number, light in (
+        (20, 60),
+        (21, 160),
+        (50, 200),
+        (51, 90),
+        (52, 10),
+        (100, 40),
+        (101, 120),
+    ):
+        time, picture = frames[number]
+        frames[number] = time, np.minimum(picture.astype(int) + light, 255).astype(np.uint8)
+    assert list(cuts(frames, 0.0, 6.0)) == [3.0]
+
+
 def test_a_small_part_that_changes_at_once_is_no_cut() -> None:
     frames = [(n / 25, np.full((64, 64, 3), 120, np.uint8)) for n in range(100)]
     for _, frame in frames[50:]:
