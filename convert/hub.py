@@ -72,14 +72,17 @@ def _outline(repository: str, revision: str | None, folder: Path) -> Source | No
     import httpx2
     import huggingface_hub
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     if constants.HF_HUB_OFFLINE:
         return None
     try:
         commit = HfApi().model_info(repository, revision=revision).sha
-    except (httpx2.ConnectError, httpx2.TimeoutException):  # the cache may have the model
-        return None
+    except RevisionNotFoundError:
+        raise
+    except (httpx2.ConnectError, httpx2.TimeoutException, HfHubHTTPError):
+        return None  # the cache may have the model
     disable_progress_bars()
     try:
         files = huggingface_hub.snapshot_download(

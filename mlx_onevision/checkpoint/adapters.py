@@ -276,7 +276,7 @@ def _compiled(key: str) -> re.Pattern[str]:
         CheckpointError: for one that is no regular expression, or that could be tried in so many
             ways that it would not end: an adapter may be a stranger's.
     """
-    free = len(FREE.findall(DIGITS.sub("", key)))
+    free = len(FREE.findall(DIGITS.sub("", key).replace("(?:", "(")))
     if free > MOST_FREE or REPEATED_GROUP.search(key):
         raise CheckpointError(
             f"{CONFIG}: the pattern {short(key)} could take too long; "

@@ -207,6 +207,8 @@ def run(
     """
     from mlx_onevision.describe.pipeline import Progress
 
+    if task.target is not None and task.target.is_dir():
+        raise RequestError(f"{task.target} is a folder; rename it, or give another --output")
     there = task.target is not None and not task.named and not force and task.target.exists()
     with (
         model.stream_description(task.video, sidecar=records, force=force, **options) as stream,
@@ -227,12 +229,13 @@ def run(
     if task.target is None:
         click.echo(write(described, task.form), nl=False)
     elif there and _differs(task.target, write(described, task.form)):
-        click.echo(
-            f"{task.video}: {task.target} is there and differs from the description made before; "
-            "it was left alone. Delete it to have it written again, or give --force to describe "
-            "the video anew",
-            err=True,
-        )
+        if not shared:
+            click.echo(
+                f"{task.video}: {task.target} is there and differs from the description made "
+                "before; it was left alone. Delete it to have it written again, or give --force to "
+                "describe the video anew",
+                err=True,
+            )
     elif there:
         if not shared:
             click.echo(f"{task.video}: done before, in {task.target}", err=True)
@@ -285,10 +288,19 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
                 f"{other} and {task.video} would both be written to {task.target}; describe them "
                 "one by one, each with its own --output"
             )
-    for task in tasks:
-        if task.target is not None and not task.named:
-            task.target.parent.mkdir(parents=True, exist_ok=True)
+    if output is not None and not any(task.named for task in tasks):
+        Path(output).mkdir(parents=True, exist_ok=True)
     return tasks
+
+
+def _entry(video: str) -> str | Path:
+    """What is the same of all paths of one entry of a folder; of what is no path, itself."""
+    from mlx_onevision.media.sources import is_url
+
+    if is_url(video) or video[:5].lower() == "data:":
+        return video
+    path = Path(video).expanduser()
+    return path.parent.resolve() / path.name
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
@@ -303,7 +315,10 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 def _tasks(videos: Sequence[str], output: str | None, form: str | None) -> list[DescribeTask]:
     from mlx_onevision.media.sources import VIDEOS
 
-    found = list(dict.fromkeys(name for video in videos for name in files_of(video, VIDEOS)))
+    named: dict[str | Path, str] = {}
+    for name in (name for video in videos for name in files_of(video, VIDEOS)):
+        named.setdefault(_entry(name), name)
+    found = list(named.values())
     if len(videos) == 1 and found == [local_path(videos[0])]:
         target = None if output is None else Path(output)
         if target is None or not (target.is_dir() or str(output).endswith(os.sep)):

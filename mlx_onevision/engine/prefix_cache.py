@@ -161,13 +161,16 @@ class PrefixCache:
                 # Names are not unflattened: a number in one may ask for a list of any length.
                 about = {name[2:]: text for name, text in header.items() if name[:2] == "0."}
                 ids = _checked_ids(json.loads(about.pop("ids")))
-                media = _checked_media(json.loads(about.pop("media")), self._most_media)
+                media = _checked_media(json.loads(about.pop("media")))
             except (CheckpointError, RuntimeError, ValueError, LookupError, TypeError) as error:
                 raise RequestError(
                     f"{path} is no prompt cache, or is cut off or damaged; delete it, or name "
                     "another file"
                 ) from error
             admit(len(ids), about)
+            # No more embeddings than the context holds.
+            if sum(length for *_, length in media) > self._most_media:
+                raise RequestError(f"{path} has more media than a prompt can have; delete it")
             cache = self._empty()
             kinds: Any = utils.tree_flatten([self._kinds(len(ids))] * len(cache))
             if any(name not in arrays or _kind(arrays[name]) != kind for name, kind in kinds):
@@ -287,16 +290,14 @@ def _checked_ids(ids: Any) -> list[int]:
     return found
 
 
-def _checked_media(media: Any, most: int) -> list[tuple[str, int, int]]:
-    """Keys, first ids and lengths as a file has them; ValueError where they are none, or more than
-    ``most`` ids together. TypeError where it has no triples.
+def _checked_media(media: Any) -> list[tuple[str, int, int]]:
+    """Keys, first ids and lengths as a file has them; ValueError where they are none. TypeError
+    where it has no triples.
     """
     found = [(key, first, length) for key, first, length in media]
     for key, first, length in found:
         if type(key) is not str or type(first) is not int or type(length) is not int or length < 1:
             raise ValueError("no media")
-    if sum(length for *_, length in found) > most:
-        raise ValueError("more media than a prompt can have")
     return found
 
 

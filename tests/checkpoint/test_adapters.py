@@ -218,6 +218,12 @@ def test_settings_that_are_not_computed_are_refused(
     assert said in refusal(write(tmp_path / "m"), peft(tmp_path / "a", **settings))
 
 
+def test_a_pattern_with_groups_that_are_not_captured_is_read(tmp_path: Path) -> None:
+    pattern = r".*\.layers\.(?:[5-9]|1[0-9])\.self_attn\.(?:q|k)_proj"
+    settings = {"rank_pattern": {pattern: 3}}
+    load_checkpoint(write(tmp_path / "m"), adapter=peft(tmp_path / "a", **settings))
+
+
 @pytest.mark.parametrize("given", [None, {"scale": None}])
 def test_a_low_rank_term_without_its_scale_is_refused(
     tmp_path: Path, given: dict[str, Any] | None

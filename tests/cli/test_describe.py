@@ -159,6 +159,27 @@ def test_neither_two_videos_nor_a_video_and_a_text_have_one_file(
     assert clip.read_bytes() == before and (tmp_path / "named.txt").is_symlink()
 
 
+def test_one_video_by_several_paths_is_described_once(
+    folder: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(folder, "clip.mp4", "./clip.mp4", clip, tmp_path, "--output", "out/")
+    assert done.exit_code == 0 and done.stderr.count("written to") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.txt"]
+
+
+def test_what_cannot_be_found_or_written_stops_no_other_video(
+    folder: Path, clip: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "other.txt").mkdir()
+    data = "data:video/mp4;base64,AAAA/BBBB"
+    done = run(folder, tmp_path / "typo/a.mp4", tmp_path / "other.mp4", data, clip)
+    assert done.exit_code == 1 and "3 of 4 could not be described" in done.stderr
+    assert f"{tmp_path / 'other.txt'} is a folder; rename it" in done.stderr
+    assert clip.with_suffix(".txt").exists() and not (tmp_path / "typo").exists()
+
+
 def test_two_names_of_a_folder_and_of_the_home_folder(
     folder: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,11 @@ def test_without_a_network_the_cache_is_outlined(
     """As the conversion itself does without fit."""
     publish(hub, source)
     convert(NAME, tmp_path / "first")
+    for status in (401, 404, 500):  # removed, or a moment in which the Hub is down
+        hub.failures[f"models/{NAME}"] = [status] * 9
+        with sources.outline(NAME) as outlined:
+            assert outlined.download == 0
+    hub.failures.clear()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -133,6 +133,13 @@ def test_what_does_not_suit_is_refused(
         other.load_prompt_cache(file)
     with pytest.raises(RequestError, match=r"was written with dtype None, .* with dtype float16"):
         load(folder, dtype="float16").load_prompt_cache(file)
+    arrays, header = arrays_and_header(file)  # of a model with a longer context
+    media = json.dumps([["a", 0, 10_000_000]])
+    mx.save_safetensors(str(tmp_path / "long.safetensors"), arrays, {**header, "0.media": media})
+    with pytest.raises(RequestError, match=r"long\.safetensors belongs to another model"):
+        other.load_prompt_cache(tmp_path / "long.safetensors")
+    with pytest.raises(RequestError, match="has more media than a prompt can have"):
+        model.load_prompt_cache(tmp_path / "long.safetensors")
     for content in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", whole + b"x"):
         (tmp_path / "cut").write_bytes(content)
         with pytest.raises(RequestError, match="cut is no prompt cache, or is cut off or damaged"):

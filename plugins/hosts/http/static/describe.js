@@ -39,7 +39,8 @@ export async function describe(video, cut, page) {
     }
   };
   await work.run(turn, doing, () => {
-    if (kept) conversation.turns.splice(conversation.turns.indexOf(kept), 1);
+    const place = kept && stage.video ? conversation.turns.indexOf(kept) : -1;
+    if (place >= 0) conversation.turns.splice(place, 1);
     return describe(video, cut, page);
   });
 }
