@@ -220,8 +220,8 @@ def test_settings_that_are_not_computed_are_refused(
 
 def test_a_pattern_with_groups_that_are_not_captured_is_read(tmp_path: Path) -> None:
     pattern = r".*\.layers\.(?:[5-9]|1[0-9])\.self_attn\.(?:q|k)_proj"
-    settings = {"rank_pattern": {pattern: 3}}
-    load_checkpoint(write(tmp_path / "m"), adapter=peft(tmp_path / "a", **settings))
+    given = peft(tmp_path / "a", rank_pattern={pattern: 3})
+    load_checkpoint(write(tmp_path / "m"), adapter=given)
 
 
 @pytest.mark.parametrize("given", [None, {"scale": None}])
