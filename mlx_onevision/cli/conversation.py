@@ -17,7 +17,7 @@ from mlx_onevision.cli.paths import parse_path
 from mlx_onevision.cli.terminal import Interrupts
 from mlx_onevision.engine.generation import Generation, Stream, Usage
 from mlx_onevision.engine.options import Options
-from mlx_onevision.errors import OneVisionError, RequestError, sentence
+from mlx_onevision.errors import OneVisionError, RequestError, sentence, short
 from mlx_onevision.files import replacing
 from mlx_onevision.media.frame_sampling import FrameOptions
 from mlx_onevision.media.image import DecodedImage, load_image
@@ -35,7 +35,6 @@ Anything else is a message; begin with a space where it begins with a slash.
 Ctrl-C cancels an answer."""
 
 ALONE = ("/exit", "/quit", "/reset", "/help")  # commands that nothing follows
-LONGEST_SHOWN = 160  # characters of a source, which may be a data URI
 
 
 class Conversation:
@@ -68,7 +67,7 @@ class Conversation:
         frames : of a video, instead of those of all.
         """
         frames = self._frames if frames is None else frames
-        shown = source if len(source) <= LONGEST_SHOWN else f"{source[:LONGEST_SHOWN]}…"
+        shown = short(source, 160)  # it may be a data URI
         if is_url(source) or source[:5].lower() == "data:":
             location = {"url": source}
         else:

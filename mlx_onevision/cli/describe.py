@@ -228,26 +228,19 @@ def run(
         click.echo(f"{task.video}: {warning}", err=True)
     if task.target is None:
         click.echo(write(described, task.form), nl=False)
-    elif there and _differs(task.target, write(described, task.form)):
-        if not shared:
-            click.echo(
-                f"{task.video}: {task.target} is there and differs from the description made "
-                "before; it was left alone. Delete it to have it written again, or give --force to "
-                "describe the video anew",
-                err=True,
-            )
     elif there:
         if not shared:
-            click.echo(f"{task.video}: done before, in {task.target}", err=True)
+            done = f"done before, in {task.target}"
+            if task.target.read_bytes() != write(described, task.form).encode():
+                done = (
+                    f"{task.target} is there and differs from the description made before; it was "
+                    "left alone. Delete it to have it written again, or give --force to describe "
+                    "the video anew"
+                )
+            click.echo(f"{task.video}: {done}", err=True)
     else:
         save(task.target, write(described, task.form))
         click.echo(f"{task.video}: written to {task.target}", err=True)
-
-
-def _differs(path: Path, text: str) -> bool:
-    """Whether a file holds another text. Raises OSError where it cannot be read."""
-    wanted = text.encode()
-    return path.stat().st_size != len(wanted) or path.read_bytes() != wanted
 
 
 @dataclass(frozen=True)
@@ -271,18 +264,17 @@ def tasks_for(videos: Sequence[str], output: str | None, form: str | None) -> li
             and where a video would be replaced.
     """
     tasks = _tasks(videos, output, form)
-    video_of: dict[Path, str] = {}
-    sources = {_identity(task.video): task.video for task in tasks} | {None: ""}
+    video_of: dict[str | Path, str] = {}
+    sources = {_identity(task.video): task.video for task in tasks}
     for task in tasks:
         if task.target is None:
             continue
-        if source := sources.get(_identity(task.target), ""):
+        target = _identity(task.target)
+        if target is not None and target in sources:
             raise click.UsageError(
-                f"the description would replace the video {source}; give another --output"
+                f"the description would replace the video {sources[target]}; give another --output"
             )
-        # Where two names of a folder are given, its files have two paths each, too.
-        place = task.target.parent.resolve() / task.target.name
-        other = video_of.setdefault(place, task.video)
+        other = video_of.setdefault(_entry(str(task.target)), task.video)
         if other != task.video:
             raise click.UsageError(
                 f"{other} and {task.video} would both be written to {task.target}; describe them "
